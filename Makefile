@@ -1,0 +1,51 @@
+# make quickstart | test | test-all | lint | wheel | clean          PYTHON=python3.11 make ... chooses the interpreter of .venv
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+TYPING := build/typing
+SLOW := -m "not slow"
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help .venv quickstart test test-all lint style typecheck wheel clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1s/^# //p' Makefile
+
+.venv: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || { echo "creating .venv with $(PYTHON)"; $(PYTHON) -m venv .venv; }
+	@echo "installing vtprune and what it needs into .venv (the first time this takes minutes)"
+	@$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $@
+
+quickstart: .venv
+	@$(BIN)/python -m vtprune.quickstart
+
+test: lint
+	$(BIN)/python -m pytest -q --durations=15 $(SLOW)
+
+test-all: SLOW := -m "slow or not slow"
+test-all: test
+
+lint: style typecheck
+
+style: .venv
+	$(BIN)/ruff check .
+
+# mypy does not follow package-dir: show it the packages as they are imported, through links.
+typecheck: .venv
+	@rm -rf $(TYPING) && mkdir -p $(TYPING)/vtprune
+	@ln -s $(CURDIR)/vtprune/* $(CURDIR)/models $(CURDIR)/kernels $(TYPING)/vtprune/
+	cd $(TYPING) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p vtprune
+
+# setuptools packs whatever an earlier build left under build/.
+wheel: .venv
+	@rm -rf build
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find vtprune models kernels demos tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,1 @@
+"""Similarity kernels: one op = a plain PyTorch reference and a Triton kernel."""

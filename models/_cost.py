@@ -1,0 +1,28 @@
+"""The shapes that the cost model needs (see :mod:`vtprune.cost`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """Widths of a model. Vision: ``vd`` width, ``vf`` MLP width, ``vdepth`` blocks run, ``vmlp`` matrices in its MLP (2, gated 3), ``patch`` multiply-adds per patch of the
+    patch embedding. Projector: ``proj`` multiply-adds per token. Language model: ``d`` width, ``heads`` x ``hd``, ``kv`` heads, ``f`` MLP width, ``depth`` layers, ``vocab``."""
+
+    vd: int
+    vf: int
+    vheads: int
+    vdepth: int
+    patch: int
+    prefix: int
+    vmlp: int = 2
+    proj: int = 0
+    d: int = 0
+    heads: int = 0
+    hd: int = 0
+    kv: int = 0
+    f: int = 0
+    depth: int = 0
+    vocab: int = 0
+    bytes: int = 2

@@ -1,0 +1,95 @@
+"""Descriptions of the Hugging Face vision towers: CLIP, SigLIP and DINOv2 blocks, shared by the bare-ViT adapter and the MLLM adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._tower import Tower
+
+CLASSES = {"CLIPVisionModel": "clip", "CLIPVisionModelWithProjection": "clip", "SiglipVisionModel": "siglip", "Dinov2Model": "dinov2"}
+
+
+def arch(model: nn.Module) -> str | None:
+    """``"clip"``, ``"siglip"``, ``"dinov2"`` or ``None``."""
+    return CLASSES.get(type(model).__name__)
+
+
+def core(model: nn.Module) -> nn.Module:
+    """The module that holds ``embeddings`` and ``encoder`` (older releases wrap it in ``vision_model``)."""
+    inner = getattr(model, "vision_model", model)
+    return inner if hasattr(inner, "encoder") else model
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    encoder = core(model).encoder
+    return list(encoder.layer if hasattr(encoder, "layer") else encoder.layers)
+
+
+def _attention(block: nn.Module) -> nn.Module:
+    return block.self_attn if hasattr(block, "self_attn") else block.attention
+
+
+def _attend(block: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+    if hasattr(block, "self_attn"):  # CLIP, SigLIP
+        return x + block.self_attn(hidden_states=block.layer_norm1(x), attention_mask=mask)[0]
+    y = block.attention(block.norm1(x), attention_mask=mask)[0]
+    return block.drop_path(block.layer_scale1(y)) + x
+
+
+def _feed(block: nn.Module, x: Tensor) -> Tensor:
+    if hasattr(block, "self_attn"):
+        return x + block.mlp(block.layer_norm2(x))
+    return block.drop_path(block.layer_scale2(block.mlp(block.norm2(x)))) + x
+
+
+def _capture(block: nn.Module) -> dict[str, nn.Module]:
+    a = _attention(block)
+    return {"q": a.q_proj, "k": a.k_proj, "v": a.v_proj}
+
+
+def _project(block: nn.Module, caught: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, float]:
+    a = _attention(block)
+    shape = (*caught["q"].shape[:2], -1, a.head_dim)
+    q, k, v = (caught[n].view(shape).transpose(1, 2) for n in "qkv")
+    return q, k, v, a.head_dim**-0.5
+
+
+def prefix(model: nn.Module) -> int:
+    return 0 if arch(model) == "siglip" else 1
+
+
+def describe(model: nn.Module, used: int, root: nn.Module | None = None) -> Tower:
+    """The :class:`Tower` of ``model`` with its first ``used`` blocks."""
+    config = model.config
+    side = config.image_size // config.patch_size
+
+    def resize(pixels: Tensor, rows: int, columns: int) -> tuple[Tensor, dict[str, Any]]:
+        size = (rows * config.patch_size, columns * config.patch_size)
+        small = F.interpolate(pixels.float(), size=size, mode="bicubic", antialias=True, align_corners=False).to(pixels.dtype)
+        return small, {} if arch(model) == "dinov2" else {"interpolate_pos_encoding": True}
+
+    return Tower(
+        root=root or model,
+        blocks=layers(model)[:used],
+        prefix=prefix(model),
+        grid=(side, side),
+        mask="attention_mask",
+        attend=_attend,
+        feed=_feed,
+        capture=_capture,
+        project=_project,
+        resize=resize,
+    )
+
+
+def randomise(model: nn.Module, seed: int) -> None:
+    """Moves norms, biases, scales and position tables away from their initial ones and zeros, so that an identity test can see a part that was left out."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p.dtype)
+            p.add_(noise * (0.3 if p.ndim <= 1 else 0.08))

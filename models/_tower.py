@@ -1,0 +1,288 @@
+"""The engine for vision towers: shared by every ViT family. It hooks a stack of residual blocks and applies selections behind a block or inside it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ledger import UndoLedger
+from ..select import absorbed, combine, gather
+from ..types import Projections, Selection, TokenView, UnsupportedError
+from .base import PlannedCut
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tower:
+    """A family's description of its tower. ``root`` the module whose call is one pass; ``blocks`` those whose output is used; ``attend(block, x, mask)`` and
+    ``feed(block, x)`` the two residual halves made of the block's own children; ``capture(block)`` modules whose outputs :attr:`project` turns into q, k, v
+    (``[B, H, n, d]`` each) and a scale; ``mask`` the block's keyword for an additive mask; ``resize(pixels, rows, columns)`` fewer pixels in, as call keywords; ``pixels`` the root's keyword for them."""
+
+    root: nn.Module
+    blocks: Sequence[nn.Module]
+    prefix: int
+    grid: tuple[int, int]
+    mask: str
+    attend: Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+    feed: Callable[[nn.Module, Tensor], Tensor]
+    capture: Callable[[nn.Module], dict[str, nn.Module]]
+    project: Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor, Tensor, float]]
+    resize: Callable[[Tensor, int, int], tuple[Tensor, dict[str, Any]]] | None = None
+    pixels: str = "pixel_values"
+
+
+@dataclass
+class Record:
+    """One applied decision: per image the original indices kept (ascending) and, for merges, the slot of every original token."""
+
+    site: str
+    stage: int
+    tokens_in: list[int]
+    tokens_out: list[int]
+    kept: list[Tensor]
+    assignment: list[Tensor] | None
+
+
+@dataclass
+class Run:
+    """One pass of G images. ``index`` ``[G, n]`` original index of each running token (-1 padding), ``size`` ``[G, n]``, ``slot`` ``[G, N]`` running position of every
+    original token (-1 dropped)."""
+
+    images: int
+    tokens: int
+    index: Tensor
+    size: Tensor
+    slot: Tensor
+    records: list[Record] = field(default_factory=list)
+    layer_tokens: list[list[int]] = field(default_factory=list)
+    memory: dict[int, dict[str, Any]] = field(default_factory=dict)
+    captured: dict[str, Tensor] = field(default_factory=dict)
+    merges: bool = False
+
+    @staticmethod
+    def start(images: int, tokens: int, device: torch.device) -> Run:
+        index = torch.arange(tokens, device=device).repeat(images, 1)
+        return Run(images, tokens, index, torch.ones(images, tokens, device=device), index.clone())
+
+    @property
+    def valid(self) -> Tensor:
+        return self.index >= 0
+
+    def view(self, features: Tensor, cut: PlannedCut, *, grid: tuple[int, int], prefix: int, depth: int, seed: int, sources: dict[str, Callable]) -> TokenView:
+        return TokenView(
+            features=features,
+            valid=self.valid,
+            index=self.index,
+            size=self.size,
+            protected=torch.zeros_like(self.valid),
+            grid=grid,
+            prefix=prefix,
+            layer=cut.layer,
+            depth=depth,
+            seed=seed,
+            memory=self.memory.setdefault(cut.memory_key, {}),
+            sources=sources,
+        )
+
+    def apply(self, x: Tensor, selection: Selection, cut: PlannedCut) -> Tensor:
+        """Applies a selection to the visual tokens ``x`` ``[G, n, C]`` and keeps the books."""
+        before = self.valid.sum(1).tolist()
+        n, k = x.shape[1], selection.kept.shape[1]
+        positions = torch.arange(n, device=x.device).expand_as(selection.kept) if n == k else None
+        whole = positions is not None and torch.equal(selection.kept, positions) and selection.layout is None
+        if not whole:
+            x = combine(x, selection, self.size)
+            if selection.target is None:
+                column = torch.full((x.shape[0], n + 1), -1, device=x.device)
+                where = torch.where(selection.kept >= 0, selection.kept, n)
+                column.scatter_(1, where, torch.arange(k, device=x.device).expand_as(where))
+                column = column[:, :n]
+            else:
+                column = selection.target
+            self.index = gather(self.index + 1, selection.kept) - 1
+            self.size = absorbed(self.size, selection)
+            if selection.layout is not None:
+                x = gather(x, selection.layout)
+                self.index, self.size = self.index.gather(1, selection.layout), self.size.gather(1, selection.layout)
+                back = selection.layout.argsort(1)
+                column = torch.where(column >= 0, back.gather(1, column.clamp_min(0)), -1)
+            self.slot = torch.where(self.slot >= 0, column.gather(1, self.slot.clamp_min(0)), -1)
+        self.merges |= selection.target is not None
+        self.note(cut, before)
+        return x
+
+    def note(self, cut: PlannedCut, before: list[int]) -> None:
+        """Writes the present state down as the outcome of ``cut``."""
+        kept, assignment = [], []
+        for row, slot, valid in zip(self.index, self.slot, self.valid, strict=True):
+            order = torch.where(valid, row, self.tokens).argsort(stable=True)
+            kept.append(row[order[: int(valid.sum())]].cpu())
+            rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+            assignment.append(torch.where(slot >= 0, rank[slot.clamp_min(0)], -1).cpu())
+        self.records.append(Record(cut.site, cut.stage, before, [len(k) for k in kept], kept, assignment if self.merges else None))
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Every original token takes its slot's row (dropped ones are zero): ``[G, n, C]`` to ``[G, N, C]``."""
+        return gather(x, self.slot)
+
+
+class TowerEngine:
+    """Hooks one tower. ``done(run)`` is called at the end of each pass."""
+
+    def __init__(self, tower: Tower, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Callable[[Run], None], tokens: int):
+        self.tower, self.seed, self.done, self.tokens = tower, seed, done, tokens
+        self.local = threading.local()
+        self.pixels = [c for c in cuts if c.site == "pixels"]
+        self.proportional = any(c.proportional for c in cuts)
+        ledger.before(tower.root, self._open)
+        for i, block in enumerate(tower.blocks):
+            mine = [c for c in cuts if c.site == f"vision.{i}"]
+            ledger.before(block, self._enter)
+            inside = [c for c in mine if c.inside]
+            behind = [c for c in mine if not c.inside]
+            if mine:
+                for name, module in tower.capture(block).items():
+                    ledger.after(module, self._catcher(name))
+            if inside:
+                self._probe(block, i)
+                ledger.replace(block, "forward", self._composed(block, inside))
+            ledger.after(block, self._leaver(block, behind))
+        ledger.after(tower.root, self._close, first=False, always=True)
+
+    @property
+    def run(self) -> Run | None:
+        return getattr(self.local, "run", None)
+
+    def _open(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        pixels = args[0] if args else kwargs[self.tower.pixels]
+        run = Run.start(pixels.shape[0], self.tokens, pixels.device)
+        self.local.run = run
+        for cut in self.pixels:
+            view = run.view(pixels.new_zeros(run.images, run.tokens, 1), cut, grid=self.tower.grid, prefix=0, depth=1, seed=self.seed, sources={})
+            selection = cut.select(view)
+            if selection is None or selection.kept.shape[1] == run.tokens:
+                run.note(cut, [run.tokens] * run.images)
+                continue
+            if self.tower.resize is None:
+                raise UnsupportedError("this tower takes images of one size only, so it cannot be given fewer pixels")
+            rows, columns = cell_grid(selection, self.tower.grid)
+            run.apply(view.features, selection, cut)
+            pixels, extra = self.tower.resize(pixels, rows, columns)
+            kwargs = {**kwargs, **extra}
+            args, kwargs = ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, self.tower.pixels: pixels})
+        return args, kwargs
+
+    def _close(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        run, self.local.run = self.run, None
+        if run is not None and output is not None:
+            self.done(run)
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        run = self.run
+        if run is None:
+            return None
+        run.layer_tokens.append(run.valid.sum(1).tolist())
+        bias = self._bias(args[0] if args else kwargs["hidden_states"])
+        if bias is None:
+            return None
+        given = args[1] if len(args) > 1 else kwargs.get(self.tower.mask)
+        if given is not None:
+            raise UnsupportedError("the tower was given an attention mask of its own; pruning and merging inside it need unmasked images")
+        return (args[0], bias, *args[2:]) if len(args) > 1 else args, kwargs if len(args) > 1 else {**kwargs, self.tower.mask: bias}
+
+    def _bias(self, x: Tensor) -> Tensor | None:
+        """``[G, 1, 1, P + n]`` added to the logits: log sizes (proportional attention) and -inf on padding; ``None`` while it would be zero."""
+        run = self.run
+        assert run is not None
+        sizes = self.proportional and run.merges
+        if not sizes and bool(run.valid.all()):
+            return None
+        bias = run.size.clamp_min(1).log() if sizes else torch.zeros_like(run.size)
+        bias = bias.masked_fill(~run.valid, -torch.inf).to(x.dtype)
+        return F.pad(bias, (self.tower.prefix, 0))[:, None, None]
+
+    def _catcher(self, name: str) -> Callable:
+        def catch(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            if self.run is not None:
+                self.run.captured[name] = output
+
+        return catch
+
+    def _decide(self, block: nn.Module, cuts: list[PlannedCut], x: Tensor) -> Tensor:
+        run, p = self.run, self.tower.prefix
+        if run is None:
+            return x
+        for cut in cuts:
+
+            def projections(run: Run = run, x: Tensor = x) -> Projections:
+                q, k, v, scale = self.tower.project(block, run.captured)
+                return Projections(q, k, v, scale, p, self._bias(x))
+
+            view = run.view(
+                x[:, p:],
+                cut,
+                grid=self.tower.grid,
+                prefix=p,
+                depth=len(self.tower.blocks),
+                seed=self.seed,
+                sources={"projections": projections, "prefix": lambda x=x: x[:, :p]},
+            )
+            selection = cut.select(view)
+            if selection is not None:
+                x = torch.cat([x[:, :p], run.apply(x[:, p:], selection, cut)], dim=1) if p else run.apply(x, selection, cut)
+        return x
+
+    def _leaver(self, block: nn.Module, cuts: list[PlannedCut]) -> Callable:
+        def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            if self.run is None:
+                return None
+            x = output[0] if isinstance(output, tuple) else output
+            changed = self._decide(block, cuts, x) if cuts else x
+            self.run.captured.clear()
+            if changed is x:
+                return None
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return leave
+
+    def _composed(self, block: nn.Module, cuts: list[PlannedCut]) -> Callable:
+        name = self.tower.mask
+
+        def forward(x: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+            x = self.tower.attend(block, x, kwargs.get(name, mask))
+            return self.tower.feed(block, self._decide(block, cuts, x))
+
+        return forward
+
+    @torch.no_grad()
+    def _probe(self, block: nn.Module, number: int) -> None:
+        """A composed block must equal the original; anything it does not know (another norm order, a scale, a gate) shows here, at attach time."""
+        parameter = next(p for p in block.parameters() if p.ndim == 2)
+        width = self._width(block)
+        noise = torch.randn(2, self.tower.prefix + 7, width, generator=torch.Generator().manual_seed(0)).to(parameter.device, parameter.dtype)
+        modes = {m: m.training for m in block.modules()}
+        block.eval()
+        want = block(noise, None)
+        want = want[0] if isinstance(want, tuple) else want
+        got = self.tower.feed(block, self.tower.attend(block, noise, None))
+        for module, mode in modes.items():
+            module.training = mode
+        error = float((want - got).abs().max() / want.abs().max().clamp_min(1e-6))
+        limit = 1e-5 if parameter.dtype in (torch.float32, torch.float64) else 2e-2
+        if not error <= limit:
+            raise UnsupportedError(f"block {number} ({type(block).__name__}) is not the pre-norm residual block this adapter knows: its parts give a result {error:.1e} off")
+
+    def _width(self, block: nn.Module) -> int:
+        return next(m.normalized_shape[0] for m in block.modules() if isinstance(m, nn.LayerNorm))
+
+
+def cell_grid(selection: Selection, grid: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of a selection whose slots are the cells of a regular raster (down-sampling)."""
+    assert selection.target is not None
+    cells = selection.target[0].reshape(grid)
+    return len(cells[:, 0].unique()), len(cells[0].unique())

@@ -1,0 +1,76 @@
+"""What an adapter is: for one model family, named sites, what each provides, where the visual tokens are, how a selection is applied, and a tiny random model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from ..ledger import UndoLedger
+from ..registry import Registry
+from ..types import Selection, TokenView
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedCut:
+    """A cut as the adapter sees it: where, what has to be recorded for it, and a call that answers with a decision."""
+
+    site: str
+    layer: int
+    inside: bool
+    restore: bool
+    stash: bool
+    proportional: bool
+    observe: tuple[int, ...]
+    stage: int
+    select: Callable[[TokenView], Selection | None]
+    bring_back: Callable[..., Any]
+    memory_key: int
+
+
+class Recorder(Protocol):
+    """What an adapter tells the handle about one prefill."""
+
+    def vision(self, run: Any) -> None: ...
+
+    def finished(self, run: Any) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterInfo:
+    """``matches`` tells whether the adapter takes a model; ``tiny`` builds random models without network: variant name -> ``(model, inputs)`` builder."""
+
+    name: str
+    idea: str
+    matches: Callable[[nn.Module], bool]
+    bind: Callable[..., Adapter]
+    tiny: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]]
+
+
+class Adapter(Protocol):
+    """One model, bound. ``geometry`` is what methods plan with, ``cost`` the shapes the cost model needs."""
+
+    geometry: Any
+    cost: Any
+
+    def install(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Recorder, *, positions: str, seed: int) -> None: ...
+
+    def reseed(self, seed: int) -> None: ...
+
+    def branch(self, layer: int) -> nn.Module: ...
+
+
+def _load() -> None:
+    from importlib import import_module
+    from pkgutil import iter_modules
+
+    import vtprune.models as package
+
+    for module in iter_modules(package.__path__):
+        if module.name != "base" and not module.name.startswith("_"):
+            import_module(f"vtprune.models.{module.name}")
+
+
+ADAPTERS: Registry[AdapterInfo] = Registry("model family", _load)

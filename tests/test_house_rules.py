@@ -1,0 +1,169 @@
+"""Rules of the house that no linter knows. Sources are read as syntax trees, so that a docstring may name what code may not do."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ("vtprune", "models", "kernels", "demos")
+HOOK = re.compile(r"register_(module_)?(forward|full_backward|backward)\w*")
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))))
+
+
+def at(path: Path, node: ast.AST) -> str:
+    return f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def package_of(path: Path) -> list[str]:
+    """The package whose names a relative import in ``path`` starts from, as installed."""
+    parts = list(path.relative_to(ROOT).parent.parts)
+    return ["vtprune", *parts] if parts[0] in ("models", "kernels") else parts
+
+
+def imports(path: Path) -> Iterator[tuple[str, ast.AST]]:
+    """Absolute dotted names that ``path`` imports anywhere, also inside functions; ``from a import b`` counts as ``a.b``."""
+    for node in nodes(path):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = package_of(path)
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            yield from ((".".join([*base, alias.name]), node) for alias in node.names)
+
+
+def offending_imports(paths: list[Path], *banned: str) -> list[str]:
+    def hit(name: str) -> bool:
+        return any(name == prefix or name.startswith(prefix + ".") for prefix in banned)
+
+    return [f"{at(path, node)} {name}" for path in paths for name, node in imports(path) if hit(name)]
+
+
+def changes_foreign_objects(node: ast.AST) -> bool:
+    match node:
+        case ast.Attribute(attr=name) | ast.Name(id=name) | ast.Constant(value=str(name)) if HOOK.fullmatch(name):
+            return True
+        case ast.Attribute(attr="__class__", ctx=ast.Store()):
+            return True
+        case ast.Call(func=ast.Name(id="setattr")):
+            return True
+    return False
+
+
+def test_only_the_ledger_hooks_and_sets_foreign_attributes():
+    ledger = ROOT / "vtprune" / "ledger.py"
+    assert [at(path, node) for path in sources(*SHIPPED) if path != ledger for node in nodes(path) if changes_foreign_objects(node)] == []
+
+
+def named(expression: ast.expr | None) -> set[str]:
+    """The exception names of an ``except`` clause."""
+    if isinstance(expression, ast.Tuple):
+        return set().union(*(named(element) for element in expression.elts))
+    return {expression.id} if isinstance(expression, ast.Name) else {expression.attr} if isinstance(expression, ast.Attribute) else set()
+
+
+def swallows_everything(node: ast.AST) -> bool:
+    """``except:``, ``except Exception`` and ``suppress(Exception)``; ``except BaseException`` only where its last statement raises again."""
+    match node:
+        case ast.ExceptHandler(type=None):
+            return True
+        case ast.ExceptHandler(type=kind, body=body):
+            again = isinstance(body[-1], ast.Raise) and body[-1].exc is None
+            return "Exception" in named(kind) or ("BaseException" in named(kind) and not again)
+        case ast.Call(func=ast.Name(id="suppress") | ast.Attribute(attr="suppress"), args=kinds):
+            return any(named(kind) & {"Exception", "BaseException"} for kind in kinds)
+    return False
+
+
+def test_nothing_swallows_every_exception():
+    assert [at(path, node) for path in sources(*SHIPPED) for node in nodes(path) if swallows_everything(node)] == []
+
+
+def test_adapters_and_kernels_are_imported_under_their_one_name():
+    assert offending_imports(sources(*SHIPPED, "tests"), "models", "kernels") == []
+
+
+def test_methods_know_no_model_library_and_no_adapter():
+    assert offending_imports(sources("vtprune/methods"), "transformers", "timm", "open_clip", "vtprune.models") == []
+
+
+def test_adapters_know_no_method():
+    assert offending_imports(sources("models"), "vtprune.methods") == []
+
+
+def test_only_triton_kernels_import_triton():
+    paths = [path for path in sources(*SHIPPED) if not (path.parent == ROOT / "kernels" and path.stem.endswith("_triton"))]
+    assert offending_imports(paths, "triton") == []
+
+
+def texts() -> Iterator[tuple[Path, str]]:
+    """Every text file of the checkout, without what .gitignore names as folders and without hidden folders other than .ci."""
+    ignored = [line.strip().strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines() if line.strip().endswith("/")]
+
+    def ours(folder: Path) -> bool:
+        return folder.name == ".ci" or not (folder.name.startswith(".") or any(folder.match(pattern) for pattern in ignored))
+
+    todo = [ROOT]
+    while todo:
+        for path in sorted(todo.pop().iterdir()):
+            if path.is_dir():
+                if ours(path):
+                    todo.append(path)
+            elif (data := path.read_bytes()) and b"\0" not in data[:4096]:
+                yield path, data.decode("utf-8", errors="replace")
+
+
+# Hosts are put together here so that this file names none of them.
+HOSTS = [".".join(parts) for parts in (("pypi", "org"), ("files", "pythonhosted"), ("deb", "debian"), ("registry", "npmjs"))]
+MACHINE_PATH = re.compile(r"(?<![\w.~$)}*-])/(?:work|root|home|workspace|opt|Users)/")
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_no_file_names_a_package_registry(host):
+    assert [str(path.relative_to(ROOT)) for path, text in texts() if host in text.lower()] == []
+
+
+def test_no_file_names_a_path_of_one_machine():
+    found = [(path, match) for path, text in texts() for match in MACHINE_PATH.finditer(text)]
+    assert [f"{path.relative_to(ROOT)}:{match.string.count(chr(10), 0, match.start()) + 1}" for path, match in found] == []
+
+
+def test_the_rules_see_what_they_forbid(tmp_path):
+    """The checks above on a file that breaks them, lest they pass because they look past it."""
+    bad = """
+module.register_forward_pre_hook(f)
+getattr(module, "register_full_backward_hook")(f)
+module.__class__ = Other
+setattr(module, "forward", f)
+try: pass
+except (ValueError, Exception): pass
+except BaseException: pass
+except: pass
+suppress(Exception)
+"""
+    good = '''
+"""Not module.register_forward_hook, not setattr(x)."""
+object.__setattr__(self, "a", 1)
+print(self.__class__)
+try: pass
+except BaseException: undo(); raise
+'''
+    found = {name: list(ast.walk(ast.parse(text))) for name, text in (("bad", bad), ("good", good))}
+    assert sum(map(changes_foreign_objects, found["bad"])) == 4
+    assert sum(map(swallows_everything, found["bad"])) == 4
+    assert not any(changes_foreign_objects(node) or swallows_everything(node) for node in found["good"])
+    assert MACHINE_PATH.search(" /" + "home/me/model") and not MACHINE_PATH.search("build/work/x ../home/y")

@@ -1,0 +1,76 @@
+"""Importing vtprune is cheap and harmless, from an installation and from a bare checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = {"transformers", "timm", "triton", "gradio", "lmms_eval", "open_clip", "torchvision"}
+
+
+def fresh(code: str, cwd: Path, *flags: str, env: dict[str, str] | None = None):
+    """Runs ``code`` in a new interpreter and gives what it prints as its last line, as JSON."""
+    done = subprocess.run([sys.executable, *flags, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_import_loads_nothing_heavy(tmp_path):
+    code = "import json, sys; before = set(sys.modules); import vtprune; print(json.dumps(sorted(set(sys.modules) - before)))"
+    loaded = fresh(code, tmp_path, "-I")
+    assert "vtprune" in loaded
+    assert HEAVY & {name.split(".")[0] for name in loaded} == set()
+
+
+def test_import_leaves_no_mark_on_torch(tmp_path):
+    code = """
+import json, torch
+from torch import nn
+modules = {"torch": torch, "functional": nn.functional, "Module": nn.Module, "Linear": nn.Linear, "MultiheadAttention": nn.MultiheadAttention}
+before = {name: dict(vars(module)) for name, module in modules.items()}
+import vtprune
+changed = [f"{name}.{key}" for name, module in modules.items() for key, value in before[name].items() if vars(module).get(key) is not value]
+state = torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32 and not torch.are_deterministic_algorithms_enabled()
+print(json.dumps([changed, state]))
+"""
+    assert fresh(code, tmp_path, "-I") == [[], True]
+
+
+@pytest.mark.parametrize("folder", ["models", "kernels"])
+def test_folders_are_no_top_level_packages(folder, tmp_path):
+    code = f"import json, vtprune; from importlib.util import find_spec; print(json.dumps(find_spec({folder!r}) is None))"
+    assert fresh(code, tmp_path, "-I")
+
+
+def test_a_checkout_works_without_installation(tmp_path):
+    """``-S`` leaves out the .pth files, and with them an editable install; the installed dependencies come back by path, after the checkout."""
+    paths = [str(ROOT), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    code = """
+import json, sys
+import vtprune, vtprune.kernels, vtprune.models
+print(json.dumps([vtprune.__file__, vtprune.models.__file__, vtprune.kernels.__file__, "models" in sys.modules or "kernels" in sys.modules]))
+"""
+    core, models, kernels, doubled = fresh(code, tmp_path, "-S", env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+    assert [Path(core), Path(models), Path(kernels)] == [ROOT / "vtprune/__init__.py", ROOT / "models/__init__.py", ROOT / "kernels/__init__.py"]
+    assert not doubled
+
+
+def test_public_functions_survive_their_namesake_modules(tmp_path):
+    """The first import of a submodule binds it on the package, over a function of the same name (``vtprune.methods`` is both)."""
+    code = """
+import importlib, importlib.util, inspect, json
+import vtprune
+names = ["adapters", "attach", "describe", "load_demo_model", "methods", "recipes", "solve", "verify"]
+for name in names:
+    if importlib.util.find_spec(f"vtprune.{name}"):
+        importlib.import_module(f"vtprune.{name}")
+print(json.dumps([name for name in names if not inspect.isroutine(getattr(vtprune, name, None))]))
+"""
+    assert fresh(code, tmp_path, "-I") == []

@@ -1,0 +1,49 @@
+"""FLOPs and cache bytes from what the layers really processed. A multiply-add counts 2; attention is counted whole, not halved for causality.
+
+Matrix products only, as ``torch.utils.flop_counter.FlopCounterMode`` counts them (a test compares the two); a selector's own arithmetic is not included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vtprune.models._cost import Shapes
+
+
+def tower_block(s: Shapes, n: int, after: int | None = None) -> int:
+    """One vision block over ``n`` tokens (prefix included); ``after`` tokens reach its MLP if a merge happens inside it."""
+    attention = 4 * n * s.vd * s.vd + 2 * n * n * s.vd
+    return 2 * (attention + s.vmlp * (n if after is None else after) * s.vd * s.vf)
+
+
+def vision(s: Shapes, images: int, patches: int, per_block: Sequence[float], inside: bool = False, projected: float | None = None) -> int:
+    """Patch embedding, blocks and projector for ``images`` images; ``per_block`` patch tokens entering each block, ``projected`` tokens through the projector.
+
+    Blocks beyond ``per_block`` (run, but not used by LLaVA) see the last count.
+    """
+    counts = list(per_block) or [patches]
+    total = 2 * patches * s.patch
+    counts += [projected if projected is not None and inside else counts[-1]] * (s.vdepth - len(counts))
+    for i, n in enumerate(counts):
+        after = counts[i + 1] if inside and i + 1 < len(counts) else n
+        total += tower_block(s, round(n) + s.prefix, round(after) + s.prefix)
+    total += 2 * round(counts[-1] if projected is None else projected) * s.proj
+    return images * total
+
+
+def decoder_layer(s: Shapes, n: int) -> int:
+    """One decoder layer over ``n`` tokens: projections, the full ``n x n`` attention, gated MLP."""
+    width, kv = s.heads * s.hd, s.kv * s.hd
+    return 2 * (n * s.d * (2 * width + 2 * kv) + 2 * n * n * width + 3 * n * s.d * s.f)
+
+
+def prefill(s: Shapes, per_layer: Sequence[int]) -> int:
+    """Decoder layers over ``per_layer`` tokens (text and visual) and the head for one position."""
+    return sum(decoder_layer(s, n) for n in per_layer) + 2 * s.d * s.vocab
+
+
+def kv_bytes(s: Shapes, per_layer: Sequence[int]) -> int:
+    """Bytes of keys and values that the prefill leaves behind."""
+    return sum(2 * n * s.kv * s.hd * s.bytes for n in per_layer)

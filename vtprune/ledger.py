@@ -1,0 +1,68 @@
+"""The undo ledger: the only code that registers hooks or sets attributes on somebody else's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+_ABSENT = object()
+
+
+class UndoLedger:
+    """Records every change to a foreign module and takes them all back, newest first."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def before(self, module: nn.Module, hook: Callable[..., Any], *, first: bool = False) -> None:
+        """A forward pre-hook ``hook(module, args, kwargs)``."""
+        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first).remove)
+
+    def after(self, module: nn.Module, hook: Callable[..., Any], *, first: bool = True, always: bool = False) -> None:
+        """A forward hook ``hook(module, args, kwargs, output)``. ``first``: run before hooks that were there (they then see the changed output)."""
+        self._undo.append(module.register_forward_hook(hook, with_kwargs=True, prepend=first, always_call=always).remove)
+
+    def replace(self, module: nn.Module, name: str, value: Any) -> None:
+        """Sets an instance attribute that is neither a parameter nor a sub-module."""
+        before = module.__dict__.get(name, _ABSENT)
+
+        def undo() -> None:
+            if before is _ABSENT:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = before
+
+        self._undo.append(undo)
+        module.__dict__[name] = value
+
+    def undo(self) -> None:
+        """Takes everything back; may be called more than once."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that an attachment could leave behind: attributes, hooks, classes, state-dict keys, training flags, configuration, and transformers' attention table.
+
+    Two snapshots of an untouched model are equal. Hooks that transformers itself installs lazily to capture outputs are not counted.
+    """
+    import sys
+
+    out: dict[str, Any] = {"state": tuple(model.state_dict())}
+    for name, module in model.named_modules():
+        hooks = {
+            kind: tuple(k for k, h in getattr(module, kind).items() if not getattr(h, "__module__", "").startswith("transformers."))
+            for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        }
+        keep = {k: id(v) for k, v in module.__dict__.items() if not k.startswith(("_forward_", "_backward_", "_output_capturing"))}
+        out[name] = (type(module), hooks, keep, module.training, tuple(module._modules), tuple(module._parameters))
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "to_dict"):
+        out["config"] = repr(config.to_dict())
+    table = sys.modules.get("transformers.modeling_utils")
+    if table is not None:
+        attention = table.ALL_ATTENTION_FUNCTIONS
+        out["attention"] = tuple(sorted((k, id(attention[k])) for k in attention.valid_keys()))
+    return out

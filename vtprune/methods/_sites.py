@@ -1,0 +1,34 @@
+"""What the site-free baselines share: where they cut, and the cells of the image plane."""
+
+from __future__ import annotations
+
+import torch
+
+from ..select import bands
+from ..types import Geometry, VtpruneError
+
+
+def place(name: str, geometry: Geometry, site: str | None) -> str:
+    """``site`` checked, or the default: behind the projector, in a bare ViT behind the middle block."""
+    if site is None:
+        return "projector" if "projector" in geometry.provides else f"vision.{geometry.vision_layers // 2}"
+    kind, _, number = site.partition(".")
+    count = {"projector": 0, "vision": geometry.vision_layers, "llm": geometry.llm_layers}.get(kind)
+    if count is None or kind not in geometry.provides:
+        raise VtpruneError(f"{name}: site={site!r} does not exist here; there are {', '.join(k for k in geometry.provides if k != 'pixels')}")
+    if kind == "projector" and not number:
+        return site
+    if not number.isdigit() or int(number) >= count:
+        raise VtpruneError(f"{name}: site={site!r} does not exist here; {kind} has layers 0..{count - 1}")
+    return site
+
+
+def cells(rows: int, columns: int, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``kept`` ``[N]`` bool marks each cell's central token, ``destination`` ``[N]`` the central token of every token's cell."""
+    cell = bands(rows, columns, keep)
+    at = torch.stack([torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns], 1).double()
+    destination = torch.empty(rows * columns, dtype=torch.long)
+    for c in range(keep):
+        members = (cell == c).nonzero()[:, 0]
+        destination[members] = members[(at[members] - at[members].mean(0)).norm(dim=1).argmin()]
+    return destination == torch.arange(rows * columns), destination

@@ -1,0 +1,147 @@
+"""What a method is: options as a frozen dataclass, a plan of cuts, and a decision per cut. It never sees a model, a module, a cache or a global."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from ..registry import Registry
+from ..types import Geometry, Selection, TokenView, UnsupportedError, VtpruneError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """One planned decision: ``site`` (``"vision.3"``, ``"projector"``, ``"llm.8"``, ``"pixels"``), ``keep`` tokens per image (``None``: the method decides),
+    ``inside`` the decision falls between attention and MLP of that block, ``restore`` the cut brings routed tokens back instead of dropping any, ``stash`` it puts them aside first,
+    ``proportional`` the tower adds the log of the merged sizes to its attention logits from here on (ToMe, arXiv 2210.09461, eq. 1), ``observe`` decoder layers whose input the decision looks at."""
+
+    site: str
+    keep: int | None = None
+    inside: bool = False
+    restore: bool = False
+    stash: bool = False
+    proportional: bool = False
+    observe: tuple[int, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        return self.site.partition(".")[0]
+
+    @property
+    def layer(self) -> int:
+        return int(self.site.partition(".")[2] or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodInfo:
+    """The registered facts of a method. ``needs`` maps a site kind to the sources it uses there; ``cases`` are (mild, aggressive) keyword sets for the generated tests;
+    ``exact`` tells whether an integer ``keep`` is met exactly; ``budgeted`` whether ``keep`` means anything to it."""
+
+    name: str
+    paper: str
+    idea: str
+    kinds: tuple[str, ...]
+    needs: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    keep: int | float | None = 0.5
+    cases: tuple[Mapping[str, Any], ...] = ()
+    exact: bool = True
+    merges: bool = False
+    routes: bool = False
+    budgeted: bool = True
+    cls: type[Method] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Option names with their defaults."""
+        assert self.cls is not None
+        return {f.name: f.default for f in dataclasses.fields(self.cls)}
+
+    @property
+    def option_help(self) -> dict[str, str]:
+        assert self.cls is not None
+        return {f.name: f.metadata.get("help", "") for f in dataclasses.fields(self.cls)}
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return self.kinds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of all methods; the dataclass fields of a subclass are its options."""
+
+    info: ClassVar[MethodInfo]
+
+    def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
+        """The cuts, in execution order, for ``keep`` tokens per image after the last one. Raises :class:`VtpruneError` for an impossible schedule."""
+        raise NotImplementedError
+
+    def select(self, view: TokenView, cut: Cut) -> Selection | None:
+        """The decision at one cut (``None``: leave everything as it is)."""
+        raise NotImplementedError
+
+    def restore(self, hidden: Tensor, run: Callable[..., Tensor], module: Any) -> Tensor:
+        """Routing methods only: the tokens that come back. ``hidden`` ``[B, M, C]`` as stashed (visual rows count), ``run(layer, hidden)`` runs a decoder layer over
+        the visual rows at their own positions, ``module`` is what :meth:`build` made."""
+        raise NotImplementedError
+
+    def build(self, branch: Callable[[int], Any], geometry: Geometry) -> Any:
+        """Routing methods only: the trainable module; ``branch(i)`` copies decoder layer ``i``."""
+        return None
+
+
+METHODS: Registry[MethodInfo] = Registry("method", lambda: __import__("vtprune.methods"))
+M = TypeVar("M", bound=type[Method])
+
+
+def register(info: MethodInfo) -> Callable[[M], M]:
+    """Class decorator. A method without at least two cases or without a paper id (or the word "baseline") is refused."""
+    if len(info.cases) < 2:
+        raise ValueError(f"method {info.name!r} needs at least two cases, a mild and an aggressive one")
+    if not info.paper:
+        raise ValueError(f"method {info.name!r} needs a paper id")
+
+    def wrap(cls: M) -> M:
+        record = dataclasses.replace(info, cls=cls)
+        cls.info = record
+        METHODS.register(info.name, record)
+        return cls
+
+    return wrap
+
+
+def make(name: str, options: Mapping[str, Any]) -> Method:
+    """The method ``name`` with ``options``; an unknown option raises and lists the known ones."""
+    info = METHODS.get(name)
+    unknown = set(options) - set(info.options)
+    if unknown:
+        known = ", ".join(info.options) or "none"
+        raise VtpruneError(f"{name} has no option {sorted(unknown)[0]!r}; its options: {known}")
+    assert info.cls is not None
+    return info.cls(**options)
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": help})
+
+
+def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raises :class:`VtpruneError` unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise VtpruneError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+def layers(name: str, given: Any, geometry: Geometry, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Checks decoder layer numbers: ascending, in range, above 0 is not required."""
+    if geometry.llm_layers == 0:
+        raise UnsupportedError(f"{name} cuts inside a language model and this model ({geometry.family}) has none")
+    found = default if given is None else tuple(given) if isinstance(given, list | tuple) else (given,)
+    if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < geometry.llm_layers for i in found) or list(found) != sorted(set(found)):
+        raise VtpruneError(f"{name}: layers {list(found)} must ascend and lie in 0..{geometry.llm_layers - 1}")
+    return found

@@ -1,0 +1,85 @@
+"""DPVR-LF: "Late-Layer Fusion is Enough: Dual-Path Vision Token Routing for MLLMs under Visual Saturation" (arXiv 2606.09131)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..select import top
+from ..types import Geometry, Selection, TokenView, VtpruneError
+from .base import Cut, Method, MethodInfo, choice, layers, option, register
+
+
+@register(
+    MethodInfo(
+        name="dpvr-lf",
+        paper="arXiv 2606.09131",
+        idea="takes visual tokens out of the deep layers, through a trained side branch, and back for the last",
+        kinds=("llm",),
+        needs={"llm": frozenset({"query_attention", "layers"})},
+        keep=None,
+        budgeted=False,
+        routes=True,
+        cases=({"split": 3}, {"split": 1, "variant": "pc"}),
+    )
+)
+@dataclass(frozen=True, kw_only=True)
+class DpvrLf(Method):
+    """Section 3: layers ``0 .. s-1`` see everything; a side branch B of the backbone's own layers runs over the visual rows of ``h^s``; the layers between see text
+    only, at their original positions; the last ``fusion`` layers see both again. Train with ``vtprune train dpvr-lf``; the branch is ``handle.modules["dpvr-lf"]``."""
+
+    split: int | None = option(None, "s: first layer without visual tokens (default: round(0.5625 * depth), 18 of 32)")
+    fusion: int = option(1, "K: last layers that see text and visual tokens")
+    branch_layers: int = option(1, "d_v: layers in the side branch")
+    init: str = option("copy", "side branch before training: 'copy' of layer s, 'identity' (outputs zeroed) or 'random'")
+    variant: str = option("lf", "'lf' late fusion; 'pc' persistent context: visual rows are reset to B's output at every deep layer (no saving)")
+    weights: str | None = option(None, "a trained branch (safetensors)")
+
+    def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
+        choice("init", self.init, ("copy", "identity", "random"))
+        choice("variant", self.variant, ("lf", "pc"))
+        depth = geometry.llm_layers
+        (s,) = layers("dpvr-lf", self.split, geometry, (max(1, round(0.5625 * depth)),))
+        if self.fusion < 0 or s + self.fusion > depth:
+            raise VtpruneError(f"dpvr-lf: split={s} and fusion={self.fusion} do not fit into {depth} layers")
+        if self.branch_layers < 1:
+            raise VtpruneError(f"dpvr-lf: branch_layers={self.branch_layers} must be at least 1")
+        if self.variant == "pc":
+            return (Cut(site=f"llm.{s}", stash=True), *(Cut(site=f"llm.{i}", restore=True) for i in range(s, depth)))
+        back = () if self.fusion == 0 else (Cut(site=f"llm.{depth - self.fusion}", restore=True),)
+        return (Cut(site=f"llm.{s}", keep=0, stash=True), *back)
+
+    def select(self, view: TokenView, cut: Cut) -> Selection | None:
+        return None if cut.keep is None else top(view.index.double(), 0, view.valid)
+
+    def build(self, branch: Any, geometry: Geometry) -> nn.ModuleList:
+        s = self.plan(geometry, None)[0].layer
+        module = nn.ModuleList(branch(s) for _ in range(self.branch_layers))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for layer in module:
+                if self.init == "identity":
+                    layer.self_attn.o_proj.weight.zero_()
+                    layer.mlp.down_proj.weight.zero_()
+                elif self.init == "random":
+                    for name, p in layer.named_parameters():
+                        if p.ndim == 2:
+                            p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+                        else:
+                            p.fill_(0.0 if name.endswith("bias") else 1.0)
+        if self.weights is not None:
+            from safetensors.torch import load_file
+
+            if not Path(self.weights).is_file():
+                raise VtpruneError(f"dpvr-lf: no such file {self.weights}")
+            module.load_state_dict(load_file(self.weights))
+        return module
+
+    def restore(self, hidden: Tensor, run: Any, module: nn.ModuleList) -> Tensor:
+        for layer in module:
+            hidden = run(layer, hidden)
+        return hidden

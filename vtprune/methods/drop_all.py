@@ -1,0 +1,34 @@
+"""Drop-all: every visual token leaves after some layer (the idea of VTW, and of DPVR's LF-ideal, arXiv 2606.09131 section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..select import top
+from ..types import Geometry, Selection, TokenView
+from .base import Cut, Method, MethodInfo, layers, option, register
+
+
+@register(
+    MethodInfo(
+        name="drop-all",
+        paper="baseline",
+        idea="withdraws every visual token before one layer",
+        kinds=("llm",),
+        keep=None,
+        budgeted=False,
+        cases=({"layer": 5}, {"layer": 1}),
+    )
+)
+@dataclass(frozen=True, kw_only=True)
+class DropAll(Method):
+    """``layer`` is the first decoder layer without visual tokens."""
+
+    layer: int | None = option(None, "first decoder layer without visual tokens (default: the middle one)")
+
+    def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
+        (layer,) = layers("drop-all", self.layer, geometry, (geometry.llm_layers // 2,))
+        return (Cut(site=f"llm.{layer}", keep=0),)
+
+    def select(self, view: TokenView, cut: Cut) -> Selection:
+        return top(view.index.double(), 0, view.valid)

@@ -1,0 +1,97 @@
+"""FlowCut: "Rethinking Redundancy via Information Flow for Efficient Vision-Language Models" (arXiv 2505.19536, NeurIPS 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..select import gather, top
+from ..types import Geometry, Selection, TokenView, UnsupportedError
+from .base import Cut, Method, MethodInfo, choice, option, register
+
+
+@register(
+    MethodInfo(
+        name="flowcut",
+        paper="arXiv 2505.19536",
+        idea="follows the information flow of the class token through the tower and prunes by its running average",
+        kinds=("vision",),
+        needs={"vision": frozenset({"projections"})},
+        keep=128 / 576,
+        cases=({"keep": 0.75}, {"keep": 2}),
+    )
+)
+@dataclass(frozen=True, kw_only=True)
+class FlowCut(Method):
+    """Score of a block (section 3.3): class-token attention and value similarity, each normalised over patches, times the L1 norm of the mean value; a running average
+    over blocks decides; every second block prunes by the entropy of the class attention, the last decision is a hard cut to ``keep``."""
+
+    batch: str = option("image", "'image': every image prunes by its own entropy, so results do not depend on the batch; 'max': the batch maximum (official code)")
+    every: int = option(2, "blocks between two prunings")
+    ema: float = option(0.5, "weight of the old value in the running average")
+    query: str = option("auto", "global token: 'class', 'mean' (mean query and value, for towers without one), 'auto'")
+    semantic: str = option("code", "'code': softmax of raw value products over all tokens; 'paper': scaled by 1/sqrt(d), over patches only (appendix)")
+
+    def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
+        choice("batch", self.batch, ("image", "max"))
+        choice("query", self.query, ("auto", "class", "mean"))
+        choice("semantic", self.semantic, ("code", "paper"))
+        has_class = "class_token" in geometry.provides["vision"]
+        if self.query == "class" and not has_class:
+            raise UnsupportedError(f"flowcut: query='class' needs a class token and a {geometry.arch} tower has none; use query='mean'")
+        chosen = "class" if self.query != "mean" and has_class else "mean"
+        last = max(geometry.vision_layers - 2, 0)  # the output of the block behind it is what the model reads
+        return tuple(Cut(site=f"vision.{i}", keep=keep, data={"remaining": last - i, "query": chosen}) for i in range(last + 1))
+
+    def select(self, view: TokenView, cut: Cut) -> Selection | None:
+        target, remaining = cut.keep or 0, cut.data["remaining"]
+        counts = view.counts
+        if remaining == 0 and int(counts.max()) <= target:
+            return top(view.index.double().neg(), target, view.valid)  # nothing to do, said in the report
+        if int(counts.max()) <= target:
+            return None
+        attention, score = self._score(view, cut.data["query"])
+        old = view.memory.get("score")
+        running = score if old is None else self.ema * old + (1 - self.ema) * score
+        view.memory["score"] = running
+        if remaining % self.every:
+            return None
+        kept = torch.full_like(counts, target) if remaining == 0 else self._counts(attention, counts, target, remaining)
+        selection = top(running, kept, view.valid, view.protected)
+        view.memory["score"] = gather(running, selection.kept)
+        return selection
+
+    def _counts(self, attention: Tensor, counts: Tensor, target: int, remaining: int) -> Tensor:
+        """``n' = max(n - P, T)`` with ``P = round((n - T) / sqrt(rho) * (1 - (H / ln n)^2))`` (eq. 8); ``0 ln 0 := 0``."""
+        p = attention / attention.sum(1, keepdim=True)
+        entropy = -torch.special.xlogy(p, p).sum(1)
+        n = counts.to(p.dtype)
+        share = 1 - (entropy / n.log().clamp_min(torch.finfo(p.dtype).tiny)) ** 2
+        cut = ((n - target) / remaining**0.5 * share).round()
+        if self.batch == "max":
+            cut = cut.max().expand_as(cut)
+        return torch.minimum((counts - cut.long()).clamp_min(target), counts)
+
+    def _score(self, view: TokenView, query: str) -> tuple[Tensor, Tensor]:
+        """Class attention ``[B, N]`` and the block's score ``[B, N]``, both zero on padding."""
+        t, p = view.source("projections"), view.prefix
+        wide = torch.float32 if t.q.dtype in (torch.float16, torch.bfloat16) else t.q.dtype
+        real = torch.cat([view.valid.new_ones(len(view.valid), p), view.valid], dim=1)  # [B, P + N]
+        if query == "class":
+            q, v = t.q[:, :, :1], t.v[:, :, :1]
+        else:
+            weight = (real.to(wide) / real.sum(1, keepdim=True))[:, None, :, None].to(t.q.dtype)
+            q, v = (t.q * weight).sum(2, keepdim=True), (t.v * weight).sum(2, keepdim=True)
+        attention = t.row(q).to(wide).mean(1)[:, p:] * view.valid
+        logits = (v @ t.v.transpose(-1, -2))[:, :, 0].to(wide)  # [B, H, P + N]
+        seen = real
+        if self.semantic == "paper":
+            logits = logits * t.scale
+            seen = real.clone()
+            seen[:, :p] = False
+        similar = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1).mean(1)[:, p:] * view.valid
+        strength = t.v.to(wide).mean(1)[:, p:].abs().sum(-1)
+        score = attention / attention.sum(1, keepdim=True) + similar / similar.sum(1, keepdim=True)
+        return attention, score * strength

@@ -1,0 +1,54 @@
+"""PyramidDrop: "Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction" (arXiv 2410.17247, CVPR 2025)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..select import top
+from ..types import Geometry, Selection, TokenView, VtpruneError
+from .base import Cut, Method, MethodInfo, choice, layers, option, register
+
+
+@register(
+    MethodInfo(
+        name="pyramiddrop",
+        paper="arXiv 2410.17247",
+        idea="drops visual tokens in stages: the last instruction token's attention ranks them before each",
+        kinds=("llm",),
+        needs={"llm": frozenset({"query_attention"})},
+        keep=0.125,
+        cases=({"keep": 0.75}, {"keep": 2, "layers": (1, 3)}),
+    )
+)
+@dataclass(frozen=True, kw_only=True)
+class PyramidDrop(Method):
+    """Section 3.2. With S cuts and ``keep`` = K of N tokens at the end, cut i leaves ``floor(N * (K / N) ** (i / S))`` (lambda = (K / N) ** (1 / S)); the defaults give
+    1/2, 1/4, 1/8. Training (labels present): the query rows are all tokens in front of an answer, the selection is hard and gradients flow through what is kept."""
+
+    layers: tuple[int, ...] | None = option(None, "first layer of each shortened stage (default: a quarter, half and three quarters of the depth)")
+    ratios: tuple[float, ...] | None = option(None, "tokens left after each cut as fractions of the original number; replaces keep=")
+    score_layer: str = option("next", "'next': projections of the layer behind the cut (official code); 'previous': attention of the layer before it (paper)")
+    keys: str = option("all", "softmax over 'all' causal keys (official) or 'visual' keys only")
+    rope: bool = option(True, "use rotary positions in the score")
+
+    def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
+        choice("score_layer", self.score_layer, ("next", "previous"))
+        choice("keys", self.keys, ("all", "visual"))
+        t, n = geometry.llm_layers, geometry.tokens
+        cuts = layers("pyramiddrop", self.layers, geometry, tuple(sorted({t // 4, t // 2, 3 * t // 4})))
+        if self.score_layer == "previous" and cuts[0] == 0:
+            raise VtpruneError("pyramiddrop: score_layer='previous' needs layers >= 1")
+        if self.ratios is not None:
+            if len(self.ratios) != len(cuts) or any(not 0 < r <= 1 for r in self.ratios) or list(self.ratios) != sorted(self.ratios, reverse=True):
+                raise VtpruneError(f"pyramiddrop: ratios={list(self.ratios)} must be {len(cuts)} falling fractions in (0, 1], one per layer of {list(cuts)}")
+            counts = [max(1, int(n * r)) for r in self.ratios]
+        else:
+            assert keep is not None
+            counts = [math.floor(n * (keep / n) ** ((i + 1) / len(cuts)) + 1e-9) for i in range(len(cuts))]
+        observe = (lambda i: (i - 1,)) if self.score_layer == "previous" else (lambda i: ())
+        return tuple(Cut(site=f"llm.{i}", keep=k, observe=observe(i)) for i, k in zip(cuts, counts, strict=True))
+
+    def select(self, view: TokenView, cut: Cut) -> Selection:
+        score = view.source("query_attention", layer=self.score_layer, keys=self.keys, rope=self.rope)
+        return top(score, cut.keep or 0, view.valid, view.protected)

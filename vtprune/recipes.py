@@ -1,0 +1,26 @@
+"""Named recipes. Every method registers one of its own name with the paper's defaults; the presets below are published settings, as data with their source."""
+
+from __future__ import annotations
+
+from .methods.base import METHODS
+from .recipe import Recipe, Stage
+from .registry import Registry
+
+
+def _load() -> None:
+    for name in METHODS:
+        info = METHODS.get(name)
+        RECIPES.register(name, Recipe(name=name, stages=(Stage(method=name),), source=info.paper))
+    for name, source, *stages in PRESETS:
+        RECIPES.register(name, Recipe(name=name, stages=tuple(Stage(method=m, keep=k, options=o) for m, k, o in stages), source=source))
+
+
+RECIPES: Registry[Recipe] = Registry("recipe", _load)
+
+# (name, source, (method, keep, options) ...)
+PRESETS: tuple = (
+    ("fastv-k2-r50", "arXiv 2403.06764, table 1: K=2, R=50 %", ("fastv", 0.5, {"layer": 2})),
+    ("fastv-k3-r75", "arXiv 2403.06764, table 1: K=3, R=75 %", ("fastv", 0.25, {"layer": 3})),
+    ("pitome-llava-7b", "arXiv 2405.16148, LLaVA-1.5-7B at ratio 0.9", ("pitome", None, {"ratio": 0.9, "variant": "hf-clip"})),
+    ("flowcut-then-fastv", "vtprune: a vision stage and a language-model stage together", ("flowcut", 0.5, {}), ("fastv", 0.25, {})),
+)

@@ -1,0 +1,94 @@
+"""The only place that turns scores into indices, and assignments into merged tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .types import Selection
+
+
+def top(score: Tensor, keep: int | Tensor, valid: Tensor, protected: Tensor | None = None) -> Selection:
+    """Keeps the ``keep`` best tokens of each image, positions ascending; ties go to the lower position.
+
+    score ``[B, N]`` (higher is better) · keep: int or ``[B]`` · valid, protected ``[B, N]`` bool. Protected tokens come first whatever their score. NaN ranks last.
+    """
+    score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
+    score = torch.where(torch.isnan(score), -torch.inf, score)
+    if protected is not None:
+        score = torch.where(protected, torch.inf, score)
+    # A stable sort, with padding behind everything (two keys: first by score, then by validity).
+    order = score.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, valid.gather(1, order).int().argsort(dim=1, descending=True, stable=True))
+    counts = valid.sum(1)
+    keep = torch.as_tensor(keep, device=score.device).expand(score.shape[0])
+    keep = torch.minimum(keep, counts)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    return from_mask(rank < keep[:, None])
+
+
+def from_mask(mask: Tensor) -> Selection:
+    """``[B, N]`` bool to a :class:`Selection`; rows with fewer tokens end in -1."""
+    n = mask.shape[1]
+    width = int(mask.sum(1).max()) if mask.numel() else 0
+    position = torch.where(mask, torch.arange(n, device=mask.device), n)
+    kept = position.sort(dim=1).values[:, :width]
+    return Selection(torch.where(kept == n, -1, kept))
+
+
+def merged(kept_mask: Tensor, destination: Tensor, weight: Tensor | None = None) -> Selection:
+    """A merge: ``kept_mask`` ``[B, N]``, ``destination`` ``[B, N]`` position of the token that absorbs each one (itself if kept, -1 if dropped)."""
+    plain = from_mask(kept_mask)
+    column = (kept_mask.long().cumsum(1) - 1).clamp_min(0)  # position -> column of kept
+    target = torch.where(destination >= 0, column.gather(1, destination.clamp_min(0)), -1)
+    return Selection(plain.kept, target, weight)
+
+
+def gather(x: Tensor, kept: Tensor) -> Tensor:
+    """Rows ``kept`` ``[B, K]`` (-1: zeros) of ``x`` ``[B, N, ...]``."""
+    index = kept.clamp_min(0).reshape(*kept.shape, *[1] * (x.ndim - 2)).expand(*kept.shape, *x.shape[2:])
+    out = x.gather(1, index)
+    pad = kept < 0
+    return out.masked_fill(pad.reshape(*pad.shape, *[1] * (x.ndim - 2)), 0) if bool(pad.any()) else out
+
+
+def combine(x: Tensor, selection: Selection, size: Tensor) -> Tensor:
+    """The kept rows of ``x`` ``[B, N, C]``; with a target each is the weighted mean of the tokens it absorbs. ``size`` ``[B, N]`` are the default weights."""
+    if selection.target is None:
+        return gather(x, selection.kept)
+    weight = (size if selection.weight is None else selection.weight).to(x.dtype)
+    slots = selection.kept.shape[1]
+    used = selection.target >= 0
+    target = torch.where(used, selection.target, slots)  # the extra slot takes what is dropped
+    weight = weight * used
+    total = x.new_zeros(x.shape[0], slots + 1, x.shape[2]).scatter_add_(1, target[..., None].expand_as(x), x * weight[..., None])
+    mass = x.new_zeros(x.shape[0], slots + 1).scatter_add_(1, target, weight)
+    return (total / mass.clamp_min(torch.finfo(x.dtype).tiny)[..., None])[:, :slots]
+
+
+def absorbed(size: Tensor, selection: Selection) -> Tensor:
+    """Sizes ``[B, K]`` after the selection: merged tokens add up, pruned ones vanish."""
+    if selection.target is None:
+        return gather(size, selection.kept)
+    slots = selection.kept.shape[1]
+    target = torch.where(selection.target >= 0, selection.target, slots)
+    return size.new_zeros(size.shape[0], slots + 1).scatter_add_(1, target, size)[:, :slots]
+
+
+def bands(rows: int, columns: int, keep: int) -> Tensor:
+    """Splits a ``rows x columns`` raster into exactly ``keep`` near-square cells; returns the cell number of every token, ``[rows * columns]``, raster order.
+
+    The rows form ``round(sqrt(keep * rows / columns))`` bands and each band is cut into as many columns as an even share of ``keep`` gives.
+    """
+    if not 1 <= keep <= rows * columns:
+        raise ValueError(f"keep must be in 1..{rows * columns}, got {keep}")
+    count = min(max(round(math.sqrt(keep * rows / columns)), -(-keep // columns)), rows, keep)
+    shares = [keep * (b + 1) // count - keep * b // count for b in range(count)]
+    first = [sum(shares[:b]) for b in range(count)]
+    cell = torch.empty(rows, columns, dtype=torch.long)
+    for r in range(rows):
+        b = r * count // rows
+        cell[r] = first[b] + torch.arange(columns) * shares[b] // columns
+    return cell.flatten()

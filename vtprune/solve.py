@@ -1,0 +1,106 @@
+"""The budget solver: turns a target of effective tokens or FLOPs into a schedule, so that methods can be compared at equal cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from . import cost
+from .methods.base import METHODS
+from .recipe import Recipe
+from .types import Geometry, VtpruneError
+
+
+def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int) -> tuple[float, int]:
+    """Effective tokens and FLOPs that the planned cuts give for one image (adaptive cuts count as no cut until their hard one)."""
+    from .attach import plan
+
+    n = geometry.tokens
+    tower, llm, now = [], [], n
+    cuts = [c for *_, cs in plan(geometry, recipe) for c in cs]
+    pixels = [c for c in cuts if c.kind == "pixels"]
+    patches = now = (pixels[0].keep or n) if pixels else n
+    inside = any(c.inside for c in cuts)
+
+    def outcome(c: Any, now: int) -> int:
+        if c.restore:
+            return n
+        adaptive = c.data.get("remaining", 0) > 0
+        return now if c.keep is None or adaptive else min(c.keep, now)
+
+    for i in range(geometry.vision_layers):
+        tower.append(now)
+        for c in cuts:
+            if c.site == f"vision.{i}":
+                now = outcome(c, now)
+    through = now
+    for c in cuts:
+        if c.kind == "projector":
+            now = outcome(c, now)
+    for i in range(geometry.llm_layers):
+        for c in cuts:
+            if c.site == f"llm.{i}":
+                now = outcome(c, now)
+        llm.append(now)
+    rows = llm or tower
+    flops = cost.vision(shapes, 1, patches, tower, inside, through)
+    if llm:
+        flops += cost.prefill(shapes, [k + text for k in llm])
+    return sum(rows) / len(rows), flops
+
+
+def solve(model: Any, recipe: Any, *, effective_tokens: float | None = None, flops: float | None = None, inputs: dict[str, Any] | None = None) -> Recipe:
+    """A recipe like ``recipe`` whose last stage meets a budget as closely as whole tokens (or layers, for methods without ``keep``) allow, without passing it.
+
+    Args:
+        model: the model that will run it.
+        recipe: name, path or :class:`Recipe`.
+        effective_tokens: visual tokens averaged over language-model layers (bare ViT: blocks); a float in (0, 1] is a fraction of the dense model's.
+        flops: tower, projector and prefill of one image; a float in (0, 1] is a fraction of the dense model's.
+        inputs: a prompt, for the number of text tokens that ``flops`` counts (default: 32).
+
+    Raises:
+        VtpruneError: not exactly one target, or none of the schedules meets it (the smallest reachable budget is named).
+    """
+    from .attach import bind, load_recipe
+
+    if (effective_tokens is None) == (flops is None):
+        raise VtpruneError("give exactly one of effective_tokens= and flops=")
+    adapter, chosen = bind(model), load_recipe(recipe)
+    geometry, shapes = adapter.geometry, adapter.cost
+    text = 32
+    if inputs is not None:
+        text = int(inputs["attention_mask"][0].sum()) - geometry.tokens if "attention_mask" in inputs else inputs["input_ids"].shape[1] - geometry.tokens
+    column = 0 if flops is None else 1
+    target = float(effective_tokens if flops is None else flops)  # type: ignore[arg-type]
+    if target <= 0:
+        raise VtpruneError(f"the budget must be positive, got {target:g}")
+    if target <= 1:
+        dense = (float(geometry.tokens), cost.vision(shapes, 1, geometry.tokens, []) + (cost.prefill(shapes, [geometry.tokens + text] * geometry.llm_layers) if geometry.llm_layers else 0))
+        target *= dense[column]
+    best: tuple[float, Recipe] | None = None
+    smallest = float("inf")
+    for candidate in _candidates(geometry, chosen):
+        try:
+            value = _predict(geometry, shapes, candidate, text)[column]
+        except VtpruneError:  # a budget that this method cannot plan, e.g. more merges than its blocks allow
+            continue
+        smallest = min(smallest, value)
+        if value <= target * (1 + 1e-9) and (best is None or value > best[0]):
+            best = value, candidate
+    if best is None:
+        what = "effective tokens" if column == 0 else "FLOPs"
+        raise VtpruneError(f"{chosen.name} cannot reach {target:.4g} {what} here; its smallest schedule has {smallest:.4g}")
+    return best[1]
+
+
+def _candidates(geometry: Geometry, recipe: Recipe) -> list[Recipe]:
+    last = recipe.stages[-1]
+    info = METHODS.get(last.method)
+    if info.budgeted:
+        options = {k: v for k, v in last.options.items() if k not in ("ratios", "r", "ratio")}  # what would replace keep=
+        stages = [replace(last, keep=k, options=options) for k in range(1, geometry.tokens + 1)]
+    else:
+        name = "layer" if "layer" in info.options else "split"
+        stages = [replace(last, options={**last.options, name: i}) for i in range(1, geometry.llm_layers)]
+    return [replace(recipe, stages=(*recipe.stages[:-1], s)) for s in stages]

@@ -1,0 +1,163 @@
+"""The data that travels between adapters, methods and handles. Shapes: B images, N candidate visual tokens, P prefix tokens, K kept tokens, C channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class VtpruneError(ValueError):
+    """Anything the user can put right: what was asked, what exists, what would work."""
+
+
+class UnsupportedError(VtpruneError):
+    """A method needs something that the model (or one of its sites) does not provide."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a plan needs to know of a model. ``tokens`` visual tokens per image on ``grid``; ``vision_layers`` blocks whose output is used (0-based sites
+    ``vision.0`` .. ``vision.<vision_layers - 1>``), ``vision_depth`` all blocks; ``llm_layers`` decoder layers (0 for a bare ViT); ``prefix`` tokens in front of the patches;
+    ``provides`` site kind -> the names that :meth:`TokenView.source` answers there; ``arch`` the tower's architecture name."""
+
+    family: str
+    arch: str
+    tokens: int
+    grid: tuple[int, int]
+    prefix: int
+    vision_layers: int
+    vision_depth: int
+    llm_layers: int
+    provides: Mapping[str, frozenset[str]]
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Queries, keys and values of one vision block, ``[B, H, P + N, d]`` each, prefix tokens first; ``bias`` is what the block adds to its logits."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    prefix: int
+    bias: Tensor | None = None  # [B, 1, 1, P + N]
+
+    def row(self, query: Tensor) -> Tensor:
+        """Attention of one query ``[B, H, 1, d]`` over all tokens: ``[B, H, P + N]``."""
+        logits = (query * self.scale) @ self.k.transpose(-1, -2)
+        if self.bias is not None:
+            logits = logits + self.bias
+        return logits.float().softmax(-1)[:, :, 0] if logits.dtype in (torch.float16, torch.bfloat16) else logits.softmax(-1)[:, :, 0]
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """What a method may look at: the visual tokens of B images at one site.
+
+    ``features`` ``[B, N, C]`` · ``valid`` ``[B, N]`` bool, False for padding rows · ``index`` ``[B, N]`` original visual-token index within the image (-1: padding) ·
+    ``size`` ``[B, N]`` tokens already merged into each · ``protected`` ``[B, N]`` bool, must be kept · ``grid`` rows and columns of the original raster ·
+    ``prefix`` class / register / distillation tokens in front (not part of N) · ``layer`` and ``depth`` of the site · ``seed`` of the run ·
+    ``memory`` belongs to one method in one forward call (running averages) · ``sources`` lazily computed extras named by :attr:`MethodInfo.needs`.
+    """
+
+    features: Tensor
+    valid: Tensor
+    index: Tensor
+    size: Tensor
+    protected: Tensor
+    grid: tuple[int, int]
+    prefix: int = 0
+    layer: int = 0
+    depth: int = 1
+    seed: int = 0
+    memory: dict[str, Any] = field(default_factory=dict)
+    sources: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def source(self, name: str, **kwargs: Any) -> Any:
+        """An extra of the site, e.g. ``projections`` (:class:`Projections`) or ``query_attention`` (``[B, N]``). Raises :class:`UnsupportedError` if absent."""
+        if name not in self.sources:
+            raise UnsupportedError(f"this site provides {', '.join(sorted(self.sources)) or 'nothing'}, not {name!r}")
+        return self.sources[name](**kwargs)
+
+    @property
+    def counts(self) -> Tensor:
+        """Real tokens per image, ``[B]``."""
+        return self.valid.sum(1)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A method's answer. ``kept`` ``[B, K]``: ascending positions in the view, padded with -1 at the end where images keep different numbers.
+
+    Merging methods add ``target`` ``[B, N]``: for every token the column of ``kept`` that absorbs it (its own if it is kept, -1 if dropped), and ``weight`` ``[B, N]``,
+    its weight in that slot's mean (``None``: the tokens' sizes). ``layout`` ``[B, K]`` optionally permutes the columns of ``kept`` in the running sequence.
+    """
+
+    kept: Tensor
+    target: Tensor | None = None
+    weight: Tensor | None = None
+    layout: Tensor | None = None
+
+    @property
+    def counts(self) -> Tensor:
+        return (self.kept >= 0).sum(1)
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One stage of the most recent prefill; lists have one entry per sample of the batch. See :class:`Report`."""
+
+    site: str
+    method: str
+    tokens_in: list[int]
+    tokens_out: list[int]
+    kept: list[Tensor]
+    assignment: list[Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one prefill really did. ``layer_tokens``: visual tokens each language-model layer (bare ViT: each block) processed, per sample."""
+
+    visual_tokens: list[int]
+    stages: tuple[StageReport, ...]
+    layer_tokens: list[list[int]]
+    flops: int
+    dense_flops: int
+    kv_bytes: int
+    dense_kv_bytes: int
+    recipe: str = ""
+
+    @property
+    def effective_tokens(self) -> float:
+        """Mean of ``layer_tokens`` over layers and samples."""
+        flat = [n for row in self.layer_tokens for n in row]
+        return sum(flat) / max(len(flat), 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe form; index tensors become lists."""
+        return {
+            "recipe": self.recipe,
+            "visual_tokens": self.visual_tokens,
+            "stages": [
+                {
+                    "site": s.site,
+                    "method": s.method,
+                    "tokens_in": s.tokens_in,
+                    "tokens_out": s.tokens_out,
+                    "kept": [k.tolist() for k in s.kept],
+                    "assignment": None if s.assignment is None else [a.tolist() for a in s.assignment],
+                }
+                for s in self.stages
+            ],
+            "layer_tokens": self.layer_tokens,
+            "effective_tokens": self.effective_tokens,
+            "flops": self.flops,
+            "dense_flops": self.dense_flops,
+            "kv_bytes": self.kv_bytes,
+            "dense_kv_bytes": self.dense_kv_bytes,
+        }
