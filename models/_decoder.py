@@ -186,7 +186,7 @@ class DecoderEngine:
         assert call.visual is not None
         b, t = embeds.shape[:2]
         visual = call.visual.to(embeds.device)
-        groups = [list(row.nonzero()[:, 0].split(self.d.tokens)) for row in visual]
+        groups = [list(row.nonzero()[:, 0].split(self.d.tokens)) if bool(row.any()) else [] for row in visual]
         if any(len(g) != self.d.tokens for sample in groups for g in sample):
             raise VtpruneError(f"the prompt's visual tokens are not whole images of {self.d.tokens}")
         request = call.request = Request(t, groups)
@@ -453,7 +453,10 @@ class DecoderEngine:
             depth=len(self.d.layers),
             seed=self.seed,
             memory=request.memory.setdefault(cut.memory_key, {}),
-            sources={"query_attention": lambda **kw: self.query_attention(call, cut, x, where, owner, **kw)},
+            sources={
+                "query_attention": lambda **kw: self.query_attention(call, cut, x, where, owner, **kw),
+                "queried": lambda: self._queried(call, owner),
+            },
         )
         selection = cut.select(view)
         if selection is None:
@@ -504,9 +507,11 @@ class DecoderEngine:
         old = stash.level
         call.level = Level(cut.layer, old.rows, old.valid, old.visual, old.parent, old.shift)
         request.levels.append(call.level)
-        tokens = [len(v) for images in request.groups for v in images]
-        everything = [torch.arange(n) for n in tokens]
-        request.records.append(Record(cut.site, cut.stage, [0] * len(tokens), tokens, everything, None))
+        back = []
+        for b, images in enumerate(request.groups):
+            there = set(old.rows[b][old.valid[b]].tolist())
+            back += [torch.tensor([i for i, p in enumerate(group.tolist()) if p in there], dtype=torch.long) for group in images]
+        request.records.append(Record(cut.site, cut.stage, [0] * len(back), [len(k) for k in back], back, None))
         return out
 
     def _run(self, layer: nn.Module, hidden: Tensor, mask: Tensor, served: dict) -> Tensor:
@@ -575,6 +580,14 @@ class DecoderEngine:
         logits = logits.masked_fill(~allowed[:, None], -torch.inf)
         wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         return torch.nan_to_num(wide.softmax(-1)).mean(1)
+
+    @staticmethod
+    def _queried(call: Call, owner: Tensor) -> Tensor:
+        """``[G]`` bool: the image's sample has a query row; with labels only samples that answer have one."""
+        if call.labels is None:
+            return torch.ones_like(owner, dtype=torch.bool)
+        labels = call.labels.to(owner.device)
+        return ((labels[:, 1:] != -100) & (labels[:, :-1] == -100)).any(1)[owner]
 
     @staticmethod
     def _query_rows(call: Call, level: Level, query: str) -> tuple[Tensor, Tensor]:

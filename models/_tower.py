@@ -202,7 +202,8 @@ class TowerEngine:
         sizes = self.proportional and run.merges
         if not sizes and bool(run.valid.all()):
             return None
-        bias = run.size.clamp_min(1).log() if sizes else torch.zeros_like(run.size)
+        size = run.size.double() if x.dtype == torch.float64 else run.size
+        bias = size.clamp_min(1).log() if sizes else torch.zeros_like(size)
         bias = bias.masked_fill(~run.valid, -torch.inf).to(x.dtype)
         return F.pad(bias, (self.tower.prefix, 0))[:, None, None]
 

@@ -46,6 +46,17 @@ class HfVit:
             prefix=prefix,
         )
 
+    tower_mask = "attention_mask"
+
+    def tower_blocks(self) -> list[nn.Module]:
+        return _hf_vit.layers(self.model)
+
+    def decoder_layers(self) -> list[nn.Module]:
+        return []
+
+    def all_layers(self) -> list[nn.Module]:
+        return self.tower_blocks()
+
     def branch(self, layer: int) -> nn.Module:
         raise UnsupportedError("a bare vision tower has no language model")
 

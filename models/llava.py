@@ -74,13 +74,24 @@ class Llava:
             bytes=next(self.lm.parameters()).element_size(),
         )
 
+    tower_mask = "attention_mask"
+
+    def tower_blocks(self) -> list[nn.Module]:
+        return _hf_vit.layers(self.tower)[: self.used]
+
+    def decoder_layers(self) -> list[nn.Module]:
+        return list(self.lm.layers)
+
+    def all_layers(self) -> list[nn.Module]:
+        return self.decoder_layers()
+
     def branch(self, layer: int) -> nn.Module:
         """A copy of decoder layer ``layer`` that belongs to nobody (its hooks are not copied)."""
         source = self.lm.layers[layer]
-        fresh = type(source)(self.lm.config, layer_idx=layer)
-        fresh.load_state_dict(source.state_dict())
         parameter = next(source.parameters())
-        return copy.deepcopy(fresh).to(parameter.device, parameter.dtype).train(source.training)
+        fresh = type(source)(self.lm.config, layer_idx=layer).to(parameter.device, parameter.dtype)
+        fresh.load_state_dict(source.state_dict())
+        return copy.deepcopy(fresh).train(source.training)
 
     def reseed(self, seed: int) -> None:
         for engine in self.engines:

@@ -66,6 +66,17 @@ class TimmVit:
             vmlp=3 if gated else 2,
         )
 
+    tower_mask = "attn_mask"
+
+    def tower_blocks(self) -> list[nn.Module]:
+        return list(self.model.blocks)
+
+    def decoder_layers(self) -> list[nn.Module]:
+        return []
+
+    def all_layers(self) -> list[nn.Module]:
+        return self.tower_blocks()
+
     def branch(self, layer: int) -> nn.Module:
         raise UnsupportedError("a bare vision tower has no language model")
 

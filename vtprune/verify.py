@@ -1,4 +1,509 @@
-from dataclasses import dataclass
+"""The correctness contract as plain functions: used by the generated tests and by ``vtprune verify`` on a user's own model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attach import attach, bind, load_recipe
+from .ledger import UndoLedger, snapshot
+from .methods.base import METHODS
+from .recipe import Recipe
+from .types import Report, VtpruneError
+
+TOLERANCE = 1e-5  # float32, relative to the largest reference value (at least 1)
+STEPS = 8  # cached decoding steps
+
+
+@dataclass(frozen=True)
+class Check:
+    """``passed`` None: not applicable, ``detail`` says why."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All checks of one (model, recipe) pair. ``passed``: at least one ran and none failed."""
+
+    recipe: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        ran = [c.passed for c in self.checks if c.passed is not None]
+        return bool(ran) and all(ran)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"recipe": self.recipe, "passed": self.passed, "checks": [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in self.checks]}
+
+
+class _Skip(Exception):
+    pass
+
+
+class _Fail(Exception):
+    pass
+
+
 @dataclass
-class VerifyReport: pass
-def verify(*a): pass
+class _Case:
+    """What the checks share."""
+
+    model: nn.Module
+    recipe: Recipe
+    inputs: dict[str, Any]
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.adapter = bind(self.model)
+        self.geometry = self.adapter.geometry
+        self.infos = [METHODS.get(s.method) for s in self.recipe.stages]
+        self.mllm = self.geometry.llm_layers > 0
+
+    def attach(self, model: nn.Module | None = None, recipe: Recipe | None = None) -> Any:
+        return attach(self.model if model is None else model, recipe or self.recipe, **self.options)
+
+    def run(self, model: nn.Module | None = None, inputs: dict[str, Any] | None = None) -> Tensor:
+        """Logits, or a tower's last hidden states."""
+        with torch.no_grad():
+            out = (self.model if model is None else model)(**(self.inputs if inputs is None else inputs))
+        return output(out)
+
+    def samples(self) -> list[dict[str, Any]]:
+        """The batch as single samples without padding."""
+        if not self.mllm:
+            ((name, pixels),) = self.inputs.items()
+            return [{name: pixels[i : i + 1]} for i in range(len(pixels))]
+        ids, mask = self.inputs["input_ids"], self.inputs.get("attention_mask")
+        per = [int(n) // self.geometry.tokens for n in (ids == self.image_token()).sum(1)]
+        out, at = [], 0
+        for b, images in enumerate(per):
+            real = torch.ones_like(ids[b], dtype=torch.bool) if mask is None else mask[b].bool()
+            one = {"input_ids": ids[b : b + 1, real], "attention_mask": torch.ones_like(ids[b : b + 1, real])}
+            if images:
+                one["pixel_values"] = self.inputs["pixel_values"][at : at + images]
+            at += images
+            out.append(one)
+        return out
+
+    def image_token(self) -> int:
+        config = self.model.config
+        return config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index  # type: ignore[union-attr, return-value]
+
+    def positions(self, mask: Tensor) -> Tensor:
+        return (mask.long().cumsum(1) - 1).clamp_min(0)
+
+
+def output(out: Any) -> Tensor:
+    """The tensor a caller looks at: logits, last hidden state, or the model's plain output."""
+    for name in ("logits", "last_hidden_state"):
+        if hasattr(out, name):
+            return getattr(out, name)
+    return out
+
+
+def close(got: Tensor, want: Tensor, what: str) -> str:
+    """Raises unless equal to the tolerance of the dtype; returns the error as text."""
+    if got.shape != want.shape:
+        raise _Fail(f"{what}: shapes {tuple(got.shape)} and {tuple(want.shape)}")
+    limit = TOLERANCE if got.dtype in (torch.float32, torch.float64) else 3e-2
+    error = float((got.double() - want.double()).abs().max() / want.double().abs().max().clamp_min(1)) if got.numel() else 0.0
+    if not error <= limit:
+        raise _Fail(f"{what}: relative error {error:.1e} is above {limit:.0e}")
+    return f"{error:.1e}"
+
+
+# ------------------------------------------------------------------------------------------------------------------- checks
+
+
+def full_budget(c: _Case) -> str:
+    """Full budget equals the unpatched model, and at least one site fired."""
+    if not all(i.budgeted for i in c.infos):
+        raise _Skip("no budget to fill: the method drops or routes whatever the budget")
+    options = ("ratios", "r", "ratio")
+    stages = tuple(replace(s, keep=1.0, options={k: v for k, v in s.options.items() if k not in options}) for s in c.recipe.stages)
+    want = c.run()
+    with c.attach(recipe=replace(c.recipe, stages=stages)) as handle:
+        got = c.run()
+        report = handle.report()
+    if not report.stages:
+        raise _Fail("no site fired")
+    return close(got, want, "full budget") + f", {len(report.stages)} decisions"
+
+
+def prefill_is_masked_dense(c: _Case) -> str:
+    """A pruned prefill equals the dense model with the dropped columns hidden, on every row that is left."""
+    _only_pruning(c)
+    with c.attach() as handle:
+        got = c.run()
+        report = handle.report()
+    hidden, present, ledger = _masks(c, report)
+    try:
+        want = c.run()
+    finally:
+        ledger.undo()
+    if not c.mllm:
+        index = report.stages[-1].kept
+        p = c.geometry.prefix
+        if got.ndim == 2:  # a classifier: its pooling sees other tokens, unless it reads the class token
+            if getattr(c.model, "global_pool", "token") != "token":
+                raise _Skip("average pooling sees the surviving tokens only")
+            return close(got, want, "prefill")
+        want = torch.stack([torch.cat([w[:p], w[p:][k.to(w.device)]]) for w, k in zip(want, index, strict=True)])
+        return close(got, want, "prefill")
+    return close(got[present], want[present], "prefill")
+
+
+def decode_is_masked_dense(c: _Case) -> str:
+    """Cached greedy generation gives the logits of the dense model under the same masks."""
+    _only_pruning(c)
+    _needs_lm(c)
+    with c.attach() as handle:
+        got, tokens = _generate(c)
+        report = handle.report()
+    _, _, ledger = _masks(c, report)
+    try:
+        want, other = _generate(c)
+    finally:
+        ledger.undo()
+    if not torch.equal(tokens, other):
+        raise _Fail("different tokens")
+    return close(got, want, "generation")
+
+
+def cached_is_uncached(c: _Case) -> str:
+    """Prefill and cached decoding equal one forward over prompt and answer."""
+    _needs_lm(c)
+    with c.attach():
+        want, tokens = _generate(c)
+        ids = torch.cat([c.inputs["input_ids"], tokens], dim=1)
+        mask = torch.cat([_mask(c.inputs), torch.ones_like(tokens)], dim=1)
+        labels = torch.full_like(ids, -100)
+        labels[:, -tokens.shape[1] :] = tokens
+        whole = {**c.inputs, "input_ids": ids, "attention_mask": mask, "position_ids": c.positions(mask), "labels": labels, "use_cache": False}
+        got = c.run(inputs=whole)[:, -tokens.shape[1] - 1 : -1]
+    return close(got, want, "uncached")
+
+
+def batch_is_singles(c: _Case) -> str:
+    """Every sample of a padded batch gets what it gets alone: the same tokens kept, the same output."""
+    with c.attach() as handle:
+        both = c.run(inputs=_positioned(c, c.inputs))
+        report = handle.report()
+        worst = "0"
+        for b, one in enumerate(c.samples()):
+            got = c.run(inputs=_positioned(c, one))
+            single = handle.report()
+            for s, t in zip(report.stages, single.stages, strict=True):
+                if not torch.equal(s.kept[b], t.kept[0]):
+                    raise _Fail(f"sample {b} keeps other tokens at {s.site} than alone")
+            n = got.shape[1] if got.ndim == 3 else None
+            row = both[b : b + 1] if n is None else both[b : b + 1, -n:] if c.mllm else both[b : b + 1, :n]
+            if c.mllm:
+                real = _mask(c.inputs)[b].bool()
+                row = both[b : b + 1, real]
+            worst = max(worst, close(got, row, f"sample {b}"), key=float)
+    return worst
+
+
+def interleaved_is_solo(c: _Case) -> str:
+    """Two generations whose steps alternate give what each gives alone."""
+    _needs_lm(c)
+    singles = c.samples()
+    a, b = singles[0], singles[-1]
+    with c.attach():
+        alone = [_steps(c, one) for one in (a, b)]
+        first, second = [], []
+        ga, gb = _stepper(c, a), _stepper(c, b)
+        for _ in range(STEPS):
+            first.append(next(ga))
+            second.append(next(gb))
+        worst = max(close(torch.stack(x), torch.stack(y), "interleaved") for x, y in zip((first, second), alone, strict=True))
+    return worst
+
+
+def other_instance_untouched(c: _Case) -> str:
+    """A second model of the same class, built from a copy, computes as before while this one is attached."""
+    other = copy.deepcopy(c.model)
+    want, before = c.run(other), snapshot(other)
+    with c.attach():
+        c.run()
+        if not torch.equal(c.run(other), want):
+            raise _Fail("the other instance computes something else")
+        if snapshot(other) != before:
+            raise _Fail("the other instance was changed")
+    return "bitwise"
+
+
+def clean_after_exception(c: _Case) -> str:
+    """An exception in the middle of a forward leaves a handle that works and a model that can be restored."""
+    want = c.run()
+    before = snapshot(c.model)
+    layers = c.adapter.all_layers()
+    trap = UndoLedger()
+    with c.attach():
+        good = c.run()
+
+        def raise_(*_: Any) -> None:
+            raise _Planted
+
+        trap.before(layers[len(layers) // 2], raise_)
+        try:
+            c.run()
+        except _Planted:
+            pass
+        else:
+            raise _Fail("the planted exception did not come through")
+        finally:
+            trap.undo()
+        if not torch.equal(c.run(), good):
+            raise _Fail("the next forward under the handle differs")
+    if snapshot(c.model) != before or not torch.equal(c.run(), want):
+        raise _Fail("the model is not as it was")
+    return "bitwise"
+
+
+class _Planted(Exception):
+    pass
+
+
+def restored(c: _Case) -> str:
+    """After ``remove()`` a full snapshot is equal and outputs are bitwise the same."""
+    want = c.run()
+    before = snapshot(c.model)
+    handle = c.attach()
+    c.run()
+    handle.remove()
+    handle.remove()
+    after = snapshot(c.model)
+    if after != before:
+        changed = [k for k in before if before[k] != after.get(k)]
+        raise _Fail(f"left behind in: {', '.join(changed[:3])}")
+    if not torch.equal(c.run(), want):
+        raise _Fail("outputs differ after remove()")
+    return "bitwise"
+
+
+def attach_twice_raises(c: _Case) -> str:
+    with c.attach():
+        try:
+            c.attach()
+        except VtpruneError:
+            return "raises"
+    raise _Fail("attaching twice was accepted")
+
+
+def counts_are_true(c: _Case) -> str:
+    """Exact counts where promised; indices ascending, unique and in range; the cache holds what the report says."""
+    with c.attach() as handle, torch.no_grad():
+        out = c.model(**({**c.inputs, "use_cache": True} if c.mllm else c.inputs))
+        report = handle.report()
+    total = report.visual_tokens
+    for stage in report.stages:
+        for b, k in enumerate(stage.kept):
+            if len(k) and (bool((k[1:] <= k[:-1]).any()) or int(k[0]) < 0 or int(k[-1]) >= total[b]):
+                raise _Fail(f"{stage.site}: indices are not ascending, unique and in range")
+            if len(k) != stage.tokens_out[b]:
+                raise _Fail(f"{stage.site}: {stage.tokens_out[b]} reported, {len(k)} indices")
+            if stage.assignment is not None and set(stage.assignment[b][k].tolist()) != set(range(len(k))):
+                raise _Fail(f"{stage.site}: a kept token is not in its own slot")
+    last, info = c.recipe.stages[-1], c.infos[-1]
+    if info.budgeted and info.exact and isinstance(last.keep, int) and report.stages:
+        images = [n // c.geometry.tokens for n in total]
+        if any(n != last.keep * i for n, i in zip(report.stages[-1].tokens_out, images, strict=True)):
+            raise _Fail(f"keep={last.keep} gave {report.stages[-1].tokens_out}")
+    if c.mllm:
+        text = _mask(c.inputs).sum(1).tolist()
+        for i, layer in enumerate(out.past_key_values.layers):
+            real = max(t - n + row[i] for t, n, row in zip(text, total, report.layer_tokens, strict=True))
+            if report.layer_tokens[0][i] != total[0] and layer.keys.shape[-2] != real:
+                raise _Fail(f"layer {i} caches {layer.keys.shape[-2]} tokens, the report says {real}")
+    return f"{[s.tokens_out[0] for s in report.stages]}"
+
+
+def deterministic(c: _Case) -> str:
+    with c.attach():
+        if not torch.equal(c.run(), c.run()):
+            raise _Fail("two runs differ")
+    return "bitwise"
+
+
+def finite_in_half(c: _Case) -> str:
+    """Finite outputs in bfloat16 and float16."""
+    for dtype in (torch.bfloat16, torch.float16):
+        half = copy.deepcopy(c.model).to(dtype)
+        inputs = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in c.inputs.items()}
+        with c.attach(half):
+            if not bool(torch.isfinite(c.run(half, inputs)).all()):
+                raise _Fail(f"not finite in {dtype}")
+    return "bf16, fp16"
+
+
+CHECKS: dict[str, Callable[[_Case], str]] = {
+    f.__name__: f
+    for f in (
+        full_budget,
+        prefill_is_masked_dense,
+        decode_is_masked_dense,
+        cached_is_uncached,
+        batch_is_singles,
+        interleaved_is_solo,
+        other_instance_untouched,
+        clean_after_exception,
+        restored,
+        attach_twice_raises,
+        counts_are_true,
+        deterministic,
+        finite_in_half,
+    )
+}
+
+
+def check(name: str, model: nn.Module, recipe: Any, inputs: dict[str, Any], **options: Any) -> Check:
+    """One check by name. ``options`` are attach-time ones (``positions``, ``seed``); errors of the library (impossible pair, bad budget) are raised, not reported."""
+    chosen = load_recipe(recipe)
+    attached = {k: options.pop(k) for k in ("positions", "seed") if k in options}
+    if options:
+        chosen = chosen.override(**options)
+    case = _Case(model, chosen, dict(inputs), attached)
+    try:
+        return Check(name, True, CHECKS[name](case))
+    except _Skip as e:
+        return Check(name, None, str(e))
+    except _Fail as e:
+        return Check(name, False, str(e))
+
+
+def verify(model: nn.Module, recipe: Any, inputs: dict[str, Any], **options: Any) -> VerifyReport:
+    """Runs the correctness contract on a model of the user's.
+
+    Args:
+        model: as for :func:`attach`, in evaluation mode.
+        recipe: name, path or :class:`Recipe`.
+        inputs: what the model is called with; a batch with unequal prompts shows most.
+        **options: overrides as for :func:`attach` (``keep=``, ``positions=``, …).
+
+    Raises:
+        VtpruneError: the recipe does not fit the model at all, or the model is in training mode.
+    """
+    if model.training:
+        raise VtpruneError("verify needs the model in evaluation mode: model.eval()")
+    chosen = load_recipe(recipe)
+    checks = tuple(check(name, model, chosen, inputs, **options) for name in CHECKS)
+    return VerifyReport(chosen.name, checks)
+
+
+# ------------------------------------------------------------------------------------------------------------------ helpers
+
+
+def _only_pruning(c: _Case) -> None:
+    if any(i.merges or i.routes for i in c.infos):
+        raise _Skip("merging and routing change values, no mask gives the same")
+
+
+def _needs_lm(c: _Case) -> None:
+    if not c.mllm:
+        raise _Skip("no language model")
+
+
+def _mask(inputs: dict[str, Any]) -> Tensor:
+    return inputs["attention_mask"] if inputs.get("attention_mask") is not None else torch.ones_like(inputs["input_ids"])
+
+
+def _positioned(c: _Case, inputs: dict[str, Any]) -> dict[str, Any]:
+    return {**inputs, "position_ids": c.positions(_mask(inputs))} if c.mllm else inputs
+
+
+def _masks(c: _Case, report: Report) -> tuple[list[Tensor], Tensor, UndoLedger]:
+    """Hooks that hide from the dense model what the report says was dropped. Also ``present`` ``[B, T]``: rows left at the end."""
+    from vtprune.models._masked import hide_in_decoder, hide_in_tower
+
+    ledger = UndoLedger()
+    n = c.geometry.tokens
+    images = sum(report.visual_tokens) // n
+    gone = torch.zeros(images, n, dtype=torch.bool)
+    owner = [b for b, total in enumerate(report.visual_tokens) for _ in range(total // n)]
+    offset = [i - owner.index(b) for i, b in enumerate(owner)]
+
+    def dropped(kept: list[Tensor]) -> Tensor:
+        out = torch.ones(images, n, dtype=torch.bool)
+        for i, b in enumerate(owner):
+            k = kept[b] - offset[i] * n
+            out[i, k[(k >= 0) & (k < n)]] = False
+        return out
+
+    tower, rest = [], []
+    for stage in report.stages:
+        (tower if stage.site.startswith("vision") else rest).append((stage.site, dropped(stage.kept)))
+    per_block = []
+    for i in range(len(c.adapter.tower_blocks())):
+        for site, now in tower:
+            if int(site.partition(".")[2]) == i - 1:
+                gone = now
+        per_block.append(gone)
+    if tower:
+        gone = tower[-1][1]
+        hide_in_tower(ledger, c.adapter.tower_blocks(), c.adapter.tower_mask, c.geometry.prefix, per_block)
+    if not c.mllm:
+        return [], torch.empty(0), ledger
+    ids, padding = c.inputs["input_ids"], _mask(c.inputs)
+    visual = ids == c.image_token()
+    device = ids.device
+
+    def columns(lost: Tensor) -> Tensor:
+        out = torch.zeros_like(visual)
+        out[visual] = lost.flatten().to(device)
+        return out
+
+    for site, now in rest:
+        if site == "projector":
+            gone = now
+    hidden = []
+    for i in range(c.geometry.llm_layers):
+        for site, now in rest:
+            if site == f"llm.{i}":
+                gone = now
+        hidden.append(columns(gone))
+    hide_in_decoder(ledger, c.adapter.decoder_layers(), padding, hidden)
+    return hidden, padding.bool() & ~hidden[-1], ledger
+
+
+def _generate(c: _Case) -> tuple[Tensor, Tensor]:
+    """Greedy logits ``[B, STEPS, V]`` and tokens ``[B, STEPS]``; end-of-sequence does not stop it and no image placeholder is generated."""
+    rules: dict[str, Any] = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, "suppress_tokens": [c.image_token()]}
+    model: Any = c.model
+    with torch.no_grad():
+        out = model.generate(**c.inputs, **rules, return_dict_in_generate=True, output_logits=True)
+    return torch.stack(out.logits, dim=1), out.sequences[:, c.inputs["input_ids"].shape[1] :]
+
+
+def _stepper(c: _Case, inputs: dict[str, Any]) -> Any:
+    """Greedy decoding by hand: yields the last row's logits, one step at a time."""
+    mask = _mask(inputs)
+    with torch.no_grad():
+        out = c.model(**inputs, use_cache=True)
+    while True:
+        logits = out.logits[0, -1]
+        yield logits
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        with torch.no_grad():
+            out = c.model(
+                input_ids=logits.argmax()[None, None],
+                attention_mask=mask,
+                position_ids=c.positions(mask)[:, -1:],
+                past_key_values=out.past_key_values,
+                use_cache=True,
+            )
+
+
+def _steps(c: _Case, inputs: dict[str, Any]) -> list[Tensor]:
+    stepper = _stepper(c, inputs)
+    return [next(stepper) for _ in range(STEPS)]

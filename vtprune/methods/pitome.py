@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +71,8 @@ class PiToMe(Method):
         if self.ratio is not None:
             if not 0.5 <= self.ratio <= 1:
                 raise VtpruneError(f"pitome: ratio={self.ratio} must lie in [0.5, 1]: a block can merge at most half of its tokens")
-            counts = falling(geometry.tokens, self.ratio, count)
+            # Plain ToMe blocks count the prefix tokens as well (official code).
+            counts = falling(geometry.tokens, self.ratio, count, [geometry.prefix * ((self.matching or v.kind(i, depth)) == "tome") for i in range(count)])
         else:
             assert keep is not None
             counts = reach(geometry.tokens, keep, count)
@@ -130,11 +131,11 @@ def _sub(w: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return picked.gather(2, columns[:, None].expand(-1, rows.shape[1], -1))
 
 
-def falling(tokens: int, ratio: float, count: int) -> list[int]:
-    """Tokens after each block: ``n - floor(n - n * ratio)``, evaluated in this form."""
+def falling(tokens: int, ratio: float, count: int, extra: Sequence[int] = ()) -> list[int]:
+    """Tokens after each block: ``n - floor(n - n * ratio)``, evaluated in this form; ``extra`` tokens per block that take part in the ratio but are never merged."""
     out = []
-    for _ in range(count):
-        tokens -= int(tokens - tokens * ratio)
+    for more in extra or [0] * count:
+        tokens -= min(int(tokens + more - (tokens + more) * ratio), tokens // 2)
         out.append(tokens)
     return out
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from ..select import top
 from ..types import Geometry, Selection, TokenView, VtpruneError
 from .base import Cut, Method, MethodInfo, choice, layers, option, register
@@ -51,4 +53,5 @@ class PyramidDrop(Method):
 
     def select(self, view: TokenView, cut: Cut) -> Selection:
         score = view.source("query_attention", layer=self.score_layer, keys=self.keys, rope=self.rope)
-        return top(score, cut.keep or 0, view.valid, view.protected)
+        keep = torch.where(view.source("queried"), cut.keep or 0, view.counts)  # a training sample without an answer stays whole (official code)
+        return top(score, keep, view.valid, view.protected)

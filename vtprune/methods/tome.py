@@ -68,7 +68,7 @@ def spread(total: int, count: int, tokens: int, prefix: int) -> list[int]:
     """``total`` merges over ``count`` blocks as evenly as the halving limit allows; raises :class:`VtpruneError` if they do not fit."""
     out, n = [], tokens
     for left in range(count, 0, -1):
-        r = min(-(-total // left), n // 2)
+        r = min(max(-(-total // left), n - (n - total) * 2 ** (left - 1)), n // 2)  # an even share, or what the blocks behind could not make up for
         out.append(r)
         n, total = n - r, total - r
     if total:

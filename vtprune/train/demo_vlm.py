@@ -167,6 +167,13 @@ def build_model(tokenizer, layers: int = LAYERS):
     return LlavaForConditionalGeneration(config)
 
 
+def _cells(index: int) -> dict[tuple[str, str], int]:
+    """(colour, shape) -> cell number 0..15 of every shape in training scene ``index``: the target of the mention head (training only)."""
+    rng = np.random.RandomState([0, index])
+    items = scenes._layout(rng, 3 if index % 4 == 0 else 6)
+    return {(i.color, i.kind): "abcd".index(i.cell[0]) + 4 * (int(i.cell[1]) - 1) for i in items if i.kind != "sign"}
+
+
 class Packed:
     """Batches of images with as many question-answer pairs as fit into ``room`` tokens behind each image."""
 
@@ -182,12 +189,18 @@ class Packed:
             with path.open("rb") as f:
                 shard = pickle.load(f)
             dense = shard["dense"]
+            split, _, first = path.stem.rpartition("-")
             for k, rows in enumerate(shard["rows"]):
-                pairs = [(kind, self.tokenizer(f"{q} assistant :").input_ids, self.tokenizer(a).input_ids + [self.tokenizer.eos_token_id]) for kind, q, a in rows]
+                cells = _cells(int(first) + k) if split == "train" else {}
+                pairs = []
+                for kind, q, a in rows:
+                    words, ids = q.split(), self.tokenizer(f"{q} assistant :").input_ids
+                    mention = [cells.get((words[i - 1], w), -100) if i else -100 for i, w in enumerate(words)] + [-100] * (len(ids) - len(words))
+                    pairs.append((kind, ids, self.tokenizer(a).input_ids + [self.tokenizer.eos_token_id], mention))
                 self.items.append((shard["features"][k], pairs, None if dense is None else torch.from_numpy(dense[k])))
 
     def _weight(self, pair: tuple) -> float:
-        return 0.35 if pair[0] == "yes/no" else 1.0  # easy-VQA: 27 of 39 questions are yes/no
+        return {"yes/no": 0.35, "relation": 2.5}.get(pair[0], 1.0)  # 27 of 39 easy-VQA questions are yes/no; relations are the hardest
 
     def batch(self, chosen: list, shuffle: bool = True) -> dict:
         n, total = len(chosen), PREFIX + self.room
@@ -195,20 +208,22 @@ class Packed:
         labels = torch.full((n, total), -100)
         group = torch.full((n, total), -1)  # 0: shared prefix, k: pair k, -1: padding
         position = torch.arange(total).repeat(n, 1)
-        kinds = [[] for _ in range(n)]
+        mentions = torch.full((n, total), -100)
+        kinds: list[list[str]] = [[] for _ in range(n)]
         ids[:, :3] = torch.tensor(self.tokenizer("<s> user :").input_ids)
         group[:, :PREFIX] = 0
         for b, (_, pairs, _) in enumerate(chosen):
             at, k = PREFIX, 0
             if shuffle:
                 pairs = sorted(pairs, key=lambda p: self.rng.random() ** (1 / self._weight(p)), reverse=True)
-            for kind, q, a in pairs:
+            for kind, q, a, mention in pairs:
                 end = at + len(q) + len(a)
                 if end > total:
                     continue
                 k += 1
                 ids[b, at:end] = torch.tensor(q + a)
                 labels[b, at + len(q) : end] = torch.tensor(a)
+                mentions[b, at : at + len(q)] = torch.tensor(mention)
                 group[b, at:end] = k
                 position[b, at:end] = PREFIX + torch.arange(end - at)
                 kinds[b].append(kind)
@@ -223,6 +238,7 @@ class Packed:
             "ids": ids,
             "labels": labels,
             "group": group,
+            "mentions": mentions,
             "position": position,
             "mask": torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.bfloat16).min)[:, None],
             "dense": torch.stack(dense).long(),
@@ -252,7 +268,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Trainee(nn.Module):
-    """Projector, language model and (training only) dense heads on the image rows after one of the lower layers; float32 weights, ``dtype`` arithmetic."""
+    """Projector, language model and (training only) heads that say what lies in each patch, after one of the lower
+    layers, and where each mentioned object stands, at its noun, after a middle one; float32 weights, ``dtype`` arithmetic."""
 
     def __init__(self, llava, compile: bool = False, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
@@ -260,10 +277,11 @@ class Trainee(nn.Module):
         width = llava.config.text_config.hidden_size
         self.kind = nn.Linear(width, 1 + len(scenes.SHAPES) + len(scenes.ALPHABET))
         self.color = nn.Linear(width, 1 + len(scenes.COLORS))
+        self.place = nn.Linear(width, scenes.CELLS**2)
         self.block = torch.compile(_block) if compile else _block
         self.dtype = dtype
 
-    def forward(self, features: Tensor, ids: Tensor, position: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, features: Tensor, ids: Tensor, position: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cast = self.dtype
         p = self.projector
         h = F.gelu(F.linear(features.to(cast), p.linear_1.weight.to(cast), p.linear_1.bias.to(cast)))
@@ -283,9 +301,12 @@ class Trainee(nn.Module):
             x = self.block(x, tuple(part.weight.to(cast) for part in parts), cos, sin, mask)
             if i == len(self.lm.layers) // 3:
                 image = x[:, 3:PREFIX]
+            if i == len(self.lm.layers) * 7 // 12:
+                words = x[:, PREFIX:]
         out = F.rms_norm(x[:, PREFIX - 1 :], (x.shape[-1],), self.lm.norm.weight.to(cast), 1e-6)
         dense = [F.linear(image, d.weight.to(cast), d.bias.to(cast)) for d in (self.kind, self.color)]
-        return F.linear(out, self.head.weight.to(cast)), dense[0], dense[1]
+        place = F.linear(words, self.place.weight.to(cast), self.place.bias.to(cast))
+        return F.linear(out, self.head.weight.to(cast)), dense[0], dense[1], place
 
 
 def grow(small, tokenizer):
@@ -320,10 +341,11 @@ def accuracy(net: nn.Module, data: Packed, size: int = 20) -> dict[str, float]:
     return {k: sum(v) / len(v) for k, v in sorted(hits.items())}
 
 
-def fit(features: Path, out: Path, *, minutes: tuple[float, float], batch: int, lr: float, seed: int, threads: int) -> None:
+def fit(features: Path, out: Path, *, minutes: tuple[float, float], batch: int, lr: float, seed: int, threads: int, start_from: Path | None = None) -> None:
     """Trains projector and language model, first with half of the layers, then :func:`grow`-n to all; saves model, processor and ``training.json``.
 
     Each phase has its own wall-clock budget in minutes; its learning rate warms up over 60 steps and falls to zero over the last part of the budget.
+    ``start_from``: a folder saved after the first phase; only the second is run then.
     """
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
@@ -332,6 +354,11 @@ def fit(features: Path, out: Path, *, minutes: tuple[float, float], batch: int, 
     data = {name: Packed([], tok, seed) for name in ("train", "easy-train", "val")}
     began, log, step = time.time(), [], 0
     llava = build_model(tok, GROWN_FROM)
+    heads: dict[str, Tensor] = {}
+    if start_from is not None:  # a saved first phase
+        from transformers import LlavaForConditionalGeneration
+
+        llava = LlavaForConditionalGeneration.from_pretrained(start_from, dtype=torch.float32)
     rng, order = random.Random(seed), {"train": [], "easy-train": []}
 
     def draw(name: str, count: int) -> list:
@@ -342,13 +369,12 @@ def fit(features: Path, out: Path, *, minutes: tuple[float, float], batch: int, 
 
     data["val"].load(list(features.glob("val-*.pkl")))
     for phase, budget in enumerate(minutes):
-        if phase:
+        if phase == 0 and start_from is not None:
+            continue
+        if phase and start_from is None:
             llava = grow(llava, tok)
-            net_heads = net.kind.state_dict(), net.color.state_dict()
         net = Trainee(llava, compile=True)
-        if phase:
-            net.kind.load_state_dict(net_heads[0])
-            net.color.load_state_dict(net_heads[1])
+        net.load_state_dict(heads, strict=False)
         matrices = [p for m in (net.lm.layers, net.projector) for p in m.parameters() if p.ndim == 2]
         held = {id(p) for p in matrices}
         rest = [p for p in net.parameters() if id(p) not in held]
@@ -356,14 +382,14 @@ def fit(features: Path, out: Path, *, minutes: tuple[float, float], batch: int, 
             torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
-        start, first, running = time.time(), step, {"answer": 0.0, "dense": 0.0}
+        start, first, running = time.time(), step, {"answer": 0.0, "dense": 0.0, "mention": 0.0}
         while (done := (time.time() - start) / (60 * budget)) < 1:
             b = data["train"].batch(draw("train", batch - batch // 8) + draw("easy-train", batch // 8))
             rate = (1.0, 0.6)[phase] * lr * min(1.0, (step - first + 1) / 60) * min(1.0, (1 - done) / (0.35, 0.7)[phase] + 0.02)
             for o in optimisers:
                 for g in o.param_groups:
                     g["lr"] = rate
-            logits, kind, color = net(b["features"], b["ids"], b["position"], b["mask"])
+            logits, kind, color, place = net(b["features"], b["ids"], b["position"], b["mask"])
             flat = logits[:, :-1].reshape(-1, logits.shape[-1])
             target = b["labels"][:, PREFIX:].reshape(-1)
             asked = target != -100
@@ -372,14 +398,16 @@ def fit(features: Path, out: Path, *, minutes: tuple[float, float], batch: int, 
                 F.cross_entropy(x.reshape(-1, x.shape[-1]).float(), y.reshape(-1), ignore_index=-1)
                 for x, y in ((kind, b["dense"][:, 0]), (color, b["dense"][:, 1]))
             )
+            named = b["mentions"][:, PREFIX:]
+            mention = F.cross_entropy(place[named != -100].float(), named[named != -100])
             weight = max(0.0, 0.5 * (1 - done / 0.6)) if phase == 0 else 0.0
-            (answer + weight * dense).backward()
+            (answer + weight * dense + 0.3 * max(0.0, 1 - done / 0.8) * mention).backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             for o in optimisers:
                 o.step()
                 o.zero_grad(set_to_none=True)
             step += 1
-            running = {k: 0.96 * running[k] + 0.04 * float(v) for k, v in (("answer", answer), ("dense", dense))}
+            running = {k: 0.96 * running[k] + 0.04 * float(v.detach()) for k, v in (("answer", answer), ("dense", dense), ("mention", mention))}
             if step % 25 == 0:
                 norm = 1 - 0.96 ** (step - first)
                 means = " ".join(f"{k} {v / norm:.3f}" for k, v in running.items())
@@ -388,6 +416,7 @@ def fit(features: Path, out: Path, *, minutes: tuple[float, float], batch: int, 
                 log.append({"phase": phase, "step": step, "seconds": round(time.time() - began), **accuracy(net, data["val"])})
                 print(json.dumps(log[-1]), flush=True)
                 torch.save(llava.state_dict(), out.with_suffix(".last.pt"))
+        heads = {k: v for k, v in net.state_dict().items() if k.startswith(("kind.", "color.", "place."))}
         log.append({"phase": phase, "step": step, "seconds": round(time.time() - began), **accuracy(net, data["val"])})
         print(json.dumps(log[-1]), flush=True)
         facts = {"steps": step, "seconds": round(time.time() - began), "seed": seed, "batch": batch, "lr": lr, "minutes": minutes, "threads": threads}
@@ -422,12 +451,13 @@ def main() -> None:
     f.add_argument("--batch", type=int, default=16)
     f.add_argument("--lr", type=float, default=2e-3)
     f.add_argument("--seed", type=int, default=0)
+    f.add_argument("--start-from", type=Path, help="skip the first phase: a folder it has saved")
     f.add_argument("--threads", type=int, default=2)
     a = parser.parse_args()
     if a.what == "cache":
         cache(a.out, a.start, a.stop, a.split)
     else:
-        fit(a.features, a.out, minutes=tuple(a.minutes), batch=a.batch, lr=a.lr, seed=a.seed, threads=a.threads)
+        fit(a.features, a.out, minutes=tuple(a.minutes), batch=a.batch, lr=a.lr, seed=a.seed, threads=a.threads, start_from=a.start_from)
 
 
 if __name__ == "__main__":

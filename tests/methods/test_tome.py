@@ -1,0 +1,151 @@
+"""ToMe (arXiv 2210.09461) in timm models against the slow transcription."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import builders as B
+import pytest
+import torch
+from torch import Tensor, nn
+
+import oracles as O
+import vtprune
+
+KINDS = list(B.VITS)
+
+
+def read(model: nn.Module, pixels: Tensor, name: str, **options: Any) -> tuple[Tensor, Tensor, Any]:
+    """Tokens behind the last norm, logits, report."""
+    seen: list[Tensor] = []
+    with vtprune.attach(model, name, **options) as handle, torch.no_grad():
+        hook = model.norm.register_forward_hook(lambda m, a, y: seen.append(y))
+        logits = model(pixels)
+        hook.remove()
+        return seen[0], logits, handle.report()
+
+
+def check(model: nn.Module, pixels: Tensor, want: dict, got: tuple[Tensor, Tensor, Any], ordered: bool = True) -> None:
+    """Survivors, who absorbed whom, hidden states and logits."""
+    hidden, logits, report = got
+    last, p = report.stages[-1], model.num_prefix_tokens
+    averaged = model.global_pool == "avg"
+    for b in range(len(pixels)):
+        assert last.kept[b].tolist() == want["slots"][b].tolist()
+        assert last.kept[b][last.assignment[b]].tolist() == want["assignment"][b].tolist()
+        rows = torch.cat([torch.arange(p), p + last.assignment[b]]) if averaged else torch.arange(p + len(last.kept[b]))
+        target = want["hidden"][b][rows]
+        if ordered or averaged:
+            B.close(hidden[b], target)
+        else:
+            B.close(hidden[b][:p], target[:p])
+            B.close(hidden[b][p:][hidden[b][p:, 0].argsort()], target[p:][target[p:, 0].argsort()])
+        B.close(logits[b], B.head(model, target[None])[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("proportional", [True, False])
+@pytest.mark.parametrize("order", ["position", "official"])
+def test_equals_the_transcription(kind: str, proportional: bool, order: str) -> None:
+    model, pixels = B.vit(kind), B.images(2)
+    want = O.tome_vit_oracle(model, pixels, 5, proportional, order)
+    check(model, pixels, want, read(model, pixels, "tome", r=5, proportional=proportional, order=order), ordered=order == "position")
+
+
+@pytest.mark.parametrize("r, inflect", [(3, 0.0), (4, -1.0), (4, 1.0), (30, 0.0), ((9, 0, 4, 1, 0, 2), 0.0)])
+@pytest.mark.parametrize("kind", ["class", "distilled", "avg-pool"])
+def test_schedules(kind: str, r: Any, inflect: float) -> None:
+    """Constant, falling, rising, capped at half of the tokens, and listed."""
+    model, pixels = B.vit(kind), B.images(1)
+    amounts = (r, inflect) if isinstance(r, int) and inflect else list(r) if isinstance(r, tuple) else r
+    want = O.tome_vit_oracle(model, pixels, amounts)
+    got = read(model, pixels, "tome", r=r, **({"inflect": inflect} if inflect else {}))
+    check(model, pixels, want, got)
+    n, p = B.N, model.num_prefix_tokens
+    assert [s.tokens_out[0] + p for s in got[2].stages] == O.tome_counts(n + p, O.tome_r_schedule(6, amounts), p)
+
+
+def test_the_published_schedules() -> None:
+    from vtprune.methods.tome import schedule
+
+    assert schedule(13, -1.0, 12) == [26, 23, 21, 18, 16, 14, 11, 9, 7, 4, 2, 0]
+    assert schedule(8, 0.0, 3) == [8, 8, 8]
+    for r, inflect, count in ((13, 1.0, 12), (7, -0.5, 24), (16, 0.25, 9)):
+        assert schedule(r, inflect, count) == O.tome_r_schedule(count, (r, inflect))
+
+
+@pytest.mark.parametrize("kind", ["class", "distilled", "avg-pool"])
+@pytest.mark.parametrize("keep", [36, 30, 17, 3, 1])
+def test_keep_is_met_exactly(kind: str, keep: int) -> None:
+    _, _, report = read(B.vit(kind), B.images(2), "tome", keep=keep)
+    assert report.stages[-1].tokens_out == [keep, keep]
+
+
+def test_every_budget_that_halving_can_reach_has_a_schedule() -> None:
+    """Six blocks of halving take 36 tokens to 1; merges are spread evenly where that is enough."""
+    from vtprune.methods.tome import spread
+
+    for tokens, count in ((36, 6), (49, 3), (576, 23)):
+        for keep in range(-(-tokens // 2**count), tokens + 1):
+            n, merges = tokens, spread(tokens - keep, count, tokens, 1)
+            for r in merges:
+                assert 0 <= r <= n // 2
+                n -= r
+            assert n == keep and len(merges) == count
+    assert spread(24, 6, 36, 1) == [4] * 6
+    with pytest.raises(vtprune.VtpruneError, match="keep >= 5"):
+        spread(32, 3, 36, 1)
+
+
+def test_options_change_the_result() -> None:
+    """Proportional attention leads to other features, the token order to other matchings from the second block on."""
+    model, pixels = B.vit("class"), B.images(2)
+    (_, a, one), (_, b, _), (_, _, two) = (read(model, pixels, "tome", r=5, **o) for o in ({}, {"proportional": False}, {"order": "official"}))
+    plain, official = one.stages, two.stages
+    assert float((a - b).abs().max()) > 1e-3
+    assert [k.tolist() for k in plain[0].kept] == [k.tolist() for k in official[0].kept]  # the first matching is the same
+    assert [a.tolist() for a in plain[-1].assignment] != [a.tolist() for a in official[-1].assignment]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name, options", [("tome", {"r": 0}), ("tome", {"keep": 36}), ("pitome", {"ratio": 1.0}), ("pitome", {"keep": 36, "variant": "paper"})])
+def test_zero_reduction_is_the_identity(kind: str, name: str, options: dict[str, Any]) -> None:
+    """LayerScale, registers, distillation token, average pooling: nothing merged, nothing changed, and every block was asked."""
+    model, pixels = B.vit(kind), B.images(2)
+    with torch.no_grad():
+        dense = model(pixels)
+        tokens = model.forward_features(pixels)
+    hidden, logits, report = read(model, pixels, name, **options)
+    B.close(logits, dense, 1e-12)
+    B.close(hidden, tokens, 1e-12)
+    assert [s.site for s in report.stages] == [f"vision.{i}" for i in range(6)]
+    assert all(s.tokens_out == [36, 36] and k.tolist() == list(range(36)) for s in report.stages for k in s.kept)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2"])
+@pytest.mark.parametrize("method, options", [("tome", {"r": 0}), ("pitome", {"ratio": 1.0})])
+def test_zero_reduction_is_the_identity_on_timm_architectures(name: str, method: str, options: dict[str, Any]) -> None:
+    """The published architectures, shortened to two blocks of random weights."""
+    import timm
+
+    model = B.randomise(timm.create_model(name, img_size=56 if "14" in name.split("patch")[1][:2] else 64, depth=2, num_classes=7), 5, 0.05)
+    pixels = torch.randn(2, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        dense = model(pixels)
+    _, logits, report = read(model, pixels, method, **options)
+    B.close(logits, dense, 1e-12)
+    assert [s.site for s in report.stages] == ["vision.0", "vision.1"]
+
+
+def test_a_block_of_another_order_is_refused() -> None:
+    """Post-norm blocks have the same parts in another order: refused when attaching, not computed wrongly."""
+    from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+
+    model = B.randomise(VisionTransformer(img_size=48, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, block_fn=ResPostBlock), 6)
+    with pytest.raises(vtprune.UnsupportedError):
+        vtprune.attach(model, "tome", r=2)
+
+
+def test_a_list_of_the_wrong_length_is_refused() -> None:
+    with pytest.raises(vtprune.VtpruneError, match="3 entries"):
+        vtprune.attach(B.vit("class"), "tome", r=(1, 2, 3))

@@ -1,0 +1,5 @@
+"""``python -m vtprune`` is the command line."""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,421 @@
+"""Measures methods on questions with known answers: accuracy per ability, cost, prefill time against dense in the same run, and where tokens are kept."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from . import __version__
+from .answer import generate, open_image, prepare
+from .attach import attach, load_recipe
+from .recipe import Recipe
+from .types import Report, VtpruneError
+
+RANDOM = ("random",)  # methods that are run once per seed
+TIMED = 4  # questions in the batch whose prefill is timed
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question. ``image``: RGB picture or a path; ``boxes``: (left, top, right, bottom) pixels where the answer lies; ``source``: ``"<set>/<image>"``."""
+
+    image: Image.Image | str | Path
+    question: str
+    answer: str
+    ability: str
+    boxes: tuple[tuple[float, float, float, float], ...] = ()
+    source: str = "questions/0"
+
+    @property
+    def set(self) -> str:
+        return self.source.partition("/")[0]
+
+    def picture(self) -> Image.Image:
+        return self.image if isinstance(self.image, Image.Image) else open_image(self.image)
+
+
+# --------------------------------------------------------------------------------------------------------------- samples
+
+
+def easy_vqa_samples(n: int, split: str = "test") -> list[Sample]:
+    """``n`` questions of easy-VQA: colour, shape, yes/no in turn (yes and no in turn); always the same. Raises :class:`VtpruneError` without the package."""
+    from .data import easyvqa
+
+    if n < 1:
+        raise VtpruneError(f"the number of samples must be at least 1, got {n}")
+    try:
+        questions = easyvqa.questions(split)
+    except ModuleNotFoundError as e:
+        raise VtpruneError(str(e)) from e
+    order = np.random.RandomState(0).permutation(len(questions))
+    pools: dict[str, list] = {"color": [], "shape": [], "yes": [], "no": []}
+    for i in order:
+        q = questions[i]
+        pools[q.answer if q.type == "yes/no" else q.type].append(q)
+    binary = [q for pair in zip(pools["yes"], pools["no"], strict=False) for q in pair]
+    turns = zip(pools["color"], pools["shape"], binary, strict=False)
+    chosen = itertools.islice(itertools.chain.from_iterable(turns), n)
+    return [Sample(q.image, q.text, q.answer, q.type, source=f"easy-vqa/{Path(q.image).stem}") for q in chosen]
+
+
+def scenes_samples(n_scenes: int, split: str = "test") -> list[Sample]:
+    """All questions (about 11 each, two per ability) of the first ``n_scenes`` scenes of ``split``."""
+    from .data import scenes
+
+    if n_scenes < 1:
+        raise VtpruneError(f"the number of scenes must be at least 1, got {n_scenes}")
+    out = []
+    for i in range(n_scenes):
+        scene = scenes.scene(i, split, per_ability=2)
+        image = Image.fromarray(scene.image)
+        out += [Sample(image, q.text, q.answer, q.ability, q.boxes, f"scenes/{i}") for q in scene.questions]
+    return out
+
+
+SETS: dict[str, Callable[[int], list[Sample]]] = {"easy-vqa": easy_vqa_samples, "scenes": scenes_samples}
+
+
+def matches(answer: str, expected: str) -> bool:
+    """Exact match, without spaces and case."""
+    return "".join(answer.lower().split()) == "".join(expected.lower().split())
+
+
+# ------------------------------------------------------------------------------------------------------------- measuring
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    recipe: str | Recipe | None,
+    *,
+    batch: int = 16,
+    seed: int = 0,
+    progress: Callable[[int], object] | None = None,
+    timing: int = 0,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Answers ``samples`` with ``recipe`` attached (``None``: the unpatched model).
+
+    Args:
+        batch: questions per forward.
+        seed: batch ``i`` draws with ``seed * 100003 + i``, so that random methods draw anew for every batch.
+        progress: called with the number of samples after each batch.
+        timing: repeats of the prefill measurement (:func:`prefill`) on the first :data:`TIMED` samples; 0 leaves it out.
+        **overrides: as for :func:`vtprune.attach`.
+
+    Returns:
+        ``answers`` and ``correct`` per sample; ``effective_tokens`` (mean over samples) of ``visual_tokens``; ``flops``, ``kv_bytes`` and their ``dense_``
+        counterparts, sums over batches; ``rows`` tokens kept by the last dropping stage per image row (``None`` if none dropped); ``recipe`` as used, ``key``;
+        with ``timing`` what :func:`prefill` gives.
+
+    Raises:
+        VtpruneError: no samples, or whatever :func:`vtprune.attach` refuses.
+    """
+    if not samples or batch < 1:
+        raise VtpruneError(f"nothing to evaluate: {len(samples)} samples in batches of {batch}")
+    handle = None if recipe is None else attach(model, recipe, seed=seed, **overrides)
+    answers: list[str] = []
+    reports: list[Report] = []
+    rows: np.ndarray | None = None
+    try:
+        for i, lo in enumerate(range(0, len(samples), batch)):
+            part = samples[lo : lo + batch]
+            inputs = prepare(processor, [s.picture() for s in part], [s.question for s in part]).to(model.device)
+            if handle is not None:
+                handle.reseed(seed * 100003 + i)
+            answers += generate(model, processor, inputs)
+            reports.append(_dense_report(model, inputs) if handle is None else handle.report())
+            if handle is not None:
+                rows = _add(rows, kept_rows(reports[-1], handle.geometry.grid))
+            if progress is not None:
+                progress(len(part))
+    finally:
+        if handle is not None:
+            handle.remove()
+    counts = [len(r.visual_tokens) for r in reports]
+    out: dict[str, Any] = {
+        "answers": answers,
+        "correct": [matches(a, s.answer) for a, s in zip(answers, samples, strict=True)],
+        "effective_tokens": sum(r.effective_tokens * n for r, n in zip(reports, counts, strict=True)) / len(samples),
+        "visual_tokens": sum(sum(r.visual_tokens) for r in reports) / len(samples),
+        "rows": None if rows is None else rows.tolist(),
+        "recipe": None if handle is None else handle.recipe.to_dict(),
+        "key": "dense" if handle is None else handle.recipe.key(),
+    }
+    out |= {name: sum(getattr(r, name) for r in reports) for name in ("flops", "dense_flops", "kv_bytes", "dense_kv_bytes")}
+    if timing:
+        first = samples[:TIMED]
+        inputs = prepare(processor, [s.picture() for s in first], [s.question for s in first]).to(model.device)
+        extra = {k: v for k, v in overrides.items() if k == "positions"}
+        out |= prefill(model, inputs, None if handle is None else handle.recipe, repeats=timing, seed=seed, **extra)
+    return out
+
+
+def _dense_report(model: Any, inputs: Any) -> Report:
+    """What one prefill costs without pruning: a run that keeps everything, on the same inputs."""
+    with attach(model, "random", keep=1.0) as handle:
+        model(**inputs, logits_to_keep=1)
+        return handle.report()
+
+
+def _add(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
+    return b if a is None else a if b is None else a + b
+
+
+def kept_rows(report: Report, grid: tuple[int, int]) -> np.ndarray | None:
+    """Tokens kept per image row, ``[grid rows]``, by the last stage that dropped some but not all (``None``: no stage did); a merged group counts once."""
+    tokens = grid[0] * grid[1]
+    partial = [s for s in report.stages if 0 < sum(s.tokens_out) < sum(report.visual_tokens)]
+    if not partial:
+        return None
+    rows = np.zeros(grid[0], dtype=np.int64)
+    for kept in partial[-1].kept:
+        rows += np.bincount(kept.cpu().numpy() % tokens // grid[1], minlength=grid[0])
+    return rows
+
+
+@torch.no_grad()
+def prefill(model: Any, inputs: Any, recipe: Recipe | None, *, repeats: int = 5, seed: int = 0, **extra: Any) -> dict[str, float]:
+    """Milliseconds of one prefill, ``prefill_ms`` and ``dense_prefill_ms``: medians over ``repeats`` after one warm-up, the two measured in turn so that a busy
+    machine slows both; ``prefill_ratio`` is their quotient. Attaching is not part of the time."""
+    dense, pruned = [], []
+    for i in range(repeats + 1):
+        a = _once(model, inputs)
+        b = a
+        if recipe is not None:
+            with attach(model, recipe, seed=seed, **extra):
+                b = _once(model, inputs)
+        if i:
+            dense.append(a)
+            pruned.append(b)
+    out = {"prefill_ms": statistics.median(pruned), "dense_prefill_ms": statistics.median(dense)}
+    return {**out, "prefill_ratio": out["prefill_ms"] / out["dense_prefill_ms"]}
+
+
+def _once(model: Any, inputs: Any) -> float:
+    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    model(**inputs, logits_to_keep=1, use_cache=True)
+    wait()
+    return 1000 * (time.perf_counter() - start)
+
+
+# ------------------------------------------------------------------------------------------------------------ statistics
+
+
+def bootstrap(correct_a: Sequence[float], correct_b: Sequence[float], n: int = 2000, seed: int = 0, groups: Sequence[str] | None = None) -> tuple[float, float]:
+    """Paired bootstrap: the 95 % interval of ``mean(a) - mean(b)`` over ``n`` resamples. ``groups``: samples with the same name (one image) are drawn together.
+
+    Raises :class:`VtpruneError` for empty or unequal lists.
+    """
+    if not len(correct_a) or len(correct_a) != len(correct_b) or (groups is not None and len(groups) != len(correct_a)):
+        raise VtpruneError(f"paired results are needed, got {len(correct_a)} and {len(correct_b)}")
+    gap = np.asarray(correct_a, float) - np.asarray(correct_b, float)
+    where = np.arange(len(gap)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    total, size = np.bincount(where, weights=gap), np.bincount(where)
+    rng = np.random.RandomState(seed)
+    means = np.empty(n)
+    for i in range(n):
+        draw = rng.randint(len(total), size=len(total))
+        means[i] = total[draw].sum() / size[draw].sum()
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def interval(correct: Sequence[float], n: int = 2000, seed: int = 0, groups: Sequence[str] | None = None) -> tuple[float, float]:
+    """The 95 % bootstrap interval of an accuracy; see :func:`bootstrap`."""
+    return bootstrap(correct, [0.0] * len(correct), n, seed, groups)
+
+
+def _means(values: Sequence[float], keys: Iterable[str]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for key, value in zip(keys, values, strict=True):
+        found.setdefault(key, []).append(value)
+    return {key: sum(v) / len(v) for key, v in found.items()}
+
+
+def score(correct: Sequence[float], samples: Sequence[Sample], dense: Sequence[float] | None = None) -> dict[str, Any]:
+    """``sets``: per question set ``accuracy``, ``interval`` and, against ``dense``, ``difference`` with its interval; ``abilities``, ``average``, ``worst``."""
+    sets: dict[str, Any] = {}
+    for name, accuracy in _means(correct, (s.set for s in samples)).items():
+        mine = [i for i, s in enumerate(samples) if s.set == name]
+        values, groups = [correct[i] for i in mine], [samples[i].source for i in mine]
+        sets[name] = {"accuracy": accuracy, "samples": len(mine), "interval": interval(values, groups=groups)}
+        if dense is not None:
+            base = [dense[i] for i in mine]
+            sets[name] |= {"difference": accuracy - sum(base) / len(base), "difference_interval": bootstrap(values, base, groups=groups)}
+    abilities = _means(correct, (s.ability for s in samples))
+    worst = min(abilities, key=lambda a: abilities[a])
+    return {"sets": sets, "abilities": abilities, "average": sum(abilities.values()) / len(abilities), "worst": abilities[worst], "worst_ability": worst}
+
+
+# ----------------------------------------------------------------------------------------------------------------- table
+
+
+def environment(model: Any) -> dict[str, Any]:
+    """Versions and hardware, for result files."""
+    parameter = next(model.parameters())
+    device = torch.cuda.get_device_name(parameter.device) if parameter.device.type == "cuda" else _cpu()
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    return {
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers"), "vtprune": __version__},
+        "device": {"type": parameter.device.type, "name": device, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "dtype": dtype},
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def table(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    methods: Sequence[str | Recipe],
+    budgets: Sequence[float],
+    *,
+    seeds: int = 3,
+    seed: int = 0,
+    batch: int = 16,
+    timing: int = 5,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    labels: Mapping[str, str] | None = None,
+    fixed: Sequence[tuple[Recipe, str]] = (),
+    progress: Callable[[int], object] | None = None,
+    started: Callable[[str], object] | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Every method at every budget, after the dense model. A budget is a fraction of dense effective tokens: equal cost.
+
+    Args:
+        methods: recipe names or recipes; :data:`RANDOM` ones are run with ``seeds`` seeds from ``seed`` on and averaged per sample.
+        options: method name -> its own options. labels: method name -> a remark for its rows.
+        fixed: recipes with a remark, run once on their own schedule (their ``budget`` is ``None``).
+        progress: called with numbers of samples, :func:`runs` times all of them. started: called with the name of each row.
+
+    Returns:
+        A JSON-safe dict. A budget that a method cannot reach gives a row with ``error``.
+    """
+    options, labels = options or {}, labels or {}
+    recipes = [load_recipe(m) for m in methods]
+    if not budgets or any(not 0 < b <= 1 for b in budgets):
+        raise VtpruneError(f"budgets are fractions of the dense tokens in (0, 1], got {list(budgets)}")
+    if started is not None:
+        started("dense")
+    dense = evaluate(model, processor, samples, None, batch=batch, progress=progress)
+    correct = [float(c) for c in dense["correct"]]
+    rows = [{"method": "dense", "budget": 1.0, "note": "", **_row([dense], samples, None)}]
+    plan: list[tuple[Recipe, float | None, str]] = [(r, b, labels.get(r.name, "")) for r in recipes for b in budgets]
+    for recipe, budget, note in [*plan, *((r, None, note) for r, note in fixed)]:
+        if started is not None:
+            started(recipe.name)
+        extra = {} if budget is None else {**options.get(recipe.name, {}), "effective_tokens": float(budget)}
+        row: dict[str, Any] = {"method": recipe.name, "budget": budget, "note": note}
+        times = seeds if recipe.name in RANDOM else 1
+        try:
+            results = []
+            for s in range(seed, seed + times):
+                how: dict[str, Any] = {"batch": batch, "seed": s, "progress": progress, "timing": 0 if results else timing}
+                results.append(evaluate(model, processor, samples, recipe, **how, **extra))
+            row |= _row(results, samples, correct)
+        except VtpruneError as e:
+            row["error"] = str(e)
+            if progress is not None:
+                progress(times * len(samples))
+        rows.append(row)
+    facts = {"abilities": sorted({s.ability for s in samples}), "sets": sorted({s.set for s in samples}), "samples": len(samples), "batch": batch}
+    return {"type": "vtprune.Bench", "version": 1, "command": command, **environment(model), **facts, "budgets": list(budgets), "seeds": seeds, "rows": rows}
+
+
+def runs(methods: Sequence[str | Recipe], budgets: Sequence[float], seeds: int, fixed: int = 0) -> int:
+    """Passes over the samples that :func:`table` makes."""
+    return 1 + fixed + len(budgets) * sum(seeds if load_recipe(m).name in RANDOM else 1 for m in methods)
+
+
+def _row(runs: list[dict[str, Any]], samples: Sequence[Sample], dense: list[float] | None) -> dict[str, Any]:
+    """One table row from the runs of all seeds; costs are those of the first."""
+    first = runs[0]
+    correct = [sum(r["correct"][i] for r in runs) / len(runs) for i in range(len(samples))]
+    rows = [r["rows"] for r in runs if r["rows"] is not None]
+    return {
+        **score(correct, samples, dense),
+        "seed_accuracies": [sum(r["correct"]) / len(samples) for r in runs],
+        "effective_tokens": first["effective_tokens"],
+        "visual_tokens": first["visual_tokens"],
+        "flops": first["flops"],
+        "flops_share": first["flops"] / first["dense_flops"],
+        "kv_bytes": first["kv_bytes"],
+        "kv_share": first["kv_bytes"] / first["dense_kv_bytes"],
+        **{k: first[k] for k in ("prefill_ms", "dense_prefill_ms", "prefill_ratio") if k in first},
+        "rows": np.sum(rows, axis=0).tolist() if rows else None,
+        "key": first["key"],
+        "recipe": first["recipe"],
+        "correct": correct,
+    }
+
+
+def cells(result: Mapping[str, Any], *, abilities: bool = True) -> list[list[str]]:
+    """The table as text, header first; ``abilities`` adds a column for each, their average and worst, and the difference to dense with its 95 % interval."""
+    sets, kinds = result["sets"], result["abilities"] if abilities else []
+    gaps = sets if abilities else []
+    head = ["method", "budget", *(f"{s} %" for s in sets), *(f"{s} vs dense" for s in gaps), *kinds, *(["average", "worst"] if abilities else [])]
+    out = [[*head, "tokens", "FLOPs %", "prefill x", "KV %", "note"]]
+    for row in result["rows"]:
+        start = [row["method"], "own" if row["budget"] is None else f"{100 * row['budget']:g}%"]
+        if "error" in row:
+            out.append([*start, *["-"] * (len(head) + 2), "not possible: " + row["error"]])
+            continue
+        values = [f"{100 * row['sets'][s]['accuracy']:.1f}" for s in sets] + [_gap(row["sets"][s]) for s in gaps]
+        if abilities:
+            values += [f"{100 * v:.1f}" for v in (*(row["abilities"][k] for k in kinds), row["average"], row["worst"])]
+        ratio = f"{row['prefill_ratio']:.2f}" if "prefill_ratio" in row else "1.00" if row["method"] == "dense" else "-"
+        costs = [f"{row['effective_tokens']:.1f}", f"{100 * row['flops_share']:.1f}", ratio, f"{100 * row['kv_share']:.1f}"]
+        out.append([*start, *values, *costs, row["note"]])
+    return out
+
+
+def _gap(entry: Mapping[str, Any]) -> str:
+    if "difference" not in entry:
+        return "-"
+    low, high = entry["difference_interval"]
+    return f"{100 * entry['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def text(table: Sequence[Sequence[str]]) -> str:
+    """Cells (header first) as aligned plain text; columns of numbers to the right."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    right = [all(row[i][:1] in "+-0123456789" or row[i] == "own" for row in table[1:]) for i in range(len(widths))]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
+
+    return "\n".join([line(table[0]), "  ".join("-" * w for w in widths), *map(line, table[1:])])
+
+
+def save(result: Mapping[str, Any], path: str | Path) -> None:
+    """Writes a result as JSON. Raises :class:`VtpruneError` if the file cannot be written."""
+    try:
+        Path(path).write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as e:
+        raise VtpruneError(f"cannot write {path}: {e.strerror}") from e

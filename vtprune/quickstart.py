@@ -1,0 +1,134 @@
+"""``python -m vtprune.quickstart``: every method on the bundled VLM and real test questions, in minutes on a CPU. Writes ``out/quickstart.{html,png,json}``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .cli import Parser, fractions, guarded, load, model_options, output, positive, show
+from .types import VtpruneError
+
+BUDGETS = (0.5, 0.25)
+WORK = 3600  # questions in all, divided among the passes
+QUESTIONS_PER_SCENE = 11
+SHOWN = ("uniform", "downsample", "tome", "flowcut", "fastv", "pyramiddrop", "dpvr-lf")  # methods in the pictures
+
+
+def parser() -> argparse.ArgumentParser:
+    out = Parser(prog="python -m vtprune.quickstart", description=__doc__)
+    out.add_argument("--samples", type=positive, metavar="N", help="easy-VQA questions per row (default: what takes about four minutes in all)")
+    out.add_argument("--scenes", type=positive, metavar="N", help="generated scenes per row, about 11 questions each (default: a tenth of the samples)")
+    out.add_argument("--budgets", type=fractions, default=list(BUDGETS), help="fractions of the dense effective tokens (default 0.5,0.25)")
+    out.add_argument("--seeds", type=positive, default=3, help="runs of random methods (default 3)")
+    out.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER")
+    out.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    model_options(out)
+    return out
+
+
+def branch(folder: Path) -> dict[str, Any] | None:
+    """Options of ``dpvr-lf`` for the trained side branch in ``folder``, or ``None`` without one. Raises :class:`VtpruneError` for a damaged description."""
+    weights, facts = folder / "dpvr_lf.safetensors", folder / "dpvr_lf.json"
+    if not weights.is_file():
+        return None
+    options: dict[str, Any] = {"weights": str(weights)}
+    if facts.is_file():
+        try:
+            told = json.loads(facts.read_text())
+        except json.JSONDecodeError as e:
+            raise VtpruneError(f"{facts} is not JSON: {e}") from e
+        options |= {k: told[k] for k in ("split", "fusion", "branch_layers", "variant") if k in told}
+    return options
+
+
+def pictures(model: Any, processor: Any, samples: Sequence[Any], methods: Sequence[str], budget: float, options: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """``(label, picture)`` for each of ``methods`` on each of ``samples``, with the answer it led to."""
+    import vtprune
+
+    from . import render
+    from .answer import generate, prepare
+
+    out = []
+    for sample in samples:
+        image = sample.picture()
+        inputs = prepare(processor, [image], [sample.question]).to(model.device, model.dtype)
+        seen = render.model_view(processor, image)
+        x, y = seen.width / image.width, seen.height / image.height
+        boxes = [(a * x, b * y, c * x, d * y) for a, b, c, d in sample.boxes]
+        for name in methods:
+            how = options.get(name, {"effective_tokens": budget})
+            try:
+                with vtprune.attach(model, name, **how) as handle:
+                    answer = generate(model, processor, inputs)[0]
+                    report, grid = handle.report(), handle.geometry.grid
+            except VtpruneError:  # the table says why
+                continue
+            label = f"{name} ({report.effective_tokens:.0f} effective tokens): {sample.question}  answer: {answer}  (right: {sample.answer})"
+            out.append((label, render.token_picture(seen, report, 0, grid, boxes=boxes, panel=192)))
+    return out
+
+
+def run(args: argparse.Namespace) -> int:
+    """The whole tour. Raises :class:`VtpruneError` for what the user can put right."""
+    from tqdm import tqdm
+
+    import vtprune
+
+    from . import bench, render
+    from .models import _demo  # type: ignore[attr-defined]
+    from .recipe import Recipe, Stage
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    page, sheet, data = (args.out / f"quickstart.{kind}" for kind in ("html", "png", "json"))
+    for path in (page, sheet, data):
+        output(path)
+    methods = vtprune.methods()
+    trained = branch(_demo.FOLDER) if args.model is None else None
+    fixed = []
+    if trained is not None:
+        stage = Stage(method="dpvr-lf", options=trained)
+        fixed.append((Recipe(name="dpvr-lf (trained)", stages=(stage,)), "the trained branch, at the split it was trained for"))
+    passes = bench.runs(methods, args.budgets, args.seeds, len(fixed))
+    easy = args.samples or max(24, WORK // passes // 2)
+    scenes = args.scenes or max(2, round(easy / QUESTIONS_PER_SCENE))
+    model, processor = load(args)
+    samples = bench.easy_vqa_samples(easy) + bench.scenes_samples(scenes)
+    print(f"{easy} easy-VQA questions and {len(samples) - easy} questions about {scenes} scenes; {passes} passes")
+    labels = {"dpvr-lf": "untrained branch: a copy of one decoder layer"}
+    with tqdm(total=len(samples) * passes, unit="question", disable=None) as bar:
+        result = bench.table(
+            model, processor, samples, methods, args.budgets, seeds=args.seeds, seed=args.seed, batch=32, timing=3, labels=labels, fixed=fixed,
+            progress=bar.update, started=bar.set_description, command=f"python -m vtprune.quickstart --samples {easy} --scenes {scenes}",
+        )  # fmt: skip
+    cells = bench.cells(result, abilities=False)
+    show(cells)
+    own = {"dpvr-lf": trained} if trained is not None else {}
+    chosen = [m for m in SHOWN if m in methods]
+    busy = max((s for s in samples if s.set == "scenes" and s.ability in ("attribute", "location")), key=lambda s: s.question.count("sign") + len(s.boxes))
+    drawn = pictures(model, processor, [samples[0], busy], chosen, args.budgets[0], own)
+    kept = {f"{r['method']} {100 * r['budget']:g}%": r["rows"] for r in result["rows"] if r.get("rows") and r["budget"] == args.budgets[-1]}
+    figures = [("Where tokens are kept: image rows, all questions", render.row_bias_figure(kept))] if kept else []
+    about, versions = result["device"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    facts = f"{result['command']} | {about['name']}, {about['threads']} threads, {about['dtype']} | {versions}"
+    intro = "Every method at equal effective tokens (the mean over language-model layers). Prefill x: time of a prefill divided by dense, in the same run."
+    bench.save(result, data)
+    render.write(sheet, render.contact_sheet(drawn))
+    render.html_report(cells, [*figures, *drawn], page, title="vtprune quickstart", intro=intro, facts=facts)
+    print(f"wrote {page}, {sheet}, {data}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 only on success; see :func:`vtprune.cli.main` for the other codes."""
+    try:
+        args = parser().parse_args(argv)
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else 2
+    return guarded(run, args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,305 @@
+"""Pictures and pages of what was kept: drawing with Pillow only, no plotting library, no model.
+
+Indices are a sample's original visual tokens, raster order on ``grid`` (rows, columns), as :class:`vtprune.Report` gives them.
+"""
+
+from __future__ import annotations
+
+import base64
+import colorsys
+import html
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .types import Report, StageReport, VtpruneError
+
+PANEL = 264  # side of a panel, pixels
+GAP = 10
+TITLE = 36
+PAPER, INK, MUTED, SHADE = (255, 255, 255), (25, 28, 33), (104, 110, 120), (46, 50, 58)
+
+
+def font(size: int) -> Any:
+    """Pillow's own typeface."""
+    return ImageFont.load_default(size)
+
+
+# --------------------------------------------------------------------------------------------------------- token pictures
+
+
+def model_view(processor: Any, image: Image.Image) -> Image.Image:
+    """``image`` as the vision tower sees it (resized and cropped by the processor), so that patches lie where they should."""
+    part = processor.image_processor
+    pixels = np.asarray(part(images=[image], return_tensors="np")["pixel_values"])[0]
+    mean, std = (np.asarray(getattr(part, f"image_{n}"))[:, None, None] for n in ("mean", "std"))
+    return Image.fromarray(np.clip(np.rint((pixels * std + mean) * 255), 0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def owners(report: Report, sample: int, tokens: int, number: int = 0) -> list[np.ndarray]:
+    """Per stage, for every original token of image ``number`` the token that stands for it, ``[tokens]``: itself if kept, another if merged, -1 if dropped."""
+    now, out = np.arange(tokens), []
+    for stage in report.stages:
+        kept = stage.kept[sample].cpu().numpy()
+        if stage.assignment is not None:
+            slot = stage.assignment[sample].cpu().numpy()[number * tokens : (number + 1) * tokens]
+            now = np.where(slot >= 0, kept[slot] - number * tokens, -1) if len(kept) else np.full(tokens, -1)
+        else:
+            mine = np.isin(np.arange(tokens), kept - number * tokens)
+            now = np.where((now >= 0) & mine[now], now, np.where(mine, np.arange(tokens), -1))  # the second: routed tokens that came back
+        out.append(now)
+    return out
+
+
+def _shown(stages: Sequence[StageReport], sample: int, limit: int) -> list[int]:
+    """Stages worth a panel: those that changed something and the last; at most ``limit``, evenly spaced."""
+    last = len(stages) - 1
+    found = [i for i, s in enumerate(stages) if s.tokens_in[sample] != s.tokens_out[sample] or i == last]
+    if len(found) <= limit:
+        return found
+    return sorted({found[round(k * (len(found) - 1) / max(limit - 1, 1))] for k in range(limit)} | {found[-1]})
+
+
+def token_picture(
+    image: Image.Image,
+    report: Report,
+    sample: int,
+    grid: tuple[int, int],
+    *,
+    number: int = 0,
+    panel: int = PANEL,
+    limit: int = 5,
+    boxes: Sequence[tuple[float, float, float, float]] = (),
+    caption: str = "",
+) -> Image.Image:
+    """The image and one panel per stage: dropped patches are dimmed, merged groups outlined in one colour each, with a dot where the group stands.
+
+    Args:
+        image: as the model sees it (:func:`model_view`).
+        report, sample: whose tokens; ``number`` is the image within the sample.
+        grid: rows and columns of visual tokens of one image.
+        panel: longer side of a panel in pixels; at most ``limit`` stages are drawn.
+        boxes: rectangles in pixels of ``image`` to outline in the first panel. caption: its title.
+
+    Raises:
+        VtpruneError: the report has no such sample.
+    """
+    if not 0 <= sample < len(report.visual_tokens):
+        raise VtpruneError(f"the report has {len(report.visual_tokens)} samples, there is no sample {sample}")
+    rows, columns = grid
+    cell = max(4, panel // max(rows, columns))
+    size = (columns * cell, rows * cell)
+    plain = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    first = plain.copy()
+    draw = ImageDraw.Draw(first)
+    for left, top, right, bottom in boxes:
+        x, y = size[0] / image.width, size[1] / image.height
+        draw.rectangle((left * x, top * y, right * x, bottom * y), outline=(255, 60, 60), width=2)
+    titles, panels = [(caption or "image", f"{report.visual_tokens[sample]} visual tokens")], [first]
+    owner = owners(report, sample, rows * columns, number)
+    for i in _shown(report.stages, sample, limit):
+        stage = report.stages[i]
+        titles.append((f"{stage.site}  {stage.method}", f"{stage.tokens_in[sample]} -> {stage.tokens_out[sample]} tokens"))
+        panels.append(_panel(plain, owner[i], grid, cell))
+    return _strip(titles, panels)
+
+
+def _strip(titles: Sequence[tuple[str, str]], panels: Sequence[Image.Image]) -> Image.Image:
+    w, h = panels[0].size
+    out = Image.new("RGB", (len(panels) * (w + GAP) + GAP, h + TITLE + 2 * GAP), PAPER)
+    draw = ImageDraw.Draw(out)
+    for i, (title, picture) in enumerate(zip(titles, panels, strict=True)):
+        x = GAP + i * (w + GAP)
+        draw.text((x, GAP - 3), _fit(draw, title[0], w, 15), fill=INK, font=font(15))
+        draw.text((x, GAP + 16), _fit(draw, title[1], w, 13), fill=MUTED, font=font(13))
+        out.paste(picture, (x, GAP + TITLE))
+    return out
+
+
+def _fit(draw: ImageDraw.ImageDraw, words: str, width: float, size: int) -> str:
+    """``words``, shortened with dots to at most ``width`` pixels."""
+    face = font(size)
+    if draw.textlength(words, font=face) <= width:
+        return words
+    while words and draw.textlength(words + "...", font=face) > width:
+        words = words[:-1]
+    return words.rstrip() + "..."
+
+
+def _panel(image: Image.Image, owner: np.ndarray, grid: tuple[int, int], cell: int) -> Image.Image:
+    rows, columns = grid
+    gone = np.kron((owner < 0).reshape(grid), np.ones((cell, cell))).astype(bool)
+    pixels = np.asarray(image).astype(float)
+    grey = pixels.mean(2, keepdims=True)
+    dim = 0.78 * np.array(SHADE) + 0.22 * grey
+    out = Image.fromarray(np.where(gone[..., None], dim, pixels).astype(np.uint8))
+    draw = ImageDraw.Draw(out)
+    groups = {int(g) for g, n in zip(*np.unique(owner, return_counts=True), strict=True) if g >= 0 and n > 1}
+    field = owner.reshape(grid)
+    for r in range(rows):
+        for c in range(columns):
+            _cell(draw, field, r, c, cell, groups)
+    return out
+
+
+def color(slot: int) -> tuple[int, int, int]:
+    """A bright colour per slot; neighbours get hues far apart (golden ratio)."""
+    r, g, b = colorsys.hsv_to_rgb(slot * 0.61803398875 % 1, 0.85, 1.0)
+    return round(255 * r), round(255 * g), round(255 * b)
+
+
+def _cell(draw: ImageDraw.ImageDraw, field: np.ndarray, r: int, c: int, cell: int, groups: set[int]) -> None:
+    """Lines where this patch's neighbour belongs to another token; coloured and with a dot for a merged group, thin for a kept patch beside a dropped one."""
+    mine = int(field[r, c])
+    if mine < 0:
+        return
+    x, y = c * cell, r * cell
+    e = cell - 1
+    sides = (((-1, 0), (x, y, x + e, y)), ((1, 0), (x, y + e, x + e, y + e)), ((0, -1), (x, y, x, y + e)), ((0, 1), (x + e, y, x + e, y + e)))
+    for (dr, dc), line in sides:
+        inside = 0 <= r + dr < field.shape[0] and 0 <= c + dc < field.shape[1]
+        other = int(field[r + dr, c + dc]) if inside else -1
+        if mine in groups and other != mine:
+            draw.line(line, fill=color(mine), width=2 if cell >= 12 else 1)
+        elif mine not in groups and inside and other < 0:
+            draw.line(line, fill=(250, 250, 250))
+    if mine in groups and mine == r * field.shape[1] + c and cell >= 8:
+        k = max(2, cell // 7)
+        draw.ellipse((x + cell // 2 - k, y + cell // 2 - k, x + cell // 2 + k, y + cell // 2 + k), fill=color(mine), outline=INK)
+
+
+def contact_sheet(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Labelled pictures below each other. Raises :class:`VtpruneError` if there are none."""
+    if not pictures:
+        raise VtpruneError("a contact sheet needs at least one picture")
+    width = max(p.width for _, p in pictures)
+    out = Image.new("RGB", (width, sum(p.height + 30 for _, p in pictures) + GAP), PAPER)
+    draw, y = ImageDraw.Draw(out), GAP
+    for label, picture in pictures:
+        draw.text((GAP, y), _fit(draw, label, width - 2 * GAP, 17), fill=INK, font=font(17))
+        out.paste(picture, (0, y + 24))
+        y += picture.height + 30
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------- heat map
+
+
+def row_bias_figure(counts: Mapping[str, Sequence[int]], *, title: str = "Share of kept tokens per image row") -> Image.Image:
+    """Methods below each other, image rows (top first) from left to right. Blue: fewer tokens than an even spread gives, orange: more.
+
+    ``counts``: label -> tokens kept in each image row. Raises :class:`VtpruneError` if there are none or they have unequal lengths.
+    """
+    if not counts or len({len(v) for v in counts.values()}) != 1:
+        raise VtpruneError("the row figure needs at least one method and the same number of rows for all")
+    n, size, left = len(next(iter(counts.values()))), 34, 20
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left += round(max(measure.textlength(label, font=font(14)) for label in counts))
+    wide = left + max(n * size, round(measure.textlength(title, font=font(16)) - left + GAP), 250) + GAP
+    out = Image.new("RGB", (wide, 72 + len(counts) * size + GAP), PAPER)
+    draw = ImageDraw.Draw(out)
+    draw.text((GAP, 8), title, fill=INK, font=font(16))
+    draw.text((GAP, 28), f"% of kept tokens; an even spread gives {100 / n:.1f}", fill=MUTED, font=font(13))
+    for c in range(n):
+        draw.text((left + c * size + size / 2, 60), str(c), fill=MUTED, font=font(12), anchor="mm")
+    draw.text((left - GAP, 60), "row (0 = top)", fill=MUTED, font=font(12), anchor="rm")
+    for r, (label, values) in enumerate(counts.items()):
+        y, total = 72 + r * size, max(sum(values), 1)
+        draw.text((left - GAP, y + size / 2), label, fill=INK, font=font(14), anchor="rm")
+        for c, v in enumerate(values):
+            shade = _diverging(v / total * n)
+            draw.rectangle((left + c * size, y, left + (c + 1) * size - 2, y + size - 2), fill=shade)
+            ink = INK if sum(shade) > 360 else PAPER
+            draw.text((left + c * size + size / 2 - 1, y + size / 2), f"{100 * v / total:.0f}", fill=ink, font=font(13), anchor="mm")
+    return out
+
+
+def _diverging(ratio: float) -> tuple[int, int, int]:
+    """Light grey at 1 (an even share), blue towards a quarter of it, orange towards four times."""
+    t = max(-1.0, min(1.0, math.log2(max(ratio, 1e-6)) / 2))
+    end, mid = np.array((199, 84, 0) if t > 0 else (32, 86, 166)), np.array((240, 240, 238))
+    r, g, b = (int(v) for v in np.rint(mid + abs(t) * (end - mid)))
+    return r, g, b
+
+
+# ---------------------------------------------------------------------------------------------------------------- report
+
+_CSS = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #191c21; --muted: #666d78; --line: #dfe2e7; --head: #f4f5f7; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14161a; --ink: #e7e9ec; --muted: #9aa1ac; --line: #2d323a; --head: #1d2026; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1280px; padding: 1rem; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+p, figcaption, footer { color: var(--muted); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }
+th { background: var(--head); } th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
+td:last-child { white-space: normal; min-width: 12rem; color: var(--muted); }
+figure { margin: 1.2rem 0; } figcaption { margin-bottom: .3rem; }
+figure img { max-width: none; height: auto; border: 1px solid var(--line); border-radius: 4px; }
+footer { margin-top: 2rem; font-size: .85rem; overflow-wrap: anywhere; }
+""".strip()
+
+
+def data_url(picture: Image.Image) -> str:
+    """The picture as a PNG ``data:`` address."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def html_report(
+    table: Sequence[Sequence[str]], pictures: Sequence[tuple[str, Image.Image]], path: str | Path, *, title: str = "vtprune", intro: str = "", facts: str = ""
+) -> None:
+    """Writes one self-contained page: ``table`` (header first, all text) and ``pictures`` with captions; no script and nothing from elsewhere.
+
+    Raises :class:`VtpruneError` if the file cannot be written.
+    """
+    esc = html.escape
+    head = "".join(f"<th>{esc(c)}</th>" for c in table[0])
+    body = "\n".join("<tr>" + "".join(f"<td>{esc(c)}</td>" for c in row) + "</tr>" for row in table[1:])
+    frame = '<figure><figcaption>{0}</figcaption><div class="wide"><img alt="{0}" src="{1}"></div></figure>'
+    figures = "\n".join(frame.format(esc(c), data_url(p)) for c, p in pictures)
+    page = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{esc(title)}</title>
+<style>
+{_CSS}
+</style>
+</head>
+<body>
+<h1>{esc(title)}</h1>
+<p>{esc(intro)}</p>
+<div class="wide"><table>
+<thead><tr>{head}</tr></thead>
+<tbody>
+{body}
+</tbody>
+</table></div>
+<h2>Pictures</h2>
+{figures}
+<footer>{esc(facts)}</footer>
+</body>
+</html>
+"""
+    write(path, page.encode())
+
+
+def write(path: str | Path, data: bytes | Image.Image) -> None:
+    """Writes bytes, or a picture as PNG. Raises :class:`VtpruneError` if the file cannot be written."""
+    try:
+        if isinstance(data, bytes):
+            Path(path).write_bytes(data)
+        else:
+            data.save(path, "PNG")
+    except OSError as e:
+        raise VtpruneError(f"cannot write {path}: {e.strerror or e}") from e
