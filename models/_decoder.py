@@ -496,9 +496,7 @@ class DecoderEngine:
             return x
         stash = call.stash[cut.stage]
         if stash.out is None:
-            served = self._serve(call, stash.level, call.base, stash.hidden)
-            visual = stash.level.visual & stash.level.valid
-            stash.out = cut.bring_back(stash.hidden, lambda layer, h: self._run(layer, h, visual, served))
+            stash.out = self._branch(call, cut, stash)
         if level is stash.level:
             return torch.where(level.visual[..., None], stash.out, x)
         place = torch.where(level.valid, self._within(stash.level, level), stash.out.shape[1])
@@ -514,14 +512,26 @@ class DecoderEngine:
         request.records.append(Record(cut.site, cut.stage, [0] * len(back), [len(k) for k in back], back, None))
         return out
 
-    def _run(self, layer: nn.Module, hidden: Tensor, mask: Tensor, served: dict) -> Tensor:
-        """A decoder layer of the backbone's own class over ``hidden`` ``[B, M, C]`` where only ``mask`` rows see each other, causally, at their own positions; no cache."""
-        m = hidden.shape[1]
-        seen = torch.ones(m, m, dtype=torch.bool, device=hidden.device).tril()[None] & mask[:, None] & mask[:, :, None]
-        seen = (seen | torch.eye(m, dtype=torch.bool, device=hidden.device))[:, None]
-        bias = torch.zeros(seen.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~seen, torch.finfo(hidden.dtype).min)
-        out = layer(hidden, attention_mask=bias, position_embeddings=served["position_embeddings"], position_ids=served.get("position_ids"))
-        return out[0] if isinstance(out, tuple) else out
+    def _branch(self, call: Call, cut: PlannedCut, stash: Stash) -> Tensor:
+        """The side branch over the visual rows alone: they see each other causally, at their own positions; no cache. ``[B, M, C]`` with the other rows unchanged."""
+        level, x = stash.level, stash.hidden
+        rope = self._serve(call, level, call.base, x)["position_embeddings"]
+        rows = nn.utils.rnn.pad_sequence([r.nonzero()[:, 0] for r in level.visual & level.valid], batch_first=True, padding_value=-1)  # [B, V]
+        real, index = rows >= 0, rows.clamp_min(0)
+        v = rows.shape[1]
+        seen = torch.ones(v, v, dtype=torch.bool, device=x.device).tril()[None] & real[:, None]
+        seen = (seen | torch.eye(v, dtype=torch.bool, device=x.device))[:, None]
+        bias = torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill(~seen, torch.finfo(x.dtype).min)
+        tables = tuple(_take(t, index) for t in rope)
+
+        def run(layer: nn.Module, hidden: Tensor) -> Tensor:
+            out = layer(hidden, attention_mask=bias, position_embeddings=tables)
+            return out[0] if isinstance(out, tuple) else out
+
+        wide = index[..., None].expand(-1, -1, x.shape[-1])
+        out = cut.bring_back(x.gather(1, wide), run)
+        place = torch.where(real, rows, x.shape[1])[..., None].expand_as(wide)
+        return torch.cat([x, x[:, :1]], dim=1).scatter(1, place, out)[:, :-1]
 
     # ------------------------------------------------------------------------------------------------------------- scores
 

@@ -56,7 +56,7 @@ def test_loss_falls_and_only_the_branch_moves(case, trained):
     model, _ = case
     branch, facts = trained
     assert facts["steps"] == len(facts["loss"]) == 40
-    assert sum(facts["loss"][-5:]) < 0.9 * sum(facts["loss"][:5])
+    assert facts["loss"][-1] < 0.9 * facts["loss"][0]
     assert facts["parameters"] == sum(p.numel() for p in branch.parameters()) == sum(p.numel() for p in model.model.language_model.layers[3].parameters())
     source = model.model.language_model.layers[3].state_dict()
     assert all(not torch.equal(v, source[k.removeprefix("0.")]) for k, v in branch.state_dict().items())

@@ -178,14 +178,19 @@ def _add(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
 
 
 def kept_rows(report: Report, grid: tuple[int, int]) -> np.ndarray | None:
-    """Tokens kept per image row, ``[grid rows]``, by the last stage that dropped some but not all (``None``: no stage did); a merged group counts once."""
+    """Tokens kept per image row, ``[grid rows]``, by the last stage that dropped some but not all (``None``: none did); a merged group is one, spread over its members."""
     tokens = grid[0] * grid[1]
     partial = [s for s in report.stages if 0 < sum(s.tokens_out) < sum(report.visual_tokens)]
     if not partial:
         return None
-    rows = np.zeros(grid[0], dtype=np.int64)
-    for kept in partial[-1].kept:
-        rows += np.bincount(kept.cpu().numpy() % tokens // grid[1], minlength=grid[0])
+    rows = np.zeros(grid[0])
+    for i, kept in enumerate(partial[-1].kept):
+        where, share = kept.cpu().numpy(), np.ones(len(kept))
+        if (assignment := partial[-1].assignment) is not None:
+            slot = assignment[i].cpu().numpy()
+            where = np.flatnonzero(slot >= 0)
+            share = 1 / np.bincount(slot[where])[slot[where]]
+        rows += np.bincount(where % tokens // grid[1], weights=share, minlength=grid[0])
     return rows
 
 
@@ -334,7 +339,7 @@ def table(
         row: dict[str, Any] = {"method": recipe.name, "budget": budget, "note": note}
         times = seeds if recipe.name in RANDOM else 1
         try:
-            results = []
+            results: list[dict[str, Any]] = []
             for s in range(seed, seed + times):
                 how: dict[str, Any] = {"batch": batch, "seed": s, "progress": progress, "timing": 0 if results else timing}
                 results.append(evaluate(model, processor, samples, recipe, **how, **extra))

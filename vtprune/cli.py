@@ -115,7 +115,16 @@ def recipe_options(parser: argparse.ArgumentParser) -> None:
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """Keywords for ``attach``."""
+    """Keywords for ``attach``. Raises :class:`VtpruneError` for an option whose value has another type than its default."""
+    from .attach import load_recipe
+    from .methods.base import METHODS
+
+    known = METHODS.get(load_recipe(args.recipe).stages[-1].method).options
+    for name, value in args.option:
+        default = known.get(name)
+        kind = (int, float) if isinstance(default, float) else type(default)
+        if default is not None and (not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool)):
+            raise VtpruneError(f"option {name}={value!r}: expected something like {default!r}")
     return {**({} if args.keep is None else {"keep": args.keep}), **dict(args.option)}
 
 

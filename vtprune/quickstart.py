@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     import vtprune
 
     from . import bench, render
-    from .models import _demo  # type: ignore[attr-defined]
+    from .models import _demo
     from .recipe import Recipe, Stage
 
     args.out.mkdir(parents=True, exist_ok=True)

@@ -190,7 +190,7 @@ def contact_sheet(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
 # ------------------------------------------------------------------------------------------------------------- heat map
 
 
-def row_bias_figure(counts: Mapping[str, Sequence[int]], *, title: str = "Share of kept tokens per image row") -> Image.Image:
+def row_bias_figure(counts: Mapping[str, Sequence[float]], *, title: str = "Share of kept tokens per image row") -> Image.Image:
     """Methods below each other, image rows (top first) from left to right. Blue: fewer tokens than an even spread gives, orange: more.
 
     ``counts``: label -> tokens kept in each image row. Raises :class:`VtpruneError` if there are none or they have unequal lengths.
@@ -209,7 +209,7 @@ def row_bias_figure(counts: Mapping[str, Sequence[int]], *, title: str = "Share 
         draw.text((left + c * size + size / 2, 60), str(c), fill=MUTED, font=font(12), anchor="mm")
     draw.text((left - GAP, 60), "row (0 = top)", fill=MUTED, font=font(12), anchor="rm")
     for r, (label, values) in enumerate(counts.items()):
-        y, total = 72 + r * size, max(sum(values), 1)
+        y, total = 72 + r * size, max(sum(values), 1e-9)
         draw.text((left - GAP, y + size / 2), label, fill=INK, font=font(14), anchor="rm")
         for c, v in enumerate(values):
             shade = _diverging(v / total * n)

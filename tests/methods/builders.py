@@ -57,8 +57,17 @@ def llava(vision: str = "clip", text: str = "llama", blocks: int = 4, layers: in
     config = LlavaConfig(
         vision_config=vision_config(vision, blocks),
         text_config=TEXT[text](
-            vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4 if text == "llama" else 2,
-            max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2, **words,
+            vocab_size=64,
+            hidden_size=48,
+            intermediate_size=80,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=4 if text == "llama" else 2,
+            max_position_embeddings=512,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            **words,
         ),  # fmt: skip
         image_token_index=IMAGE,
         image_seq_length=N,

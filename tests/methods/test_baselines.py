@@ -46,8 +46,7 @@ def test_uniform_keeps_the_cells_centres(keep: int, want: list[int]) -> None:
     assert ids.tolist() == [*range(4), *(4 + i for i in want), *range(40, 49)]
 
 
-@pytest.mark.parametrize("site", ["projector", "vision.1", "llm.2"])
-@pytest.mark.parametrize("keep", [1, 5, 7, 11, 23, 35])
+@pytest.mark.parametrize("site, keep", [("projector", 5), ("projector", 35), ("vision.1", 11), ("vision.1", 1), ("llm.2", 7), ("llm.2", 23)])
 def test_uniform_meets_any_budget_and_spreads(site: str, keep: int) -> None:
     """Exactly ``keep`` tokens everywhere, and none further from a kept one than a cell is wide."""
     model = B.llava(layers=3)
@@ -76,7 +75,7 @@ def test_pool_is_average_pooling(keep: int, window: int) -> None:
     assert (ids[4 : 4 + keep] - 4).tolist() == stage.kept[0].tolist()
 
 
-@pytest.mark.parametrize("keep", [2, 5, 7, 11, 23, 35])
+@pytest.mark.parametrize("keep", [2, 7, 11, 35])
 def test_pool_averages_its_cells_at_any_budget(keep: int) -> None:
     model, inputs = B.llava(), B.prompts([[4, 9]])
     x, _, report = entering(model, inputs, "pool", keep=keep)
@@ -114,26 +113,26 @@ def test_pool_needs_the_whole_raster() -> None:
 
 
 @pytest.mark.parametrize("kind", ["clip", "dinov2", "siglip"])
-@pytest.mark.parametrize("keep, raster", [(9, (3, 3)), (8, (2, 4)), (1, (1, 1)), (31, (5, 6)), (36, (6, 6))])
+@pytest.mark.parametrize("keep, raster", [(9, (3, 3)), (8, (4, 2)), (1, (1, 1)), (31, (6, 5)), (26, (5, 5)), (36, (6, 6))])
 def test_downsample_feeds_a_smaller_image(kind: str, keep: int, raster: tuple[int, int]) -> None:
     """The tower's output is that of the resized image with interpolated positions; the largest raster within the budget, squarest on ties."""
     model, pixels = B.tower(kind, 3), B.images(2)
     hidden, report = bare(model, pixels, "downsample", keep=keep)
     r, c = raster
     (stage,) = report.stages
-    assert stage.site == "pixels" and stage.tokens_out in ([r * c] * 2, [4 * 2] * 2)
-    assert len(stage.kept[0]) == stage.tokens_out[0] <= keep
-    if raster == (2, 4) and len((stage.assignment[0].reshape(6, 6)[:, 0]).unique()) == 4:
-        r, c = 4, 2  # as square
+    assert stage.site == "pixels" and stage.tokens_out == [r * c] * 2 and len(stage.kept[0]) == r * c
     with torch.no_grad():
-        if (r, c) == (6, 6):
+        if keep == 36:
             want = model(pixels).last_hidden_state
         else:
             small = F.interpolate(pixels.float(), size=(8 * r, 8 * c), mode="bicubic", antialias=True, align_corners=False).double()
             want = model(small, **({} if kind == "dinov2" else {"interpolate_pos_encoding": True})).last_hidden_state
+            # Every token belongs to the low-resolution one over its centre, which stands where its own centre lies.
+            row, column = ((torch.arange(6) + 0.5) * r / 6).long(), ((torch.arange(6) + 0.5) * c / 6).long()
+            assert torch.equal(stage.assignment[0].reshape(6, 6), row[:, None] * c + column[None])
+            at = [int((i + 0.5) * 6 / r) * 6 + int((j + 0.5) * 6 / c) for i in range(r) for j in range(c)]
+            assert stage.kept[0].tolist() == at
     B.close(hidden, want)
-    row, column = torch.arange(6) * r // 6, torch.arange(6) * c // 6
-    assert torch.equal(stage.assignment[0].reshape(6, 6), row[:, None] * c + column[None])
 
 
 def test_downsample_in_llava_puts_tokens_at_their_centres() -> None:

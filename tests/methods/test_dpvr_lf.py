@@ -196,7 +196,6 @@ def test_the_branch_belongs_to_the_handle() -> None:
 def test_branch_has_the_published_size() -> None:
     """Fact 8: 202,383,360 parameters beside LLaVA-1.5-7B (4 d^2 + 3 d f + 2 d), and FLOPs are s c(T) + c(T_img) + (L - s - K) c(T_txt) + K c(T)."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
-
     from vtprune.models.llava import Llava
 
     with torch.device("meta"):

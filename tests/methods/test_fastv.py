@@ -83,7 +83,7 @@ def test_the_first_choice_stays_while_decoding() -> None:
         out = model(**inputs, use_cache=True)
         kept = at[handle.report().stages[0].kept[0]].tolist()
         mask, cache = inputs["attention_mask"], out.past_key_values
-        for step, token in enumerate((17, 40, 5)):
+        for token in (17, 40, 5):
             mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
             out = model(input_ids=torch.tensor([[token]]), attention_mask=mask, past_key_values=cache, position_ids=torch.tensor([[len(mask[0]) - 1]]))
             x = torch.cat([x, lm.embed_tokens(torch.tensor([token]))])

@@ -80,7 +80,7 @@ Merger = Callable[[int, int, Tensor], tuple[list[O.Merge], list[int]]]
 
 @torch.no_grad()
 def clip_slow(model: nn.Module, image: Tensor, used: int, *, metric: str, inside: bool, match: Merger, weighted: bool, proportional: bool) -> dict[str, Any]:
-    """One image through the first ``used`` blocks of a CLIP tower with a merge in each: tokens (class first), original index of each patch, who holds each patch."""
+    """One image through ``used`` blocks of a CLIP tower, a merge in each: tokens (class first), original index of each patch, who holds it."""
     x = model.pre_layrnorm(model.embeddings(image[None]))[0]
     depth, n = len(model.encoder.layers), len(x) - 1
     size, slot, owner = [1.0] * len(x), list(range(-1, n)), list(range(n))
@@ -124,7 +124,13 @@ def matcher(ratio: float, margin: Callable[[int, int], float], kind: Callable[[i
 
 WRAPPERS: dict[str, dict[str, Any]] = {
     "clip": {"metric": "hidden", "inside": True, "margin": lambda i, n: 0.95 * (1 - i / n), "kind": lambda i, n: "pitome"},
-    "hf-clip": {"metric": "hidden", "inside": False, "margin": lambda i, n: 0.9 * (1 - i / n), "kind": lambda i, n: "tome" if i <= n / 2 else "pitome", "weighted": False},
+    "hf-clip": {
+        "metric": "hidden",
+        "inside": False,
+        "margin": lambda i, n: 0.9 * (1 - i / n),
+        "kind": lambda i, n: "tome" if i <= n / 2 else "pitome",
+        "weighted": False,
+    },
     "blip": {"metric": "hidden", "inside": True, "margin": lambda i, n: 0.9 * (1 - i / n), "kind": lambda i, n: "pitome"},
     "blip2": {"metric": "keys", "inside": True, "margin": lambda i, n: 0.75 - 0.4 * i / n, "kind": lambda i, n: "pitome", "proportional": True},
     "paper": {"metric": "keys", "inside": True, "margin": lambda i, n: 0.9 - 0.9 * i / n, "kind": lambda i, n: "pitome", "proportional": True},
@@ -197,7 +203,15 @@ def test_energy_options(options: dict[str, Any]) -> None:
 def test_options_change_the_result() -> None:
     model, pixels = B.vit("class"), B.images(3)
     found = set()
-    for options in ({}, {"alpha": 0.05}, {"energy": "paper", "alpha": 0.05}, {"variant": "mae"}, {"variant": "paper"}, {"matching": "bsm"}, {"variant": "clip"}):
+    for options in (
+        {},
+        {"alpha": 0.05},
+        {"energy": "paper", "alpha": 0.05},
+        {"variant": "mae"},
+        {"variant": "paper"},
+        {"matching": "bsm"},
+        {"variant": "clip"},
+    ):
         found.add(str([a.tolist() for a in read(model, pixels, "pitome", ratio=0.8, **options)[2].stages[-1].assignment]))
     assert len(found) == 7
 

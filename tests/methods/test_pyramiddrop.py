@@ -85,7 +85,9 @@ def test_budget_gives_a_geometric_schedule() -> None:
 # ------------------------------------------------------------------------------------------------------------------------- options
 
 
-@pytest.mark.parametrize("score_layer, keys, rope", [("previous", "all", True), ("next", "visual", True), ("next", "all", False), ("previous", "visual", False)])
+@pytest.mark.parametrize(
+    "score_layer, keys, rope", [("previous", "all", True), ("next", "visual", True), ("next", "all", False), ("previous", "visual", False)]
+)
 def test_score_options(score_layer: str, keys: str, rope: bool) -> None:
     """Each option, written out for the last row: whose projections, softmax over which keys, with or without rotary positions."""
     model, inputs = B.llava(text="qwen2"), B.prompts([[4, 9]])
@@ -168,7 +170,7 @@ def test_training_in_a_padded_batch() -> None:
 
 
 def test_predictions_of_dropped_rows_leave_the_loss() -> None:
-    """The label right behind the image is predicted by the last visual token; once that is dropped the label does not count, and the caller's tensor stays as it was."""
+    """The label right behind the image is predicted by the last visual token; once that is dropped the label does not count."""
     model = B.llava()
     model.loss_function = double_loss
     cases = set()

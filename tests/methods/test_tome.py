@@ -108,7 +108,9 @@ def test_options_change_the_result() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name, options", [("tome", {"r": 0}), ("tome", {"keep": 36}), ("pitome", {"ratio": 1.0}), ("pitome", {"keep": 36, "variant": "paper"})])
+@pytest.mark.parametrize(
+    "name, options", [("tome", {"r": 0}), ("tome", {"keep": 36}), ("pitome", {"ratio": 1.0}), ("pitome", {"keep": 36, "variant": "paper"})]
+)
 def test_zero_reduction_is_the_identity(kind: str, name: str, options: dict[str, Any]) -> None:
     """LayerScale, registers, distillation token, average pooling: nothing merged, nothing changed, and every block was asked."""
     model, pixels = B.vit(kind), B.images(2)

@@ -86,8 +86,8 @@ class Method:
         raise NotImplementedError
 
     def restore(self, hidden: Tensor, run: Callable[..., Tensor], module: Any) -> Tensor:
-        """Routing methods only: the tokens that come back. ``hidden`` ``[B, M, C]`` as stashed (visual rows count), ``run(layer, hidden)`` runs a decoder layer over
-        the visual rows at their own positions, ``module`` is what :meth:`build` made."""
+        """Routing methods only: the tokens that come back. ``hidden`` ``[B, V, C]``, the visual rows as stashed; ``run(layer, hidden)`` runs a decoder layer over
+        them, causally, at their own positions, ``module`` is what :meth:`build` made."""
         raise NotImplementedError
 
     def build(self, branch: Callable[[int], Any], geometry: Geometry) -> Any:

@@ -36,8 +36,8 @@ class Downsample(Method):
 
     def select(self, view: TokenView, cut: Cut) -> Selection:
         (rows, columns), (r, c) = view.grid, cut.data["raster"]
-        row = torch.arange(rows) * r // rows
-        column = torch.arange(columns) * c // columns
+        row = (2 * torch.arange(rows) + 1) * r // (2 * rows)  # the low-resolution row in which each row's centre lies
+        column = (2 * torch.arange(columns) + 1) * c // (2 * columns)
         centre_row = ((2 * torch.arange(r) + 1) * rows) // (2 * r)
         centre_column = ((2 * torch.arange(c) + 1) * columns) // (2 * c)
         destination = (centre_row[row][:, None] * columns + centre_column[column][None]).flatten()

@@ -132,7 +132,7 @@ def _sub(w: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def falling(tokens: int, ratio: float, count: int, extra: Sequence[int] = ()) -> list[int]:
-    """Tokens after each block: ``n - floor(n - n * ratio)``, evaluated in this form; ``extra`` tokens per block that take part in the ratio but are never merged."""
+    """Tokens after each block: ``n - floor(n - n * ratio)``, evaluated in this form; ``extra`` tokens per block count in the ratio but never merge."""
     out = []
     for more in extra or [0] * count:
         tokens -= min(int(tokens + more - (tokens + more) * ratio), tokens // 2)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..attach import attach, bind
 from ..data import easyvqa, scenes
-from ..types import VtpruneError
+from ..types import UnsupportedError, VtpruneError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -127,7 +127,10 @@ def easy_items(split: str, count: int) -> Iterator[Item]:
 
 def encode(model: Any, processor: Any, items: Iterable[Item], *, dtype: torch.dtype = torch.float32, size: int = 32) -> Questions:
     """Tokenises ``items`` with the processor's chat template and, where the model allows it, runs tower and projector once per image (``size`` at a time)."""
-    tokenizer, tokens = processor.tokenizer, bind(model).geometry.tokens
+    geometry = bind(model).geometry
+    if geometry.family != "llava":
+        raise UnsupportedError(f"questions are laid out for LLaVA, one run of visual tokens per image; this is a {geometry.family} model")
+    tokenizer, tokens = processor.tokenizer, geometry.tokens
     place = getattr(model.config, "image_token_id", None)
     place = model.config.image_token_index if place is None else place
     projected, device = takes_projected(model), next(model.parameters()).device
@@ -296,9 +299,9 @@ def evaluate(model: Any, data: Questions, recipe: str | None = None, *, batch: i
     """One pass over ``data`` under ``recipe`` (``None``: unpruned).
 
     Returns:
-        ``accuracy`` per kind, the share of questions whose answer tokens are all the arg-max, which is when greedy decoding gives exactly that answer; ``mean`` over
-        kinds; ``tokens`` the share of visual tokens per layer and ``flops`` that of the dense prefill, tower included (:class:`vtprune.Report`); ``parameters``
-        of the recipe's own modules.
+        ``accuracy`` per kind, the share of questions whose answer tokens are all the arg-max, which is when greedy decoding gives exactly that answer;
+        ``mean`` over kinds; ``tokens`` the share of visual tokens per layer and ``flops`` that of the dense prefill, tower included
+        (:class:`vtprune.Report`); ``parameters`` of the recipe's own modules.
     """
     device = next(model.parameters()).device
     hits: dict[str, list[bool]] = {}

@@ -1,0 +1,50 @@
+"""Cases are generated from the registries: what is registered is covered."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+import vtprune
+from vtprune.models.base import ADAPTERS
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@functools.lru_cache(maxsize=None)
+def _built(family: str, variant: str) -> tuple[Any, dict[str, Any]]:
+    return ADAPTERS.get(family).tiny[variant]()
+
+
+@pytest.fixture
+def tiny():
+    """``tiny(family, variant) -> (model, inputs)``: a private copy of a tiny random model."""
+
+    def build(family: str, variant: str) -> tuple[Any, dict[str, Any]]:
+        model, inputs = _built(family, variant)
+        return copy.deepcopy(model), {k: v.clone() for k, v in inputs.items()}
+
+    return build
+
+
+def pairs() -> list[tuple[str, str, str, int]]:
+    """(family, variant, method, case number) of everything registered."""
+    return [
+        (family, variant, name, case)
+        for family in ADAPTERS
+        for variant in ADAPTERS.get(family).tiny
+        for name in vtprune.methods()
+        for case in range(len(vtprune.describe(name).cases))
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "method_name" in metafunc.fixturenames:
+        metafunc.parametrize("method_name", vtprune.methods())
+    if "pair" in metafunc.fixturenames:
+        everything = pairs()
+        metafunc.parametrize("pair", everything, ids=["-".join(map(str, p)) for p in everything])

@@ -1,0 +1,191 @@
+"""Answers and measurements."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import vtprune
+from fake import FakeProcessor, picture, tiny
+from vtprune import bench
+from vtprune.answer import ask, open_image, prepare
+from vtprune.bench import Sample
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return tiny()
+
+
+def samples(n: int = 5) -> list[Sample]:
+    texts = ["what is it", "is it there now", "where", "how many of them are there", "what color"]
+    return [Sample(picture(i), texts[i % 5], "w5", ("one", "two")[i % 2], source=f"set/{i // 2}") for i in range(n)]
+
+
+# --------------------------------------------------------------------------------------------------------------- answers
+
+
+def test_a_batch_answers_as_single_questions_do(vlm):
+    part = samples()
+    together = ask(*vlm, [s.picture() for s in part], [s.question for s in part])
+    assert together == [ask(*vlm, [s.picture()], [s.question])[0] for s in part]
+    assert len({*together}) > 1 and all(len(t.split()) <= 5 and t == t.strip() for t in together)
+
+
+def test_prepare_says_what_is_wrong():
+    processor = FakeProcessor()
+    with pytest.raises(vtprune.VtpruneError, match="one question per image"):
+        prepare(processor, [picture()], [])
+    processor.chat_template = ""
+    with pytest.raises(vtprune.VtpruneError, match="chat template"):
+        prepare(processor, [picture()], ["a"])
+
+
+def bad_files(folder):
+    good = folder / "good.png"
+    picture(side=200).save(good)
+    data = good.read_bytes()
+    files = {
+        "missing.png": (None, "no such"),
+        "words.png": (b"only words", "not an image"),
+        "empty.png": (b"", "not an image"),
+        "cut.png": (data[:2000], "cannot read"),
+        "damaged.png": (data[:60] + bytes(140) + data[200:], "cannot read"),
+    }
+    for name, (content, reason) in files.items():
+        if content is not None:
+            (folder / name).write_bytes(content)
+        yield folder / name, reason
+    for side in (9000, 20000):
+        Image.new("1", (side, side)).save(folder / f"{side}.png")
+        yield folder / f"{side}.png", "megapixels"
+    yield folder, "folder"
+
+
+def test_open_image_refuses_in_one_line(tmp_path):
+    for path, reason in bad_files(tmp_path):
+        with pytest.raises(vtprune.VtpruneError, match=reason) as caught:
+            open_image(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_open_image_turns_and_converts(tmp_path):
+    path = tmp_path / "turned.jpg"
+    image = Image.new("L", (30, 20))
+    exif = image.getexif()
+    exif[0x0112] = 6  # stored lying on its side
+    image.save(path, exif=exif)
+    assert (open_image(path).size, open_image(path).mode) == ((20, 30), "RGB")
+
+
+# --------------------------------------------------------------------------------------------------------------- samples
+
+
+def test_easy_vqa_samples_are_balanced_and_stable():
+    pytest.importorskip("easy_vqa")
+    found = bench.easy_vqa_samples(60)
+    assert found == bench.easy_vqa_samples(90)[:60]
+    kinds = [s.ability for s in found]
+    assert {k: kinds.count(k) for k in set(kinds)} == {"color": 20, "shape": 20, "yes/no": 20}
+    assert sum(s.answer == "yes" for s in found) == 10
+
+
+def test_scenes_samples_carry_boxes_and_their_scene():
+    found = bench.scenes_samples(2)
+    assert {s.source for s in found} == {"scenes/0", "scenes/1"} and {s.set for s in found} == {"scenes"}
+    assert any(s.boxes for s in found) and found[0].picture().size == (168, 168)
+    with pytest.raises(vtprune.VtpruneError):
+        bench.scenes_samples(0)
+
+
+def test_exact_match_ignores_spaces_and_case():
+    assert bench.matches("k X 7", "kx7") and not bench.matches("kx", "kx7")
+
+
+# ------------------------------------------------------------------------------------------------------------- measuring
+
+
+def test_evaluate_dense_and_full_budget_agree(vlm):
+    part = samples()
+    dense = bench.evaluate(*vlm, part, None, batch=2)
+    full = bench.evaluate(*vlm, part, "uniform", batch=2, keep=1.0)
+    assert dense["answers"] == full["answers"] == ask(*vlm, [s.picture() for s in part], [s.question for s in part])
+    assert dense["flops"] == dense["dense_flops"] == full["flops"] and dense["kv_bytes"] == full["kv_bytes"] == full["dense_kv_bytes"]
+    assert dense["effective_tokens"] == 16 and dense["rows"] is None and dense["key"] == "dense"
+
+
+def test_evaluate_counts_and_leaves_the_model_clean(vlm):
+    seen = []
+    out = bench.evaluate(*vlm, samples(), "pyramiddrop", batch=2, keep=4, layers=[2], timing=1, progress=seen.append)
+    assert seen == [2, 2, 1]
+    assert out["effective_tokens"] == pytest.approx((2 * 16 + 4 * 4) / 6)
+    assert out["flops"] < out["dense_flops"] and out["kv_bytes"] < out["dense_kv_bytes"]
+    assert sum(out["rows"]) == 5 * 4 and len(out["rows"]) == 4
+    assert out["prefill_ratio"] == pytest.approx(out["prefill_ms"] / out["dense_prefill_ms"])
+    with pytest.raises(vtprune.VtpruneError):
+        bench.evaluate(*vlm, samples(), "pyramiddrop", keep=99)
+    with pytest.raises(vtprune.VtpruneError):
+        bench.evaluate(*vlm, [], None)
+    vtprune.attach(vlm[0], "random").remove()
+
+
+def test_merged_groups_spread_over_the_rows_they_cover(vlm):
+    rows = bench.evaluate(*vlm, samples(), "pool", keep=4)["rows"]
+    assert rows == [5, 5, 5, 5]
+
+
+def test_random_draws_differ_between_seeds_and_batches(vlm):
+    part = [samples()[0]] * 8
+    rows = [bench.evaluate(*vlm, part[:1], "random", keep=5, seed=s)["rows"] for s in range(6)]
+    assert len({tuple(r) for r in rows}) > 1
+    many = bench.evaluate(*vlm, part, "random", keep=5, batch=1, seed=0)["rows"]
+    assert many != [8 * v for v in rows[0]] and sum(many) == 40
+    assert many == bench.evaluate(*vlm, part, "random", keep=5, batch=1, seed=0)["rows"]
+
+
+def test_bootstrap_contains_the_difference_and_respects_groups():
+    a, b = [1.0, 1, 0, 1, 1, 0, 1, 1] * 10, [1.0, 0, 0, 1, 0, 0, 1, 1] * 10
+    low, high = bench.bootstrap(a, b)
+    assert 0 < low < 0.25 < high and (low, high) == bench.bootstrap(a, b)
+    assert bench.bootstrap(a, a) == (0, 0)
+    alike = [str(i // 20) for i in range(80)]
+    values = [float(i < 40) for i in range(80)]
+    wide, narrow = bench.interval(values, groups=alike), bench.interval(values)
+    assert wide[1] - wide[0] > narrow[1] - narrow[0]
+    with pytest.raises(vtprune.VtpruneError, match="paired"):
+        bench.bootstrap([1], [])
+
+
+def test_table_has_every_row_and_says_what_is_impossible(vlm, tmp_path):
+    names, seen = ["random", "pyramiddrop", "drop-all"], []
+    own = vtprune.Recipe(name="mine", stages=(vtprune.Stage(method="uniform", keep=9),))
+    kwargs = {"seeds": 3, "batch": 3, "timing": 1, "labels": {"random": "chance"}, "fixed": [(own, "as it is")], "progress": seen.append}
+    out = bench.table(*vlm, samples(), names, [0.5, 0.05], command="test", **kwargs)
+    assert [(r["method"], r["budget"]) for r in out["rows"]] == [("dense", 1.0), *((n, b) for n in names for b in (0.5, 0.05)), ("mine", None)]
+    assert sum(seen) == 5 * bench.runs(names, [0.5, 0.05], 3, 1)
+    by = {(r["method"], r["budget"]): r for r in out["rows"]}
+    assert "cannot reach" in by["pyramiddrop", 0.05]["error"]
+    assert by["random", 0.5]["effective_tokens"] == 8 and len(by["random", 0.5]["seed_accuracies"]) == 3
+    assert by["mine", None]["effective_tokens"] == 9 and by["mine", None]["budget"] is None
+    assert set(by["dense", 1.0]["abilities"]) == {"one", "two"}
+    assert {"python", "torch", "transformers", "vtprune"} <= set(out["versions"]) and out["device"]["type"] == "cpu"
+    bench.save(out, tmp_path / "t.json")
+    assert json.loads((tmp_path / "t.json").read_text())["rows"][1]["recipe"]["type"] == "vtprune.Recipe"
+    for wide in (True, False):
+        cells = bench.cells(out, abilities=wide)
+        assert len({len(row) for row in cells}) == 1 and len(bench.text(cells).splitlines()) == len(cells) + 1
+    with pytest.raises(vtprune.VtpruneError, match="cannot write"):
+        bench.save(out, tmp_path / "no" / "t.json")
+    with pytest.raises(vtprune.VtpruneError, match="budgets"):
+        bench.table(*vlm, samples(), names, [2.0])
+
+
+def test_the_bundled_model_knows_the_questions():
+    model, processor = vtprune.load_demo_model()
+    torch.manual_seed(0)
+    part = bench.easy_vqa_samples(24)
+    out = bench.evaluate(model, processor, part, None)
+    assert sum(out["correct"]) >= 18 and out["visual_tokens"] == 144

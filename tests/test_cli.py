@@ -1,0 +1,188 @@
+"""The command line: what it prints, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import vtprune
+from fake import picture, tiny
+from vtprune import bench, cli, quickstart
+
+
+@pytest.fixture
+def vlm(monkeypatch):
+    """The tiny model in place of the bundled one."""
+    monkeypatch.setattr(cli, "load", lambda args: tiny())
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "picture.png"
+    picture().save(path)
+    return str(path)
+
+
+def refused(capsys, code: int, *words: str) -> str:
+    """The one error line that ``words`` give."""
+    assert cli.main(list(words)) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("vtprune: error: "), lines
+    return lines[0]
+
+
+def test_import_loads_no_model_library(tmp_path):
+    code = "import sys, vtprune.cli, vtprune.quickstart; vtprune.cli.parser(); print([m for m in ('transformers', 'timm', 'gradio') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_python_m(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "vtprune", "methods", "py*"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "pyramiddrop" in done.stdout
+
+
+@pytest.mark.parametrize(("command", "names"), [("methods", vtprune.methods), ("recipes", vtprune.recipes), ("adapters", vtprune.adapters)])
+def test_lists(capsys, command, names):
+    assert cli.main([command]) == 0
+    plain = capsys.readouterr().out
+    assert all(name in plain for name in names())
+    assert cli.main([command, "--json"]) == 0
+    assert [entry["name"] for entry in json.loads(capsys.readouterr().out)] == names()
+
+
+def test_one_method_shows_its_options(capsys):
+    assert cli.main(["methods", "pyramiddrop"]) == 0
+    assert "score_layer" in capsys.readouterr().out
+    assert "did you mean pyramiddrop" in refused(capsys, 1, "methods", "pyramid-drop")
+
+
+@pytest.mark.parametrize("words", [[], *([c] for c in ("methods", "recipes", "adapters", "run", "bench", "verify", "train")), ["train", "dpvr-lf"]])
+def test_help(capsys, words):
+    assert cli.main([*words, "--help"]) == 0
+    assert "usage: vtprune" in capsys.readouterr().out
+
+
+def test_run(capsys, vlm, image, tmp_path):
+    out = tmp_path / "kept.png"
+    words = ["run", "--image", image, "--question", "what is it", "--keep", "4", "--option", "layers=[2]"]
+    assert cli.main([*words, "--picture", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "16 16 4 4 4 4" in text and out.read_bytes().startswith(b"\x89PNG")
+    assert cli.main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["layer_tokens"] == [[16, 16, 4, 4, 4, 4]] and {"dense", "pruned", "flops", "kv_bytes"} <= set(told)
+
+
+def test_run_takes_a_recipe_file(capsys, vlm, image, tmp_path):
+    path = tmp_path / "r.yaml"
+    vtprune.Recipe(name="mine", stages=(vtprune.Stage(method="uniform", keep=9),)).save(path)
+    assert cli.main(["run", "--image", image, "--question", "q", "--recipe", str(path)]) == 0
+    assert "16 -> 9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["--recipe", "pyramiddrup"], 1, "did you mean"),
+        (["--recipe", "gone.json"], 1, "gone.json"),
+        (["--keep", "0"], 1, "1..16"),
+        (["--keep", "17"], 1, "1..16"),
+        (["--keep", "1.5"], 1, "(0, 1]"),
+        (["--keep", "some"], 2, "neither"),
+        (["--option", "keep"], 2, "KEY=VALUE"),
+        (["--option", "nothing=1"], 1, "no option"),
+        (["--option", "rope=3"], 1, "expected"),
+        (["--recipe", "flowcut", "--option", "every=two"], 1, "expected"),
+        (["--picture", "no/such/place.png"], 1, "cannot write"),
+        (["--dtype", "int8"], 2, "invalid choice"),
+    ],
+)
+def test_run_refuses(capsys, vlm, image, words, code, says):
+    assert says in refused(capsys, code, "run", "--image", image, "--question", "q", *words)
+
+
+def test_bad_images_and_models(capsys, tmp_path, image):
+    words = tmp_path / "words.png"
+    words.write_text("hello")
+    assert "not an image" in refused(capsys, 1, "run", "--image", str(words), "--question", "q")
+    assert "no such image" in refused(capsys, 1, "run", "--image", str(tmp_path / "gone.png"), "--question", "q")
+    ask = ("run", "--image", image, "--question", "q")
+    assert "no such model" in refused(capsys, 1, *ask, "--model", str(tmp_path / "gone"))
+    assert "cannot load" in refused(capsys, 1, *ask, "--model", str(tmp_path))
+    assert "unknown device" in refused(capsys, 1, *ask, "--device", "toaster")
+    assert "not available" in refused(capsys, 1, *ask, "--device", "cuda:99")
+
+
+def test_unknown_commands_list_what_exists(capsys):
+    assert "'bench'" in refused(capsys, 2, "evil")
+    assert "--image" in refused(capsys, 2, "run")
+    assert "METHOD" in refused(capsys, 2, "train")
+
+
+def test_debug_gives_the_traceback(vlm, image):
+    with pytest.raises(vtprune.VtpruneError):
+        cli.main(["run", "--image", image, "--question", "q", "--keep", "0", "--debug"])
+
+
+def test_interrupt(capsys, monkeypatch, image):
+    def stop(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load", stop)
+    assert "interrupted" in refused(capsys, 130, "run", "--image", image, "--question", "q")
+
+
+def test_bench(capsys, vlm, tmp_path):
+    out = tmp_path / "b.json"
+    words = ["bench", "--samples", "1", "--budgets", "0.5", "--methods", "uniform,pyramiddrop", "--timing", "0", "--out", str(out)]
+    assert cli.main(words) == 0
+    assert "pyramiddrop" in capsys.readouterr().out
+    told = json.loads(out.read_text())
+    assert [r["method"] for r in told["rows"]] == ["dense", "uniform", "pyramiddrop"] and told["command"].startswith("vtprune bench")
+    assert "unknown question set" in refused(capsys, 1, "bench", "--abilities", "vqav2")
+    assert "budgets" in refused(capsys, 2, "bench", "--budgets", "2")
+    assert "did you mean" in refused(capsys, 1, "bench", "--methods", "unifrom")
+    assert "at least 1" in refused(capsys, 2, "bench", "--samples", "0")
+
+
+def test_verify(capsys, vlm):
+    assert cli.main(["verify", "--recipe", "uniform", "--keep", "4", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["passed"] and len(told["checks"]) > 3
+
+
+def test_quickstart(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(quickstart, "load", lambda args: tiny())
+    monkeypatch.setattr(vtprune, "methods", lambda: ["dpvr-lf", "random", "tome", "uniform"])
+    monkeypatch.setattr(bench, "easy_vqa_samples", lambda n: bench.scenes_samples(1)[:n])
+    monkeypatch.setattr(quickstart, "branch", lambda folder: {"split": 3})
+    assert quickstart.main(["--samples", "3", "--scenes", "1", "--budgets", "0.6", "--out", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "untrained branch" in text and "dpvr-lf (trained)" in text
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"quickstart.html", "quickstart.png", "quickstart.json"}
+    (tmp_path / "file").write_text("")
+    assert quickstart.main(["--out", str(tmp_path / "file" / "x")]) == 1
+    assert capsys.readouterr().err.startswith("vtprune: error: ")
+
+
+def test_quickstart_finds_the_trained_branch(tmp_path):
+    assert quickstart.branch(tmp_path) is None
+    (tmp_path / "dpvr_lf.safetensors").write_bytes(b"")
+    assert set(quickstart.branch(tmp_path)) == {"weights"}
+    (tmp_path / "dpvr_lf.json").write_text('{"split": 7, "other": 1}')
+    assert quickstart.branch(tmp_path)["split"] == 7
+    (tmp_path / "dpvr_lf.json").write_text("{")
+    with pytest.raises(vtprune.VtpruneError, match="not JSON"):
+        quickstart.branch(tmp_path)
+
+
+def test_run_on_the_bundled_model(capsys, tmp_path):
+    path = tmp_path / "scene.png"
+    bench.scenes_samples(1)[0].picture().save(path)
+    assert cli.main(["run", "--image", str(path), "--question", "what color is the cross ?", "--recipe", "flowcut", "--keep", "0.5"]) == 0
+    text = capsys.readouterr().out
+    assert "answer, pruned" in text and "72 of 144" in text.replace("72.0", "72")

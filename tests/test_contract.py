@@ -1,0 +1,123 @@
+"""The pair contract (ARCHITECTURE.md, "What is always true"), generated from the registries: every method x every family x every check."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import vtprune
+from vtprune.models.base import ADAPTERS
+from vtprune.types import UnsupportedError
+from vtprune.verify import CHECKS, check
+
+REFUSED = Path(__file__).with_name("refused_pairs.json")
+# The first variant of a family meets every check; the others the ones in which their parts could make a difference.
+CORE = ("prefill_is_masked_dense", "decode_is_masked_dense", "batch_is_singles", "counts_are_true", "full_budget", "restored")
+
+
+def _checks(family: str, variant: str) -> tuple[str, ...]:
+    return tuple(CHECKS) if variant == next(iter(ADAPTERS.get(family).tiny)) else CORE
+
+
+def test_pair(pair, tiny):
+    family, variant, method, case = pair
+    model, inputs = tiny(family, variant)
+    options = vtprune.describe(method).cases[case]
+    try:
+        vtprune.attach(model, method, **options).remove()
+    except UnsupportedError as e:
+        assert json.loads(REFUSED.read_text()).get(f"{family}/{variant}", {}).get(method) == str(e), "this pair is refused, and refused_pairs.json does not say so"
+        pytest.skip(str(e))
+    failed = []
+    ran = 0
+    for name in _checks(family, variant):
+        result = check(name, model, method, inputs, **options)
+        ran += result.passed is not None
+        if result.passed is False:
+            failed.append(f"{name}: {result.detail}")
+    assert ran >= 3
+    assert not failed, "\n".join(failed)
+
+
+def test_refused_pairs_are_the_listed_ones(tiny):
+    """Coverage cannot shrink unseen: the table of impossible pairs is checked in."""
+    found: dict[str, dict[str, str]] = {}
+    for family in ADAPTERS:
+        for variant in ADAPTERS.get(family).tiny:
+            model, _ = tiny(family, variant)
+            for method in vtprune.methods():
+                try:
+                    vtprune.attach(model, method, **vtprune.describe(method).cases[0]).remove()
+                except UnsupportedError as e:
+                    found.setdefault(f"{family}/{variant}", {})[method] = str(e)
+    assert found == json.loads(REFUSED.read_text())
+
+
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "random", "flowcut"])
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_eager_attention_and_compact_positions(tiny, method, positions):
+    """Eager attention (additive masks) gives what sdpa gives; compact positions decode as they prefill."""
+    model, inputs = tiny("llava", "clip-llama")
+    options = vtprune.describe(method).cases[1]
+    with torch.no_grad(), vtprune.attach(model, method, positions=positions, **options):
+        want = model(**inputs).logits
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), vtprune.attach(model, method, positions=positions, **options):
+        got = model(**inputs).logits
+    assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))
+    for name in ("cached_is_uncached", "batch_is_singles", "decode_is_masked_dense")[: 3 if positions == "original" else 2]:
+        result = check(name, model, method, inputs, positions=positions, **options)
+        assert result.passed, f"{name}: {result.detail}"
+
+
+def test_stages_compose(tiny):
+    """A tower stage, a projector stage and two language-model stages in one recipe."""
+    model, inputs = tiny("llava", "clip-llama")
+    stages = (("flowcut", 14, {}), ("uniform", 10, {}), ("fastv", 6, {"layer": 2}), ("random", 3, {"site": "llm.4"}))
+    recipe = vtprune.Recipe(name="four", stages=tuple(vtprune.Stage(method=m, keep=k, options=o) for m, k, o in stages))
+    for name in CHECKS:
+        result = check(name, model, recipe, inputs)
+        assert result.passed is not False, f"{name}: {result.detail}"
+    with vtprune.attach(model, recipe) as handle, torch.no_grad():
+        model(**inputs)
+        report = handle.report()
+    assert [s.method for s in report.stages][-4:] == ["flowcut", "uniform", "fastv", "random"]
+    assert [row[0] for row in zip(*report.layer_tokens, strict=True)] == [10, 10, 6, 6, 3, 3]
+    assert report.effective_tokens == pytest.approx((10 + 10 + 6 + 6 + 3 + 3) / 6)
+
+
+def test_samples_with_no_image_and_two_images(tiny):
+    """A batch of text only, one image and two images: text-only rows are untouched, each image has its own budget."""
+    model, inputs = tiny("llava", "clip-llama")
+    text = torch.randint(4, 64, (3, 44), generator=torch.Generator().manual_seed(3))
+    text[1, 5:21] = 3
+    text[2, 2:18] = 3
+    text[2, 20:36] = 3
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    mixed = {"input_ids": text, "attention_mask": torch.ones_like(text), "pixel_values": pixels}
+    with torch.no_grad():
+        dense = model(**mixed).logits
+        for method, options in (("fastv", {"keep": 3}), ("flowcut", {"keep": 3}), ("random", {"keep": 3})):
+            with vtprune.attach(model, method, **options) as handle:
+                got = model(**mixed).logits
+                report = handle.report()
+            assert report.visual_tokens == [0, 16, 32]
+            assert report.stages[-1].tokens_out == [0, 3, 6]
+            assert sum(report.stages[-1].kept[2] >= 16) == 3, "each image keeps its own three"
+            assert torch.allclose(got[0], dense[0], atol=1e-5)
+            for name in ("prefill_is_masked_dense", "decode_is_masked_dense", "batch_is_singles", "interleaved_is_solo"):
+                result = check(name, model, method, mixed, **options)
+                assert result.passed, f"{method} {name}: {result.detail}"
+
+
+def test_a_check_can_fail(tiny, monkeypatch):
+    """The contract notices a wrong position: rotary rows taken one too far."""
+    from vtprune.models import _decoder
+
+    model, inputs = tiny("llava", "clip-llama")
+    right = _decoder._take
+    monkeypatch.setattr(_decoder, "_take", lambda table, rows: right(table, (rows + 1).clamp_max(table.shape[1] - 1)))
+    assert check("prefill_is_masked_dense", model, "fastv", inputs, keep=4).passed is False

@@ -1,0 +1,220 @@
+"""Registry, recipes, budgets, solver, ledger: what is not about one method or family."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import vtprune
+from vtprune import Recipe, Stage, UnsupportedError, VtpruneError
+from vtprune.ledger import UndoLedger, snapshot
+from vtprune.recipe import resolve
+from vtprune.registry import Registry
+from vtprune.select import bands, combine, merged, top
+
+
+def test_registry_refuses_clashes_and_suggests():
+    r: Registry[int] = Registry("thing")
+    r.register("fastv", 1)
+    with pytest.raises(ValueError, match="registered already"):
+        r.register("fastv", 2)
+    with pytest.raises(VtpruneError, match="did you mean fastv"):
+        r.get("fasttv")
+    assert r.names("fast*") == ["fastv"] and r.names("x*") == []
+
+
+def test_public_look_ups():
+    assert {"pyramiddrop", "flowcut", "pitome", "dpvr-lf", "fastv", "tome", "random", "uniform", "pool", "keep-last", "drop-all", "downsample"} <= set(vtprune.methods())
+    assert set(vtprune.methods()) <= set(vtprune.recipes())
+    assert set(vtprune.adapters()) == {"hf-vit", "llava", "timm-vit"}
+    info = vtprune.describe("flowcut")
+    assert info.paper == "arXiv 2505.19536" and info.options["ema"] == 0.5 and all(info.option_help.values())
+
+
+def test_every_option_has_a_help_text(method_name):
+    info = vtprune.describe(method_name)
+    assert info.idea and all(info.option_help[name] for name in info.options)
+
+
+@pytest.mark.parametrize(("keep", "tokens", "want"), [(1.0, 144, 144), (0.25, 144, 36), (0.11, 144, 15), (1e-6, 144, 1), (7, 144, 7), (144, 144, 144)])
+def test_resolve(keep, tokens, want):
+    assert resolve(keep, tokens) == want
+
+
+@pytest.mark.parametrize("keep", [0, -1, 145, 0.0, 1.5, -0.1, float("nan"), True, "9", None])
+def test_resolve_refuses(keep):
+    with pytest.raises(VtpruneError, match="keep"):
+        resolve(keep, 144)
+
+
+@pytest.mark.parametrize("ending", ["json", "yaml"])
+def test_recipe_round_trip(tmp_path, ending):
+    recipe = Recipe(name="two", source="here", stages=(Stage(method="flowcut", keep=0.5, options={"batch": "max"}), Stage(method="fastv", keep=16)))
+    recipe.save(tmp_path / f"r.{ending}")
+    again = Recipe.load(tmp_path / f"r.{ending}")
+    assert again == recipe and again.key() == recipe.key() and hash(again) == hash(recipe)
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+    assert recipe.key() != recipe.override(keep=15).key()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"version": 99}, "version 99"), ({"type": "x"}, "not a recipe"), ({"extra": 1}, "unknown field 'extra'"), ({"stages": [{"keep": 1}]}, "needs 'method'"), ({"stages": []}, "no stages")],
+)
+def test_bad_recipes_are_refused(tmp_path, change, words):
+    data = Recipe(name="r", stages=(Stage(method="random"),)).to_dict() | change
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(VtpruneError, match=words):
+        Recipe.load(path)
+
+
+def test_missing_and_malformed_recipe_files(tmp_path):
+    with pytest.raises(VtpruneError, match="cannot read"):
+        Recipe.load(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(VtpruneError, match="not JSON"):
+        Recipe.load(tmp_path / "bad.json")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(VtpruneError, match="not YAML"):
+        Recipe.load(tmp_path / "bad.yaml")
+
+
+def test_attach_errors_say_what_would_work(tiny):
+    model, _ = tiny("llava", "clip-llama")
+    before = snapshot(model)
+    cases = [
+        (("nope", {}), "unknown recipe 'nope'"),
+        (("fastv", {"keep": 17}), "keep lies in 1..16"),
+        (("fastv", {"keep": 0}), "keep lies in 1..16"),
+        (("fastv", {"bogus": 1}), "its options: layer"),
+        (("fastv", {"layer": 99}), "0..5"),
+        (("fastv", {"layer": 0}), "layer >= 1"),
+        (("fastv", {"positions": "odd"}), "'original', 'compact'"),
+        (("random", {"site": "llm.6"}), "0..5"),
+        (("drop-all", {"keep": 3}), "takes no keep="),
+        (("tome", {"r": (1, 2)}), "2 entries"),
+        (("pyramiddrop", {"ratios": (0.5,)}), "falling fractions"),
+        (("fastv", {"effective_tokens": 1e-3}), "cannot reach"),
+        (("fastv", {"effective_tokens": 8, "keep": 3}), "not both"),
+        (("dpvr-lf", {"split": 6}), "0..5"),
+        (("dpvr-lf", {"weights": "none.safetensors"}), "no such file"),
+    ]
+    for (recipe, options), words in cases:
+        with pytest.raises(VtpruneError, match=words):
+            vtprune.attach(model, recipe, **options)
+    assert snapshot(model) == before
+    with pytest.raises(UnsupportedError, match="no adapter takes a Linear"):
+        vtprune.attach(nn.Linear(2, 2), "random")
+    with pytest.raises(VtpruneError, match="execution order"):
+        vtprune.attach(model, Recipe(name="r", stages=(Stage(method="fastv"), Stage(method="flowcut"))))
+    assert snapshot(model) == before
+
+
+def test_inputs_that_cannot_be_pruned_are_refused(tiny):
+    model, inputs = tiny("llava", "clip-llama")
+    with vtprune.attach(model, "fastv") as handle, torch.no_grad():
+        with pytest.raises(VtpruneError, match="no prefill"):
+            handle.report()
+        with pytest.raises(UnsupportedError, match="input_ids"):
+            model(inputs_embeds=torch.randn(1, 4, 48))
+        with pytest.raises(UnsupportedError, match="2-D attention_mask"):
+            model(**{**inputs, "attention_mask": torch.ones(2, 1, 30, 30)})
+
+
+def test_a_cache_from_before_stays_dense(tiny):
+    """A prompt that was read without the attachment decodes densely under it, and the other way round."""
+    model, inputs = tiny("llava", "clip-llama")
+    token = torch.tensor([[5], [6]])
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], 1)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        want = model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+        cache = model(**inputs, use_cache=True).past_key_values
+        with vtprune.attach(model, "fastv", keep=2):
+            got = model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "flowcut", "random", "pool", "tome", "drop-all", "dpvr-lf"])
+def test_solver_meets_effective_tokens(tiny, method):
+    model, inputs = tiny("llava", "clip-llama")
+    with torch.no_grad(), vtprune.attach(model, method, effective_tokens=0.7) as handle:
+        model(**inputs)
+        effective = handle.report().effective_tokens
+    assert 0.7 * 16 - 3.0 < effective <= 0.7 * 16 + 1e-6
+
+
+def test_solver_meets_flops(tiny):
+    model, inputs = tiny("llava", "clip-llama")
+    recipe = vtprune.solve(model, "fastv", flops=0.8, inputs=inputs)
+    with torch.no_grad(), vtprune.attach(model, recipe) as handle:
+        model(**{k: v[:1] for k, v in inputs.items()})
+        report = handle.report()
+    assert 0.76 < report.flops / report.dense_flops <= 0.8
+    with pytest.raises(VtpruneError, match="exactly one"):
+        vtprune.solve(model, "fastv")
+
+
+def test_ledger_undoes_in_reverse_also_after_a_failed_attach(tiny, monkeypatch):
+    model, _ = tiny("llava", "clip-llama")
+    before = snapshot(model)
+    calls = {"n": 0}
+    real = UndoLedger.before
+
+    def failing(self, *args, **kwargs):
+        calls["n"] += 1
+        if calls["n"] == 5:
+            raise RuntimeError("planted")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(UndoLedger, "before", failing)
+    with pytest.raises(RuntimeError, match="planted"):
+        vtprune.attach(model, "fastv")
+    assert calls["n"] == 5 and snapshot(model) == before
+    monkeypatch.undo()
+    vtprune.attach(model, "fastv").remove()
+
+
+def test_snapshot_sees_changes(tiny):
+    model, _ = tiny("llava", "clip-llama")
+    before = snapshot(model)
+    ledger = UndoLedger()
+    ledger.replace(model.lm_head, "forward", lambda x: x)
+    assert snapshot(model) != before
+    ledger.undo()
+    assert snapshot(model) == before
+    model.config.text_config.rms_norm_eps = 0.5
+    assert snapshot(model) != before
+
+
+def test_top_orders_ties_padding_and_nan():
+    score = torch.tensor([[1.0, 3.0, 3.0, float("nan"), 2.0], [5.0, 4.0, 9.0, 9.0, 9.0]])
+    valid = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)
+    assert top(score, 3, valid).kept.tolist() == [[1, 2, 4], [0, 1, -1]]
+    assert top(score, 1, valid).kept.tolist() == [[1], [0]]
+    protected = torch.zeros_like(valid)
+    protected[0, 3] = True
+    assert top(score, 2, valid, protected).kept.tolist() == [[1, 3], [0, 1]]
+    assert top(score, torch.tensor([2, 1]), valid).kept.tolist() == [[1, 2], [0, -1]]
+    assert top(score, 0, valid).kept.shape == (2, 0)
+
+
+def test_combine_is_the_weighted_mean():
+    x = torch.arange(8.0).reshape(1, 4, 2)
+    kept = torch.tensor([[False, True, False, True]])
+    selection = merged(kept, torch.tensor([[1, 1, -1, 3]]))
+    out = combine(x, selection, torch.tensor([[3.0, 1.0, 5.0, 2.0]]))
+    assert torch.allclose(out, torch.tensor([[[(0 * 3 + 2) / 4, (1 * 3 + 3) / 4], [6.0, 7.0]]]))
+    assert selection.target.tolist() == [[0, 0, -1, 1]]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(12, 12), (4, 4), (3, 7), (1, 5)])
+def test_bands_give_exactly_keep_cells(rows, columns):
+    for keep in range(1, rows * columns + 1):
+        cell = bands(rows, columns, keep)
+        assert sorted(cell.unique().tolist()) == list(range(keep))

@@ -1,0 +1,59 @@
+"""The cost model against torch's own counter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import vtprune
+
+METHODS = [("random", {"keep": 1.0}), ("random", {"keep": 4}), ("drop-all", {"layer": 2}), ("pool", {"keep": 4}), ("downsample", {"keep": 4}), ("tome", {"keep": 6}), ("dpvr-lf", {"split": 2})]
+
+
+def _count(model, inputs) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS)
+@pytest.mark.parametrize("variant", ["clip-llama", "dinov2-llama", "siglip-qwen2"])
+def test_llava_flops_equal_the_counter(tiny, variant, method, options):
+    """Exact for methods that score nothing; eager attention, equal prompts, one position through the head (sizes are not whole multiples, so a wrong term shows)."""
+    model, inputs = tiny("llava", variant)
+    model.set_attn_implementation("eager")
+    one = {k: v[:1] for k, v in inputs.items()} | {"logits_to_keep": 1}
+    dense = _count(model, one)
+    with vtprune.attach(model, method, **options) as handle:
+        real = _count(model, one)
+        report = handle.report()
+    assert report.dense_flops == pytest.approx(dense, rel=1e-3)
+    slack = 0.02 if method == "tome" else 2e-3  # ToMe's own matching is counted by torch and not by the report
+    assert report.flops == pytest.approx(real, rel=slack)
+
+
+@pytest.mark.parametrize("variant", ["class", "layerscale-registers", "avg-pool"])
+def test_timm_flops_equal_the_counter(tiny, variant):
+    model, inputs = tiny("timm-vit", variant)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    head = 2 * 2 * model.embed_dim * 10  # two images through the classifier
+    dense = _count(model, inputs) - head
+    with vtprune.attach(model, "random", keep=5) as handle:
+        real = _count(model, inputs) - head
+        report = handle.report()
+    assert report.dense_flops == pytest.approx(dense, rel=1e-3)
+    assert report.flops == pytest.approx(real, rel=1e-3)
+
+
+def test_kv_bytes_are_what_the_cache_holds(tiny):
+    model, inputs = tiny("llava", "clip-llama")
+    one = {k: v[:1] for k, v in inputs.items()}
+    with torch.no_grad(), vtprune.attach(model, "pyramiddrop", keep=2, layers=(1, 3)) as handle:
+        cache = model(**one, use_cache=True).past_key_values
+        report = handle.report()
+    assert report.kv_bytes == sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+    with torch.no_grad():
+        cache = model(**one, use_cache=True).past_key_values
+    assert report.dense_kv_bytes == sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)

@@ -1,0 +1,114 @@
+"""Pictures and pages."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vtprune
+from fake import FakeProcessor, picture
+from vtprune import render
+from vtprune.types import Report, StageReport
+
+GRID = (4, 4)
+
+
+def report(*stages: StageReport) -> Report:
+    return Report([16], stages, [[16]], 1, 1, 1, 1)
+
+
+def drop(kept: list[int], before: int = 16) -> StageReport:
+    return StageReport("llm.2", "some", [before], [len(kept)], [torch.tensor(kept, dtype=torch.long)])
+
+
+def merge(kept: list[int], slots: list[int]) -> StageReport:
+    return StageReport("vision.1", "other", [16], [len(kept)], [torch.tensor(kept)], [torch.tensor(slots)])
+
+
+def test_owners_follow_merges_drops_and_returns():
+    slots = [0, 0, 1, 1, *[2] * 4, *[-1] * 8]
+    first, second, third = render.owners(report(merge([0, 2, 5], slots), drop([2, 5], 3), drop([2, 5, 9], 2)), 0, 16)
+    assert first.tolist() == [0, 0, 2, 2, 5, 5, 5, 5, *[-1] * 8]
+    assert second.tolist() == [-1, -1, 2, 2, 5, 5, 5, 5, *[-1] * 8]
+    assert third.tolist() == [-1, -1, 2, 2, 5, 5, 5, 5, -1, 9, *[-1] * 6]
+    out, back = render.owners(report(drop([]), drop(list(range(16)), 0)), 0, 16)
+    assert (out == -1).all() and back.tolist() == list(range(16))
+
+
+def test_owners_of_the_second_image_of_a_sample():
+    stage = StageReport("llm.1", "some", [32], [3], [torch.tensor([1, 16, 31])])
+    (second,) = render.owners(Report([32], (stage,), [[32]], 1, 1, 1, 1), 0, 16, number=1)
+    assert [i for i in range(16) if second[i] >= 0] == [0, 15]
+
+
+def test_dropped_patches_are_dim_and_kept_ones_are_not():
+    white = Image.new("RGB", (40, 40), "white")
+    out = np.asarray(render.token_picture(white, report(drop([0, 5])), 0, GRID, panel=80, boxes=[(2, 2, 9, 9)]))
+    panel = out[render.GAP + render.TITLE :, render.GAP * 2 + 80 :][:80, :80]
+    means = panel.reshape(4, 20, 4, 20, 3).mean((1, 3, 4))
+    assert (means.ravel()[[0, 5]] > 240).all() and (np.delete(means.ravel(), [0, 5]) < 120).all()
+
+
+def test_groups_get_their_own_colour():
+    out = render.token_picture(picture(), report(merge([0, 15], [0] * 8 + [1] * 8)), 0, GRID, panel=80)
+    seen = {tuple(p) for p in np.asarray(out).reshape(-1, 3)}
+    assert render.color(0) in seen and render.color(15) in seen and render.color(0) != render.color(15)
+
+
+def test_many_stages_are_thinned_but_the_last_stays():
+    stages = [drop(list(range(16 - i)), 17 - i) for i in range(1, 10)]
+    out = render.token_picture(picture(), report(*stages), 0, GRID, panel=40, limit=3)
+    assert out.width == 4 * (40 + render.GAP) + render.GAP
+    with pytest.raises(vtprune.VtpruneError, match="no sample 1"):
+        render.token_picture(picture(), report(*stages), 1, GRID)
+
+
+def test_model_view_undoes_the_normalisation():
+    flat = Image.new("RGB", (50, 70), (200, 30, 90))
+    view = render.model_view(FakeProcessor(), flat)
+    assert view.size == (32, 32) and view.getpixel((5, 5)) == (200, 30, 90)
+
+
+def test_row_figure():
+    figure = render.row_bias_figure({"fastv 25%": [0, 0, 2, 30], "uniform 25%": [8, 8, 8, 8]})
+    assert len(figure.getcolors(10**6)) > 4
+    for bad in ({}, {"a": [1], "b": [1, 2]}):
+        with pytest.raises(vtprune.VtpruneError):
+            render.row_bias_figure(bad)
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.links, self.tags = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href")]
+
+
+def test_report_is_self_contained_and_escaped(tmp_path):
+    path = tmp_path / "r.html"
+    table = [["method", "note"], ["a<script>", "b & c"]]
+    render.html_report(table, [("one <b>", picture())], path, title="t", intro="<i>", facts="f")
+    page = path.read_text()
+    found = Links()
+    found.feed(page)
+    assert len(found.links) == 1 and found.links[0].startswith("data:image/png;base64,")
+    assert not {"script", "link", "b", "i"} & set(found.tags) and "url(" not in page and "@import" not in page
+    assert "prefers-color-scheme: dark" in page and "width=device-width" in page
+    with pytest.raises(vtprune.VtpruneError, match="cannot write"):
+        render.html_report(table, [], tmp_path / "no" / "r.html")
+
+
+def test_contact_sheet(tmp_path):
+    sheet = render.contact_sheet([("a", picture()), ("b" * 300, picture(1, 60))])
+    assert sheet.width == 60
+    render.write(tmp_path / "s.png", sheet)
+    assert Image.open(tmp_path / "s.png").size == sheet.size
+    with pytest.raises(vtprune.VtpruneError):
+        render.contact_sheet([])
