@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """Widths of a model. Vision: ``vd`` width, ``vf`` MLP width, ``vdepth`` blocks run, ``vmlp`` matrices in its MLP (2, gated 3), ``patch`` multiply-adds per patch of the
-    patch embedding. Projector: ``proj`` multiply-adds per token. Language model: ``d`` width, ``heads`` x ``hd``, ``kv`` heads, ``f`` MLP width, ``depth`` layers, ``vocab``."""
+    """Widths of a model. Vision: ``vd`` width, ``vf`` MLP width, ``vdepth`` blocks run, ``vmlp`` matrices in its MLP (2, gated 3), ``patch`` multiply-adds
+    per patch of the
+    patch embedding. Projector: ``proj`` multiply-adds per token. Language model: ``d`` width, ``heads`` x ``hd``, ``kv`` heads, ``f`` MLP width, ``depth``
+    layers, ``vocab``."""
 
     vd: int
     vf: int

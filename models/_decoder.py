@@ -1,6 +1,7 @@
 """The engine for language models: shared by every decoder family. Hooks gather hidden states, positions, rotary tables and masks; nothing is replaced.
 
-A *level* is one sequence length. Level 0 is what enters the decoder (visual tokens that the vision side dropped are already gone), and every cut starts a new one.
+A *level* is one sequence length. Level 0 is what enters the decoder (visual tokens that the vision side dropped are already gone), and every cut starts a
+new one.
 ``rows`` hold positions of the caller's sequence, so outputs can be put back where the caller expects them. The state a request needs while decoding hangs on
 its cache object, weakly: interleaved requests do not meet.
 """
@@ -24,7 +25,8 @@ from .base import PlannedCut
 
 @dataclass(frozen=True)
 class Decoder:
-    """A family's description of its language model. ``root`` takes ``input_ids`` / ``labels``; ``lm`` is the decoder stack it calls; ``spans(input_ids)`` a bool mask
+    """A family's description of its language model. ``root`` takes ``input_ids`` / ``labels``; ``lm`` is the decoder stack it calls; ``spans(input_ids)`` a
+    bool mask
     of the visual placeholders ``[B, T]``; ``tokens`` placeholders per image; ``heads(layer)`` its attention module."""
 
     root: nn.Module
@@ -37,7 +39,8 @@ class Decoder:
 
 @dataclass
 class Level:
-    """``rows`` ``[B, M]`` positions in the caller's sequence, ascending among ``valid`` ``[B, M]``; ``parent`` ``[B, M]`` the same in level 0; ``shift`` ``[B]`` by how much
+    """``rows`` ``[B, M]`` positions in the caller's sequence, ascending among ``valid`` ``[B, M]``; ``parent`` ``[B, M]`` the same in level 0; ``shift``
+    ``[B]`` by how much
     compact positions fall behind at the end of the prompt; ``visual`` ``[B, M]`` marks visual tokens."""
 
     first: int
@@ -513,7 +516,8 @@ class DecoderEngine:
         return out
 
     def _branch(self, call: Call, cut: PlannedCut, stash: Stash) -> Tensor:
-        """The side branch over the visual rows alone: they see each other causally, at their own positions; no cache. ``[B, M, C]`` with the other rows unchanged."""
+        """The side branch over the visual rows alone: they see each other causally, at their own positions; no cache. ``[B, M, C]`` with the other rows
+        unchanged."""
         level, x = stash.level, stash.hidden
         rope = self._serve(call, level, call.base, x)["position_embeddings"]
         rows = nn.utils.rnn.pad_sequence([r.nonzero()[:, 0] for r in level.visual & level.valid], batch_first=True, padding_value=-1)  # [B, V]
@@ -550,8 +554,10 @@ class DecoderEngine:
     ) -> Tensor:
         """Attention of the query rows (mean over rows and heads) to each candidate: ``[G, N]``.
 
-        ``query``: ``"last"`` the last prompt token (with labels: every token in front of an answer), ``"all"`` every row. ``layer``: projections of the layer about
-        to run on this cut's input (``"next"``) or the real attention of the layer before it (``"previous"``). ``keys``: softmax over all causal keys or over the
+        ``query``: ``"last"`` the last prompt token (with labels: every token in front of an answer), ``"all"`` every row. ``layer``: projections of the
+        layer about
+        to run on this cut's input (``"next"``) or the real attention of the layer before it (``"previous"``). ``keys``: softmax over all causal keys or over
+        the
         visual ones alone. A few rows at a time meet the keys, never a full map, so any attention backend will do.
         """
         level, request = call.level, call.request
@@ -631,4 +637,3 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-b, a], dim=-1) * sin
-

@@ -12,7 +12,8 @@ from ..ledger import UndoLedger
 
 
 def hide_in_decoder(ledger: UndoLedger, layers: Sequence[nn.Module], padding: Tensor, hidden: Sequence[Tensor]) -> None:
-    """Layer i hides the prompt columns ``hidden[i]`` ``[B, T]`` (bool) from every query; ``padding`` ``[B, T]`` (1 real). Works at prefill and, by the cache's length, at decoding."""
+    """Layer i hides the prompt columns ``hidden[i]`` ``[B, T]`` (bool) from every query; ``padding`` ``[B, T]`` (1 real). Works at prefill and, by the
+    cache's length, at decoding."""
 
     def make(number: int) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

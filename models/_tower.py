@@ -21,7 +21,8 @@ from .base import PlannedCut
 class Tower:
     """A family's description of its tower. ``root`` the module whose call is one pass; ``blocks`` those whose output is used; ``attend(block, x, mask)`` and
     ``feed(block, x)`` the two residual halves made of the block's own children; ``capture(block)`` modules whose outputs :attr:`project` turns into q, k, v
-    (``[B, H, n, d]`` each) and a scale; ``mask`` the block's keyword for an additive mask; ``resize(pixels, rows, columns)`` fewer pixels in, as call keywords; ``pixels`` the root's keyword for them."""
+    (``[B, H, n, d]`` each) and a scale; ``mask`` the block's keyword for an additive mask; ``resize(pixels, rows, columns)`` fewer pixels in, as call
+    keywords; ``pixels`` the root's keyword for them."""
 
     root: nn.Module
     blocks: Sequence[nn.Module]
@@ -50,7 +51,8 @@ class Record:
 
 @dataclass
 class Run:
-    """One pass of G images. ``index`` ``[G, n]`` original index of each running token (-1 padding), ``size`` ``[G, n]``, ``slot`` ``[G, N]`` running position of every
+    """One pass of G images. ``index`` ``[G, n]`` original index of each running token (-1 padding), ``size`` ``[G, n]``, ``slot`` ``[G, N]`` running
+    position of every
     original token (-1 dropped)."""
 
     images: int
@@ -276,7 +278,9 @@ class TowerEngine:
         error = float((want - got).abs().max() / want.abs().max().clamp_min(1e-6))
         limit = 1e-5 if parameter.dtype in (torch.float32, torch.float64) else 2e-2
         if not error <= limit:
-            raise UnsupportedError(f"block {number} ({type(block).__name__}) is not the pre-norm residual block this adapter knows: its parts give a result {error:.1e} off")
+            raise UnsupportedError(
+                f"block {number} ({type(block).__name__}) is not the pre-norm residual block this adapter knows: its parts give a result {error:.1e} off"
+            )
 
     def _width(self, block: nn.Module) -> int:
         return next(m.normalized_shape[0] for m in block.modules() if isinstance(m, nn.LayerNorm))

@@ -1,4 +1,5 @@
-"""What an adapter is: for one model family, named sites, what each provides, where the visual tokens are, how a selection is applied, and a tiny random model."""
+"""What an adapter is: for one model family, named sites, what each provides, where the visual tokens are, how a selection is applied, and a tiny random
+model."""
 
 from __future__ import annotations
 

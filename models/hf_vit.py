@@ -71,7 +71,11 @@ class HfVit:
 def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
     from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
 
-    config_class, model_class = {"clip": (CLIPVisionConfig, CLIPVisionModel), "siglip": (SiglipVisionConfig, SiglipVisionModel), "dinov2": (Dinov2Config, Dinov2Model)}[kind]
+    config_class, model_class = {
+        "clip": (CLIPVisionConfig, CLIPVisionModel),
+        "siglip": (SiglipVisionConfig, SiglipVisionModel),
+        "dinov2": (Dinov2Config, Dinov2Model),
+    }[kind]
     extra: dict[str, Any] = {} if kind == "dinov2" else {"intermediate_size": 64}
     state = torch.random.get_rng_state()
     torch.manual_seed(0)

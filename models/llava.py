@@ -39,7 +39,8 @@ class Llava:
         self.prefix = _hf_vit.prefix(self.tower)
         if (config.vision_feature_select_strategy == "default") != (self.prefix == 1):
             raise UnsupportedError(
-                f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with a {self.arch} tower gives the language model something else than the patches"
+                f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with a {self.arch} tower "
+                "gives the language model something else than the patches"
             )
         tokens, text = side * side, config.text_config
         tower = frozenset({"projections", "prefix"} | ({"class_token"} if self.prefix else set()))
@@ -118,7 +119,11 @@ class Llava:
                     if selection is not None:
                         features = run.apply(features, selection, cut)
                 recorder.vision(run)
-                if features.shape[1] == run.tokens and bool(run.valid.all()) and torch.equal(run.index, torch.arange(run.tokens, device=run.index.device).expand_as(run.index)):
+                if (
+                    features.shape[1] == run.tokens
+                    and bool(run.valid.all())
+                    and torch.equal(run.index, torch.arange(run.tokens, device=run.index.device).expand_as(run.index))
+                ):
                     return features
                 g, _, c = features.shape
                 out = sentinel(c, features).expand(g, run.tokens + 1, c)
@@ -149,7 +154,16 @@ class Llava:
 
 def _tiny(tower: str, text: str, layers: int = 6) -> tuple[nn.Module, dict[str, Any]]:
     """A random LLaVA of a few thousand parameters with 16 visual tokens, and inputs: two left-padded prompts of unequal length with one image each."""
-    from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig, Qwen2Config, SiglipVisionConfig
+    from transformers import (
+        CLIPVisionConfig,
+        Dinov2Config,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        MistralConfig,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
 
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 5, "image_size": 32, "patch_size": 8}
     visions = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig, "dinov2": Dinov2Config}
@@ -161,8 +175,17 @@ def _tiny(tower: str, text: str, layers: int = 6) -> tuple[nn.Module, dict[str, 
     config = LlavaConfig(
         vision_config=visions[tower](**sizes, **extra),
         text_config=texts[text](
-            vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2, **words,
+            vocab_size=64,
+            hidden_size=48,
+            intermediate_size=80,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            **words,
         ),  # fmt: skip
         image_token_index=3,
         image_seq_length=16,

@@ -32,13 +32,16 @@ def _project(block: nn.Module, caught: dict[str, Tensor]) -> tuple[Tensor, Tenso
 
 
 class TimmVit:
-    """One bound timm ViT. ``forward_features`` returns the surviving tokens; with average pooling after merges every original token counts, so sizes weigh the mean."""
+    """One bound timm ViT. ``forward_features`` returns the surviving tokens; with average pooling after merges every original token counts, so sizes weigh
+    the mean."""
 
     def __init__(self, model: nn.Module):
         self.model = model
         block = model.blocks[0]
         if not all(hasattr(block, name) for name in ("norm1", "attn", "norm2", "mlp", "ls1", "ls2")) or not hasattr(block.attn, "qkv"):
-            raise UnsupportedError(f"timm blocks of type {type(block).__name__} are not supported; there is the standard Block (norm1, attn, ls1, norm2, mlp, ls2)")
+            raise UnsupportedError(
+                f"timm blocks of type {type(block).__name__} are not supported; there is the standard Block (norm1, attn, ls1, norm2, mlp, ls2)"
+            )
         depth, grid = len(model.blocks), tuple(model.patch_embed.grid_size)
         prefix = model.num_prefix_tokens
         provides = frozenset({"projections", "prefix"} | ({"class_token"} if model.cls_token is not None else set()))

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from vtprune.models.base import ADAPTERS
 
 import vtprune
-from vtprune.models.base import ADAPTERS
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _built(family: str, variant: str) -> tuple[Any, dict[str, Any]]:
     return ADAPTERS.get(family).tiny[variant]()
 

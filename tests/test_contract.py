@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from vtprune.models.base import ADAPTERS
 
 import vtprune
-from vtprune.models.base import ADAPTERS
 from vtprune.types import UnsupportedError
 from vtprune.verify import CHECKS, check
 
@@ -29,7 +29,9 @@ def test_pair(pair, tiny):
     try:
         vtprune.attach(model, method, **options).remove()
     except UnsupportedError as e:
-        assert json.loads(REFUSED.read_text()).get(f"{family}/{variant}", {}).get(method) == str(e), "this pair is refused, and refused_pairs.json does not say so"
+        assert json.loads(REFUSED.read_text()).get(f"{family}/{variant}", {}).get(method) == str(e), (
+            "this pair is refused, and refused_pairs.json does not say so"
+        )
         pytest.skip(str(e))
     failed = []
     ran = 0

@@ -28,7 +28,9 @@ def test_registry_refuses_clashes_and_suggests():
 
 
 def test_public_look_ups():
-    assert {"pyramiddrop", "flowcut", "pitome", "dpvr-lf", "fastv", "tome", "random", "uniform", "pool", "keep-last", "drop-all", "downsample"} <= set(vtprune.methods())
+    assert {"pyramiddrop", "flowcut", "pitome", "dpvr-lf", "fastv", "tome", "random", "uniform", "pool", "keep-last", "drop-all", "downsample"} <= set(
+        vtprune.methods()
+    )
     assert set(vtprune.methods()) <= set(vtprune.recipes())
     assert set(vtprune.adapters()) == {"hf-vit", "llava", "timm-vit"}
     info = vtprune.describe("flowcut")
@@ -63,7 +65,13 @@ def test_recipe_round_trip(tmp_path, ending):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"version": 99}, "version 99"), ({"type": "x"}, "not a recipe"), ({"extra": 1}, "unknown field 'extra'"), ({"stages": [{"keep": 1}]}, "needs 'method'"), ({"stages": []}, "no stages")],
+    [
+        ({"version": 99}, "version 99"),
+        ({"type": "x"}, "not a recipe"),
+        ({"extra": 1}, "unknown field 'extra'"),
+        ({"stages": [{"keep": 1}]}, "needs 'method'"),
+        ({"stages": []}, "no stages"),
+    ],
 )
 def test_bad_recipes_are_refused(tmp_path, change, words):
     data = Recipe(name="r", stages=(Stage(method="random"),)).to_dict() | change

@@ -8,7 +8,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vtprune
 
-METHODS = [("random", {"keep": 1.0}), ("random", {"keep": 4}), ("drop-all", {"layer": 2}), ("pool", {"keep": 4}), ("downsample", {"keep": 4}), ("tome", {"keep": 6}), ("dpvr-lf", {"split": 2})]
+METHODS = [
+    ("random", {"keep": 1.0}),
+    ("random", {"keep": 4}),
+    ("drop-all", {"layer": 2}),
+    ("pool", {"keep": 4}),
+    ("downsample", {"keep": 4}),
+    ("tome", {"keep": 6}),
+    ("dpvr-lf", {"split": 2}),
+]
 
 
 def _count(model, inputs) -> int:
@@ -20,7 +28,8 @@ def _count(model, inputs) -> int:
 @pytest.mark.parametrize(("method", "options"), METHODS)
 @pytest.mark.parametrize("variant", ["clip-llama", "dinov2-llama", "siglip-qwen2"])
 def test_llava_flops_equal_the_counter(tiny, variant, method, options):
-    """Exact for methods that score nothing; eager attention, equal prompts, one position through the head (sizes are not whole multiples, so a wrong term shows)."""
+    """Exact for methods that score nothing; eager attention, equal prompts, one position through the head (sizes are not whole multiples, so a wrong term
+    shows)."""
     model, inputs = tiny("llava", variant)
     model.set_attn_implementation("eager")
     one = {k: v[:1] for k, v in inputs.items()} | {"logits_to_keep": 1}

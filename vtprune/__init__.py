@@ -17,12 +17,12 @@ if (_root / "pyproject.toml").is_file() and (_root / "models" / "base.py").is_fi
 
 # The core needs torch only. It is imported here, not lazily: a public function may bear its module's name (attach, methods, solve, verify), and only the
 # first import of a module binds that name, so the functions below win for good.
-from vtprune.attach import Handle, attach
-from vtprune.info import adapters, describe, methods, recipes
-from vtprune.recipe import Recipe, Stage
-from vtprune.solve import solve
-from vtprune.types import Report, StageReport, UnsupportedError, VtpruneError
-from vtprune.verify import VerifyReport, verify
+from vtprune.attach import Handle, attach  # noqa: E402
+from vtprune.info import adapters, describe, methods, recipes  # noqa: E402
+from vtprune.recipe import Recipe, Stage  # noqa: E402
+from vtprune.solve import solve  # noqa: E402
+from vtprune.types import Report, StageReport, UnsupportedError, VtpruneError  # noqa: E402
+from vtprune.verify import VerifyReport, verify  # noqa: E402
 
 __all__ = [
     "Handle",
@@ -44,9 +44,9 @@ __all__ = [
 ]
 
 
-
 def load_demo_model(device: str = "cpu", dtype: Any = None) -> tuple[Any, Any]:
-    """The bundled trained VLM: ``(LlavaForConditionalGeneration, LlavaProcessor)``, stock classes, evaluation mode, no network. ``dtype``: float32 by default."""
+    """The bundled trained VLM: ``(LlavaForConditionalGeneration, LlavaProcessor)``, stock classes, evaluation mode, no network. ``dtype``: float32 by
+    default."""
     from vtprune.models._demo import load
 
     return load(device, dtype)

@@ -1,4 +1,5 @@
-"""``attach``: binds a recipe to one model instance, owns every change to it, and reports what the last prefill did. The only place that sees methods and models."""
+"""``attach``: binds a recipe to one model instance, owns every change to it, and reports what the last prefill did. The only place that sees methods and
+models."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from . import cost
 from .ledger import UndoLedger
-from .methods.base import METHODS, Cut, Method, make
+from .methods.base import Cut, Method, make
 from .recipe import Recipe, Stage, resolve
 from .recipes import RECIPES
 from .types import Geometry, Report, Selection, StageReport, TokenView, UnsupportedError, VtpruneError
@@ -57,7 +58,9 @@ def plan(geometry: Geometry, recipe: Recipe) -> list[tuple[Stage, Method, tuple[
         info = method.info
         kinds = [k for k in info.kinds if k in geometry.provides]
         if not kinds:
-            raise UnsupportedError(f"{info.name} works at {' / '.join(info.kinds)}; this model ({geometry.family}, {geometry.arch}) offers {' / '.join(geometry.provides)}")
+            raise UnsupportedError(
+                f"{info.name} works at {' / '.join(info.kinds)}; this model ({geometry.family}, {geometry.arch}) offers {' / '.join(geometry.provides)}"
+            )
         wanted = info.keep if stage.keep is None else stage.keep
         if not info.budgeted and stage.keep is not None:
             raise VtpruneError(f"{info.name} takes no keep= (its options: {', '.join(info.options) or 'none'})")
@@ -84,11 +87,14 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
     Args:
         model: an unmodified Hugging Face MLLM or vision tower, or a timm ``VisionTransformer``.
         recipe: a registered name, a :class:`Recipe`, or a path to its JSON / YAML form.
-        **overrides: ``keep=`` tokens per image after the last cut (int) or their fraction (float in (0, 1]); ``effective_tokens=`` / ``flops=`` let the budget solver
-            derive the schedule; ``positions="original" | "compact"`` (in-LLM and projector cuts); ``seed=`` for random methods; all else are the last stage's options.
+        **overrides: ``keep=`` tokens per image after the last cut (int) or their fraction (float in (0, 1]); ``effective_tokens=`` / ``flops=`` let the
+        budget solver
+            derive the schedule; ``positions="original" | "compact"`` (in-LLM and projector cuts); ``seed=`` for random methods; all else are the last
+            stage's options.
 
     Raises:
-        VtpruneError: unknown recipe or option, impossible budget, a model that is attached already; :class:`UnsupportedError` if the model lacks what a method needs.
+        VtpruneError: unknown recipe or option, impossible budget, a model that is attached already; :class:`UnsupportedError` if the model lacks what a
+        method needs.
     """
     if model in _live:
         raise VtpruneError("this model is attached already; call remove() on its handle first, or put all stages into one recipe")
@@ -183,7 +189,8 @@ class Handle:
         self._last = (request.vision, request)
 
     def _match(self, request: Request) -> list[tuple[Run, int]] | None:
-        """The vision passes that made the images of ``request``, told by which of their tokens arrived: ``[(run, image)]`` per image, or ``None`` without vision stages."""
+        """The vision passes that made the images of ``request``, told by which of their tokens arrived: ``[(run, image)]`` per image, or ``None`` without
+        vision stages."""
         if not self._vision:
             return None
         level = request.levels[0]
@@ -320,4 +327,3 @@ class Handle:
             dense_kv_bytes=sum(cost.kv_bytes(s, r) for r in dense),
             recipe=self.recipe.key(),
         )
-

@@ -13,7 +13,8 @@ from .types import Selection
 def top(score: Tensor, keep: int | Tensor, valid: Tensor, protected: Tensor | None = None) -> Selection:
     """Keeps the ``keep`` best tokens of each image, positions ascending; ties go to the lower position.
 
-    score ``[B, N]`` (higher is better) · keep: int or ``[B]`` · valid, protected ``[B, N]`` bool. Protected tokens come first whatever their score. NaN ranks last.
+    score ``[B, N]`` (higher is better) · keep: int or ``[B]`` · valid, protected ``[B, N]`` bool. Protected tokens come first whatever their score. NaN
+    ranks last.
     """
     score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
     score = torch.where(torch.isnan(score), -torch.inf, score)

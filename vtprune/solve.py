@@ -76,7 +76,10 @@ def solve(model: Any, recipe: Any, *, effective_tokens: float | None = None, flo
     if target <= 0:
         raise VtpruneError(f"the budget must be positive, got {target:g}")
     if target <= 1:
-        dense = (float(geometry.tokens), cost.vision(shapes, 1, geometry.tokens, []) + (cost.prefill(shapes, [geometry.tokens + text] * geometry.llm_layers) if geometry.llm_layers else 0))
+        dense = (
+            float(geometry.tokens),
+            cost.vision(shapes, 1, geometry.tokens, []) + (cost.prefill(shapes, [geometry.tokens + text] * geometry.llm_layers) if geometry.llm_layers else 0),
+        )
         target *= dense[column]
     best: tuple[float, Recipe] | None = None
     smallest = float("inf")

@@ -21,7 +21,8 @@ class UnsupportedError(VtpruneError):
 @dataclass(frozen=True)
 class Geometry:
     """What a plan needs to know of a model. ``tokens`` visual tokens per image on ``grid``; ``vision_layers`` blocks whose output is used (0-based sites
-    ``vision.0`` .. ``vision.<vision_layers - 1>``), ``vision_depth`` all blocks; ``llm_layers`` decoder layers (0 for a bare ViT); ``prefix`` tokens in front of the patches;
+    ``vision.0`` .. ``vision.<vision_layers - 1>``), ``vision_depth`` all blocks; ``llm_layers`` decoder layers (0 for a bare ViT); ``prefix`` tokens in
+    front of the patches;
     ``provides`` site kind -> the names that :meth:`TokenView.source` answers there; ``arch`` the tower's architecture name."""
 
     family: str
@@ -58,7 +59,8 @@ class Projections:
 class TokenView:
     """What a method may look at: the visual tokens of B images at one site.
 
-    ``features`` ``[B, N, C]`` · ``valid`` ``[B, N]`` bool, False for padding rows · ``index`` ``[B, N]`` original visual-token index within the image (-1: padding) ·
+    ``features`` ``[B, N, C]`` · ``valid`` ``[B, N]`` bool, False for padding rows · ``index`` ``[B, N]`` original visual-token index within the image (-1:
+    padding) ·
     ``size`` ``[B, N]`` tokens already merged into each · ``protected`` ``[B, N]`` bool, must be kept · ``grid`` rows and columns of the original raster ·
     ``prefix`` class / register / distillation tokens in front (not part of N) · ``layer`` and ``depth`` of the site · ``seed`` of the run ·
     ``memory`` belongs to one method in one forward call (running averages) · ``sources`` lazily computed extras named by :attr:`MethodInfo.needs`.
@@ -93,7 +95,8 @@ class TokenView:
 class Selection:
     """A method's answer. ``kept`` ``[B, K]``: ascending positions in the view, padded with -1 at the end where images keep different numbers.
 
-    Merging methods add ``target`` ``[B, N]``: for every token the column of ``kept`` that absorbs it (its own if it is kept, -1 if dropped), and ``weight`` ``[B, N]``,
+    Merging methods add ``target`` ``[B, N]``: for every token the column of ``kept`` that absorbs it (its own if it is kept, -1 if dropped), and ``weight``
+    ``[B, N]``,
     its weight in that slot's mean (``None``: the tokens' sizes). ``layout`` ``[B, K]`` optionally permutes the columns of ``kept`` in the running sequence.
     """
 

@@ -368,7 +368,8 @@ CHECKS: dict[str, Callable[[_Case], str]] = {
 
 
 def check(name: str, model: nn.Module, recipe: Any, inputs: dict[str, Any], **options: Any) -> Check:
-    """One check by name. ``options`` are attach-time ones (``positions``, ``seed``); errors of the library (impossible pair, bad budget) are raised, not reported."""
+    """One check by name. ``options`` are attach-time ones (``positions``, ``seed``); errors of the library (impossible pair, bad budget) are raised, not
+    reported."""
     chosen = load_recipe(recipe)
     attached = {k: options.pop(k) for k in ("positions", "seed") if k in options}
     if options:

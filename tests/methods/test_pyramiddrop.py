@@ -187,6 +187,8 @@ def test_predictions_of_dropped_rows_leave_the_loss() -> None:
         rows = sorted({*range(len(x))} - {*at.tolist()} | {*want["kept"][0].tolist()})
         B.close(out.loss, by_hand(model, want["hidden"][0], rows, labels))
         cases.add(39 in rows)
+        if len(cases) == 2:
+            break
     assert cases == {True, False}
 
 

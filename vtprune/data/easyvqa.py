@@ -25,7 +25,8 @@ class EasyQuestion:
 
 @functools.lru_cache(maxsize=2)
 def questions(split: str) -> tuple[EasyQuestion, ...]:
-    """All questions of ``split`` (``train`` or ``test``), in the package's order. Raises ``ModuleNotFoundError`` without the package, ``ValueError`` for a split."""
+    """All questions of ``split`` (``train`` or ``test``), in the package's order. Raises ``ModuleNotFoundError`` without the package, ``ValueError`` for a
+    split."""
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}; there are train, test")
     try:

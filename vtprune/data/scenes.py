@@ -91,7 +91,8 @@ class Scene:
 
 
 def scene(index: int, split: str = "train", *, max_items: int = 6, per_ability: int = 2) -> Scene:
-    """Scene number ``index`` of ``split`` with up to ``per_ability`` questions of each ability. Raises ``ValueError`` for an unknown split or a negative index."""
+    """Scene number ``index`` of ``split`` with up to ``per_ability`` questions of each ability. Raises ``ValueError`` for an unknown split or a negative
+    index."""
     if split not in _SPLITS:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(_SPLITS)}")
     if index < 0:

@@ -16,8 +16,10 @@ from ..types import Geometry, Selection, TokenView, UnsupportedError, VtpruneErr
 @dataclass(frozen=True, kw_only=True)
 class Cut:
     """One planned decision: ``site`` (``"vision.3"``, ``"projector"``, ``"llm.8"``, ``"pixels"``), ``keep`` tokens per image (``None``: the method decides),
-    ``inside`` the decision falls between attention and MLP of that block, ``restore`` the cut brings routed tokens back instead of dropping any, ``stash`` it puts them aside first,
-    ``proportional`` the tower adds the log of the merged sizes to its attention logits from here on (ToMe, arXiv 2210.09461, eq. 1), ``observe`` decoder layers whose input the decision looks at."""
+    ``inside`` the decision falls between attention and MLP of that block, ``restore`` the cut brings routed tokens back instead of dropping any, ``stash``
+    it puts them aside first,
+    ``proportional`` the tower adds the log of the merged sizes to its attention logits from here on (ToMe, arXiv 2210.09461, eq. 1), ``observe`` decoder
+    layers whose input the decision looks at."""
 
     site: str
     keep: int | None = None
@@ -39,7 +41,8 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodInfo:
-    """The registered facts of a method. ``needs`` maps a site kind to the sources it uses there; ``cases`` are (mild, aggressive) keyword sets for the generated tests;
+    """The registered facts of a method. ``needs`` maps a site kind to the sources it uses there; ``cases`` are (mild, aggressive) keyword sets for the
+    generated tests;
     ``exact`` tells whether an integer ``keep`` is met exactly; ``budgeted`` whether ``keep`` means anything to it."""
 
     name: str
@@ -86,7 +89,8 @@ class Method:
         raise NotImplementedError
 
     def restore(self, hidden: Tensor, run: Callable[..., Tensor], module: Any) -> Tensor:
-        """Routing methods only: the tokens that come back. ``hidden`` ``[B, V, C]``, the visual rows as stashed; ``run(layer, hidden)`` runs a decoder layer over
+        """Routing methods only: the tokens that come back. ``hidden`` ``[B, V, C]``, the visual rows as stashed; ``run(layer, hidden)`` runs a decoder layer
+        over
         them, causally, at their own positions, ``module`` is what :meth:`build` made."""
         raise NotImplementedError
 

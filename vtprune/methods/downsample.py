@@ -24,7 +24,8 @@ from .base import Cut, Method, MethodInfo, register
 )
 @dataclass(frozen=True, kw_only=True)
 class Downsample(Method):
-    """The largest raster of patches with at most ``keep`` tokens (squarest on ties); each low-resolution token stands where its centre lies in the full raster."""
+    """The largest raster of patches with at most ``keep`` tokens (squarest on ties); each low-resolution token stands where its centre lies in the full
+    raster."""
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
         rows, columns = geometry.grid

@@ -29,8 +29,10 @@ from .base import Cut, Method, MethodInfo, choice, layers, option, register
 )
 @dataclass(frozen=True, kw_only=True)
 class DpvrLf(Method):
-    """Section 3: layers ``0 .. s-1`` see everything; a side branch B of the backbone's own layers runs over the visual rows of ``h^s``; the layers between see text
-    only, at their original positions; the last ``fusion`` layers see both again. Train with ``vtprune train dpvr-lf``; the branch is ``handle.modules["dpvr-lf"]``."""
+    """Section 3: layers ``0 .. s-1`` see everything; a side branch B of the backbone's own layers runs over the visual rows of ``h^s``; the layers between
+    see text
+    only, at their original positions; the last ``fusion`` layers see both again. Train with ``vtprune train dpvr-lf``; the branch is
+    ``handle.modules["dpvr-lf"]``."""
 
     split: int | None = option(None, "s: first layer without visual tokens (default: round(0.5625 * depth), 18 of 32)")
     fusion: int = option(1, "K: last layers that see text and visual tokens")

@@ -25,10 +25,13 @@ from .base import Cut, Method, MethodInfo, choice, option, register
 )
 @dataclass(frozen=True, kw_only=True)
 class FlowCut(Method):
-    """Score of a block (section 3.3): class-token attention and value similarity, each normalised over patches, times the L1 norm of the mean value; a running average
+    """Score of a block (section 3.3): class-token attention and value similarity, each normalised over patches, times the L1 norm of the mean value; a
+    running average
     over blocks decides; every second block prunes by the entropy of the class attention, the last decision is a hard cut to ``keep``."""
 
-    batch: str = option("image", "'image': every image prunes by its own entropy, so results do not depend on the batch; 'max': the batch maximum (official code)")
+    batch: str = option(
+        "image", "'image': every image prunes by its own entropy, so results do not depend on the batch; 'max': the batch maximum (official code)"
+    )
     every: int = option(2, "blocks between two prunings")
     ema: float = option(0.5, "weight of the old value in the running average")
     query: str = option("auto", "global token: 'class', 'mean' (mean query and value, for towers without one), 'auto'")

@@ -17,7 +17,8 @@ from .tome import bipartite
 
 @dataclass(frozen=True)
 class Variant:
-    """How one official wrapper runs it: ``metric`` keys or hidden states, ``inside`` between attention and MLP, ``margin(l, L)``, ``kind(l, L)``: pitome, bsm or tome."""
+    """How one official wrapper runs it: ``metric`` keys or hidden states, ``inside`` between attention and MLP, ``margin(l, L)``, ``kind(l, L)``: pitome,
+    bsm or tome."""
 
     metric: str
     inside: bool
@@ -52,9 +53,12 @@ _BY_ARCH = {"clip": "hf-clip"}
 )
 @dataclass(frozen=True, kw_only=True)
 class PiToMe(Method):
-    """Energy ``E_i = mean_j f(cos(k_i, k_j) - m)`` (eq. 4); of the 2r tokens of highest energy every second merges into its nearest among the others (algorithm 1)."""
+    """Energy ``E_i = mean_j f(cos(k_i, k_j) - m)`` (eq. 4); of the 2r tokens of highest energy every second merges into its nearest among the others
+    (algorithm 1)."""
 
-    variant: str = option("auto", f"placement, metric and margins of one official wrapper: {', '.join(VARIANTS)}; 'auto': hf-clip for CLIP towers of an MLLM, else deit")
+    variant: str = option(
+        "auto", f"placement, metric and margins of one official wrapper: {', '.join(VARIANTS)}; 'auto': hf-clip for CLIP towers of an MLLM, else deit"
+    )
     ratio: float | None = option(None, "tokens kept per block, the paper's rho; replaces keep=")
     matching: str | None = option(None, "'pitome', 'bsm' (energy-rank parity, then ToMe's rule) or 'tome' in every block instead of the variant's mixture")
     alpha: float = option(1.0, "scale of the energy's negative branch (eq. 4)")

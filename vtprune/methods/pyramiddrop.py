@@ -25,8 +25,10 @@ from .base import Cut, Method, MethodInfo, choice, layers, option, register
 )
 @dataclass(frozen=True, kw_only=True)
 class PyramidDrop(Method):
-    """Section 3.2. With S cuts and ``keep`` = K of N tokens at the end, cut i leaves ``floor(N * (K / N) ** (i / S))`` (lambda = (K / N) ** (1 / S)); the defaults give
-    1/2, 1/4, 1/8. Training (labels present): the query rows are all tokens in front of an answer, the selection is hard and gradients flow through what is kept."""
+    """Section 3.2. With S cuts and ``keep`` = K of N tokens at the end, cut i leaves ``floor(N * (K / N) ** (i / S))`` (lambda = (K / N) ** (1 / S)); the
+    defaults give
+    1/2, 1/4, 1/8. Training (labels present): the query rows are all tokens in front of an answer, the selection is hard and gradients flow through what is
+    kept."""
 
     layers: tuple[int, ...] | None = option(None, "first layer of each shortened stage (default: a quarter, half and three quarters of the depth)")
     ratios: tuple[float, ...] | None = option(None, "tokens left after each cut as fractions of the original number; replaces keep=")

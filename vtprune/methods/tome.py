@@ -30,7 +30,9 @@ class ToMe(Method):
     r: int | tuple[int, ...] | None = option(None, "tokens merged per block: an int, or a list with one entry per block; replaces keep=")
     inflect: float = option(0.0, "with an int r: -1 merges most in the first blocks, 1 in the last (the official (r, inflect) schedule)")
     proportional: bool = option(True, "add the log of the sizes to the attention logits (eq. 1)")
-    order: str = option("position", "'position': tokens stay in raster order; 'official': [unmerged A, all B] as the official code, which changes later matchings")
+    order: str = option(
+        "position", "'position': tokens stay in raster order; 'official': [unmerged A, all B] as the official code, which changes later matchings"
+    )
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
         choice("order", self.order, ("position", "official"))

@@ -54,9 +54,7 @@ def processor_and_tokenizer():
     )
     tokenizer.padding_side = "left"
     side = {"height": scenes.SIZE, "width": scenes.SIZE}
-    image = CLIPImageProcessor(
-        size=side, do_center_crop=False, crop_size=side, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], resample=3
-    )
+    image = CLIPImageProcessor(size=side, do_center_crop=False, crop_size=side, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], resample=3)
     chat = (
         "{% for m in messages %}{% if m['role'] == 'user' %}<s> user : {% for c in m['content'] if c['type'] == 'image' %}<image> {% endfor %}"
         "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }} {% endfor %}"
@@ -200,7 +198,7 @@ class Packed:
                 self.items.append((shard["features"][k], pairs, None if dense is None else torch.from_numpy(dense[k])))
 
     def _weight(self, pair: tuple) -> float:
-        return {"yes/no": 0.35, "relation": 2.5}.get(pair[0], 1.0)  # 27 of 39 easy-VQA questions are yes/no; relations are the hardest
+        return {"yes/no": 0.35, "relation": 5.0}.get(pair[0], 1.0)  # 27 of 39 easy-VQA questions are yes/no; relations are the hardest
 
     def batch(self, chosen: list, shuffle: bool = True) -> dict:
         n, total = len(chosen), PREFIX + self.room
@@ -301,7 +299,7 @@ class Trainee(nn.Module):
             x = self.block(x, tuple(part.weight.to(cast) for part in parts), cos, sin, mask)
             if i == len(self.lm.layers) // 3:
                 image = x[:, 3:PREFIX]
-            if i == len(self.lm.layers) * 7 // 12:
+            if i == len(self.lm.layers) // 2:
                 words = x[:, PREFIX:]
         out = F.rms_norm(x[:, PREFIX - 1 :], (x.shape[-1],), self.lm.norm.weight.to(cast), 1e-6)
         dense = [F.linear(image, d.weight.to(cast), d.bias.to(cast)) for d in (self.kind, self.color)]

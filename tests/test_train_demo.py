@@ -1,0 +1,82 @@
+"""The trainer computes what the stock model computes, and growing it changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vtprune.data import scenes
+from vtprune.train import demo_vlm as D
+
+
+@pytest.fixture(scope="module")
+def small():
+    tokenizer = D.processor_and_tokenizer().tokenizer
+    torch.manual_seed(0)
+    model = D.build_model(tokenizer, 2).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * (0.05 if p.ndim > 1 else 0.2))
+    return tokenizer, model
+
+
+def _packed(tokenizer):
+    data = D.Packed([], tokenizer, 0, room=64)
+    s = scenes.scene(5, "train")
+    pairs = []
+    for q in s.questions[:5]:
+        ids = tokenizer(f"{q.text} assistant :").input_ids
+        pairs.append((q.ability, ids, tokenizer(q.answer).input_ids + [tokenizer.eos_token_id], [-100] * len(ids)))
+    features = torch.randn(D.TOKENS, 384, generator=torch.Generator().manual_seed(1))
+    return data.batch([(features, pairs, None)], shuffle=False), pairs, features
+
+
+def test_packed_training_equals_the_stock_model(small):
+    """Each packed pair gets the logits that the stock model gives it alone behind the image."""
+    tokenizer, model = small
+    batch, pairs, features = _packed(tokenizer)
+    net = D.Trainee(model, dtype=torch.float32)
+    with torch.no_grad():
+        logits, *_ = net(batch["features"], batch["ids"], batch["position"], batch["mask"])
+        image = model.model.multi_modal_projector(features[None])
+        placed = 0
+        for k, (_, q, a, _) in enumerate(pairs, 1):
+            where = (batch["group"][0, D.PREFIX :] == k).nonzero()[:, 0]
+            if not len(where):
+                continue
+            placed += 1
+            words = model.get_input_embeddings()(torch.tensor([tokenizer("<s> user :").input_ids + q + a]))
+            embeds = torch.cat([words[:, :3], image, words[:, 3:]], dim=1)
+            want = model.lm_head(model.model.language_model(inputs_embeds=embeds).last_hidden_state)[0, D.PREFIX :]
+            assert torch.allclose(logits[0, where + 1], want, atol=2e-4 * float(want.abs().max()))
+    assert placed >= 3
+
+
+def test_growing_preserves_the_function(small):
+    tokenizer, model = small
+    batch, *_ = _packed(tokenizer)
+    grown = D.grow(model, tokenizer)
+    assert grown.config.text_config.num_hidden_layers == D.LAYERS
+    with torch.no_grad():
+        args = (batch["features"], batch["ids"], batch["position"], batch["mask"])
+        want = D.Trainee(model, dtype=torch.float32)(*args)[0]
+        got = D.Trainee(grown, dtype=torch.float32)(*args)[0]
+    assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()))
+
+
+def test_mentions_point_at_the_cells():
+    cells = D._cells(5)
+    for item in scenes.scene(5, "train").items:
+        if item.kind != "sign":
+            number = cells[(item.color, item.kind)]
+            assert f"{'abcd'[number % 4]}{number // 4 + 1}" == item.cell
+
+
+def test_dense_labels_mark_the_items():
+    s = scenes.scene(2, "train")
+    kind, color = D._dense_labels(s).reshape(2, 12, 12)
+    for item in s.items:
+        if item.kind != "sign":
+            x, y = item.center
+            assert scenes.SHAPES[kind[int(y // 14), int(x // 14)] - 1] == item.kind
+            assert list(scenes.COLORS)[color[int(y // 14), int(x // 14)] - 1] == item.color
