@@ -29,9 +29,9 @@ class Decoder:
     bool mask
     of the visual placeholders ``[B, T]``; ``tokens`` placeholders per image; ``heads(layer)`` its attention module."""
 
-    root: nn.Module
-    lm: nn.Module
-    layers: nn.ModuleList
+    root: Any
+    lm: Any
+    layers: Any
     spans: Callable[[Tensor], Tensor]
     tokens: int
     grid: tuple[int, int]
@@ -576,7 +576,7 @@ class DecoderEngine:
         return score[owner[:, None], where.clamp_min(0)].masked_fill(where < 0, -torch.inf)
 
     @staticmethod
-    def _attention_rows(block: nn.Module, x: Tensor, rows: Tensor, level: Level, rotary: tuple[Tensor, Tensor] | None, keys: str) -> Tensor:
+    def _attention_rows(block: Any, x: Tensor, rows: Tensor, level: Level, rotary: tuple[Tensor, Tensor] | None, keys: str) -> Tensor:
         """Post-softmax attention of ``rows`` ``[B, R]`` over the level's M tokens, mean over heads, at least float32: ``[B, R, M]``."""
         attention = block.self_attn
         h = block.input_layernorm(x)

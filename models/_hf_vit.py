@@ -13,56 +13,56 @@ from ._tower import Tower
 CLASSES = {"CLIPVisionModel": "clip", "CLIPVisionModelWithProjection": "clip", "SiglipVisionModel": "siglip", "Dinov2Model": "dinov2"}
 
 
-def arch(model: nn.Module) -> str | None:
+def arch(model: Any) -> str | None:
     """``"clip"``, ``"siglip"``, ``"dinov2"`` or ``None``."""
     return CLASSES.get(type(model).__name__)
 
 
-def core(model: nn.Module) -> nn.Module:
+def core(model: Any) -> Any:
     """The module that holds ``embeddings`` and ``encoder`` (older releases wrap it in ``vision_model``)."""
     inner = getattr(model, "vision_model", model)
     return inner if hasattr(inner, "encoder") else model
 
 
-def layers(model: nn.Module) -> list[nn.Module]:
+def layers(model: Any) -> list[nn.Module]:
     encoder = core(model).encoder
     return list(encoder.layer if hasattr(encoder, "layer") else encoder.layers)
 
 
-def _attention(block: nn.Module) -> nn.Module:
+def _attention(block: Any) -> Any:
     return block.self_attn if hasattr(block, "self_attn") else block.attention
 
 
-def _attend(block: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+def _attend(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     if hasattr(block, "self_attn"):  # CLIP, SigLIP
         return x + block.self_attn(hidden_states=block.layer_norm1(x), attention_mask=mask)[0]
     y = block.attention(block.norm1(x), attention_mask=mask)[0]
     return block.drop_path(block.layer_scale1(y)) + x
 
 
-def _feed(block: nn.Module, x: Tensor) -> Tensor:
+def _feed(block: Any, x: Tensor) -> Tensor:
     if hasattr(block, "self_attn"):
         return x + block.mlp(block.layer_norm2(x))
     return block.drop_path(block.layer_scale2(block.mlp(block.norm2(x)))) + x
 
 
-def _capture(block: nn.Module) -> dict[str, nn.Module]:
+def _capture(block: Any) -> dict[str, nn.Module]:
     a = _attention(block)
     return {"q": a.q_proj, "k": a.k_proj, "v": a.v_proj}
 
 
-def _project(block: nn.Module, caught: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, float]:
+def _project(block: Any, caught: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, float]:
     a = _attention(block)
     shape = (*caught["q"].shape[:2], -1, a.head_dim)
     q, k, v = (caught[n].view(shape).transpose(1, 2) for n in "qkv")
     return q, k, v, a.head_dim**-0.5
 
 
-def prefix(model: nn.Module) -> int:
+def prefix(model: Any) -> int:
     return 0 if arch(model) == "siglip" else 1
 
 
-def describe(model: nn.Module, used: int, root: nn.Module | None = None) -> Tower:
+def describe(model: Any, used: int, root: nn.Module | None = None) -> Tower:
     """The :class:`Tower` of ``model`` with its first ``used`` blocks."""
     config = model.config
     side = config.image_size // config.patch_size
@@ -86,7 +86,7 @@ def describe(model: nn.Module, used: int, root: nn.Module | None = None) -> Towe
     )
 
 
-def randomise(model: nn.Module, seed: int) -> None:
+def randomise(model: Any, seed: int) -> None:
     """Moves norms, biases, scales and position tables away from their initial ones and zeros, so that an identity test can see a part that was left out."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

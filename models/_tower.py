@@ -216,7 +216,7 @@ class TowerEngine:
 
         return catch
 
-    def _decide(self, block: nn.Module, cuts: list[PlannedCut], x: Tensor) -> Tensor:
+    def _decide(self, block: Any, cuts: list[PlannedCut], x: Tensor) -> Tensor:
         run, p = self.run, self.tower.prefix
         if run is None:
             return x
@@ -240,7 +240,7 @@ class TowerEngine:
                 x = torch.cat([x[:, :p], run.apply(x[:, p:], selection, cut)], dim=1) if p else run.apply(x, selection, cut)
         return x
 
-    def _leaver(self, block: nn.Module, cuts: list[PlannedCut]) -> Callable:
+    def _leaver(self, block: Any, cuts: list[PlannedCut]) -> Callable:
         def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             if self.run is None:
                 return None
@@ -253,7 +253,7 @@ class TowerEngine:
 
         return leave
 
-    def _composed(self, block: nn.Module, cuts: list[PlannedCut]) -> Callable:
+    def _composed(self, block: Any, cuts: list[PlannedCut]) -> Callable:
         name = self.tower.mask
 
         def forward(x: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -263,7 +263,7 @@ class TowerEngine:
         return forward
 
     @torch.no_grad()
-    def _probe(self, block: nn.Module, number: int) -> None:
+    def _probe(self, block: Any, number: int) -> None:
         """A composed block must equal the original; anything it does not know (another norm order, a scale, a gate) shows here, at attach time."""
         parameter = next(p for p in block.parameters() if p.ndim == 2)
         width = self._width(block)
@@ -282,7 +282,7 @@ class TowerEngine:
                 f"block {number} ({type(block).__name__}) is not the pre-norm residual block this adapter knows: its parts give a result {error:.1e} off"
             )
 
-    def _width(self, block: nn.Module) -> int:
+    def _width(self, block: Any) -> int:
         return next(m.normalized_shape[0] for m in block.modules() if isinstance(m, nn.LayerNorm))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .base import ADAPTERS, AdapterInfo, PlannedCut
 class HfVit:
     """One bound tower. Its output holds the surviving tokens only: ``[B, prefix + K, C]``."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self.model = model
         config = model.config
         arch = _hf_vit.arch(model)
@@ -92,6 +93,6 @@ ADAPTERS.register(
         idea="bare transformers towers: CLIPVisionModel, SiglipVisionModel, Dinov2Model",
         matches=lambda m: type(m).__name__ in _hf_vit.CLASSES,
         bind=HfVit,
-        tiny={k: (lambda k=k: _tiny(k)) for k in ("clip", "siglip", "dinov2")},
+        tiny={k: partial(_tiny, k) for k in ("clip", "siglip", "dinov2")},
     ),
 )

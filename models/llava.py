@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ TEXT = ("LlamaModel", "MistralModel", "Qwen2Model")
 class Llava:
     """One bound LLaVA."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self.model = model
         core, config = model.model, model.config
         self.core, self.tower, self.projector, self.lm = core, core.vision_tower, core.multi_modal_projector, core.language_model
@@ -218,6 +219,6 @@ ADAPTERS.register(
         idea="LLaVA-1.5 on transformers: CLIP / SigLIP / DINOv2 tower, Llama / Mistral / Qwen2 text",
         matches=lambda m: type(m).__name__ == "LlavaForConditionalGeneration",
         bind=Llava,
-        tiny={f"{v}-{t}": (lambda v=v, t=t: _tiny(v, t)) for v, t in (("clip", "llama"), ("siglip", "qwen2"), ("dinov2", "mistral"), ("dinov2", "llama"))},
+        tiny={f"{v}-{t}": partial(_tiny, v, t) for v, t in (("clip", "llama"), ("siglip", "qwen2"), ("dinov2", "mistral"), ("dinov2", "llama"))},
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +17,19 @@ from ._tower import Run, Tower, TowerEngine
 from .base import ADAPTERS, AdapterInfo, PlannedCut
 
 
-def _attend(block: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+def _attend(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     return x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=mask)))
 
 
-def _feed(block: nn.Module, x: Tensor) -> Tensor:
+def _feed(block: Any, x: Tensor) -> Tensor:
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
-def _project(block: nn.Module, caught: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, float]:
+def _capture(block: Any) -> dict[str, nn.Module]:
+    return {"qkv": block.attn.qkv}
+
+
+def _project(block: Any, caught: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, float]:
     a = block.attn
     b, n, _ = caught["qkv"].shape
     q, k, v = caught["qkv"].reshape(b, n, 3, a.num_heads, a.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
@@ -35,7 +40,7 @@ class TimmVit:
     """One bound timm ViT. ``forward_features`` returns the surviving tokens; with average pooling after merges every original token counts, so sizes weigh
     the mean."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self.model = model
         block = model.blocks[0]
         if not all(hasattr(block, name) for name in ("norm1", "attn", "norm2", "mlp", "ls1", "ls2")) or not hasattr(block.attn, "qkv"):
@@ -101,7 +106,7 @@ class TimmVit:
             mask="attn_mask",
             attend=_attend,
             feed=_feed,
-            capture=lambda block: {"qkv": block.attn.qkv},
+            capture=_capture,
             project=_project,
             resize=resize if model.dynamic_img_size else None,
             pixels="x",
@@ -147,6 +152,6 @@ ADAPTERS.register(
         idea="timm VisionTransformer: class / distillation / register tokens, LayerScale, average pooling",
         matches=lambda m: any(c.__name__ == "VisionTransformer" and c.__module__.startswith("timm.") for c in type(m).__mro__),
         bind=TimmVit,
-        tiny={k: (lambda o=o: _tiny(**o)) for k, o in _VARIANTS.items()},
+        tiny={k: partial(_tiny, **o) for k, o in _VARIANTS.items()},
     ),
 )

@@ -25,8 +25,7 @@ def _packed(tokenizer):
     s = scenes.scene(5, "train")
     pairs = []
     for q in s.questions[:5]:
-        ids = tokenizer(f"{q.text} assistant :").input_ids
-        pairs.append((q.ability, ids, tokenizer(q.answer).input_ids + [tokenizer.eos_token_id], [-100] * len(ids)))
+        pairs.append(data._pair(q.ability, q.text.split(), q.answer, {}))
     features = torch.randn(D.TOKENS, 384, generator=torch.Generator().manual_seed(1))
     return data.batch([(features, pairs, None)], shuffle=False), pairs, features
 
@@ -40,7 +39,8 @@ def test_packed_training_equals_the_stock_model(small):
         logits, *_ = net(batch["features"], batch["ids"], batch["position"], batch["mask"])
         image = model.model.multi_modal_projector(features[None])
         placed = 0
-        for k, (_, q, a, _) in enumerate(pairs, 1):
+        for k, pair in enumerate(pairs, 1):
+            q, a = pair.ids, pair.answer
             where = (batch["group"][0, D.PREFIX :] == k).nonzero()[:, 0]
             if not len(where):
                 continue
@@ -64,12 +64,23 @@ def test_growing_preserves_the_function(small):
     assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()))
 
 
-def test_mentions_point_at_the_cells():
-    cells = D._cells(5)
-    for item in scenes.scene(5, "train").items:
+def test_mentions_and_sides_are_true(small):
+    tokenizer, _ = small
+    data, places = D.Packed([], tokenizer, 0), D._places(5)
+    scene = scenes.scene(5, "train")
+    for item in scene.items:
         if item.kind != "sign":
-            number = cells[(item.color, item.kind)]
+            number = D.cell_number(*places[(item.color, item.kind)])
             assert f"{'abcd'[number % 4]}{number // 4 + 1}" == item.cell
+    for q in scene.questions:
+        if q.ability == "relation":
+            words = q.text.split()
+            pair = data._pair(q.ability, words, q.answer, places)
+            (at,) = [i for i, v in enumerate(pair.dx) if v >= 0]
+            word = next(w for w in words if w in D._TURNED)
+            side = {"left": pair.dx[at] == 0, "right": pair.dx[at] == 2, "above": pair.dy[at] == 0, "below": pair.dy[at] == 2}[word]
+            assert side == (q.answer == "yes")
+            assert D.turned(D.turned(words)) == words
 
 
 def test_dense_labels_mark_the_items():

@@ -160,7 +160,7 @@ class Handle:
                         stage=number,
                         memory_key=number,
                         select=_decider(method, cut),
-                        bring_back=lambda hidden, run, method=method, module=module: method.restore(hidden, run, module),  # type: ignore[misc]
+                        bring_back=lambda hidden, run, method=method, module=module: method.restore(hidden, run, module),
                     )
                 )
         self._names = [stage.method for stage, *_ in stages]

@@ -178,8 +178,10 @@ def _add(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
 
 
 def kept_rows(report: Report, grid: tuple[int, int]) -> np.ndarray | None:
-    """Tokens kept per image row, ``[grid rows]``, by the last stage that dropped some but not all (``None``: none did); a merged group is spread over its
-    members."""
+    """Tokens kept per image row, ``[grid rows]``, by the last stage that dropped some but not all (``None``: none did).
+
+    A merged group is spread over its members.
+    """
     tokens = grid[0] * grid[1]
     partial = [s for s in report.stages if 0 < sum(s.tokens_out) < sum(report.visual_tokens)]
     if not partial:

@@ -12,7 +12,7 @@ from .cli import Parser, fractions, guarded, load, model_options, output, positi
 from .types import VtpruneError
 
 BUDGETS = (0.5, 0.25)
-WORK = 3600  # questions in all, divided among the passes
+WORK = 2400  # questions in all, divided among the passes
 QUESTIONS_PER_SCENE = 11
 SHOWN = ("uniform", "downsample", "tome", "flowcut", "fastv", "pyramiddrop", "dpvr-lf")  # methods in the pictures
 

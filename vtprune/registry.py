@@ -16,8 +16,8 @@ class Registry(Generic[T]):
     """Names to records. A clash raises; an unknown name raises with close matches. ``load`` is called once, before the first look-up, to import the entries."""
 
     def __init__(self, what: str, load: Callable[[], None] = lambda: None):
-        self.what, self._load, self._entries, self._loaded = what, load, {}, False  # type: ignore[var-annotated]
-        self._entries: dict[str, T]
+        self.what, self._load, self._loaded = what, load, False
+        self._entries: dict[str, T] = {}
 
     def register(self, name: str, entry: T) -> T:
         if name != name.lower() or not name:

@@ -95,8 +95,8 @@ class _Case:
         return out
 
     def image_token(self) -> int:
-        config = self.model.config
-        return config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index  # type: ignore[union-attr, return-value]
+        config: Any = self.model.config
+        return config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
 
     def positions(self, mask: Tensor) -> Tensor:
         return (mask.long().cumsum(1) - 1).clamp_min(0)
@@ -371,7 +371,7 @@ def check(name: str, model: nn.Module, recipe: Any, inputs: dict[str, Any], **op
     """One check by name. ``options`` are attach-time ones (``positions``, ``seed``); errors of the library (impossible pair, bad budget) are raised, not
     reported."""
     chosen = load_recipe(recipe)
-    attached = {k: options.pop(k) for k in ("positions", "seed") if k in options}
+    attached: dict[str, Any] = {k: options.pop(k) for k in ("positions", "seed") if k in options}
     if options:
         chosen = chosen.override(**options)
     case = _Case(model, chosen, dict(inputs), attached)
@@ -441,7 +441,8 @@ def _masks(c: _Case, report: Report) -> tuple[list[Tensor], Tensor, UndoLedger]:
             out[i, k[(k >= 0) & (k < n)]] = False
         return out
 
-    tower, rest = [], []
+    tower: list[tuple[str, Tensor]] = []
+    rest: list[tuple[str, Tensor]] = []
     for stage in report.stages:
         (tower if stage.site.startswith("vision") else rest).append((stage.site, dropped(stage.kept)))
     per_block = []

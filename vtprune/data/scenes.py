@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -244,7 +245,7 @@ def _questions(rng: np.random.RandomState, items: tuple[Item, ...], per_ability:
     return out
 
 
-def _pick(rng: np.random.RandomState, options: list) -> object:
+def _pick(rng: np.random.RandomState, options: list) -> Any:
     return options[rng.randint(len(options))]
 
 
@@ -266,7 +267,7 @@ def _existence(rng: np.random.RandomState, items: list[Item]) -> Question | None
         pairs = {(i.color, i.kind) for i in items}
         every = [(c, s) for c in COLORS for s in SHAPES if ((c, s) in pairs) == yes]
         hard = [(c, s) for c, s in every if c in have_c and s in have_s]
-        c, s = _pick(rng, hard if not yes and hard and rng.rand() < 0.5 else every)  # type: ignore[misc]
+        c, s = _pick(rng, hard if not yes and hard and rng.rand() < 0.5 else every)
         text, hit = f"is there a {c} {s} ?", [i for i in items if (i.color, i.kind) == (c, s)]
     return Question("existence", text, "yes" if yes else "no", tuple(i.box for i in hit))
 
@@ -277,12 +278,12 @@ def _attribute(rng: np.random.RandomState, items: list[Item]) -> Question | None
         if not unique:
             return None
         i = _pick(rng, unique)
-        return Question("attribute", f"what color is the {i.kind} ?", i.color, (i.box,))  # type: ignore[attr-defined]
+        return Question("attribute", f"what color is the {i.kind} ?", i.color, (i.box,))
     unique = [i for i in items if sum(j.color == i.color for j in items) == 1]
     if not unique:
         return None
     i = _pick(rng, unique)
-    return Question("attribute", f"what shape is the {i.color} object ?", i.kind, (i.box,))  # type: ignore[attr-defined]
+    return Question("attribute", f"what shape is the {i.color} object ?", i.kind, (i.box,))
 
 
 def _counting(rng: np.random.RandomState, items: list[Item]) -> Question | None:
@@ -292,7 +293,7 @@ def _counting(rng: np.random.RandomState, items: list[Item]) -> Question | None:
     options += [("color", c) for c in COLORS if sum(i.color == c for i in items) == want]
     if not options:
         return None
-    kind, name = _pick(rng, options)  # type: ignore[misc]
+    kind, name = _pick(rng, options)
     hit = [i for i in items if name in (i.kind, i.color)]
     text = f"how many {name} objects are there ?" if kind == "color" else f"how many {name} shapes are there ?"
     return Question("counting", text, str(want), tuple(i.box for i in hit))

@@ -99,7 +99,7 @@ class Method:
         return None
 
 
-METHODS: Registry[MethodInfo] = Registry("method", lambda: __import__("vtprune.methods"))
+METHODS: Registry[MethodInfo] = Registry("method", lambda: (__import__("vtprune.methods"), None)[1])
 M = TypeVar("M", bound=type[Method])
 
 

@@ -60,10 +60,11 @@ class DpvrLf(Method):
 
     def build(self, branch: Any, geometry: Geometry) -> nn.ModuleList:
         s = self.plan(geometry, None)[0].layer
-        module = nn.ModuleList(branch(s) for _ in range(self.branch_layers))
+        copies: list[Any] = [branch(s) for _ in range(self.branch_layers)]
+        module = nn.ModuleList(copies)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for layer in module:
+            for layer in copies:
                 if self.init == "identity":
                     layer.self_attn.o_proj.weight.zero_()
                     layer.mlp.down_proj.weight.zero_()
@@ -78,7 +79,10 @@ class DpvrLf(Method):
 
             if not Path(self.weights).is_file():
                 raise VtpruneError(f"dpvr-lf: no such file {self.weights}")
-            module.load_state_dict(load_file(self.weights))
+            try:
+                module.load_state_dict(load_file(self.weights))
+            except RuntimeError as e:
+                raise VtpruneError(f"dpvr-lf: {self.weights} does not fit {self.branch_layers} layers of this model: {str(e).splitlines()[0]}") from e
         return module
 
     def restore(self, hidden: Tensor, run: Any, module: nn.ModuleList) -> Tensor:

@@ -15,6 +15,7 @@ import math
 import pickle
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -165,11 +166,43 @@ def build_model(tokenizer, layers: int = LAYERS):
     return LlavaForConditionalGeneration(config)
 
 
-def _cells(index: int) -> dict[tuple[str, str], int]:
-    """(colour, shape) -> cell number 0..15 of every shape in training scene ``index``: the target of the mention head (training only)."""
+def _places(index: int) -> dict[tuple[str, str], tuple[float, float]]:
+    """(colour, shape) -> centre in pixels of every shape in training scene ``index``: what the mention and comparison heads learn (training only)."""
     rng = np.random.RandomState([0, index])
-    items = scenes._layout(rng, 3 if index % 4 == 0 else 6)
-    return {(i.color, i.kind): "abcd".index(i.cell[0]) + 4 * (int(i.cell[1]) - 1) for i in items if i.kind != "sign"}
+    return {(i.color, i.kind): i.center for i in scenes._layout(rng, 3 if index % 4 == 0 else 6) if i.kind != "sign"}
+
+
+def cell_number(x: float, y: float) -> int:
+    return int(y // scenes.CELL) * scenes.CELLS + int(x // scenes.CELL)
+
+
+def _side(gap: float) -> int:
+    """0 before, 1 about level, 2 behind (the generator asks for a relation from 24 pixels on)."""
+    return 0 if gap < -24 else 2 if gap > 24 else 1
+
+
+_TURNED = {"left": "right", "right": "left", "above": "below", "below": "above"}
+
+
+def turned(words: list[str]) -> list[str]:
+    """The same relation the other way round: "is the A left of the B ?" becomes "is the B right of the A ?"."""
+    k = next(i for i, w in enumerate(words) if w in _TURNED)
+    of = words[k + 1 : k + 2] if words[k + 1] == "of" else []
+    return ["is", "the", *words[-3:-1], _TURNED[words[k]], *of[:1], "the", *words[2:4], "?"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """``ids`` question tokens, ``answer`` its tokens with the end mark; per question token ``mention`` the cell of the object it
+    names and ``dx``, ``dy`` how the first object lies to this one (-100: no target)."""
+
+    kind: str
+    ids: list[int]
+    answer: list[int]
+    mention: list[int]
+    dx: list[int]
+    dy: list[int]
+    simple: Pair | None = None  # a relation said with "left of" or "above"
 
 
 class Packed:
@@ -177,6 +210,7 @@ class Packed:
 
     def __init__(self, shards: list[Path], tokenizer, seed: int, room: int = 208):
         self.tokenizer, self.room, self.rng = tokenizer, room, random.Random(seed)
+        self.simple = 0.0  # chance that a relation is turned to "left of" / "above" (curriculum)
         self.items: list[tuple[Tensor, list, Tensor | None]] = []
         self.seen: set[Path] = set()
         self.load(shards)
@@ -189,16 +223,26 @@ class Packed:
             dense = shard["dense"]
             split, _, first = path.stem.rpartition("-")
             for k, rows in enumerate(shard["rows"]):
-                cells = _cells(int(first) + k) if split == "train" else {}
-                pairs = []
-                for kind, q, a in rows:
-                    words, ids = q.split(), self.tokenizer(f"{q} assistant :").input_ids
-                    mention = [cells.get((words[i - 1], w), -100) if i else -100 for i, w in enumerate(words)] + [-100] * (len(ids) - len(words))
-                    pairs.append((kind, ids, self.tokenizer(a).input_ids + [self.tokenizer.eos_token_id], mention))
+                places = _places(int(first) + k) if split == "train" else {}
+                pairs = [self._pair(kind, q.split(), a, places) for kind, q, a in rows]
                 self.items.append((shard["features"][k], pairs, None if dense is None else torch.from_numpy(dense[k])))
 
-    def _weight(self, pair: tuple) -> float:
-        return {"yes/no": 0.35, "relation": 5.0}.get(pair[0], 1.0)  # 27 of 39 easy-VQA questions are yes/no; relations are the hardest
+    def _pair(self, kind: str, words: list[str], answer: str, places: dict) -> Pair:
+        ids = self.tokenizer(" ".join([*words, "assistant", ":"])).input_ids
+        named = [places.get((words[i - 1], w)) if i else None for i, w in enumerate(words)] + [None, None]
+        mention = [-100 if n is None else cell_number(*n) for n in named]
+        dx, dy = [-100] * len(ids), [-100] * len(ids)
+        found = [i for i, n in enumerate(named) if n is not None]
+        simple = None
+        if kind == "relation" and len(found) == 2:
+            (ax, ay), (bx, by) = (places[(words[i - 1], words[i])] for i in found)
+            dx[found[1]], dy[found[1]] = _side(ax - bx), _side(ay - by)
+            if "right" in words or "below" in words:
+                simple = self._pair(kind, turned(words), answer, places)
+        return Pair(kind, ids, self.tokenizer(answer).input_ids + [self.tokenizer.eos_token_id], mention, dx, dy, simple)
+
+    def _weight(self, pair: Pair) -> float:
+        return {"yes/no": 0.35, "relation": 3.0}.get(pair.kind, 1.0)  # 27 of 39 easy-VQA questions are yes/no; relations are the hardest
 
     def batch(self, chosen: list, shuffle: bool = True) -> dict:
         n, total = len(chosen), PREFIX + self.room
@@ -206,7 +250,7 @@ class Packed:
         labels = torch.full((n, total), -100)
         group = torch.full((n, total), -1)  # 0: shared prefix, k: pair k, -1: padding
         position = torch.arange(total).repeat(n, 1)
-        mentions = torch.full((n, total), -100)
+        targets = torch.full((3, n, total), -100)  # mention, dx, dy
         kinds: list[list[str]] = [[] for _ in range(n)]
         ids[:, :3] = torch.tensor(self.tokenizer("<s> user :").input_ids)
         group[:, :PREFIX] = 0
@@ -214,14 +258,17 @@ class Packed:
             at, k = PREFIX, 0
             if shuffle:
                 pairs = sorted(pairs, key=lambda p: self.rng.random() ** (1 / self._weight(p)), reverse=True)
-            for kind, q, a, mention in pairs:
+            for pair in pairs:
+                if pair.simple is not None and self.rng.random() < self.simple:
+                    pair = pair.simple
+                kind, q, a = pair.kind, pair.ids, pair.answer
                 end = at + len(q) + len(a)
                 if end > total:
                     continue
                 k += 1
                 ids[b, at:end] = torch.tensor(q + a)
                 labels[b, at + len(q) : end] = torch.tensor(a)
-                mentions[b, at : at + len(q)] = torch.tensor(mention)
+                targets[:, b, at : at + len(q)] = torch.tensor([pair.mention, pair.dx, pair.dy])
                 group[b, at:end] = k
                 position[b, at:end] = PREFIX + torch.arange(end - at)
                 kinds[b].append(kind)
@@ -236,7 +283,7 @@ class Packed:
             "ids": ids,
             "labels": labels,
             "group": group,
-            "mentions": mentions,
+            "targets": targets,
             "position": position,
             "mask": torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.bfloat16).min)[:, None],
             "dense": torch.stack(dense).long(),
@@ -267,7 +314,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Trainee(nn.Module):
     """Projector, language model and (training only) heads that say what lies in each patch, after one of the lower
-    layers, and where each mentioned object stands, at its noun, after a middle one; float32 weights, ``dtype`` arithmetic."""
+    layers, and where each mentioned object stands and how two of them compare,
+    at their nouns, after middle ones; float32 weights, ``dtype`` arithmetic."""
 
     def __init__(self, llava, compile: bool = False, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
@@ -276,10 +324,11 @@ class Trainee(nn.Module):
         self.kind = nn.Linear(width, 1 + len(scenes.SHAPES) + len(scenes.ALPHABET))
         self.color = nn.Linear(width, 1 + len(scenes.COLORS))
         self.place = nn.Linear(width, scenes.CELLS**2)
+        self.compare = nn.Linear(width, 6)
         self.block = torch.compile(_block) if compile else _block
         self.dtype = dtype
 
-    def forward(self, features: Tensor, ids: Tensor, position: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, features: Tensor, ids: Tensor, position: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         cast = self.dtype
         p = self.projector
         h = F.gelu(F.linear(features.to(cast), p.linear_1.weight.to(cast), p.linear_1.bias.to(cast)))
@@ -300,11 +349,14 @@ class Trainee(nn.Module):
             if i == len(self.lm.layers) // 3:
                 image = x[:, 3:PREFIX]
             if i == len(self.lm.layers) // 2:
-                words = x[:, PREFIX:]
+                named = x[:, PREFIX:]
+            if i == len(self.lm.layers) * 2 // 3:
+                compared = x[:, PREFIX:]
         out = F.rms_norm(x[:, PREFIX - 1 :], (x.shape[-1],), self.lm.norm.weight.to(cast), 1e-6)
         dense = [F.linear(image, d.weight.to(cast), d.bias.to(cast)) for d in (self.kind, self.color)]
-        place = F.linear(words, self.place.weight.to(cast), self.place.bias.to(cast))
-        return F.linear(out, self.head.weight.to(cast)), dense[0], dense[1], place
+        place = F.linear(named, self.place.weight.to(cast), self.place.bias.to(cast))
+        compare = F.linear(compared, self.compare.weight.to(cast), self.compare.bias.to(cast))
+        return F.linear(out, self.head.weight.to(cast)), dense[0], dense[1], place, compare
 
 
 def grow(small, tokenizer):
@@ -357,7 +409,8 @@ def fit(features: Path, out: Path, *, minutes: tuple[float, float], batch: int, 
         from transformers import LlavaForConditionalGeneration
 
         llava = LlavaForConditionalGeneration.from_pretrained(start_from, dtype=torch.float32)
-    rng, order = random.Random(seed), {"train": [], "easy-train": []}
+    rng = random.Random(seed)
+    order: dict[str, list[int]] = {"train": [], "easy-train": []}
 
     def draw(name: str, count: int) -> list:
         if len(order[name]) < count:  # a new epoch also picks up shards that were written meanwhile
@@ -380,32 +433,35 @@ def fit(features: Path, out: Path, *, minutes: tuple[float, float], batch: int, 
             torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
-        start, first, running = time.time(), step, {"answer": 0.0, "dense": 0.0, "mention": 0.0}
+        start, first, running = time.time(), step, {"answer": 0.0, "dense": 0.0, "mention": 0.0, "side": 0.0}
         while (done := (time.time() - start) / (60 * budget)) < 1:
+            data["train"].simple = min(1.0, max(0.0, (0.6 - done) / 0.2))
             b = data["train"].batch(draw("train", batch - batch // 8) + draw("easy-train", batch // 8))
             rate = (1.0, 0.6)[phase] * lr * min(1.0, (step - first + 1) / 60) * min(1.0, (1 - done) / (0.35, 0.7)[phase] + 0.02)
             for o in optimisers:
                 for g in o.param_groups:
                     g["lr"] = rate
-            logits, kind, color, place = net(b["features"], b["ids"], b["position"], b["mask"])
+            logits, kind, color, place, compare = net(b["features"], b["ids"], b["position"], b["mask"])
             flat = logits[:, :-1].reshape(-1, logits.shape[-1])
             target = b["labels"][:, PREFIX:].reshape(-1)
             asked = target != -100
             answer = F.cross_entropy(flat[asked].float(), target[asked])
-            dense = sum(
-                F.cross_entropy(x.reshape(-1, x.shape[-1]).float(), y.reshape(-1), ignore_index=-1)
-                for x, y in ((kind, b["dense"][:, 0]), (color, b["dense"][:, 1]))
+            image = zip((kind, color), b["dense"].unbind(1), strict=True)
+            dense = torch.stack([F.cross_entropy(x.flatten(0, 1).float(), y.flatten(), ignore_index=-1) for x, y in image]).sum()
+            mention, dx, dy = (
+                F.cross_entropy(x[y != -100].float(), y[y != -100])
+                for x, y in zip((place, compare[..., :3], compare[..., 3:]), b["targets"][:, :, PREFIX:], strict=True)
             )
-            named = b["mentions"][:, PREFIX:]
-            mention = F.cross_entropy(place[named != -100].float(), named[named != -100])
             weight = max(0.0, 0.5 * (1 - done / 0.6)) if phase == 0 else 0.0
-            (answer + weight * dense + 0.3 * max(0.0, 1 - done / 0.8) * mention).backward()
+            (answer + weight * dense + 0.3 * max(0.0, 1 - done / 0.8) * (mention + dx + dy)).backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             for o in optimisers:
                 o.step()
                 o.zero_grad(set_to_none=True)
             step += 1
-            running = {k: 0.96 * running[k] + 0.04 * float(v.detach()) for k, v in (("answer", answer), ("dense", dense), ("mention", mention))}
+            running = {
+                k: 0.96 * running[k] + 0.04 * float(v.detach()) for k, v in (("answer", answer), ("dense", dense), ("mention", mention), ("side", dx + dy))
+            }
             if step % 25 == 0:
                 norm = 1 - 0.96 ** (step - first)
                 means = " ".join(f"{k} {v / norm:.3f}" for k, v in running.items())
@@ -414,7 +470,7 @@ def fit(features: Path, out: Path, *, minutes: tuple[float, float], batch: int, 
                 log.append({"phase": phase, "step": step, "seconds": round(time.time() - began), **accuracy(net, data["val"])})
                 print(json.dumps(log[-1]), flush=True)
                 torch.save(llava.state_dict(), out.with_suffix(".last.pt"))
-        heads = {k: v for k, v in net.state_dict().items() if k.startswith(("kind.", "color.", "place."))}
+        heads = {k: v for k, v in net.state_dict().items() if k.startswith(("kind.", "color.", "place.", "compare."))}
         log.append({"phase": phase, "step": step, "seconds": round(time.time() - began), **accuracy(net, data["val"])})
         print(json.dumps(log[-1]), flush=True)
         facts = {"steps": step, "seconds": round(time.time() - began), "seed": seed, "batch": batch, "lr": lr, "minutes": minutes, "threads": threads}
