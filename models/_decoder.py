@@ -65,6 +65,20 @@ class Request:
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     vision: Any = None
 
+    @property
+    def base(self) -> Level:
+        """What the first layer's cache holds, and with it the masks and positions that transformers makes while decoding.
+
+        A cut before layer 0 takes the place of level 0.
+        """
+        return [level for level in self.levels if level.first == 0][-1]
+
+    @property
+    def base_shift(self) -> Tensor:
+        """By how much the base's compact positions fall behind the caller's, ``[B]``."""
+        first = self.levels[0]
+        return first.shift if self.base is first else first.shift + self.base.shift
+
 
 @dataclass
 class Stash:
@@ -221,7 +235,7 @@ class DecoderEngine:
     def _enter_decode(self, call: Call, args: tuple, kwargs: dict, embeds: Tensor, mask: Tensor | None) -> tuple[tuple, dict] | None:
         request = call.request
         assert request is not None
-        base = request.levels[0]
+        base = request.base
         call.level = base
         if base.dense:
             return None
@@ -236,7 +250,7 @@ class DecoderEngine:
         if ids is None:
             ids = torch.arange(request.length + new - q, request.length + new, device=embeds.device)[None].expand(b, -1)
         if self.positions == "compact":
-            ids = ids - base.shift[:, None]
+            ids = ids - request.base_shift[:, None]
         tail = torch.ones(b, new, dtype=torch.bool, device=embeds.device) if mask is None else mask[:, request.length :].bool()
         return args, {**kwargs, "attention_mask": torch.cat([base.valid, tail], dim=1).long(), "position_ids": ids}
 
@@ -267,7 +281,7 @@ class DecoderEngine:
             x = args[0] if args else kwargs["hidden_states"]
             if not call.prefill:
                 call.level = self._level_at(call.request, number)
-                if call.level is call.request.levels[0]:
+                if call.level is call.request.base:
                     return None
                 return args, {**kwargs, **self._serve(call, call.level, kwargs, x)}
             call.base = call.base or kwargs  # the first hooked layer still has what the decoder made for level 0
@@ -368,10 +382,10 @@ class DecoderEngine:
     def _serve_decode(self, call: Call, level: Level, kwargs: dict, x: Tensor) -> dict[str, Any]:
         request = call.request
         assert request is not None
-        base = request.levels[0]
+        base = request.base
         out: dict[str, Any] = {}
         if self.positions == "compact":
-            ids = kwargs["position_ids"] - level.shift[:, None]
+            ids = kwargs["position_ids"] + (request.base_shift - request.levels[0].shift - level.shift)[:, None]
             out = {"position_ids": ids, "position_embeddings": self.d.lm.rotary_emb(x, position_ids=ids)}
         mask = kwargs.get("attention_mask")
         whole = bool(level.valid.all())
@@ -387,7 +401,7 @@ class DecoderEngine:
         if not isinstance(mask, Tensor):
             raise UnsupportedError(f"attention masks of type {type(mask).__name__} (flex attention) cannot be shortened; use sdpa, eager or flash attention")
         width = mask.shape[-1]
-        columns = torch.cat([level.parent, torch.arange(base.rows.shape[1], width, device=x.device).expand(x.shape[0], -1)], dim=1)
+        columns = torch.cat([self._within(base, level), torch.arange(base.rows.shape[1], width, device=x.device).expand(x.shape[0], -1)], dim=1)
         keep = torch.cat([level.valid, torch.ones(x.shape[0], width - base.rows.shape[1], dtype=torch.bool, device=x.device)], dim=1)
         if mask.ndim == 2:
             out["attention_mask"] = mask.gather(1, columns) * keep.to(mask.dtype)
