@@ -191,6 +191,10 @@ class DecoderEngine:
         call = self.call
         if call is None or (call.request is None and not call.prefill):
             return None
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            raise UnsupportedError(
+                "gradient checkpointing runs layers again outside the forward and is not supported yet; call gradient_checkpointing_disable()"
+            )
         cache = kwargs.get("past_key_values")
         if cache is not None and getattr(cache, "is_compileable", False):
             raise UnsupportedError("pruning changes the length of the cache per layer; use a dynamic cache (the default), not a static one")

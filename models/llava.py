@@ -91,7 +91,8 @@ class Llava:
         """A copy of decoder layer ``layer`` that belongs to nobody (its hooks are not copied)."""
         source = self.lm.layers[layer]
         parameter = next(source.parameters())
-        fresh = type(source)(self.lm.config, layer_idx=layer).to(parameter.device, parameter.dtype)
+        with torch.random.fork_rng(devices=[]):  # the throw-away initialisation must not move the user's random numbers
+            fresh = type(source)(self.lm.config, layer_idx=layer).to(parameter.device, parameter.dtype)
         fresh.load_state_dict(source.state_dict())
         return copy.deepcopy(fresh).train(source.training)
 

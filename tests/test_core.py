@@ -134,6 +134,18 @@ def test_inputs_that_cannot_be_pruned_are_refused(tiny):
             model(**{**inputs, "attention_mask": torch.ones(2, 1, 30, 30)})
 
 
+def test_gradient_checkpointing_is_refused_and_attaching_draws_no_random_numbers(tiny):
+    model, inputs = tiny("llava", "clip-llama")
+    state = torch.random.get_rng_state()
+    with vtprune.attach(model, "dpvr-lf"), torch.no_grad():
+        model(**inputs)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    model.train()
+    model.gradient_checkpointing_enable()
+    with vtprune.attach(model, "fastv"), pytest.raises(UnsupportedError, match="gradient checkpointing"):
+        model(**inputs)
+
+
 def test_a_cache_from_before_stays_dense(tiny):
     """A prompt that was read without the attachment decodes densely under it, and the other way round."""
     model, inputs = tiny("llava", "clip-llama")
