@@ -251,7 +251,8 @@ def interval(correct: Sequence[float], n: int = 2000, seed: int = 0, groups: Seq
     return bootstrap(correct, [0.0] * len(correct), n, seed, groups)
 
 
-def _means(values: Sequence[float], keys: Iterable[str]) -> dict[str, float]:
+def means(values: Sequence[float], keys: Iterable[str]) -> dict[str, float]:
+    """The mean of the values under each key."""
     found: dict[str, list[float]] = {}
     for key, value in zip(keys, values, strict=True):
         found.setdefault(key, []).append(value)
@@ -261,14 +262,14 @@ def _means(values: Sequence[float], keys: Iterable[str]) -> dict[str, float]:
 def score(correct: Sequence[float], samples: Sequence[Sample], dense: Sequence[float] | None = None) -> dict[str, Any]:
     """``sets``: per question set ``accuracy``, ``interval`` and, against ``dense``, ``difference`` with its interval; ``abilities``, ``average``, ``worst``."""
     sets: dict[str, Any] = {}
-    for name, accuracy in _means(correct, (s.set for s in samples)).items():
+    for name, accuracy in means(correct, (s.set for s in samples)).items():
         mine = [i for i, s in enumerate(samples) if s.set == name]
         values, groups = [correct[i] for i in mine], [samples[i].source for i in mine]
         sets[name] = {"accuracy": accuracy, "samples": len(mine), "interval": interval(values, groups=groups)}
         if dense is not None:
             base = [dense[i] for i in mine]
             sets[name] |= {"difference": accuracy - sum(base) / len(base), "difference_interval": bootstrap(values, base, groups=groups)}
-    abilities = _means(correct, (s.ability for s in samples))
+    abilities = means(correct, (s.ability for s in samples))
     worst = min(abilities, key=lambda a: abilities[a])
     return {"sets": sets, "abilities": abilities, "average": sum(abilities.values()) / len(abilities), "worst": abilities[worst], "worst_ability": worst}
 

@@ -44,7 +44,7 @@ class ToMe(Method):
             wish = schedule(self.r, self.inflect, count)
         cuts = []
         for i, r in enumerate(wish):
-            n -= min(max(r, 0), n // 2 if geometry.prefix else n // 2)
+            n -= min(max(r, 0), n // 2)
             cuts.append(Cut(site=f"vision.{i}", keep=n, inside=True, proportional=self.proportional))
         return tuple(cuts)
 

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vtprune
-
 from ..answer import generate, prepare
 from ..attach import attach
-from ..bench import Sample, easy_vqa_samples, environment, evaluate, matches, scenes_samples
+from ..bench import Sample, easy_vqa_samples, environment, evaluate, matches, means, scenes_samples
 from ..ledger import UndoLedger
+from .dpvr_lf import load
 
 
 def majority(samples: Sequence[Sample]) -> dict[str, float]:
@@ -78,10 +77,7 @@ def oracle(model: Any, processor: Any, samples: Sequence[Sample], keep: int, bat
 
 
 def per_ability(correct: Sequence[float], samples: Sequence[Sample]) -> dict[str, float]:
-    groups: dict[str, list[float]] = {}
-    for c, s in zip(correct, samples, strict=True):
-        groups.setdefault(s.ability, []).append(float(c))
-    return {a: sum(v) / len(v) for a, v in groups.items()}
+    return means([float(c) for c in correct], (s.ability for s in samples))
 
 
 def measure(model: Any, processor: Any, scenes: int, easy: int, batch: int = 32, seeds: int = 3) -> dict[str, Any]:
@@ -113,16 +109,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=300)
     parser.add_argument("--easy", type=int, default=1500)
-    parser.add_argument("--model", type=Path, help="a folder (default: the bundled model)")
+    parser.add_argument("--model", help="a folder (default: the bundled model)")
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
-    if a.model is None:
-        model, processor = vtprune.load_demo_model()
-    else:
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-        model = LlavaForConditionalGeneration.from_pretrained(a.model, dtype=torch.float32).eval()
-        processor = AutoProcessor.from_pretrained(a.model)
+    model, processor = load(a.model, "cpu", torch.float32)
     result = measure(model, processor, a.scenes, a.easy)
     print(markdown(result))
     print(json.dumps(result["easy_vqa"]))
