@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -63,6 +64,8 @@ class Request:
     layer_tokens: list[list[int]] = field(default_factory=list)  # per layer, per sample
     text_tokens: list[int] = field(default_factory=list)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
+    cached: dict[int, Level] = field(default_factory=dict)  # layers whose cache holds more rows than pass through them
+    keys_only: dict[int, list[int]] = field(default_factory=dict)  # layer -> per sample, visual tokens that gave it keys and values only
     vision: Any = None
 
     @property
@@ -71,7 +74,7 @@ class Request:
 
         A cut before layer 0 takes the place of level 0.
         """
-        return [level for level in self.levels if level.first == 0][-1]
+        return self.cached.get(0) or [level for level in self.levels if level.first == 0][-1]
 
     @property
     def base_shift(self) -> Tensor:
@@ -82,11 +85,19 @@ class Request:
 
 @dataclass
 class Stash:
-    """The rows that a routing method takes out of the stack: ``hidden`` ``[B, M, C]`` of ``level``; ``out`` what its side branch made of them."""
+    """The rows that a routing method takes out of the stack: ``hidden`` ``[B, M, C]`` of ``level``; ``out`` what its side branch made of them; ``joined`` what
+    a layer that they give only keys and values caches, and its mask and rotary table."""
 
     hidden: Tensor
     level: Level
     out: Tensor | None = None
+    joined: tuple[Level, dict[str, Any]] | None = None
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Columns of the visual rows, ``[B, V]``, padded with -1."""
+        found = [r.nonzero()[:, 0] for r in self.level.visual & self.level.valid]
+        return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
 
 
 @dataclass
@@ -292,7 +303,11 @@ class DecoderEngine:
             self._count(call, number)
             changed = x
             for cut in cuts:
-                changed = self._cut(call, cut, changed)
+                if not cut.context:
+                    changed = self._cut(call, cut, changed)
+            context = [cut for cut in cuts if cut.context and cut.stage in call.stash]
+            for cut in context:
+                kwargs = {**kwargs, **self._context(call, cut, number, module, changed, kwargs)}
             self._count(call, number + 1)
             level = call.level
             assert level is not None
@@ -300,7 +315,7 @@ class DecoderEngine:
                 call.inputs[number] = (changed, level)
             if level is call.request.levels[0] and changed is x:
                 return None
-            if level is not call.request.levels[0]:
+            if level is not call.request.levels[0] and not context:
                 kwargs = {**kwargs, **self._serve(call, level, kwargs, changed)}
             return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
@@ -308,6 +323,8 @@ class DecoderEngine:
 
     @staticmethod
     def _level_at(request: Request, number: int) -> Level:
+        if number in request.cached:
+            return request.cached[number]
         current = request.levels[0]
         for level in request.levels:
             if level.first <= number:
@@ -317,8 +334,9 @@ class DecoderEngine:
     def _count(self, call: Call, upto: int) -> None:
         assert call.request is not None and call.level is not None
         counts = (call.level.visual & call.level.valid).sum(1).tolist()
-        while len(call.request.layer_tokens) < upto:
-            call.request.layer_tokens.append(counts)
+        while (number := len(call.request.layer_tokens)) < upto:
+            extra = call.request.keys_only.get(number, [0] * len(counts))
+            call.request.layer_tokens.append([a + b for a, b in zip(counts, extra, strict=True)])
 
     def finish_counts(self, request: Request) -> None:
         """Layers without a hook (in front of the first cut) processed what level 0 holds."""
@@ -360,28 +378,30 @@ class DecoderEngine:
         level.shift = (ids.gather(1, last) - compact.gather(1, last))[:, 0]
         return compact
 
-    def _mask_prefill(self, level: Level, mask: Any, x: Tensor) -> Any:
-        m = level.rows.shape[1]
+    def _mask_prefill(self, level: Level, mask: Any, x: Tensor, keys: Level | None = None) -> Any:
+        """The mask of ``level``'s rows over the rows of ``keys`` (``None``: over themselves), in the form of the caller's ``mask``."""
+        m, flash = level.rows.shape[1], "flash" in (self.d.lm.config._attn_implementation or "")
+        if keys is not None and flash:
+            raise UnsupportedError("visual tokens that give only keys and values need a mask that flash attention does not take; use sdpa or eager attention")
         if isinstance(mask, Tensor) and mask.ndim == 2:  # flash attention: padding only
             return None if bool(level.valid.all()) else level.valid.to(mask.dtype)
-        seen = torch.ones(m, m, dtype=torch.bool, device=x.device).tril()[None] & level.valid[:, None]
-        seen = (seen | torch.eye(m, dtype=torch.bool, device=x.device))[:, None]  # a padding row sees itself, so no row is empty
+        simple = keys is None and bool(level.valid.all())
+        keys = level if keys is None else keys
+        own = nn.functional.pad(torch.eye(m, dtype=torch.bool, device=x.device), (keys.rows.shape[1] - m, 0))
+        seen = (keys.rows[:, None] <= level.rows[..., None]) & keys.valid[:, None]
+        seen = (seen | own)[:, None]  # a padding row sees itself, so no row is empty
         if mask is None:
-            if bool(level.valid.all()):
-                return None
-            return level.valid.long() if "flash" in (self.d.lm.config._attn_implementation or "") else seen
+            return None if simple else level.valid.long() if flash else seen
         if not isinstance(mask, Tensor):
             raise UnsupportedError(f"attention masks of type {type(mask).__name__} (flex attention) cannot be shortened; use sdpa, eager or flash attention")
-        index = level.parent
         mask = mask.expand(x.shape[0], -1, -1, -1)
-        short = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-        short = short.gather(3, index[:, None, None, :].expand(-1, mask.shape[1], m, -1))
+        short = mask.gather(2, level.parent[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        short = short.gather(3, keys.parent[:, None, None, :].expand(-1, mask.shape[1], m, -1))
         if short.dtype == torch.bool:
-            return short & seen | torch.eye(m, dtype=torch.bool, device=x.device)
+            return short & seen | own
         low = torch.finfo(short.dtype).min
         short = short.masked_fill(~seen, low)
-        eye = torch.eye(m, dtype=torch.bool, device=x.device) & ~level.valid[:, None, :]
-        return short.masked_fill(eye[:, None], 0)
+        return short.masked_fill((own & ~level.valid[..., None])[:, None], 0)
 
     def _serve_decode(self, call: Call, level: Level, kwargs: dict, x: Tensor) -> dict[str, Any]:
         request = call.request
@@ -516,29 +536,71 @@ class DecoderEngine:
         if cut.stage not in call.stash:  # no image in this batch
             return x
         stash = call.stash[cut.stage]
-        if stash.out is None:
-            stash.out = self._branch(call, cut, stash)
+        made = self._branch(call, cut, stash)
         if level is stash.level:
-            return torch.where(level.visual[..., None], stash.out, x)
-        place = torch.where(level.valid, self._within(stash.level, level), stash.out.shape[1])
-        padded = torch.cat([stash.out, stash.out[:, :1]], dim=1)  # the extra row takes the padding
+            return torch.where(level.visual[..., None], made, x)
+        place = torch.where(level.valid, self._within(stash.level, level), made.shape[1])
+        padded = torch.cat([made, made[:, :1]], dim=1)  # the extra row takes the padding
         out = padded.scatter(1, place[..., None].expand(-1, -1, x.shape[-1]), x)[:, :-1]
         old = stash.level
         call.level = Level(cut.layer, old.rows, old.valid, old.visual, old.parent, old.shift)
         request.levels.append(call.level)
-        back = []
-        for b, images in enumerate(request.groups):
-            there = set(old.rows[b][old.valid[b]].tolist())
-            back += [torch.tensor([i for i, p in enumerate(group.tolist()) if p in there], dtype=torch.long) for group in images]
-        request.records.append(Record(cut.site, cut.stage, [0] * len(back), [len(k) for k in back], back, None))
+        self._record_return(request, cut, old)
         return out
 
+    @staticmethod
+    def _record_return(request: Request, cut: PlannedCut, level: Level) -> None:
+        back = []
+        for b, images in enumerate(request.groups):
+            there = set(level.rows[b][level.valid[b]].tolist())
+            back += [torch.tensor([i for i, p in enumerate(group.tolist()) if p in there], dtype=torch.long) for group in images]
+        request.records.append(Record(cut.site, cut.stage, [0] * len(back), [len(k) for k in back], back, None))
+
+    def _context(self, call: Call, cut: PlannedCut, number: int, module: Any, x: Tensor, kwargs: dict) -> dict[str, Any]:
+        """Routing (DPVR, arXiv 2606.09131, variant KV): the stashed visual rows, changed by the side branch, give this layer keys and values and nothing else.
+
+        They are put into the layer's cache ahead of its own rows; without a cache, into one that lives for this layer only.
+        """
+        request, level, stash = call.request, call.level, call.stash[cut.stage]
+        assert request is not None and level is not None
+        made = self._branch(call, cut, stash)
+        old, real, index = stash.level, stash.rows >= 0, stash.rows.clamp_min(0)
+        served = self._serve(call, old, call.base, stash.hidden)
+        tables = served["position_embeddings"]
+        if stash.joined is None:
+            rows, parent = (torch.cat([a.gather(1, index), b], 1) for a, b in ((old.rows, level.rows), (old.parent, level.parent)))
+            valid, visual = (torch.cat([real, own], 1) for own in (level.valid, level.visual))
+            # Shifts count from level 0, whose own is known to every decoding step.
+            shift = torch.zeros_like(old.shift) if old is request.levels[0] else old.shift
+            keys = Level(number, rows, valid, visual, parent, shift)
+            here = self._within(old, level)
+            serving: dict[str, Any] = {"position_embeddings": tuple(_take(t, here) for t in tables)}
+            if served.get("position_ids") is not None:
+                serving["position_ids"] = served["position_ids"].expand(len(here), -1).gather(1, here)
+            serving["attention_mask"] = self._mask_prefill(level, call.base.get("attention_mask"), x, keys)
+            stash.joined = keys, serving
+            self._record_return(request, cut, old)
+        request.cached[number], serving = stash.joined
+        request.keys_only[number] = real.sum(1).tolist()
+        attention = module.self_attn
+        hidden = module.input_layernorm(made.gather(1, index[..., None].expand(-1, -1, made.shape[-1])))
+        key, value = (p(hidden).view(*index.shape, -1, attention.head_dim).transpose(1, 2) for p in (attention.k_proj, attention.v_proj))
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            from transformers import DynamicCache
+
+            cache = DynamicCache()
+        cache.update(_rotate(key, *(_take(t, index) for t in tables)), value, number)
+        return {**serving, "past_key_values": cache}
+
     def _branch(self, call: Call, cut: PlannedCut, stash: Stash) -> Tensor:
-        """The side branch over the visual rows alone: they see each other causally, at their own positions; no cache. ``[B, M, C]`` with the other rows
+        """The side branch over the visual rows alone, once: they see each other causally, at their own positions; no cache. ``[B, M, C]`` with the other rows
         unchanged."""
+        if stash.out is not None:
+            return stash.out
         level, x = stash.level, stash.hidden
         rope = self._serve(call, level, call.base, x)["position_embeddings"]
-        rows = nn.utils.rnn.pad_sequence([r.nonzero()[:, 0] for r in level.visual & level.valid], batch_first=True, padding_value=-1)  # [B, V]
+        rows = stash.rows
         real, index = rows >= 0, rows.clamp_min(0)
         v = rows.shape[1]
         seen = torch.ones(v, v, dtype=torch.bool, device=x.device).tril()[None] & real[:, None]
@@ -553,7 +615,8 @@ class DecoderEngine:
         wide = index[..., None].expand(-1, -1, x.shape[-1])
         out = cut.bring_back(x.gather(1, wide), run)
         place = torch.where(real, rows, x.shape[1])[..., None].expand_as(wide)
-        return torch.cat([x, x[:, :1]], dim=1).scatter(1, place, out)[:, :-1]
+        stash.out = torch.cat([x, x[:, :1]], dim=1).scatter(1, place, out)[:, :-1]
+        return stash.out
 
     # ------------------------------------------------------------------------------------------------------------- scores
 
@@ -620,8 +683,7 @@ class DecoderEngine:
         """``[G]`` bool: the image's sample has a query row; with labels only samples that answer have one."""
         if call.labels is None:
             return torch.ones_like(owner, dtype=torch.bool)
-        labels = call.labels.to(owner.device)
-        return ((labels[:, 1:] != -100) & (labels[:, :-1] == -100)).any(1)[owner]
+        return _answer_starts(call.labels).any(1).to(owner.device)[owner]
 
     @staticmethod
     def _query_rows(call: Call, level: Level, query: str) -> tuple[Tensor, Tensor]:
@@ -633,8 +695,7 @@ class DecoderEngine:
             if query == "all":
                 found = level.valid[b].nonzero()[:, 0]
             elif call.labels is not None:
-                labels = call.labels[b].to(level.rows.device)
-                starts = ((labels[1:] != -100) & (labels[:-1] == -100)).nonzero()[:, 0]  # the position in front of each answer
+                starts = _answer_starts(call.labels[b]).nonzero()[:, 0].to(level.rows.device)
                 if len(starts):
                     hit = (level.rows[b][None] == starts[:, None]) & level.valid[b][None]
                     found = hit.int().argmax(1)[hit.any(1)]
@@ -642,6 +703,11 @@ class DecoderEngine:
         rows = nn.utils.rnn.pad_sequence(wanted, batch_first=True, padding_value=-1)
         weight = (rows >= 0).double()
         return rows.clamp_min(0), weight / weight.sum(1, keepdim=True).clamp_min(1)
+
+
+def _answer_starts(labels: Tensor) -> Tensor:
+    """The positions in front of each answer: labels ``[..., T]`` to bool ``[..., T - 1]``."""
+    return (labels[..., 1:] != -100) & (labels[..., :-1] == -100)
 
 
 def _take(table: Tensor, rows: Tensor) -> Tensor:

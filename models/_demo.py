@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+from ..recipe import Recipe, Stage
+from ..types import VtpruneError
 
 FOLDER = Path(__file__).parent / "demo_vlm"
 
@@ -14,3 +18,17 @@ def load(device: str = "cpu", dtype: Any = None) -> tuple[Any, Any]:
 
     model = LlavaForConditionalGeneration.from_pretrained(FOLDER, dtype=dtype or torch.float32, local_files_only=True)
     return model.to(device).eval(), AutoProcessor.from_pretrained(FOLDER, local_files_only=True)
+
+
+def branch(folder: Path = FOLDER) -> Recipe | None:
+    """DPVR-LF with the side branch that ``vtprune train dpvr-lf`` left in ``folder``, ``None`` if there is none. :class:`VtpruneError` for a damaged one."""
+    weights, facts = folder / "dpvr_lf.safetensors", folder / "dpvr_lf.json"
+    if not weights.is_file():
+        return None
+    try:
+        told = json.loads(facts.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as e:
+        raise VtpruneError(f"{facts}, the description of the trained branch, cannot be read: {e}") from e
+    options = {k: told[k] for k in ("split", "fusion", "branch_layers", "variant") if k in told}
+    stage = Stage(method="dpvr-lf", options={"weights": str(weights), **options})
+    return Recipe(name="dpvr-lf (trained)", stages=(stage,), source="trained side branch")

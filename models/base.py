@@ -23,6 +23,7 @@ class PlannedCut:
     inside: bool
     restore: bool
     stash: bool
+    context: bool
     proportional: bool
     observe: tuple[int, ...]
     stage: int
@@ -51,7 +52,8 @@ class AdapterInfo:
 
 
 class Adapter(Protocol):
-    """One model, bound. ``geometry`` is what methods plan with, ``cost`` the shapes the cost model needs."""
+    """One model, bound. ``geometry`` is what methods plan with, ``cost`` the shapes the cost model needs; with a language model also ``image_token``, the
+    id that holds a visual token's place in ``input_ids``."""
 
     geometry: Any
     cost: Any

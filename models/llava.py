@@ -28,6 +28,7 @@ class Llava:
         core, config = model.model, model.config
         self.core, self.tower, self.projector, self.lm = core, core.vision_tower, core.multi_modal_projector, core.language_model
         self.arch = _hf_vit.arch(self.tower)
+        self.image_token = config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
         if self.arch is None:
             raise UnsupportedError(f"LLaVA with a {type(self.tower).__name__} tower is not supported; there are CLIP, SigLIP and DINOv2")
         if type(self.lm).__name__ not in TEXT:
@@ -138,9 +139,8 @@ class Llava:
             decoder.finish_counts(request)
             recorder.finished(request)
 
-        image = self.model.config.image_token_id if hasattr(self.model.config, "image_token_id") else self.model.config.image_token_index
         decoder = DecoderEngine(
-            Decoder(self.model, self.lm, self.lm.layers, lambda ids: ids == image, self.geometry.tokens, self.geometry.grid),
+            Decoder(self.model, self.lm, self.lm.layers, lambda ids: ids == self.image_token, self.geometry.tokens, self.geometry.grid),
             inner,
             ledger,
             positions=positions,

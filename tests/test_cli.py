@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from vtprune.models import _demo
 
 import vtprune
 from fake import picture, tiny
@@ -139,11 +140,14 @@ def test_interrupt(capsys, monkeypatch, image):
 def test_bench(capsys, vlm, tmp_path):
     out = tmp_path / "b.json"
     words = ["bench", "--samples", "1", "--budgets", "0.5", "--methods", "uniform,pyramiddrop", "--timing", "0", "--out", str(out)]
+    words += ["--out", str(tmp_path / "b.md"), "--rows", str(tmp_path / "rows.png")]
     assert cli.main(words) == 0
+    assert "| pyramiddrop |" in (tmp_path / "b.md").read_text() and (tmp_path / "rows.png").stat().st_size > 1000
     assert "pyramiddrop" in capsys.readouterr().out
     told = json.loads(out.read_text())
     assert [r["method"] for r in told["rows"]] == ["dense", "uniform", "pyramiddrop"] and told["command"].startswith("vtprune bench")
     assert "unknown question set" in refused(capsys, 1, "bench", "--abilities", "vqav2")
+    assert "cannot write" in refused(capsys, 1, "bench", "--rows", "no/such/place.png")
     assert "budgets" in refused(capsys, 2, "bench", "--budgets", "2")
     assert "did you mean" in refused(capsys, 1, "bench", "--methods", "unifrom")
     assert "at least 1" in refused(capsys, 2, "bench", "--samples", "0")
@@ -159,10 +163,11 @@ def test_quickstart(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(quickstart, "load", lambda args: tiny())
     monkeypatch.setattr(vtprune, "methods", lambda: ["dpvr-lf", "random", "tome", "uniform"])
     monkeypatch.setattr(bench, "easy_vqa_samples", lambda n: bench.scenes_samples(1)[:n])
-    monkeypatch.setattr(quickstart, "branch", lambda folder: {"split": 3})
+    own = vtprune.Recipe(name="dpvr-lf (trained)", stages=(vtprune.Stage(method="dpvr-lf", options={"split": 3}),), source="as if trained")
+    monkeypatch.setattr(_demo, "branch", lambda: own)
     assert quickstart.main(["--samples", "3", "--scenes", "1", "--budgets", "0.6", "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
-    assert "untrained branch" in text and "dpvr-lf (trained)" in text
+    assert "untrained side branch" in text and "dpvr-lf (trained)" in text and "as if trained" in text
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"quickstart.html", "quickstart.png", "quickstart.json"}
     (tmp_path / "file").write_text("")
     assert quickstart.main(["--out", str(tmp_path / "file" / "x")]) == 1
@@ -170,14 +175,15 @@ def test_quickstart(capsys, monkeypatch, tmp_path):
 
 
 def test_quickstart_finds_the_trained_branch(tmp_path):
-    assert quickstart.branch(tmp_path) is None
+    assert _demo.branch(tmp_path) is None
     (tmp_path / "dpvr_lf.safetensors").write_bytes(b"")
-    assert set(quickstart.branch(tmp_path)) == {"weights"}
+    with pytest.raises(vtprune.VtpruneError, match="cannot be read"):
+        _demo.branch(tmp_path)
     (tmp_path / "dpvr_lf.json").write_text('{"split": 7, "other": 1}')
-    assert quickstart.branch(tmp_path)["split"] == 7
+    assert _demo.branch(tmp_path).stages[0].options == {"weights": str(tmp_path / "dpvr_lf.safetensors"), "split": 7}
     (tmp_path / "dpvr_lf.json").write_text("{")
-    with pytest.raises(vtprune.VtpruneError, match="not JSON"):
-        quickstart.branch(tmp_path)
+    with pytest.raises(vtprune.VtpruneError, match="cannot be read"):
+        _demo.branch(tmp_path)
 
 
 def test_run_on_the_bundled_model(capsys, tmp_path):

@@ -11,6 +11,7 @@ from torch import nn
 
 import vtprune
 from vtprune import Recipe, Stage, UnsupportedError, VtpruneError
+from vtprune.attach import bind, load_recipe, plan
 from vtprune.ledger import UndoLedger, snapshot
 from vtprune.recipe import resolve
 from vtprune.registry import Registry
@@ -167,6 +168,28 @@ def test_solver_meets_effective_tokens(tiny, method):
         model(**inputs)
         effective = handle.report().effective_tokens
     assert 0.7 * 16 - 3.0 < effective <= 0.7 * 16 + 1e-6
+
+
+@pytest.mark.parametrize("method, name", [("fastv", "layer"), ("pyramiddrop", "layers"), ("drop-all", None), ("dpvr-lf", None)])
+def test_solver_moves_cuts_forward_for_a_small_budget(tiny, method, name):
+    """Only where the method's own layers cannot reach it; layers that the user states are never moved."""
+    model, inputs = tiny("llava", "clip-llama")
+    own = [c.layer for c in _cuts(model, method, keep=None if name is None else 1)]
+    recipe = vtprune.solve(model, method, effective_tokens=0.3 if method != "dpvr-lf" else 0.26)
+    moved = [c.layer for c in _cuts(model, recipe)]
+    assert moved[0] < own[0]
+    with torch.no_grad(), vtprune.attach(model, recipe) as handle:
+        model(**inputs)
+        assert handle.report().effective_tokens <= 0.3 * 16
+    if name is not None:
+        assert name not in vtprune.solve(model, method, effective_tokens=0.9).stages[-1].options
+        with pytest.raises(VtpruneError, match="smallest schedule"):
+            vtprune.solve(model, load_recipe(method).override(**{name: own if name == "layers" else own[0]}), effective_tokens=0.3)
+
+
+def _cuts(model, recipe, keep=None):
+    recipe = load_recipe(recipe)
+    return plan(bind(model).geometry, recipe if keep is None else recipe.override(keep=keep))[-1][2]
 
 
 def test_solver_meets_flops(tiny):

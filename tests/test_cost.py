@@ -16,6 +16,8 @@ METHODS = [
     ("downsample", {"keep": 4}),
     ("tome", {"keep": 6}),
     ("dpvr-lf", {"split": 2}),
+    ("dpvr-lf", {"split": 1, "variant": "kv"}),
+    ("dpvr-lf", {"split": 2, "fusion_rows": "keys"}),
 ]
 
 

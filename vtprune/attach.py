@@ -155,6 +155,7 @@ class Handle:
                         inside=cut.inside,
                         restore=cut.restore,
                         stash=cut.stash,
+                        context=cut.context,
                         proportional=cut.proportional,
                         observe=cut.observe,
                         stage=number,
@@ -315,13 +316,14 @@ class Handle:
         total = [n * len(g) for g in request.groups]
         text = request.text_tokens
         dense = [[total[b] + text[b]] * s.depth for b in range(samples)]
-        real = [[c + text[b] for c in layers[b]] for b in range(samples)]
+        real = [[c + text[b] for c in layers[b]] for b in range(samples)]  # whose keys and values the layer holds
+        whole = [[c - request.keys_only.get(i, [0] * samples)[b] for i, c in enumerate(real[b])] for b in range(samples)]  # that pass through it
         flops += sum(len(m) * cost.decoder_layer(s, t) for m in self.modules.values() for t in total)  # a routing method's side branch
         return Report(
             visual_tokens=total,
             stages=tuple(stages),
             layer_tokens=layers,
-            flops=flops + sum(cost.prefill(s, r) for r in real),
+            flops=flops + sum(cost.prefill(s, w, r) for w, r in zip(whole, real, strict=True)),
             dense_flops=dense_vision + sum(cost.prefill(s, r) for r in dense),
             kv_bytes=sum(cost.kv_bytes(s, r) for r in real),
             dense_kv_bytes=sum(cost.kv_bytes(s, r) for r in dense),

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import __version__
+from . import __version__, cost
 from .answer import generate, open_image, prepare
-from .attach import attach, load_recipe
+from .attach import attach, bind, load_recipe
+from .methods.base import METHODS
 from .recipe import Recipe
 from .types import Report, VtpruneError
 
-RANDOM = ("random",)  # methods that are run once per seed
 TIMED = 4  # questions in the batch whose prefill is timed
 
 
@@ -154,7 +154,7 @@ def evaluate(
         "effective_tokens": sum(r.effective_tokens * n for r, n in zip(reports, counts, strict=True)) / len(samples),
         "visual_tokens": sum(sum(r.visual_tokens) for r in reports) / len(samples),
         "rows": None if rows is None else rows.tolist(),
-        "recipe": None if handle is None else handle.recipe.to_dict(),
+        "recipe": None if handle is None else _portable(handle.recipe),
         "key": "dense" if handle is None else handle.recipe.key(),
     }
     out |= {name: sum(getattr(r, name) for r in reports) for name in ("flops", "dense_flops", "kv_bytes", "dense_kv_bytes")}
@@ -166,11 +166,33 @@ def evaluate(
     return out
 
 
+def _portable(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as a dict; of a file with weights only the name, since result files travel."""
+    out = recipe.to_dict()
+    for stage in out["stages"]:
+        if stage["options"].get("weights"):
+            stage["options"]["weights"] = Path(stage["options"]["weights"]).name
+    return out
+
+
 def _dense_report(model: Any, inputs: Any) -> Report:
-    """What one prefill costs without pruning: a run that keeps everything, on the same inputs."""
-    with attach(model, "random", keep=1.0) as handle:
-        model(**inputs, logits_to_keep=1)
-        return handle.report()
+    """What one prefill of ``inputs`` costs without pruning."""
+    adapter = bind(model)
+    s, tokens = adapter.cost, adapter.geometry.tokens
+    visual = (inputs["input_ids"] == adapter.image_token).sum(1).tolist()
+    layers = [[n] * s.depth for n in inputs["attention_mask"].sum(1).tolist()]
+    flops = cost.vision(s, sum(visual) // tokens, tokens, [tokens] * s.vdepth) + sum(cost.prefill(s, row) for row in layers)
+    held = sum(cost.kv_bytes(s, row) for row in layers)
+    return Report(
+        visual_tokens=visual,
+        stages=(),
+        layer_tokens=[[n] * s.depth for n in visual],
+        flops=flops,
+        dense_flops=flops,
+        kv_bytes=held,
+        dense_kv_bytes=held,
+        recipe="dense",
+    )
 
 
 def _add(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
@@ -318,7 +340,7 @@ def table(
     """Every method at every budget, after the dense model. A budget is a fraction of dense effective tokens: equal cost.
 
     Args:
-        methods: recipe names or recipes; :data:`RANDOM` ones are run with ``seeds`` seeds from ``seed`` on and averaged per sample.
+        methods: recipe names or recipes; those that draw at random are run with ``seeds`` seeds from ``seed`` on and averaged per sample.
         options: method name -> its own options. labels: method name -> a remark for its rows.
         fixed: recipes with a remark, run once on their own schedule (their ``budget`` is ``None``).
         progress: called with numbers of samples, :func:`runs` times all of them. started: called with the name of each row.
@@ -335,19 +357,20 @@ def table(
     dense = evaluate(model, processor, samples, None, batch=batch, progress=progress)
     correct = [float(c) for c in dense["correct"]]
     rows = [{"method": "dense", "budget": 1.0, "note": "", **_row([dense], samples, None)}]
-    plan: list[tuple[Recipe, float | None, str]] = [(r, b, labels.get(r.name, "")) for r in recipes for b in budgets]
+    plan: list[tuple[Recipe, float | None, str]] = [(r, b, labels.get(r.name, _untrained(r, options.get(r.name, {})))) for r in recipes for b in budgets]
     for recipe, budget, note in [*plan, *((r, None, note) for r, note in fixed)]:
         if started is not None:
             started(recipe.name)
         extra = {} if budget is None else {**options.get(recipe.name, {}), "effective_tokens": float(budget)}
         row: dict[str, Any] = {"method": recipe.name, "budget": budget, "note": note}
-        times = seeds if recipe.name in RANDOM else 1
+        times = seeds if draws(recipe) else 1
         try:
             results: list[dict[str, Any]] = []
             for s in range(seed, seed + times):
                 how: dict[str, Any] = {"batch": batch, "seed": s, "progress": progress, "timing": 0 if results else timing}
                 results.append(evaluate(model, processor, samples, recipe, **how, **extra))
             row |= _row(results, samples, correct)
+            row["note"] = ", ".join(filter(None, (note, _solved(recipe, row["recipe"]))))
         except VtpruneError as e:
             row["error"] = str(e)
             if progress is not None:
@@ -359,7 +382,25 @@ def table(
 
 def runs(methods: Sequence[str | Recipe], budgets: Sequence[float], seeds: int, fixed: int = 0) -> int:
     """Passes over the samples that :func:`table` makes."""
-    return 1 + fixed + len(budgets) * sum(seeds if load_recipe(m).name in RANDOM else 1 for m in methods)
+    return 1 + fixed + len(budgets) * sum(seeds if draws(load_recipe(m)) else 1 for m in methods)
+
+
+def draws(recipe: Recipe) -> bool:
+    """Whether a stage draws at random, so that the seed matters."""
+    return any(METHODS.get(s.method).draws for s in recipe.stages)
+
+
+def _untrained(recipe: Recipe, options: Mapping[str, Any]) -> str:
+    """A remark on a routing method whose side branch was never trained."""
+    last = recipe.stages[-1]
+    return "untrained side branch" if METHODS.get(last.method).routes and not {**last.options, **options}.get("weights") else ""
+
+
+def _solved(asked: Recipe, used: Mapping[str, Any]) -> str:
+    """The layers that the budget solver chose, in words; empty if they are the recipe's or the method's own."""
+    before, after = asked.stages[-1].options, used["stages"][-1].get("options", {})
+    found = {k: v for k, v in after.items() if k in ("layer", "layers", "split") and k not in before}
+    return ", ".join(f"{k} {' '.join(map(str, v)) if isinstance(v, list | tuple) else v}" for k, v in found.items())
 
 
 def _row(runs: list[dict[str, Any]], samples: Sequence[Sample], dense: list[float] | None) -> dict[str, Any]:
@@ -398,10 +439,60 @@ def cells(result: Mapping[str, Any], *, abilities: bool = True) -> list[list[str
         values = [f"{100 * row['sets'][s]['accuracy']:.1f}" for s in sets] + [_gap(row["sets"][s]) for s in gaps]
         if abilities:
             values += [f"{100 * v:.1f}" for v in (*(row["abilities"][k] for k in kinds), row["average"], row["worst"])]
-        ratio = f"{row['prefill_ratio']:.2f}" if "prefill_ratio" in row else "1.00" if row["method"] == "dense" else "-"
-        costs = [f"{row['effective_tokens']:.1f}", f"{100 * row['flops_share']:.1f}", ratio, f"{100 * row['kv_share']:.1f}"]
-        out.append([*start, *values, *costs, row["note"]])
+        out.append([*start, *values, *_costs(row), row["note"]])
     return out
+
+
+def _costs(row: Mapping[str, Any]) -> list[str]:
+    """Effective tokens, FLOPs in percent, prefill time as a ratio, cache in percent."""
+    ratio = f"{row['prefill_ratio']:.2f}" if "prefill_ratio" in row else "1.00" if row["method"] == "dense" else "-"
+    return [f"{row['effective_tokens']:.1f}", f"{100 * row['flops_share']:.1f}", ratio, f"{100 * row['kv_share']:.1f}"]
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Accuracy against tokens: for each question set methods x budgets, accuracy in percent and its difference to dense with the paired 95 % interval; then
+    each ability at each budget; then what the solver chose and what is not possible."""
+    by = {(r["method"], r["budget"]): r for r in result["rows"] if r["method"] != "dense"}
+    names, budgets, dense = list(dict.fromkeys(m for m, _ in by)), result["budgets"], result["rows"][0]
+    about, versions = result["device"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    out = [f"`{result['command']}`  ", f"{about['name']}, {about['threads']} threads, {about['dtype']}; {versions}"]
+    heads = [f"{100 * b:g} %" for b in budgets] + (["own schedule"] if any(b is None for _, b in by) else [])
+
+    def cell(entry: Mapping[str, Any] | None, set_name: str) -> str:
+        if entry is None or "error" in entry:
+            return "–" if entry is None else "not possible"
+        e = entry["sets"][set_name]
+        own = f" at {entry['effective_tokens']:.1f} tokens" if entry["budget"] is None else ""
+        return f"{100 * e['accuracy']:.1f} ({_gap(e)}){own}"
+
+    columns: list[float | None] = [*budgets, *([None] if len(heads) > len(budgets) else [])]
+    for s in result["sets"]:
+        e = dense["sets"][s]
+        low, high = e["interval"]
+        out += ["", f"**{s}**, {e['samples']} questions, dense {100 * e['accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]", ""]
+        out += _lines([["method", *heads], *([m, *(cell(by.get((m, b)), s) for b in columns)] for m in names)])
+    kinds = result["abilities"]
+    rows = [["method", "budget", *kinds, "tokens", "FLOPs %", "prefill x", "KV %", "remarks"]]
+    for r in result["rows"]:
+        budget = "own" if r["budget"] is None else f"{100 * r['budget']:g} %"
+        if "error" in r:
+            rows.append([r["method"], budget, *["–"] * (len(kinds) + 4), "not possible: " + r["error"]])
+            continue
+        costs = [*_costs(r), r["note"]]
+        rows.append([r["method"], budget, *(f"{100 * r['abilities'][k]:.1f}" for k in kinds), *costs])
+    return "\n".join([*out, "", "Per ability, in percent:", "", *_lines(rows)]) + "\n"
+
+
+def _lines(table: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown, header first; every column but the first to the right."""
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return [lines[0], "|---" + "|--:" * (len(table[0]) - 1) + "|", *lines[1:]]
+
+
+def kept_per_row(result: Mapping[str, Any], near: float = 0.25) -> dict[str, list[float]]:
+    """Label -> tokens kept in each image row, for every method that drops some, at the budget nearest to ``near``: FEATHER's question (arXiv 2412.13180)."""
+    budget = min(result["budgets"], key=lambda b: abs(b - near))
+    return {f"{r['method']} {100 * budget:g}%": r["rows"] for r in result["rows"] if r["budget"] == budget and r.get("rows")}
 
 
 def _gap(entry: Mapping[str, Any]) -> str:
@@ -423,8 +514,8 @@ def text(table: Sequence[Sequence[str]]) -> str:
 
 
 def save(result: Mapping[str, Any], path: str | Path) -> None:
-    """Writes a result as JSON. Raises :class:`VtpruneError` if the file cannot be written."""
+    """Writes a result as JSON, or as Markdown if the name ends in ``.md``. Raises :class:`VtpruneError` if the file cannot be written."""
     try:
-        Path(path).write_text(json.dumps(result, indent=1) + "\n")
+        Path(path).write_text(markdown(result) if str(path).endswith(".md") else json.dumps(result) + "\n", encoding="utf-8")
     except OSError as e:
         raise VtpruneError(f"cannot write {path}: {e.strerror}") from e

@@ -115,16 +115,7 @@ def recipe_options(parser: argparse.ArgumentParser) -> None:
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """Keywords for ``attach``. Raises :class:`VtpruneError` for an option whose value has another type than its default."""
-    from .attach import load_recipe
-    from .methods.base import METHODS
-
-    known = METHODS.get(load_recipe(args.recipe).stages[-1].method).options
-    for name, value in args.option:
-        default = known.get(name)
-        kind = (int, float) if isinstance(default, float) else type(default)
-        if default is not None and (not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool)):
-            raise VtpruneError(f"option {name}={value!r}: expected something like {default!r}")
+    """Keywords for ``attach``."""
     return {**({} if args.keep is None else {"keep": args.keep}), **dict(args.option)}
 
 
@@ -251,24 +242,30 @@ def cmd_bench(args: argparse.Namespace) -> int:
 
     import vtprune
 
-    from . import bench
+    from . import bench, render
     from .attach import load_recipe
+    from .models import _demo
 
-    out = output(args.out)
+    for path in (*args.out, args.rows):
+        output(path)
     unknown = [name for name in args.abilities if name not in bench.SETS]
     if unknown or not args.abilities:
         raise VtpruneError(f"unknown question set {', '.join(unknown) or '(none)'!r}; there are {', '.join(bench.SETS)}")
     methods = [load_recipe(n) for n in (vtprune.methods() if args.methods is None else args.methods)]
     options = {m.name: dict(args.option) for m in methods}
+    trained = _demo.branch() if args.model is None and any(m.name == "dpvr-lf" for m in methods) else None
+    fixed = [] if trained is None else [(trained, trained.source)]
     model, processor = load(args)
     samples = [s for name in args.abilities for s in bench.SETS[name](args.samples)]
-    with tqdm(total=len(samples) * bench.runs(methods, args.budgets, args.seeds), unit="question", disable=None) as bar:
+    with tqdm(total=len(samples) * bench.runs(methods, args.budgets, args.seeds, len(fixed)), unit="question", disable=None) as bar:
         result = bench.table(
             model, processor, samples, methods, args.budgets, seeds=args.seeds, seed=args.seed, batch=args.batch, timing=args.timing, options=options,
-            progress=bar.update, started=bar.set_description, command="vtprune " + " ".join(args.argv),
+            fixed=fixed, progress=bar.update, started=bar.set_description, command="vtprune " + " ".join(args.argv),
         )  # fmt: skip
-    if out is not None:
-        bench.save(result, out)
+    for path in args.out:
+        bench.save(result, path)
+    if args.rows is not None and (kept := bench.kept_per_row(result)):
+        render.write(args.rows, render.row_bias_figure(kept))
     if args.json:
         print(json.dumps(result))
         return 0
@@ -345,7 +342,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=positive, default=3, help="runs of random methods (default 3)")
     p.add_argument("--batch", type=positive, default=16)
     p.add_argument("--timing", type=int, default=5, help="repeats of the prefill measurement (default 5; 0: none)")
-    p.add_argument("--out", type=Path, metavar="FILE.json")
+    p.add_argument("--out", type=Path, action="append", default=[], metavar="FILE", help="the result: everything as .json, tables as .md; repeatable")
+    p.add_argument("--rows", type=Path, metavar="FILE.png", help="heat map of the image rows where tokens are kept, at the budget nearest to 25 %%")
     p.add_argument("--json", action="store_true")
     model_options(p)
 

@@ -33,15 +33,15 @@ def vision(s: Shapes, images: int, patches: int, per_block: Sequence[float], ins
     return images * total
 
 
-def decoder_layer(s: Shapes, n: int) -> int:
-    """One decoder layer over ``n`` tokens: projections, the full ``n x n`` attention, gated MLP."""
-    width, kv = s.heads * s.hd, s.kv * s.hd
-    return 2 * (n * s.d * (2 * width + 2 * kv) + 2 * n * n * width + 3 * n * s.d * s.f)
+def decoder_layer(s: Shapes, n: int, keys: int | None = None) -> int:
+    """One decoder layer over ``n`` tokens: projections, the full attention, gated MLP. ``keys`` (default ``n``) counts the tokens with keys and values."""
+    width, kv, seen = s.heads * s.hd, s.kv * s.hd, n if keys is None else keys
+    return 2 * (n * s.d * 2 * width + seen * s.d * 2 * kv + 2 * n * seen * width + 3 * n * s.d * s.f)
 
 
-def prefill(s: Shapes, per_layer: Sequence[int]) -> int:
-    """Decoder layers over ``per_layer`` tokens (text and visual) and the head for one position."""
-    return sum(decoder_layer(s, n) for n in per_layer) + 2 * s.d * s.vocab
+def prefill(s: Shapes, per_layer: Sequence[int], keys: Sequence[int] | None = None) -> int:
+    """Decoder layers over ``per_layer`` tokens (text and visual) and the head for one position; ``keys`` as for :func:`decoder_layer`."""
+    return sum(decoder_layer(s, n, k) for n, k in zip(per_layer, keys or per_layer, strict=True)) + 2 * s.d * s.vocab
 
 
 def kv_bytes(s: Shapes, per_layer: Sequence[int]) -> int:

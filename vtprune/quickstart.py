@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,21 +26,6 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--debug", action="store_true", help="show the traceback of an error")
     model_options(out)
     return out
-
-
-def branch(folder: Path) -> dict[str, Any] | None:
-    """Options of ``dpvr-lf`` for the trained side branch in ``folder``, or ``None`` without one. Raises :class:`VtpruneError` for a damaged description."""
-    weights, facts = folder / "dpvr_lf.safetensors", folder / "dpvr_lf.json"
-    if not weights.is_file():
-        return None
-    options: dict[str, Any] = {"weights": str(weights)}
-    if facts.is_file():
-        try:
-            told = json.loads(facts.read_text())
-        except json.JSONDecodeError as e:
-            raise VtpruneError(f"{facts} is not JSON: {e}") from e
-        options |= {k: told[k] for k in ("split", "fusion", "branch_layers", "variant") if k in told}
-    return options
 
 
 def pictures(model: Any, processor: Any, samples: Sequence[Any], methods: Sequence[str], budget: float, options: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -79,37 +63,32 @@ def run(args: argparse.Namespace) -> int:
 
     from . import bench, render
     from .models import _demo
-    from .recipe import Recipe, Stage
 
     args.out.mkdir(parents=True, exist_ok=True)
     page, sheet, data = (args.out / f"quickstart.{kind}" for kind in ("html", "png", "json"))
     for path in (page, sheet, data):
         output(path)
     methods = vtprune.methods()
-    trained = branch(_demo.FOLDER) if args.model is None else None
-    fixed = []
-    if trained is not None:
-        stage = Stage(method="dpvr-lf", options=trained)
-        fixed.append((Recipe(name="dpvr-lf (trained)", stages=(stage,)), "the trained branch, at the split it was trained for"))
+    trained = _demo.branch() if args.model is None else None
+    fixed = [] if trained is None else [(trained, trained.source)]
     passes = bench.runs(methods, args.budgets, args.seeds, len(fixed))
     easy = args.samples or max(24, WORK // passes // 2)
     scenes = args.scenes or max(2, round(easy / QUESTIONS_PER_SCENE))
     model, processor = load(args)
     samples = bench.easy_vqa_samples(easy) + bench.scenes_samples(scenes)
     print(f"{easy} easy-VQA questions and {len(samples) - easy} questions about {scenes} scenes; {passes} passes")
-    labels = {"dpvr-lf": "untrained branch: a copy of one decoder layer"}
     with tqdm(total=len(samples) * passes, unit="question", disable=None) as bar:
         result = bench.table(
-            model, processor, samples, methods, args.budgets, seeds=args.seeds, seed=args.seed, batch=32, timing=3, labels=labels, fixed=fixed,
+            model, processor, samples, methods, args.budgets, seeds=args.seeds, seed=args.seed, batch=32, timing=3, fixed=fixed,
             progress=bar.update, started=bar.set_description, command=f"python -m vtprune.quickstart --samples {easy} --scenes {scenes}",
         )  # fmt: skip
     cells = bench.cells(result, abilities=False)
     show(cells)
-    own = {"dpvr-lf": trained} if trained is not None else {}
+    own = {"dpvr-lf": trained.stages[-1].options} if trained is not None else {}
     chosen = [m for m in SHOWN if m in methods]
     busy = max((s for s in samples if s.set == "scenes" and s.ability in ("attribute", "location")), key=lambda s: s.question.count("sign") + len(s.boxes))
     drawn = pictures(model, processor, [samples[0], busy], chosen, args.budgets[0], own)
-    kept = {f"{r['method']} {100 * r['budget']:g}%": r["rows"] for r in result["rows"] if r.get("rows") and r["budget"] == args.budgets[-1]}
+    kept = bench.kept_per_row(result)
     figures = [("Where tokens are kept: image rows, all questions", render.row_bias_figure(kept))] if kept else []
     about, versions = result["device"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     facts = f"{result['command']} | {about['name']}, {about['threads']} threads, {about['dtype']} | {versions}"

@@ -21,6 +21,7 @@ RECIPES: Registry[Recipe] = Registry("recipe", _load)
 PRESETS: tuple = (
     ("fastv-k2-r50", "arXiv 2403.06764, table 1: K=2, R=50 %", ("fastv", 0.5, {"layer": 2})),
     ("fastv-k3-r75", "arXiv 2403.06764, table 1: K=3, R=75 %", ("fastv", 0.25, {"layer": 3})),
+    ("fastv-norope", "arXiv 2412.13180: FastV's ranking without rotary positions", ("fastv", 0.5, {"rope": False})),
     ("pitome-llava-7b", "arXiv 2405.16148, LLaVA-1.5-7B at ratio 0.9", ("pitome", None, {"ratio": 0.9, "variant": "hf-clip"})),
     ("flowcut-then-fastv", "vtprune: a vision stage and a language-model stage together", ("flowcut", 0.5, {}), ("fastv", 0.25, {})),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int) -> tupl
     from .attach import plan
 
     n = geometry.tokens
-    tower, llm, now = [], [], n
+    tower, llm, through_llm, now = [], [], [], n
     cuts = [c for *_, cs in plan(geometry, recipe) for c in cs]
     pixels = [c for c in cuts if c.kind == "pixels"]
     patches = now = (pixels[0].keep or n) if pixels else n
@@ -41,16 +42,19 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int) -> tupl
         for c in cuts:
             if c.site == f"llm.{i}":
                 now = outcome(c, now)
-        llm.append(now)
+        through_llm.append(now)
+        llm.append(n if any(c.context and c.site == f"llm.{i}" for c in cuts) else now)
     rows = llm or tower
     flops = cost.vision(shapes, 1, patches, tower, inside, through)
     if llm:
-        flops += cost.prefill(shapes, [k + text for k in llm])
+        flops += cost.prefill(shapes, [k + text for k in through_llm], [k + text for k in llm])
     return sum(rows) / len(rows), flops
 
 
 def solve(model: Any, recipe: Any, *, effective_tokens: float | None = None, flops: float | None = None, inputs: dict[str, Any] | None = None) -> Recipe:
     """A recipe like ``recipe`` whose last stage meets a budget as closely as whole tokens (or layers, for methods without ``keep``) allow, without passing it.
+
+    A budget below what the method's default layers can reach moves its cuts to half their depth, again if need be; layers that the recipe states stay.
 
     Args:
         model: the model that will run it.
@@ -83,27 +87,51 @@ def solve(model: Any, recipe: Any, *, effective_tokens: float | None = None, flo
         target *= dense[column]
     best: tuple[float, Recipe] | None = None
     smallest = float("inf")
-    for candidate in _candidates(geometry, chosen):
-        try:
-            value = _predict(geometry, shapes, candidate, text)[column]
-        except VtpruneError:  # a budget that this method cannot plan, e.g. more merges than its blocks allow
-            continue
-        smallest = min(smallest, value)
-        if value <= target * (1 + 1e-9) and (best is None or value > best[0]):
-            best = value, candidate
+    for start in _schedules(geometry, chosen):
+        for candidate in _candidates(geometry, start):
+            try:
+                value = _predict(geometry, shapes, candidate, text)[column]
+            except VtpruneError:  # a budget that this method cannot plan, e.g. more merges than its blocks allow
+                continue
+            smallest = min(smallest, value)
+            if value <= target * (1 + 1e-9) and (best is None or value > best[0]):
+                best = value, candidate
+        if best is not None:
+            break
     if best is None:
         what = "effective tokens" if column == 0 else "FLOPs"
         raise VtpruneError(f"{chosen.name} cannot reach {target:.4g} {what} here; its smallest schedule has {smallest:.4g}")
     return best[1]
 
 
+def _schedules(geometry: Geometry, recipe: Recipe) -> list[Recipe]:
+    """``recipe``, then the same with the last stage's cuts at 1/2, 1/4 ... of their depth if it has default layers in the language model."""
+    from .attach import plan
+
+    last, info = recipe.stages[-1], METHODS.get(recipe.stages[-1].method)
+    name = next((n for n in ("layers", "layer") if n in info.options), None)
+    if not info.budgeted or name is None or name in last.options or geometry.llm_layers == 0:
+        return [recipe]
+    cuts = plan(geometry, replace(recipe, stages=(*recipe.stages[:-1], replace(last, keep=1, options=_free(last.options)))))[-1][2]
+    found, depths = [recipe], [c.layer for c in cuts]
+    while all(c.kind == "llm" for c in cuts) and max(depths, default=0) > 0:
+        depths = sorted({d // 2 for d in depths})
+        options = {**_free(last.options), name: tuple(depths) if name == "layers" else depths[0]}
+        found.append(replace(recipe, stages=(*recipe.stages[:-1], replace(last, options=options))))
+    return found
+
+
+def _free(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` without those that would replace ``keep``."""
+    return {k: v for k, v in options.items() if k not in ("ratios", "r", "ratio")}
+
+
 def _candidates(geometry: Geometry, recipe: Recipe) -> list[Recipe]:
     last = recipe.stages[-1]
     info = METHODS.get(last.method)
     if info.budgeted:
-        options = {k: v for k, v in last.options.items() if k not in ("ratios", "r", "ratio")}  # what would replace keep=
-        stages = [replace(last, keep=k, options=options) for k in range(1, geometry.tokens + 1)]
+        stages = [replace(last, keep=k, options=_free(last.options)) for k in range(1, geometry.tokens + 1)]
     else:
         name = "layer" if "layer" in info.options else "split"
-        stages = [replace(last, options={**last.options, name: i}) for i in range(1, geometry.llm_layers)]
+        stages = [replace(last, options={**last.options, name: i}) for i in range(geometry.llm_layers)]
     return [replace(recipe, stages=(*recipe.stages[:-1], s)) for s in stages]

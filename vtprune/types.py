@@ -124,7 +124,8 @@ class StageReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What one prefill really did. ``layer_tokens``: visual tokens each language-model layer (bare ViT: each block) processed, per sample."""
+    """What one prefill really did. ``layer_tokens``: visual tokens each language-model layer (bare ViT: each block) processed, per
+    sample; a token that only gives a layer keys and values counts, as the text sees it."""
 
     visual_tokens: list[int]
     stages: tuple[StageReport, ...]

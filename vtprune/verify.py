@@ -83,7 +83,7 @@ class _Case:
             ((name, pixels),) = self.inputs.items()
             return [{name: pixels[i : i + 1]} for i in range(len(pixels))]
         ids, mask = self.inputs["input_ids"], self.inputs.get("attention_mask")
-        per = [int(n) // self.geometry.tokens for n in (ids == self.image_token()).sum(1)]
+        per = [int(n) // self.geometry.tokens for n in (ids == self.adapter.image_token).sum(1)]
         out, at = [], 0
         for b, images in enumerate(per):
             real = torch.ones_like(ids[b], dtype=torch.bool) if mask is None else mask[b].bool()
@@ -93,10 +93,6 @@ class _Case:
             at += images
             out.append(one)
         return out
-
-    def image_token(self) -> int:
-        config: Any = self.model.config
-        return config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
 
     def positions(self, mask: Tensor) -> Tensor:
         return (mask.long().cumsum(1) - 1).clamp_min(0)
@@ -457,7 +453,7 @@ def _masks(c: _Case, report: Report) -> tuple[list[Tensor], Tensor, UndoLedger]:
     if not c.mllm:
         return [], torch.empty(0), ledger
     ids, padding = c.inputs["input_ids"], _mask(c.inputs)
-    visual = ids == c.image_token()
+    visual = ids == c.adapter.image_token
     device = ids.device
 
     def columns(lost: Tensor) -> Tensor:
@@ -480,7 +476,7 @@ def _masks(c: _Case, report: Report) -> tuple[list[Tensor], Tensor, UndoLedger]:
 
 def _generate(c: _Case) -> tuple[Tensor, Tensor]:
     """Greedy logits ``[B, STEPS, V]`` and tokens ``[B, STEPS]``; end-of-sequence does not stop it and no image placeholder is generated."""
-    rules: dict[str, Any] = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, "suppress_tokens": [c.image_token()]}
+    rules: dict[str, Any] = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, "suppress_tokens": [c.adapter.image_token]}
     model: Any = c.model
     with torch.no_grad():
         out = model.generate(**c.inputs, **rules, return_dict_in_generate=True, output_logits=True)

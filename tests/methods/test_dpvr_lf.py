@@ -156,6 +156,41 @@ def test_persistent_context_resets_the_visual_rows(text: str) -> None:
         assert report.layer_tokens[b] == [len(at)] * L
 
 
+KEYS_ONLY = [({"split": 3, "variant": "pc"}, {"split": 3, "variant": "kv"}), ({"split": 3}, {"split": 3, "fusion_rows": "keys"})]
+
+
+@pytest.mark.parametrize("full, keys", [*KEYS_ONLY, ({"split": 0, "variant": "pc"}, {"split": 0, "variant": "kv"})])
+@pytest.mark.parametrize("shapes", [[*SHAPES, [11]], [[4, 9]]])
+@pytest.mark.parametrize("text, attention, left", [("llama", "sdpa", True), ("mistral", "eager", False), ("qwen2", "sdpa", False)])
+def test_keys_and_values_alone_give_the_same_text(
+    shapes: list[list[int]], text: str, attention: str, left: bool, full: dict[str, Any], keys: dict[str, Any]
+) -> None:
+    """Facts 5 and 9: kv writes what pc writes, and late fusion may skip the visual rows of its last layer; text rows and gradients agree, in a padded batch
+    and for one prompt alone, for which transformers makes no mask."""
+    model, inputs = B.llava(text=text, layers=L), B.prompts(shapes, left=left)
+    model.set_attn_implementation(attention)
+    limit = 1e-6 if attention == "eager" else 1e-9  # transformers' eager softmax works in float32
+    hidden, grads = [], []
+    for options in (full, keys):
+        with vtprune.attach(model, "dpvr-lf", **options) as handle:
+            shaken(handle)
+            hidden.append(B.final(model, inputs))
+            report = handle.report()
+            labels = inputs["input_ids"].masked_fill((inputs["input_ids"] == B.IMAGE) | ~inputs["attention_mask"].bool(), -100)
+            labels[:, :-3] = -100
+            loss = model(**inputs, labels=labels).loss
+            grads.append(torch.autograd.grad(loss, list(handle.modules["dpvr-lf"].parameters())))
+    for b in range(len(shapes)):
+        at = inputs["input_ids"][b][inputs["attention_mask"][b].bool()] == B.IMAGE
+        B.close(hidden[1][b][~at], hidden[0][b][~at], limit)
+        assert not hidden[1][b][at].any()  # no visual row leaves the last layer
+    for a, b in zip(grads[1], grads[0], strict=True):
+        B.close(a, b, limit)
+    start = L - 1 if "fusion_rows" in keys else keys["split"]
+    assert report.layer_tokens[0] == [36] * keys["split"] + [0] * (start - keys["split"]) + [36] * (L - start)
+    assert [(s.site, s.tokens_out[0]) for s in report.stages] == [(f"llm.{keys['split']}", 0), (f"llm.{start}", 36)]
+
+
 def gradients(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> list[Tensor | None]:
     labels = inputs["input_ids"].clone()
     labels[:, :-4] = -100
@@ -213,14 +248,28 @@ def test_branch_has_the_published_size() -> None:
     assert report.flops - report.dense_flops == 3 * c(49) + c(36) + 2 * c(13) + 2 * c(49) - 7 * c(49)
 
 
-@pytest.mark.parametrize("options", [{}, {"fusion": 2}, {"fusion": 0}, {"variant": "pc"}, {"positions": "compact"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"fusion": 2},
+        {"fusion": 0},
+        {"variant": "pc"},
+        {"variant": "kv"},
+        {"positions": "compact"},
+        {"fusion_rows": "keys", "positions": "compact"},
+        {"variant": "kv", "positions": "compact"},
+        {"variant": "kv", "split": 0},
+    ],
+)
 @pytest.mark.parametrize("text", ["llama", "qwen2"])
 def test_decoding_equals_recomputation(text: str, options: dict[str, Any]) -> None:
     """Fact 7: caches are T, T_txt, T long, and each cached step equals reading the grown prompt anew."""
     model, inputs = B.llava(text=text, layers=L), B.prompts([[4, 9], [2, 5]])
     ids, mask, position = inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"]
     fusion = options.get("fusion", 1)
-    with vtprune.attach(model, "dpvr-lf", split=3, **options) as handle, torch.no_grad():
+    split = options.get("split", 3)
+    with vtprune.attach(model, "dpvr-lf", **{"split": 3, **options}) as handle, torch.no_grad():
         shaken(handle)
         out = model(**inputs, use_cache=True)
         cache = out.past_key_values
@@ -231,12 +280,12 @@ def test_decoding_equals_recomputation(text: str, options: dict[str, Any]) -> No
             anew = model(input_ids=ids, attention_mask=mask, position_ids=position, pixel_values=inputs["pixel_values"], use_cache=False)
             B.close(out.logits[:, -1], anew.logits[:, -1])
             long, short = 49 + step + 1, 13 + step + 1
-            lengths = [long] * 3 + [long if options.get("variant") == "pc" else short] * (4 - fusion) + [long] * fusion
+            lengths = [long] * split + [long if "variant" in options else short] * (L - split - fusion) + [long] * fusion
             assert [cache.get_seq_length(i) for i in range(L)] == lengths
 
 
 @pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("variant", ["lf", "pc"])
+@pytest.mark.parametrize("variant", ["lf", "pc", "kv"])
 def test_a_padded_batch_equals_its_samples(variant: str, left: bool) -> None:
     """Fact 10, with a prompt that has no image among them."""
     shapes = [*SHAPES, [11]]
@@ -308,6 +357,6 @@ def test_default_split_and_impossible_ones() -> None:
 
     geometry = Geometry("llava", "clip", 576, (24, 24), 1, 23, 24, 32, {"llm": frozenset({"query_attention", "layers"})})
     assert [c.site for c in make("dpvr-lf", {}).plan(geometry, None)] == ["llm.18", "llm.31"]
-    for options in ({"split": 6, "fusion": 2}, {"split": 7}, {"branch_layers": 0}, {"fusion": -1}, {"init": "zeros"}):
+    for options in ({"split": 6, "fusion": 2}, {"split": 7}, {"branch_layers": 0}, {"fusion": -1}, {"init": "zeros"}, {"fusion": 2, "fusion_rows": "keys"}):
         with pytest.raises(vtprune.VtpruneError):
             vtprune.attach(B.llava(layers=L), "dpvr-lf", **options)

@@ -17,7 +17,7 @@ from ..types import Geometry, Selection, TokenView, UnsupportedError, VtpruneErr
 class Cut:
     """One planned decision: ``site`` (``"vision.3"``, ``"projector"``, ``"llm.8"``, ``"pixels"``), ``keep`` tokens per image (``None``: the method decides),
     ``inside`` the decision falls between attention and MLP of that block, ``restore`` the cut brings routed tokens back instead of dropping any, ``stash``
-    it puts them aside first,
+    it puts them aside first, ``context`` the tokens put aside give this layer keys and values and nothing else,
     ``proportional`` the tower adds the log of the merged sizes to its attention logits from here on (ToMe, arXiv 2210.09461, eq. 1), ``observe`` decoder
     layers whose input the decision looks at."""
 
@@ -26,6 +26,7 @@ class Cut:
     inside: bool = False
     restore: bool = False
     stash: bool = False
+    context: bool = False
     proportional: bool = False
     observe: tuple[int, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -43,7 +44,7 @@ class Cut:
 class MethodInfo:
     """The registered facts of a method. ``needs`` maps a site kind to the sources it uses there; ``cases`` are (mild, aggressive) keyword sets for the
     generated tests;
-    ``exact`` tells whether an integer ``keep`` is met exactly; ``budgeted`` whether ``keep`` means anything to it."""
+    ``exact`` tells whether an integer ``keep`` is met exactly; ``budgeted`` whether ``keep`` means anything to it; ``draws`` whether the seed does."""
 
     name: str
     paper: str
@@ -55,6 +56,7 @@ class MethodInfo:
     exact: bool = True
     merges: bool = False
     routes: bool = False
+    draws: bool = False
     budgeted: bool = True
     cls: type[Method] | None = None
 
@@ -120,12 +122,17 @@ def register(info: MethodInfo) -> Callable[[M], M]:
 
 
 def make(name: str, options: Mapping[str, Any]) -> Method:
-    """The method ``name`` with ``options``; an unknown option raises and lists the known ones."""
+    """The method ``name`` with ``options``; an unknown option raises and lists the known ones, so does a value of another type than the default."""
     info = METHODS.get(name)
     unknown = set(options) - set(info.options)
     if unknown:
         known = ", ".join(info.options) or "none"
         raise VtpruneError(f"{name} has no option {sorted(unknown)[0]!r}; its options: {known}")
+    for key, value in options.items():
+        default = info.options[key]
+        kind = (int, float) if isinstance(default, float) else type(default)
+        if default is not None and (not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool)):
+            raise VtpruneError(f"{name}: {key}={value!r}: expected something like {default!r}")
     assert info.cls is not None
     return info.cls(**options)
 

@@ -24,26 +24,28 @@ from .base import Cut, Method, MethodInfo, choice, layers, option, register
         keep=None,
         budgeted=False,
         routes=True,
-        cases=({"split": 3}, {"split": 1, "variant": "pc"}),
+        cases=({"split": 3}, {"split": 1, "variant": "pc"}, {"split": 1, "variant": "kv"}, {"split": 2, "fusion_rows": "keys"}),
     )
 )
 @dataclass(frozen=True, kw_only=True)
 class DpvrLf(Method):
     """Section 3: layers ``0 .. s-1`` see everything; a side branch B of the backbone's own layers runs over the visual rows of ``h^s``; the layers between
-    see text
-    only, at their original positions; the last ``fusion`` layers see both again. Train with ``vtprune train dpvr-lf``; the branch is
-    ``handle.modules["dpvr-lf"]``."""
+    see text only, at their original positions; the last ``fusion`` layers see both again. Variants PC and KV give the same text and differ in cost.
+
+    Train with ``vtprune train dpvr-lf``; the branch is ``handle.modules["dpvr-lf"]``."""
 
     split: int | None = option(None, "s: first layer without visual tokens (default: round(0.5625 * depth), 18 of 32)")
     fusion: int = option(1, "K: last layers that see text and visual tokens")
     branch_layers: int = option(1, "d_v: layers in the side branch")
     init: str = option("copy", "side branch before training: 'copy' of layer s, 'identity' (outputs zeroed) or 'random'")
-    variant: str = option("lf", "'lf' late fusion; 'pc' persistent context: visual rows are reset to B's output at every deep layer (no saving)")
+    fusion_rows: str = option("full", "visual rows in the last layer: 'full', or 'keys': keys and values only; the text is the same, the work less (fusion=1)")
+    variant: str = option("lf", "'lf' late fusion; 'pc': every deep layer gets B's output as visual rows (no saving); 'kv': as their keys and values only")
     weights: str | None = option(None, "a trained branch (safetensors)")
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
         choice("init", self.init, ("copy", "identity", "random"))
-        choice("variant", self.variant, ("lf", "pc"))
+        choice("variant", self.variant, ("lf", "pc", "kv"))
+        choice("fusion_rows", self.fusion_rows, ("full", "keys"))
         depth = geometry.llm_layers
         (s,) = layers("dpvr-lf", self.split, geometry, (max(1, round(0.5625 * depth)),))
         if self.fusion < 0 or s + self.fusion > depth:
@@ -52,8 +54,15 @@ class DpvrLf(Method):
             raise VtpruneError(f"dpvr-lf: branch_layers={self.branch_layers} must be at least 1")
         if self.variant == "pc":
             return (Cut(site=f"llm.{s}", stash=True), *(Cut(site=f"llm.{i}", restore=True) for i in range(s, depth)))
+        away = Cut(site=f"llm.{s}", keep=0, stash=True)
+        if self.variant == "kv":
+            return (away, *(Cut(site=f"llm.{i}", context=True) for i in range(s, depth)))
+        if self.fusion_rows == "keys":
+            if self.fusion != 1:
+                raise VtpruneError(f"dpvr-lf: fusion_rows='keys' needs fusion=1, the visual rows of an earlier fusion layer go on (got fusion={self.fusion})")
+            return (away, Cut(site=f"llm.{depth - 1}", context=True))
         back = () if self.fusion == 0 else (Cut(site=f"llm.{depth - self.fusion}", restore=True),)
-        return (Cut(site=f"llm.{s}", keep=0, stash=True), *back)
+        return (away, *back)
 
     def select(self, view: TokenView, cut: Cut) -> Selection | None:
         return None if cut.keep is None else top(view.index.double(), 0, view.valid)

@@ -18,6 +18,7 @@ from .base import Cut, Method, MethodInfo, option, register
         paper="baseline",
         idea="keeps tokens drawn at random (seeded)",
         kinds=("projector", "vision", "llm"),
+        draws=True,
         cases=({"keep": 0.75}, {"keep": 2}),
     )
 )

@@ -437,7 +437,7 @@ def fit(features: Path, out: Path, *, minutes: tuple[float, float], batch: int, 
         while (done := (time.time() - start) / (60 * budget)) < 1:
             data["train"].simple = min(1.0, max(0.0, (0.6 - done) / 0.2))
             b = data["train"].batch(draw("train", batch - batch // 8) + draw("easy-train", batch // 8))
-            rate = (1.0, 0.6)[phase] * lr * min(1.0, (step - first + 1) / 60) * min(1.0, (1 - done) / (0.35, 0.7)[phase] + 0.02)
+            rate = (1.0, 0.6)[phase] * lr * min(1.0, (step - first + 1) / 60) * min(1.0, (1 - done) / (0.35, 0.5)[phase] + 0.02)
             for o in optimisers:
                 for g in o.param_groups:
                     g["lr"] = rate
@@ -453,7 +453,7 @@ def fit(features: Path, out: Path, *, minutes: tuple[float, float], batch: int, 
                 for x, y in zip((place, compare[..., :3], compare[..., 3:]), b["targets"][:, :, PREFIX:], strict=True)
             )
             weight = max(0.0, 0.5 * (1 - done / 0.6)) if phase == 0 else 0.0
-            (answer + weight * dense + 0.3 * max(0.0, 1 - done / 0.8) * (mention + dx + dy)).backward()
+            (answer + weight * dense + max(0.0, 1 - done / 0.8) * (0.3 * mention + dx + dy)).backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             for o in optimisers:
                 o.step()

@@ -127,12 +127,11 @@ def easy_items(split: str, count: int) -> Iterator[Item]:
 
 def encode(model: Any, processor: Any, items: Iterable[Item], *, dtype: torch.dtype = torch.float32, size: int = 32) -> Questions:
     """Tokenises ``items`` with the processor's chat template and, where the model allows it, runs tower and projector once per image (``size`` at a time)."""
-    geometry = bind(model).geometry
+    adapter = bind(model)
+    geometry = adapter.geometry
     if geometry.family != "llava":
         raise UnsupportedError(f"questions are laid out for LLaVA, one run of visual tokens per image; this is a {geometry.family} model")
-    tokenizer, tokens = processor.tokenizer, geometry.tokens
-    place = getattr(model.config, "image_token_id", None)
-    place = model.config.image_token_index if place is None else place
+    tokenizer, tokens, place = processor.tokenizer, geometry.tokens, adapter.image_token
     projected, device = takes_projected(model), next(model.parameters()).device
     stored: list[Tensor] = []
     rows: list[Row] = []
@@ -430,7 +429,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fusion", type=int, default=1, help="last layers that see text and visual tokens (default 1)")
     add("--branch-layers", type=int, default=1, help="layers of the side branch (default 1)")
     add("--init", default="copy", choices=("copy", "identity", "random"), help="the branch before training (default copy, of layer SPLIT)")
-    add("--variant", default="lf", choices=("lf", "pc"), help="late fusion, or persistent context (default lf)")
+    add("--variant", default="lf", choices=("lf", "pc", "kv"), help="late fusion; persistent context, or the same with keys and values only (default lf)")
     add("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3 for the bundled VLM; the paper's 7B model takes 1e-4)")
     add("--steps", type=int, default=600, help="optimiser steps (default 600)")
     add("--batch", type=int, default=32, help="questions per step (default 32)")
