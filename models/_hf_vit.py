@@ -33,10 +33,26 @@ def _attention(block: Any) -> Any:
     return block.self_attn if hasattr(block, "self_attn") else block.attention
 
 
+def _nested(block: Any) -> bool:
+    """DINOv2 before its rewrite in transformers (5.17): projections one module deeper, and no block takes a mask."""
+    return hasattr(_attention(block), "attention")
+
+
+def mask_name(model: Any) -> str | None:
+    """The blocks' keyword for an additive mask, ``None`` if they have none."""
+    return None if _nested(layers(model)[0]) else "attention_mask"
+
+
 def _attend(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     if hasattr(block, "self_attn"):  # CLIP, SigLIP
         return x + block.self_attn(hidden_states=block.layer_norm1(x), attention_mask=mask)[0]
-    y = block.attention(block.norm1(x), attention_mask=mask)[0]
+    z = block.norm1(x)
+    if _nested(block):
+        q, k, v, scale = _project(block, {name: m(z) for name, m in _capture(block).items()})
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).reshape(z.shape)
+        y = block.attention.output(mixed, z)
+    else:
+        y = block.attention(z, attention_mask=mask)[0]
     return block.drop_path(block.layer_scale1(y)) + x
 
 
@@ -48,14 +64,15 @@ def _feed(block: Any, x: Tensor) -> Tensor:
 
 def _capture(block: Any) -> dict[str, nn.Module]:
     a = _attention(block)
-    return {"q": a.q_proj, "k": a.k_proj, "v": a.v_proj}
+    return {"q": a.attention.query, "k": a.attention.key, "v": a.attention.value} if _nested(block) else {"q": a.q_proj, "k": a.k_proj, "v": a.v_proj}
 
 
 def _project(block: Any, caught: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, float]:
     a = _attention(block)
-    shape = (*caught["q"].shape[:2], -1, a.head_dim)
+    width = a.attention.attention_head_size if _nested(block) else a.head_dim
+    shape = (*caught["q"].shape[:2], -1, width)
     q, k, v = (caught[n].view(shape).transpose(1, 2) for n in "qkv")
-    return q, k, v, a.head_dim**-0.5
+    return q, k, v, width**-0.5
 
 
 def prefix(model: Any) -> int:
@@ -77,7 +94,7 @@ def describe(model: Any, used: int, root: nn.Module | None = None) -> Tower:
         blocks=layers(model)[:used],
         prefix=prefix(model),
         grid=(side, side),
-        mask="attention_mask",
+        mask=mask_name(model),
         attend=_attend,
         feed=_feed,
         capture=_capture,

@@ -21,14 +21,15 @@ from .base import PlannedCut
 class Tower:
     """A family's description of its tower. ``root`` the module whose call is one pass; ``blocks`` those whose output is used; ``attend(block, x, mask)`` and
     ``feed(block, x)`` the two residual halves made of the block's own children; ``capture(block)`` modules whose outputs :attr:`project` turns into q, k, v
-    (``[B, H, n, d]`` each) and a scale; ``mask`` the block's keyword for an additive mask; ``resize(pixels, rows, columns)`` fewer pixels in, as call
+    (``[B, H, n, d]`` each) and a scale; ``mask`` the block's keyword for an additive mask (``None``: it takes none, so that every block has to be
+    composed of its halves); ``resize(pixels, rows, columns)`` fewer pixels in, as call
     keywords; ``pixels`` the root's keyword for them."""
 
     root: nn.Module
     blocks: Sequence[nn.Module]
     prefix: int
     grid: tuple[int, int]
-    mask: str
+    mask: str | None
     attend: Callable[[nn.Module, Tensor, Tensor | None], Tensor]
     feed: Callable[[nn.Module, Tensor], Tensor]
     capture: Callable[[nn.Module], dict[str, nn.Module]]
@@ -141,6 +142,7 @@ class TowerEngine:
         self.local = threading.local()
         self.pixels = [c for c in cuts if c.site == "pixels"]
         self.proportional = any(c.proportional for c in cuts)
+        self.mask = tower.mask or "attention_mask"  # a composed block takes any name
         ledger.before(tower.root, self._open)
         for i, block in enumerate(tower.blocks):
             mine = [c for c in cuts if c.site == f"vision.{i}"]
@@ -150,7 +152,7 @@ class TowerEngine:
             if mine:
                 for name, module in tower.capture(block).items():
                     ledger.after(module, self._catcher(name))
-            if inside:
+            if inside or (tower.mask is None and cuts):
                 self._probe(block, i)
                 ledger.replace(block, "forward", self._composed(block, inside))
             ledger.after(block, self._leaver(block, behind))
@@ -192,10 +194,10 @@ class TowerEngine:
         bias = self._bias(args[0] if args else kwargs["hidden_states"])
         if bias is None:
             return None
-        given = args[1] if len(args) > 1 else kwargs.get(self.tower.mask)
+        given = args[1] if len(args) > 1 else kwargs.get(self.mask)
         if given is not None:
             raise UnsupportedError("the tower was given an attention mask of its own; pruning and merging inside it need unmasked images")
-        return (args[0], bias, *args[2:]) if len(args) > 1 else args, kwargs if len(args) > 1 else {**kwargs, self.tower.mask: bias}
+        return (args[0], bias, *args[2:]) if len(args) > 1 else args, kwargs if len(args) > 1 else {**kwargs, self.mask: bias}
 
     def _bias(self, x: Tensor) -> Tensor | None:
         """``[G, 1, 1, P + n]`` added to the logits: log sizes (proportional attention) and -inf on padding; ``None`` while it would be zero."""
@@ -254,7 +256,7 @@ class TowerEngine:
         return leave
 
     def _composed(self, block: Any, cuts: list[PlannedCut]) -> Callable:
-        name = self.tower.mask
+        name = self.mask
 
         def forward(x: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
             x = self.tower.attend(block, x, kwargs.get(name, mask))
@@ -270,7 +272,7 @@ class TowerEngine:
         noise = torch.randn(2, self.tower.prefix + 7, width, generator=torch.Generator().manual_seed(0)).to(parameter.device, parameter.dtype)
         modes = {m: m.training for m in block.modules()}
         block.eval()
-        want = block(noise, None)
+        want = block(noise) if self.tower.mask is None else block(noise, None)
         want = want[0] if isinstance(want, tuple) else want
         got = self.tower.feed(block, self.tower.attend(block, noise, None))
         for module, mode in modes.items():

@@ -47,7 +47,9 @@ class HfVit:
             prefix=prefix,
         )
 
-    tower_mask = "attention_mask"
+    @property
+    def tower_mask(self) -> str | None:
+        return _hf_vit.mask_name(self.model)
 
     def tower_blocks(self) -> list[nn.Module]:
         return _hf_vit.layers(self.model)

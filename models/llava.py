@@ -2,153 +2,70 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..ledger import UndoLedger
 from ..types import Geometry, UnsupportedError
 from . import _hf_vit
-from ._cost import Shapes
-from ._decoder import Decoder, DecoderEngine, Request, sentinel
-from ._tower import Run, TowerEngine
+from ._mllm import Mllm
+from ._tower import TowerEngine
 from .base import ADAPTERS, AdapterInfo, PlannedCut
 
-TEXT = ("LlamaModel", "MistralModel", "Qwen2Model")
 
-
-class Llava:
+class Llava(Mllm):
     """One bound LLaVA."""
 
     def __init__(self, model: Any):
-        self.model = model
         core, config = model.model, model.config
-        self.core, self.tower, self.projector, self.lm = core, core.vision_tower, core.multi_modal_projector, core.language_model
-        self.arch = _hf_vit.arch(self.tower)
-        self.image_token = config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
-        if self.arch is None:
+        self.tower = core.vision_tower
+        arch = _hf_vit.arch(self.tower)
+        if arch is None:
             raise UnsupportedError(f"LLaVA with a {type(self.tower).__name__} tower is not supported; there are CLIP, SigLIP and DINOv2")
-        if type(self.lm).__name__ not in TEXT:
-            raise UnsupportedError(f"LLaVA with a {type(self.lm).__name__} language model is not supported; there are {', '.join(TEXT)}")
         depth = len(_hf_vit.layers(self.tower))
         feature = config.vision_feature_layer
         # hidden_states[0] is the embedding, so index i is the output of block i - 1; a list of layers needs equal lengths, so no block may cut.
         self.used = feature % (depth + 1) if isinstance(feature, int) else 0
-        side = self.tower.config.image_size // self.tower.config.patch_size
-        self.prefix = _hf_vit.prefix(self.tower)
-        if (config.vision_feature_select_strategy == "default") != (self.prefix == 1):
+        v = self.tower.config
+        side, prefix = v.image_size // v.patch_size, _hf_vit.prefix(self.tower)
+        if (config.vision_feature_select_strategy == "default") != (prefix == 1):
             raise UnsupportedError(
-                f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with a {self.arch} tower "
+                f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with a {arch} tower "
                 "gives the language model something else than the patches"
             )
-        tokens, text = side * side, config.text_config
-        tower = frozenset({"projections", "prefix"} | ({"class_token"} if self.prefix else set()))
-        self.geometry = Geometry(
+        self.tower_mask = _hf_vit.mask_name(self.tower)
+        tower = frozenset({"projections", "prefix"} | ({"class_token"} if prefix else set()))
+        geometry = Geometry(
             family="llava",
-            arch=self.arch,
-            tokens=tokens,
+            arch=arch,
+            tokens=side * side,
             grid=(side, side),
-            prefix=self.prefix,
+            prefix=prefix,
             vision_layers=self.used,
             vision_depth=depth,
-            llm_layers=text.num_hidden_layers,
+            llm_layers=config.text_config.num_hidden_layers,
             provides={"pixels": frozenset(), "vision": tower, "projector": frozenset(), "llm": frozenset({"query_attention", "layers"})},
         )
-        v = self.tower.config
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.cost = Shapes(
-            vd=v.hidden_size,
-            vf=getattr(v, "intermediate_size", None) or int(v.hidden_size * v.mlp_ratio),
-            vheads=v.num_attention_heads,
-            vdepth=depth,
-            patch=3 * v.patch_size**2 * v.hidden_size,
-            prefix=self.prefix,
-            proj=sum(m.weight.numel() for m in self.projector.modules() if isinstance(m, nn.Linear)),
-            d=text.hidden_size,
-            heads=text.num_attention_heads,
-            hd=head,
-            kv=text.num_key_value_heads,
-            f=text.intermediate_size,
-            depth=text.num_hidden_layers,
-            vocab=text.vocab_size,
-            bytes=next(self.lm.parameters()).element_size(),
-        )
-
-    tower_mask = "attention_mask"
+        vision = {
+            "vd": v.hidden_size,
+            "vf": getattr(v, "intermediate_size", None) or int(v.hidden_size * v.mlp_ratio),
+            "vheads": v.num_attention_heads,
+            "vdepth": depth,
+            "patch": 3 * v.patch_size**2 * v.hidden_size,
+            "prefix": prefix,
+        }
+        image = config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
+        super().__init__(model, geometry=geometry, projector=core.multi_modal_projector, lm=core.language_model, image_token=image, vision=vision)
 
     def tower_blocks(self) -> list[nn.Module]:
         return _hf_vit.layers(self.tower)[: self.used]
 
-    def decoder_layers(self) -> list[nn.Module]:
-        return list(self.lm.layers)
-
-    def all_layers(self) -> list[nn.Module]:
-        return self.decoder_layers()
-
-    def branch(self, layer: int) -> nn.Module:
-        """A copy of decoder layer ``layer`` that belongs to nobody (its hooks are not copied)."""
-        source = self.lm.layers[layer]
-        parameter = next(source.parameters())
-        with torch.random.fork_rng(devices=[]):  # the throw-away initialisation must not move the user's random numbers
-            fresh = type(source)(self.lm.config, layer_idx=layer).to(parameter.device, parameter.dtype)
-        fresh.load_state_dict(source.state_dict())
-        return copy.deepcopy(fresh).train(source.training)
-
-    def reseed(self, seed: int) -> None:
-        for engine in self.engines:
-            engine.seed = seed
-
-    def install(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, seed: int) -> None:
-        tower = [c for c in cuts if c.site == "pixels" or c.site.startswith("vision.")]
-        projector = [c for c in cuts if c.site == "projector"]
-        inner = [c for c in cuts if c.site.startswith("llm.")]
-        entry = bool(tower or projector)
-        engine: TowerEngine | None = None
-        if entry:
-            last: dict[str, Run] = {}
-            described = _hf_vit.describe(self.tower, self.used if tower else 0)
-            engine = TowerEngine(described, tower, ledger, seed=seed, done=lambda run: last.__setitem__("run", run), tokens=self.geometry.tokens)
-
-            def expand(module: nn.Module, args: tuple, kwargs: dict, features: Tensor) -> Tensor | None:
-                run = last.pop("run", None)
-                if run is None:
-                    return None
-                for cut in projector:
-                    view = run.view(features, cut, grid=self.geometry.grid, prefix=0, depth=1, seed=engine.seed, sources={})
-                    selection = cut.select(view)
-                    if selection is not None:
-                        features = run.apply(features, selection, cut)
-                recorder.vision(run)
-                if (
-                    features.shape[1] == run.tokens
-                    and bool(run.valid.all())
-                    and torch.equal(run.index, torch.arange(run.tokens, device=run.index.device).expand_as(run.index))
-                ):
-                    return features
-                g, _, c = features.shape
-                out = sentinel(c, features).expand(g, run.tokens + 1, c)
-                where = torch.where(run.valid, run.index, run.tokens)
-                return out.scatter(1, where[..., None].expand(-1, -1, c), features)[:, : run.tokens]
-
-            ledger.after(self.projector, expand)
-
-        def done(request: Request) -> None:
-            decoder.finish_counts(request)
-            recorder.finished(request)
-
-        decoder = DecoderEngine(
-            Decoder(self.model, self.lm, self.lm.layers, lambda ids: ids == self.image_token, self.geometry.tokens, self.geometry.grid),
-            inner,
-            ledger,
-            positions=positions,
-            entry=entry,
-            seed=seed,
-            done=done,
-        )
-        self.engines = [e for e in (engine, decoder) if e is not None]
+    def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> TowerEngine:
+        described = _hf_vit.describe(self.tower, self.used if cuts else 0)
+        return TowerEngine(described, cuts, ledger, seed=seed, done=done, tokens=self.geometry.tokens)
 
 
 # ----------------------------------------------------------------------------------------------------------- tiny models

@@ -85,10 +85,21 @@ def _vision_parts(tower: nn.Module, pixel_values: Tensor) -> tuple[Tensor, list[
     return x, [(block, block.norm1, block.attention) for block in tower.encoder.layer]
 
 
+def projections(attention: nn.Module) -> list[nn.Module]:
+    """Query, key and value projections; DINOv2 of transformers 5.17 has them one module deeper."""
+    inner = getattr(attention, "attention", None)
+    return [attention.q_proj, attention.k_proj, attention.v_proj] if inner is None else [inner.query, inner.key, inner.value]
+
+
+def run_block(block: nn.Module, x: Tensor) -> Tensor:
+    """One vision block, unmasked; DINOv2's of transformers 5.17 takes no mask at all."""
+    return block(x) if hasattr(getattr(block, "attention", None), "attention") else block(x, None)
+
+
 def flowcut_layer_scores(x: Tensor, norm: nn.Module, attention: nn.Module, heads: int) -> tuple[list[float], list[float]]:
     """FlowCut (arXiv 2505.19536, eq. for S = (norm(I^a) + norm(I^s)) * I^d) on one image: x [1+n, D], CLS first. Returns (a, S) over the n patches."""
     z = norm(x)
-    q, k, v = attention.q_proj(z), attention.k_proj(z), attention.v_proj(z)
+    q, k, v = (m(z) for m in projections(attention))
     tokens, d = x.shape[0], q.shape[1] // heads
     # a_j = mean_h softmax_j(q_CLS . k_j / sqrt(d)) over all n+1 keys
     a = _mean_over_heads([_softmax([_dot(_head(q, h, d)[0], _head(k, h, d)[j]) / math.sqrt(d) for j in range(tokens)]) for h in range(heads)])[1:]
@@ -166,7 +177,7 @@ def flowcut_oracle(tower: nn.Module, pixel_values: Tensor, target: int, select_l
                 entropy_ratios.append(flowcut_entropy_ratio(a))
                 previous = cumulative[b]
                 cumulative[b] = score if previous is None else [0.5 * previous[j] + 0.5 * score[j] for j in range(n)]
-        hidden = [block(hidden[b][None], None)[0] for b in range(images)]
+        hidden = [run_block(block, hidden[b][None])[0] for b in range(images)]
         if n > target and rho >= 0 and rho % 2 == 0:
             if rho == 0:
                 count = target

@@ -40,7 +40,8 @@ def test_llava_flops_equal_the_counter(tiny, variant, method, options):
         real = _count(model, one)
         report = handle.report()
     assert report.dense_flops == pytest.approx(dense, rel=1e-3)
-    slack = 0.02 if method == "tome" else 2e-3  # ToMe's own matching is counted by torch and not by the report
+    # ToMe's own matching is counted by torch and not by the report; fused attention in a composed block (DINOv2 on transformers 5.17) the other way round.
+    slack = 0.02 if method == "tome" else 3e-3
     assert report.flops == pytest.approx(real, rel=slack)
 
 

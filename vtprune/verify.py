@@ -449,6 +449,8 @@ def _masks(c: _Case, report: Report) -> tuple[list[Tensor], Tensor, UndoLedger]:
         per_block.append(gone)
     if tower:
         gone = tower[-1][1]
+        if c.adapter.tower_mask is None:
+            raise _Skip("this tower's blocks take no mask, so nothing can be hidden from the dense model")
         hide_in_tower(ledger, c.adapter.tower_blocks(), c.adapter.tower_mask, c.geometry.prefix, per_block)
     if not c.mllm:
         return [], torch.empty(0), ledger

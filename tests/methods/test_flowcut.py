@@ -126,7 +126,7 @@ def slow(model: nn.Module, image: Tensor, target: int, *, query: str = "class", 
         block, n, remaining = blocks[index], len(alive), len(blocks) - 2 - index
         z = (block.layer_norm1 if hasattr(block, "layer_norm1") else block.norm1)(x)
         a = block.self_attn if hasattr(block, "self_attn") else block.attention
-        q, k, v = (m(z).view(len(z), 4, 8) for m in (a.q_proj, a.k_proj, a.v_proj))
+        q, k, v = (m(z).view(len(z), 4, 8) for m in O.projections(a))
         q0, v0 = (q[0], v[0]) if query == "class" else (q.sum(0) / len(q), v.sum(0) / len(v))
         keys = range(len(z))
         similar_keys = range(prefix, len(z)) if semantic == "paper" else keys
@@ -140,7 +140,7 @@ def slow(model: nn.Module, image: Tensor, target: int, *, query: str = "class", 
         attention, similar = attention[prefix:], similar[prefix:]
         strength = [float(v[j].mean(0).abs().sum()) for j in range(prefix, len(z))]
         score = [(attention[j] / sum(attention) + similar[j] / sum(similar)) * strength[j] for j in range(n)]
-        x = block(x[None], None)[0]
+        x = O.run_block(block, x[None])[0]
         if n > target:
             running = score if running is None else [ema * old + (1 - ema) * new for old, new in zip(running, score, strict=True)]
             if remaining % every == 0:
