@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """Widths of a model. Vision: ``vd`` width, ``vf`` MLP width, ``vdepth`` blocks run, ``vmlp`` matrices in its MLP (2, gated 3), ``patch`` multiply-adds
-    per patch of the
-    patch embedding. Projector: ``proj`` multiply-adds per token. Language model: ``d`` width, ``heads`` x ``hd``, ``kv`` heads, ``f`` MLP width, ``depth``
-    layers, ``vocab``."""
+    """Widths of a model.
+
+    Vision: ``vd`` width, ``vf`` MLP width, ``vdepth`` blocks run, ``vmlp`` matrices in its MLP (2, gated 3), ``patch`` multiply-adds per patch of the patch
+    embedding, ``group`` patches that one visual token stands for (merger, pixel shuffle). Projector: ``proj`` multiply-adds per token. Language model: ``d``
+    width, ``heads`` x ``hd``, ``kv`` heads, ``f`` MLP width, ``depth`` layers, ``vocab``.
+    """
 
     vd: int
     vf: int
@@ -18,6 +20,7 @@ class Shapes:
     vdepth: int
     patch: int
     prefix: int
+    group: int = 1
     vmlp: int = 2
     proj: int = 0
     d: int = 0

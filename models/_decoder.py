@@ -64,6 +64,7 @@ class Request:
     layer_tokens: list[list[int]] = field(default_factory=list)  # per layer, per sample
     text_tokens: list[int] = field(default_factory=list)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
+    branched: dict[int, list[int]] = field(default_factory=dict)  # stage -> per sample, visual tokens that its side branch ran over
     cached: dict[int, Level] = field(default_factory=dict)  # layers whose cache holds more rows than pass through them
     keys_only: dict[int, list[int]] = field(default_factory=dict)  # layer -> per sample, visual tokens that gave it keys and values only
     vision: Any = None
@@ -167,12 +168,15 @@ class DecoderEngine:
         call.cache = kwargs.get("past_key_values")
         known = call.cache is not None and call.cache in self.requests
         filled = call.cache is not None and call.cache.get_seq_length() > 0
+        ids = args[0] if args else kwargs.get("input_ids")
+        seen = any(v is not None and len(v) for k, v in kwargs.items() if k.startswith("pixel_values") or k == "mm_encoder_outputs")
+        if filled and seen and ids is not None and bool(self.d.spans(ids).any()):
+            raise UnsupportedError("visual tokens in a continuation of a cache cannot be pruned; start a new prompt with the whole conversation")
         if known and filled:
             call.request = self.requests[call.cache]
             return None
         if filled:
             return None  # a request whose prompt was read without this attachment: it stays dense
-        ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             raise UnsupportedError("pruning needs input_ids to find the visual tokens; inputs_embeds alone do not tell where they are")
         call.visual = self.d.spans(ids)
@@ -201,6 +205,8 @@ class DecoderEngine:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = self.call
         if call is None or (call.request is None and not call.prefill):
+            if call is not None and call.cache is not None:
+                self._check_dense(call.cache, kwargs)
             return None
         if module.training and getattr(module, "gradient_checkpointing", False):
             raise UnsupportedError(
@@ -247,6 +253,15 @@ class DecoderEngine:
         mask = level.valid.long()
         return args, {**kwargs, "inputs_embeds": embeds, "attention_mask": mask, "position_ids": ids}
 
+    def _check_dense(self, cache: Any, kwargs: dict) -> None:
+        """A cache that no request here has filled must be whole: a copy of a pruned one has lost what tells which tokens it holds."""
+        held, mask, ids = cache.get_seq_length(), kwargs.get("attention_mask"), kwargs.get("position_ids")
+        total = held + kwargs["inputs_embeds"].shape[1]
+        ragged = len({cache.get_seq_length(i) for i in range(len(self.d.layers))}) > 1
+        longer = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != total
+        if held and not getattr(cache, "is_compileable", False) and (ragged or longer or (ids is not None and int(ids.max()) >= total)):
+            raise UnsupportedError("this cache looks like a copy of a pruned one; only the cache object that the prompt was read into can be continued")
+
     def _enter_decode(self, call: Call, args: tuple, kwargs: dict, embeds: Tensor, mask: Tensor | None) -> tuple[tuple, dict] | None:
         request = call.request
         assert request is not None
@@ -264,6 +279,11 @@ class DecoderEngine:
         ids = kwargs.get("position_ids")
         if ids is None:
             ids = torch.arange(request.length + new - q, request.length + new, device=embeds.device)[None].expand(b, -1)
+        elif mask is None and ids.ndim == 2 and int(ids[0, 0]) != request.length + new - q:
+            raise UnsupportedError(
+                f"this cache holds {base.rows.shape[1]} of {request.length} prompt tokens and {new - q} behind them, so the next position is "
+                f"{request.length + new - q}, not {int(ids[0, 0])}: pass the new tokens alone, or start a new prompt"
+            )
         if self.positions == "compact":
             ids = ids - request.base_shift[:, None]
         tail = torch.ones(b, new, dtype=torch.bool, device=embeds.device) if mask is None else mask[:, request.length :].bool()
@@ -425,7 +445,10 @@ class DecoderEngine:
         if not isinstance(mask, Tensor):
             raise UnsupportedError(f"attention masks of type {type(mask).__name__} (flex attention) cannot be shortened; use sdpa, eager or flash attention")
         width = mask.shape[-1]
-        columns = torch.cat([self._within(base, level), torch.arange(base.rows.shape[1], width, device=x.device).expand(x.shape[0], -1)], dim=1)
+        # A level may hold rows that the base never had (routing from layer 0): every new token sees them, through one more, open column.
+        mask = nn.functional.pad(mask, (0, 1), value=1 if mask.dtype in (torch.bool, torch.long) else 0)
+        before = self._within(base, level, missing=width)
+        columns = torch.cat([before, torch.arange(base.rows.shape[1], width, device=x.device).expand(x.shape[0], -1)], dim=1)
         keep = torch.cat([level.valid, torch.ones(x.shape[0], width - base.rows.shape[1], dtype=torch.bool, device=x.device)], dim=1)
         if mask.ndim == 2:
             out["attention_mask"] = mask.gather(1, columns) * keep.to(mask.dtype)
@@ -521,10 +544,10 @@ class DecoderEngine:
         return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
 
     @staticmethod
-    def _within(level: Level, fresh: Level) -> Tensor:
-        """Columns of ``level`` that hold the rows of ``fresh`` (both ascend in the caller's positions among their valid rows)."""
+    def _within(level: Level, fresh: Level, missing: int = 0) -> Tensor:
+        """Columns of ``level`` that hold the rows of ``fresh``; ``missing`` for rows that it does not hold."""
         size = int(max(level.rows.max(), fresh.rows.max())) + 1
-        at = torch.zeros(level.rows.shape[0], size + 1, dtype=torch.long, device=level.rows.device)
+        at = torch.full((level.rows.shape[0], size + 1), missing, dtype=torch.long, device=level.rows.device)
         place = torch.where(level.valid, level.rows, size)
         at.scatter_(1, place, torch.arange(level.rows.shape[1], device=place.device).expand_as(place))
         return torch.where(fresh.valid, at.gather(1, fresh.rows), 0)
@@ -584,7 +607,7 @@ class DecoderEngine:
         request.keys_only[number] = real.sum(1).tolist()
         attention = module.self_attn
         hidden = module.input_layernorm(made.gather(1, index[..., None].expand(-1, -1, made.shape[-1])))
-        key, value = (p(hidden).view(*index.shape, -1, attention.head_dim).transpose(1, 2) for p in (attention.k_proj, attention.v_proj))
+        key, value = _heads(attention, "k", hidden), _heads(attention, "v", hidden)
         cache = kwargs.get("past_key_values")
         if cache is None:
             from transformers import DynamicCache
@@ -602,6 +625,8 @@ class DecoderEngine:
         rope = self._serve(call, level, call.base, x)["position_embeddings"]
         rows = stash.rows
         real, index = rows >= 0, rows.clamp_min(0)
+        assert call.request is not None
+        call.request.branched[cut.stage] = real.sum(1).tolist()
         v = rows.shape[1]
         seen = torch.ones(v, v, dtype=torch.bool, device=x.device).tril()[None] & real[:, None]
         seen = (seen | torch.eye(v, dtype=torch.bool, device=x.device))[:, None]
@@ -661,10 +686,8 @@ class DecoderEngine:
         """Post-softmax attention of ``rows`` ``[B, R]`` over the level's M tokens, mean over heads, at least float32: ``[B, R, M]``."""
         attention = block.self_attn
         h = block.input_layernorm(x)
-        d = attention.head_dim
-        q = attention.q_proj(h.gather(1, rows[..., None].expand(-1, -1, h.shape[-1])))
-        q = q.view(*q.shape[:2], -1, d).transpose(1, 2)
-        k = attention.k_proj(h).view(*h.shape[:2], -1, d).transpose(1, 2)
+        q = _heads(attention, "q", h.gather(1, rows[..., None].expand(-1, -1, h.shape[-1])))
+        k = _heads(attention, "k", h)
         if rotary is not None:
             cos, sin = (t.expand(x.shape[0], -1, -1) for t in rotary)
             q = _rotate(q, _take(cos, rows), _take(sin, rows))
@@ -703,6 +726,13 @@ class DecoderEngine:
         rows = nn.utils.rnn.pad_sequence(wanted, batch_first=True, padding_value=-1)
         weight = (rows >= 0).double()
         return rows.clamp_min(0), weight / weight.sum(1, keepdim=True).clamp_min(1)
+
+
+def _heads(attention: Any, name: str, x: Tensor) -> Tensor:
+    """Projection ``name`` (q, k, v) of ``x`` ``[B, M, C]`` with the norm per head that Qwen3 has: ``[B, H, M, d]``."""
+    out = getattr(attention, f"{name}_proj")(x).view(*x.shape[:2], -1, attention.head_dim)
+    norm = getattr(attention, f"{name}_norm", None)
+    return (out if norm is None else norm(out)).transpose(1, 2)
 
 
 def _answer_starts(labels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..ledger import UndoLedger
 from ..types import Geometry, UnsupportedError
 from ._cost import Shapes
 from ._decoder import Decoder, DecoderEngine, Request, sentinel
+from ._hf_vit import randomise
 from ._tower import Run, TowerEngine
 from .base import PlannedCut
 
@@ -26,6 +28,12 @@ class Mllm:
     def __init__(self, model: Any, *, geometry: Geometry, projector: Any, lm: Any, image_token: int, vision: dict[str, int]):
         if type(lm).__name__ not in TEXT:
             raise UnsupportedError(f"{geometry.family} with a {type(lm).__name__} language model is not supported; there are {', '.join(TEXT)}")
+        window = getattr(lm.config, "sliding_window", None)
+        if window and ("sliding_attention" in (getattr(lm.config, "layer_types", None) or ()) or type(lm).__name__ == "MistralModel"):
+            raise UnsupportedError(
+                f"sliding-window attention (window {window}) counts rows that pruning removes and is not supported; for prompts that fit into the window, "
+                "load the model with config.text_config.sliding_window=None"
+            )
         self.model, self.geometry, self.projector, self.lm, self.image_token = model, geometry, projector, lm, image_token
         text = lm.config
         self.cost = Shapes(
@@ -75,11 +83,17 @@ class Mllm:
         entry, self.seed, tokens = bool(tower or projector), seed, self.geometry.tokens
         engine: TowerEngine | None = None
         if entry:
-            last: dict[str, Run] = {}
-            engine = self.tower_engine(tower, ledger, seed=seed, done=lambda run: last.__setitem__("run", run))
+            passes = threading.local()  # the tower's pass that the projector's call belongs to
+
+            def passed(run: Run) -> None:
+                passes.last = run
+
+            engine = self.tower_engine(tower, ledger, seed=seed, done=passed)
 
             def expand(module: nn.Module, args: tuple, kwargs: dict, features: Tensor) -> Tensor | None:
-                run = last.pop("run", None) if engine is not None else Run.start(len(features), tokens, features.device)
+                run: Run | None = Run.start(len(features), tokens, features.device)
+                if engine is not None:
+                    run, passes.last = getattr(passes, "last", None), None
                 if run is None:
                     return None
                 for cut in projector:
@@ -115,3 +129,32 @@ class Mllm:
             done=done,
         )
         self.engines = [e for e in (engine, decoder) if e is not None]
+
+
+# ----------------------------------------------------------------------------------------------------------- tiny models
+
+
+def tiny_text(layers: int = 6, **more: Any) -> dict[str, Any]:
+    """Keywords of a Llama-like configuration of a few thousand parameters; grouped keys, 64 words, no sliding window."""
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return {"vocab_size": 64, **sizes, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **more}
+
+
+def tiny_model(kind: Any, config: Any, *, image_token: int, tokens: int, images: tuple[int, ...] = (1, 1), side: int = 32) -> tuple[nn.Module, dict[str, Any]]:
+    """A random model of class ``kind`` and inputs: left-padded prompts of unequal length, ``images`` images each, pixels ``[n, 3, side, side]``."""
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    torch.random.set_rng_state(state)
+    randomise(model, 1)
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    generator = torch.Generator().manual_seed(2)
+    lengths = [14 - 5 * b + n * tokens for b, n in enumerate(images)]  # text and visual tokens
+    ids = torch.zeros(len(images), max(lengths), dtype=torch.long)
+    for b, (length, n) in enumerate(zip(lengths, images, strict=True)):
+        start = max(lengths) - length
+        ids[b, start:] = torch.randint(4, 64, (length,), generator=generator)
+        ids[b, start + 3 : start + 3 + n * tokens] = image_token
+    pixels = torch.randn(sum(images), 3, side, side, generator=generator)
+    return model, {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixels}

@@ -5,13 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..ledger import UndoLedger
 from ..types import Geometry, UnsupportedError
 from . import _hf_vit
-from ._mllm import Mllm
+from ._mllm import Mllm, tiny_model, tiny_text
 from ._tower import TowerEngine
 from .base import ADAPTERS, AdapterInfo, PlannedCut
 
@@ -47,7 +46,12 @@ class Llava(Mllm):
             vision_layers=self.used,
             vision_depth=depth,
             llm_layers=config.text_config.num_hidden_layers,
-            provides={"pixels": frozenset(), "vision": tower, "projector": frozenset(), "llm": frozenset({"query_attention", "layers"})},
+            provides={
+                "pixels": frozenset(),
+                **({"vision": tower} if self.used else {}),
+                "projector": frozenset(),
+                "llm": frozenset({"query_attention", "layers"}),
+            },
         )
         vision = {
             "vd": v.hidden_size,
@@ -93,41 +97,13 @@ def _tiny(tower: str, text: str, layers: int = 6) -> tuple[nn.Module, dict[str, 
     words: dict[str, Any] = {"sliding_window": None} if text != "llama" else {}
     config = LlavaConfig(
         vision_config=visions[tower](**sizes, **extra),
-        text_config=texts[text](
-            vocab_size=64,
-            hidden_size=48,
-            intermediate_size=80,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            **words,
-        ),  # fmt: skip
+        text_config=texts[text](**tiny_text(layers, **words)),
         image_token_index=3,
         image_seq_length=16,
         vision_feature_layer=-2,
         vision_feature_select_strategy="full" if tower == "siglip" else "default",
     )
-    torch_state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config).eval()
-    torch.random.set_rng_state(torch_state)
-    _hf_vit.randomise(model, 1)
-    model.generation_config.pad_token_id = 0
-    model.generation_config.eos_token_id = None
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.zeros(2, 30, dtype=torch.long)
-    for row, start in ((0, 0), (1, 5)):
-        ids[row, start:] = torch.randint(4, 64, (30 - start,), generator=generator)
-        ids[row, start + 3 : start + 19] = 3
-    return model, {
-        "input_ids": ids,
-        "attention_mask": (ids != 0).long(),
-        "pixel_values": torch.randn(2, 3, 32, 32, generator=generator),
-    }
+    return tiny_model(LlavaForConditionalGeneration, config, image_token=3, tokens=16)
 
 
 ADAPTERS.register(

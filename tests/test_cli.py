@@ -150,6 +150,12 @@ def test_bench(capsys, vlm, tmp_path):
     assert "cannot write" in refused(capsys, 1, "bench", "--rows", "no/such/place.png")
     assert "budgets" in refused(capsys, 2, "bench", "--budgets", "2")
     assert "did you mean" in refused(capsys, 1, "bench", "--methods", "unifrom")
+    small = ("bench", "--samples", "1", "--timing", "0")
+    assert "no option" in refused(capsys, 1, *small, "--methods", "uniform", "--option", "foo=1")
+    assert "each once" in refused(capsys, 1, *small, "--methods", "uniform,uniform")
+    assert "must not be negative" in refused(capsys, 1, *small[:3], "--timing", "-1", "--methods", "uniform")
+    assert cli.main([*small, "--methods", "uniform", "--budgets", "0.01"]) == 1
+    assert "no method could be measured" in capsys.readouterr().err
     assert "at least 1" in refused(capsys, 2, "bench", "--samples", "0")
 
 

@@ -33,7 +33,7 @@ def test_public_look_ups():
         vtprune.methods()
     )
     assert set(vtprune.methods()) <= set(vtprune.recipes())
-    assert set(vtprune.adapters()) == {"hf-vit", "llava", "timm-vit"}
+    assert set(vtprune.adapters()) == {"hf-vit", "internvl", "llava", "timm-vit"}
     info = vtprune.describe("flowcut")
     assert info.paper == "arXiv 2505.19536" and info.options["ema"] == 0.5 and all(info.option_help.values())
 
@@ -109,7 +109,7 @@ def test_attach_errors_say_what_would_work(tiny):
         (("tome", {"r": (1, 2)}), "2 entries"),
         (("pyramiddrop", {"ratios": (0.5,)}), "falling fractions"),
         (("fastv", {"effective_tokens": 1e-3}), "cannot reach"),
-        (("fastv", {"effective_tokens": 8, "keep": 3}), "not both"),
+        (("fastv", {"effective_tokens": 8, "keep": 3}), "one budget"),
         (("dpvr-lf", {"split": 6}), "0..5"),
         (("dpvr-lf", {"weights": "none.safetensors"}), "no such file"),
     ]
@@ -261,3 +261,148 @@ def test_bands_give_exactly_keep_cells(rows, columns):
     for keep in range(1, rows * columns + 1):
         cell = bands(rows, columns, keep)
         assert sorted(cell.unique().tolist()) == list(range(keep))
+
+
+def _follow(model, cache, ids, length, **more):
+    mask = torch.ones(1, length, dtype=torch.long)
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), attention_mask=mask, past_key_values=cache, **more)
+
+
+@pytest.mark.parametrize("method", ["uniform", "flowcut", "pyramiddrop"])
+def test_what_cannot_continue_a_pruned_cache_is_refused(tiny, method):
+    """A copy of the cache, a second image, or the whole history again: each would give wrong answers without a word."""
+    import copy
+
+    model, inputs = tiny("llava", "clip-llama")
+    one = {k: v[:1] for k, v in inputs.items()}
+    length = one["input_ids"].shape[1]
+    with vtprune.attach(model, method, keep=4):
+        with torch.no_grad():
+            cache = model(**one, use_cache=True).past_key_values
+        with pytest.raises(UnsupportedError, match="copy of a pruned"):
+            _follow(model, copy.deepcopy(cache), [7], length + 1)
+        with pytest.raises(UnsupportedError, match="continuation"), torch.no_grad():
+            model(**one, past_key_values=cache)
+        if method != "pyramiddrop":  # whose first layers hold the whole prompt, so that generate() finds the new tokens
+            history = torch.cat([one["input_ids"], torch.tensor([[7, 8]])], 1)
+            with pytest.raises(UnsupportedError, match="next position"):
+                model.generate(input_ids=history, attention_mask=torch.ones_like(history), past_key_values=cache, max_new_tokens=2)
+        assert torch.isfinite(_follow(model, cache, [7], length + 1).logits).all()  # the cache itself goes on
+
+
+def test_an_image_behind_a_text_turn_is_refused(tiny):
+    model, inputs = tiny("llava", "clip-llama")
+    one = {k: v[:1] for k, v in inputs.items()}
+    with vtprune.attach(model, "uniform", keep=4), torch.no_grad():
+        cache = model(input_ids=torch.tensor([[5, 6]]), use_cache=True).past_key_values
+        with pytest.raises(UnsupportedError, match="continuation"):
+            model(**{**one, "attention_mask": torch.ones(1, 32, dtype=torch.long)}, past_key_values=cache)
+
+
+def test_threads_do_not_meet_between_tower_and_projector(tiny):
+    """Two threads, each stopped between the tower and the projector until the other is there."""
+    import threading
+
+    model, inputs = tiny("llava", "clip-llama")
+    jobs = [{k: v[:1] for k, v in inputs.items()}, inputs]
+    with vtprune.attach(model, "flowcut", keep=6), torch.no_grad():
+        want = [model(**job).logits for job in jobs]
+        barrier = threading.Barrier(2, timeout=60)
+
+        def wait(module, args):
+            barrier.wait()
+
+        hook = model.model.multi_modal_projector.register_forward_pre_hook(wait)
+        got: dict[int, torch.Tensor] = {}
+
+        def run(k):
+            with torch.no_grad():
+                got[k] = model(**jobs[k]).logits
+
+        threads = [threading.Thread(target=run, args=(k,)) for k in range(2)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        hook.remove()
+    for k in range(2):
+        assert torch.allclose(got[k], want[k], atol=1e-5)
+
+
+def test_sliding_windows_are_refused():
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig
+    from vtprune.models.base import ADAPTERS
+
+    model, _ = ADAPTERS.get("llava").tiny["dinov2-mistral"]()
+    words = {**model.config.text_config.to_dict(), "sliding_window": 8}
+    other = LlavaForConditionalGeneration(LlavaConfig(**{**model.config.to_dict(), "text_config": MistralConfig(**words).to_dict()}))
+    with pytest.raises(UnsupportedError, match="sliding-window"):
+        vtprune.attach(other, "fastv")
+
+
+def test_a_dropped_model_is_freed(tiny):
+    """Attaching keeps nothing alive, and a handle that nobody holds still owns its model."""
+    import copy
+    import gc
+    import weakref
+
+    model = copy.deepcopy(tiny("llava", "clip-llama")[0])
+    vtprune.attach(model, "random")
+    gc.collect()
+    with pytest.raises(VtpruneError, match="attached already"):
+        vtprune.attach(model, "random")
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_budgets_that_contradict_each_other_and_wrong_values_are_refused(tiny):
+    model, _ = tiny("llava", "clip-llama")
+    wrong = [
+        ("pyramiddrop", {"keep": 3, "ratios": (0.5, 0.4, 0.3)}, "one budget"),
+        ("pyramiddrop", {"ratios": (0.5, 0.4, 0.3), "effective_tokens": 0.3}, "one budget"),
+        ("pyramiddrop", {"ratios": 0.5}, "expected a list of numbers"),
+        ("pyramiddrop", {"layers": ()}, "empty"),
+        ("random", {"site": 5}, "expected word"),
+        ("random", {"seed": "abc"}, "seed"),
+        ("dpvr-lf", {"weights": 5}, "expected word"),
+        ("fastv", {"rope": 3}, "expected true or false"),
+        ("fastv", {"effective_tokens": "a"}, "not a number"),
+        ("fastv", {"effective_tokens": 1000}, "above the 16"),
+        ("drop-all", {"layer": 4, "effective_tokens": 0.3}, "cannot reach"),
+    ]
+    for method, options, reason in wrong:
+        with pytest.raises(VtpruneError, match=reason):
+            vtprune.attach(model, method, **options)
+    assert vtprune.solve(model, vtprune.Recipe(name="x", stages=(Stage(method="drop-all", options={"layer": 1}),)), effective_tokens=0.9).stages[0].options == {
+        "layer": 1
+    }
+
+
+@pytest.mark.parametrize("options", [{"split": 2}, {"split": 0}, {"split": 1, "variant": "kv"}, {"split": 1, "fusion": 0}])
+def test_predicted_flops_and_tokens_are_the_reported_ones(tiny, options):
+    """Behind a stage that dropped some: what returns is what was put aside, and a side branch that never runs costs nothing."""
+    from vtprune.solve import _predict
+
+    model, inputs = tiny("llava", "clip-llama")
+    one = {k: v[:1] for k, v in inputs.items()}
+    recipe = Recipe(name="both", stages=(Stage(method="uniform", keep=4), Stage(method="dpvr-lf", options=options)))
+    with torch.no_grad(), vtprune.attach(model, recipe) as handle:
+        model(**one)
+        report, adapter = handle.report(), bind(model)
+    tokens, flops = _predict(adapter.geometry, adapter.cost, recipe, one["input_ids"].shape[1] - 16)
+    assert tokens == pytest.approx(report.effective_tokens) and flops == report.flops
+
+
+def test_damaged_recipe_files_are_refused(tmp_path):
+    good = vtprune.Recipe(name="x", stages=(Stage(method="fastv"),)).to_dict()
+    for name, change in (("stages", {"stages": None}), ("method", {"stages": [{"method": 5}]}), ("options", {"stages": [{"method": "fastv", "options": 5}]})):
+        path = tmp_path / "r.json"
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(VtpruneError, match=name):
+            Recipe.load(path)
+    path.write_bytes(bytes(range(256)))
+    with pytest.raises(VtpruneError, match="not text"):
+        Recipe.load(path)

@@ -10,6 +10,7 @@ import torch
 from vtprune.models.base import ADAPTERS
 
 import vtprune
+from vtprune import cli
 from vtprune.ledger import snapshot
 from vtprune.train import dpvr_lf
 from vtprune.types import VtpruneError
@@ -183,7 +184,7 @@ def arguments(*words: str) -> argparse.Namespace:
 def test_encoded_questions_are_what_the_processor_makes(folder):
     from PIL import Image
 
-    model, processor = dpvr_lf.load(str(folder), "cpu", torch.float32)
+    model, processor = cli.load(argparse.Namespace(model=str(folder), device="cpu", dtype="float32"))
     image, rows = next(dpvr_lf.scene_items("val", 3, 4, 1))
     data = dpvr_lf.encode(model, processor, [(image, rows)])
     assert isinstance(image, Image.Image) and [r.kind for r in data.rows] == [kind for kind, *_ in rows]
@@ -208,9 +209,9 @@ def test_the_command_trains_saves_and_compares(folder, tmp_path, capsys):
     facts, table = dpvr_lf.read_facts(out), json.loads(out.with_suffix(".compare.json").read_text())
     assert (facts["split"], facts["steps"], facts["images"], len(facts["loss"])) == (1, 3, 3, 3)
     assert set(facts["versions"]) == {"torch", "transformers", "vtprune"}
-    assert [r["trained_share"] > 0 for r in table["rows"]] == [False, False, False, False, True]
-    assert table["rows"][0]["flops"] == 1.0 > table["rows"][4]["flops"] > table["rows"][1]["flops"]
-    assert table["rows"][1]["tokens"] == pytest.approx(1 / 4) and table["rows"][4]["tokens"] == pytest.approx(2 / 4)
+    assert [r["trained_share"] > 0 for r in table["rows"]] == [False, False, False, False, False, True]
+    assert table["rows"][0]["flops"] == 1.0 > table["rows"][5]["flops"] > table["rows"][2]["flops"] > table["rows"][1]["flops"]
+    assert table["rows"][1]["tokens"] == pytest.approx(1 / 4) and table["rows"][5]["tokens"] == table["rows"][2]["tokens"] == pytest.approx(2 / 4)
     printed = capsys.readouterr().out
     assert "dpvr-lf, trained" in printed and "easy-vqa" in printed
     assert dpvr_lf.run(arguments(*sizes, "--compare-only")) == 0
@@ -218,7 +219,7 @@ def test_the_command_trains_saves_and_compares(folder, tmp_path, capsys):
 
 
 def test_the_curve_ends_with_the_unpruned_model(folder):
-    model, processor = dpvr_lf.load(str(folder), "cpu", torch.float32)
+    model, processor = cli.load(argparse.Namespace(model=str(folder), device="cpu", dtype="float32"))
     data = dpvr_lf.encode(model, processor, dpvr_lf.scene_items("val", 0, 1, 1))
     curve = dpvr_lf.withdrawal_curve(model, data, **QUIET)
     assert [p["layer"] for p in curve] == [0, 1, 2, 3, 4]

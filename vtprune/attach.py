@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from . import cost
 from .ledger import UndoLedger
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from vtprune.models._decoder import Request
     from vtprune.models._tower import Record, Run
 
-_live: WeakKeyDictionary[Any, Handle] = WeakKeyDictionary()
+# The handle is kept alive by its hooks in the model: a strong value here would keep the model alive for good.
+_live: WeakKeyDictionary[Any, ReferenceType[Handle]] = WeakKeyDictionary()
 _ORDER = {"pixels": 0, "vision": 1, "projector": 2, "llm": 3}
 ATTACH_OPTIONS = ("positions", "seed")
 
@@ -101,8 +102,13 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
     chosen = load_recipe(recipe)
     extra = {name: overrides.pop(name) for name in ATTACH_OPTIONS if name in overrides}
     target = {name: overrides.pop(name) for name in ("effective_tokens", "flops") if overrides.get(name) is not None}
-    if target and overrides.get("keep") is not None:
-        raise VtpruneError(f"give keep= or {next(iter(target))}=, not both")
+    budgets = [*target, *(n for n in ("keep", "ratios", "ratio", "r") if overrides.get(n) is not None)]
+    if len(budgets) > 1:
+        raise VtpruneError(f"give one budget, not {' and '.join(f'{n}=' for n in budgets)}")
+    if any(isinstance(v, bool) or not isinstance(v, int | float) for v in target.values()):
+        raise VtpruneError(f"{next(iter(target))}={next(iter(target.values()))!r} is not a number")
+    if isinstance(extra.get("seed", 0), bool) or not isinstance(extra.get("seed", 0), int) or not 0 <= extra.get("seed", 0) < 2**63:
+        raise VtpruneError(f"seed={extra['seed']!r} is not a whole number from 0 to 2**63 - 1")
     if overrides:
         chosen = chosen.override(**overrides)
     adapter = bind(model)
@@ -174,7 +180,7 @@ class Handle:
             self._ledger.undo()
             raise
         self._model: Any = model
-        _live[model] = self
+        _live[model] = ref(self)
 
     # recorder -------------------------------------------------------------------------------------------------------
 
@@ -318,7 +324,8 @@ class Handle:
         dense = [[total[b] + text[b]] * s.depth for b in range(samples)]
         real = [[c + text[b] for c in layers[b]] for b in range(samples)]  # whose keys and values the layer holds
         whole = [[c - request.keys_only.get(i, [0] * samples)[b] for i, c in enumerate(real[b])] for b in range(samples)]  # that pass through it
-        flops += sum(len(m) * cost.decoder_layer(s, t) for m in self.modules.values() for t in total)  # a routing method's side branch
+        for stage, counts in request.branched.items():  # a routing method's side branch
+            flops += sum(len(self.modules[self._names[stage]]) * cost.decoder_layer(s, n) for n in counts)
         return Report(
             visual_tokens=total,
             stages=tuple(stages),

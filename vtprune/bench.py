@@ -21,7 +21,7 @@ from PIL import Image
 from . import __version__, cost
 from .answer import generate, open_image, prepare
 from .attach import attach, bind, load_recipe
-from .methods.base import METHODS
+from .methods.base import METHODS, make
 from .recipe import Recipe
 from .types import Report, VtpruneError
 
@@ -350,6 +350,13 @@ def table(
     """
     options, labels = options or {}, labels or {}
     recipes = [load_recipe(m) for m in methods]
+    names = [r.name for r in recipes]
+    if not names or len({*names}) < len(names):
+        raise VtpruneError(f"methods must be named, each once; got {', '.join(names) or 'none'}")
+    for recipe in recipes:  # a wrong option is told before the long work
+        make(recipe.stages[-1].method, {**recipe.stages[-1].options, **options.get(recipe.name, {})})
+    if timing < 0 or seeds < 1:
+        raise VtpruneError(f"timing={timing} must not be negative and seeds={seeds} must be at least 1")
     if not budgets or any(not 0 < b <= 1 for b in budgets):
         raise VtpruneError(f"budgets are fractions of the dense tokens in (0, 1], got {list(budgets)}")
     if started is not None:

@@ -23,13 +23,13 @@ def vision(s: Shapes, images: int, patches: int, per_block: Sequence[float], ins
 
     Blocks beyond ``per_block`` (run, but not used by LLaVA) see the last count.
     """
-    counts = list(per_block) or [patches]
-    total = 2 * patches * s.patch
+    counts: list[float] = [n * s.group for n in per_block or [patches]]
+    total = 2 * patches * s.group * s.patch
     counts += [projected if projected is not None and inside else counts[-1]] * (s.vdepth - len(counts))
     for i, n in enumerate(counts):
         after = counts[i + 1] if inside and i + 1 < len(counts) else n
         total += tower_block(s, round(n) + s.prefix, round(after) + s.prefix)
-    total += 2 * round(counts[-1] if projected is None else projected) * s.proj
+    total += 2 * round(counts[-1] / s.group if projected is None else projected) * s.proj
     return images * total
 
 

@@ -91,9 +91,13 @@ class Recipe:
             raise VtpruneError(f"recipe version {data.get('version')!r} is not known here (this is version {VERSION})")
         _only(data, {"type", "version", "name", "source", "stages"}, "recipe")
         stages = []
-        for entry in data.get("stages", ()):
-            if not isinstance(entry, Mapping) or "method" not in entry:
-                raise VtpruneError("every stage of a recipe needs 'method'")
+        if not isinstance(data.get("stages"), list | tuple):
+            raise VtpruneError("a recipe needs 'stages', a list")
+        for entry in data["stages"]:
+            if not isinstance(entry, Mapping) or not isinstance(entry.get("method"), str):
+                raise VtpruneError("every stage of a recipe needs 'method', a name")
+            if not isinstance(entry.get("options") or {}, Mapping):
+                raise VtpruneError(f"the options of stage {entry['method']!r} must be names with values")
             _only(entry, {"method", "keep", "options"}, f"stage {entry['method']!r}")
             stages.append(Stage(method=entry["method"], keep=entry.get("keep"), options=entry.get("options") or {}))
         return Recipe(name=data.get("name", "recipe"), stages=tuple(stages), source=data.get("source", ""))
@@ -106,6 +110,8 @@ class Recipe:
             text = path.read_text()
         except OSError as e:
             raise VtpruneError(f"cannot read recipe {path}: {e.strerror}") from e
+        except UnicodeDecodeError as e:
+            raise VtpruneError(f"cannot read recipe {path}: it is not text") from e
         if path.suffix == ".json":
             try:
                 data = json.loads(text)

@@ -1,4 +1,4 @@
-"""One registry class, four instances: methods, recipes, adapters, kernels. It stores classes and data, never configured instances."""
+"""One registry class, three instances: methods, recipes, adapters. It stores classes and data, never configured instances."""
 
 from __future__ import annotations
 

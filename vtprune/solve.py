@@ -17,7 +17,7 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int) -> tupl
     from .attach import plan
 
     n = geometry.tokens
-    tower, llm, through_llm, now = [], [], [], n
+    tower, llm, through_llm, now, aside = [], [], [], n, n
     cuts = [c for *_, cs in plan(geometry, recipe) for c in cs]
     pixels = [c for c in cuts if c.kind == "pixels"]
     patches = now = (pixels[0].keep or n) if pixels else n
@@ -25,7 +25,7 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int) -> tupl
 
     def outcome(c: Any, now: int) -> int:
         if c.restore:
-            return n
+            return aside
         adaptive = c.data.get("remaining", 0) > 0
         return now if c.keep is None or adaptive else min(c.keep, now)
 
@@ -41,13 +41,16 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int) -> tupl
     for i in range(geometry.llm_layers):
         for c in cuts:
             if c.site == f"llm.{i}":
+                aside = now if c.stash else aside
                 now = outcome(c, now)
         through_llm.append(now)
-        llm.append(n if any(c.context and c.site == f"llm.{i}" for c in cuts) else now)
+        llm.append(aside if any(c.context and c.site == f"llm.{i}" for c in cuts) else now)
     rows = llm or tower
     flops = cost.vision(shapes, 1, patches, tower, inside, through)
     if llm:
         flops += cost.prefill(shapes, [k + text for k in through_llm], [k + text for k in llm])
+        if any(c.restore or c.context for c in cuts):  # the side branch of the last, routing stage
+            flops += recipe.stages[-1].options.get("branch_layers", 1) * cost.decoder_layer(shapes, aside)
     return sum(rows) / len(rows), flops
 
 
@@ -59,7 +62,8 @@ def solve(model: Any, recipe: Any, *, effective_tokens: float | None = None, flo
     Args:
         model: the model that will run it.
         recipe: name, path or :class:`Recipe`.
-        effective_tokens: visual tokens averaged over language-model layers (bare ViT: blocks); a float in (0, 1] is a fraction of the dense model's.
+        effective_tokens: visual tokens averaged over language-model layers (bare ViT: blocks); a float in (0, 1] is a fraction of the dense model's
+            (1.0 all of them, the integer 1 one token).
         flops: tower, projector and prefill of one image; a float in (0, 1] is a fraction of the dense model's.
         inputs: a prompt, for the number of text tokens that ``flops`` counts (default: 32).
 
@@ -77,9 +81,11 @@ def solve(model: Any, recipe: Any, *, effective_tokens: float | None = None, flo
         text = int(inputs["attention_mask"][0].sum()) - geometry.tokens if "attention_mask" in inputs else inputs["input_ids"].shape[1] - geometry.tokens
     column = 0 if flops is None else 1
     target = float(effective_tokens if flops is None else flops)  # type: ignore[arg-type]
-    if target <= 0:
+    if not 0 < target < float("inf"):
         raise VtpruneError(f"the budget must be positive, got {target:g}")
-    if target <= 1:
+    if column == 0 and target > geometry.tokens:
+        raise VtpruneError(f"effective_tokens={target:g} is above the {geometry.tokens} visual tokens of an image")
+    if isinstance(effective_tokens if flops is None else flops, float) and target <= 1:
         dense = (
             float(geometry.tokens),
             cost.vision(shapes, 1, geometry.tokens, []) + (cost.prefill(shapes, [geometry.tokens + text] * geometry.llm_layers) if geometry.llm_layers else 0),
@@ -133,5 +139,7 @@ def _candidates(geometry: Geometry, recipe: Recipe) -> list[Recipe]:
         stages = [replace(last, keep=k, options=_free(last.options)) for k in range(1, geometry.tokens + 1)]
     else:
         name = "layer" if "layer" in info.options else "split"
+        if last.options.get(name) is not None:
+            return [recipe]
         stages = [replace(last, options={**last.options, name: i}) for i in range(geometry.llm_layers)]
     return [replace(recipe, stages=(*recipe.stages[:-1], s)) for s in stages]

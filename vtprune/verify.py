@@ -394,6 +394,11 @@ def verify(model: nn.Module, recipe: Any, inputs: dict[str, Any], **options: Any
     if model.training:
         raise VtpruneError("verify needs the model in evaluation mode: model.eval()")
     chosen = load_recipe(recipe)
+    target = {name: options.pop(name) for name in ("effective_tokens", "flops") if name in options}
+    if target:
+        from .solve import solve
+
+        chosen = solve(model, chosen, **target)
     checks = tuple(check(name, model, chosen, inputs, **options) for name in CHECKS)
     return VerifyReport(chosen.name, checks)
 

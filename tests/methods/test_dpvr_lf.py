@@ -347,6 +347,11 @@ def test_trained_weights_load(tmp_path: Path) -> None:
         save_file(module.state_dict(), tmp_path / "branch.safetensors")
     with vtprune.attach(model, "dpvr-lf", split=3, weights=str(tmp_path / "branch.safetensors")):
         assert torch.equal(B.final(model, inputs)[0], want)
+    save_file(module.state_dict(), tmp_path / "told.safetensors", metadata={"split": "4"})
+    (tmp_path / "words.safetensors").write_text("hello, these are words")
+    for name, reason in (("told", "trained for split=4"), ("words", "not a safetensors file")):
+        with pytest.raises(vtprune.VtpruneError, match=reason):
+            vtprune.attach(model, "dpvr-lf", split=3, weights=str(tmp_path / f"{name}.safetensors"))
     with pytest.raises(vtprune.VtpruneError, match="no such file"):
         vtprune.attach(model, "dpvr-lf", split=3, weights=str(tmp_path / "other.safetensors"))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -122,19 +123,38 @@ def register(info: MethodInfo) -> Callable[[M], M]:
 
 
 def make(name: str, options: Mapping[str, Any]) -> Method:
-    """The method ``name`` with ``options``; an unknown option raises and lists the known ones, so does a value of another type than the default."""
+    """The method ``name`` with ``options``; an unknown option raises and lists the known ones, so does a value of another type than annotated."""
     info = METHODS.get(name)
     unknown = set(options) - set(info.options)
     if unknown:
         known = ", ".join(info.options) or "none"
         raise VtpruneError(f"{name} has no option {sorted(unknown)[0]!r}; its options: {known}")
-    for key, value in options.items():
-        default = info.options[key]
-        kind = (int, float) if isinstance(default, float) else type(default)
-        if default is not None and (not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool)):
-            raise VtpruneError(f"{name}: {key}={value!r}: expected something like {default!r}")
     assert info.cls is not None
+    hints = get_type_hints(info.cls)
+    for key, value in options.items():
+        if not _fits(value, hints[key]):
+            raise VtpruneError(f"{name}: {key}={value!r}: expected {_spoken(hints[key])}")
     return info.cls(**options)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether ``value`` is of the annotated type: unions, tuples of one kind (lists too), numbers, words; an integer is a float, a bool is no number."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, h) for h in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple | list) and all(_fits(v, get_args(hint)[0]) for v in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _spoken(hint: Any) -> str:
+    """A type in words."""
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_spoken(h) for h in get_args(hint) if h is not type(None))
+    if get_origin(hint) is tuple:
+        return f"a list of {_spoken(get_args(hint)[0])}s"
+    return {int: "integer", float: "number", str: "word", bool: "true or false"}.get(hint, str(hint))
 
 
 def option(default: Any, help: str) -> Any:
@@ -153,6 +173,8 @@ def layers(name: str, given: Any, geometry: Geometry, default: tuple[int, ...]) 
     if geometry.llm_layers == 0:
         raise UnsupportedError(f"{name} cuts inside a language model and this model ({geometry.family}) has none")
     found = default if given is None else tuple(given) if isinstance(given, list | tuple) else (given,)
+    if given is not None and not found:
+        raise VtpruneError(f"{name}: the list of layers is empty")
     if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < geometry.llm_layers for i in found) or list(found) != sorted(set(found)):
         raise VtpruneError(f"{name}: layers {list(found)} must ascend and lie in 0..{geometry.llm_layers - 1}")
     return found

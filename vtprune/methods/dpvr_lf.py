@@ -24,7 +24,7 @@ from .base import Cut, Method, MethodInfo, choice, layers, option, register
         keep=None,
         budgeted=False,
         routes=True,
-        cases=({"split": 3}, {"split": 1, "variant": "pc"}, {"split": 1, "variant": "kv"}, {"split": 2, "fusion_rows": "keys"}),
+        cases=({"split": 3}, {"split": 1, "variant": "pc"}, {"split": 1, "variant": "kv"}, {"split": 0, "fusion_rows": "keys"}),
     )
 )
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +84,18 @@ class DpvrLf(Method):
                         else:
                             p.fill_(0.0 if name.endswith("bias") else 1.0)
         if self.weights is not None:
-            from safetensors.torch import load_file
+            from safetensors import SafetensorError, safe_open
 
             if not Path(self.weights).is_file():
                 raise VtpruneError(f"dpvr-lf: no such file {self.weights}")
             try:
-                module.load_state_dict(load_file(self.weights))
+                with safe_open(self.weights, framework="pt") as file:
+                    told, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                if "split" in told and int(told["split"]) != s:
+                    raise VtpruneError(f"dpvr-lf: {self.weights} was trained for split={told['split']}, this is split={s}")
+                module.load_state_dict(state)
+            except SafetensorError as e:
+                raise VtpruneError(f"dpvr-lf: {self.weights} is not a safetensors file: {e}") from e
             except RuntimeError as e:
                 raise VtpruneError(f"dpvr-lf: {self.weights} does not fit {self.branch_layers} layers of this model: {str(e).splitlines()[0]}") from e
         return module

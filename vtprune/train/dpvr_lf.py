@@ -278,7 +278,8 @@ def save(branch: nn.Module, path: Path, facts: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().half().contiguous() for k, v in branch.state_dict().items()}, path, metadata={"format": "pt", "method": METHOD})
+    told: dict[str, str] = {name: str(facts[name]) for name in ("split", "branch_layers") if name in facts}
+    save_file({k: v.detach().cpu().half().contiguous() for k, v in branch.state_dict().items()}, path, metadata={"format": "pt", "method": METHOD, **told})
     path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
@@ -381,12 +382,15 @@ def compare_on(
 ) -> dict[str, Any]:
     """One table: the unpruned model, the image withdrawn at ``split`` without training, DPVR-LF with an untrained branch (identity, copy) and with ``weights``.
 
-    The paper's tables have neither untrained control, so a trained branch is not told apart from what late fusion gives by itself.
+    A second withdrawal, later, spends as many effective tokens as late fusion. The paper's tables have none of these controls, so a trained branch is not
+    told apart from what late fusion gives by itself.
     """
     options = {"split": split, **{k: v for k, v in options.items() if k != "init"}}
+    fusion = options.get("fusion", 1)
     runs: list[tuple[str, str | None, dict[str, Any]]] = [
         ("unpruned", None, {}),
         (f"withdrawn at layer {split}", "drop-all", {"layer": split}),
+        (f"withdrawn at layer {split + fusion}: as many visual tokens as {METHOD}", "drop-all", {"layer": split + fusion}),
         (f"{METHOD}, identity branch, untrained", METHOD, {**options, "init": "identity"}),
         (f"{METHOD}, copied branch, untrained", METHOD, {**options, "init": "copy"}),
     ]
@@ -452,6 +456,9 @@ def _check(args: argparse.Namespace) -> int | None:
     for name in ("scenes", "easy", "val_scenes", "eval_scenes", "eval_easy"):
         if getattr(args, name) < 0:
             raise VtpruneError(f"--{name.replace('_', '-')} must not be negative")
+    for name in ("steps", "batch", "lr", "minutes"):
+        if not getattr(args, name) > 0:
+            raise VtpruneError(f"--{name} must be above 0")
     if not args.compare_only and args.scenes + args.easy == 0:
         raise VtpruneError("--scenes and --easy are both 0: there is nothing to train on")
     if args.split == "auto":
@@ -461,26 +468,16 @@ def _check(args: argparse.Namespace) -> int | None:
     return int(args.split)
 
 
-def load(name: str | None, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """``(model, processor)``, evaluation mode; float32 weights on a CPU, ``dtype`` elsewhere. ``name`` ``None``: the bundled VLM."""
-    weights = torch.float32 if device == "cpu" else dtype
-    try:
-        if name is None:
-            import vtprune
-
-            return vtprune.load_demo_model(device, weights)
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        return AutoModelForImageTextToText.from_pretrained(name, dtype=weights).to(device).eval(), AutoProcessor.from_pretrained(name)
-    except OSError as e:
-        raise VtpruneError(f"cannot load {name or 'the bundled VLM'}: {str(e).splitlines()[0]}") from e
-
-
 def run(args: argparse.Namespace) -> int:
     """``vtprune train dpvr-lf``: split, training, saving, comparison. Returns the exit code; raises :class:`VtpruneError` for what the user can put right."""
     split, dtype = _check(args), DTYPES[args.dtype]
     facts = read_facts(args.out) if args.compare_only else {}
-    model, processor = load(args.model, args.device, dtype)
+    from ..cli import load, output
+
+    for path in (args.out, args.out.with_suffix(".json"), args.out.with_suffix(".compare.json")):
+        output(path)
+    weights = "float32" if args.device == "cpu" else args.dtype  # on a CPU only the arithmetic is short
+    model, processor = load(argparse.Namespace(model=args.model, device=args.device, dtype=weights))
     if args.compare_only:
         options = {k: facts[k] for k in BRANCH if k in facts}
     else:

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..answer import generate, prepare
 from ..attach import attach
 from ..bench import Sample, easy_vqa_samples, environment, evaluate, matches, means, scenes_samples
+from ..cli import load
 from ..ledger import UndoLedger
-from .dpvr_lf import load
 
 
 def majority(samples: Sequence[Sample]) -> dict[str, float]:
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--model", help="a folder (default: the bundled model)")
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
-    model, processor = load(a.model, "cpu", torch.float32)
+    model, processor = load(argparse.Namespace(model=a.model, device="cpu", dtype="float32"))
     result = measure(model, processor, a.scenes, a.easy)
     print(markdown(result))
     print(json.dumps(result["easy_vqa"]))

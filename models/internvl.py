@@ -1,0 +1,80 @@
+"""Hugging Face InternVL (InternVL 2.5, 3, 3.5): ``InternVLForConditionalGeneration``, tiles of one size, pixel shuffle, Qwen2, Qwen3 or Llama text.
+
+Every tile counts as an image: budgets are per tile. Pixel shuffle folds 2 x 2 patches into one visual token, so stages work behind the projector and in the
+language model, never on single patches that would be folded wrongly.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ..types import Geometry, UnsupportedError
+from ._mllm import Mllm, tiny_model, tiny_text
+from .base import ADAPTERS, AdapterInfo
+
+
+class InternVL(Mllm):
+    """One bound InternVL."""
+
+    def __init__(self, model: Any):
+        core, config = model.model, model.config
+        v = config.vision_config
+        (height, width), (ph, pw) = v.image_size, v.patch_size
+        fold = round(1 / config.downsample_ratio)
+        if config.vision_feature_select_strategy != "default" or not isinstance(config.vision_feature_layer, int):
+            raise UnsupportedError("InternVL is known with one vision_feature_layer and vision_feature_select_strategy='default' only")
+        grid = (height // ph // fold, width // pw // fold)
+        geometry = Geometry(
+            family="internvl",
+            arch="internvl",
+            tokens=grid[0] * grid[1],
+            grid=grid,
+            prefix=1,
+            vision_layers=0,
+            vision_depth=v.num_hidden_layers,
+            llm_layers=config.text_config.num_hidden_layers,
+            provides={"projector": frozenset(), "llm": frozenset({"query_attention", "layers"})},
+        )
+        vision = {
+            "vd": v.hidden_size,
+            "vf": v.intermediate_size,
+            "vheads": v.num_attention_heads,
+            "vdepth": v.num_hidden_layers,
+            "patch": v.num_channels * ph * pw * v.hidden_size,
+            "prefix": 1,
+            "group": fold * fold,
+        }
+        lm, image = core.language_model, config.image_token_id
+        super().__init__(model, geometry=geometry, projector=core.multi_modal_projector, lm=lm, image_token=image, vision=vision)
+
+
+def _tiny(text: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Random; 16 visual tokens a tile, one prompt with one tile and one with two, left-padded."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
+
+    classes = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+    config = InternVLConfig(
+        vision_config=InternVLVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=[32, 32], patch_size=[4, 4]
+        ).to_dict(),
+        text_config=classes[text](**tiny_text(**({"head_dim": 12} if text == "qwen3" else {}))).to_dict(),
+        image_token_id=3,
+        image_seq_length=16,
+    )
+    return tiny_model(InternVLForConditionalGeneration, config, image_token=3, tokens=16, images=(2, 1))
+
+
+ADAPTERS.register(
+    "internvl",
+    AdapterInfo(
+        name="internvl",
+        idea="InternVL on transformers (tiles; behind the projector and in the language model), Qwen2 / Qwen3 / Llama text",
+        matches=lambda m: type(m).__name__ == "InternVLForConditionalGeneration",
+        bind=InternVL,
+        tiny={t: partial(_tiny, t) for t in ("qwen2", "qwen3")},
+    ),
+)
