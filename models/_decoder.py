@@ -327,7 +327,7 @@ class DecoderEngine:
                     changed = self._cut(call, cut, changed)
             context = [cut for cut in cuts if cut.context and cut.stage in call.stash]
             for cut in context:
-                kwargs = {**kwargs, **self._context(call, cut, number, module, changed, kwargs)}
+                kwargs = {**kwargs, **self._context(call, cut, module, changed, kwargs)}
             self._count(call, number + 1)
             level = call.level
             assert level is not None
@@ -405,13 +405,16 @@ class DecoderEngine:
             raise UnsupportedError("visual tokens that give only keys and values need a mask that flash attention does not take; use sdpa or eager attention")
         if isinstance(mask, Tensor) and mask.ndim == 2:  # flash attention: padding only
             return None if bool(level.valid.all()) else level.valid.to(mask.dtype)
-        simple = keys is None and bool(level.valid.all())
+        if mask is None and keys is None and bool(level.valid.all()):
+            return None
+        if mask is None and flash:
+            return level.valid.long()
         keys = level if keys is None else keys
         own = nn.functional.pad(torch.eye(m, dtype=torch.bool, device=x.device), (keys.rows.shape[1] - m, 0))
         seen = (keys.rows[:, None] <= level.rows[..., None]) & keys.valid[:, None]
         seen = (seen | own)[:, None]  # a padding row sees itself, so no row is empty
         if mask is None:
-            return None if simple else level.valid.long() if flash else seen
+            return seen
         if not isinstance(mask, Tensor):
             raise UnsupportedError(f"attention masks of type {type(mask).__name__} (flex attention) cannot be shortened; use sdpa, eager or flash attention")
         mask = mask.expand(x.shape[0], -1, -1, -1)
@@ -579,7 +582,7 @@ class DecoderEngine:
             back += [torch.tensor([i for i, p in enumerate(group.tolist()) if p in there], dtype=torch.long) for group in images]
         request.records.append(Record(cut.site, cut.stage, [0] * len(back), [len(k) for k in back], back, None))
 
-    def _context(self, call: Call, cut: PlannedCut, number: int, module: Any, x: Tensor, kwargs: dict) -> dict[str, Any]:
+    def _context(self, call: Call, cut: PlannedCut, module: Any, x: Tensor, kwargs: dict) -> dict[str, Any]:
         """Routing (DPVR, arXiv 2606.09131, variant KV): the stashed visual rows, changed by the side branch, give this layer keys and values and nothing else.
 
         They are put into the layer's cache ahead of its own rows; without a cache, into one that lives for this layer only.
@@ -595,7 +598,7 @@ class DecoderEngine:
             valid, visual = (torch.cat([real, own], 1) for own in (level.valid, level.visual))
             # Shifts count from level 0, whose own is known to every decoding step.
             shift = torch.zeros_like(old.shift) if old is request.levels[0] else old.shift
-            keys = Level(number, rows, valid, visual, parent, shift)
+            keys = Level(cut.layer, rows, valid, visual, parent, shift)
             here = self._within(old, level)
             serving: dict[str, Any] = {"position_embeddings": tuple(_take(t, here) for t in tables)}
             if served.get("position_ids") is not None:
@@ -603,8 +606,8 @@ class DecoderEngine:
             serving["attention_mask"] = self._mask_prefill(level, call.base.get("attention_mask"), x, keys)
             stash.joined = keys, serving
             self._record_return(request, cut, old)
-        request.cached[number], serving = stash.joined
-        request.keys_only[number] = real.sum(1).tolist()
+        request.cached[cut.layer], serving = stash.joined
+        request.keys_only[cut.layer] = real.sum(1).tolist()
         attention = module.self_attn
         hidden = module.input_layernorm(made.gather(1, index[..., None].expand(-1, -1, made.shape[-1])))
         key, value = _heads(attention, "k", hidden), _heads(attention, "v", hidden)
@@ -613,7 +616,7 @@ class DecoderEngine:
             from transformers import DynamicCache
 
             cache = DynamicCache()
-        cache.update(_rotate(key, *(_take(t, index) for t in tables)), value, number)
+        cache.update(_rotate(key, *(_take(t, index) for t in tables)), value, cut.layer)
         return {**serving, "past_key_values": cache}
 
     def _branch(self, call: Call, cut: PlannedCut, stash: Stash) -> Tensor:

@@ -13,7 +13,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from . import cost
 from .ledger import UndoLedger
-from .methods.base import Cut, Method, make
+from .methods.base import OWN_BUDGETS, Cut, Method, make
 from .recipe import Recipe, Stage, resolve
 from .recipes import RECIPES
 from .types import Geometry, Report, Selection, StageReport, TokenView, UnsupportedError, VtpruneError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _live: WeakKeyDictionary[Any, ReferenceType[Handle]] = WeakKeyDictionary()
 _ORDER = {"pixels": 0, "vision": 1, "projector": 2, "llm": 3}
 ATTACH_OPTIONS = ("positions", "seed")
+TARGETS = ("effective_tokens", "flops")  # budgets that the solver turns into a schedule
 
 
 def bind(model: nn.Module) -> Any:
@@ -101,14 +102,15 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
         raise VtpruneError("this model is attached already; call remove() on its handle first, or put all stages into one recipe")
     chosen = load_recipe(recipe)
     extra = {name: overrides.pop(name) for name in ATTACH_OPTIONS if name in overrides}
-    target = {name: overrides.pop(name) for name in ("effective_tokens", "flops") if overrides.get(name) is not None}
-    budgets = [*target, *(n for n in ("keep", "ratios", "ratio", "r") if overrides.get(n) is not None)]
+    target = {name: overrides.pop(name) for name in TARGETS if overrides.get(name) is not None}
+    budgets = [*target, *(n for n in ("keep", *OWN_BUDGETS) if overrides.get(n) is not None)]
     if len(budgets) > 1:
         raise VtpruneError(f"give one budget, not {' and '.join(f'{n}=' for n in budgets)}")
     if any(isinstance(v, bool) or not isinstance(v, int | float) for v in target.values()):
         raise VtpruneError(f"{next(iter(target))}={next(iter(target.values()))!r} is not a number")
-    if isinstance(extra.get("seed", 0), bool) or not isinstance(extra.get("seed", 0), int) or not 0 <= extra.get("seed", 0) < 2**63:
-        raise VtpruneError(f"seed={extra['seed']!r} is not a whole number from 0 to 2**63 - 1")
+    seed = extra.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise VtpruneError(f"seed={seed!r} is not a whole number from 0 to 2**63 - 1")
     if overrides:
         chosen = chosen.override(**overrides)
     adapter = bind(model)

@@ -281,16 +281,14 @@ def cmd_verify(args: argparse.Namespace) -> int:
     import vtprune
 
     from .answer import open_image, prepare
-    from .attach import ATTACH_OPTIONS, load_recipe
+    from .attach import load_recipe
     from .data import scenes
 
-    recipe, options = load_recipe(args.recipe), overrides(args)
-    passed = {name: options.pop(name) for name in (*ATTACH_OPTIONS, "effective_tokens", "flops") if name in options}
-    recipe = recipe.override(**options) if options else recipe
+    recipe = load_recipe(args.recipe)
     images = [open_image(args.image)] * 2 if args.image else [Image.fromarray(scenes.scene(i, "test").image) for i in range(2)]
     model, processor = load(args)
     inputs = prepare(processor, images, [args.question, "what color is it ?"]).to(model.device, model.dtype)
-    report = vtprune.verify(model, recipe, dict(inputs), **{"seed": args.seed, **passed})
+    report = vtprune.verify(model, recipe, dict(inputs), **{"seed": args.seed, **overrides(args)})
     if args.json:
         print(json.dumps(report.to_dict(), indent=1))
     else:

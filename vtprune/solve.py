@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from . import cost
-from .methods.base import METHODS
+from .methods.base import METHODS, OWN_BUDGETS
 from .recipe import Recipe
 from .types import Geometry, VtpruneError
 
@@ -129,7 +129,7 @@ def _schedules(geometry: Geometry, recipe: Recipe) -> list[Recipe]:
 
 def _free(options: Mapping[str, Any]) -> dict[str, Any]:
     """``options`` without those that would replace ``keep``."""
-    return {k: v for k, v in options.items() if k not in ("ratios", "r", "ratio")}
+    return {k: v for k, v in options.items() if k not in OWN_BUDGETS}
 
 
 def _candidates(geometry: Geometry, recipe: Recipe) -> list[Recipe]:

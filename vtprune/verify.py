@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import attach, bind, load_recipe
+from .attach import ATTACH_OPTIONS, TARGETS, attach, bind, load_recipe
 from .ledger import UndoLedger, snapshot
-from .methods.base import METHODS
+from .methods.base import METHODS, OWN_BUDGETS
 from .recipe import Recipe
 from .types import Report, VtpruneError
 
@@ -124,8 +124,7 @@ def full_budget(c: _Case) -> str:
     """Full budget equals the unpatched model, and at least one site fired."""
     if not all(i.budgeted for i in c.infos):
         raise _Skip("no budget to fill: the method drops or routes whatever the budget")
-    options = ("ratios", "r", "ratio")
-    stages = tuple(replace(s, keep=1.0, options={k: v for k, v in s.options.items() if k not in options}) for s in c.recipe.stages)
+    stages = tuple(replace(s, keep=1.0, options={k: v for k, v in s.options.items() if k not in OWN_BUDGETS}) for s in c.recipe.stages)
     want = c.run()
     with c.attach(recipe=replace(c.recipe, stages=stages)) as handle:
         got = c.run()
@@ -367,7 +366,7 @@ def check(name: str, model: nn.Module, recipe: Any, inputs: dict[str, Any], **op
     """One check by name. ``options`` are attach-time ones (``positions``, ``seed``); errors of the library (impossible pair, bad budget) are raised, not
     reported."""
     chosen = load_recipe(recipe)
-    attached: dict[str, Any] = {k: options.pop(k) for k in ("positions", "seed") if k in options}
+    attached: dict[str, Any] = {k: options.pop(k) for k in ATTACH_OPTIONS if k in options}
     if options:
         chosen = chosen.override(**options)
     case = _Case(model, chosen, dict(inputs), attached)
@@ -394,11 +393,12 @@ def verify(model: nn.Module, recipe: Any, inputs: dict[str, Any], **options: Any
     if model.training:
         raise VtpruneError("verify needs the model in evaluation mode: model.eval()")
     chosen = load_recipe(recipe)
-    target = {name: options.pop(name) for name in ("effective_tokens", "flops") if name in options}
+    target = {name: options.pop(name) for name in TARGETS if name in options}
     if target:
         from .solve import solve
 
-        chosen = solve(model, chosen, **target)
+        attached = {name: options.pop(name) for name in ATTACH_OPTIONS if name in options}
+        chosen, options = solve(model, chosen.override(**options) if options else chosen, **target), attached
     checks = tuple(check(name, model, chosen, inputs, **options) for name in CHECKS)
     return VerifyReport(chosen.name, checks)
 
