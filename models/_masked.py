@@ -11,23 +11,27 @@ from torch import Tensor, nn
 from ..ledger import UndoLedger
 
 
-def hide_in_decoder(ledger: UndoLedger, layers: Sequence[nn.Module], padding: Tensor, hidden: Sequence[Tensor]) -> None:
-    """Layer i hides the prompt columns ``hidden[i]`` ``[B, T]`` (bool) from every query; ``padding`` ``[B, T]`` (1 real). Works at prefill and, by the
+def hide_in_decoder(ledger: UndoLedger, layers: Sequence[nn.Module], hidden: Sequence[Tensor]) -> None:
+    """Layer i hides the prompt columns ``hidden[i]`` ``[B, T]`` (bool) from every other query, on top of the model's own mask. Works at prefill and, by the
     cache's length, at decoding."""
 
     def make(number: int) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             x = args[0] if args else kwargs["hidden_states"]
-            q, t = x.shape[1], padding.shape[1]
-            cache = kwargs.get("past_key_values")
-            past = cache.get_seq_length(number) if cache is not None else 0
-            total = past + q
-            seen = torch.ones(q, total, dtype=torch.bool, device=x.device).tril(past)[None]
-            prompt = padding.bool() & ~hidden[number]
-            columns = torch.cat([prompt, prompt.new_ones(len(prompt), max(total - t, 0))], dim=1)[:, :total]
-            seen = seen & columns[:, None]
-            itself = torch.arange(total, device=x.device) == torch.arange(past, total, device=x.device)[:, None]
-            seen = (seen | itself)[:, None]
+            cache, own, q = kwargs.get("past_key_values"), kwargs.get("attention_mask"), x.shape[1]
+            size, offset, past = q, 0, 0
+            if cache is not None:
+                size, offset = (int(n) for n in cache.get_mask_sizes(q, number))
+                past = int(cache.get_seq_length(number))
+            place = torch.arange(size, device=x.device) + offset  # the position of each of the cache's columns
+            query = torch.arange(past, past + q, device=x.device)
+            prompt = nn.functional.pad(hidden[number].to(x.device), (0, max(int(place[-1]) + 1 - hidden[number].shape[1], 0)))
+            lost = prompt[:, place][:, None] & (place != query[:, None])  # every row sees itself
+            if own is None:
+                own = (place <= query[:, None])[None, None]
+            elif own.dtype != torch.bool:
+                own = own == 0
+            seen = own & ~lost[:, None]
             mask = torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill(~seen, torch.finfo(x.dtype).min)
             return args, {**kwargs, "attention_mask": mask}
 

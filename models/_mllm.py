@@ -1,10 +1,12 @@
-"""What the adapters of multimodal models share: the stage behind the projector, the decoder engine, copies of decoder layers, the language model's shapes."""
+"""What the adapters of multimodal models share: where the visual tokens are, the decoder engine, copies of decoder layers, the language model's shapes."""
 
 from __future__ import annotations
 
 import copy
 import threading
-from typing import Any
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,28 +16,49 @@ from ..types import Geometry, UnsupportedError
 from ._cost import Shapes
 from ._decoder import Decoder, DecoderEngine, Request, sentinel
 from ._hf_vit import randomise
+from ._layout import Part, Raster, parts
 from ._tower import Run, TowerEngine
 from .base import PlannedCut
 
-TEXT = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+TEXT = {
+    "LlamaModel": "Llama",
+    "MistralModel": "Mistral",
+    "Qwen2Model": "Qwen2",
+    "Qwen3Model": "Qwen3",
+    "GemmaModel": "Gemma",
+    "Gemma2Model": "Gemma 2",
+    "Gemma3TextModel": "Gemma 3",
+    "Qwen2VLTextModel": "Qwen2-VL",
+    "Qwen2_5_VLTextModel": "Qwen2.5-VL",
+    "Qwen3VLTextModel": "Qwen3-VL",
+}
 
 
 class Mllm:
-    """One bound model. A family says where its parts are; ``geometry.tokens`` is the number of placeholders of one image (or tile)."""
+    """One bound model. A family says where its parts are and overrides what differs: :meth:`images` (rasters of each image), :meth:`videos`,
+    :meth:`slice_` (one sample's inputs), :meth:`sources` (which of the tower's tokens become which placeholders)."""
 
     tower_mask: str | None = None
+    runs = False  # tiles that follow each other without a token between them are one image
+    follows: ClassVar[dict[str, int]] = {}  # inputs with one entry per token, and what a generated token has there
 
-    def __init__(self, model: Any, *, geometry: Geometry, projector: Any, lm: Any, image_token: int, vision: dict[str, int]):
-        if type(lm).__name__ not in TEXT:
-            raise UnsupportedError(f"{geometry.family} with a {type(lm).__name__} language model is not supported; there are {', '.join(TEXT)}")
-        window = getattr(lm.config, "sliding_window", None)
-        if window and ("sliding_attention" in (getattr(lm.config, "layer_types", None) or ()) or type(lm).__name__ == "MistralModel"):
-            raise UnsupportedError(
-                f"sliding-window attention (window {window}) counts rows that pruning removes and is not supported; for prompts that fit into the window, "
-                "load the model with config.text_config.sliding_window=None"
-            )
-        self.model, self.geometry, self.projector, self.lm, self.image_token = model, geometry, projector, lm, image_token
+    def __init__(
+        self,
+        model: Any,
+        *,
+        geometry: Geometry,
+        projector: Any,
+        lm: Any,
+        image_token: int,
+        vision: dict[str, int],
+        video_token: int | None = None,
+        tower_module: Any = None,
+    ):
         text = lm.config
+        if type(lm).__name__ not in TEXT:
+            raise UnsupportedError(f"{geometry.family} with a {type(lm).__name__} language model is not supported; there are {', '.join(TEXT.values())}")
+        self.model, self.geometry, self.projector, self.lm = model, geometry, projector, lm
+        self.image_token, self.video_token = image_token, video_token
         self.cost = Shapes(
             **vision,
             proj=sum(m.weight.numel() for m in projector.modules() if isinstance(m, nn.Linear)),
@@ -49,6 +72,26 @@ class Mllm:
             bytes=next(lm.parameters()).element_size(),
         )
 
+    # ------------------------------------------------------------------------------------------------- what families override
+
+    def images(self, inputs: dict[str, Any]) -> Iterator[list[Raster]]:
+        """The rasters of every image of the batch, in order; by default images of one size without end."""
+        return repeat([Raster(self.geometry.grid)])
+
+    def videos(self, inputs: dict[str, Any]) -> Iterator[list[Raster]]:
+        """The frames of every video of the batch, in order."""
+        return iter(())
+
+    def sources(self, inputs: dict[str, Any], found: list[list[Part]]) -> list[Tensor]:
+        """Per sample, for each of its visual tokens ``[n]``, the tower's token it was made of, counted over the sample's passes (-1: none)."""
+        return [torch.arange(sum(len(p.columns) for p in sample)) for sample in found]
+
+    def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
+        """The pixels of sample ``b`` as keywords; by default one row per pass of the tower."""
+        passes = [sum(len(p.passes) for p in sample) for sample in found]
+        at = sum(passes[:b])
+        return {"pixel_values": inputs["pixel_values"][at : at + passes[b]]} if passes[b] else {}
+
     def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> TowerEngine | None:
         """Serves ``cuts`` inside the tower (and before it); ``None`` for a family that offers none there."""
         return None
@@ -56,11 +99,31 @@ class Mllm:
     def tower_blocks(self) -> list[nn.Module]:
         return []
 
+    def rotary(self, x: Tensor, ids: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+        return self.lm.rotary_emb(x, position_ids=ids)
+
+    # ---------------------------------------------------------------------------------------------------------- what is shared
+
+    def visual(self, ids: Tensor) -> Tensor:
+        """Placeholders of images and videos, bool as ``ids``."""
+        found = ids == self.image_token
+        return found if self.video_token is None else found | (ids == self.video_token)
+
+    def parts(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[Part]]:
+        """Per sample of ``ids`` ``[B, T]`` the rasters of visual tokens in it."""
+        return parts(ids, self.visual(ids), self.video_token, self.images(inputs), self.videos(inputs), runs=self.runs)
+
     def decoder_layers(self) -> list[nn.Module]:
         return list(self.lm.layers)
 
     def all_layers(self) -> list[nn.Module]:
         return self.decoder_layers()
+
+    def kinds(self) -> tuple[str, ...]:
+        """Each decoder layer's attention type."""
+        config = self.lm.config
+        everywhere = "sliding_attention" if type(self.lm).__name__ == "MistralModel" and config.sliding_window else "full_attention"
+        return tuple(getattr(config, "layer_types", None) or [everywhere] * config.num_hidden_layers)
 
     def branch(self, layer: int) -> nn.Module:
         """A copy of decoder layer ``layer`` that belongs to nobody (its hooks are not copied)."""
@@ -76,59 +139,65 @@ class Mllm:
         for engine in self.engines:
             engine.seed = seed
 
-    def install(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, seed: int) -> None:
+    def install(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, per: str, seed: int) -> None:
         tower = [c for c in cuts if c.site == "pixels" or c.site.startswith("vision.")]
-        projector = [c for c in cuts if c.site == "projector"]
-        inner = [c for c in cuts if c.site.startswith("llm.")]
-        entry, self.seed, tokens = bool(tower or projector), seed, self.geometry.tokens
-        engine: TowerEngine | None = None
-        if entry:
-            passes = threading.local()  # the tower's pass that the projector's call belongs to
-
-            def passed(run: Run) -> None:
-                passes.last = run
-
-            engine = self.tower_engine(tower, ledger, seed=seed, done=passed)
-
-            def expand(module: nn.Module, args: tuple, kwargs: dict, features: Tensor) -> Tensor | None:
-                run: Run | None = Run.start(len(features), tokens, features.device)
-                if engine is not None:
-                    run, passes.last = getattr(passes, "last", None), None
-                if run is None:
-                    return None
-                for cut in projector:
-                    view = run.view(features, cut, grid=self.geometry.grid, prefix=0, depth=1, seed=self.seed, sources={})
-                    selection = cut.select(view)
-                    if selection is not None:
-                        features = run.apply(features, selection, cut)
-                recorder.vision(run)
-                if (
-                    features.shape[1] == run.tokens
-                    and bool(run.valid.all())
-                    and torch.equal(run.index, torch.arange(run.tokens, device=run.index.device).expand_as(run.index))
-                ):
-                    return features
-                g, _, c = features.shape
-                out = sentinel(c, features).expand(g, run.tokens + 1, c)
-                where = torch.where(run.valid, run.index, run.tokens)
-                return out.scatter(1, where[..., None].expand(-1, -1, c), features)[:, : run.tokens]
-
-            ledger.after(self.projector, expand)
+        engine = self._install_tower(tower, ledger, recorder, seed) if tower else None
 
         def done(request: Request) -> None:
             decoder.finish_counts(request)
             recorder.finished(request)
 
+        described = Decoder(
+            root=self.model,
+            lm=self.lm,
+            layers=self.lm.layers,
+            visual=self.visual,
+            parts=self.parts,
+            sources=self.sources,
+            kinds=self.kinds(),
+            window=getattr(self.lm.config, "sliding_window", None),
+            rotary=self.rotary,
+            mrope=self.geometry.mrope,
+        )
         decoder = DecoderEngine(
-            Decoder(self.model, self.lm, self.lm.layers, lambda ids: ids == self.image_token, tokens, self.geometry.grid),
-            inner,
+            described,
+            [c for c in cuts if c.site.startswith("llm.")],
             ledger,
             positions=positions,
-            entry=entry,
+            per=per,
+            tower=engine is not None,
+            entry=[c for c in cuts if c.site == "projector"],
             seed=seed,
             done=done,
+            arrived=recorder.arrived,
         )
-        self.engines = [e for e in (engine, decoder) if e is not None]
+        self.seed, self.engines = seed, [e for e in (engine, decoder) if e is not None]
+        self.decoder = decoder
+
+    def _install_tower(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, seed: int) -> TowerEngine:
+        """The tower's stages. What they leave is put back to its placeholders behind the projector, with marker rows in between."""
+        passes = threading.local()  # the tower's pass that the projector's call belongs to
+
+        def passed(run: Run) -> None:
+            passes.last = run
+
+        engine = self.tower_engine(cuts, ledger, seed=seed, done=passed)
+        assert engine is not None
+
+        def expand(module: nn.Module, args: tuple, kwargs: dict, features: Tensor) -> Tensor | None:
+            run, passes.last = getattr(passes, "last", None), None
+            if run is None:
+                return None
+            recorder.vision(run)
+            g, n, c = features.shape
+            if n == run.tokens and torch.equal(run.index, torch.arange(n, device=run.index.device).expand_as(run.index)):
+                return None
+            out = sentinel(c, features).expand(g, run.tokens + 1, c)
+            where = torch.where(run.valid, run.index, run.tokens)
+            return out.scatter(1, where[..., None].expand(-1, -1, c), features)[:, : run.tokens]
+
+        ledger.after(self.projector, expand)
+        return engine
 
 
 # ----------------------------------------------------------------------------------------------------------- tiny models
@@ -140,8 +209,8 @@ def tiny_text(layers: int = 6, **more: Any) -> dict[str, Any]:
     return {"vocab_size": 64, **sizes, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **more}
 
 
-def tiny_model(kind: Any, config: Any, *, image_token: int, tokens: int, images: tuple[int, ...] = (1, 1), side: int = 32) -> tuple[nn.Module, dict[str, Any]]:
-    """A random model of class ``kind`` and inputs: left-padded prompts of unequal length, ``images`` images each, pixels ``[n, 3, side, side]``."""
+def tiny_build(kind: Any, config: Any) -> Any:
+    """A random model of class ``kind``, the same each time."""
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
     model = kind(config).eval()
@@ -149,12 +218,26 @@ def tiny_model(kind: Any, config: Any, *, image_token: int, tokens: int, images:
     randomise(model, 1)
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
+    return model
+
+
+def tiny_prompts(samples: list[list[tuple[int, int]]], between: int = 1) -> dict[str, Tensor]:
+    """Left-padded prompts of unequal length. Each sample lists its images as ``(token, count)``; three words ahead, ``between`` words between images."""
     generator = torch.Generator().manual_seed(2)
-    lengths = [14 - 5 * b + n * tokens for b, n in enumerate(images)]  # text and visual tokens
-    ids = torch.zeros(len(images), max(lengths), dtype=torch.long)
-    for b, (length, n) in enumerate(zip(lengths, images, strict=True)):
+    lengths = [14 - 5 * b % 13 + sum(n for _, n in images) + between * max(len(images) - 1, 0) for b, images in enumerate(samples)]
+    ids = torch.zeros(len(samples), max(lengths), dtype=torch.long)
+    for b, (length, images) in enumerate(zip(lengths, samples, strict=True)):
         start = max(lengths) - length
-        ids[b, start:] = torch.randint(4, 64, (length,), generator=generator)
-        ids[b, start + 3 : start + 3 + n * tokens] = image_token
-    pixels = torch.randn(sum(images), 3, side, side, generator=generator)
-    return model, {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixels}
+        ids[b, start:] = torch.randint(8, 64, (length,), generator=generator)
+        at = start + 3
+        for token, n in images:
+            ids[b, at : at + n] = token
+            at += n + between
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def tiny_model(kind: Any, config: Any, *, image_token: int, tokens: int, images: tuple[int, ...] = (1, 1), side: int = 32) -> tuple[nn.Module, dict[str, Any]]:
+    """A random model of class ``kind`` and inputs: ``images`` images of ``tokens`` visual tokens in each prompt, pixels ``[n, 3, side, side]``."""
+    prompts = tiny_prompts([[(image_token, tokens)] * n for n in images])
+    pixels = torch.randn(sum(images), 3, side, side, generator=torch.Generator().manual_seed(3))
+    return tiny_build(kind, config), {**prompts, "pixel_values": pixels}

@@ -68,15 +68,20 @@ class Run:
     merges: bool = False
 
     @staticmethod
-    def start(images: int, tokens: int, device: torch.device) -> Run:
+    def start(images: int, tokens: int, device: torch.device, counts: Sequence[int] | None = None) -> Run:
+        """``counts`` tokens of each image if they differ, ``tokens`` the largest."""
         index = torch.arange(tokens, device=device).repeat(images, 1)
-        return Run(images, tokens, index, torch.ones(images, tokens, device=device), index.clone())
+        if counts is not None:
+            index = torch.where(index < torch.tensor(counts, device=device)[:, None], index, -1)
+        return Run(images, tokens, index, (index >= 0).to(torch.float32), index.clone())
 
     @property
     def valid(self) -> Tensor:
         return self.index >= 0
 
-    def view(self, features: Tensor, cut: PlannedCut, *, grid: tuple[int, int], prefix: int, depth: int, seed: int, sources: dict[str, Callable]) -> TokenView:
+    def view(
+        self, features: Tensor, cut: PlannedCut, *, grid: tuple[int, int], prefix: int, depth: int, seed: int, sources: dict[str, Callable], rasters: tuple = ()
+    ) -> TokenView:
         return TokenView(
             features=features,
             valid=self.valid,
@@ -90,6 +95,7 @@ class Run:
             seed=seed,
             memory=self.memory.setdefault(cut.memory_key, {}),
             sources=sources,
+            rasters=rasters,
         )
 
     def apply(self, x: Tensor, selection: Selection, cut: PlannedCut) -> Tensor:

@@ -66,7 +66,7 @@ class HfVit:
     def reseed(self, seed: int) -> None:
         self.engine.seed = seed
 
-    def install(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, seed: int) -> None:
+    def install(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, per: str, seed: int) -> None:
         tower = _hf_vit.describe(self.model, self.geometry.vision_layers)
         self.engine = TowerEngine(tower, cuts, ledger, seed=seed, done=recorder.vision, tokens=self.geometry.tokens)
 

@@ -1,6 +1,6 @@
 """Hugging Face InternVL (InternVL 2.5, 3, 3.5): ``InternVLForConditionalGeneration``, tiles of one size, pixel shuffle, Qwen2, Qwen3 or Llama text.
 
-Every tile counts as an image: budgets are per tile. Pixel shuffle folds 2 x 2 patches into one visual token, so stages work behind the projector and in the
+The tiles of an image follow each other in the prompt, so budgets are per image or per tile. Pixel shuffle folds 2 x 2 patches into one visual token, so stages work behind the projector and in the
 language model, never on single patches that would be folded wrongly.
 """
 
@@ -9,15 +9,18 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..types import Geometry, UnsupportedError
-from ._mllm import Mllm, tiny_model, tiny_text
+from ._mllm import Mllm, tiny_build, tiny_prompts, tiny_text
 from .base import ADAPTERS, AdapterInfo
 
 
 class InternVL(Mllm):
     """One bound InternVL."""
+
+    runs = True
 
     def __init__(self, model: Any):
         core, config = model.model, model.config
@@ -37,6 +40,8 @@ class InternVL(Mllm):
             vision_depth=v.num_hidden_layers,
             llm_layers=config.text_config.num_hidden_layers,
             provides={"projector": frozenset(), "llm": frozenset({"query_attention", "layers"})},
+            refuses={"vision": "pixel shuffle would fold the wrong patches together"},
+            per=("image", "tile", "sample"),
         )
         vision = {
             "vd": v.hidden_size,
@@ -52,7 +57,7 @@ class InternVL(Mllm):
 
 
 def _tiny(text: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Random; 16 visual tokens a tile, one prompt with one tile and one with two, left-padded."""
+    """Random; 16 visual tokens a tile: one prompt with an image of two tiles and one of one, one with a single tile; left-padded."""
     from transformers import InternVLConfig, InternVLForConditionalGeneration, LlamaConfig, Qwen2Config, Qwen3Config
     from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 
@@ -65,7 +70,9 @@ def _tiny(text: str) -> tuple[nn.Module, dict[str, Any]]:
         image_token_id=3,
         image_seq_length=16,
     )
-    return tiny_model(InternVLForConditionalGeneration, config, image_token=3, tokens=16, images=(2, 1))
+    prompts = tiny_prompts([[(3, 32), (3, 16)], [(3, 16)]])
+    pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    return tiny_build(InternVLForConditionalGeneration, config), {**prompts, "pixel_values": pixels}
 
 
 ADAPTERS.register(

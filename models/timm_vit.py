@@ -91,7 +91,7 @@ class TimmVit:
     def reseed(self, seed: int) -> None:
         self.engine.seed = seed
 
-    def install(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, seed: int) -> None:
+    def install(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, per: str, seed: int) -> None:
         model = self.model
         size = model.patch_embed.patch_size
 

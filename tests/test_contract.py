@@ -179,6 +179,6 @@ def test_a_check_can_fail(tiny, monkeypatch):
     from vtprune.models import _decoder
 
     model, inputs = tiny("llava", "clip-llama")
-    right = _decoder._take
-    monkeypatch.setattr(_decoder, "_take", lambda table, rows: right(table, (rows + 1).clamp_max(table.shape[1] - 1)))
+    right = _decoder.take
+    monkeypatch.setattr(_decoder, "take", lambda table, rows: right(table, (rows + 1).clamp_max(table.shape[1] - 1)))
     assert check("prefill_is_masked_dense", model, "fastv", inputs, keep=4).passed is False

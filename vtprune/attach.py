@@ -6,9 +6,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from . import cost
@@ -16,6 +16,7 @@ from .ledger import UndoLedger
 from .methods.base import OWN_BUDGETS, Cut, Method, make
 from .recipe import Recipe, Stage, resolve
 from .recipes import RECIPES
+from .select import from_mask, join, merged, subview
 from .types import Geometry, Report, Selection, StageReport, TokenView, UnsupportedError, VtpruneError
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 # The handle is kept alive by its hooks in the model: a strong value here would keep the model alive for good.
 _live: WeakKeyDictionary[Any, ReferenceType[Handle]] = WeakKeyDictionary()
 _ORDER = {"pixels": 0, "vision": 1, "projector": 2, "llm": 3}
-ATTACH_OPTIONS = ("positions", "seed")
+ATTACH_OPTIONS = ("positions", "seed", "per")
+Rasters = tuple[tuple[int, int], ...]
 TARGETS = ("effective_tokens", "flops")  # budgets that the solver turns into a schedule
 
 
@@ -60,14 +62,13 @@ def plan(geometry: Geometry, recipe: Recipe) -> list[tuple[Stage, Method, tuple[
         info = method.info
         kinds = [k for k in info.kinds if k in geometry.provides]
         if not kinds:
+            why = "".join(f" ({k}: {geometry.refuses[k]})" for k in info.kinds if k in geometry.refuses)
             raise UnsupportedError(
-                f"{info.name} works at {' / '.join(info.kinds)}; this model ({geometry.family}, {geometry.arch}) offers {' / '.join(geometry.provides)}"
+                f"{info.name} works at {' / '.join(info.kinds)}; this model ({geometry.family}, {geometry.arch}) offers {' / '.join(geometry.provides)}{why}"
             )
-        wanted = info.keep if stage.keep is None else stage.keep
         if not info.budgeted and stage.keep is not None:
             raise VtpruneError(f"{info.name} takes no keep= (its options: {', '.join(info.options) or 'none'})")
-        keep = resolve(wanted, geometry.tokens) if wanted is not None and info.budgeted else None
-        cuts = method.plan(geometry, keep)
+        cuts = method.plan(geometry, budget(geometry, stage, method))
         for cut in cuts:
             missing = info.needs.get(cut.kind, frozenset()) - geometry.provides.get(cut.kind, frozenset())
             if cut.kind not in geometry.provides or missing:
@@ -83,6 +84,16 @@ def plan(geometry: Geometry, recipe: Recipe) -> list[tuple[Stage, Method, tuple[
     return out
 
 
+def budget(geometry: Geometry, stage: Stage, method: Method) -> int | None:
+    """Tokens that ``stage`` keeps of a unit of ``geometry.tokens``; a unit that has fewer than asked for keeps all it has where sizes vary."""
+    wanted = method.info.keep if stage.keep is None else stage.keep
+    if wanted is None or not method.info.budgeted:
+        return None
+    if geometry.variable and isinstance(wanted, int):
+        wanted = min(wanted, geometry.tokens)
+    return resolve(wanted, geometry.tokens)
+
+
 def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: Any) -> Handle:
     """Puts ``recipe`` into ``model`` and returns the :class:`Handle` that takes it out again (also a context manager).
 
@@ -91,8 +102,9 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
         recipe: a registered name, a :class:`Recipe`, or a path to its JSON / YAML form.
         **overrides: ``keep=`` tokens per image after the last cut (int) or their fraction (float in (0, 1]); ``effective_tokens=`` / ``flops=`` let the
         budget solver
-            derive the schedule; ``positions="original" | "compact"`` (in-LLM and projector cuts); ``seed=`` for random methods; all else are the last
-            stage's options.
+            derive the schedule; ``positions="original" | "compact"`` (in-LLM and projector cuts); ``seed=`` for random methods; ``per=`` what a budget
+            applies to behind the projector: ``"image"`` (a video's frame), ``"tile"``, ``"video"`` (all its frames) or ``"sample"`` (everything in a
+            prompt), the default being the family's first; all else are the last stage's options.
 
     Raises:
         VtpruneError: unknown recipe or option, impossible budget, a model that is attached already; :class:`UnsupportedError` if the model lacks what a
@@ -121,29 +133,112 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
     return Handle(model, chosen, adapter, **extra)
 
 
-def _decider(method: Method, cut: Cut) -> Any:
-    """Decisions carry no gradient: it flows through what is kept (PyramidDrop, arXiv 2410.17247, trains this way)."""
-    import torch
+class _Decider:
+    """Asks a method for its decision at one cut. Units of other sizes than the model's typical one have plans of their own: the method is called once per kind
+    of unit. Decisions carry no gradient: it flows through what is kept (PyramidDrop, arXiv 2410.17247, trains this way)."""
 
-    def decide(view: TokenView) -> Selection | None:
+    def __init__(self, geometry: Geometry, stage: Stage, method: Method, cuts: tuple[Cut, ...], number: int):
+        self.geometry, self.stage, self.method, self.cuts, self.number = geometry, stage, method, cuts, number
+        self.plans: dict[Rasters, Cut] = {(geometry.grid,): cuts[number]}
+
+    def __call__(self, view: TokenView) -> Selection | None:
+        import torch
+
         with torch.no_grad():
-            return method.select(view, cut)
+            if not view.rasters:
+                return self.method.select(view, self.cuts[self.number])
+            groups: dict[Rasters, list[int]] = {}
+            for g, rasters in enumerate(view.rasters):
+                groups.setdefault(rasters, []).append(g)
+            shared: dict[Any, Any] = {}
+            parts = []
+            for rasters, rows in groups.items():
+                cut, whole = self._cut(rasters), len(rasters) == 1
+                part = subview(view, rows, rasters[0] if whole else (sum(r * c for r, c in rasters), 1), shared)
+                parts.append((rows, self.method.select(part, cut) if whole or not self.method.info.raster else self._rasters(part, cut, rasters)))
+            return join(view, parts)
 
-    return decide
+    def _cut(self, rasters: Rasters) -> Cut:
+        """The cut as planned for a unit made of ``rasters``."""
+        if rasters not in self.plans:
+            n = sum(r * c for r, c in rasters)
+            geometry = replace(self.geometry, tokens=n, grid=rasters[0] if len(rasters) == 1 else (n, 1), variable=True)
+            cuts = self.method.plan(geometry, budget(geometry, self.stage, self.method))
+            if [c.site for c in cuts] != [c.site for c in self.cuts]:
+                raise UnsupportedError(f"{self.method.info.name} would cut elsewhere for an image of {n} tokens than for one of {self.geometry.tokens}")
+            self.plans[rasters] = cuts[self.number]
+        return self.plans[rasters]
+
+    def _rasters(self, view: TokenView, cut: Cut, rasters: Rasters) -> Selection:
+        """A method of the image plane on units of several rasters: each raster has its share of the budget (largest remainders)."""
+        import torch
+
+        sizes = [r * c for r, c in rasters]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        exact = [(cut.keep or 0) * n / sum(sizes) for n in sizes]
+        shares = [int(x) for x in exact]
+        for i in sorted(range(len(sizes)), key=lambda i: shares[i] - exact[i])[: (cut.keep or 0) - sum(shares)]:
+            shares[i] += 1
+        keep = torch.zeros_like(view.valid)
+        target, weight, merges = torch.full_like(view.index, -1), view.size.clone(), False
+        for grid, n, start, share in zip(rasters, sizes, starts, shares, strict=True):
+            mine = view.valid & (view.index >= start) & (view.index < start + n)
+            count = mine.sum(1)
+            if not share or not int(count.max()):
+                continue
+            at = torch.where(mine, torch.arange(mine.shape[1], device=mine.device), mine.shape[1]).sort(1).values[:, : int(count.max())]
+            real, at = at < mine.shape[1], at.clamp_max(mine.shape[1] - 1)
+            small = replace(
+                view,
+                features=view.features.gather(1, at[..., None].expand(-1, -1, view.features.shape[-1])),
+                valid=real,
+                index=torch.where(real, view.index.gather(1, at) - start, -1),
+                size=view.size.gather(1, at),
+                protected=view.protected.gather(1, at),
+                grid=grid,
+                memory=view.memory.setdefault(f"raster {start}", {}),
+                sources={},
+            )
+            found = self.method.select(small, replace(cut, keep=share))
+            if found is None:
+                keep |= mine
+                continue
+            chosen = at.gather(1, found.kept.clamp_min(0))
+            keep.scatter_(1, chosen, keep.gather(1, chosen) | (found.kept >= 0))
+            if found.target is not None:
+                merges = True
+                absorber = chosen.gather(1, found.target.clamp_min(0))
+                target.scatter_(1, at, torch.where(real & (found.target >= 0), absorber, target.gather(1, at)))
+                if found.weight is not None:
+                    weight.scatter_(1, at, torch.where(real, found.weight, weight.gather(1, at)))
+        return merged(keep, target, weight) if merges else from_mask(keep)
 
 
 class Handle:
     """Owns one attachment. Leaving its context, or :meth:`remove`, restores the model exactly, also after an exception."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, adapter: Any, *, positions: str = "original", seed: int = 0):
+    def __init__(self, model: nn.Module, recipe: Recipe, adapter: Any, *, positions: str = "original", seed: int = 0, per: str | None = None):
         from vtprune.models.base import PlannedCut
 
         self.recipe, self.geometry, self._cost, self.adapter = recipe, adapter.geometry, adapter.cost, adapter
-        stages = plan(adapter.geometry, recipe)
+        # More than one image may share a budget: then no single image's size bounds it.
+        stages = plan(replace(adapter.geometry, variable=True) if per in ("sample", "video") else adapter.geometry, recipe)
         if positions not in ("original", "compact"):
             raise VtpruneError(f"positions={positions!r} is not one of 'original', 'compact'")
         if positions != "original" and adapter.geometry.llm_layers == 0:
             raise VtpruneError("positions= is for models with a language model")
+        if positions != "original" and adapter.geometry.mrope:
+            raise UnsupportedError(
+                f"{adapter.geometry.family} places visual tokens by time, row and column; renumbering them is not defined: positions='original'"
+            )
+        if per is not None and per not in adapter.geometry.per:
+            raise VtpruneError(f"per={per!r}: {adapter.geometry.family} takes {', '.join(map(repr, adapter.geometry.per))}")
+        for stage, method, cuts in stages:
+            inside = any(c.kind in ("pixels", "vision") for c in cuts)
+            if inside and isinstance(stage.keep, int) and (per or adapter.geometry.per[0]) != "tile" and "tile" in adapter.geometry.per:
+                raise VtpruneError(
+                    f"{method.info.name} works in the vision tower, which sees one tile at a time: say keep= as a fraction, or per='tile' with tokens of one tile"
+                )
         self._ledger = UndoLedger()
         self._methods: list[Method] = []
         self.modules: dict[str, Any] = {}
@@ -153,7 +248,7 @@ class Handle:
             module = method.build(adapter.branch, adapter.geometry) if method.info.routes else None
             if module is not None:
                 self.modules[stage.method] = module
-            for cut in cuts:
+            for i, cut in enumerate(cuts):
                 self._methods.append(method)
                 self._inside |= cut.inside
                 planned.append(
@@ -168,7 +263,7 @@ class Handle:
                         observe=cut.observe,
                         stage=number,
                         memory_key=number,
-                        select=_decider(method, cut),
+                        select=_Decider(adapter.geometry, stage, method, cuts, i),
                         bring_back=lambda hidden, run, method=method, module=module: method.restore(hidden, run, module),
                     )
                 )
@@ -177,7 +272,7 @@ class Handle:
         self._local = threading.local()
         self._last: Any = None
         try:
-            adapter.install(planned, self._ledger, self, positions=positions, seed=seed)
+            adapter.install(planned, self._ledger, self, positions=positions, per=per or adapter.geometry.per[0], seed=seed)
         except BaseException:
             self._ledger.undo()
             raise
@@ -192,36 +287,20 @@ class Handle:
         if self.geometry.llm_layers == 0:
             self._last = (run, None)
 
+    def arrived(self, request: Request) -> Run:
+        """Called by the adapter before stages behind the projector: their books, begun with what the tower did."""
+        from vtprune.models._books import carry, match
+
+        request.vision = match(request, self._vision)
+        return carry(request)
+
     def finished(self, request: Request) -> None:
         """Called by the adapter after each prefill of the language model."""
-        request.vision = self._match(request)
-        self._last = (request.vision, request)
+        from vtprune.models._books import match
 
-    def _match(self, request: Request) -> list[tuple[Run, int]] | None:
-        """The vision passes that made the images of ``request``, told by which of their tokens arrived: ``[(run, image)]`` per image, or ``None`` without
-        vision stages."""
-        if not self._vision:
-            return None
-        level = request.levels[0]
-        out: list[tuple[Run, int]] = []
-        used: set[tuple[int, int]] = set()
-        for b, images in enumerate(request.groups):
-            here = set(level.rows[b][level.valid[b]].tolist())
-            for group in images:
-                mask = [int(p) in here for p in group.tolist()]
-                found = None
-                for run in reversed(self._vision):
-                    for g in range(run.images):
-                        arrived = set(run.index[g][run.index[g] >= 0].tolist())
-                        if mask == [j in arrived for j in range(run.tokens)]:
-                            found = (run, g) if found is None or ((id(found[0]), found[1]) in used and (id(run), g) not in used) else found
-                    if found is not None and (id(found[0]), found[1]) not in used:
-                        break
-                if found is None:
-                    return None
-                used.add((id(found[0]), found[1]))
-                out.append(found)
-        return out
+        if request.vision is None:
+            request.vision = match(request, self._vision)
+        self._last = (None, request)
 
     # the user's side --------------------------------------------------------------------------------------------------
 
@@ -247,14 +326,24 @@ class Handle:
         """What the most recent prefill did. Raises :class:`VtpruneError` before the first one."""
         if self._last is None:
             raise VtpruneError("no prefill with visual tokens has run yet")
-        vision, request = self._last
-        return self._report_vit(vision) if request is None else self._report_mllm(vision, request)
+        run, request = self._last
+        return self._report_vit(run) if request is None else self._report_mllm(request)
+
+    @property
+    def passes(self) -> list[tuple[Run, int]]:
+        """The vision tower's own books of the most recent prefill: ``(run, row)`` of every pass, in the prompt's order; empty without stages there."""
+        if self._last is None:
+            return []
+        run, request = self._last
+        if request is None:
+            return [(run, g) for g in range(run.images)]
+        return [found for rows in request.vision or [] for found in rows]
 
     def _report_vit(self, run: Run) -> Report:
         s, n = self._cost, self.geometry.tokens
         per = list(zip(*run.layer_tokens, strict=True))  # per image, per block
         flops = sum(cost.vision(s, 1, self._patches(run), row, self._inside, float(run.valid[g].sum())) for g, row in enumerate(per))
-        stages = tuple(self._stage(r, r.tokens_in, r.tokens_out, r.kept, r.assignment) for r in run.records)
+        stages = tuple(self._stage(r) for r in run.records)
         return Report(
             visual_tokens=[n] * run.images,
             stages=stages,
@@ -270,58 +359,28 @@ class Handle:
         """Patches embedded: fewer if the pixels were reduced."""
         return run.records[0].tokens_out[0] if run.records and run.records[0].site == "pixels" else run.tokens
 
-    def _stage(self, record: Record, tokens_in: list[int], tokens_out: list[int], kept: list, assignment: list | None) -> StageReport:
-        return StageReport(record.site, self._names[record.stage], list(tokens_in), list(tokens_out), list(kept), assignment)
+    def _stage(self, record: Record) -> StageReport:
+        return StageReport(record.site, self._names[record.stage], record.tokens_in, record.tokens_out, record.kept, record.assignment)
 
-    def _report_mllm(self, images: list[tuple[Run, int]] | None, request: Request) -> Report:
-        import torch
+    def _report_mllm(self, request: Request) -> Report:
+        from vtprune.models._books import by_sample, tower_record
 
-        s, n = self._cost, self.geometry.tokens
-        owner = [b for b, groups in enumerate(request.groups) for _ in groups]
-        samples = len(request.groups)
-
-        def join(kept: Sequence, sizes: Sequence[int] | None = None) -> list:
-            """Per image to per sample; the second image of a sample counts from n on."""
-            rows: list[list] = [[] for _ in range(samples)]
-            for b, k in zip(owner, kept, strict=True):
-                rows[b].append(k + n * len(rows[b]))
-            return [torch.cat(r) if r else torch.empty(0, dtype=torch.long) for r in rows]
-
-        def add(counts: Sequence[int]) -> list[int]:
-            rows = [0] * samples
-            for b, c in zip(owner, counts, strict=True):
-                rows[b] += c
-            return rows
-
-        stages: list[StageReport] = []
-        flops = 0
-        if images is not None:
-            first = images[0][0]
-            for i, record in enumerate(first.records):
-                per = [(run.records[i], g) for run, g in images]
-                kept = [r.kept[g] for r, g in per]
-                assignment = None
-                if record.assignment is not None:
-                    rows: list[list] = [[] for _ in range(samples)]
-                    base = [0] * samples
-                    for b, (r, g) in zip(owner, per, strict=True):
-                        a = cast(list, r.assignment)[g]
-                        rows[b].append(torch.where(a >= 0, a + base[b], -1))
-                        base[b] += len(r.kept[g])
-                    assignment = [torch.cat(r) if r else torch.empty(0, dtype=torch.long) for r in rows]
-                stages.append(self._stage(record, add([r.tokens_in[g] for r, g in per]), add([r.tokens_out[g] for r, g in per]), join(kept), assignment))
-            for run, g in images:
-                towers = [row[g] for row in run.layer_tokens]
-                tower_out = [r for r in run.records if r.site.startswith(("vision", "pixels"))]
-                projected = float(tower_out[-1].tokens_out[g] if tower_out else n)
-                flops += cost.vision(s, 1, self._patches(run), towers, self._inside, projected)
-        else:
-            flops += cost.vision(s, len(owner), n, [n] * s.vdepth)
-        dense_vision = cost.vision(s, len(owner), n, [n] * s.vdepth)
-        for record in request.records:
-            stages.append(self._stage(record, add(record.tokens_in), add(record.tokens_out), join(record.kept), None))
+        s = self._cost
+        samples = len(request.parts)
+        tower = [run.records for rows in request.vision or [] for run, _ in rows]
+        stages = [self._stage(tower_record(request, i)) for i in range(len(tower[0]) if tower else 0)]
+        stages += [self._stage(by_sample(request, r)) for r in (*request.entry, *request.records)]
+        sizes = [n for parts in request.parts for p in parts for n in p.passes]  # tokens of each pass of the tower
+        dense_vision = sum(cost.vision(s, 1, n, [n] * s.vdepth) for n in sizes)
+        flops = dense_vision
+        if request.vision is not None:
+            flops = 0
+            for run, g in self.passes:
+                out = [r for r in run.records if r.site.startswith(("vision", "pixels"))]
+                projected = float(out[-1].tokens_out[g] if out else run.tokens)
+                flops += cost.vision(s, 1, self._patches(run), [row[g] for row in run.layer_tokens], self._inside, projected)
         layers = [list(row) for row in zip(*request.layer_tokens, strict=True)]  # per sample, per layer
-        total = [n * len(g) for g in request.groups]
+        total = [sum(len(p.columns) for p in parts) for parts in request.parts]
         text = request.text_tokens
         dense = [[total[b] + text[b]] * s.depth for b in range(samples)]
         real = [[c + text[b] for c in layers[b]] for b in range(samples)]  # whose keys and values the layer holds

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .types import Selection
+from .types import Selection, TokenView
 
 
 def top(score: Tensor, keep: int | Tensor, valid: Tensor, protected: Tensor | None = None) -> Selection:
@@ -93,3 +96,62 @@ def bands(rows: int, columns: int, keep: int) -> Tensor:
         b = r * count // rows
         cell[r] = first[b] + torch.arange(columns) * shares[b] // columns
     return cell.flatten()
+
+
+def subview(view: TokenView, rows: Sequence[int], grid: tuple[int, int], shared: dict[Any, Any]) -> TokenView:
+    """The images ``rows`` of ``view``, without padding that they do not need. What sources compute for all images goes through ``shared``."""
+    if len(rows) == len(view.valid):
+        return replace(view, grid=grid, rasters=())
+    at = torch.tensor(rows, device=view.valid.device)
+    width = int(view.valid[at].sum(1).max())
+
+    def only(name: str, source: Callable[..., Any]) -> Callable[..., Any]:
+        def call(**kwargs: Any) -> Tensor:
+            key = (name, *sorted(kwargs.items()))
+            if key not in shared:
+                shared[key] = source(**kwargs)
+            found = shared[key][at]
+            return found[:, :width] if found.ndim > 1 else found
+
+        return call
+
+    return replace(
+        view,
+        features=view.features[at, :width],
+        valid=view.valid[at, :width],
+        index=view.index[at, :width],
+        size=view.size[at, :width],
+        protected=view.protected[at, :width],
+        grid=grid,
+        rasters=(),
+        memory=view.memory.setdefault(str(rows), {}),
+        sources={name: only(name, source) for name, source in view.sources.items()},
+    )
+
+
+def join(view: TokenView, parts: Sequence[tuple[Sequence[int], Selection | None]]) -> Selection | None:
+    """One selection for all images of ``view`` from those of its sub-views; ``None`` where a sub-view is left as it is (for all: ``None``)."""
+    if all(s is None for _, s in parts):
+        return None
+    full = [(rows, from_mask(view.valid[list(rows)]) if s is None else s) for rows, s in parts]
+    b, n = view.valid.shape
+    kept = torch.full((b, max(s.kept.shape[1] for _, s in full)), -1, device=view.valid.device)
+    target, weight, layout = None, None, None
+    if any(s.target is not None for _, s in full):
+        target, weight = torch.full((b, n), -1, device=kept.device), view.size.clone()
+    if any(s.layout is not None for _, s in full):
+        layout = torch.arange(kept.shape[1], device=kept.device).repeat(b, 1)
+    for rows, s in full:
+        at = torch.tensor(rows, device=kept.device)
+        kept[at, : s.kept.shape[1]] = s.kept
+        if target is not None and weight is not None:
+            own = s.target
+            if own is None:  # kept tokens are their own slot
+                slot = torch.arange(s.kept.shape[1], device=kept.device).expand_as(s.kept)
+                own = torch.full((len(rows), n + 1), -1, device=kept.device).scatter(1, torch.where(s.kept >= 0, s.kept, n), slot)[:, :n]
+            target[at, : own.shape[1]] = own
+            if s.weight is not None:
+                weight[at, : s.weight.shape[1]] = s.weight.to(weight.dtype)
+        if layout is not None and s.layout is not None:
+            layout[at, : s.layout.shape[1]] = s.layout
+    return Selection(kept, target, weight, layout)

@@ -20,10 +20,14 @@ class UnsupportedError(VtpruneError):
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a plan needs to know of a model. ``tokens`` visual tokens per image on ``grid``; ``vision_layers`` blocks whose output is used (0-based sites
-    ``vision.0`` .. ``vision.<vision_layers - 1>``), ``vision_depth`` all blocks; ``llm_layers`` decoder layers (0 for a bare ViT); ``prefix`` tokens in
-    front of the patches;
-    ``provides`` site kind -> the names that :meth:`TokenView.source` answers there; ``arch`` the tower's architecture name."""
+    """What a plan needs to know of a model.
+
+    ``tokens`` visual tokens per image on ``grid`` (``variable``: only typical ones, they follow the image's size); ``vision_layers`` blocks whose output is
+    used (0-based sites ``vision.0`` .. ``vision.<vision_layers - 1>``), ``vision_depth`` all blocks; ``llm_layers`` decoder layers (0 for a bare ViT);
+    ``prefix`` tokens in front of the patches; ``provides`` site kind -> the names that :meth:`TokenView.source` answers there; ``arch`` the tower's
+    architecture name; ``per`` what a budget may apply to, the default first; ``refuses`` site kind -> why it is not offered; ``mrope`` tells that rotary
+    positions have three axes.
+    """
 
     family: str
     arch: str
@@ -34,6 +38,10 @@ class Geometry:
     vision_depth: int
     llm_layers: int
     provides: Mapping[str, frozenset[str]]
+    per: tuple[str, ...] = ("image", "sample")
+    variable: bool = False
+    mrope: bool = False
+    refuses: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,12 +65,13 @@ class Projections:
 
 @dataclass(frozen=True)
 class TokenView:
-    """What a method may look at: the visual tokens of B images at one site.
+    """What a method may look at: the visual tokens of B images (or whatever else one budget applies to) at one site.
 
     ``features`` ``[B, N, C]`` · ``valid`` ``[B, N]`` bool, False for padding rows · ``index`` ``[B, N]`` original visual-token index within the image (-1:
     padding) ·
     ``size`` ``[B, N]`` tokens already merged into each · ``protected`` ``[B, N]`` bool, must be kept · ``grid`` rows and columns of the original raster ·
     ``prefix`` class / register / distillation tokens in front (not part of N) · ``layer`` and ``depth`` of the site · ``seed`` of the run ·
+    ``rasters`` per image the rasters it is made of, if they are not all one ``grid`` (the library then calls the method once per kind of image) ·
     ``memory`` belongs to one method in one forward call (running averages) · ``sources`` lazily computed extras named by :attr:`MethodInfo.needs`.
     """
 
@@ -78,6 +87,7 @@ class TokenView:
     seed: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
     sources: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    rasters: tuple[tuple[tuple[int, int], ...], ...] = ()
 
     def source(self, name: str, **kwargs: Any) -> Any:
         """An extra of the site, e.g. ``projections`` (:class:`Projections`) or ``query_attention`` (``[B, N]``). Raises :class:`UnsupportedError` if absent."""

@@ -82,16 +82,13 @@ class _Case:
         if not self.mllm:
             ((name, pixels),) = self.inputs.items()
             return [{name: pixels[i : i + 1]} for i in range(len(pixels))]
-        ids, mask = self.inputs["input_ids"], self.inputs.get("attention_mask")
-        per = [int(n) // self.geometry.tokens for n in (ids == self.adapter.image_token).sum(1)]
-        out, at = [], 0
-        for b, images in enumerate(per):
-            real = torch.ones_like(ids[b], dtype=torch.bool) if mask is None else mask[b].bool()
-            one = {"input_ids": ids[b : b + 1, real], "attention_mask": torch.ones_like(ids[b : b + 1, real])}
-            if images:
-                one["pixel_values"] = self.inputs["pixel_values"][at : at + images]
-            at += images
-            out.append(one)
+        ids = self.inputs["input_ids"]
+        found = self.adapter.parts(ids, self.inputs)
+        out = []
+        for b in range(len(ids)):
+            real = _mask(self.inputs)[b].bool()
+            along = {k: self.inputs[k][b : b + 1, real] for k in ("input_ids", *self.adapter.follows) if k in self.inputs}
+            out.append({**along, "attention_mask": torch.ones_like(along["input_ids"]), **self.adapter.slice_(self.inputs, found, b)})
         return out
 
     def positions(self, mask: Tensor) -> Tensor:
@@ -140,7 +137,7 @@ def prefill_is_masked_dense(c: _Case) -> str:
     with c.attach() as handle:
         got = c.run()
         report = handle.report()
-    hidden, present, ledger = _masks(c, report)
+    hidden, present, ledger = _masks(c, report, handle.passes)
     try:
         want = c.run()
     finally:
@@ -164,7 +161,7 @@ def decode_is_masked_dense(c: _Case) -> str:
     with c.attach() as handle:
         got, tokens = _generate(c)
         report = handle.report()
-    _, _, ledger = _masks(c, report)
+    _, _, ledger = _masks(c, report, handle.passes)
     try:
         want, other = _generate(c)
     finally:
@@ -183,8 +180,9 @@ def cached_is_uncached(c: _Case) -> str:
         mask = torch.cat([_mask(c.inputs), torch.ones_like(tokens)], dim=1)
         labels = torch.full_like(ids, -100)
         labels[:, -tokens.shape[1] :] = tokens
-        whole = {**c.inputs, "input_ids": ids, "attention_mask": mask, "position_ids": c.positions(mask), "labels": labels, "use_cache": False}
-        got = c.run(inputs=whole)[:, -tokens.shape[1] - 1 : -1]
+        follows = {k: torch.cat([c.inputs[k], torch.full_like(tokens, v)], dim=1) for k, v in c.adapter.follows.items() if k in c.inputs}
+        whole = {**c.inputs, **follows, "input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False}
+        got = c.run(inputs=_positioned(c, whole))[:, -tokens.shape[1] - 1 : -1]
     return close(got, want, "uncached")
 
 
@@ -312,15 +310,15 @@ def counts_are_true(c: _Case) -> str:
                 raise _Fail(f"{stage.site}: a kept token is not in its own slot")
     last, info = c.recipe.stages[-1], c.infos[-1]
     if info.budgeted and info.exact and isinstance(last.keep, int) and report.stages:
-        images = [n // c.geometry.tokens for n in total]
-        if any(n != last.keep * i for n, i in zip(report.stages[-1].tokens_out, images, strict=True)):
-            raise _Fail(f"keep={last.keep} gave {report.stages[-1].tokens_out}")
+        want = _wanted(c, last.keep, total)
+        if report.stages[-1].tokens_out != want:
+            raise _Fail(f"keep={last.keep} gave {report.stages[-1].tokens_out}, not {want}")
     if c.mllm:
         text = _mask(c.inputs).sum(1).tolist()
         for i, layer in enumerate(out.past_key_values.layers):
             real = max(t - n + row[i] for t, n, row in zip(text, total, report.layer_tokens, strict=True))
-            if report.layer_tokens[0][i] != total[0] and layer.keys.shape[-2] != real:
-                raise _Fail(f"layer {i} caches {layer.keys.shape[-2]} tokens, the report says {real}")
+            if report.layer_tokens[0][i] != total[0] and layer.get_seq_length() != real:
+                raise _Fail(f"layer {i} caches {layer.get_seq_length()} tokens, the report says {real}")
     return f"{[s.tokens_out[0] for s in report.stages]}"
 
 
@@ -411,6 +409,18 @@ def _only_pruning(c: _Case) -> None:
         raise _Skip("merging and routing change values, no mask gives the same")
 
 
+def _wanted(c: _Case, keep: int, total: list[int]) -> list[int]:
+    """What an integer budget leaves in each sample: so much of every unit, or all of a smaller one."""
+    if not c.mllm:
+        return [min(keep, n) for n in total]
+    from vtprune.models._layout import units
+
+    out = [0] * len(total)
+    for unit in units(c.adapter.parts(c.inputs["input_ids"], c.inputs), c.options.get("per") or c.geometry.per[0]):
+        out[unit.sample] += min(keep, len(unit.columns))
+    return out
+
+
 def _needs_lm(c: _Case) -> None:
     if not c.mllm:
         raise _Skip("no language model")
@@ -421,69 +431,60 @@ def _mask(inputs: dict[str, Any]) -> Tensor:
 
 
 def _positioned(c: _Case, inputs: dict[str, Any]) -> dict[str, Any]:
-    return {**inputs, "position_ids": c.positions(_mask(inputs))} if c.mllm else inputs
+    """With the positions that ``generate`` gives; families with three axes derive theirs from the mask."""
+    return {**inputs, "position_ids": c.positions(_mask(inputs))} if c.mllm and not c.geometry.mrope else inputs
 
 
-def _masks(c: _Case, report: Report) -> tuple[list[Tensor], Tensor, UndoLedger]:
-    """Hooks that hide from the dense model what the report says was dropped. Also ``present`` ``[B, T]``: rows left at the end."""
+def _masks(c: _Case, report: Report, passes: list[tuple[Any, int]]) -> tuple[list[Tensor], Tensor, UndoLedger]:
+    """Hooks that hide from the dense model what was dropped. Also ``present`` ``[B, T]``: rows left at the end."""
     from vtprune.models._masked import hide_in_decoder, hide_in_tower
 
     ledger = UndoLedger()
-    n = c.geometry.tokens
-    images = sum(report.visual_tokens) // n
-    gone = torch.zeros(images, n, dtype=torch.bool)
-    owner = [b for b, total in enumerate(report.visual_tokens) for _ in range(total // n)]
-    offset = [i - owner.index(b) for i, b in enumerate(owner)]
-
-    def dropped(kept: list[Tensor]) -> Tensor:
-        out = torch.ones(images, n, dtype=torch.bool)
-        for i, b in enumerate(owner):
-            k = kept[b] - offset[i] * n
-            out[i, k[(k >= 0) & (k < n)]] = False
-        return out
-
-    tower: list[tuple[str, Tensor]] = []
-    rest: list[tuple[str, Tensor]] = []
-    for stage in report.stages:
-        (tower if stage.site.startswith("vision") else rest).append((stage.site, dropped(stage.kept)))
-    per_block = []
-    for i in range(len(c.adapter.tower_blocks())):
-        for site, now in tower:
-            if int(site.partition(".")[2]) == i - 1:
-                gone = now
-        per_block.append(gone)
-    if tower:
-        gone = tower[-1][1]
+    if passes:
+        blocks = c.adapter.tower_blocks()
         if c.adapter.tower_mask is None:
             raise _Skip("this tower's blocks take no mask, so nothing can be hidden from the dense model")
-        hide_in_tower(ledger, c.adapter.tower_blocks(), c.adapter.tower_mask, c.geometry.prefix, per_block)
+        gone = torch.zeros(len(passes), passes[0][0].tokens, dtype=torch.bool)
+        per_block = []
+        for i in range(len(blocks)):
+            for j, (run, g) in enumerate(passes):
+                for record in run.records:
+                    if record.site == f"vision.{i - 1}":
+                        gone = gone.clone()
+                        gone[j] = True
+                        gone[j, record.kept[g]] = False
+            per_block.append(gone)
+        hide_in_tower(ledger, blocks, c.adapter.tower_mask, c.geometry.prefix, per_block)
     if not c.mllm:
         return [], torch.empty(0), ledger
     ids, padding = c.inputs["input_ids"], _mask(c.inputs)
-    visual = ids == c.adapter.image_token
-    device = ids.device
+    visual = c.adapter.visual(ids)
 
-    def columns(lost: Tensor) -> Tensor:
-        out = torch.zeros_like(visual)
-        out[visual] = lost.flatten().to(device)
+    def columns(kept: list[Tensor]) -> Tensor:
+        out = visual.clone()
+        for b, k in enumerate(kept):
+            out[b, visual[b].nonzero()[:, 0][k.to(ids.device)]] = False
         return out
 
-    for site, now in rest:
-        if site == "projector":
-            gone = now
+    lost = torch.zeros_like(visual)
     hidden = []
     for i in range(c.geometry.llm_layers):
-        for site, now in rest:
-            if site == f"llm.{i}":
-                gone = now
-        hidden.append(columns(gone))
-    hide_in_decoder(ledger, c.adapter.decoder_layers(), padding, hidden)
+        for stage in report.stages:
+            if stage.site == f"llm.{i}" or (i == 0 and not stage.site.startswith("llm.")):
+                lost = columns(stage.kept)
+        hidden.append(lost)
+    hide_in_decoder(ledger, c.adapter.decoder_layers(), hidden)
     return hidden, padding.bool() & ~hidden[-1], ledger
 
 
 def _generate(c: _Case) -> tuple[Tensor, Tensor]:
     """Greedy logits ``[B, STEPS, V]`` and tokens ``[B, STEPS]``; end-of-sequence does not stop it and no image placeholder is generated."""
-    rules: dict[str, Any] = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, "suppress_tokens": [c.adapter.image_token]}
+    rules: dict[str, Any] = {
+        "max_new_tokens": STEPS,
+        "min_new_tokens": STEPS,
+        "do_sample": False,
+        "suppress_tokens": [t for t in (c.adapter.image_token, c.adapter.video_token) if t is not None],
+    }
     model: Any = c.model
     with torch.no_grad():
         out = model.generate(**c.inputs, **rules, return_dict_in_generate=True, output_logits=True)
@@ -500,13 +501,8 @@ def _stepper(c: _Case, inputs: dict[str, Any]) -> Any:
         yield logits
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         with torch.no_grad():
-            out = c.model(
-                input_ids=logits.argmax()[None, None],
-                attention_mask=mask,
-                position_ids=c.positions(mask)[:, -1:],
-                past_key_values=out.past_key_values,
-                use_cache=True,
-            )
+            placed = {} if c.geometry.mrope else {"attention_mask": mask, "position_ids": c.positions(mask)[:, -1:]}
+            out = c.model(input_ids=logits.argmax()[None, None], past_key_values=out.past_key_values, use_cache=True, **placed)
 
 
 def _steps(c: _Case, inputs: dict[str, Any]) -> list[Tensor]:

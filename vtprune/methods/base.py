@@ -45,7 +45,8 @@ class Cut:
 class MethodInfo:
     """The registered facts of a method. ``needs`` maps a site kind to the sources it uses there; ``cases`` are (mild, aggressive) keyword sets for the
     generated tests;
-    ``exact`` tells whether an integer ``keep`` is met exactly; ``budgeted`` whether ``keep`` means anything to it; ``draws`` whether the seed does."""
+    ``exact`` tells whether an integer ``keep`` is met exactly; ``budgeted`` whether ``keep`` means anything to it; ``draws`` whether the seed does;
+    ``raster`` whether it looks at the image plane, so that an image of several rasters is decided raster by raster."""
 
     name: str
     paper: str
@@ -59,6 +60,7 @@ class MethodInfo:
     routes: bool = False
     draws: bool = False
     budgeted: bool = True
+    raster: bool = False
     cls: type[Method] | None = None
 
     @property

@@ -19,6 +19,7 @@ from .base import Cut, Method, MethodInfo, option, register
         idea="averages neighbouring tokens into an even grid of cells",
         kinds=("projector", "vision"),
         merges=True,
+        raster=True,
         cases=({"keep": 0.75}, {"keep": 2}),
     )
 )

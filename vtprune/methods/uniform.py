@@ -16,6 +16,7 @@ from .base import Cut, Method, MethodInfo, option, register
         paper="baseline",
         idea="keeps an even grid of tokens",
         kinds=("projector", "vision", "llm"),
+        raster=True,
         cases=({"keep": 0.75}, {"keep": 2}),
     )
 )

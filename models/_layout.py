@@ -1,0 +1,95 @@
+"""Where a prompt's visual tokens are: parts (one raster each) of images and videos, and the units that budgets apply to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..types import VtpruneError
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Raster:
+    """``grid`` rows and columns of visual tokens; ``passes`` the tokens that each pass of the tower behind it makes (default: the raster is one pass)."""
+
+    grid: Grid
+    passes: tuple[int, ...] = (-1,)
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One raster in a sample: ``columns`` ``[n]`` its placeholders' positions in the sequence; ``image`` and ``video`` (-1: none) count within the sample."""
+
+    columns: Tensor
+    grid: Grid
+    image: int
+    video: int
+    passes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one budget applies to: ``columns`` ``[n]`` ascending, made of ``rasters``."""
+
+    sample: int
+    columns: Tensor
+    rasters: tuple[Grid, ...]
+
+
+def parts(
+    ids: Tensor, visual: Tensor, video_token: int | None, images: Iterator[list[Raster]], videos: Iterator[list[Raster]], *, runs: bool
+) -> list[list[Part]]:
+    """Gives the placeholders ``visual`` ``[B, T]`` of ``ids`` to images and videos in order. An image is a list of rasters, a video one of frames.
+
+    ``runs``: images that follow each other without a token between them are tiles of one image.
+
+    Raises:
+        VtpruneError: placeholders and images do not match.
+    """
+    out: list[list[Part]] = []
+    for row, marks in zip(ids, visual, strict=True):
+        columns = marks.nonzero()[:, 0]
+        places, kinds = columns.tolist(), row[columns].tolist()
+        found: list[Part] = []
+        image = video = -1
+        at = 0
+        while at < len(places):
+            moving = kinds[at] == video_token
+            rasters = next(videos if moving else images, None)
+            if rasters is None:
+                raise VtpruneError(f"the prompt has more {'video' if moving else 'image'} placeholders than the inputs have {'videos' if moving else 'images'}")
+            video += moving
+            for i, raster in enumerate(rasters):
+                n = raster.tokens
+                if len(places) < at + n or any(k != kinds[at] for k in kinds[at : at + n]):
+                    raise VtpruneError(f"the prompt's visual tokens are not whole images: the next one has {raster.grid[0]} x {raster.grid[1]} of them")
+                joined = runs and not moving and found and int(found[-1].columns[-1]) == places[at] - 1
+                image += moving or (i == 0 and not joined)
+                passes = tuple(n if p < 0 else p for p in raster.passes)
+                found.append(Part(columns[at : at + n], raster.grid, image, video if moving else -1, passes))
+                at += n
+        out.append(found)
+    return out
+
+
+def units(found: list[list[Part]], per: str) -> list[Unit]:
+    """Parts joined by ``per``: ``"tile"`` every raster alone, ``"image"`` an image (a video's frame), ``"video"`` also all frames of a video, ``"sample"``
+    everything in a sample."""
+    out: list[Unit] = []
+    for b, sample in enumerate(found):
+        groups: dict[object, list[Part]] = {}
+        for i, part in enumerate(sample):
+            whole = ("video", part.video) if part.video >= 0 else ("image", part.image)
+            key = {"tile": i, "image": part.image, "video": whole, "sample": 0}[per]
+            groups.setdefault(key, []).append(part)
+        out += [Unit(b, torch.cat([p.columns for p in g]), tuple(p.grid for p in g)) for g in groups.values()]
+    return out
