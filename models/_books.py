@@ -97,6 +97,7 @@ def tower_record(request: Request, number: int) -> Record:
     kept, assignment, before, after = [], [], [], []
     merges = False
     first: Record | None = None
+    assert request.vision is not None
     for rows, there, columns, sources in zip(request.vision, passes(request), order(request), request.sources, strict=True):
         keep, into, was = sources < 0, torch.full((len(columns),), -1), sources < 0
         into[keep] = keep.nonzero()[:, 0]

@@ -10,7 +10,7 @@ class Shapes:
     """Widths of a model.
 
     Vision: ``vd`` width, ``vf`` MLP width, ``vdepth`` blocks run, ``vmlp`` matrices in its MLP (2, gated 3), ``patch`` multiply-adds per patch of the patch
-    embedding, ``group`` patches that one visual token stands for (merger, pixel shuffle). Projector: ``proj`` multiply-adds per token. Language model: ``d``
+    embedding, ``group`` patches that one visual token stands for (merger, pixel shuffle), ``window`` patches that a block's attention spans at most except in the blocks ``whole``. Projector: ``proj`` multiply-adds per token. Language model: ``d``
     width, ``heads`` x ``hd``, ``kv`` heads, ``f`` MLP width, ``depth`` layers, ``vocab``.
     """
 
@@ -22,6 +22,8 @@ class Shapes:
     prefix: int
     group: int = 1
     vmlp: int = 2
+    window: int = 0
+    whole: tuple[int, ...] = ()
     proj: int = 0
     d: int = 0
     heads: int = 0

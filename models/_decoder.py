@@ -328,7 +328,7 @@ class DecoderEngine:
         if not call.placed and (not base.dense or self.d.mrope):
             ids = request.next.to(embeds.device)[:, None] + torch.arange(new - q, new, device=embeds.device)
             ids = ids[None].expand(3, -1, -1) if self.d.mrope else ids
-        elif call.placed and not two and not base.dense and ids.ndim == 2 and bool((ids[:, 0] != request.next.to(ids.device) + new - q).any()):
+        elif ids is not None and not two and not base.dense and ids.ndim == 2 and bool((ids[:, 0] != request.next.to(ids.device) + new - q).any()):
             raise UnsupportedError(
                 f"this cache holds {base.width} of {request.length} prompt tokens and {new - q} behind them, so the next position is "
                 f"{(request.next + new - q).tolist()}, not {ids[:, 0].tolist()}: pass the new tokens alone, or start a new prompt"

@@ -15,10 +15,12 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Raster:
-    """``grid`` rows and columns of visual tokens; ``passes`` the tokens that each pass of the tower behind it makes (default: the raster is one pass)."""
+    """``grid`` rows and columns of visual tokens; ``passes`` the tokens that each pass of the tower behind it makes (default: the raster is one pass);
+    ``joins``: it belongs to the frame before it."""
 
     grid: Grid
     passes: tuple[int, ...] = (-1,)
+    joins: bool = False
 
     @property
     def tokens(self) -> int:
@@ -73,7 +75,7 @@ def parts(
                 if len(places) < at + n or any(k != kinds[at] for k in kinds[at : at + n]):
                     raise VtpruneError(f"the prompt's visual tokens are not whole images: the next one has {raster.grid[0]} x {raster.grid[1]} of them")
                 joined = runs and not moving and found and int(found[-1].columns[-1]) == places[at] - 1
-                image += moving or (i == 0 and not joined)
+                image += not raster.joins and (moving or (i == 0 and not joined))
                 passes = tuple(n if p < 0 else p for p in raster.passes)
                 found.append(Part(columns[at : at + n], raster.grid, image, video if moving else -1, passes))
                 at += n

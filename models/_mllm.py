@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import threading
 from collections.abc import Iterator
 from itertools import repeat
@@ -32,6 +34,9 @@ TEXT = {
     "Qwen2_5_VLTextModel": "Qwen2.5-VL",
     "Qwen3VLTextModel": "Qwen3-VL",
 }
+
+
+NOTE = "_vtprune_inputs"  # on an image encoder's output: the sizes it was called with
 
 
 class Mllm:
@@ -111,7 +116,44 @@ class Mllm:
 
     def parts(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[Part]]:
         """Per sample of ``ids`` ``[B, T]`` the rasters of visual tokens in it."""
-        return parts(ids, self.visual(ids), self.video_token, self.images(inputs), self.videos(inputs), runs=self.runs)
+        inputs = self.noted(inputs)
+        images, videos, copies = self.images(inputs), self.videos(inputs), 1
+        if not isinstance(images, repeat):
+            images, videos = iter(known := list(images)), iter(moving := list(videos))
+            have, want = sum(r.tokens for group in (*known, *moving) for r in group), int(self.visual(ids).sum())
+            copies = want // have if have and want % have == 0 and len(ids) % (want // have) == 0 else 1
+            if not torch.equal(ids[::copies].repeat_interleave(copies, 0), ids):
+                copies = 1
+        # Beam search repeats every prompt, but not the sizes of its images.
+        found = parts(ids[::copies], self.visual(ids[::copies]), self.video_token, images, videos, runs=self.runs)
+        return [sample for sample in found for _ in range(copies)]
+
+    @staticmethod
+    def noted(inputs: dict[str, Any]) -> dict[str, Any]:
+        """``inputs`` with what the encoders' outputs among them remember."""
+        for output in (inputs.get("mm_encoder_outputs") or {}).values():
+            inputs = {**getattr(output, NOTE, {}), **inputs}
+        return inputs
+
+    def _note_inputs(self, ledger: UndoLedger) -> None:
+        """``generate`` encodes images before the forward and does not hand their sizes on; so the encoder's output remembers what it was made from."""
+        core = self.model.base_model
+        for name in ("get_image_features", "get_video_features"):
+            original = getattr(core, name, None)
+            if original is None:
+                continue
+
+            @functools.wraps(original)
+            def noted(*args: Any, __original: Any = original, **kwargs: Any) -> Any:
+                output = __original(*args, **kwargs)
+                given = inspect.signature(__original).bind(*args, **kwargs).arguments
+                # Pixels are remembered by their shape alone.
+                tensors = {k: v.to("meta") if k.startswith("pixel") else v for k, v in given.items() if isinstance(v, Tensor)}
+                if hasattr(output, "pooler_output"):
+                    setattr(output, NOTE, tensors)
+                return output
+
+            ledger.replace(core, name, noted)
 
     def decoder_layers(self) -> list[nn.Module]:
         return list(self.lm.layers)
@@ -140,6 +182,7 @@ class Mllm:
             engine.seed = seed
 
     def install(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, per: str, seed: int) -> None:
+        self._note_inputs(ledger)
         tower = [c for c in cuts if c.site == "pixels" or c.site.startswith("vision.")]
         engine = self._install_tower(tower, ledger, recorder, seed) if tower else None
 

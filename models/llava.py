@@ -16,14 +16,17 @@ from .base import ADAPTERS, AdapterInfo, PlannedCut
 
 
 class Llava(Mllm):
-    """One bound LLaVA."""
+    """One bound LLaVA: one image, one raster."""
+
+    family = "llava"
+    per: tuple[str, ...] = ("image", "sample")
 
     def __init__(self, model: Any):
         core, config = model.model, model.config
         self.tower = core.vision_tower
         arch = _hf_vit.arch(self.tower)
         if arch is None:
-            raise UnsupportedError(f"LLaVA with a {type(self.tower).__name__} tower is not supported; there are CLIP, SigLIP and DINOv2")
+            raise UnsupportedError(f"{self.family} with a {type(self.tower).__name__} tower is not supported; there are CLIP, SigLIP and DINOv2")
         depth = len(_hf_vit.layers(self.tower))
         feature = config.vision_feature_layer
         # hidden_states[0] is the embedding, so index i is the output of block i - 1; a list of layers needs equal lengths, so no block may cut.
@@ -38,7 +41,7 @@ class Llava(Mllm):
         self.tower_mask = _hf_vit.mask_name(self.tower)
         tower = frozenset({"projections", "prefix"} | ({"class_token"} if prefix else set()))
         geometry = Geometry(
-            family="llava",
+            family=self.family,
             arch=arch,
             tokens=side * side,
             grid=(side, side),
@@ -52,6 +55,8 @@ class Llava(Mllm):
                 "projector": frozenset(),
                 "llm": frozenset({"query_attention", "layers"}),
             },
+            per=self.per,
+            variable="tile" in self.per,
         )
         vision = {
             "vd": v.hidden_size,
@@ -62,7 +67,9 @@ class Llava(Mllm):
             "prefix": prefix,
         }
         image = config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
-        super().__init__(model, geometry=geometry, projector=core.multi_modal_projector, lm=core.language_model, image_token=image, vision=vision)
+        video = getattr(config, "video_token_id", None)
+        lm = core.language_model
+        super().__init__(model, geometry=geometry, projector=core.multi_modal_projector, lm=lm, image_token=image, video_token=video, vision=vision)
 
     def tower_blocks(self) -> list[nn.Module]:
         return _hf_vit.layers(self.tower)[: self.used]

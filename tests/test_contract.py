@@ -10,6 +10,7 @@ import torch
 from vtprune.models.base import ADAPTERS
 
 import vtprune
+from tests.conftest import case_options
 from vtprune.types import UnsupportedError
 from vtprune.verify import CHECKS, check
 
@@ -25,7 +26,7 @@ def _checks(family: str, variant: str) -> tuple[str, ...]:
 def test_pair(pair, tiny):
     family, variant, method, case = pair
     model, inputs = tiny(family, variant)
-    options = vtprune.describe(method).cases[case]
+    options = case_options(model, method, case)
     try:
         vtprune.attach(model, method, **options).remove()
     except UnsupportedError as e:
@@ -52,7 +53,7 @@ def test_refused_pairs_are_the_listed_ones(tiny):
             model, _ = tiny(family, variant)
             for method in vtprune.methods():
                 try:
-                    vtprune.attach(model, method, **vtprune.describe(method).cases[0]).remove()
+                    vtprune.attach(model, method, **case_options(model, method, 0)).remove()
                 except UnsupportedError as e:
                     found.setdefault(f"{family}/{variant}", {})[method] = str(e)
     assert found == json.loads(REFUSED.read_text())

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from vtprune.models._cost import Shapes
 
 
-def tower_block(s: Shapes, n: int, after: int | None = None) -> int:
-    """One vision block over ``n`` tokens (prefix included); ``after`` tokens reach its MLP if a merge happens inside it."""
-    attention = 4 * n * s.vd * s.vd + 2 * n * n * s.vd
+def tower_block(s: Shapes, n: int, after: int | None = None, seen: int | None = None) -> int:
+    """One vision block over ``n`` tokens (prefix included); ``after`` tokens reach its MLP if a merge happens inside it; each sees ``seen`` tokens (default
+    all)."""
+    attention = 4 * n * s.vd * s.vd + 2 * n * (n if seen is None else min(seen, n)) * s.vd
     return 2 * (attention + s.vmlp * (n if after is None else after) * s.vd * s.vf)
 
 
@@ -28,7 +29,8 @@ def vision(s: Shapes, images: int, patches: int, per_block: Sequence[float], ins
     counts += [projected if projected is not None and inside else counts[-1]] * (s.vdepth - len(counts))
     for i, n in enumerate(counts):
         after = counts[i + 1] if inside and i + 1 < len(counts) else n
-        total += tower_block(s, round(n) + s.prefix, round(after) + s.prefix)
+        seen = s.window if s.window and i not in s.whole else None
+        total += tower_block(s, round(n) + s.prefix, round(after) + s.prefix, seen)
     total += 2 * round(counts[-1] / s.group if projected is None else projected) * s.proj
     return images * total
 

@@ -46,7 +46,8 @@ class UndoLedger:
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """All that an attachment could leave behind: attributes, hooks, classes, state-dict keys, training flags, configuration, and transformers' attention table.
 
-    Two snapshots of an untouched model are equal. Hooks that transformers itself installs lazily to capture outputs are not counted.
+    Two snapshots of an untouched model are equal. What transformers itself leaves on modules is not counted: hooks that it installs lazily to capture outputs,
+    and the Qwen-VL models' ``rope_deltas`` of the last prompt.
     """
     import sys
 
@@ -56,7 +57,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             kind: tuple(k for k, h in getattr(module, kind).items() if not getattr(h, "__module__", "").startswith("transformers."))
             for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         }
-        keep = {k: id(v) for k, v in module.__dict__.items() if not k.startswith(("_forward_", "_backward_", "_output_capturing"))}
+        keep = {k: id(v) for k, v in module.__dict__.items() if not k.startswith(("_forward_", "_backward_", "_output_capturing", "rope_deltas"))}
         out[name] = (type(module), hooks, keep, module.training, tuple(module._modules), tuple(module._parameters))
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):

@@ -1,0 +1,115 @@
+"""Hugging Face LLaVA-NeXT (1.6): ``LlavaNextForConditionalGeneration``, tiles of any resolution behind a small version of the image, new-line tokens, unpadding.
+
+An image is two rasters, the small version and the unpadded tiles with a new-line token at the end of each row; both are visual tokens. Budgets are per image,
+per raster (``per="tile"``) or per sample; stages inside the tower see single tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._layout import Part, Raster
+from ._mllm import tiny_build, tiny_prompts, tiny_text
+from .base import ADAPTERS, AdapterInfo
+from .llava import Llava
+
+
+class LlavaNext(Llava):
+    """One bound LLaVA-NeXT."""
+
+    family = "llava-next"
+    per = ("image", "tile", "sample")
+
+    def __init__(self, model: Any):
+        super().__init__(model)
+        self.known: dict[tuple[int, int, bool], Tensor] = {}
+
+    def pack(self, features: Tensor, size: Tensor) -> Tensor:
+        """The model's own packing of one image's ``features`` ``[tiles, N, 1]``, with -1 for new-line tokens: ``[n, 1]``."""
+        newline = torch.full((1,), -1.0, dtype=features.dtype)
+        packed, _ = self.model.model.pack_image_features([features], [size], vision_feature_select_strategy="full", image_newline=newline)
+        return packed[0]
+
+    def tiles(self, inputs: dict[str, Any]) -> list[tuple[Tensor, bool]]:
+        """Size and whether it is cut into tiles, per image of the batch."""
+        return [(size, True) for size in inputs.get("image_sizes", ())]
+
+    def packed(self, size: Tensor, tiled: bool) -> Tensor:
+        """For each visual token of an image of ``size`` (height, width) the tower's token that it is, counted over its tiles (-1: new line): ``[n]``."""
+        key = (int(size[0]), int(size[1]), tiled)
+        if key not in self.known:
+            from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+            config, n = self.model.config, self.geometry.tokens
+            count = image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) if tiled else 1
+            self.known[key] = self.pack(torch.arange(count * n, dtype=torch.float64).view(count, n, 1), size)[:, 0]
+        return self.known[key]
+
+    def images(self, inputs: dict[str, Any]) -> Iterator[list[Raster]]:
+        n = self.geometry.tokens
+        for size, tiled in self.tiles(inputs):
+            rest = self.packed(size, tiled)[n:]
+            rows = int((rest == -1).sum())
+            count = (self.known[int(size[0]), int(size[1]), tiled].max().ceil().long().item() // n) if tiled else 0
+            yield [Raster(self.geometry.grid), Raster((rows, len(rest) // rows), (n,) * count)]
+
+    def sources(self, inputs: dict[str, Any], found: list[list[Part]]) -> list[Tensor]:
+        maps, n, out = iter([self.packed(size, tiled) for size, tiled in self.tiles(self.noted(inputs))]), self.geometry.tokens, []
+        for sample in found:
+            start, rows = 0, []
+            for image in sorted({p.image for p in sample}):
+                origin = next(maps).long()
+                rows.append(torch.where(origin >= 0, origin + start, -1))
+                start += n * sum(len(p.passes) for p in sample if p.image == image)
+            out.append(torch.cat(rows) if rows else torch.empty(0, dtype=torch.long))
+        return out
+
+    def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
+        counts = [len({p.image for p in sample}) for sample in found]
+        rows = slice(sum(counts[:b]), sum(counts[: b + 1]))
+        return {name: inputs[name][rows] for name in ("pixel_values", "image_sizes")} if counts[b] else {}
+
+
+def _tiny(tower: str, text: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Random; tiles of 16 tokens, images of three sizes in two left-padded prompts."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, MistralConfig, SiglipVisionConfig
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 4, "image_size": 32, "patch_size": 8, "intermediate_size": 64}
+    vision: Any = CLIPVisionConfig(**sizes) if tower == "clip" else SiglipVisionConfig(**sizes, vision_use_head=False)
+    words: Any = LlamaConfig(**tiny_text()) if text == "llama" else MistralConfig(**tiny_text(sliding_window=24))
+    config = LlavaNextConfig(
+        vision_config=vision,
+        text_config=words,
+        image_token_index=3,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default" if tower == "clip" else "full",
+        image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]],
+    )
+    model = tiny_build(LlavaNextForConditionalGeneration, config)
+    image_sizes = torch.tensor([[40, 64], [64, 20], [60, 60]])
+    bound = LlavaNext(model)
+    counts = [len(bound.packed(size, True)) for size in image_sizes]
+    tiles = [1 + 2, 1 + 2, 1 + 4]
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.zeros(3, max(tiles), 3, 32, 32)
+    for i, n in enumerate(tiles):
+        pixels[i, :n] = torch.randn(n, 3, 32, 32, generator=generator)
+    prompts = tiny_prompts([[(3, counts[0]), (3, counts[1])], [(3, counts[2])]])
+    return model, {**prompts, "pixel_values": pixels, "image_sizes": image_sizes}
+
+
+ADAPTERS.register(
+    "llava-next",
+    AdapterInfo(
+        name="llava-next",
+        idea="LLaVA-NeXT (1.6) on transformers: tiles of any resolution, new-line tokens; tower, projector and language model",
+        matches=lambda m: type(m).__name__ == "LlavaNextForConditionalGeneration",
+        bind=LlavaNext,
+        tiny={"clip-llama": partial(_tiny, "clip", "llama"), "siglip-mistral-window": partial(_tiny, "siglip", "mistral")},
+    ),
+)

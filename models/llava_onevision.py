@@ -1,0 +1,114 @@
+"""Hugging Face LLaVA-OneVision: ``LlavaOnevisionForConditionalGeneration``, SigLIP tower, Qwen2 text; one image in tiles, several images whole, video frames.
+
+Large images and video frames are interpolated behind the projector, so stages inside the tower are for images that are not; the model says so when it meets one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..types import UnsupportedError
+from ._layout import Part, Raster
+from ._mllm import tiny_build, tiny_prompts, tiny_text
+from .base import ADAPTERS, AdapterInfo
+from .llava_next import LlavaNext
+
+
+class LlavaOnevision(LlavaNext):
+    """One bound LLaVA-OneVision."""
+
+    family = "llava-onevision"
+    per = ("image", "tile", "video", "sample")
+
+    def pack(self, features: Tensor, size: Tensor) -> Tensor:
+        newline = torch.full((1,), -1.0, dtype=features.dtype)
+        ratio = self.model.config.vision_aspect_ratio
+        packed, _ = self.model.model.pack_image_features([features], [size], image_newline=newline, vision_aspect_ratio=ratio)
+        return packed[0]
+
+    def tiles(self, inputs: dict[str, Any]) -> list[tuple[Tensor, bool]]:
+        """An image that shares its sample with others stays whole."""
+        sizes, counts = inputs.get("image_sizes"), inputs.get("batch_num_images")
+        if sizes is None:
+            return []
+        alone = [True] * len(sizes) if counts is None else [int(n) == 1 for n in counts for _ in range(int(n))]
+        return list(zip(sizes, alone, strict=True))
+
+    def videos(self, inputs: dict[str, Any]) -> Iterator[list[Raster]]:
+        """Frames at half the resolution and one new-line token."""
+        pixels, n = inputs.get("pixel_values_videos"), self.geometry.tokens
+        half = (-(-self.geometry.grid[0] // 2), -(-self.geometry.grid[1] // 2))
+        for _ in range(0 if pixels is None else len(pixels)):
+            yield [Raster(half, (n,))] * pixels.shape[1] + [Raster((1, 1), (), joins=True)]
+
+    def sources(self, inputs: dict[str, Any], found: list[list[Part]]) -> list[Tensor]:
+        maps = [self.packed(size, tiled) for size, tiled in self.tiles(self.noted(inputs))]
+        if any(p.video >= 0 for sample in found for p in sample) or any(bool((m != m.round()).any()) for m in maps):
+            raise UnsupportedError(
+                "LLaVA-OneVision interpolates video frames and large images behind the projector, which tokens from a pruned tower cannot be: "
+                "use a stage at the projector or in the language model, or an image that fits its tiles"
+            )
+        return super().sources(inputs, found)
+
+    def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        images = [len({p.image for p in sample if p.video < 0}) for sample in found]
+        videos = [len({p.video for p in sample if p.video >= 0}) for sample in found]
+        if images[b]:
+            rows = slice(sum(images[:b]), sum(images[: b + 1]))
+            out |= {name: inputs[name][rows] for name in ("pixel_values", "image_sizes")}
+            if inputs.get("batch_num_images") is not None:
+                having = [i for i, n in enumerate(images) if n]
+                out["batch_num_images"] = inputs["batch_num_images"][having.index(b) : having.index(b) + 1]
+        if videos[b]:
+            out["pixel_values_videos"] = inputs["pixel_values_videos"][sum(videos[:b]) : sum(videos[: b + 1])]
+        return out
+
+
+def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Random; tiles of 16 tokens in two left-padded prompts: two whole images beside one in tiles, one that is interpolated, or a video beside an image."""
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+
+    vision = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 4, "image_size": 32, "patch_size": 8, "intermediate_size": 64}
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**vision, vision_use_head=False),
+        text_config=Qwen2Config(**tiny_text()),
+        image_token_id=3,
+        video_token_id=4,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_2" if kind == "interpolated" else "anyres_max_9",
+        image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]],
+    )
+    model = tiny_build(LlavaOnevisionForConditionalGeneration, config)
+    bound, generator = LlavaOnevision(model), torch.Generator().manual_seed(3)
+    if kind == "video":
+        video = torch.randn(1, 3, 3, 32, 32, generator=generator)
+        size = torch.tensor([[60, 40]])
+        inputs: dict[str, Any] = tiny_prompts([[(4, 3 * 4 + 1)], [(3, len(bound.packed(size[0], True)))]])
+        return model, {**inputs, "pixel_values": torch.randn(1, 5, 3, 32, 32, generator=generator), "image_sizes": size, "pixel_values_videos": video}
+    sizes = torch.tensor([[40, 64], [64, 20], [60, 60]])
+    counts = torch.tensor([2, 1])
+    n = [len(bound.packed(size, tiled)) for size, tiled in bound.tiles({"image_sizes": sizes, "batch_num_images": counts})]
+    pixels = torch.zeros(3, 5, 3, 32, 32)
+    for i, tiles in enumerate((1, 1, 5)):
+        pixels[i, :tiles] = torch.randn(tiles, 3, 32, 32, generator=generator)
+    prompts = tiny_prompts([[(3, n[0]), (3, n[1])], [(3, n[2])]])
+    return model, {**prompts, "pixel_values": pixels, "image_sizes": sizes, "batch_num_images": counts}
+
+
+ADAPTERS.register(
+    "llava-onevision",
+    AdapterInfo(
+        name="llava-onevision",
+        idea="LLaVA-OneVision on transformers: one image in tiles, several images, video frames; SigLIP tower, Qwen2 text",
+        matches=lambda m: type(m).__name__ == "LlavaOnevisionForConditionalGeneration",
+        bind=LlavaOnevision,
+        tiny={k: partial(_tiny, k) for k in ("images", "video", "interpolated")},
+    ),
+)

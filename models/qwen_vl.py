@@ -1,0 +1,184 @@
+"""Hugging Face Qwen2-VL, Qwen2.5-VL and Qwen3-VL (dense): images and video frames of any size, 2 x 2 merger, positions with three axes (M-RoPE), DeepStack.
+
+Stages work on merged tokens, behind the merger and in the language model: single patches that are dropped in front of it would regroup wrongly. Rotary positions
+are those of the surviving tokens. DeepStack (Qwen3-VL) adds features of earlier vision blocks to the visual rows behind the first decoder layers; those
+planes are cut, and merged, like the rows they belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import accumulate
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..ledger import UndoLedger
+from ..types import Geometry
+from ._layout import Part, Raster
+from ._mllm import Mllm, tiny_build, tiny_prompts, tiny_text
+from ._scores import take
+from .base import ADAPTERS, AdapterInfo, PlannedCut
+
+FAMILIES = {
+    "Qwen2VLForConditionalGeneration": "qwen2-vl",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2.5-vl",
+    "Qwen3VLForConditionalGeneration": "qwen3-vl",
+}
+
+
+class QwenVL(Mllm):
+    """One bound model of the three families."""
+
+    follows: ClassVar[dict[str, int]] = {"mm_token_type_ids": 0}
+
+    def __init__(self, model: Any):
+        core, config = model.model, model.config
+        v, family = config.vision_config, FAMILIES[type(model).__name__]
+        self.fold, self.split = v.spatial_merge_size, family == "qwen3-vl"
+        geometry = Geometry(
+            family=family,
+            arch=family,
+            tokens=256,  # a typical picture, 448 x 448 pixels in patches of 14
+            grid=(16, 16),
+            prefix=0,
+            vision_layers=0,
+            vision_depth=v.depth,
+            llm_layers=config.text_config.num_hidden_layers,
+            provides={"projector": frozenset(), "llm": frozenset({"query_attention", "layers"})},
+            refuses={"vision": "the merger would fold the wrong patches together", "pixels": "the processor chooses the image's size: set its max_pixels"},
+            per=("image", "video", "sample"),
+            variable=True,
+            mrope=True,
+        )
+        width = v.embed_dim if family == "qwen2-vl" else v.hidden_size
+        vision: dict[str, Any] = {
+            "vd": width,
+            "vf": int(width * v.mlp_ratio) if family == "qwen2-vl" else v.intermediate_size,
+            "vheads": v.num_heads,
+            "vdepth": v.depth,
+            "patch": core.visual.patch_embed.proj.weight.numel(),
+            "prefix": 0,
+            "group": self.fold**2,
+        }
+        if family == "qwen2.5-vl":
+            vision |= {"vmlp": 3, "window": (v.window_size // v.patch_size) ** 2, "whole": tuple(v.fullatt_block_indexes)}
+        projector = nn.ModuleList([core.visual.merger, *getattr(core.visual, "deepstack_merger_list", [])])
+        super().__init__(
+            model,
+            geometry=geometry,
+            projector=projector,
+            lm=core.language_model,
+            image_token=config.image_token_id,
+            video_token=config.video_token_id,
+            vision=vision,
+        )
+
+    def images(self, inputs: dict[str, Any]) -> Iterator[list[Raster]]:
+        return self._rasters(inputs.get("image_grid_thw"))
+
+    def videos(self, inputs: dict[str, Any]) -> Iterator[list[Raster]]:
+        return self._rasters(inputs.get("video_grid_thw"))
+
+    def _rasters(self, grids: Tensor | None) -> Iterator[list[Raster]]:
+        """One list per image or video, one raster per step in time, which attends within itself in the tower."""
+        for t, h, w in [] if grids is None else grids.tolist():
+            yield [Raster((h // self.fold, w // self.fold))] * t
+
+    def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for pixels, grid, moving in (("pixel_values", "image_grid_thw", False), ("pixel_values_videos", "video_grid_thw", True)):
+            counts = [len({p.video if moving else p.image for p in sample if (p.video >= 0) == moving}) for sample in found]
+            if not counts[b]:
+                continue
+            first = sum(counts[:b])
+            rows = [0, *accumulate(inputs[grid].prod(-1).tolist())]
+            out[grid] = inputs[grid][first : first + counts[b]]
+            out[pixels] = inputs[pixels][rows[first] : rows[first + counts[b]]]
+            if moving and inputs.get("second_per_grid_ts") is not None:
+                out["second_per_grid_ts"] = inputs["second_per_grid_ts"][first : first + counts[b]]
+        return out
+
+    def install(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, **options: Any) -> None:
+        super().install(cuts, ledger, recorder, **options)
+        if not hasattr(self.lm, "_deepstack_process"):
+            return
+        original = self.lm._deepstack_process
+
+        def process(hidden: Tensor, marks: Tensor, plane: Tensor) -> Tensor:
+            call = self.decoder.call
+            if call is None or call.level is None or call.level.dense:
+                return original(hidden, marks, plane)
+            level = call.level.on(hidden.device)
+            marks, plane = marks.to(hidden.device), plane.to(hidden.device, hidden.dtype)
+            full = hidden.new_zeros(*marks.shape, hidden.shape[-1]).masked_scatter(marks[..., None], plane)
+            return hidden + take(full, level.rows) * level.valid[..., None]
+
+        ledger.replace(self.lm, "_deepstack_process", process)
+
+
+# ----------------------------------------------------------------------------------------------------------- tiny models
+
+
+def _tiny(family: str, moving: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """Random. Images: three of 16, 8 and 12 tokens in two left-padded prompts; ``moving``: a video of 2 x 8 tokens beside an image in the first."""
+    import transformers as hf
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig, Qwen3VLVisionConfig
+
+    rope = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 10000.0}
+    text = tiny_text(rope_parameters=rope)
+    vision: dict[str, Any] = {"depth": 3, "num_heads": 2, "patch_size": 4, "in_channels": 3}
+    tokens = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
+    if family == "qwen2-vl":
+        config: Any = hf.Qwen2VLConfig(
+            vision_config=Qwen2VLVisionConfig(**vision, embed_dim=32, hidden_size=48).to_dict(), text_config=Qwen2VLTextConfig(**text).to_dict(), **tokens
+        )
+        kind: Any = hf.Qwen2VLForConditionalGeneration
+    elif family == "qwen2.5-vl":
+        config = hf.Qwen2_5_VLConfig(
+            vision_config=Qwen2_5_VLVisionConfig(
+                **vision, hidden_size=32, intermediate_size=64, out_hidden_size=48, window_size=16, fullatt_block_indexes=[1]
+            ).to_dict(),
+            text_config=Qwen2_5_VLTextConfig(**text).to_dict(),
+            **tokens,
+        )
+        kind = hf.Qwen2_5_VLForConditionalGeneration
+    else:
+        config = hf.Qwen3VLConfig(
+            vision_config=Qwen3VLVisionConfig(
+                **vision, hidden_size=32, intermediate_size=64, out_hidden_size=48, num_position_embeddings=16, deepstack_visual_indexes=[0, 1]
+            ).to_dict(),
+            text_config=Qwen3VLTextConfig(**{**text, "head_dim": 12}).to_dict(),
+            **tokens,
+        )
+        kind = hf.Qwen3VLForConditionalGeneration
+    frame = 4 if family == "qwen3-vl" else 8  # Qwen3-VL puts a time stamp between the frames of a video
+    video = [(4, frame)] * (8 // frame) * 2 if family == "qwen3-vl" else [(4, 16)]
+    samples = [[*video, (3, 16)], [(3, 8)]] if moving else [[(3, 16), (3, 8)], [(3, 12)]]
+    inputs: dict[str, Any] = tiny_prompts(samples)
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == 3).int() + 2 * (inputs["input_ids"] == 4).int()
+    generator = torch.Generator().manual_seed(3)
+    grids = {"pixel_values": [[1, 8, 8], [1, 4, 8]] if moving else [[1, 8, 8], [1, 4, 8], [1, 4, 12]]}
+    if moving:
+        grids["pixel_values_videos"] = [[4, 4, 4]] if family == "qwen3-vl" else [[2, 8, 4]]
+    for name, thw in grids.items():
+        inputs["video_grid_thw" if name.endswith("videos") else "image_grid_thw"] = torch.tensor(thw)
+        inputs[name] = torch.randn(sum(t * h * w for t, h, w in thw), 3 * 2 * 16, generator=generator)
+    return tiny_build(kind, config), inputs
+
+
+for _kind, _name in FAMILIES.items():
+    ADAPTERS.register(
+        _name,
+        AdapterInfo(
+            name=_name,
+            idea=f"{_name.replace('qwen', 'Qwen').replace('-vl', '-VL')} on transformers: images and video of any size, behind the merger and in the language model",
+            matches=lambda m, kind=_kind: type(m).__name__ == kind,
+            bind=QwenVL,
+            tiny={"images": partial(_tiny, _name, False), "video": partial(_tiny, _name, True)},
+        ),
+    )
