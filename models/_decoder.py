@@ -681,7 +681,7 @@ class DecoderEngine:
         rows, weight = query_rows(call.labels, level, query)  # [B, R], weights [B, R]
         score = torch.zeros(x.shape[:2], dtype=weight.dtype, device=x.device)
         for part, share in zip(rows.split(64, 1), weight.split(64, 1), strict=True):
-            p = attention_rows(self.d.layers[number], x, part, level, rotary, dense.get("attention_mask"), keys)  # [B, R, M]
+            p = attention_rows(self.d.layers[number], x, part, level, rotary, dense.get("attention_mask"), keys).mean(1)  # [B, R, M]
             score = score + (p * share[..., None]).sum(1)
         return score.to(where.device)[owner[:, None], where.clamp_min(0)].masked_fill(where < 0, -torch.inf)
 

@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import repeat
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from ._cost import Shapes
 from ._decoder import Decoder, DecoderEngine, Request, sentinel
 from ._hf_vit import randomise
 from ._layout import Part, Raster, parts
+from ._probe import probe, probe_queries
 from ._tower import Run, TowerEngine
 from .base import PlannedCut
 
@@ -43,6 +44,7 @@ class Mllm:
     """One bound model. A family says where its parts are and overrides what differs: :meth:`images` (rasters of each image), :meth:`videos`,
     :meth:`slice_` (one sample's inputs), :meth:`sources` (which of the tower's tokens become which placeholders)."""
 
+    tested: ClassVar[Collection[str]] = TEXT  # language models that are not probed
     tower_mask: str | None = None
     runs = False  # tiles that follow each other without a token between them are one image
     follows: ClassVar[dict[str, int]] = {}  # inputs with one entry per token, and what a generated token has there
@@ -60,8 +62,6 @@ class Mllm:
         tower_module: Any = None,
     ):
         text = lm.config
-        if type(lm).__name__ not in TEXT:
-            raise UnsupportedError(f"{geometry.family} with a {type(lm).__name__} language model is not supported; there are {', '.join(TEXT.values())}")
         self.model, self.geometry, self.projector, self.lm = model, geometry, projector, lm
         self.image_token, self.video_token = image_token, video_token
         self.cost = Shapes(
@@ -76,6 +76,13 @@ class Mllm:
             vocab=text.vocab_size,
             bytes=next(lm.parameters()).element_size(),
         )
+        if type(lm).__name__ not in self.tested:
+            self.probe()
+
+    def probe(self) -> None:
+        """A language model that nobody has tested here must show that it can be pruned."""
+        probe(self.describe())
+        probe_queries(self.describe())
 
     # ------------------------------------------------------------------------------------------------- what families override
 
@@ -167,10 +174,27 @@ class Mllm:
         everywhere = "sliding_attention" if type(self.lm).__name__ == "MistralModel" and config.sliding_window else "full_attention"
         return tuple(getattr(config, "layer_types", None) or [everywhere] * config.num_hidden_layers)
 
+    def describe(self) -> Decoder:
+        """What the decoder engine has to know."""
+        return Decoder(
+            root=self.model,
+            lm=self.lm,
+            layers=self.lm.layers,
+            visual=self.visual,
+            parts=self.parts,
+            sources=self.sources,
+            kinds=self.kinds(),
+            window=getattr(self.lm.config, "sliding_window", None),
+            rotary=self.rotary,
+            mrope=self.geometry.mrope,
+        )
+
     def branch(self, layer: int) -> nn.Module:
         """A copy of decoder layer ``layer`` that belongs to nobody (its hooks are not copied)."""
         source = self.lm.layers[layer]
         parameter = next(source.parameters())
+        if parameter.is_meta:
+            raise UnsupportedError(f"decoder layer {layer} cannot be copied: its weights are offloaded; give the model a device_map that keeps it in memory")
         with torch.random.fork_rng(devices=[]):  # the throw-away initialisation must not move the user's random numbers
             fresh = type(source)(self.lm.config, layer_idx=layer).to(parameter.device, parameter.dtype)
         fresh.load_state_dict(source.state_dict())
@@ -190,20 +214,8 @@ class Mllm:
             decoder.finish_counts(request)
             recorder.finished(request)
 
-        described = Decoder(
-            root=self.model,
-            lm=self.lm,
-            layers=self.lm.layers,
-            visual=self.visual,
-            parts=self.parts,
-            sources=self.sources,
-            kinds=self.kinds(),
-            window=getattr(self.lm.config, "sliding_window", None),
-            rotary=self.rotary,
-            mrope=self.geometry.mrope,
-        )
         decoder = DecoderEngine(
-            described,
+            self.describe(),
             [c for c in cuts if c.site.startswith("llm.")],
             ledger,
             positions=positions,

@@ -31,8 +31,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_rows(block: Any, x: Tensor, rows: Tensor, level: Level, rotary: tuple[Tensor, Tensor] | None, own: Any, keys: str) -> Tensor:
-    """Post-softmax attention of ``rows`` ``[B, R]`` over the level's M tokens under the model's ``own`` mask, mean over heads, at least float32: ``[B, R,
-    M]``. ``keys="visual"``: softmax over the visual ones alone."""
+    """Post-softmax attention of ``rows`` ``[B, R]`` over the level's M tokens under the model's ``own`` mask, per head, at least float32: ``[B, H, R, M]``.
+    ``keys="visual"``: softmax over the visual ones alone."""
     attention = block.self_attn
     h = block.input_layernorm(x)
     q = heads(attention, "q", h.gather(1, rows[..., None].expand(-1, -1, h.shape[-1])))
@@ -54,7 +54,7 @@ def attention_rows(block: Any, x: Tensor, rows: Tensor, level: Level, rotary: tu
         seen = seen & level.visual[:, None]
     logits = logits.masked_fill(~seen[:, None], -torch.inf)
     wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    return torch.nan_to_num(wide.softmax(-1)).mean(1)
+    return torch.nan_to_num(wide.softmax(-1))
 
 
 def answer_starts(labels: Tensor) -> Tensor:

@@ -66,6 +66,8 @@ def plan(geometry: Geometry, recipe: Recipe) -> list[tuple[Stage, Method, tuple[
             raise UnsupportedError(
                 f"{info.name} works at {' / '.join(info.kinds)}; this model ({geometry.family}, {geometry.arch}) offers {' / '.join(geometry.provides)}{why}"
             )
+        if info.raster and not geometry.raster:
+            raise UnsupportedError(f"{info.name} works on the image plane, which is not known of this model ({geometry.family}, {geometry.arch})")
         if not info.budgeted and stage.keep is not None:
             raise VtpruneError(f"{info.name} takes no keep= (its options: {', '.join(info.options) or 'none'})")
         cuts = method.plan(geometry, budget(geometry, stage, method))
@@ -73,7 +75,8 @@ def plan(geometry: Geometry, recipe: Recipe) -> list[tuple[Stage, Method, tuple[
             missing = info.needs.get(cut.kind, frozenset()) - geometry.provides.get(cut.kind, frozenset())
             if cut.kind not in geometry.provides or missing:
                 lacks = ", ".join(sorted(missing)) or f"{cut.kind} sites"
-                raise UnsupportedError(f"{info.name} needs {lacks} and {geometry.family} with a {geometry.arch} tower does not provide that")
+                why = "".join(f" ({geometry.refuses[n]})" for n in sorted(missing) if n in geometry.refuses)
+                raise UnsupportedError(f"{info.name} needs {lacks}, which {geometry.family} ({geometry.arch}) does not provide{why}")
         out.append((stage, method, cuts))
     flat = [(_ORDER[c.kind], c.layer) for *_, cuts in out for c in cuts]
     starts = [(_ORDER[cuts[0].kind], cuts[0].layer) for *_, cuts in out if cuts]

@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 _ABSENT = object()
 
 
 class UndoLedger:
-    """Records every change to a foreign module and takes them all back, newest first."""
+    """Records every change to a foreign module and takes them all back, newest first. ``torch.compile`` runs hooks as they are instead of tracing them: what
+    they decide differs from prompt to prompt."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
 
     def before(self, module: nn.Module, hook: Callable[..., Any], *, first: bool = False) -> None:
         """A forward pre-hook ``hook(module, args, kwargs)``."""
-        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first).remove)
+        self._undo.append(module.register_forward_pre_hook(torch.compiler.disable(hook), with_kwargs=True, prepend=first).remove)
 
     def after(self, module: nn.Module, hook: Callable[..., Any], *, first: bool = True, always: bool = False) -> None:
         """A forward hook ``hook(module, args, kwargs, output)``. ``first``: run before hooks that were there (they then see the changed output)."""
-        self._undo.append(module.register_forward_hook(hook, with_kwargs=True, prepend=first, always_call=always).remove)
+        self._undo.append(module.register_forward_hook(torch.compiler.disable(hook), with_kwargs=True, prepend=first, always_call=always).remove)
 
     def replace(self, module: nn.Module, name: str, value: Any) -> None:
         """Sets an instance attribute that is neither a parameter nor a sub-module."""

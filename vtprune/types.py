@@ -25,8 +25,8 @@ class Geometry:
     ``tokens`` visual tokens per image on ``grid`` (``variable``: only typical ones, they follow the image's size); ``vision_layers`` blocks whose output is
     used (0-based sites ``vision.0`` .. ``vision.<vision_layers - 1>``), ``vision_depth`` all blocks; ``llm_layers`` decoder layers (0 for a bare ViT);
     ``prefix`` tokens in front of the patches; ``provides`` site kind -> the names that :meth:`TokenView.source` answers there; ``arch`` the tower's
-    architecture name; ``per`` what a budget may apply to, the default first; ``refuses`` site kind -> why it is not offered; ``mrope`` tells that rotary
-    positions have three axes.
+    architecture name; ``per`` what a budget may apply to, the default first; ``refuses`` site kind -> why it is not offered; ``raster`` whether the image plane
+    is known; ``mrope`` whether rotary positions have three axes.
     """
 
     family: str
@@ -40,6 +40,7 @@ class Geometry:
     provides: Mapping[str, frozenset[str]]
     per: tuple[str, ...] = ("image", "sample")
     variable: bool = False
+    raster: bool = True
     mrope: bool = False
     refuses: Mapping[str, str] = field(default_factory=dict)
 

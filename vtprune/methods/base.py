@@ -46,7 +46,8 @@ class MethodInfo:
     """The registered facts of a method. ``needs`` maps a site kind to the sources it uses there; ``cases`` are (mild, aggressive) keyword sets for the
     generated tests;
     ``exact`` tells whether an integer ``keep`` is met exactly; ``budgeted`` whether ``keep`` means anything to it; ``draws`` whether the seed does;
-    ``raster`` whether it looks at the image plane, so that an image of several rasters is decided raster by raster."""
+    ``raster`` whether it looks at the image plane, so that an image of several rasters is decided raster by raster;
+    ``elsewhere`` options that make it work where its defaults are refused."""
 
     name: str
     paper: str
@@ -61,6 +62,7 @@ class MethodInfo:
     draws: bool = False
     budgeted: bool = True
     raster: bool = False
+    elsewhere: Mapping[str, Any] = field(default_factory=dict)
     cls: type[Method] | None = None
 
     @property

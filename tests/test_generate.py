@@ -1,0 +1,213 @@
+"""``generate()`` in all its ways under pruning: against the dense model under the masks that hide what was dropped."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import pytest
+import torch
+
+import vtprune
+from vtprune.attach import load_recipe
+from vtprune.types import UnsupportedError
+from vtprune.verify import _Case, _masks
+
+PAIRS = [
+    ("llava", "clip-llama", "fastv"),
+    ("llava", "clip-llama", "random"),
+    ("llava", "clip-llama", "flowcut"),
+    ("qwen2-vl", "images", "pyramiddrop"),
+    ("qwen3-vl", "images", "random"),
+    ("llava-next", "siglip-mistral-window", "pyramiddrop"),
+]
+
+
+def both(model, inputs, method, **ways):
+    """What ``generate`` gives pruned, and dense under the same masks."""
+    case = _Case(model, load_recipe(method).override(keep=3), dict(inputs), {})
+    rules = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_scores": True, "suppress_tokens": [3, 4]}
+    with torch.no_grad():
+        with case.attach() as handle:
+            torch.manual_seed(0)
+            got = model.generate(**inputs, **{**rules, **ways})
+            report = handle.report()
+            passes = list({(id(run), g): (run, g) for run, g in handle.passes}.values())  # beams share their image's pass
+        ledger = _masks(_Case(model, case.recipe, _repeated(inputs, len(report.visual_tokens)), {}), report, passes)[2]
+        torch.manual_seed(0)
+        want = model.generate(**inputs, **{**rules, **ways})
+        ledger.undo()
+    return got, want
+
+
+def _repeated(inputs, rows):
+    """Beam search repeats every prompt."""
+    times = rows // len(inputs["input_ids"])
+    return {k: inputs[k].repeat_interleave(times, 0) for k in ("input_ids", "attention_mask")}
+
+
+WAYS = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 20, "temperature": 1.3},
+    "beams": {"num_beams": 3},
+    "several-answers": {"do_sample": True, "num_return_sequences": 2},
+    "static-cache": {"cache_implementation": "static"},
+    "offloaded-cache": {"cache_implementation": "offloaded"},
+    "static-cache-beams": {"cache_implementation": "static", "num_beams": 2},
+}
+
+
+class NoStream(contextlib.nullcontext):
+    """A stream that runs everything at once."""
+
+    def synchronize(self) -> None: ...
+
+    def wait_stream(self, other) -> None: ...
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("family", "variant", "method"), PAIRS, ids=["-".join(p) for p in PAIRS])
+def test_every_way_of_generating_equals_the_masked_dense_model(tiny, monkeypatch, family, variant, method, way):
+    if way == "offloaded-cache" and not torch.accelerator.is_available():
+        for where, name in ((torch, "Stream"), (torch.cuda, "default_stream")):  # transformers copies on the accelerator's streams; without one, in line
+            monkeypatch.setattr(where, name, NoStream)
+    model, inputs = tiny(family, variant)
+    got, want = both(model, inputs, method, **WAYS[way])
+    assert torch.equal(got.sequences, want.sequences)
+    for a, b in zip(got.scores, want.scores, strict=True):
+        real = torch.isfinite(b)
+        assert torch.equal(real, torch.isfinite(a))
+        assert float((a[real] - b[real]).abs().max()) <= 1e-5 * float(b[real].abs().max().clamp_min(1))
+
+
+@pytest.mark.parametrize("method", ["fastv", "random"])
+def test_a_quantised_cache_loses_no_more_than_it_does_unpruned(tiny, method):
+    from transformers import QuantizedCache
+
+    model, inputs = tiny("llava", "clip-llama")
+    rules = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True, "suppress_tokens": [3]}
+
+    def logits(**ways):
+        with torch.no_grad():
+            return torch.stack(model.generate(**inputs, **rules, **ways).logits)
+
+    def error():
+        want = logits()
+        try:
+            cache = QuantizedCache(backend="fp8", config=model.config.get_text_config())
+        except ValueError as e:  # releases before the fp8 backend
+            pytest.skip(str(e))
+        got = logits(past_key_values=cache)
+        assert not torch.equal(got[1:], want[1:]), "the cache was quantised"
+        return float((got[1] - want[1]).abs().max() / want[1].abs().max())
+
+    dense = error()
+    with vtprune.attach(model, method, keep=3):
+        assert error() <= 3 * dense
+
+
+def test_assisted_decoding_is_refused(tiny):
+    """The prompt would be read together with guessed tokens, and the last of them would choose the visual tokens."""
+    model, inputs = tiny("llava", "clip-llama")
+    one = {k: v[:1] for k, v in inputs.items()}
+    with vtprune.attach(model, "fastv", keep=3), pytest.raises(UnsupportedError, match="assisted decoding"):
+        model.generate(**one, prompt_lookup_num_tokens=2, max_new_tokens=4, do_sample=False)
+    model.generate(**one, prompt_lookup_num_tokens=2, max_new_tokens=4, do_sample=False)
+
+
+def test_a_cache_that_was_cut_back_is_refused(tiny):
+    model, inputs = tiny("llava", "clip-llama")
+    one = {k: v[:1] for k, v in inputs.items()}
+    mask = torch.cat([one["attention_mask"], torch.ones(1, 1, dtype=torch.long)], dim=1)
+    with torch.no_grad(), vtprune.attach(model, "fastv", keep=3):
+        cache = model(**one, use_cache=True).past_key_values
+        cache.layers[4].keys, cache.layers[4].values = cache.layers[4].keys[:, :, :-1], cache.layers[4].values[:, :, :-1]
+        with pytest.raises(UnsupportedError, match="cut back"):
+            model(input_ids=one["input_ids"][:, -1:], attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", ["pyramiddrop", "random", "flowcut"])
+def test_gradient_checkpointing_gives_the_same_gradients(tiny, method, reentrant):
+    model, inputs = tiny("llava", "clip-llama")
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 3, -100)
+    labels[:, :-4] = -100
+    model.train()
+    for p in model.parameters():
+        p.requires_grad_(True)
+
+    def gradients():
+        model.zero_grad()
+        loss = model(**inputs, labels=labels, use_cache=False).loss
+        loss.backward()
+        return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    with vtprune.attach(model, method, keep=3):
+        loss, want = gradients()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        again, got = gradients()
+    assert torch.equal(loss, again) and got.keys() == want.keys()
+    for name in want:
+        assert torch.allclose(got[name], want[name], atol=1e-5 * float(want[name].abs().max().clamp_min(1e-3))), name
+
+
+def test_routing_says_that_it_does_not_work_with_checkpoints(tiny):
+    model, inputs = tiny("llava", "clip-llama")
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with vtprune.attach(model, "dpvr-lf"), pytest.raises(UnsupportedError, match="gradient_checkpointing_disable"):
+        model(**inputs, use_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "cache"),
+    [("fastv", "static"), pytest.param("fastv", "dynamic", marks=pytest.mark.slow), pytest.param("random", "static", marks=pytest.mark.slow)],
+)
+def test_a_compiled_decode_step_gives_the_same_answer(tiny, method, cache):
+    """``torch.compile`` of the decoding steps, as ``generate`` does it with a static cache; the second answer compiles nothing."""
+    model, inputs = tiny("llava", "clip-llama")
+    rules = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "suppress_tokens": [3]} | ({"cache_implementation": "static"} if cache == "static" else {})
+    plain = model.forward
+    compiled = torch.compile(plain, dynamic=True, backend="aot_eager")
+
+    @functools.wraps(plain)
+    def forward(*args, **kwargs):
+        return (compiled if kwargs["input_ids"].shape[1] == 1 else plain)(*args, **kwargs)
+
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.no_grad(), vtprune.attach(model, method, keep=3):
+        want = model.generate(**inputs, **rules)
+        model.forward = forward
+        try:
+            got = model.generate(**inputs, **rules)
+            assert counters["stats"]["calls_captured"] > 0, "something was compiled"
+            counters.clear()
+            again = model.generate(**inputs, **rules)
+            assert not counters["stats"]
+        finally:
+            del model.forward
+            torch._dynamo.reset()
+    assert torch.equal(got, want) and torch.equal(again, want)
+
+
+@pytest.mark.parametrize("method", ["fastv", "random", "flowcut"])
+def test_weights_that_are_offloaded_to_disk(tiny, tmp_path, method):
+    """``device_map``: accelerate's hooks bring weights in for one module's call; scores must go through those modules."""
+    from transformers import LlavaForConditionalGeneration
+
+    model, inputs = tiny("llava", "clip-llama")
+    model.save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    with torch.no_grad(), vtprune.attach(model, method, keep=3):
+        want = model(**inputs).logits
+    where = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "model.language_model.embed_tokens": "cpu", "lm_head": "cpu"}
+    where |= {"model.language_model.norm": "cpu", "model.language_model.rotary_emb": "cpu"}
+    where |= {f"model.language_model.layers.{i}": "disk" for i in range(6)}
+    spread = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model", device_map=where, offload_folder=tmp_path / "disk").eval()
+    with torch.no_grad(), vtprune.attach(spread, method, keep=3):
+        got = spread(**inputs).logits
+    with pytest.raises(UnsupportedError, match="offloaded"):
+        vtprune.attach(spread, "dpvr-lf")
+    assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()))

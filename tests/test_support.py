@@ -1,0 +1,88 @@
+"""The support table in the docs is what the registries give, and the probe of the generic adapter finds what it must."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from vtprune.models import _decoder
+from vtprune.models.base import ADAPTERS
+
+import vtprune
+from vtprune import support
+from vtprune.attach import bind
+from vtprune.types import UnsupportedError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_table_in_the_docs_is_true():
+    assert (ROOT / "docs" / "support.md").read_text() == support.document(), "run python -m vtprune.support"
+    text = (ROOT / "README.md").read_text()
+    assert support.readme(text) == text, "run python -m vtprune.support"
+
+
+def test_every_family_has_a_method_of_every_kind_it_offers():
+    for family in ADAPTERS:
+        offered = {kind for variant in ADAPTERS.get(family).tiny for kind in bind(ADAPTERS.get(family).tiny[variant]()[0]).geometry.provides}
+        working = {kind for m in vtprune.methods() for kind in vtprune.describe(m).kinds if support.entry(family, m).status != "refused"}
+        assert offered <= working, family
+
+
+def _unknown():
+    """A model that only the generic adapter takes."""
+    return ADAPTERS.get("generic").tiny["vipllava"]()
+
+
+def test_an_unknown_family_is_probed_and_pruned():
+    model, inputs = _unknown()
+    with vtprune.attach(model, "fastv", keep=3) as handle, torch.no_grad():
+        model(**inputs)
+    report = handle.report()
+    assert report.stages[0].tokens_out == [6, 3] and bind(model).geometry.family == "generic"
+
+
+class Counting(nn.Module):
+    """A layer that knows the index of every row: dropping rows moves the others."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.self_attn, self.input_layernorm = layer.self_attn, layer.input_layernorm
+
+    def forward(self, hidden_states, **kwargs):
+        place = torch.arange(hidden_states.shape[1], dtype=hidden_states.dtype)
+        return self.layer(hidden_states + 0.1 * place[None, :, None], **kwargs)
+
+
+def test_a_decoder_that_cannot_be_pruned_is_refused():
+    model, _ = _unknown()
+    layers = model.model.language_model.layers
+    layers[4] = Counting(layers[4])
+    with pytest.raises(UnsupportedError, match="off the dense model"):
+        vtprune.attach(model, "random", keep=3)
+
+
+def test_attention_in_another_layout_is_not_ranked_by():
+    """Cohere rotates neighbouring pairs of channels: random tokens can be dropped, but no method may rank by the usual attention."""
+    model, inputs = ADAPTERS.get("generic").tiny["aya-vision"]()
+    with pytest.raises(UnsupportedError, match="usual layout"):
+        vtprune.attach(model, "fastv", keep=3)
+    with torch.no_grad(), vtprune.attach(model, "random", keep=3) as handle:
+        model(**inputs)
+    assert handle.report().stages[0].tokens_out == [6, 3]
+
+
+def test_an_unknown_model_without_placeholders_is_refused():
+    with pytest.raises(UnsupportedError, match="no adapter takes"):
+        vtprune.attach(nn.Linear(2, 2), "random")
+
+
+def test_the_probe_sees_a_wrong_engine(monkeypatch):
+    model, _ = _unknown()
+    right = _decoder.take
+    monkeypatch.setattr(_decoder, "take", lambda table, rows: right(table, (rows + 1).clamp_max(table.shape[1] - 1)))
+    with pytest.raises(UnsupportedError, match="off the dense model"):
+        vtprune.attach(model, "random", keep=3)
