@@ -10,8 +10,9 @@ class Shapes:
     """Widths of a model.
 
     Vision: ``vd`` width, ``vf`` MLP width, ``vdepth`` blocks run, ``vmlp`` matrices in its MLP (2, gated 3), ``patch`` multiply-adds per patch of the patch
-    embedding, ``group`` patches that one visual token stands for (merger, pixel shuffle), ``window`` patches that a block's attention spans at most except in the blocks ``whole``. Projector: ``proj`` multiply-adds per token. Language model: ``d``
-    width, ``heads`` x ``hd``, ``kv`` heads, ``f`` MLP width, ``depth`` layers, ``vocab``.
+    embedding, ``group`` patches that one visual token stands for (merger, pixel shuffle), ``window`` patches that a block's attention spans at most except
+    in the blocks ``whole``. Projector: ``proj`` multiply-adds per token. Language model: ``d`` width, ``heads`` x ``hd``, ``kv`` heads, ``f`` MLP width,
+    ``depth`` layers, ``vocab``.
     """
 
     vd: int

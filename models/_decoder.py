@@ -708,6 +708,8 @@ def _real(mask: Any, batch: int, length: int) -> Tensor:
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
         raise UnsupportedError("pruning shortens the attention masks; pass a 2-D attention_mask [batch, sequence]")
     if mask.ndim == 4:
+        if mask.is_floating_point() and bool(((mask != 0) & (mask > torch.finfo(mask.dtype).min / 2)).any()):
+            raise UnsupportedError("an additive mask with other values than 0 and -inf cannot be shortened; pass a 2-D attention_mask [batch, sequence]")
         return (mask if mask.dtype == torch.bool else mask == 0)[:, 0].any(1)[:, :length].expand(batch, -1)
     return mask.bool()
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ledger import UndoLedger
 from ..types import Geometry, UnsupportedError
@@ -37,9 +38,6 @@ TEXT = {
 }
 
 
-NOTE = "_vtprune_inputs"  # on an image encoder's output: the sizes it was called with
-
-
 class Mllm:
     """One bound model. A family says where its parts are and overrides what differs: :meth:`images` (rasters of each image), :meth:`videos`,
     :meth:`slice_` (one sample's inputs), :meth:`sources` (which of the tower's tokens become which placeholders)."""
@@ -57,13 +55,14 @@ class Mllm:
         projector: Any,
         lm: Any,
         image_token: int,
-        vision: dict[str, int],
+        vision: dict[str, Any],
         video_token: int | None = None,
         tower_module: Any = None,
     ):
         text = lm.config
         self.model, self.geometry, self.projector, self.lm = model, geometry, projector, lm
         self.image_token, self.video_token = image_token, video_token
+        self.notes: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.cost = Shapes(
             **vision,
             proj=sum(m.weight.numel() for m in projector.modules() if isinstance(m, nn.Linear)),
@@ -135,15 +134,14 @@ class Mllm:
         found = parts(ids[::copies], self.visual(ids[::copies]), self.video_token, images, videos, runs=self.runs)
         return [sample for sample in found for _ in range(copies)]
 
-    @staticmethod
-    def noted(inputs: dict[str, Any]) -> dict[str, Any]:
-        """``inputs`` with what the encoders' outputs among them remember."""
+    def noted(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """``inputs`` with what the encoders' outputs among them were made from."""
         for output in (inputs.get("mm_encoder_outputs") or {}).values():
-            inputs = {**getattr(output, NOTE, {}), **inputs}
+            inputs = {**self.notes.get(output, {}), **inputs}
         return inputs
 
     def _note_inputs(self, ledger: UndoLedger) -> None:
-        """``generate`` encodes images before the forward and does not hand their sizes on; so the encoder's output remembers what it was made from."""
+        """``generate`` encodes images before the forward and does not hand their sizes on; so it is noted what the encoders' outputs were made from."""
         core = self.model.base_model
         for name in ("get_image_features", "get_video_features"):
             original = getattr(core, name, None)
@@ -157,7 +155,7 @@ class Mllm:
                 # Pixels are remembered by their shape alone.
                 tensors = {k: v.to("meta") if k.startswith("pixel") else v for k, v in given.items() if isinstance(v, Tensor)}
                 if hasattr(output, "pooler_output"):
-                    setattr(output, NOTE, tensors)
+                    self.notes[output] = tensors
                 return output
 
             ledger.replace(core, name, noted)
@@ -193,7 +191,7 @@ class Mllm:
         """A copy of decoder layer ``layer`` that belongs to nobody (its hooks are not copied)."""
         source = self.lm.layers[layer]
         parameter = next(source.parameters())
-        if parameter.is_meta:
+        if parameter.is_meta and any(hasattr(m, "_hf_hook") for m in source.modules()):
             raise UnsupportedError(f"decoder layer {layer} cannot be copied: its weights are offloaded; give the model a device_map that keeps it in memory")
         with torch.random.fork_rng(devices=[]):  # the throw-away initialisation must not move the user's random numbers
             fresh = type(source)(self.lm.config, layer_idx=layer).to(parameter.device, parameter.dtype)

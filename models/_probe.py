@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..ledger import UndoLedger
 from ..select import from_mask
 from ..types import Selection, TokenView, UnsupportedError
+from ._books import carry
 from ._decoder import Decoder, DecoderEngine
 from ._layout import Part
 from ._level import dense_level
@@ -31,6 +32,8 @@ class _Root(nn.Module):
     def __init__(self, lm: Any):
         super().__init__()
         self.__dict__["lm"] = lm  # not a submodule: nothing of it is registered here
+
+    lm: Any
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         return self.lm(inputs_embeds=self.lm.get_input_embeddings()(input_ids), use_cache=True, **kwargs)
@@ -155,7 +158,7 @@ def probe_queries(decoder: Decoder) -> None:
         if toy is None:
             return
         for number, block in enumerate(decoder.layers):
-            attention = getattr(block, "self_attn", None)
+            attention: Any = getattr(block, "self_attn", None)
             lacks = [n for n in ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling") if not hasattr(attention, n)]
             if lacks or not hasattr(block, "input_layernorm"):
                 raise UnsupportedError(f"{toy.name}: its attention has no {', '.join(lacks) or 'input_layernorm'} under the usual names")
@@ -171,7 +174,7 @@ def probe_queries(decoder: Decoder) -> None:
             level = dense_level(toy.mask.bool(), toy.marks)
             rows = torch.full((len(toy.ids), 1), toy.ids.shape[1] - 1, device=toy.ids.device)
             rotary = kwargs.get("position_embeddings")
-            tables = None if rotary is None else tuple(take(t, level.rows) for t in rotary)
+            tables = None if rotary is None else (take(rotary[0], level.rows), take(rotary[1], level.rows))
             p = attention_rows(block, x, rows, level, tables, kwargs.get("attention_mask"), "all")  # [B, H, 1, M]
             v = heads(attention, "v", block.input_layernorm(x))
             mixed = (p.to(v.dtype) @ v.repeat_interleave(p.shape[1] // v.shape[1], 1)).transpose(1, 2).flatten(2)
@@ -197,7 +200,7 @@ def _pruned(toy: _Toy, cuts: list[PlannedCut]) -> Tensor:
     ledger = UndoLedger()
     options: dict[str, Any] = {"positions": "original", "per": "image", "tower": False, "entry": [], "seed": 0}
     try:
-        DecoderEngine(toy.decoder, cuts, ledger, **options, done=lambda request: None, arrived=lambda request: None)
+        DecoderEngine(toy.decoder, cuts, ledger, **options, done=lambda request: None, arrived=carry)
         return _run(toy)
     finally:
         ledger.undo()

@@ -1,8 +1,8 @@
 """Multimodal models without an adapter of their own, if they are decoder-shaped: a stack of layers that reads visual tokens at placeholders in the prompt.
 
-Nothing is believed: at ``attach`` the language model is probed, with nothing dropped against itself and pruned against the dense model under masks. What the tower
-does is not known, so stages work behind it, methods of the image plane are refused, a run of placeholders counts as one image, and reports count the FLOPs of
-the language model alone.
+Nothing is believed: at ``attach`` the language model is probed, with nothing dropped against itself and pruned against the dense model under masks. What the
+tower does is not known, so stages work behind it, methods of the image plane are refused, a run of placeholders counts as one image, and reports count the
+FLOPs of the language model alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..types import Geometry, UnsupportedError
@@ -87,8 +86,16 @@ class Generic(Mllm):
 
 def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
     """Families that have no adapter here, with 16 visual tokens an image. Cohere's attention rotates neighbouring pairs: methods cannot rank by it."""
-    from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration, Cohere2Config, SiglipVisionConfig
-    from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig, VipLlavaForConditionalGeneration
+    from transformers import (
+        AyaVisionConfig,
+        AyaVisionForConditionalGeneration,
+        CLIPVisionConfig,
+        Cohere2Config,
+        LlamaConfig,
+        SiglipVisionConfig,
+        VipLlavaConfig,
+        VipLlavaForConditionalGeneration,
+    )
 
     if kind == "aya-vision":
         tower = SiglipVisionConfig(

@@ -1,7 +1,7 @@
 """Hugging Face InternVL (InternVL 2.5, 3, 3.5): ``InternVLForConditionalGeneration``, tiles of one size, pixel shuffle, Qwen2, Qwen3 or Llama text.
 
-The tiles of an image follow each other in the prompt, so budgets are per image or per tile. Pixel shuffle folds 2 x 2 patches into one visual token, so stages work behind the projector and in the
-language model, never on single patches that would be folded wrongly.
+The tiles of an image follow each other in the prompt, so budgets are per image or per tile. Pixel shuffle folds 2 x 2 patches into one visual token, so stages
+work behind the projector and in the language model, never on single patches that would be folded wrongly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hugging Face LLaVA-NeXT (1.6): ``LlavaNextForConditionalGeneration``, tiles of any resolution behind a small version of the image, new-line tokens, unpadding.
+"""Hugging Face LLaVA-NeXT (1.6): ``LlavaNextForConditionalGeneration``, tiles of any resolution behind a small version of the image, new-line tokens.
 
 An image is two rasters, the small version and the unpadded tiles with a new-line token at the end of each row; both are visual tokens. Budgets are per image,
 per raster (``per="tile"``) or per sample; stages inside the tower see single tiles.
@@ -23,7 +23,7 @@ class LlavaNext(Llava):
     """One bound LLaVA-NeXT."""
 
     family = "llava-next"
-    per = ("image", "tile", "sample")
+    per: tuple[str, ...] = ("image", "tile", "sample")
 
     def __init__(self, model: Any):
         super().__init__(model)
@@ -55,7 +55,7 @@ class LlavaNext(Llava):
         for size, tiled in self.tiles(inputs):
             rest = self.packed(size, tiled)[n:]
             rows = int((rest == -1).sum())
-            count = (self.known[int(size[0]), int(size[1]), tiled].max().ceil().long().item() // n) if tiled else 0
+            count = int(self.packed(size, tiled).max().ceil()) // n if tiled else 0
             yield [Raster(self.geometry.grid), Raster((rows, len(rest) // rows), (n,) * count)]
 
     def sources(self, inputs: dict[str, Any], found: list[list[Part]]) -> list[Tensor]:

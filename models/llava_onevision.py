@@ -1,6 +1,6 @@
 """Hugging Face LLaVA-OneVision: ``LlavaOnevisionForConditionalGeneration``, SigLIP tower, Qwen2 text; one image in tiles, several images whole, video frames.
 
-Large images and video frames are interpolated behind the projector, so stages inside the tower are for images that are not; the model says so when it meets one.
+Large images and video frames are interpolated behind the projector, so stages inside the tower are for images that are not; others are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class LlavaOnevision(LlavaNext):
     """One bound LLaVA-OneVision."""
 
     family = "llava-onevision"
-    per = ("image", "tile", "video", "sample")
+    per: tuple[str, ...] = ("image", "tile", "video", "sample")
 
     def pack(self, features: Tensor, size: Tensor) -> Tensor:
         newline = torch.full((1,), -1.0, dtype=features.dtype)
@@ -43,8 +43,8 @@ class LlavaOnevision(LlavaNext):
         """Frames at half the resolution and one new-line token."""
         pixels, n = inputs.get("pixel_values_videos"), self.geometry.tokens
         half = (-(-self.geometry.grid[0] // 2), -(-self.geometry.grid[1] // 2))
-        for _ in range(0 if pixels is None else len(pixels)):
-            yield [Raster(half, (n,))] * pixels.shape[1] + [Raster((1, 1), (), joins=True)]
+        for frames in () if pixels is None else pixels:
+            yield [Raster(half, (n,))] * len(frames) + [Raster((1, 1), (), joins=True)]
 
     def sources(self, inputs: dict[str, Any], found: list[list[Part]]) -> list[Tensor]:
         maps = [self.packed(size, tiled) for size, tiled in self.tiles(self.noted(inputs))]

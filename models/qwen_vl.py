@@ -1,8 +1,8 @@
 """Hugging Face Qwen2-VL, Qwen2.5-VL and Qwen3-VL (dense): images and video frames of any size, 2 x 2 merger, positions with three axes (M-RoPE), DeepStack.
 
-Stages work on merged tokens, behind the merger and in the language model: single patches that are dropped in front of it would regroup wrongly. Rotary positions
-are those of the surviving tokens. DeepStack (Qwen3-VL) adds features of earlier vision blocks to the visual rows behind the first decoder layers; those
-planes are cut, and merged, like the rows they belong to.
+Stages work on merged tokens, behind the merger and in the language model: single patches that are dropped in front of it would regroup wrongly. Rotary
+positions are those of the surviving tokens. DeepStack (Qwen3-VL) adds features of earlier vision blocks to the visual rows behind the first decoder layers;
+those planes are cut, and merged, like the rows they belong to.
 """
 
 from __future__ import annotations
@@ -171,13 +171,17 @@ def _tiny(family: str, moving: bool) -> tuple[nn.Module, dict[str, Any]]:
     return tiny_build(kind, config), inputs
 
 
+def _is(kind: str, model: nn.Module) -> bool:
+    return type(model).__name__ == kind
+
+
 for _kind, _name in FAMILIES.items():
     ADAPTERS.register(
         _name,
         AdapterInfo(
             name=_name,
-            idea=f"{_name.replace('qwen', 'Qwen').replace('-vl', '-VL')} on transformers: images and video of any size, behind the merger and in the language model",
-            matches=lambda m, kind=_kind: type(m).__name__ == kind,
+            idea=f"{_name.replace('qwen', 'Qwen').replace('-vl', '-VL')} on transformers: images and video of any size; behind the merger, language model",
+            matches=partial(_is, _kind),
             bind=QwenVL,
             tiny={"images": partial(_tiny, _name, False), "video": partial(_tiny, _name, True)},
         ),

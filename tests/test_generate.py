@@ -167,7 +167,9 @@ def test_routing_says_that_it_does_not_work_with_checkpoints(tiny):
 def test_a_compiled_decode_step_gives_the_same_answer(tiny, method, cache):
     """``torch.compile`` of the decoding steps, as ``generate`` does it with a static cache; the second answer compiles nothing."""
     model, inputs = tiny("llava", "clip-llama")
-    rules = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "suppress_tokens": [3]} | ({"cache_implementation": "static"} if cache == "static" else {})
+    rules = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "suppress_tokens": [3]} | (
+        {"cache_implementation": "static"} if cache == "static" else {}
+    )
     plain = model.forward
     compiled = torch.compile(plain, dynamic=True, backend="aot_eager")
 

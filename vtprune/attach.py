@@ -240,7 +240,7 @@ class Handle:
             inside = any(c.kind in ("pixels", "vision") for c in cuts)
             if inside and isinstance(stage.keep, int) and (per or adapter.geometry.per[0]) != "tile" and "tile" in adapter.geometry.per:
                 raise VtpruneError(
-                    f"{method.info.name} works in the vision tower, which sees one tile at a time: say keep= as a fraction, or per='tile' with tokens of one tile"
+                    f"{method.info.name} works in the vision tower, which sees one tile at a time: keep= takes a fraction, or with per='tile' tokens of a tile"
                 )
         self._ledger = UndoLedger()
         self._methods: list[Method] = []

@@ -85,8 +85,8 @@ def document() -> str:
     lines = [
         "# What works where",
         "",
-        "Made by `python -m vtprune.support` from the registries: every method is attached to the tiny models of every family and run; a test compares this page "
-        "with what it finds. The contract tests then check each pair that is not refused.",
+        "Made by `python -m vtprune.support` from the registries: every method is attached to the tiny models of every family and run; a test compares "
+        "this page with what it finds. The contract tests then check each pair that is not refused.",
         "",
         "● works with the method's defaults · ◐ works with an option, or for some of the family's models or inputs · – refused, with the reason below",
         "",
