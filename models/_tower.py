@@ -31,8 +31,8 @@ class Tower:
     Behind a cut every block gets the rows of the tokens that are left, image by image; a merged token stands at the position of the token that absorbed
     the others. ``sample(block, n)`` makes a table for ``n`` patches, so that rotary blocks can be probed.
 
-    ``caught`` is what one call of a block leaves for :attr:`project`: the block's input under ``"x"``, its rotary table under ``"rope"``, the captured
-    outputs under their names; ``attend`` may add to it."""
+    ``caught`` is what one call of a block leaves for :attr:`project`: the block's input under ``"x"``, its rotary table under ``"rope"`` (None without), the
+    captured outputs under their names; ``attend`` may add to it."""
 
     root: nn.Module
     blocks: Sequence[nn.Module]
@@ -239,9 +239,9 @@ class TowerEngine:
             raise UnsupportedError(f"a block got {here} patches where {meant} are left of {run.tokens}; {ONE_SIZE}")
         run.layer_tokens.append(run.valid.sum(1).tolist())
         run.captured["x"] = x
-        if self.tower.rope is not None and kwargs.get(self.tower.rope) is not None:
-            table = kwargs[self.tower.rope]
-            if run.slot is not run.raster:
+        if self.tower.rope is not None:
+            table = kwargs.get(self.tower.rope)  # None: this model has no rotary positions
+            if table is not None and run.slot is not run.raster:
                 table = run.rows(table)
                 kwargs = {**kwargs, self.tower.rope: table}
             run.captured["rope"] = table

@@ -16,7 +16,7 @@ from ._cost import Shapes
 from ._hf_vit import randomise
 from ._tower import Tower
 from ._vit import BareVit, mlp_shape, per_head
-from .base import ADAPTERS, AdapterInfo, PlannedCut
+from .base import ADAPTERS, AdapterInfo
 
 FAMILY = "open-clip"
 
@@ -43,6 +43,10 @@ def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor
 
 def _custom_attend(block: Any, x: Tensor, mask: Tensor | None, caught: dict[str, Any]) -> Tensor:
     return x + block.ls_1(block.ln_attn(block.attn(block.ln_1(x), attn_mask=mask)))
+
+
+def _capture(block: Any) -> dict[str, nn.Module]:
+    return {"q": block.attn.ln_q, "k": block.attn.ln_k} if hasattr(block.attn, "ln_q") else {}  # nn.MultiheadAttention: left by _attend
 
 
 def _custom_project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -74,7 +78,7 @@ def _describe(visual: Any) -> Tower:
         mask="attn_mask" if custom else None,
         attend=_custom_attend if custom else _attend,
         feed=_feed,
-        capture=(lambda block: {"q": block.attn.ln_q, "k": block.attn.ln_k}) if custom else (lambda block: {}),
+        capture=_capture,
         project=_custom_project if custom else _project,
         pixels="x",
         width=visual.transformer.width,
