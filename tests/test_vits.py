@@ -494,6 +494,20 @@ def test_a_block_that_mistreats_its_rotary_table_is_refused(tiny, monkeypatch):
 
 
 @torch.no_grad()
+def test_a_mean_over_class_token_and_patches():
+    """timm's ``pool_include_prefix``: the class token counts once, every merged token with its size."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    model: Any = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, global_pool="avg", pool_include_prefix=True).eval()
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    with vtprune.attach(model, "tome", r=3) as handle:
+        logits, tokens, report = model(pixels), model.forward_features(pixels), handle.report()
+    sizes = torch.stack([torch.cat([torch.ones(1), torch.bincount(a).float()]) for a in report.stages[-1].assignment])
+    mean = (tokens * sizes[..., None]).sum(1) / 17
+    assert torch.allclose(model.head(model.fc_norm(mean)), logits, atol=1e-5)
+
+
+@torch.no_grad()
 def test_forward_features_alone(tiny):
     """``forward_features`` called alone gives the tokens that are left, is reported, and leaves nothing open after an exception."""
     model, inputs = tiny("timm-vit", "avg-pool")
