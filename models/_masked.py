@@ -41,8 +41,10 @@ def hide_in_decoder(ledger: UndoLedger, layers: Sequence[nn.Module], hidden: Seq
         ledger.before(layer, make(i))
 
 
-def hide_in_tower(ledger: UndoLedger, blocks: Sequence[nn.Module], name: str, prefix: int, hidden: Sequence[Tensor]) -> None:
-    """Block i hides the patches ``hidden[i]`` ``[G, N]`` (bool)."""
+def hide_in_tower(
+    ledger: UndoLedger, blocks: Sequence[nn.Module], name: str, prefix: int, hidden: Sequence[Tensor], form: Callable[[Tensor], Tensor] | None = None
+) -> None:
+    """Block i hides the patches ``hidden[i]`` ``[G, N]`` (bool); ``form`` makes of a mask ``[G, 1, 1, P + N]`` what the blocks take."""
 
     def make(number: int) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -51,6 +53,7 @@ def hide_in_tower(ledger: UndoLedger, blocks: Sequence[nn.Module], name: str, pr
             x = args[0] if args else kwargs["hidden_states"]
             mask = torch.zeros(hidden[number].shape, dtype=x.dtype, device=x.device).masked_fill(hidden[number], -torch.inf)
             mask = nn.functional.pad(mask, (prefix, 0))[:, None, None]
+            mask = mask if form is None else form(mask)
             rest: Any = (args[0], mask, *args[2:]) if len(args) > 1 else args
             return rest, kwargs if len(args) > 1 else {**kwargs, name: mask}
 

@@ -16,26 +16,38 @@ from ..select import absorbed, combine, gather
 from ..types import Projections, Selection, TokenView, UnsupportedError
 from .base import PlannedCut
 
+ONE_SIZE = "images must have the size that the model's configuration names, and patch dropout must be off"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tower:
-    """A family's description of its tower. ``root`` the module whose call is one pass; ``blocks`` those whose output is used; ``attend(block, x, mask)`` and
-    ``feed(block, x)`` the two residual halves made of the block's own children; ``capture(block)`` modules whose outputs :attr:`project` turns into q, k, v
-    (``[B, H, n, d]`` each) and a scale; ``mask`` the block's keyword for an additive mask (``None``: it takes none, so that every block has to be
-    composed of its halves); ``resize(pixels, rows, columns)`` fewer pixels in, as call
-    keywords; ``pixels`` the root's keyword for them."""
+    """A family's description of its tower. ``root`` the module whose call is one pass; ``blocks`` those whose output is used; ``attend(block, x, mask,
+    caught)`` and ``feed(block, x)`` the two residual halves made of the block's own children; ``capture(block)`` modules whose outputs :attr:`project`
+    turns into q, k, v (``[B, H, n, d]`` each, as the attention uses them, rotated if it rotates) and a scale; ``mask`` the block's keyword for an additive
+    mask (``None``: it takes none of the shape ``[B, 1, 1, n]``, so that every block has to be composed of its halves); ``resize(pixels, rows, columns)``
+    fewer pixels in, as call keywords; ``pixels`` the root's keyword for them; ``width`` of the residual stream (``None``: that of the block's first norm).
+
+    ``rope`` is the block's keyword for a rotary table with one row per patch (:func:`rotary_rows` says in which shapes); prefix tokens are not rotated.
+    Behind a cut every block gets the rows of the tokens that are left, image by image; a merged token stands at the position of the token that absorbed
+    the others. ``sample(block, n)`` makes a table for ``n`` patches, so that rotary blocks can be probed.
+
+    ``caught`` is what one call of a block leaves for :attr:`project`: the block's input under ``"x"``, its rotary table under ``"rope"`` (None without), the
+    captured outputs under their names; ``attend`` may add to it."""
 
     root: nn.Module
     blocks: Sequence[nn.Module]
     prefix: int
     grid: tuple[int, int]
     mask: str | None
-    attend: Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+    attend: Callable[[nn.Module, Tensor, Tensor | None, dict[str, Any]], Tensor]
     feed: Callable[[nn.Module, Tensor], Tensor]
     capture: Callable[[nn.Module], dict[str, nn.Module]]
-    project: Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor, Tensor, float]]
+    project: Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Tensor, Tensor, float]]
     resize: Callable[[Tensor, int, int], tuple[Tensor, dict[str, Any]]] | None = None
     pixels: str = "pixel_values"
+    width: int | None = None
+    rope: str | None = None
+    sample: Callable[[nn.Module, int], Any] | None = None
 
 
 @dataclass
@@ -53,8 +65,8 @@ class Record:
 @dataclass
 class Run:
     """One pass of G images. ``index`` ``[G, n]`` original index of each running token (-1 padding), ``size`` ``[G, n]``, ``slot`` ``[G, N]`` running
-    position of every
-    original token (-1 dropped)."""
+    position of every original token (-1 dropped), ``raster`` ``[G, N]`` that position where the blocks begin (other than 0 .. N - 1 if the pixels were
+    reduced), ``head`` whether the model's own head follows the blocks."""
 
     images: int
     tokens: int
@@ -64,8 +76,11 @@ class Run:
     records: list[Record] = field(default_factory=list)
     layer_tokens: list[list[int]] = field(default_factory=list)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
-    captured: dict[str, Tensor] = field(default_factory=dict)
+    captured: dict[str, Any] = field(default_factory=dict)
     merges: bool = False
+    raster: Tensor | None = None
+    head: bool = True
+    rotary: tuple[Any, Tensor, Any] | None = None  # the last table, for which tokens, and its rows
 
     @staticmethod
     def start(images: int, tokens: int, device: torch.device, counts: Sequence[int] | None = None) -> Run:
@@ -135,9 +150,19 @@ class Run:
             assignment.append(torch.where(slot >= 0, rank[slot.clamp_min(0)], -1).cpu())
         self.records.append(Record(cut.site, cut.stage, before, [len(k) for k in kept], kept, assignment if self.merges else None))
 
-    def spread(self, x: Tensor) -> Tensor:
-        """Every original token takes its slot's row (dropped ones are zero): ``[G, n, C]`` to ``[G, N, C]``."""
-        return gather(x, self.slot)
+    def weights(self) -> Tensor | None:
+        """``[G, n]``, ``None`` while all are 1: how often each running token counts in a mean. Every original token that is still represented counts once
+        (ToMe, arXiv 2210.09461, MAE pooling: sum of size times token over N), padding does not."""
+        if not self.merges and bool(self.valid.all()):
+            return None
+        return (self.size if self.merges else torch.ones_like(self.size)) * self.valid
+
+    def rows(self, table: Any) -> Any:
+        """The rows of a rotary table that belong to the running tokens."""
+        if self.rotary is None or self.rotary[0] is not table or self.rotary[1] is not self.index:
+            assert self.raster is not None
+            self.rotary = (table, self.index, rotary_rows(table, self.raster.gather(1, self.index.clamp_min(0))))
+        return self.rotary[2]
 
 
 class TowerEngine:
@@ -185,7 +210,25 @@ class TowerEngine:
             pixels, extra = self.tower.resize(pixels, rows, columns)
             kwargs = {**kwargs, **extra}
             args, kwargs = ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, self.tower.pixels: pixels})
+        run.raster = run.slot
         return args, kwargs
+
+    def alone(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of the root that runs the blocks but is no call of the root: as a pass of its own unless it is part of one."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.run is not None:
+                return function(*args, **kwargs)
+            output = None
+            try:
+                args, kwargs = self._open(self.tower.root, args, kwargs)
+                self.local.run.head = False
+                output = function(*args, **kwargs)
+            finally:
+                self._close(self.tower.root, args, kwargs, output)
+            return output
+
+        return call
 
     def _close(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         run, self.local.run = self.run, None
@@ -196,16 +239,27 @@ class TowerEngine:
         run = self.run
         if run is None:
             return None
+        x = args[0] if args else kwargs["hidden_states"]
+        here, meant = x.shape[1] - self.tower.prefix, run.index.shape[1]
+        if here != meant:
+            raise UnsupportedError(f"a block got {here} patches where {meant} are left of {run.tokens}; {ONE_SIZE}")
         run.layer_tokens.append(run.valid.sum(1).tolist())
-        bias = self._bias(args[0] if args else kwargs["hidden_states"])
+        run.captured["x"] = x
+        if self.tower.rope is not None:
+            table = kwargs.get(self.tower.rope)  # None: this model has no rotary positions
+            if table is not None and run.slot is not run.raster:
+                table = run.rows(table)
+                kwargs = {**kwargs, self.tower.rope: table}
+            run.captured["rope"] = table
+        bias = self.bias(x)
         if bias is None:
-            return None
+            return args, kwargs
         given = args[1] if len(args) > 1 else kwargs.get(self.mask)
         if given is not None:
             raise UnsupportedError("the tower was given an attention mask of its own; pruning and merging inside it need unmasked images")
         return (args[0], bias, *args[2:]) if len(args) > 1 else args, kwargs if len(args) > 1 else {**kwargs, self.mask: bias}
 
-    def _bias(self, x: Tensor) -> Tensor | None:
+    def bias(self, x: Tensor) -> Tensor | None:
         """``[G, 1, 1, P + n]`` added to the logits: log sizes (proportional attention) and -inf on padding; ``None`` while it would be zero."""
         run = self.run
         assert run is not None
@@ -232,7 +286,7 @@ class TowerEngine:
 
             def projections(run: Run = run, x: Tensor = x) -> Projections:
                 q, k, v, scale = self.tower.project(block, run.captured)
-                return Projections(q, k, v, scale, p, self._bias(x))
+                return Projections(q, k, v, scale, p, self.bias(x))
 
             view = run.view(
                 x[:, p:],
@@ -265,7 +319,8 @@ class TowerEngine:
         name = self.mask
 
         def forward(x: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-            x = self.tower.attend(block, x, kwargs.get(name, mask))
+            rotary = {} if self.tower.rope is None else {"rope": kwargs.get(self.tower.rope)}
+            x = self.tower.attend(block, x, kwargs.get(name, mask), rotary if self.run is None else self.run.captured)
             return self.tower.feed(block, self._decide(block, cuts, x))
 
         return forward
@@ -274,13 +329,18 @@ class TowerEngine:
     def _probe(self, block: Any, number: int) -> None:
         """A composed block must equal the original; anything it does not know (another norm order, a scale, a gate) shows here, at attach time."""
         parameter = next(p for p in block.parameters() if p.ndim == 2)
-        width = self._width(block)
+        width = self.tower.width or next(m.normalized_shape[0] for m in block.modules() if isinstance(m, nn.LayerNorm))
         noise = torch.randn(2, self.tower.prefix + 7, width, generator=torch.Generator().manual_seed(0)).to(parameter.device, parameter.dtype)
+        given: dict[str, Any] = {} if self.tower.mask is None else {self.tower.mask: None}
+        caught: dict[str, Any] = {"x": noise}
+        if self.tower.rope is not None:
+            assert self.tower.sample is not None
+            caught["rope"] = given[self.tower.rope] = self.tower.sample(block, 7)
         modes = {m: m.training for m in block.modules()}
         block.eval()
-        want = block(noise) if self.tower.mask is None else block(noise, None)
+        want = block(noise, **given)
         want = want[0] if isinstance(want, tuple) else want
-        got = self.tower.feed(block, self.tower.attend(block, noise, None))
+        got = self.tower.feed(block, self.tower.attend(block, noise, None, caught))
         for module, mode in modes.items():
             module.training = mode
         error = float((want - got).abs().max() / want.abs().max().clamp_min(1e-6))
@@ -290,8 +350,28 @@ class TowerEngine:
                 f"block {number} ({type(block).__name__}) is not the pre-norm residual block this adapter knows: its parts give a result {error:.1e} off"
             )
 
-    def _width(self, block: Any) -> int:
-        return next(m.normalized_shape[0] for m in block.modules() if isinstance(m, nn.LayerNorm))
+
+def rotary_rows(table: Any, rows: Tensor) -> Any:
+    """Rows ``[G, n]`` of a rotary table, image by image: ``[N, d]`` becomes ``[G, 1, n, d]``, ``[H, N, d]`` and ``[G or 1, H, N, d]`` become
+    ``[G, H, n, d]``; a tuple of tables is taken one by one."""
+    if isinstance(table, tuple):
+        return tuple(rotary_rows(t, rows) for t in table)
+    if table.ndim == 2:
+        return table[rows][:, None]
+    table = (table if table.ndim == 4 else table[None]).expand(len(rows), -1, -1, -1)
+    return table.gather(2, rows[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, prefix: int, half: bool) -> Tensor:
+    """``x`` ``[B, H, P + n, d]`` with its last n rows rotated by tables of n rows that broadcast over ``[B, H, n, d]``. ``half``: coordinate i pairs with
+    i + d / 2, else 2i with 2i + 1."""
+    front, x = x[:, :, :prefix], x[:, :, prefix:]
+    if half:
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+    else:
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    return torch.cat([front, (x * cos + turned * sin).to(x.dtype)], dim=2)
 
 
 def cell_grid(selection: Selection, grid: tuple[int, int]) -> tuple[int, int]:

@@ -44,13 +44,15 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterInfo:
-    """``matches`` tells whether the adapter takes a model; ``tiny`` builds random models without network: variant name -> ``(model, inputs)`` builder."""
+    """``matches`` tells whether the adapter takes a model; ``tiny`` builds random models without network: variant name -> ``(model, inputs)`` builder;
+    ``package`` the module of an optional package that building them needs."""
 
     name: str
     idea: str
     matches: Callable[[nn.Module], bool]
     bind: Callable[..., Adapter]
     tiny: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]]
+    package: str | None = None
 
 
 class Adapter(Protocol):

@@ -1,4 +1,5 @@
-"""Bare Hugging Face vision towers: ``CLIPVisionModel``, ``SiglipVisionModel``, ``Dinov2Model``."""
+"""Bare Hugging Face vision towers and classifiers: ``CLIPVisionModel``, ``CLIPVisionModelWithProjection``, ``SiglipVisionModel``, ViT, DeiT, DINOv2 (with
+registers) and DINOv3."""
 
 from __future__ import annotations
 
@@ -9,80 +10,72 @@ import torch
 from torch import nn
 
 from ..ledger import UndoLedger
-from ..types import Geometry, UnsupportedError
+from ..types import UnsupportedError
 from . import _hf_vit
 from ._cost import Shapes
-from ._tower import TowerEngine
-from .base import ADAPTERS, AdapterInfo, PlannedCut
+from ._vit import BareVit, mlp_shape
+from .base import ADAPTERS, AdapterInfo
+
+# Accepted only to say why not.
+REFUSED = {
+    "Siglip2VisionModel": "Siglip2 (NaFlex) gives every image a raster and a padding of its own, and recipes are planned for one raster; the SigLIP 2 "
+    "checkpoints of one resolution load as SiglipVisionModel and are supported",
+}
 
 
-class HfVit:
-    """One bound tower. Its output holds the surviving tokens only: ``[B, prefix + K, C]``."""
+class HfVit(BareVit):
+    """One bound tower. Its output holds the surviving tokens only, ``[B, prefix + K, C]``; a classifier that averages the patches counts every original token
+    that is still represented once. In DINOv3 a merged token stands at the position of the token that absorbed the others."""
 
     def __init__(self, model: Any):
+        name = type(model).__name__
+        if name in REFUSED:
+            raise UnsupportedError(REFUSED[name])
         self.model = model
-        config = model.config
-        arch = _hf_vit.arch(model)
-        assert arch is not None
-        depth, side = len(_hf_vit.layers(model)), config.image_size // config.patch_size
-        prefix = _hf_vit.prefix(model)
-        provides = frozenset({"projections", "prefix"} | ({"class_token"} if prefix else set()))
-        self.geometry = Geometry(
-            family="hf-vit",
-            arch=arch,
-            tokens=side * side,
-            grid=(side, side),
-            prefix=prefix,
-            vision_layers=depth,
-            vision_depth=depth,
-            llm_layers=0,
-            provides={"pixels": frozenset(), "vision": provides},
-        )
-        self.cost = Shapes(
+        self.base = getattr(model, _hf_vit.CLASSIFIERS[name]) if name in _hf_vit.CLASSIFIERS else model
+        self.averages = name.startswith("Dinov2") and name in _hf_vit.CLASSIFIERS
+        config = self.base.config
+        tower = _hf_vit.describe(self.base, len(_hf_vit.layers(self.base)))
+        block: Any = tower.blocks[0]
+        cost = Shapes(
             vd=config.hidden_size,
-            vf=getattr(config, "intermediate_size", None) or int(config.hidden_size * config.mlp_ratio),
             vheads=config.num_attention_heads,
-            vdepth=depth,
-            patch=3 * config.patch_size**2 * config.hidden_size,
-            prefix=prefix,
+            vdepth=len(tower.blocks),
+            patch=sum(p.numel() for p in _hf_vit.core(self.base).embeddings.parameters() if p.ndim == 4),
+            prefix=tower.prefix,
+            **mlp_shape(block.mlp, config.hidden_size),
         )
+        arch = _hf_vit.BARE[type(self.base).__name__]
+        super().__init__(tower, family="hf-vit", arch=arch, class_token=tower.prefix > 0, cost=cost, class_readout=not self.averages)
 
-    @property
-    def tower_mask(self) -> str | None:
-        return _hf_vit.mask_name(self.model)
-
-    def tower_blocks(self) -> list[nn.Module]:
-        return _hf_vit.layers(self.model)
-
-    def decoder_layers(self) -> list[nn.Module]:
-        return []
-
-    def all_layers(self) -> list[nn.Module]:
-        return self.tower_blocks()
-
-    def branch(self, layer: int) -> nn.Module:
-        raise UnsupportedError("a bare vision tower has no language model")
-
-    def reseed(self, seed: int) -> None:
-        self.engine.seed = seed
-
-    def install(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, per: str, seed: int) -> None:
-        tower = _hf_vit.describe(self.model, self.geometry.vision_layers)
-        self.engine = TowerEngine(tower, cuts, ledger, seed=seed, done=recorder.vision, tokens=self.geometry.tokens)
+    def head(self, ledger: UndoLedger) -> None:
+        if self.averages:
+            self.average(ledger, self.base.layernorm)
+        pool = getattr(_hf_vit.core(self.model), "head", None)  # SigLIP's attention pooling
+        if pool is not None:
+            self.pooler(ledger, pool.attention, heads=pool.attention.num_heads, tokens=1)
 
 
 def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
-    from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
+    import transformers as hf
 
-    config_class, model_class = {
-        "clip": (CLIPVisionConfig, CLIPVisionModel),
-        "siglip": (SiglipVisionConfig, SiglipVisionModel),
-        "dinov2": (Dinov2Config, Dinov2Model),
+    config_class, model_class, extra = {
+        "clip": (hf.CLIPVisionConfig, hf.CLIPVisionModel, {"intermediate_size": 64}),
+        "siglip": (hf.SiglipVisionConfig, hf.SiglipVisionModel, {"intermediate_size": 64}),
+        "dinov2": (hf.Dinov2Config, hf.Dinov2Model, {}),
+        "dinov3": (hf.DINOv3ViTConfig, hf.DINOv3ViTModel, {"intermediate_size": 64, "num_register_tokens": 4, "use_gated_mlp": True}),
+        "vit-classifier": (hf.ViTConfig, hf.ViTForImageClassification, {"intermediate_size": 64, "num_labels": 5}),
+        "deit": (hf.DeiTConfig, hf.DeiTModel, {"intermediate_size": 64}),
+        "dinov2-registers-classifier": (
+            hf.Dinov2WithRegistersConfig,
+            hf.Dinov2WithRegistersForImageClassification,
+            {"num_register_tokens": 3, "use_swiglu_ffn": True, "num_labels": 5},
+        ),
     }[kind]
-    extra: dict[str, Any] = {} if kind == "dinov2" else {"intermediate_size": 64}
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    model = model_class(config_class(hidden_size=32, num_attention_heads=2, num_hidden_layers=4, image_size=32, patch_size=8, **extra)).eval()
+    config = config_class(hidden_size=32, num_attention_heads=2, num_hidden_layers=4, image_size=32, patch_size=8, **extra)
+    model: Any = model_class(config).eval()
     torch.random.set_rng_state(state)
     _hf_vit.randomise(model, 1)
     return model, {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))}
@@ -92,9 +85,9 @@ ADAPTERS.register(
     "hf-vit",
     AdapterInfo(
         name="hf-vit",
-        idea="bare transformers towers: CLIPVisionModel, SiglipVisionModel, Dinov2Model",
-        matches=lambda m: type(m).__name__ in _hf_vit.CLASSES,
+        idea="bare transformers towers and classifiers: CLIP (also with projection), SigLIP, ViT, DeiT, DINOv2 (with registers), DINOv3",
+        matches=lambda m: type(m).__name__ in {*_hf_vit.BARE, *_hf_vit.CLASSIFIERS, *REFUSED},
         bind=HfVit,
-        tiny={k: partial(_tiny, k) for k in ("clip", "siglip", "dinov2")},
+        tiny={k: partial(_tiny, k) for k in ("clip", "siglip", "dinov2", "dinov3", "vit-classifier", "deit", "dinov2-registers-classifier")},
     ),
 )

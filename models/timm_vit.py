@@ -1,4 +1,5 @@
-"""timm ``VisionTransformer``: class, distillation and register tokens, LayerScale, token or average pooling."""
+"""timm ``VisionTransformer`` (class, distillation and register tokens, LayerScale; token, average, maximum and attention pooling) and ``Eva`` (EVA-02, DINOv3:
+rotary positions)."""
 
 from __future__ import annotations
 
@@ -10,14 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ledger import UndoLedger
-from ..types import Geometry, UnsupportedError
+from ..types import UnsupportedError
 from ._cost import Shapes
 from ._hf_vit import randomise
-from ._tower import Run, Tower, TowerEngine
+from ._tower import Tower, rotate
+from ._vit import BareVit, mlp_shape
 from .base import ADAPTERS, AdapterInfo, PlannedCut
 
+# ---------------------------------------------------------------------------------------------------------------- the standard block
 
-def _attend(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+
+def _attend(block: Any, x: Tensor, mask: Tensor | None, caught: dict[str, Any]) -> Tensor:
     return x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=mask)))
 
 
@@ -29,128 +33,193 @@ def _capture(block: Any) -> dict[str, nn.Module]:
     return {"qkv": block.attn.qkv}
 
 
-def _project(block: Any, caught: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, float]:
+def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, float]:
     a = block.attn
     b, n, _ = caught["qkv"].shape
     q, k, v = caught["qkv"].reshape(b, n, 3, a.num_heads, a.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
     return a.q_norm(q), a.k_norm(k), v, a.scale
 
 
-class TimmVit:
-    """One bound timm ViT. ``forward_features`` returns the surviving tokens; with average pooling after merges every original token counts, so sizes weigh
-    the mean."""
+# -------------------------------------------------------------------------------------------------------------------- EVA's block
 
-    def __init__(self, model: Any):
+
+def _eva_attend(block: Any, x: Tensor, mask: Tensor | None, caught: dict[str, Any]) -> Tensor:
+    y = block.attn(block.norm1(x), rope=caught["rope"], attn_mask=mask)
+    return x + block.drop_path1(y if block.gamma_1 is None else block.gamma_1 * y)
+
+
+def _eva_feed(block: Any, x: Tensor) -> Tensor:
+    y = block.mlp(block.norm2(x))
+    return x + block.drop_path2(y if block.gamma_2 is None else block.gamma_2 * y)
+
+
+def _called(a: Any) -> bool:
+    """Whether the fused projection runs as a module; with a bias of its own (no bias for keys) EVA only takes its weight."""
+    return a.qkv is not None and getattr(a, "q_bias", None) is None
+
+
+def _eva_capture(block: Any) -> dict[str, nn.Module]:
+    a = block.attn
+    return {"q": a.q_norm, "k": a.k_norm, **({"qkv": a.qkv} if _called(a) else {"v": a.v_proj} if a.qkv is None else {})}
+
+
+def _eva_project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, float]:
+    a = block.attn
+    q, k = caught["q"], caught["k"]  # [B, H, n, d]; normed, not rotated
+    if _called(a):
+        v = caught["qkv"].chunk(3, dim=-1)[2]
+    elif a.qkv is None:
+        v = caught["v"]
+    else:
+        v = F.linear(block.norm1(caught["x"]), a.qkv.weight.chunk(3)[2], a.v_bias)
+    v = v.unflatten(2, (k.shape[1], -1)).transpose(1, 2)
+    if caught.get("rope") is not None:
+        sin, cos = caught["rope"].chunk(2, dim=-1)
+        q, k = (rotate(t, cos, sin, prefix=a.num_prefix_tokens, half=a.rotate_half) for t in (q, k))
+    groups = q.shape[1] // k.shape[1]
+    return q, k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), a.scale
+
+
+def _eva_sample(block: Any, n: int) -> Tensor:
+    """A rotary table of ``n`` patches, ``[n, 2 d]``: sines, then cosines."""
+    p = block.attn.proj.weight
+    angle = torch.arange(n * block.attn.head_dim, device=p.device, dtype=torch.float32).view(n, -1)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).to(p.dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------------- both models
+
+
+def is_eva(model: Any) -> bool:
+    return any(c.__name__ == "Eva" for c in type(model).__mro__)
+
+
+def takes(model: Any) -> bool:
+    """Whether ``model`` is one of timm's two classes, or made of them."""
+    return any(c.__name__ in ("VisionTransformer", "Eva") and c.__module__.startswith("timm.") for c in type(model).__mro__)
+
+
+def describe(model: Any) -> Tower:
+    """The :class:`Tower` of a timm model; raises :class:`UnsupportedError` for blocks and heads of another kind."""
+    block, eva = model.blocks[0], is_eva(model)
+    parts = ("norm1", "attn", "norm2", "mlp", *(("gamma_1", "gamma_2") if eva else ("ls1", "ls2")))
+    kinds = ("EvaAttention", "AttentionRope") if eva else ("Attention",)
+    if type(block).__name__ == "EvaBlockPostNorm" or not all(hasattr(block, name) for name in parts):
+        raise UnsupportedError(
+            f"timm blocks of type {type(block).__name__} are not supported; there are the pre-norm Block and EvaBlock: attention, then MLP, each on a residual"
+        )
+    if not any(c.__name__ in kinds for c in type(block.attn).__mro__):
+        raise UnsupportedError(f"timm attention of type {type(block.attn).__name__} is not supported; there is {' and '.join(kinds)}")
+    if model.global_pool not in ("", "token", "avg", "max", "map"):
+        raise UnsupportedError(f"global_pool={model.global_pool!r} mixes the tokens in a way that has no exact form with merged tokens")
+    patch = model.patch_embed.patch_size
+
+    def resize(pixels: Tensor, rows: int, columns: int) -> tuple[Tensor, dict[str, Any]]:
+        return F.interpolate(pixels, size=(rows * patch[0], columns * patch[1]), mode="bicubic", antialias=True, align_corners=False), {}
+
+    return Tower(
+        root=model,
+        blocks=list(model.blocks),
+        prefix=model.num_prefix_tokens,
+        grid=tuple(model.patch_embed.grid_size),
+        mask="attn_mask",
+        attend=_eva_attend if eva else _attend,
+        feed=_eva_feed if eva else _feed,
+        capture=_eva_capture if eva else _capture,
+        project=_eva_project if eva else _project,
+        resize=resize if model.dynamic_img_size else None,
+        pixels="x",
+        width=model.embed_dim,
+        rope="rope" if eva else None,
+        sample=_eva_sample if eva else None,
+    )
+
+
+class TimmVit(BareVit):
+    """One bound timm model. Where its head averages, every original token counts once, so sizes weigh the mean; ``forward_features`` gives the tokens that are
+    left, in a call of the model and alone. In ``Eva`` a merged token stands at the position of the token that absorbed the others."""
+
+    def __init__(self, model: Any, family: str = "timm-vit"):
         self.model = model
+        tower = describe(model)
         block = model.blocks[0]
-        if not all(hasattr(block, name) for name in ("norm1", "attn", "norm2", "mlp", "ls1", "ls2")) or not hasattr(block.attn, "qkv"):
-            raise UnsupportedError(
-                f"timm blocks of type {type(block).__name__} are not supported; there is the standard Block (norm1, attn, ls1, norm2, mlp, ls2)"
-            )
-        depth, grid = len(model.blocks), tuple(model.patch_embed.grid_size)
-        prefix = model.num_prefix_tokens
-        provides = frozenset({"projections", "prefix"} | ({"class_token"} if model.cls_token is not None else set()))
-        sites = {"vision": provides} | ({"pixels": frozenset()} if model.dynamic_img_size else {})
-        self.geometry = Geometry(
-            family="timm-vit",
-            arch="vit",
-            tokens=grid[0] * grid[1],
-            grid=grid,
-            prefix=prefix,
-            vision_layers=depth,
-            vision_depth=depth,
-            llm_layers=0,
-            provides=sites,
-        )
-        patch = model.patch_embed.proj
-        gated = hasattr(block.mlp, "fc1_g")
-        self.cost = Shapes(
+        cost = Shapes(
             vd=model.embed_dim,
-            vf=block.mlp.fc2.in_features if hasattr(block.mlp, "fc2") else 4 * model.embed_dim,
             vheads=block.attn.num_heads,
-            vdepth=depth,
-            patch=patch.weight.numel(),
-            prefix=prefix,
-            vmlp=3 if gated else 2,
+            vdepth=len(model.blocks),
+            patch=model.patch_embed.proj.weight.numel(),
+            prefix=tower.prefix,
+            **mlp_shape(block.mlp, model.embed_dim),
         )
-
-    tower_mask = "attn_mask"
-
-    def tower_blocks(self) -> list[nn.Module]:
-        return list(self.model.blocks)
-
-    def decoder_layers(self) -> list[nn.Module]:
-        return []
-
-    def all_layers(self) -> list[nn.Module]:
-        return self.tower_blocks()
-
-    def branch(self, layer: int) -> nn.Module:
-        raise UnsupportedError("a bare vision tower has no language model")
-
-    def reseed(self, seed: int) -> None:
-        self.engine.seed = seed
+        super().__init__(
+            tower,
+            family=family,
+            arch="eva" if is_eva(model) else "vit",
+            class_token=model.cls_token is not None,
+            cost=cost,
+            class_readout=model.global_pool == "token",
+        )
 
     def install(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, per: str, seed: int) -> None:
-        model = self.model
-        size = model.patch_embed.patch_size
+        super().install(cuts, ledger, recorder, positions=positions, per=per, seed=seed)
+        ledger.replace(self.model, "forward_features", self.engine.alone(self.model.forward_features))
 
-        def resize(pixels: Tensor, rows: int, columns: int) -> tuple[Tensor, dict[str, Any]]:
-            return F.interpolate(pixels, size=(rows * size[0], columns * size[1]), mode="bicubic", antialias=True, align_corners=False), {}
-
-        tower = Tower(
-            root=model,
-            blocks=list(model.blocks),
-            prefix=self.geometry.prefix,
-            grid=self.geometry.grid,
-            mask="attn_mask",
-            attend=_attend,
-            feed=_feed,
-            capture=_capture,
-            project=_project,
-            resize=resize if model.dynamic_img_size else None,
-            pixels="x",
-        )
-        self.engine = TowerEngine(tower, cuts, ledger, seed=seed, done=recorder.vision, tokens=self.geometry.tokens)
-        if model.global_pool == "avg" and any(c.inside or c.site == "pixels" for c in cuts):
-            ledger.before(model.norm, self._weigh)
-
-    def _weigh(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Average pooling after merges: each original token contributes its slot (ToMe, arXiv 2210.09461, MAE pooling: sum of size times token over N)."""
-        run: Run | None = self.engine.run
-        if run is None or not run.merges or not bool((run.slot >= 0).all()):
-            return None
-        x, p = args[0], self.geometry.prefix
-        return (torch.cat([x[:, :p], run.spread(x[:, p:])], dim=1), *args[1:]), kwargs
+    def head(self, ledger: UndoLedger) -> None:
+        model, pool = self.model, self.model.global_pool
+        if pool == "avg":
+            self.average(ledger, model.norm, whole=getattr(model, "pool_include_prefix", False))
+        elif pool == "max":
+            self.maximum(ledger, model.norm)
+        elif pool == "map":
+            self.pooler(ledger, model.attn_pool)
 
 
-def _tiny(**options: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """A random ViT with 16 patches; ``distilled=True`` builds DeiT's two-token model."""
+# -------------------------------------------------------------------------------------------------------------------- tiny models
+
+
+def _tiny(kind: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A random model with 16 patches: ``kind`` "vit", "distilled" (DeiT's two tokens) or "eva"."""
     from timm.models.deit import VisionTransformerDistilled
+    from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
-    kind = VisionTransformerDistilled if options.pop("distilled", False) else VisionTransformer
+    build: Any = {"vit": VisionTransformer, "distilled": VisionTransformerDistilled, "eva": Eva}[kind]
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    model = kind(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=10, **options).eval()
+    model = build(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=10, **options).eval()
     torch.random.set_rng_state(state)
     randomise(model, 1)
     return model, {"x": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))}
 
 
 _VARIANTS: dict[str, dict[str, Any]] = {
-    "class": {},
-    "layerscale-registers": {"init_values": 0.5, "reg_tokens": 4, "no_embed_class": True, "dynamic_img_size": True},
-    "distilled": {"distilled": True},
-    "avg-pool": {"class_token": False, "global_pool": "avg", "qk_norm": True},
+    "class": {"kind": "vit"},
+    "layerscale-registers": {"kind": "vit", "init_values": 0.5, "reg_tokens": 4, "no_embed_class": True, "dynamic_img_size": True},
+    "distilled": {"kind": "distilled"},
+    "avg-pool": {"kind": "vit", "class_token": False, "global_pool": "avg", "qk_norm": True},
+    "map-pool-pre-norm": {"kind": "vit", "class_token": False, "global_pool": "map", "pre_norm": True},
+    "eva02": {"kind": "eva", "qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True, "use_rot_pos_emb": True},
+    "dinov3": {
+        "kind": "eva",
+        "qkv_bias": False,
+        "init_values": 0.5,
+        "rope_type": "dinov3",
+        "use_rot_pos_emb": True,
+        "use_abs_pos_emb": False,
+        "rope_rotate_half": True,
+        "num_reg_tokens": 4,
+        "dynamic_img_size": True,
+        "global_pool": "token",
+    },
+    "rope-mixed": {"kind": "eva", "rope_type": "mixed", "use_rot_pos_emb": True, "global_pool": "max", "qk_norm": True},
 }
 
 ADAPTERS.register(
     "timm-vit",
     AdapterInfo(
         name="timm-vit",
-        idea="timm VisionTransformer: class / distillation / register tokens, LayerScale, average pooling",
-        matches=lambda m: any(c.__name__ == "VisionTransformer" and c.__module__.startswith("timm.") for c in type(m).__mro__),
+        idea="timm VisionTransformer and Eva: class / distillation / register tokens, LayerScale, rotary positions; token, average, maximum, attention pooling",
+        matches=takes,
         bind=TimmVit,
         tiny={k: partial(_tiny, **o) for k, o in _VARIANTS.items()},
     ),

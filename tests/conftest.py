@@ -26,6 +26,8 @@ def tiny():
     """``tiny(family, variant) -> (model, inputs)``: a private copy of a tiny random model."""
 
     def build(family: str, variant: str) -> tuple[Any, dict[str, Any]]:
+        if (package := ADAPTERS.get(family).package) is not None:
+            pytest.importorskip(package)
         model, inputs = _built(family, variant)
         return copy.deepcopy(model), {k: v.clone() for k, v in inputs.items()}
 

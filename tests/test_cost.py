@@ -45,7 +45,7 @@ def test_llava_flops_equal_the_counter(tiny, variant, method, options):
     assert report.flops == pytest.approx(real, rel=slack)
 
 
-@pytest.mark.parametrize("variant", ["class", "layerscale-registers", "avg-pool"])
+@pytest.mark.parametrize("variant", ["class", "layerscale-registers", "avg-pool", "eva02", "dinov3"])
 def test_timm_flops_equal_the_counter(tiny, variant):
     model, inputs = tiny("timm-vit", variant)
     for block in model.blocks:

@@ -79,9 +79,10 @@ class _Case:
 
     def samples(self) -> list[dict[str, Any]]:
         """The batch as single samples without padding."""
-        if not self.mllm:
-            ((name, pixels),) = self.inputs.items()
-            return [{name: pixels[i : i + 1]} for i in range(len(pixels))]
+        if not self.mllm:  # images are the inputs of four dimensions; texts to compare them with stay
+            images = {name: x for name, x in self.inputs.items() if isinstance(x, Tensor) and x.ndim == 4}
+            count = len(next(iter(images.values())))
+            return [{**self.inputs, **{name: x[i : i + 1] for name, x in images.items()}} for i in range(count)]
         ids = self.inputs["input_ids"]
         found = self.adapter.parts(ids, self.inputs)
         out = []
@@ -96,11 +97,13 @@ class _Case:
 
 
 def output(out: Any) -> Tensor:
-    """The tensor a caller looks at: logits, last hidden state, or the model's plain output."""
+    """The tensor a caller looks at: logits, last hidden state, open_clip's image features (in a dict, or first of a tuple), or the model's plain output."""
     for name in ("logits", "last_hidden_state"):
         if hasattr(out, name):
             return getattr(out, name)
-    return out
+    if isinstance(out, dict):
+        return out["image_features"]
+    return out[0] if isinstance(out, tuple) else out
 
 
 def close(got: Tensor, want: Tensor, what: str) -> str:
@@ -135,23 +138,23 @@ def prefill_is_masked_dense(c: _Case) -> str:
     """A pruned prefill equals the dense model with the dropped columns hidden, on every row that is left."""
     _only_pruning(c)
     with c.attach() as handle:
-        got = c.run()
+        got, tokens = _behind_tower(c)
         report = handle.report()
     hidden, present, ledger = _masks(c, report, handle.passes)
     try:
-        want = c.run()
+        want, dense = _behind_tower(c)
     finally:
         ledger.undo()
-    if not c.mllm:
-        index = report.stages[-1].kept
-        p = c.geometry.prefix
-        if got.ndim == 2:  # a classifier: its pooling sees other tokens, unless it reads the class token
-            if getattr(c.model, "global_pool", "token") != "token":
-                raise _Skip("average pooling sees the surviving tokens only")
-            return close(got, want, "prefill")
-        want = torch.stack([torch.cat([w[:p], w[p:][k.to(w.device)]]) for w, k in zip(want, index, strict=True)])
-        return close(got, want, "prefill")
-    return close(got[present], want[present], "prefill")
+    if c.mllm:
+        return close(got[present], want[present], "prefill")
+    p = c.geometry.prefix
+    worst = "0"
+    for row, whole, kept in zip(tokens, dense, report.stages[-1].kept, strict=True):
+        left = torch.cat([whole[:p], whole[p:][kept.to(whole.device)]])
+        worst = max(worst, close(row[: len(left)], left, "last block"), key=float)
+    if got.ndim == 2 and c.adapter.class_readout:  # any other head reads the tokens that are left
+        worst = max(worst, close(got, want, "prefill"), key=float)
+    return worst
 
 
 def decode_is_masked_dense(c: _Case) -> str:
@@ -406,6 +409,19 @@ def verify(model: nn.Module, recipe: Any, inputs: dict[str, Any], **options: Any
 # ------------------------------------------------------------------------------------------------------------------ helpers
 
 
+def _behind_tower(c: _Case) -> tuple[Tensor, Tensor]:
+    """The model's output and, without a language model, what leaves the last block ``[G, P + n, C]``."""
+    if c.mllm:
+        return c.run(), torch.empty(0)
+    last: list[Tensor] = []
+    ledger = UndoLedger()
+    ledger.after(c.adapter.tower_blocks()[-1], lambda module, args, kwargs, x: last.append(x[0] if isinstance(x, tuple) else x), first=False)
+    try:
+        return c.run(), last[0]
+    finally:
+        ledger.undo()
+
+
 def _only_pruning(c: _Case) -> None:
     if any(i.merges or i.routes for i in c.infos):
         raise _Skip("merging and routing change values, no mask gives the same")
@@ -456,7 +472,7 @@ def _masks(c: _Case, report: Report, passes: list[tuple[Any, int]]) -> tuple[lis
                         gone[j] = True
                         gone[j, record.kept[g]] = False
             per_block.append(gone)
-        hide_in_tower(ledger, blocks, c.adapter.tower_mask, c.geometry.prefix, per_block)
+        hide_in_tower(ledger, blocks, c.adapter.tower_mask, c.geometry.prefix, per_block, getattr(c.adapter, "mask_form", None))
     if not c.mllm:
         return [], torch.empty(0), ledger
     ids, padding = c.inputs["input_ids"], _mask(c.inputs)
