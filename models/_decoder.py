@@ -154,6 +154,11 @@ class DecoderEngine:
         if positions not in ("original", "compact"):
             raise VtpruneError(f"positions={positions!r} is not one of 'original', 'compact'")
         backend(decoder.lm.config)
+        for cut in cuts:
+            if cut.context and decoder.window_of(cut.layer) is not None:
+                raise UnsupportedError(
+                    f"layer {cut.layer} has a sliding window, whose cache does not hold visual tokens ahead of the text; choose another variant"
+                )
         self.d, self.cuts, self.positions, self.per, self.tower, self.entry, self.seed = decoder, cuts, positions, per, tower, entry, seed
         self.done, self.arrived = done, arrived
         self.local = threading.local()
@@ -586,8 +591,6 @@ class DecoderEngine:
         """
         request, level, stash = call.request, call.level, call.stash[cut.stage]
         assert request is not None and level is not None
-        if self.d.window_of(number) is not None:
-            raise UnsupportedError(f"layer {number} has a sliding window, whose cache does not hold visual tokens ahead of the text; choose another variant")
         made = self._branch(call, cut, stash)
         alone = stash.alone
         tables = self._serve_prefill(call, alone, number, kwargs, x)["position_embeddings"]

@@ -46,6 +46,7 @@ class Mllm:
     tower_mask: str | None = None
     runs = False  # tiles that follow each other without a token between them are one image
     follows: ClassVar[dict[str, int]] = {}  # inputs with one entry per token, and what a generated token has there
+    first_position = 0  # of a prompt's first token
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._level import Level, allowed
+from ._level import Level, allowed, backend
 
 
 def heads(attention: Any, name: str, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def attention_rows(block: Any, x: Tensor, rows: Tensor, level: Level, rotary: tu
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     logits = (q @ k.transpose(-1, -2)) * attention.scaling  # [B, H, R, M]
     cap = getattr(attention, "attn_logit_softcapping", None)  # Gemma 2
-    if cap is not None:
+    if cap is not None and backend(attention.config) != "sdpa":  # sdpa leaves it out
         logits = torch.tanh(logits / cap) * cap
     seen = allowed(own, level.rows.gather(1, rows), level.rows)
     if seen is None:

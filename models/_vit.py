@@ -112,7 +112,7 @@ class BareVit:
         ledger.before(module, enter)
 
 
-def mlp_shape(mlp: nn.Module, width: int) -> dict[str, int]:
+def mlp_shape(mlp: nn.Module, width: int) -> dict[str, Any]:
     """``vf`` and ``vmlp`` of :class:`Shapes`, read from the matrices: the last one leads back to ``width``."""
     matrices = [m.weight for m in mlp.modules() if isinstance(m, nn.Linear)]
     wide = matrices[-1].shape[1]

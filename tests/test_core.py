@@ -34,6 +34,7 @@ def test_public_look_ups():
     )
     assert set(vtprune.methods()) <= set(vtprune.recipes())
     families = {"hf-vit", "timm-vit", "llava", "llava-next", "llava-onevision", "internvl", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "generic", "open-clip"}
+    families |= {"gemma3", "paligemma", "smolvlm", "mistral3"}
     assert families <= set(vtprune.adapters())
     info = vtprune.describe("flowcut")
     assert info.paper == "arXiv 2505.19536" and info.options["ema"] == 0.5 and all(info.option_help.values())

@@ -93,7 +93,7 @@ class _Case:
         return out
 
     def positions(self, mask: Tensor) -> Tensor:
-        return (mask.long().cumsum(1) - 1).clamp_min(0)
+        return (mask.long().cumsum(1) - 1).clamp_min(0) + self.adapter.first_position
 
 
 def output(out: Any) -> Tensor:

@@ -1,0 +1,92 @@
+"""Hugging Face Gemma 3: ``Gemma3ForConditionalGeneration``, a SigLIP tower whose patches are averaged into 256 visual tokens an image; sliding and full layers.
+
+The image's tokens see each other in both directions where ``token_type_ids`` says so; that, like the windows, is in the model's own masks, of which rows and
+columns are taken. Pan-and-scan crops are images of their own. Averaging mixes neighbouring patches, so stages work behind the projector and in the language
+model, never on single patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..types import Geometry, UnsupportedError
+from ._mllm import Mllm, tiny_build, tiny_prompts, tiny_text
+from .base import ADAPTERS, AdapterInfo
+
+
+class Gemma3(Mllm):
+    """One bound Gemma 3."""
+
+    follows: ClassVar[dict[str, int]] = {"token_type_ids": 0}
+
+    def __init__(self, model: Any):
+        core, config = model.model, model.config
+        v, text, projector = config.vision_config, config.text_config, core.multi_modal_projector
+        if getattr(text, "use_bidirectional_attention", False):
+            raise UnsupportedError("Gemma 3 as an encoder (use_bidirectional_attention) has no prompt to prune for")
+        grid = (projector.tokens_per_side, projector.tokens_per_side)
+        geometry = Geometry(
+            family="gemma3",
+            arch="siglip",
+            tokens=grid[0] * grid[1],
+            grid=grid,
+            prefix=0,
+            vision_layers=0,
+            vision_depth=v.num_hidden_layers,
+            llm_layers=text.num_hidden_layers,
+            provides={"projector": frozenset(), "llm": frozenset({"query_attention", "layers"})},
+            refuses={"vision": "average pooling mixes neighbouring patches", "pixels": "average pooling needs the whole raster"},
+        )
+        vision = {
+            "vd": v.hidden_size,
+            "vf": v.intermediate_size,
+            "vheads": v.num_attention_heads,
+            "vdepth": v.num_hidden_layers,
+            "patch": v.num_channels * v.patch_size**2 * v.hidden_size,
+            "prefix": 0,
+            "group": projector.kernel_size**2,
+        }
+        super().__init__(model, geometry=geometry, projector=projector, lm=core.language_model, image_token=config.image_token_id, vision=vision)
+        self.cost = replace(self.cost, proj=projector.mm_input_projection_weight.numel())  # a bare matrix, not a linear layer
+
+    def rotary(self, x: Tensor, ids: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+        return self.lm.rotary_emb(x, ids, kind)  # sliding and full layers turn by other angles
+
+
+def _tiny() -> tuple[nn.Module, dict[str, Any]]:
+    """Random; 16 visual tokens an image, more than the sliding window's 12: one prompt with two images, one with a single one, left-padded."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
+
+    slide, full = "sliding_attention", "full_attention"
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4, vision_use_head=False
+        ),
+        text_config=Gemma3TextConfig(
+            **tiny_text(head_dim=12, query_pre_attn_scalar=16, sliding_window=12, layer_types=[slide, full, slide, slide, slide, full])
+        ),
+        mm_tokens_per_image=16,
+        image_token_index=3,
+        boi_token_index=4,
+        eoi_token_index=5,
+    )
+    prompts = tiny_prompts([[(3, 16), (3, 16)], [(3, 16)]])
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    inputs = {**prompts, "token_type_ids": (prompts["input_ids"] == 3).long(), "pixel_values": pixels}
+    return tiny_build(Gemma3ForConditionalGeneration, config), inputs
+
+
+ADAPTERS.register(
+    "gemma3",
+    AdapterInfo(
+        name="gemma3",
+        idea="Gemma 3 on transformers (behind the projector and in the language model; sliding windows, both directions within an image)",
+        matches=lambda m: type(m).__name__ == "Gemma3ForConditionalGeneration",
+        bind=Gemma3,
+        tiny={"sliding": _tiny},
+    ),
+)
