@@ -1,13 +1,16 @@
-# make quickstart | test | test-all | lint | wheel | clean          PYTHON=python3.11 make ... chooses the interpreter of .venv
+# make quickstart | test | test-all | test-oldest | lint | support | wheel | clean     PYTHON=python3.11 make ... chooses the interpreter of .venv
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 TYPING := build/typing
 SLOW := -m "not slow"
+# What pyproject.toml calls the oldest supported releases, in an environment of their own.
+OLDEST := "torch==2.11.*" "transformers==5.17.*"
+JOBS := -n auto --maxprocesses 4
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help .venv quickstart test test-all lint style typecheck wheel clean
+.PHONY: help .venv quickstart test test-all test-oldest support lint style typecheck wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,10 +28,24 @@ quickstart: .venv
 	@$(BIN)/python -m vtprune.quickstart
 
 test: lint
-	$(BIN)/python -m pytest -q --durations=15 $(SLOW)
+	$(BIN)/python -m pytest -q --durations=15 $(JOBS) $(SLOW)
 
+# Everything, in both environments.
 test-all: SLOW := -m "slow or not slow"
-test-all: test
+test-all: test test-oldest
+
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -q $(JOBS) $(SLOW)
+
+.venv-oldest/.installed: pyproject.toml
+	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	@echo "installing vtprune with the oldest supported torch and transformers into .venv-oldest (minutes)"
+	@.venv-oldest/bin/python -m pip install --quiet -e ".[dev]" $(OLDEST)
+	@touch $@
+
+# The table of methods and families in docs/support.md and README.md.
+support: .venv
+	@$(BIN)/python -m vtprune.support
 
 lint: style typecheck
 

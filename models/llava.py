@@ -113,12 +113,17 @@ def _tiny(tower: str, text: str, layers: int = 6) -> tuple[nn.Module, dict[str, 
     return tiny_model(LlavaForConditionalGeneration, config, image_token=3, tokens=16)
 
 
+def _matches(model: Any) -> bool:
+    """LLaVA with a Pixtral tower has images of any size: another adapter's."""
+    return type(model).__name__ == "LlavaForConditionalGeneration" and type(model.model.vision_tower).__name__ != "PixtralVisionModel"
+
+
 ADAPTERS.register(
     "llava",
     AdapterInfo(
         name="llava",
         idea="LLaVA-1.5 on transformers: CLIP / SigLIP / DINOv2 tower, Llama / Mistral / Qwen2 text",
-        matches=lambda m: type(m).__name__ == "LlavaForConditionalGeneration" and type(m.model.vision_tower).__name__ != "PixtralVisionModel",
+        matches=_matches,
         bind=Llava,
         tiny={f"{v}-{t}": partial(_tiny, v, t) for v, t in (("clip", "llama"), ("siglip", "qwen2"), ("dinov2", "mistral"), ("dinov2", "llama"))},
     ),

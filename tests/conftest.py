@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from vtprune.models.base import ADAPTERS
 import vtprune
 from vtprune.attach import bind
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Parallel test processes share the cores.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
 @functools.cache

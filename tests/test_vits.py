@@ -367,7 +367,7 @@ def install(model: Any, select: Callable, *, layer: int = 1, inside: bool = Fals
     class Recorder:
         def vision(self, run: Any) -> None: ...
 
-    bind(model).install([cut], ledger, Recorder(), positions="original", seed=0)
+    bind(model).install([cut], ledger, Recorder(), positions="original", per="image", seed=0)
     return ledger
 
 
