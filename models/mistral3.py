@@ -1,0 +1,129 @@
+"""Hugging Face Mistral Small 3.1 and later (``Mistral3ForConditionalGeneration``) and Pixtral 12B (``LlavaForConditionalGeneration`` with a Pixtral tower).
+
+Images keep their size, told by ``image_sizes``, and a break token stands behind every row of visual tokens. The tower sees all images of a batch as one
+sequence, of which Mistral 3 merges 2 x 2 patches into one visual token, so stages work behind the projector and in the language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..types import Geometry, VtpruneError
+from ._layout import Part, Raster
+from ._mllm import Mllm, tiny_build, tiny_prompts, tiny_text
+from .base import ADAPTERS, AdapterInfo
+
+
+def matches(model: nn.Module) -> bool:
+    """Mistral 3, or a LLaVA whose tower is Pixtral's."""
+    name, tower = type(model).__name__, getattr(getattr(model, "model", None), "vision_tower", None)
+    return name == "Mistral3ForConditionalGeneration" or (name == "LlavaForConditionalGeneration" and type(tower).__name__ == "PixtralVisionModel")
+
+
+class Mistral3(Mllm):
+    """One bound Mistral 3 or Pixtral."""
+
+    def __init__(self, model: Any):
+        core, config = model.model, model.config
+        v = config.vision_config
+        fold = getattr(config, "spatial_merge_size", 1)
+        self.cell = v.patch_size * fold  # pixels along one side of a visual token
+        side = v.image_size // self.cell
+        geometry = Geometry(
+            family="mistral3",
+            arch="pixtral",
+            tokens=side * side,
+            grid=(side, side),
+            prefix=0,
+            vision_layers=0,
+            vision_depth=v.num_hidden_layers,
+            llm_layers=config.text_config.num_hidden_layers,
+            provides={"projector": frozenset(), "llm": frozenset({"query_attention", "layers"})},
+            refuses={"vision": "the tower packs all images into one sequence"},
+            variable=True,
+        )
+        vision = {
+            "vd": v.hidden_size,
+            "vf": v.intermediate_size,
+            "vheads": v.num_attention_heads,
+            "vdepth": v.num_hidden_layers,
+            "vmlp": 3,
+            "patch": v.num_channels * v.patch_size**2 * v.hidden_size,
+            "prefix": 0,
+            "group": fold * fold,
+        }
+        lm, image = core.language_model, config.image_token_id
+        super().__init__(model, geometry=geometry, projector=core.multi_modal_projector, lm=lm, image_token=image, vision=vision)
+
+    def images(self, inputs: dict[str, Any]) -> Iterator[list[Raster]]:
+        if inputs.get("image_sizes") is None:
+            raise VtpruneError("images of any size need image_sizes; pass what the processor returns")
+        for height, width in torch.as_tensor(inputs["image_sizes"]).tolist():
+            yield [Raster((height // self.cell, width // self.cell))]
+
+    def parts(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[Part]]:
+        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None:  # generate() encodes images ahead and then drops image_sizes
+            inputs = {**inputs, "image_sizes": self.sizes(ids, [len(features) for features in encoded.pooler_output])}
+        return super().parts(ids, inputs)
+
+    def sizes(self, ids: Tensor, tokens: list[int]) -> list[tuple[int, int]]:
+        """Pixels of images with that many visual ``tokens`` each: in the prompt every row of an image is a run of placeholders."""
+        marks, lengths = nn.functional.pad(self.visual(ids), (0, 1)).flatten().unique_consecutive(return_counts=True)
+        runs = iter(lengths[marks].tolist())
+        out = []
+        for n in tokens:
+            columns = next(runs, 0)
+            rows = n // max(columns, 1)
+            if rows * columns != n or any(next(runs, 0) != columns for _ in range(rows - 1)):
+                raise VtpruneError(f"the prompt's visual tokens are not the rows of images with {tokens} tokens")
+            out.append((rows * self.cell, columns * self.cell))
+        return out
+
+    def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
+        at = sum(len(sample) for sample in found[:b])
+        return {k: inputs[k][at : at + len(found[b])] for k in ("pixel_values", "image_sizes")} if found[b] else {}
+
+
+def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Random; images of 4 x 3, 2 x 4 and 3 x 3 visual tokens with a break behind each row: one prompt with two images, one with a single one, left-padded."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
+
+    patch = 8 if kind == "pixtral" else 4
+    common: dict[str, Any] = {
+        "vision_config": PixtralVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=16, image_size=32, patch_size=patch
+        ),
+        "text_config": MistralConfig(**tiny_text(sliding_window=12 if kind == "sliding" else None)),
+        "image_token_index": 3,
+        "vision_feature_layer": -1,
+    }
+    grids: Any = [[(4, 3), (2, 4)], [(3, 3)]]
+    prompts = tiny_prompts([[(3, columns) for rows, columns in sample for _ in range(rows)] for sample in grids])
+    sizes = torch.tensor([(8 * rows, 8 * columns) for sample in grids for rows, columns in sample])
+    pixels = torch.zeros(len(sizes), 3, 32, 32)
+    generator = torch.Generator().manual_seed(3)
+    for image, (height, width) in zip(pixels, sizes.tolist(), strict=True):
+        image[:, :height, :width] = torch.randn(3, height, width, generator=generator)
+    if kind == "pixtral":
+        model = tiny_build(LlavaForConditionalGeneration, LlavaConfig(**common, vision_feature_select_strategy="full"))
+    else:
+        model = tiny_build(Mistral3ForConditionalGeneration, Mistral3Config(**common, spatial_merge_size=2))
+    return model, {**prompts, "pixel_values": pixels, "image_sizes": sizes}
+
+
+ADAPTERS.register(
+    "mistral3",
+    AdapterInfo(
+        name="mistral3",
+        idea="Mistral Small 3.1+ and Pixtral 12B on transformers (images of any size; behind the projector and in the language model)",
+        matches=matches,
+        bind=Mistral3,
+        tiny={k: partial(_tiny, k) for k in ("sliding", "pixtral")},
+    ),
+)
