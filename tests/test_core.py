@@ -33,7 +33,7 @@ def test_public_look_ups():
         vtprune.methods()
     )
     assert set(vtprune.methods()) <= set(vtprune.recipes())
-    assert set(vtprune.adapters()) == {"gemma3", "hf-vit", "internvl", "llava", "mistral3", "paligemma", "timm-vit"}
+    assert set(vtprune.adapters()) == {"gemma3", "hf-vit", "internvl", "llava", "mistral3", "paligemma", "smolvlm", "timm-vit"}
     info = vtprune.describe("flowcut")
     assert info.paper == "arXiv 2505.19536" and info.options["ema"] == 0.5 and all(info.option_help.values())
 

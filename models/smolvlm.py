@@ -1,0 +1,94 @@
+"""Hugging Face SmolVLM, SmolVLM2 and Idefics3: tiles of one size, pixel shuffle in the ``connector``, Llama text.
+
+Text tokens stand between the tiles of an image as they do between images, so the inputs do not tell where one ends: budgets are per tile (a video's frame is
+one) or per sample. Pixel shuffle folds several patches into one visual token, so stages work behind the connector and in the language model.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..types import Geometry
+from ._layout import Part
+from ._mllm import Mllm, tiny_build, tiny_prompts, tiny_text
+from .base import ADAPTERS, AdapterInfo
+
+CLASSES = {"SmolVLMForConditionalGeneration": "smolvlm", "Idefics3ForConditionalGeneration": "idefics3"}
+
+
+class SmolVLM(Mllm):
+    """One bound SmolVLM or Idefics3."""
+
+    def __init__(self, model: Any):
+        core, config = model.model, model.config
+        v, fold = config.vision_config, config.scale_factor
+        side = v.image_size // v.patch_size // fold
+        geometry = Geometry(
+            family="smolvlm",
+            arch=CLASSES[type(model).__name__],
+            tokens=side * side,
+            grid=(side, side),
+            prefix=0,
+            vision_layers=0,
+            vision_depth=v.num_hidden_layers,
+            llm_layers=config.text_config.num_hidden_layers,
+            provides={"projector": frozenset(), "llm": frozenset({"query_attention", "layers"})},
+            refuses={"vision": "pixel shuffle would fold the wrong patches together"},
+            per=("tile", "sample"),
+        )
+        vision = {
+            "vd": v.hidden_size,
+            "vf": v.intermediate_size,
+            "vheads": v.num_attention_heads,
+            "vdepth": v.num_hidden_layers,
+            "patch": v.num_channels * v.patch_size**2 * v.hidden_size,
+            "prefix": 0,
+            "group": fold * fold,
+        }
+        super().__init__(model, geometry=geometry, projector=core.connector, lm=core.text_model, image_token=config.image_token_id, vision=vision)
+
+    def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
+        """The tiles of sample ``b``: pixels are ``[B, n, 3, H, W]``, and tiles of zeros only fill up."""
+        tiles = [len(sample) for sample in found]
+        if not tiles[b]:
+            return {}
+        real = (inputs["pixel_values"] != 0).flatten(2).any(2)  # [B, n]
+        at = sum(tiles[:b])
+        return {k: inputs[k][real][at : at + tiles[b]][None] for k in ("pixel_values", "pixel_attention_mask") if inputs.get(k) is not None}
+
+
+def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Random; 16 visual tokens a tile: one prompt with three tiles, one with a single one (its lower half masked), left-padded."""
+    import transformers as t
+
+    name, vision = ("SmolVLM", "SmolVLMVisionConfig") if kind == "smolvlm" else ("Idefics3", "Idefics3VisionConfig")
+    config = getattr(t, f"{name}Config")(
+        vision_config=getattr(t, vision)(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4
+        ).to_dict(),
+        text_config=t.LlamaConfig(**tiny_text()).to_dict(),
+        image_token_id=3,
+        scale_factor=2,
+    )
+    prompts = tiny_prompts([[(3, 16)] * 3, [(3, 16)]])
+    pixels = torch.randn(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    pixels[1, 1:] = 0
+    mask = torch.ones(2, 3, 32, 32, dtype=torch.long)
+    mask[1, 0, 16:] = 0
+    return tiny_build(getattr(t, f"{name}ForConditionalGeneration"), config), {**prompts, "pixel_values": pixels, "pixel_attention_mask": mask}
+
+
+ADAPTERS.register(
+    "smolvlm",
+    AdapterInfo(
+        name="smolvlm",
+        idea="SmolVLM, SmolVLM2 and Idefics3 on transformers (tiles; behind the connector and in the language model), Llama text",
+        matches=lambda m: type(m).__name__ in CLASSES,
+        bind=SmolVLM,
+        tiny={k: partial(_tiny, k) for k in ("smolvlm", "idefics3")},
+    ),
+)
