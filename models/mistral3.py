@@ -95,7 +95,7 @@ def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
     from transformers import LlavaConfig, LlavaForConditionalGeneration, Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
 
     patch = 8 if kind == "pixtral" else 4
-    parts: dict[str, Any] = {
+    common: dict[str, Any] = {
         "vision_config": PixtralVisionConfig(
             hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=16, image_size=32, patch_size=patch
         ),
@@ -111,9 +111,9 @@ def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
     for image, (height, width) in zip(pixels, sizes.tolist(), strict=True):
         image[:, :height, :width] = torch.randn(3, height, width, generator=generator)
     if kind == "pixtral":
-        model = tiny_build(LlavaForConditionalGeneration, LlavaConfig(**parts, vision_feature_select_strategy="full"))
+        model = tiny_build(LlavaForConditionalGeneration, LlavaConfig(**common, vision_feature_select_strategy="full"))
     else:
-        model = tiny_build(Mistral3ForConditionalGeneration, Mistral3Config(**parts, spatial_merge_size=2))
+        model = tiny_build(Mistral3ForConditionalGeneration, Mistral3Config(**common, spatial_merge_size=2))
     return model, {**prompts, "pixel_values": pixels, "image_sizes": sizes}
 
 
@@ -124,6 +124,6 @@ ADAPTERS.register(
         idea="Mistral Small 3.1+ and Pixtral 12B on transformers (images of any size; behind the projector and in the language model)",
         matches=matches,
         bind=Mistral3,
-        tiny={k: partial(_tiny, k) for k in ("mistral", "sliding", "pixtral")},
+        tiny={k: partial(_tiny, k) for k in ("sliding", "pixtral")},
     ),
 )

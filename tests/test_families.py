@@ -78,7 +78,7 @@ def test_tiles_of_unknown_images_have_no_budget_per_image(tiny):
         assert handle.report().stages[-1].tokens_out == [12, 4]
 
 
-@pytest.mark.parametrize("variant", ["mistral", "pixtral"])
+@pytest.mark.parametrize("variant", ["sliding", "pixtral"])
 def test_rows_of_images_are_known_while_generating(tiny, variant):
     """generate() keeps image_sizes to itself in newer releases; methods of the image plane see the same rows and columns as in a plain forward."""
     model, inputs = tiny("mistral3", variant)
