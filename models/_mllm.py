@@ -152,11 +152,12 @@ class Mllm:
             @functools.wraps(original)
             def noted(*args: Any, __original: Any = original, **kwargs: Any) -> Any:
                 output = __original(*args, **kwargs)
-                given = inspect.signature(__original).bind(*args, **kwargs).arguments
+                given = dict(inspect.signature(__original).bind(*args, **kwargs).arguments)
+                given |= given.pop("kwargs", {})
                 # Pixels are remembered by their shape alone.
-                tensors = {k: v.to("meta") if k.startswith("pixel") else v for k, v in given.items() if isinstance(v, Tensor)}
+                sizes = {k: v.to("meta") if k.startswith("pixel") and isinstance(v, Tensor) else v for k, v in given.items() if v is not None}
                 if hasattr(output, "pooler_output"):
-                    self.notes[output] = tensors
+                    self.notes[output] = sizes
                 return output
 
             ledger.replace(core, name, noted)

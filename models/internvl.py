@@ -42,6 +42,7 @@ class InternVL(Mllm):
             provides={"projector": frozenset(), "llm": frozenset({"query_attention", "layers"})},
             refuses={"vision": "pixel shuffle would fold the wrong patches together"},
             per=("image", "tile", "sample"),
+            overview=-1,
         )
         vision = {
             "vd": v.hidden_size,

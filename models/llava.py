@@ -123,7 +123,7 @@ ADAPTERS.register(
     AdapterInfo(
         name="llava",
         idea="LLaVA-1.5 on transformers: CLIP / SigLIP / DINOv2 tower, Llama / Mistral / Qwen2 text",
-        matches=lambda m: type(m).__name__ == "LlavaForConditionalGeneration" and type(getattr(m.model, "vision_tower", None)).__name__ != "PixtralVisionModel",
+        matches=_matches,
         bind=Llava,
         tiny={f"{v}-{t}": partial(_tiny, v, t) for v, t in (("clip", "llama"), ("siglip", "qwen2"), ("dinov2", "mistral"), ("dinov2", "llama"))},
     ),

@@ -95,9 +95,7 @@ def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
     sizes = torch.tensor([[40, 64], [64, 20], [60, 60]])
     counts = torch.tensor([2, 1])
     n = [len(bound.packed(size, tiled)) for size, tiled in bound.tiles({"image_sizes": sizes, "batch_num_images": counts})]
-    pixels = torch.zeros(3, 5, 3, 32, 32)
-    for i, tiles in enumerate((1, 1, 5)):
-        pixels[i, :tiles] = torch.randn(tiles, 3, 32, 32, generator=generator)
+    pixels = torch.randn(3, 5, 3, 32, 32, generator=generator)  # the processor pads images of fewer tiles
     prompts = tiny_prompts([[(3, n[0]), (3, n[1])], [(3, n[2])]])
     return model, {**prompts, "pixel_values": pixels, "image_sizes": sizes, "batch_num_images": counts}
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..types import Geometry, VtpruneError
 from ._layout import Part, Raster
@@ -65,25 +65,6 @@ class Mistral3(Mllm):
             raise VtpruneError("images of any size need image_sizes; pass what the processor returns")
         for height, width in torch.as_tensor(inputs["image_sizes"]).tolist():
             yield [Raster((height // self.cell, width // self.cell))]
-
-    def parts(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[Part]]:
-        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-        if encoded is not None:  # generate() encodes images ahead and then drops image_sizes
-            inputs = {**inputs, "image_sizes": self.sizes(ids, [len(features) for features in encoded.pooler_output])}
-        return super().parts(ids, inputs)
-
-    def sizes(self, ids: Tensor, tokens: list[int]) -> list[tuple[int, int]]:
-        """Pixels of images with that many visual ``tokens`` each: in the prompt every row of an image is a run of placeholders."""
-        marks, lengths = nn.functional.pad(self.visual(ids), (0, 1)).flatten().unique_consecutive(return_counts=True)
-        runs = iter(lengths[marks].tolist())
-        out = []
-        for n in tokens:
-            columns = next(runs, 0)
-            rows = n // max(columns, 1)
-            if rows * columns != n or any(next(runs, 0) != columns for _ in range(rows - 1)):
-                raise VtpruneError(f"the prompt's visual tokens are not the rows of images with {tokens} tokens")
-            out.append((rows * self.cell, columns * self.cell))
-        return out
 
     def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
         at = sum(len(sample) for sample in found[:b])

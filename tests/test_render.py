@@ -18,7 +18,7 @@ GRID = (4, 4)
 
 
 def report(*stages: StageReport) -> Report:
-    return Report([16], stages, [[16]], 1, 1, 1, 1)
+    return Report([16], stages, [[16]], 1, 1, 1, 1, grids=[[GRID]])
 
 
 def drop(kept: list[int], before: int = 16) -> StageReport:
@@ -31,40 +31,40 @@ def merge(kept: list[int], slots: list[int]) -> StageReport:
 
 def test_owners_follow_merges_drops_and_returns():
     slots = [0, 0, 1, 1, *[2] * 4, *[-1] * 8]
-    first, second, third = render.owners(report(merge([0, 2, 5], slots), drop([2, 5], 3), drop([2, 5, 9], 2)), 0, 16)
+    first, second, third = render.owners(report(merge([0, 2, 5], slots), drop([2, 5], 3), drop([2, 5, 9], 2)), 0)
     assert first.tolist() == [0, 0, 2, 2, 5, 5, 5, 5, *[-1] * 8]
     assert second.tolist() == [-1, -1, 2, 2, 5, 5, 5, 5, *[-1] * 8]
     assert third.tolist() == [-1, -1, 2, 2, 5, 5, 5, 5, -1, 9, *[-1] * 6]
-    out, back = render.owners(report(drop([]), drop(list(range(16)), 0)), 0, 16)
+    out, back = render.owners(report(drop([]), drop(list(range(16)), 0)), 0)
     assert (out == -1).all() and back.tolist() == list(range(16))
 
 
 def test_owners_of_the_second_image_of_a_sample():
     stage = StageReport("llm.1", "some", [32], [3], [torch.tensor([1, 16, 31])])
-    (second,) = render.owners(Report([32], (stage,), [[32]], 1, 1, 1, 1), 0, 16, number=1)
+    (second,) = render.owners(Report([32], (stage,), [[32]], 1, 1, 1, 1, grids=[[GRID, GRID]]), 0, number=1)
     assert [i for i in range(16) if second[i] >= 0] == [0, 15]
 
 
 def test_dropped_patches_are_dim_and_kept_ones_are_not():
     white = Image.new("RGB", (40, 40), "white")
-    out = np.asarray(render.token_picture(white, report(drop([0, 5])), 0, GRID, panel=80, boxes=[(2, 2, 9, 9)]))
+    out = np.asarray(render.token_picture(white, report(drop([0, 5])), 0, panel=80, boxes=[(2, 2, 9, 9)]))
     panel = out[render.GAP + render.TITLE :, render.GAP * 2 + 80 :][:80, :80]
     means = panel.reshape(4, 20, 4, 20, 3).mean((1, 3, 4))
     assert (means.ravel()[[0, 5]] > 240).all() and (np.delete(means.ravel(), [0, 5]) < 120).all()
 
 
 def test_groups_get_their_own_colour():
-    out = render.token_picture(picture(), report(merge([0, 15], [0] * 8 + [1] * 8)), 0, GRID, panel=80)
+    out = render.token_picture(picture(), report(merge([0, 15], [0] * 8 + [1] * 8)), 0, panel=80)
     seen = {tuple(p) for p in np.asarray(out).reshape(-1, 3)}
     assert render.color(0) in seen and render.color(15) in seen and render.color(0) != render.color(15)
 
 
 def test_many_stages_are_thinned_but_the_last_stays():
     stages = [drop(list(range(16 - i)), 17 - i) for i in range(1, 10)]
-    out = render.token_picture(picture(), report(*stages), 0, GRID, panel=40, limit=3)
+    out = render.token_picture(picture(), report(*stages), 0, panel=40, limit=3)
     assert out.width == 4 * (40 + render.GAP) + render.GAP
     with pytest.raises(vtprune.VtpruneError, match="no sample 1"):
-        render.token_picture(picture(), report(*stages), 1, GRID)
+        render.token_picture(picture(), report(*stages), 1)
 
 
 def test_model_view_undoes_the_normalisation():

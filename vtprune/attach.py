@@ -356,6 +356,7 @@ class Handle:
             kv_bytes=0,
             dense_kv_bytes=0,
             recipe=self.recipe.key(),
+            grids=[[self.geometry.grid]] * run.images,
         )
 
     def _patches(self, run: Run) -> int:
@@ -399,4 +400,5 @@ class Handle:
             kv_bytes=sum(cost.kv_bytes(s, r) for r in real),
             dense_kv_bytes=sum(cost.kv_bytes(s, r) for r in dense),
             recipe=self.recipe.key(),
+            grids=[[p.grid for p in parts] for parts in request.parts],
         )

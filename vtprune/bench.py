@@ -141,7 +141,7 @@ def evaluate(
             answers += generate(model, processor, inputs)
             reports.append(_dense_report(model, inputs) if handle is None else handle.report())
             if handle is not None:
-                rows = _add(rows, kept_rows(reports[-1], handle.geometry.grid))
+                rows = _add(rows, kept_rows(reports[-1]))
             if progress is not None:
                 progress(len(part))
     finally:
@@ -178,10 +178,11 @@ def _portable(recipe: Recipe) -> dict[str, Any]:
 def _dense_report(model: Any, inputs: Any) -> Report:
     """What one prefill of ``inputs`` costs without pruning."""
     adapter = bind(model)
-    s, tokens = adapter.cost, adapter.geometry.tokens
-    visual = (inputs["input_ids"] == adapter.image_token).sum(1).tolist()
+    s, found = adapter.cost, adapter.parts(inputs["input_ids"], inputs)
+    visual = [sum(len(p.columns) for p in parts) for parts in found]
     layers = [[n] * s.depth for n in inputs["attention_mask"].sum(1).tolist()]
-    flops = cost.vision(s, sum(visual) // tokens, tokens, [tokens] * s.vdepth) + sum(cost.prefill(s, row) for row in layers)
+    passes = [n for parts in found for p in parts for n in p.passes]
+    flops = sum(cost.vision(s, 1, n, [n] * s.vdepth) for n in passes) + sum(cost.prefill(s, row) for row in layers)
     held = sum(cost.kv_bytes(s, row) for row in layers)
     return Report(
         visual_tokens=visual,
@@ -192,6 +193,7 @@ def _dense_report(model: Any, inputs: Any) -> Report:
         kv_bytes=held,
         dense_kv_bytes=held,
         recipe="dense",
+        grids=[[p.grid for p in parts] for parts in found],
     )
 
 
@@ -199,11 +201,15 @@ def _add(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
     return b if a is None else a if b is None else a + b
 
 
-def kept_rows(report: Report, grid: tuple[int, int]) -> np.ndarray | None:
-    """Tokens kept per image row, ``[grid rows]``, by the last stage that dropped some but not all (``None``: none did).
+def kept_rows(report: Report) -> np.ndarray | None:
+    """Tokens kept per image row, ``[grid rows]``, by the last stage that dropped some but not all (``None``: none did, or images have several shapes).
 
     A merged group is spread over its members.
     """
+    grids = {grid for sample in report.grids for grid in sample}
+    if len(grids) != 1:
+        return None
+    grid = next(iter(grids))
     tokens = grid[0] * grid[1]
     partial = [s for s in report.stages if 0 < sum(s.tokens_out) < sum(report.visual_tokens)]
     if not partial:

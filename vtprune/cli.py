@@ -216,9 +216,9 @@ def cmd_run(args: argparse.Namespace) -> int:
     dense = generate(model, processor, inputs, args.max_new_tokens)[0]
     with vtprune.attach(model, args.recipe, **{"seed": args.seed, **overrides(args)}) as handle:
         pruned = generate(model, processor, inputs, args.max_new_tokens)[0]
-        report, grid = handle.report(), handle.geometry.grid
+        report, overview = handle.report(), handle.geometry.overview
     if picture is not None:
-        shown = render.token_picture(render.model_view(processor, image), report, 0, grid, caption=args.question)
+        shown = render.token_picture(render.model_view(processor, image, overview), report, 0, number=overview, caption=args.question)
         render.write(picture, shown)
     if args.json:
         print(json.dumps({"question": args.question, "dense": dense, "pruned": pruned, **report.to_dict()}))

@@ -47,11 +47,11 @@ def pictures(model: Any, processor: Any, samples: Sequence[Any], methods: Sequen
             try:
                 with vtprune.attach(model, name, **how) as handle:
                     answer = generate(model, processor, inputs)[0]
-                    report, grid = handle.report(), handle.geometry.grid
+                    report = handle.report()
             except VtpruneError:  # the table says why
                 continue
             label = f"{name} ({report.effective_tokens:.0f} effective tokens): {sample.question}  answer: {answer}  (right: {sample.answer})"
-            out.append((label, render.token_picture(seen, report, 0, grid, boxes=boxes, panel=192)))
+            out.append((label, render.token_picture(seen, report, 0, boxes=boxes, panel=192)))
     return out
 
 

@@ -33,24 +33,30 @@ def font(size: int) -> Any:
 # --------------------------------------------------------------------------------------------------------- token pictures
 
 
-def model_view(processor: Any, image: Image.Image) -> Image.Image:
-    """``image`` as the vision tower sees it (resized and cropped by the processor), so that patches lie where they should."""
+def model_view(processor: Any, image: Image.Image, overview: int = 0) -> Image.Image:
+    """``image`` as the vision tower sees it (resized and cropped by the processor), so that patches lie where they should; of several tiles the one that shows
+    all of it, ``overview``. Processors that cut the whole image into patches leave it as it is."""
     part = processor.image_processor
-    pixels = np.asarray(part(images=[image], return_tensors="np")["pixel_values"])[0]
+    pixels = np.asarray(part(images=[image], return_tensors="np")["pixel_values"])
+    if pixels.ndim < 4:
+        return image.convert("RGB")
+    pixels = (pixels[0] if pixels.ndim == 5 else pixels)[overview]
     mean, std = (np.asarray(getattr(part, f"image_{n}"))[:, None, None] for n in ("mean", "std"))
     return Image.fromarray(np.clip(np.rint((pixels * std + mean) * 255), 0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
-def owners(report: Report, sample: int, tokens: int, number: int = 0) -> list[np.ndarray]:
-    """Per stage, for every original token of image ``number`` the token that stands for it, ``[tokens]``: itself if kept, another if merged, -1 if dropped."""
+def owners(report: Report, sample: int, number: int = 0) -> list[np.ndarray]:
+    """Per stage, for every original token of raster ``number`` the token that stands for it, ``[tokens]``: itself if kept, another if merged, -1 if dropped."""
+    sizes = [rows * columns for rows, columns in report.grids[sample]]
+    tokens, start = sizes[number], sum(sizes[: number % len(sizes)])
     now, out = np.arange(tokens), []
     for stage in report.stages:
         kept = stage.kept[sample].cpu().numpy()
         if stage.assignment is not None:
-            slot = stage.assignment[sample].cpu().numpy()[number * tokens : (number + 1) * tokens]
-            now = np.where(slot >= 0, kept[slot] - number * tokens, -1) if len(kept) else np.full(tokens, -1)
+            slot = stage.assignment[sample].cpu().numpy()[start : start + tokens]
+            now = np.where(slot >= 0, kept[slot] - start, -1) if len(kept) else np.full(tokens, -1)
         else:
-            mine = np.isin(np.arange(tokens), kept - number * tokens)
+            mine = np.isin(np.arange(tokens), kept - start)
             now = np.where((now >= 0) & mine[now], now, np.where(mine, np.arange(tokens), -1))  # the second: routed tokens that came back
         out.append(now)
     return out
@@ -69,7 +75,6 @@ def token_picture(
     image: Image.Image,
     report: Report,
     sample: int,
-    grid: tuple[int, int],
     *,
     number: int = 0,
     panel: int = PANEL,
@@ -81,17 +86,18 @@ def token_picture(
 
     Args:
         image: as the model sees it (:func:`model_view`).
-        report, sample: whose tokens; ``number`` is the image within the sample.
-        grid: rows and columns of visual tokens of one image.
+        report, sample: whose tokens; ``number`` is the raster within the sample (an image, or one of its tiles).
         panel: longer side of a panel in pixels; at most ``limit`` stages are drawn.
         boxes: rectangles in pixels of ``image`` to outline in the first panel. caption: its title.
 
     Raises:
-        VtpruneError: the report has no such sample.
+        VtpruneError: the report has no such sample or raster.
     """
     if not 0 <= sample < len(report.visual_tokens):
         raise VtpruneError(f"the report has {len(report.visual_tokens)} samples, there is no sample {sample}")
-    rows, columns = grid
+    if not -len(report.grids[sample]) <= number < len(report.grids[sample]):
+        raise VtpruneError(f"sample {sample} has {len(report.grids[sample])} rasters, there is no raster {number}")
+    rows, columns = grid = report.grids[sample][number]
     cell = max(4, panel // max(rows, columns))
     size = (columns * cell, rows * cell)
     plain = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
@@ -101,7 +107,7 @@ def token_picture(
         x, y = size[0] / image.width, size[1] / image.height
         draw.rectangle((left * x, top * y, right * x, bottom * y), outline=(255, 60, 60), width=2)
     titles, panels = [(caption or "image", f"{report.visual_tokens[sample]} visual tokens")], [first]
-    owner = owners(report, sample, rows * columns, number)
+    owner = owners(report, sample, number)
     for i in _shown(report.stages, sample, limit):
         stage = report.stages[i]
         titles.append((f"{stage.site}  {stage.method}", f"{stage.tokens_in[sample]} -> {stage.tokens_out[sample]} tokens"))

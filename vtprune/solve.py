@@ -65,7 +65,9 @@ def solve(model: Any, recipe: Any, *, effective_tokens: float | None = None, flo
         effective_tokens: visual tokens averaged over language-model layers (bare ViT: blocks); a float in (0, 1] is a fraction of the dense model's
             (1.0 all of them, the integer 1 one token).
         flops: tower, projector and prefill of one image; a float in (0, 1] is a fraction of the dense model's.
-        inputs: a prompt, for the number of text tokens that ``flops`` counts (default: 32).
+        inputs: a prompt, for the number of text tokens that ``flops`` counts (default: 32) and, in families whose images vary in size, of visual ones.
+
+    There the schedule keeps fractions, so that it serves other images too; without ``inputs`` budgets are fractions as well.
 
     Raises:
         VtpruneError: not exactly one target, or none of the schedules meets it (the smallest reachable budget is named).
@@ -77,15 +79,22 @@ def solve(model: Any, recipe: Any, *, effective_tokens: float | None = None, flo
     adapter, chosen = bind(model), load_recipe(recipe)
     geometry, shapes = adapter.geometry, adapter.cost
     text = 32
-    if inputs is not None:
-        text = int(inputs["attention_mask"][0].sum()) - geometry.tokens if "attention_mask" in inputs else inputs["input_ids"].shape[1] - geometry.tokens
+    if inputs is not None and geometry.llm_layers:
+        first = sum(len(p.columns) for p in adapter.parts(inputs["input_ids"], inputs)[0])
+        length = inputs["attention_mask"][0].sum() if inputs.get("attention_mask") is not None else inputs["input_ids"].shape[1]
+        text = int(length) - first
+        if geometry.variable:
+            geometry = replace(geometry, tokens=first, grid=(first, 1))
     column = 0 if flops is None else 1
     target = float(effective_tokens if flops is None else flops)  # type: ignore[arg-type]
     if not 0 < target < float("inf"):
         raise VtpruneError(f"the budget must be positive, got {target:g}")
+    fraction = isinstance(effective_tokens if flops is None else flops, float) and target <= 1
+    if geometry.variable and inputs is None and not fraction:
+        raise VtpruneError(f"images of {geometry.family} vary in size: give a fraction of the dense budget, or solve(..., inputs=) with a prompt of yours")
     if column == 0 and target > geometry.tokens:
         raise VtpruneError(f"effective_tokens={target:g} is above the {geometry.tokens} visual tokens of an image")
-    if isinstance(effective_tokens if flops is None else flops, float) and target <= 1:
+    if fraction:
         dense = (
             float(geometry.tokens),
             cost.vision(shapes, 1, geometry.tokens, []) + (cost.prefill(shapes, [geometry.tokens + text] * geometry.llm_layers) if geometry.llm_layers else 0),
@@ -136,7 +145,9 @@ def _candidates(geometry: Geometry, recipe: Recipe) -> list[Recipe]:
     last = recipe.stages[-1]
     info = METHODS.get(last.method)
     if info.budgeted:
-        stages = [replace(last, keep=k, options=_free(last.options)) for k in range(1, geometry.tokens + 1)]
+        n = geometry.tokens
+        counts: list[int | float] = [min((k + 1e-6) / n, 1.0) for k in range(1, n + 1)] if geometry.variable else list(range(1, n + 1))
+        stages = [replace(last, keep=k, options=_free(last.options)) for k in counts]
     else:
         name = "layer" if "layer" in info.options else "split"
         if last.options.get(name) is not None:

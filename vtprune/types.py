@@ -25,7 +25,7 @@ class Geometry:
     ``tokens`` visual tokens per image on ``grid`` (``variable``: only typical ones, they follow the image's size); ``vision_layers`` blocks whose output is
     used (0-based sites ``vision.0`` .. ``vision.<vision_layers - 1>``), ``vision_depth`` all blocks; ``llm_layers`` decoder layers (0 for a bare ViT);
     ``prefix`` tokens in front of the patches; ``provides`` site kind -> the names that :meth:`TokenView.source` answers there; ``arch`` the tower's
-    architecture name; ``per`` what a budget may apply to, the default first; ``refuses`` site kind -> why it is not offered; ``raster`` whether the image plane
+    architecture name; ``overview`` the raster of an image that shows all of it (0 the first, -1 the last); ``per`` what a budget may apply to, the default first; ``refuses`` site kind -> why it is not offered; ``raster`` whether the image plane
     is known; ``mrope`` whether rotary positions have three axes.
     """
 
@@ -39,6 +39,7 @@ class Geometry:
     llm_layers: int
     provides: Mapping[str, frozenset[str]]
     per: tuple[str, ...] = ("image", "sample")
+    overview: int = 0
     variable: bool = False
     raster: bool = True
     mrope: bool = False
@@ -136,7 +137,8 @@ class StageReport:
 @dataclass(frozen=True)
 class Report:
     """What one prefill really did. ``layer_tokens``: visual tokens each language-model layer (bare ViT: each block) processed, per
-    sample; a token that only gives a layer keys and values counts, as the text sees it."""
+    sample; a token that only gives a layer keys and values counts, as the text sees it. ``grids``: per sample the rasters (rows, columns)
+    that its visual tokens form, in order."""
 
     visual_tokens: list[int]
     stages: tuple[StageReport, ...]
@@ -146,6 +148,7 @@ class Report:
     kv_bytes: int
     dense_kv_bytes: int
     recipe: str = ""
+    grids: list[list[tuple[int, int]]] = field(default_factory=list)
 
     @property
     def effective_tokens(self) -> float:
@@ -158,6 +161,7 @@ class Report:
         return {
             "recipe": self.recipe,
             "visual_tokens": self.visual_tokens,
+            "grids": [[list(grid) for grid in sample] for sample in self.grids],
             "stages": [
                 {
                     "site": s.site,
