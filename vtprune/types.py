@@ -22,11 +22,11 @@ class UnsupportedError(VtpruneError):
 class Geometry:
     """What a plan needs to know of a model.
 
-    ``tokens`` visual tokens per image on ``grid`` (``variable``: only typical ones, they follow the image's size); ``vision_layers`` blocks whose output is
-    used (0-based sites ``vision.0`` .. ``vision.<vision_layers - 1>``), ``vision_depth`` all blocks; ``llm_layers`` decoder layers (0 for a bare ViT);
-    ``prefix`` tokens in front of the patches; ``provides`` site kind -> the names that :meth:`TokenView.source` answers there; ``arch`` the tower's
-    architecture name; ``overview`` the raster of an image that shows all of it (0 the first, -1 the last); ``per`` what a budget may apply to, the default first; ``refuses`` site kind -> why it is not offered; ``raster`` whether the image plane
-    is known; ``mrope`` whether rotary positions have three axes.
+    ``tokens`` visual tokens per image on ``grid`` (``variable``: only typical ones, they follow the image's size) · ``vision_layers`` blocks whose output is
+    used (0-based sites ``vision.0`` .. ``vision.<vision_layers - 1>``), ``vision_depth`` all blocks · ``llm_layers`` decoder layers (0 for a bare ViT) ·
+    ``prefix`` tokens in front of the patches · ``provides`` site kind -> the names that :meth:`TokenView.source` answers there · ``arch`` the tower's
+    architecture name · ``per`` what a budget may apply to, the default first · ``refuses`` what is not offered -> why · ``overview`` the raster of an image
+    that shows all of it (0 the first, -1 the last) · ``raster`` whether the image plane is known · ``mrope`` whether rotary positions have three axes.
     """
 
     family: str
