@@ -396,16 +396,16 @@ class DecoderEngine:
                 return None
             if not level.dense and not context:
                 kwargs = {**kwargs, **self._serve_prefill(call, level.on(x.device), number, kwargs, changed)}
-            if module.training and getattr(module, "gradient_checkpointing", False):
-                self._remember(call, number, cuts, level)
+            if module.training and getattr(module, "gradient_checkpointing", False) and type(module).__call__ is not nn.Module.__call__:
+                self._remember(call, number, level)
             return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
         return enter
 
-    def _remember(self, call: Call, number: int, cuts: list[PlannedCut], level: Level) -> None:
-        """What a checkpointed layer must find when it runs again in the backward pass."""
+    def _remember(self, call: Call, number: int, level: Level) -> None:
+        """What a checkpointed layer must find when it runs again in the backward pass, hooks included, as in transformers releases up to 5.17."""
         if any(c.restore or c.context or c.stash for c in self.cuts):
-            raise UnsupportedError("routing methods do not work with gradient checkpointing; call gradient_checkpointing_disable()")
+            raise UnsupportedError("routing methods need a newer transformers for gradient checkpointing, or gradient_checkpointing_disable()")
         if number not in call.done:
             call.done[number] = (None, level)
         self.replays[call.dense[self.d.kinds[number]]["position_embeddings"][0]] = call
@@ -524,7 +524,7 @@ class DecoderEngine:
         owner = torch.tensor([u.sample for u in request.units], device=x.device)
         valid = where >= 0
         view = TokenView(
-            features=x[owner[:, None], where.clamp_min(0)],
+            features=x.detach()[owner[:, None], where.clamp_min(0)],  # decisions carry no gradient
             valid=valid,
             index=index,
             size=valid.to(torch.float32),

@@ -239,6 +239,8 @@ class TowerEngine:
         run = self.run
         if run is None:
             return None
+        if module.training and getattr(module, "gradient_checkpointing", False) and type(module).__call__ is not nn.Module.__call__:
+            raise UnsupportedError("stages in the tower need a newer transformers for gradient checkpointing, or gradient_checkpointing_disable()")
         x = args[0] if args else kwargs["hidden_states"]
         here, meant = x.shape[1] - self.tower.prefix, run.index.shape[1]
         if here != meant:

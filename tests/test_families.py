@@ -6,8 +6,10 @@ import pytest
 import torch
 from vtprune.models import _decoder
 from vtprune.models._level import shaped
+from vtprune.models.base import ADAPTERS
 
 import vtprune
+from vtprune.attach import bind
 from vtprune.types import UnsupportedError, VtpruneError
 from vtprune.verify import check
 
@@ -177,3 +179,58 @@ def test_deepstack_planes_follow_their_rows(tiny, monkeypatch):
     right = qwen_vl.take
     monkeypatch.setattr(qwen_vl, "take", lambda table, rows: right(table, (rows - 1).clamp_min(0)))
     assert check("prefill_is_masked_dense", model, "random", inputs, keep=4).passed is False
+
+
+@pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
+def test_merging_equals_the_language_model_on_the_short_sequence(tiny, family):
+    """Independent of the engine: merged features, M-RoPE positions and DeepStack planes of the kept tokens, given to the language model alone."""
+    model, inputs = tiny(family, "images")
+    one = {k: inputs[k][1:] for k in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    real = one["attention_mask"][0].bool()
+    one = {k: v[:, real] for k, v in one.items()} | {"image_grid_thw": inputs["image_grid_thw"][2:], "pixel_values": inputs["pixel_values"][-48:]}
+    with torch.no_grad():
+        with vtprune.attach(model, "pool", keep=4) as handle:
+            got = model(**one).logits[0]
+            stage = handle.report().stages[0]
+        kept, slot = stage.kept[0], stage.assignment[0]
+        encoded = model.model.get_image_features(one["pixel_values"], one["image_grid_thw"], return_dict=True)
+        visual = (one["input_ids"][0] == 3).nonzero()[:, 0]
+
+        def mean(rows):
+            return torch.stack([rows[slot == k].mean(0) for k in range(len(kept))])
+
+        stay = torch.ones_like(real[real])
+        stay[visual] = False
+        stay[visual[kept]] = True
+        embeds = model.get_input_embeddings()(one["input_ids"])[0]
+        embeds[visual[kept]] = mean(encoded.pooler_output[0])
+        places, _ = model.model.get_rope_index(one["input_ids"], mm_token_type_ids=one["mm_token_type_ids"], image_grid_thw=one["image_grid_thw"])
+        planes = {}
+        if family == "qwen3-vl":
+            marks = torch.zeros_like(stay)
+            marks[visual[kept]] = True
+            planes = {"visual_pos_masks": marks[stay][None], "deepstack_visual_embeds": [mean(p[0]) for p in encoded.deepstack_features]}
+        out = model.model.language_model(inputs_embeds=embeds[stay][None], position_ids=places[:, :, stay], **planes).last_hidden_state
+        want = model.lm_head(out)[0]
+    assert torch.allclose(got[stay], want, atol=1e-5 * float(want.abs().max()))
+    assert len(kept) == 4 and slot.unique().tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("method", ["fastv", "random", "drop-all"])
+@pytest.mark.parametrize("family", ["qwen2-vl", "qwen3-vl", "paligemma", "llava"])
+def test_decoding_by_hand_without_positions_is_what_generate_does(tiny, family, method):
+    """A caller who passes only the new token and the cache gets the positions behind the whole prompt, however little of it the cache holds."""
+    variant = next(iter(ADAPTERS.get(family).tiny))
+    model, inputs = tiny(family, variant)
+    adapter = bind(model)
+    found = adapter.parts(inputs["input_ids"], inputs)
+    real = inputs["attention_mask"][0].bool()
+    one = {k: inputs[k][:1, real] for k in ("input_ids", *adapter.follows) if k in inputs} | adapter.slice_(inputs, found, 0)
+    rules = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True, "suppress_tokens": [3, 4]}
+    options = {"layer": 0} if method == "drop-all" else {"keep": 2}
+    with torch.no_grad(), vtprune.attach(model, method, **options):
+        answer = model.generate(**one, attention_mask=torch.ones_like(one["input_ids"]), **rules)
+        cache = model(**one, use_cache=True).past_key_values
+        for i, token in enumerate(answer.sequences[0, -4:-1]):
+            step = model(input_ids=token[None, None], past_key_values=cache, use_cache=True)
+            assert torch.allclose(step.logits[0, -1], answer.logits[i + 1][0], atol=1e-4), i
