@@ -108,6 +108,7 @@ class Call:
 
     request: Request | None = None
     prefill: bool = False
+    plain: Tensor | None = None  # the ids of a prompt without visual tokens
     labels: Tensor | None = None
     visual: Tensor | None = None
     found: list[list[Part]] = field(default_factory=list)
@@ -205,6 +206,7 @@ class DecoderEngine:
         call.visual = self.d.visual(ids)
         call.prefill = bool(call.visual.any())
         if not call.prefill:
+            call.plain = ids
             return None
         call.found = self.d.parts(ids, kwargs)
         call.sources = self.d.sources(kwargs, call.found) if self.tower else []
@@ -215,6 +217,12 @@ class DecoderEngine:
 
     def _close(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         call = self.local.stack.pop()
+        if call.plain is not None and output is not None:  # nothing to prune, and the report says so
+            b, t = call.plain.shape
+            level = dense_level(_real(call.mask, b, t).to(call.plain.device), torch.zeros_like(call.plain, dtype=torch.bool))
+            request = Request(t, [[] for _ in range(b)], [], level.valid, level.shift, [level], text_tokens=level.valid.sum(1).tolist())
+            self.done(request)
+            return
         if call.request is None or not call.prefill or output is None:
             return
         hidden = getattr(output, "image_hidden_states", None)

@@ -12,8 +12,9 @@ from vtprune.models.base import ADAPTERS
 
 import vtprune
 from tests.conftest import case_options
+from vtprune.attach import load_recipe
 from vtprune.types import UnsupportedError
-from vtprune.verify import CHECKS, check
+from vtprune.verify import CHECKS, _Case, check
 
 REFUSED = Path(__file__).with_name("refused_pairs.json")
 # The first variant of a family meets every check; the others the ones in which their parts could make a difference.
@@ -69,18 +70,47 @@ def test_refused_pairs_are_the_listed_ones(tiny):
     assert {pair: why for pair, why in found.items() if why} == listed
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+def _with_text(inputs):
+    """The batch with one more sample that has no image."""
+    rows, length = inputs["input_ids"].shape
+    text = torch.randint(8, 64, (1, length), generator=torch.Generator().manual_seed(9))
+    text[0, : length - 9] = 0
+    out = {**inputs, "input_ids": torch.cat([inputs["input_ids"], text]), "attention_mask": torch.cat([inputs["attention_mask"], (text != 0).long()])}
+    for name, value in inputs.items():
+        if name.endswith("token_type_ids"):
+            out[name] = torch.cat([value, torch.zeros_like(value[:1])])
+        elif name.startswith("pixel") and value.ndim >= 4 and len(value) == rows and "image_sizes" not in inputs and value.shape[1] != 3:
+            out[name] = torch.cat([value, torch.zeros_like(value[:1])])  # one row of tiles per sample
+    return out
+
+
+FAMILIES = [name for name in ADAPTERS if name not in ("hf-vit", "timm-vit", "open-clip")]
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_pruned_equals_masked_dense(tiny, method_name, attention, batch):
-    """Every pruning method, prefill and cached generation, one sample and a padded batch, sdpa and eager: within 1e-5 of the masked dense model."""
-    model, inputs = tiny("llava", "clip-llama")
-    if vtprune.describe(method_name).merges or vtprune.describe(method_name).routes:
-        pytest.skip("merging and routing change values, no mask gives the same")
+@pytest.mark.parametrize("method", ["pyramiddrop", "fastv", "random", "uniform", "flowcut"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_batches_and_single_samples_equal_the_masked_dense_model(tiny, family, method, attention):
+    """Every multimodal family, in the language model, behind the projector and in the tower: samples with several images, one and none in one padded batch,
+    and the first alone; prefill and cached generation within 1e-5 of the dense model under masks, batches equal to single samples, text untouched."""
+    model, inputs = tiny(family, next(iter(ADAPTERS.get(family).tiny)))
     model.set_attn_implementation(attention)
-    part = {k: v[:batch] for k, v in inputs.items()}
-    for name in ("prefill_is_masked_dense", "decode_is_masked_dense"):
-        result = check(name, model, method_name, part, **vtprune.describe(method_name).cases[1])
+    mixed, options = _with_text(inputs), case_options(model, method, 1)
+    try:
+        handle = vtprune.attach(model, method, **options)
+    except UnsupportedError as e:
+        pytest.skip(str(e))
+    with handle, torch.no_grad():
+        got = model(**mixed).logits[-1]
+        assert handle.report().visual_tokens[-1] == 0 < min(handle.report().visual_tokens[:-1])
+    with torch.no_grad():
+        want = model(**mixed).logits[-1]
+    assert torch.allclose(got[-9:], want[-9:], atol=1e-5 * float(want.abs().max()))
+    for name in ("prefill_is_masked_dense", "decode_is_masked_dense", "batch_is_singles"):
+        result = check(name, model, method, mixed, **options)
         assert result.passed, f"{name}: {result.detail}"
+    result = check("decode_is_masked_dense", model, method, _Case(model, load_recipe(method), mixed, {}).samples()[0], **options)
+    assert result.passed, f"alone: {result.detail}"
 
 
 @pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "random", "flowcut"])

@@ -137,6 +137,20 @@ def test_inputs_that_cannot_be_pruned_are_refused(tiny):
             model(**{**inputs, "attention_mask": torch.ones(2, 1, 30, 30)})
 
 
+def test_a_prompt_without_images_is_reported_as_one(tiny):
+    model, inputs = tiny("llava", "clip-llama")
+    text = inputs["input_ids"].masked_fill(inputs["input_ids"] == 3, 9)
+    with torch.no_grad():
+        want = model(input_ids=text, attention_mask=inputs["attention_mask"]).logits
+        with vtprune.attach(model, "fastv", keep=3) as handle:
+            model(**inputs)
+            got = model(input_ids=text, attention_mask=inputs["attention_mask"]).logits
+            report = handle.report()
+    assert torch.equal(got, want)
+    assert report.visual_tokens == [0, 0] and report.stages == () and report.effective_tokens == 0
+    assert report.flops == report.dense_flops > 0 and report.kv_bytes == report.dense_kv_bytes > 0
+
+
 def test_attaching_draws_no_random_numbers(tiny):
     model, inputs = tiny("llava", "clip-llama")
     state = torch.random.get_rng_state()
