@@ -276,8 +276,9 @@ def tiny_build(kind: Any, config: Any) -> Any:
     return model
 
 
-def tiny_prompts(samples: list[list[tuple[int, int]]], between: int = 1) -> dict[str, Tensor]:
-    """Left-padded prompts of unequal length. Each sample lists its images as ``(token, count)``; three words ahead, ``between`` words between images."""
+def tiny_prompts(samples: list[list[tuple[int, int]]], between: int = 1, opening: int | None = None) -> dict[str, Tensor]:
+    """Left-padded prompts of unequal length. Each sample lists its images as ``(token, count)``; three words ahead, ``between`` words between images, the last
+    word before each being ``opening``."""
     generator = torch.Generator().manual_seed(2)
     lengths = [14 - 5 * b % 13 + sum(n for _, n in images) + between * max(len(images) - 1, 0) for b, images in enumerate(samples)]
     ids = torch.zeros(len(samples), max(lengths), dtype=torch.long)
@@ -287,6 +288,7 @@ def tiny_prompts(samples: list[list[tuple[int, int]]], between: int = 1) -> dict
         at = start + 3
         for token, n in images:
             ids[b, at : at + n] = token
+            ids[b, at - 1] = ids[b, at - 1] if opening is None else opening
             at += n + between
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 

@@ -159,7 +159,7 @@ def _tiny(family: str, moving: bool) -> tuple[nn.Module, dict[str, Any]]:
     frame = 4 if family == "qwen3-vl" else 8  # Qwen3-VL puts a time stamp between the frames of a video
     video = [(4, frame)] * (8 // frame) * 2 if family == "qwen3-vl" else [(4, 16)]
     samples = [[*video, (3, 16)], [(3, 8)]] if moving else [[(3, 16), (3, 8)], [(3, 12)]]
-    inputs: dict[str, Any] = tiny_prompts(samples)
+    inputs: dict[str, Any] = tiny_prompts(samples, opening=5)
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == 3).int() + 2 * (inputs["input_ids"] == 4).int()
     generator = torch.Generator().manual_seed(3)
     grids = {"pixel_values": [[1, 8, 8], [1, 4, 8]] if moving else [[1, 8, 8], [1, 4, 8], [1, 4, 12]]}
