@@ -31,9 +31,9 @@ from .base import PlannedCut
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
     """A family's description of its language model. ``root`` takes ``input_ids`` / ``labels``; ``lm`` is the decoder stack it calls; ``layers`` those of the
-    stack; ``visual(input_ids)`` a bool mask of the placeholders ``[B, T]``; ``parts(input_ids, inputs)`` what they stand for;
-    ``sources(inputs, parts)`` which of the tower's tokens each was made of; ``kinds`` each layer's
-    attention type; ``window`` of the sliding ones; ``rotary(x, ids, kind)`` the rotary table of other positions; ``mrope`` positions have three axes."""
+    stack; ``visual(input_ids)`` a bool mask of the placeholders ``[B, T]``; ``parts(input_ids, inputs)`` what they stand for; ``sources(inputs, parts)`` which
+    of the tower's tokens each was made of; ``kinds`` each layer's attention type; ``window`` of the sliding ones; ``rotary(x, ids, kind)`` the rotary table
+    of other positions; ``mrope`` positions have three axes; ``first_position`` of a prompt's first token."""
 
     root: Any
     lm: Any
@@ -45,6 +45,7 @@ class Decoder:
     window: int | None
     rotary: Callable[[Tensor, Tensor, str], tuple[Tensor, Tensor]]
     mrope: bool
+    first_position: int = 0
 
     def window_of(self, number: int) -> int | None:
         return self.window if self.kinds[number] == "sliding_attention" else None
@@ -316,7 +317,7 @@ class DecoderEngine:
         total = held + kwargs["inputs_embeds"].shape[1]
         ragged = len({cache.get_seq_length(i) for i in range(len(self.d.layers))}) > 1
         longer = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != total
-        if held and (ragged or longer or (ids is not None and int(ids.max()) > total)):
+        if held and (ragged or longer or (ids is not None and int(ids.max()) >= total + self.d.first_position)):
             raise UnsupportedError("this cache looks like a copy of a pruned one; only the cache object that the prompt was read into can be continued")
 
     def _enter_decode(self, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

@@ -187,6 +187,7 @@ class Mllm:
             window=getattr(self.lm.config, "sliding_window", None),
             rotary=self.rotary,
             mrope=self.geometry.mrope,
+            first_position=self.first_position,
         )
 
     def branch(self, layer: int) -> nn.Module:
