@@ -73,7 +73,7 @@ class BareVit:
             weight = None if run is None else run.weights()
             if weight is None:
                 return None
-            p = self.tower.prefix
+            p, weight = self.tower.prefix, weight.to(torch.promote_types(x.dtype, torch.float32))
             if whole:
                 weight = F.pad(weight, (p, 0), value=1.0)
             weight = weight * (weight.shape[1] / weight.sum(1, keepdim=True))
