@@ -12,7 +12,7 @@ class Shapes:
     Vision: ``vd`` width, ``vf`` MLP width, ``vdepth`` blocks run, ``vmlp`` matrices in its MLP (2, gated 3), ``patch`` multiply-adds per patch of the patch
     embedding, ``group`` patches that one visual token stands for (merger, pixel shuffle), ``window`` patches that a block's attention spans at most except
     in the blocks ``whole``. Projector: ``proj`` multiply-adds per token. Language model: ``d`` width, ``heads`` x ``hd``, ``kv`` heads, ``f`` MLP width,
-    ``depth`` layers, ``vocab``.
+    ``depth`` layers, ``vocab``, ``held`` tokens that each layer's cache keeps at most (0: all).
     """
 
     vd: int
@@ -33,4 +33,5 @@ class Shapes:
     f: int = 0
     depth: int = 0
     vocab: int = 0
+    held: tuple[int, ...] = ()
     bytes: int = 2

@@ -7,6 +7,7 @@ interleaved requests do not meet.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..ledger import UndoLedger
+from ..ledger import MARK, UndoLedger, mark
 from ..select import combine
 from ..types import TokenView, UnsupportedError, VtpruneError
 from ._layout import Part, Unit, units
@@ -173,6 +174,8 @@ class DecoderEngine:
         ledger.before(decoder.lm, self._enter)
         ledger.after(decoder.lm, self._leave)
         ledger.replace(decoder.root, "_get_candidate_generator", _refuse_assistant)
+        if hasattr(decoder.root, "_prefill"):
+            ledger.replace(decoder.root, "_prefill", _whole_prompts(decoder.root._prefill))
         for i, layer in enumerate(decoder.layers):
             if i >= first or i in self.observed:
                 ledger.before(layer, self._layer(i, [c for c in cuts if c.layer == i]))
@@ -200,6 +203,11 @@ class DecoderEngine:
         if known and filled:
             call.request = self.requests[call.cache]
             return None
+        if filled and getattr(call.cache, MARK, False):
+            raise UnsupportedError("this cache is a copy of a pruned one, or of another attachment: only the one that the prompt was read into goes on")
+        if known:  # it was emptied for another prompt
+            del self.requests[call.cache]
+            mark(call.cache, False)
         if filled:
             return None  # a request whose prompt was read without this attachment: it stays dense
         if ids is None:
@@ -235,6 +243,7 @@ class DecoderEngine:
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
             self.requests[cache] = call.request
+            mark(cache, any(not level.dense for level in call.request.levels))
         self.done(call.request)
 
     # ------------------------------------------------------------------------------------------- entering and leaving the decoder
@@ -703,6 +712,18 @@ class DecoderEngine:
         if call.labels is None:
             return torch.ones_like(owner, dtype=torch.bool)
         return answer_starts(call.labels).any(1).to(owner.device)[owner]
+
+
+def _whole_prompts(prefill: Callable) -> Callable:
+    """``generate``'s reading of the prompt, which must not come in chunks: the last token of each would choose the visual tokens."""
+
+    @functools.wraps(prefill)
+    def whole(input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(generation_config, "prefill_chunk_size", None) is not None:
+            raise UnsupportedError("pruning reads the prompt at once; generate without prefill_chunk_size")
+        return prefill(input_ids, generation_config, *args, **kwargs)
+
+    return whole
 
 
 def _refuse_assistant(*args: Any, **kwargs: Any) -> Any:

@@ -68,7 +68,8 @@ def parts(
             moving = kinds[at] == video_token
             rasters = next(videos if moving else images, None)
             if rasters is None:
-                raise VtpruneError(f"the prompt has more {'video' if moving else 'image'} placeholders than the inputs have {'videos' if moving else 'images'}")
+                kind = "video" if moving else "image"
+                raise VtpruneError(f"the prompt has more {kind} placeholders than the inputs have {kind}s; pass the sizes that the processor returns along")
             video += moving
             for i, raster in enumerate(rasters):
                 n = raster.tokens

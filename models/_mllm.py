@@ -64,18 +64,23 @@ class Mllm:
         self.model, self.geometry, self.projector, self.lm = model, geometry, projector, lm
         self.image_token, self.video_token = image_token, video_token
         self.notes: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self.cost = Shapes(
-            **vision,
-            proj=sum(m.weight.numel() for m in projector.modules() if isinstance(m, nn.Linear)),
-            d=text.hidden_size,
-            heads=text.num_attention_heads,
-            hd=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-            kv=text.num_key_value_heads,
-            f=text.intermediate_size,
-            depth=text.num_hidden_layers,
-            vocab=text.vocab_size,
-            bytes=next(lm.parameters()).element_size(),
-        )
+        try:
+            heads, window = text.num_attention_heads, getattr(text, "sliding_window", None)
+            self.cost = Shapes(
+                **vision,
+                proj=sum(m.weight.numel() for m in projector.modules() if isinstance(m, nn.Linear)),
+                d=text.hidden_size,
+                heads=heads,
+                hd=getattr(text, "head_dim", None) or text.hidden_size // heads,
+                kv=getattr(text, "num_key_value_heads", None) or heads,
+                f=text.intermediate_size,
+                depth=text.num_hidden_layers,
+                vocab=text.vocab_size,
+                held=tuple(window - 1 if window and kind == "sliding_attention" else 0 for kind in self.kinds()),
+                bytes=next(lm.parameters()).element_size(),
+            )
+        except AttributeError as e:
+            raise UnsupportedError(f"{type(lm).__name__} is not shaped like the decoders this library knows: its configuration has no {e.name}") from e
         if type(lm).__name__ not in self.tested:
             self.probe()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ledger import UndoLedger
 from ..select import from_mask
-from ..types import Selection, TokenView, UnsupportedError
+from ..types import Selection, TokenView, UnsupportedError, VtpruneError
 from ._books import carry
 from ._decoder import Decoder, DecoderEngine
 from ._layout import Part
@@ -111,6 +111,10 @@ def _toy(decoder: Decoder, what: str) -> Iterator[_Toy | None]:
     try:
         with torch.no_grad():
             yield _Toy(root, toy, ids, mask, marks, TOLERANCE[weight.dtype])
+    except VtpruneError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:  # what a model that is built otherwise may answer to a probe
+        raise UnsupportedError(f"{name} cannot be probed, so it cannot be pruned: {type(e).__name__}: {e}") from e
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -240,3 +240,17 @@ def test_decoding_by_hand_without_positions_is_what_generate_does(tiny, family, 
         for i, token in enumerate(answer.sequences[0, -4:-1]):
             step = model(input_ids=token[None, None], past_key_values=cache, use_cache=True)
             assert torch.allclose(step.logits[0, -1], answer.logits[i + 1][0], atol=1e-4), i
+
+
+@pytest.mark.parametrize(("family", "variant"), SLIDING)
+def test_sliding_caches_are_counted_as_they_are(tiny, family, variant):
+    """A layer with a window keeps the last tokens of it, whatever was pruned."""
+    model, inputs = tiny(family, variant)
+    one = bind(model).slice_(inputs, bind(model).parts(inputs["input_ids"], inputs), 0)
+    real = inputs["attention_mask"][0].bool()
+    one |= {k: inputs[k][:1, real] for k in ("input_ids", *bind(model).follows) if k in inputs}
+    with torch.no_grad(), vtprune.attach(model, "random", keep=2) as handle:
+        cache = model(**one, use_cache=True).past_key_values
+        report = handle.report()
+    assert report.kv_bytes == sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in cache.layers)
+    assert report.kv_bytes <= report.dense_kv_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 
@@ -118,6 +119,36 @@ def test_assisted_decoding_is_refused(tiny):
     with vtprune.attach(model, "fastv", keep=3), pytest.raises(UnsupportedError, match="assisted decoding"):
         model.generate(**one, prompt_lookup_num_tokens=2, max_new_tokens=4, do_sample=False)
     model.generate(**one, prompt_lookup_num_tokens=2, max_new_tokens=4, do_sample=False)
+
+
+@pytest.mark.parametrize(("family", "variant"), [("llava", "clip-llama"), ("qwen2-vl", "images")])
+def test_prompts_in_chunks_are_refused(tiny, family, variant):
+    model, inputs = tiny(family, variant)
+    with vtprune.attach(model, "fastv", keep=3), pytest.raises(UnsupportedError, match="prefill_chunk_size"):
+        model.generate(**inputs, prefill_chunk_size=20, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("method", ["drop-all", "uniform"])
+def test_copies_and_emptied_caches(tiny, kind, method):
+    """A copy of a pruned cache is refused, also one of fixed size; a cache that was emptied serves a text as if it were new."""
+    from transformers import DynamicCache, StaticCache
+
+    model, inputs = tiny("llava", "clip-llama")
+    one = {k: v[:1] for k, v in inputs.items()}
+    new = torch.tensor([[9]])
+    text = {"input_ids": torch.randint(8, 60, (1, 20), generator=torch.Generator().manual_seed(0))}
+    cache = StaticCache(config=model.config.text_config, max_cache_len=64) if kind == "static" else DynamicCache(config=model.config.text_config)
+    with torch.no_grad(), vtprune.attach(model, method, **({"layer": 2} if method == "drop-all" else {"keep": 4})):
+        model(**one, past_key_values=cache)
+        with pytest.raises(UnsupportedError, match="copy of a pruned"):
+            model(input_ids=new, past_key_values=copy.deepcopy(cache))
+        cache.reset()
+        if kind == "static":  # a dynamic one keeps its length
+            model(**text, past_key_values=cache)
+            got = model(input_ids=new, past_key_values=cache).logits
+            want = model(input_ids=torch.cat([text["input_ids"], new], 1)).logits[:, -1:]
+            assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()))
 
 
 def test_a_cache_that_was_cut_back_is_refused(tiny):

@@ -75,6 +75,22 @@ def test_attention_in_another_layout_is_not_ranked_by():
     assert handle.report().stages[0].tokens_out == [6, 3]
 
 
+@pytest.mark.parametrize("kind", ["Fuyu", "GptNeoX"])
+def test_models_that_are_built_otherwise_are_refused_in_words(kind):
+    import transformers as hf
+
+    if kind == "Fuyu":
+        config = hf.FuyuConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_token_id=3)
+        config.text_config.update({"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64})
+        model = hf.FuyuForCausalLM(config)
+    else:
+        known, _ = ADAPTERS.get("llava").tiny["clip-llama"]()
+        words = hf.GPTNeoXConfig(vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
+        model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(**{**known.config.to_dict(), "text_config": words.to_dict()}))
+    with pytest.raises(UnsupportedError):
+        vtprune.attach(model, "fastv", keep=2)
+
+
 def test_an_unknown_model_without_placeholders_is_refused():
     with pytest.raises(UnsupportedError, match="no adapter takes"):
         vtprune.attach(nn.Linear(2, 2), "random")

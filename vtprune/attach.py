@@ -41,7 +41,8 @@ def bind(model: nn.Module) -> Any:
         info = ADAPTERS.get(name)
         if info.matches(model):
             return info.bind(model)
-    raise UnsupportedError(f"no adapter takes a {type(model).__name__}; there are: " + "; ".join(f"{n} ({ADAPTERS.get(n).idea})" for n in ADAPTERS))
+    hint = "; pass the whole model, ...ForConditionalGeneration" if type(model).__name__.endswith("Model") else ""
+    raise UnsupportedError(f"no adapter takes a {type(model).__name__}; there are {', '.join(ADAPTERS)} ('vtprune adapters' says more){hint}")
 
 
 def load_recipe(recipe: str | os.PathLike | Recipe) -> Recipe:
@@ -92,7 +93,9 @@ def budget(geometry: Geometry, stage: Stage, method: Method) -> int | None:
     wanted = method.info.keep if stage.keep is None else stage.keep
     if wanted is None or not method.info.budgeted:
         return None
-    if geometry.variable and isinstance(wanted, int):
+    if geometry.variable and isinstance(wanted, int) and not isinstance(wanted, bool):
+        if wanted < 1:
+            raise VtpruneError(f"keep={wanted}: keep at least one token, or a fraction in (0, 1]")
         wanted = min(wanted, geometry.tokens)
     return resolve(wanted, geometry.tokens)
 

@@ -47,5 +47,5 @@ def prefill(s: Shapes, per_layer: Sequence[int], keys: Sequence[int] | None = No
 
 
 def kv_bytes(s: Shapes, per_layer: Sequence[int]) -> int:
-    """Bytes of keys and values that the prefill leaves behind."""
-    return sum(2 * n * s.kv * s.hd * s.bytes for n in per_layer)
+    """Bytes of keys and values that the prefill leaves behind; a sliding window's cache keeps the last of them only."""
+    return sum(2 * (min(n, most) if most else n) * s.kv * s.hd * s.bytes for n, most in zip(per_layer, s.held or [0] * len(per_layer), strict=True))

@@ -45,6 +45,17 @@ class UndoLedger:
             self._undo.pop()()
 
 
+MARK = "_vtprune_pruned"
+
+
+def mark(cache: Any, pruned: bool) -> None:
+    """Notes on a key-value cache whether a prompt was pruned in it. Copies carry the note, so they are known for what they are."""
+    if pruned:
+        setattr(cache, MARK, True)
+    else:
+        cache.__dict__.pop(MARK, None)
+
+
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """All that an attachment could leave behind: attributes, hooks, classes, state-dict keys, training flags, configuration, and transformers' attention table.
 

@@ -110,7 +110,9 @@ def token_picture(
     owner = owners(report, sample, number)
     for i in _shown(report.stages, sample, limit):
         stage = report.stages[i]
-        titles.append((f"{stage.site}  {stage.method}", f"{stage.tokens_in[sample]} -> {stage.tokens_out[sample]} tokens"))
+        many = len(report.grids[sample]) > 1
+        here = f"{int((owner[i] == np.arange(rows * columns)).sum())} of {rows * columns} here, " if many else ""
+        titles.append((f"{stage.site}  {stage.method}", f"{here}{stage.tokens_in[sample]} -> {stage.tokens_out[sample]} tokens{' in all' if many else ''}"))
         panels.append(_panel(plain, owner[i], grid, cell))
     return _strip(titles, panels)
 
