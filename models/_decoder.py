@@ -280,14 +280,14 @@ class DecoderEngine:
             request.arrived = visual & ~gone
             embeds = embeds.masked_fill(gone[..., None], 0)
         if self.entry:
-            embeds, gone, planes = self._project(request, embeds, visual & ~gone, kwargs.get("deepstack_visual_embeds"))
+            embeds, gone, planes = self._project(request, embeds, visual, kwargs.get("deepstack_visual_embeds"))
             if planes is not None:
                 kwargs = {**kwargs, "deepstack_visual_embeds": planes}
         call.gone = gone if bool(gone.any()) else None
         return args, {**kwargs, "inputs_embeds": embeds}
 
-    def _project(self, request: Request, embeds: Tensor, here: Tensor, planes: list[Tensor] | None) -> tuple[Tensor, Tensor, list[Tensor] | None]:
-        """The stages behind the projector. ``here`` ``[B, T]`` marks the visual tokens there are; answers with the sequence (merged tokens in the place of the
+    def _project(self, request: Request, embeds: Tensor, visual: Tensor, planes: list[Tensor] | None) -> tuple[Tensor, Tensor, list[Tensor] | None]:
+        """The stages behind the projector. ``visual`` ``[B, T]`` marks the placeholders; answers with the sequence (merged tokens in the place of the
         kept one), the visual tokens gone and, merged alike, the ``planes`` that DeepStack adds later."""
         run = self.arrived(request)
         found = request.units
@@ -295,10 +295,7 @@ class DecoderEngine:
         owner = torch.tensor([u.sample for u in found], device=embeds.device)[:, None]
         at = columns.gather(1, run.index.clamp_min(0))
         x = embeds[owner, at].masked_fill(~run.valid[..., None], 0)
-        visual = torch.zeros_like(here)
-        for unit in found:
-            visual[unit.sample, unit.columns] = True
-        spread = [p.new_zeros(*here.shape, p.shape[-1]).masked_scatter(visual[..., None], p) for p in planes or ()]
+        spread = [p.new_zeros(*visual.shape, p.shape[-1]).masked_scatter(visual[..., None], p) for p in planes or ()]
         extra = [p[owner, at] for p in spread]
         rasters = tuple(u.rasters for u in found)
         for cut in self.entry:
@@ -458,7 +455,6 @@ class DecoderEngine:
             return call.served[key]
         dense = call.dense.get(self.d.kinds[number], kwargs)
         rope, ids = dense["position_embeddings"], dense.get("position_ids")
-        out: dict[str, Any] = {}
         if level.dense and keys is None:
             return {name: dense.get(name) for name in ("position_embeddings", "position_ids", "attention_mask")}
         if self.positions == "compact" and not level.dense:

@@ -96,3 +96,8 @@ def units(found: list[list[Part]], per: str) -> list[Unit]:
             groups.setdefault(key, []).append(part)
         out += [Unit(b, torch.cat([p.columns for p in g]), tuple(p.grid for p in g)) for g in groups.values()]
     return out
+
+
+def per_sample(found: list[list[Part]], *, videos: bool = False) -> list[int]:
+    """Images (without the frames of videos), or videos, in each sample."""
+    return [len({p.video if videos else p.image for p in sample if (p.video >= 0) == videos}) for sample in found]

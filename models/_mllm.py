@@ -38,6 +38,9 @@ TEXT = {
 }
 
 
+BEHIND = {"projector": frozenset[str](), "llm": frozenset({"query_attention", "layers"})}  # what a family without stages in its tower provides
+
+
 class Mllm:
     """One bound model. A family says where its parts are and overrides what differs: :meth:`images` (rasters of each image), :meth:`videos`,
     :meth:`slice_` (one sample's inputs), :meth:`sources` (which of the tower's tokens become which placeholders)."""
@@ -58,7 +61,6 @@ class Mllm:
         image_token: int,
         vision: dict[str, Any],
         video_token: int | None = None,
-        tower_module: Any = None,
     ):
         text = lm.config
         self.model, self.geometry, self.projector, self.lm = model, geometry, projector, lm
@@ -259,6 +261,19 @@ class Mllm:
 
         ledger.after(self.projector, expand)
         return engine
+
+
+def tower_shapes(config: Any, **more: Any) -> dict[str, Any]:
+    """Keywords of :class:`Shapes` for a tower with the usual names in its configuration; ``more`` adds to them."""
+    return {
+        "vd": config.hidden_size,
+        "vf": config.intermediate_size,
+        "vheads": config.num_attention_heads,
+        "vdepth": config.num_hidden_layers,
+        "patch": config.num_channels * config.patch_size**2 * config.hidden_size,
+        "prefix": 0,
+        **more,
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------- tiny models

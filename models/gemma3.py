@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import Geometry, UnsupportedError
-from ._mllm import Mllm, tiny_build, tiny_prompts, tiny_text
+from ._mllm import BEHIND, Mllm, tiny_build, tiny_prompts, tiny_text, tower_shapes
 from .base import ADAPTERS, AdapterInfo
 
 
@@ -38,18 +38,10 @@ class Gemma3(Mllm):
             vision_layers=0,
             vision_depth=v.num_hidden_layers,
             llm_layers=text.num_hidden_layers,
-            provides={"projector": frozenset(), "llm": frozenset({"query_attention", "layers"})},
+            provides=BEHIND,
             refuses={"vision": "average pooling mixes neighbouring patches", "pixels": "average pooling needs the whole raster"},
         )
-        vision = {
-            "vd": v.hidden_size,
-            "vf": v.intermediate_size,
-            "vheads": v.num_attention_heads,
-            "vdepth": v.num_hidden_layers,
-            "patch": v.num_channels * v.patch_size**2 * v.hidden_size,
-            "prefix": 0,
-            "group": projector.kernel_size**2,
-        }
+        vision = tower_shapes(v, group=projector.kernel_size**2)
         super().__init__(model, geometry=geometry, projector=projector, lm=core.language_model, image_token=config.image_token_id, vision=vision)
         self.cost = replace(self.cost, proj=projector.mm_input_projection_weight.numel())  # a bare matrix, not a linear layer
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..types import Geometry, UnsupportedError
-from ._mllm import Mllm, tiny_build, tiny_prompts, tiny_text
+from ._mllm import BEHIND, Mllm, tiny_build, tiny_prompts, tiny_text
 from .base import ADAPTERS, AdapterInfo
 
 
@@ -39,7 +39,7 @@ class InternVL(Mllm):
             vision_layers=0,
             vision_depth=v.num_hidden_layers,
             llm_layers=config.text_config.num_hidden_layers,
-            provides={"projector": frozenset(), "llm": frozenset({"query_attention", "layers"})},
+            provides=BEHIND,
             refuses={"vision": "pixel shuffle would fold the wrong patches together"},
             per=("image", "tile", "sample"),
             overview=-1,

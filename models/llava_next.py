@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._layout import Part, Raster
+from ._layout import Part, Raster, per_sample
 from ._mllm import tiny_build, tiny_prompts, tiny_text
 from .base import ADAPTERS, AdapterInfo
 from .llava import Llava
@@ -70,7 +70,7 @@ class LlavaNext(Llava):
         return out
 
     def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
-        counts = [len({p.image for p in sample}) for sample in found]
+        counts = per_sample(found)
         rows = slice(sum(counts[:b]), sum(counts[: b + 1]))
         return {name: inputs[name][rows] for name in ("pixel_values", "image_sizes")} if counts[b] else {}
 

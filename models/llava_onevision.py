@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import UnsupportedError
-from ._layout import Part, Raster
+from ._layout import Part, Raster, per_sample
 from ._mllm import tiny_build, tiny_prompts, tiny_text
 from .base import ADAPTERS, AdapterInfo
 from .llava_next import LlavaNext
@@ -57,8 +57,7 @@ class LlavaOnevision(LlavaNext):
 
     def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
         out: dict[str, Any] = {}
-        images = [len({p.image for p in sample if p.video < 0}) for sample in found]
-        videos = [len({p.video for p in sample if p.video >= 0}) for sample in found]
+        images, videos = per_sample(found), per_sample(found, videos=True)
         if images[b]:
             rows = slice(sum(images[:b]), sum(images[: b + 1]))
             out |= {name: inputs[name][rows] for name in ("pixel_values", "image_sizes")}

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..types import Geometry, VtpruneError
 from ._layout import Part, Raster
-from ._mllm import Mllm, tiny_build, tiny_prompts, tiny_text
+from ._mllm import BEHIND, Mllm, tiny_build, tiny_prompts, tiny_text, tower_shapes
 from .base import ADAPTERS, AdapterInfo
 
 
@@ -43,20 +43,11 @@ class Mistral3(Mllm):
             vision_layers=0,
             vision_depth=v.num_hidden_layers,
             llm_layers=config.text_config.num_hidden_layers,
-            provides={"projector": frozenset(), "llm": frozenset({"query_attention", "layers"})},
+            provides=BEHIND,
             refuses={"vision": "the tower packs all images into one sequence"},
             variable=True,
         )
-        vision = {
-            "vd": v.hidden_size,
-            "vf": v.intermediate_size,
-            "vheads": v.num_attention_heads,
-            "vdepth": v.num_hidden_layers,
-            "vmlp": 3,
-            "patch": v.num_channels * v.patch_size**2 * v.hidden_size,
-            "prefix": 0,
-            "group": fold * fold,
-        }
+        vision = tower_shapes(v, vmlp=3, group=fold * fold)
         lm, image = core.language_model, config.image_token_id
         super().__init__(model, geometry=geometry, projector=core.multi_modal_projector, lm=lm, image_token=image, vision=vision)
 

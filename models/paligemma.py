@@ -16,7 +16,7 @@ from ..ledger import UndoLedger
 from ..types import Geometry, UnsupportedError
 from . import _hf_vit
 from ._layout import Part
-from ._mllm import Mllm, tiny_build, tiny_prompts, tiny_text
+from ._mllm import Mllm, tiny_build, tiny_prompts, tiny_text, tower_shapes
 from ._tower import TowerEngine
 from .base import ADAPTERS, AdapterInfo, PlannedCut
 
@@ -50,14 +50,7 @@ class PaliGemma(Mllm):
                 "llm": frozenset({"query_attention", "layers"}),
             },
         )
-        vision = {
-            "vd": v.hidden_size,
-            "vf": v.intermediate_size,
-            "vheads": v.num_attention_heads,
-            "vdepth": v.num_hidden_layers,
-            "patch": v.num_channels * v.patch_size**2 * v.hidden_size,
-            "prefix": 0,
-        }
+        vision = tower_shapes(v)
         lm, image = core.language_model, config.image_token_id
         super().__init__(model, geometry=geometry, projector=core.multi_modal_projector, lm=lm, image_token=image, vision=vision)
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..ledger import UndoLedger
 from ..types import Geometry
-from ._layout import Part, Raster
-from ._mllm import Mllm, tiny_build, tiny_prompts, tiny_text
+from ._layout import Part, Raster, per_sample
+from ._mllm import BEHIND, Mllm, tiny_build, tiny_prompts, tiny_text
 from ._scores import take
 from .base import ADAPTERS, AdapterInfo, PlannedCut
 
@@ -37,7 +37,7 @@ class QwenVL(Mllm):
     def __init__(self, model: Any):
         core, config = model.model, model.config
         v, family = config.vision_config, FAMILIES[type(model).__name__]
-        self.fold, self.split = v.spatial_merge_size, family == "qwen3-vl"
+        self.fold = v.spatial_merge_size
         geometry = Geometry(
             family=family,
             arch=family,
@@ -47,7 +47,7 @@ class QwenVL(Mllm):
             vision_layers=0,
             vision_depth=v.depth,
             llm_layers=config.text_config.num_hidden_layers,
-            provides={"projector": frozenset(), "llm": frozenset({"query_attention", "layers"})},
+            provides=BEHIND,
             refuses={"vision": "the merger would fold the wrong patches together", "pixels": "the processor chooses the image's size: set its max_pixels"},
             per=("image", "video", "sample"),
             variable=True,
@@ -90,7 +90,7 @@ class QwenVL(Mllm):
     def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for pixels, grid, moving in (("pixel_values", "image_grid_thw", False), ("pixel_values_videos", "video_grid_thw", True)):
-            counts = [len({p.video if moving else p.image for p in sample if (p.video >= 0) == moving}) for sample in found]
+            counts = per_sample(found, videos=moving)
             if not counts[b]:
                 continue
             first = sum(counts[:b])

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..types import Geometry
 from ._layout import Part
-from ._mllm import Mllm, tiny_build, tiny_prompts, tiny_text
+from ._mllm import BEHIND, Mllm, tiny_build, tiny_prompts, tiny_text, tower_shapes
 from .base import ADAPTERS, AdapterInfo
 
 CLASSES = {"SmolVLMForConditionalGeneration": "smolvlm", "Idefics3ForConditionalGeneration": "idefics3"}
@@ -36,19 +36,11 @@ class SmolVLM(Mllm):
             vision_layers=0,
             vision_depth=v.num_hidden_layers,
             llm_layers=config.text_config.num_hidden_layers,
-            provides={"projector": frozenset(), "llm": frozenset({"query_attention", "layers"})},
+            provides=BEHIND,
             refuses={"vision": "pixel shuffle would fold the wrong patches together"},
             per=("tile", "sample"),
         )
-        vision = {
-            "vd": v.hidden_size,
-            "vf": v.intermediate_size,
-            "vheads": v.num_attention_heads,
-            "vdepth": v.num_hidden_layers,
-            "patch": v.num_channels * v.patch_size**2 * v.hidden_size,
-            "prefix": 0,
-            "group": fold * fold,
-        }
+        vision = tower_shapes(v, group=fold * fold)
         super().__init__(model, geometry=geometry, projector=core.connector, lm=core.text_model, image_token=config.image_token_id, vision=vision)
 
     def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
