@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton: its kernels run in the interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from vtprune.models.base import ADAPTERS
 
 import vtprune

@@ -1,0 +1,155 @@
+"""What an op is, and which of its two implementations runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..registry import Registry
+from ..types import VtpruneError
+
+BACKENDS = ("triton", "reference")
+CHUNK = 1 << 20  # elements of the largest similarity tile that a reference makes at once: 4 MB, which stays in a CPU's cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelInfo:
+    """The registered facts of an op, from which its tests and its benchmark are generated.
+
+    ``function`` what users call; ``reference`` the same without ``backend``, positional; the Triton launcher has the name and the parameters of ``reference``
+    and lies in ``<name>_triton.py``. ``example(case, n, dtype, generator)`` makes the positional arguments of a test with n tokens on the CPU, for each of
+    ``cases``; ``close(arguments, got, want)`` asserts that two results agree: indices by the score of what was chosen. ``plain`` is the straightforward torch
+    implementation with the full matrix, ``work(arguments)`` the bytes that have to be moved and the floating-point operations (2 per multiply-add)."""
+
+    name: str
+    source: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    example: Callable[[str, int, torch.dtype, torch.Generator], tuple[Any, ...]]
+    cases: tuple[str, ...]
+    close: Callable[[tuple[Any, ...], Any, Any], None]
+    plain: Callable[..., Any]
+    work: Callable[[tuple[Any, ...]], tuple[int, int]]
+    bench: str = ""  # the case that is timed; default: the first
+    loaded: dict[str, Callable[..., Any]] = field(default_factory=dict, compare=False, repr=False)
+
+    def triton(self) -> Callable[..., Any]:
+        """The Triton launcher; imports triton."""
+        if "triton" not in self.loaded:
+            self.loaded["triton"] = getattr(import_module(f"{__package__}.{self.name}_triton"), self.name)
+        return self.loaded["triton"]
+
+
+KERNELS: Registry[KernelInfo] = Registry("kernel")
+_forced: ContextVar[str | None] = ContextVar("backend", default=None)
+
+
+@contextmanager
+def use(backend: str | None) -> Iterator[None]:
+    """Within the block every op runs on ``backend``: ``"triton"``, ``"reference"`` or ``None`` (by device). Raises :class:`VtpruneError` for other words."""
+    if backend is not None:
+        _known(backend)
+    token = _forced.set(backend)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def register(info: KernelInfo) -> None:
+    """Raises unless the op has at least two cases and a source."""
+    if len(info.cases) < 2 or not info.source:
+        raise ValueError(f"kernel {info.name!r} needs a source and at least two cases")
+    KERNELS.register(info.name, info)
+
+
+def run(name: str, backend: str | None, *arguments: Any) -> Any:
+    """Runs op ``name``. By device: Triton for CUDA tensors of at most 32 bits that need no gradient, else the reference.
+
+    Raises:
+        VtpruneError: ``backend`` is unknown, or ``"triton"`` and cannot run here.
+    """
+    info = KERNELS.get(name)
+    wanted = _known(backend) if backend is not None else _forced.get()
+    if wanted == "reference":
+        return info.reference(*arguments)
+    tensors = [t for a in arguments for t in (a if isinstance(a, list | tuple) else (a,)) if isinstance(t, Tensor)]
+    if wanted is None and (not tensors or tensors[0].device.type != "cuda"):
+        return info.reference(*arguments)
+    why = _not_triton(tensors)
+    if why is None:
+        return info.triton()(*arguments)
+    if wanted == "triton":
+        raise VtpruneError(f"{name}: backend='triton' cannot run here: {why}; use backend='reference' or none")
+    return info.reference(*arguments)
+
+
+def _not_triton(tensors: list[Tensor]) -> str | None:
+    """Why Triton cannot take these tensors."""
+    if any(t.device.type != "cuda" for t in tensors) and not interpreted():
+        return f"the tensors are on {tensors[0].device} and Triton needs CUDA (or TRITON_INTERPRET=1, set before triton is imported, which is slow)"
+    if any(t.dtype == torch.float64 for t in tensors):
+        return "it computes in 32 bits and there are 64-bit floats"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "it has no backward pass and a gradient is wanted"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _known(backend: str) -> str:
+    if backend not in BACKENDS:
+        raise VtpruneError(f"backend={backend!r} is not one of {', '.join(map(repr, BACKENDS))}")
+    return backend
+
+
+# ------------------------------------------------------------------------------------------------- what references share
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least 32 bits."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows ``[..., C]`` at length 1, at least 32 bits; zero rows stay zero."""
+    x = wide(x)
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` ``[B, M]`` (-1: row 0) of ``x`` ``[B, N, C]``."""
+    return x.gather(1, index.clamp_min(0)[..., None].expand(-1, -1, x.shape[2]))
+
+
+def per_image(index: Tensor, batch: int) -> Tensor:
+    """``[M]`` or ``[B, M]`` to ``[B, M]``."""
+    return index.expand(batch, -1)
+
+
+def check(name: str, x: Tensor, **shaped: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Raises :class:`VtpruneError` unless ``x`` is ``[B, N, C]`` of floats and every other tensor has the shape it should have."""
+    if x.ndim != 3 or not x.is_floating_point():
+        raise VtpruneError(f"{name}: the tokens must be floats [B, N, C], got {str(x.dtype).removeprefix('torch.')} {list(x.shape)}")
+    for what, (tensor, shape) in shaped.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise VtpruneError(f"{name}: {what} must be {list(shape)}, got {list(tensor.shape)}")
+
+
+def tokens(batch: int, n: int, width: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Random tokens ``[B, n, width]`` for examples, of a few directions plus noise, as image patches are: similarities spread over the whole range."""
+    centres = torch.randn(batch, 7, width, generator=generator)
+    which = torch.randint(7, (batch, n), generator=generator)
+    noise = torch.randn(batch, n, width, generator=generator)
+    return (rows(centres, which) + 0.7 * noise).to(dtype)

@@ -1,0 +1,157 @@
+"""dpp: greedy MAP of a conditional determinantal point process (CDPruner, arXiv 2506.10967, section 3; the incremental Cholesky form of arXiv 1709.05135)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import VtpruneError
+from .base import KernelInfo, check, register, rows, run, tokens, unit, wide
+from .maxmin_ref import GRAM
+
+LEAST = 1e-6  # a gain below this is rounding noise: the token adds nothing to the volume
+
+
+def dpp(x: Tensor, keep: int, *, relevance: Tensor | None = None, valid: Tensor | None = None, backend: str | None = None) -> Tensor:
+    """Chooses ``keep`` tokens of each image that greedily maximise the determinant of ``L_ij = r_i cos(x_i, x_j) r_j``; ties go to the lower position.
+
+    Args:
+        x: tokens ``[B, N, C]``.
+        keep: K. Beyond the rank of L every gain is noise: there the most relevant tokens left are taken, in order.
+        relevance: ``[B, N]`` r, positive; default: 1.
+        valid: ``[B, N]`` bool, False for padding, which is never chosen.
+        backend: ``"triton"``, ``"reference"`` or ``None``: by device.
+
+    Returns:
+        positions ``[B, K]`` in the order of their choice, -1 behind the last token of an image that has fewer. No gradient.
+
+    Raises:
+        VtpruneError: ``keep`` is negative, a wrong shape, or a backend that cannot run here.
+    """
+    shape = tuple(x.shape[:2])
+    check("dpp", x, relevance=(relevance, shape), valid=(valid, shape))
+    if keep < 0:
+        raise VtpruneError(f"dpp: keep={keep} must not be negative")
+    return run("dpp", backend, x, keep, relevance, valid)
+
+
+@torch.no_grad()
+def reference(x: Tensor, keep: int, relevance: Tensor | None, valid: Tensor | None) -> Tensor:
+    u = unit(x)
+    b, n, c = u.shape
+    out = torch.full((b, keep), -1, device=x.device)
+    if not n or not keep:
+        return out
+    r = u.new_ones(b, n) if relevance is None else wide(relevance).to(u.dtype)
+    u = u * r[..., None]
+    gram = torch.bmm(u, u.transpose(1, 2)) if n <= min(c, GRAM) else None
+    real = torch.full((b,), n, device=x.device) if valid is None else valid.sum(1)
+    closed = torch.zeros(b, n, dtype=torch.bool, device=x.device) if valid is None else valid.logical_not()  # chosen, or no token
+    gain, floor = r.square(), LEAST * r.square()  # d^2 of every token, and what counts as none
+    last = r.square() - 2 * r.square().amax(1, keepdim=True) - 1  # ranks tokens without a gain behind all others, by relevance
+    factor = u.new_zeros(b, min(keep, n), n)  # rows of the Cholesky factor
+    image = torch.arange(b, device=x.device)
+    for step in range(min(keep, n)):
+        rank = torch.where(gain > floor, gain, last).masked_fill(closed, -torch.inf)
+        pick = rank.argmax(1)
+        out[:, step] = pick
+        best = gain[image, pick]
+        closed[image, pick] = True
+        line = gram[image, pick] if gram is not None else torch.bmm(u, rows(u, pick[:, None]).transpose(1, 2))[..., 0]
+        known = factor[:, :step]
+        line = line - torch.bmm(known[image, :, pick][:, None], known)[:, 0]
+        useful = best > floor[image, pick]
+        line = torch.where(useful[:, None], line / best.clamp_min(torch.finfo(line.dtype).tiny).sqrt()[:, None], 0)
+        factor[:, step] = line
+        gain = gain - line.square()
+    return torch.where(torch.arange(keep, device=x.device) < real[:, None], out, -1)
+
+
+def plain(x: Tensor, keep: int, relevance: Tensor | None, valid: Tensor | None) -> Tensor:
+    """With the whole kernel matrix, image by image."""
+    out = []
+    for i, image in enumerate(x):
+        u = torch.nn.functional.normalize(image, dim=-1).float()
+        r = torch.ones(len(u), device=x.device) if relevance is None else relevance[i].float()
+        kernel = r[:, None] * (u @ u.T) * r
+        gain = kernel.diagonal().clone()
+        factor: list[Tensor] = []
+        chosen: list[Tensor] = []
+        for _ in range(keep):
+            pick = gain.argmax()
+            chosen.append(pick)
+            line = kernel[pick]
+            if factor:
+                known = torch.stack(factor)
+                line = line - known[:, pick] @ known
+            line = line / gain[pick].clamp_min(1e-12).sqrt()
+            factor.append(line)
+            gain = gain - line.square()
+            gain[torch.stack(chosen)] = -torch.inf
+        out.append(torch.stack(chosen))
+    return torch.stack(out)
+
+
+def example(case: str, n: int, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+    b, keep = 2, max(1, min(n // 4, 9))
+    x = tokens(b, n, 40 if case != "gram" else max(40, n), dtype, generator)
+    relevance: Tensor | None = torch.rand(b, n, generator=generator) + 0.1
+    valid = None
+    if case == "padded":
+        valid = torch.arange(n) < torch.tensor([n, max(1, keep // 2)])[:, None]
+    if case == "ties":  # rank one: the best of them, then by relevance
+        x = torch.randint(2, (b, 1, 64), generator=generator).mul(2).sub(1).to(dtype).expand(-1, n, -1)
+        relevance = torch.ones(b, n)
+    if case == "unweighted":
+        relevance = None
+    if case == "strided":
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x, keep, relevance, valid
+
+
+def close(arguments: tuple, got: Tensor, want: Tensor) -> None:
+    """Every choice must gain as much as the best one at its turn, given the choices before it; log-determinants in float64."""
+    x, _, relevance, valid = arguments
+    u = unit(x.double())
+    if relevance is not None:
+        u = u * relevance.double()[..., None]
+    assert torch.equal(got >= 0, want >= 0)
+    for image in range(len(x)):
+        real = torch.ones(x.shape[1], dtype=torch.bool) if valid is None else valid[image]
+        chosen: list[int] = []
+        for pick in got[image][got[image] >= 0].tolist():
+            rest = u[image]
+            if chosen:  # what is left of every token behind the span of the chosen ones: its squared length is the gain
+                basis = torch.linalg.qr(u[image][chosen].T).Q
+                rest = rest - (rest @ basis) @ basis.T
+            gain = rest.square().sum(-1).masked_fill(~real, -torch.inf)
+            gain[chosen] = -torch.inf
+            if float(gain.max()) < 1e-5:
+                break
+            assert gain[pick] >= gain.max() - 1e-4 * u[image].square().sum(-1).max()
+            chosen.append(pick)
+        every = got[image][got[image] >= 0].tolist()
+        assert len(set(every)) == len(every) and bool(real[every].all())
+    if bool((x == x[:, :1]).all()):  # ties
+        assert torch.equal(got, want)
+
+
+def work(arguments: tuple) -> tuple[int, int]:
+    x, keep, _, _ = arguments
+    b, n, c = x.shape
+    return x.numel() * x.element_size() + 8 * b * keep, 2 * b * n * c * keep + b * n * keep * keep
+
+
+register(
+    KernelInfo(
+        name="dpp",
+        source="arXiv 2506.10967, section 3",
+        function=dpp,
+        reference=reference,
+        example=example,
+        cases=("relevance", "unweighted", "gram", "padded", "ties", "strided"),
+        close=close,
+        plain=plain,
+        work=work,
+    )
+)

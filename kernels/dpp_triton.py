@@ -1,0 +1,87 @@
+"""dpp on a GPU: one program an image runs all steps; see maxmin."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._triton import empty, inverse_lengths, launch, op
+from .dpp_ref import LEAST
+from .maxmin_triton import cosines, similarities, steps
+
+NONE = tl.constexpr(LEAST)
+
+
+@triton.jit
+def _dpp(
+    x, inverse, gram, relevance, highest, gain, factor, out, N, C, KEEP, stride_b, stride_n, stride_c, MADE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    BT: tl.constexpr,
+):  # fmt: skip
+    """``gain`` ``[B, N]``: what each token adds to the volume, -inf for what is chosen or no token; ``factor`` ``[B, K, N]``: rows of the Cholesky factor."""
+    b = tl.program_id(0).to(tl.int64)
+    x += b * stride_b
+    inverse += b * N
+    gram += b * N * N
+    relevance += b * N
+    gain += b * N
+    factor += b * KEEP * N
+    most = tl.load(highest + b)
+    for step in range(0, KEEP):
+        best = tl.zeros((), dtype=tl.float32) + float("-inf")
+        pick = tl.full((), -1, dtype=tl.int64)
+        for n0 in range(0, N, BN):
+            n = (n0 + tl.arange(0, BN)).to(tl.int64)
+            g = tl.load(gain + n, mask=n < N, other=float("-inf"))
+            r = tl.load(relevance + n, mask=n < N, other=0.0)
+            rank = tl.where(g > NONE * r * r, g, r * r - 2.0 * most - 1.0)
+            rank = tl.where(g == float("-inf"), float("-inf"), rank)
+            top = tl.max(rank, axis=0)
+            better = top > best
+            pick = tl.where(better, n0 + tl.argmax(rank, axis=0, tie_break_left=True), pick).to(tl.int64)
+            best = tl.where(better, top, best)
+        tl.store(out + b * KEEP + step, pick)
+        chosen = tl.maximum(pick, 0)
+        length, r_pick, g_pick = tl.load(inverse + chosen), tl.load(relevance + chosen), tl.load(gain + chosen)
+        useful = g_pick > NONE * r_pick * r_pick
+        root = tl.sqrt(tl.where(useful, g_pick, 1.0))
+        tl.debug_barrier()  # everybody has read the gain before it changes
+        for n0 in range(0, N, BN):
+            n = (n0 + tl.arange(0, BN)).to(tl.int64)
+            r = tl.load(relevance + n, mask=n < N, other=0.0)
+            line = cosines(x, inverse, gram, n, n < N, chosen, length, N, C, stride_n, stride_c, BN, BC, MADE) * r * r_pick
+            for t0 in range(0, step, BT):
+                t = (t0 + tl.arange(0, BT)).to(tl.int64)
+                mine = tl.load(factor + t * N + chosen, mask=t < step, other=0.0)
+                theirs = tl.load(factor + t[:, None] * N + n[None, :], mask=(t < step)[:, None] & (n < N)[None, :], other=0.0)
+                line -= tl.sum(mine[:, None] * theirs, axis=0)
+            line = tl.where(useful, line / root, 0.0)
+            tl.store(factor + step * N + n, line, mask=n < N)
+            g = tl.load(gain + n, mask=n < N, other=0.0)
+            tl.store(gain + n, tl.where(n == pick, float("-inf"), g - line * line), mask=n < N)
+        tl.debug_barrier()  # the next step reads what other threads wrote
+
+
+@op("dpp")
+def dpp(x: Tensor, keep: int, relevance: Tensor | None, valid: Tensor | None) -> Tensor:
+    b, n, c = x.shape
+    out = empty(x, b, keep, dtype=torch.int64)
+    if not b or not keep:
+        return out
+    if not n:
+        return out.fill_(-1)
+    r = torch.ones(b, n, device=x.device) if relevance is None else relevance.float().contiguous()
+    gain = r.square()
+    highest = gain.amax(1)
+    if valid is not None:
+        gain = gain.masked_fill(~valid, -torch.inf)
+    inverse = inverse_lengths(x)
+    gram = similarities(x, inverse)
+    made = gram is not None
+    factor = empty(x, b, keep, n)
+    launch(
+        _dpp, (b,), x, inverse, inverse if gram is None else gram, r, highest, gain, factor, out, n, c, keep, *x.stride(), MADE=made,
+        **steps(made), BT=8, sizes={},
+    )  # fmt: skip
+    return out

@@ -1,0 +1,120 @@
+"""match: every source token's most similar target, by cosine. Steps 3 and 4 of ToMe's bipartite matching (arXiv 2210.09461, section 3), PiToMe's algorithm 1
+(arXiv 2405.16148), Turbo's penalised edges (arXiv 2407.11717) and VisionZip's assignment of context tokens (arXiv 2412.04467)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import CHUNK, KernelInfo, check, per_image, register, rows, run, tokens, unit, wide
+
+
+def match(
+    x: Tensor, sources: Tensor, targets: Tensor, *, protected: Tensor | None = None, penalty: Tensor | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The most similar target of every source, ``max_j cos(x_i, x_j) - penalty_j``.
+
+    Args:
+        x: tokens ``[B, N, C]``.
+        sources: positions in x, ``[M]`` or ``[B, M]``; -1 is padding.
+        targets: positions in x, ``[K]`` or ``[B, K]``; -1 is padding.
+        protected: ``[B, N]`` bool, tokens that neither merge nor absorb.
+        penalty: ``[B, K]`` subtracted from the similarity with each target.
+        backend: ``"triton"``, ``"reference"`` or ``None``: by device.
+
+    Returns:
+        score ``[B, M]`` (float32, float64 for float64) and index ``[B, M]`` into ``targets``; ties go to the lower one. -inf and -1 for padding, for
+        protected sources and where there is no target. No gradient.
+
+    Raises:
+        VtpruneError: wrong shapes, or a backend that cannot run here.
+    """
+    b, n, _ = x.shape if x.ndim == 3 else (0, 0, 0)
+    check("match", x, protected=(protected, (b, n)), penalty=(penalty, (b, targets.shape[-1])))
+    return run("match", backend, x, per_image(sources, b), per_image(targets, b), protected, penalty)
+
+
+@torch.no_grad()
+def reference(x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | None, penalty: Tensor | None) -> tuple[Tensor, Tensor]:
+    u = unit(x)
+    a, t = rows(u, sources), rows(u, targets).transpose(1, 2)  # [B, M, C], [B, C, K]
+    b, m, k = len(x), a.shape[1], t.shape[2]
+    out, closed = sources < 0, targets < 0
+    if protected is not None:
+        out = out | protected.gather(1, sources.clamp_min(0))
+        closed = closed | protected.gather(1, targets.clamp_min(0))
+    offset = torch.zeros(b, k, dtype=a.dtype, device=a.device) if penalty is None else -penalty.to(a.dtype)
+    offset = offset.masked_fill(closed, -torch.inf)[:, None]
+    score, index = a.new_full((b, m), -torch.inf), torch.full((b, m), -1, device=a.device)
+    if k and m:
+        for i in range(0, m, step := max(1, CHUNK // (b * k))):
+            score[:, i : i + step], index[:, i : i + step] = torch.baddbmm(offset, a[:, i : i + step], t).max(-1)
+        out = out | (score == -torch.inf)
+    return score.masked_fill_(out, -torch.inf), index.masked_fill_(out, -1)
+
+
+def plain(x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | None, penalty: Tensor | None) -> tuple[Tensor, Tensor]:
+    u = torch.nn.functional.normalize(x, dim=-1)
+    s = rows(u, sources) @ rows(u, targets).transpose(1, 2)
+    if penalty is not None:
+        s = s - penalty[:, None]
+    return s.max(-1)
+
+
+def example(case: str, n: int, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+    b = 2
+    x = tokens(b, n, 48, dtype, generator)
+    sources, targets = torch.arange(0, n, 2), torch.arange(1, n, 2)  # ToMe's halves
+    protected = penalty = None
+    if case == "ranked":  # PiToMe's: every image has its own order, padded
+        order = torch.rand(b, n, generator=generator).argsort(1)
+        sources, targets = order[:, : n // 2].clone(), order[:, n // 2 :].clone()
+        sources[1, -1:], targets[0, -1:] = -1, -1
+    if case == "protected":
+        protected = torch.rand(b, n, generator=generator) < 0.3
+        protected[1] = True
+    if case == "penalty":
+        penalty = torch.rand(b, len(targets), generator=generator)
+    if case == "ties":  # exact in any order of summation: rows of +-1
+        x = torch.randint(2, (b, 1, 64), generator=generator).mul(2).sub(1).to(dtype).expand(-1, n, -1)
+    if case == "strided":
+        x = torch.stack([x, x + 1], -1)[..., 0].transpose(0, 1).contiguous().transpose(0, 1)
+    return x, per_image(sources, b), per_image(targets, b), protected, penalty
+
+
+def close(arguments: tuple, got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
+    """Same scores; the chosen targets need the same score, computed here once more."""
+    x, sources, targets, _, penalty = arguments
+    torch.testing.assert_close(got[0], want[0].to(got[0].dtype), atol=1e-5, rtol=0)
+    assert torch.equal(got[1] >= 0, want[1] >= 0) and bool((got[1] < targets.shape[1]).all())
+    if not targets.shape[1]:
+        return
+    u = unit(x.double())
+    at = got[1].clamp_min(0)
+    mine = (rows(u, sources) * rows(u, targets.gather(1, at))).sum(-1)
+    if penalty is not None:
+        mine = mine - wide(penalty).gather(1, at)
+    torch.testing.assert_close(mine[got[1] >= 0], want[0][got[1] >= 0].double(), atol=1e-5, rtol=0)
+    if bool((x == x[:, :1]).all()):  # ties
+        assert torch.equal(got[1], want[1])
+
+
+def work(arguments: tuple) -> tuple[int, int]:
+    x, sources, targets, _, _ = arguments
+    b, m, k, c = len(x), sources.shape[1], targets.shape[1], x.shape[2]
+    return b * ((m + k) * c * x.element_size() + m * 12), 2 * b * m * k * c
+
+
+register(
+    KernelInfo(
+        name="match",
+        source="arXiv 2210.09461, section 3",
+        function=match,
+        reference=reference,
+        example=example,
+        cases=("halves", "ranked", "protected", "penalty", "ties", "strided"),
+        close=close,
+        plain=plain,
+        work=work,
+    )
+)
