@@ -8,6 +8,7 @@ arrive: no scores, no indices, no gathering, no books. It runs no attention bias
 has its side branch, and one concatenation where the rows come back.
 
 Dense, limit and pruned are three module trees over the same weights and take turns; an overhead is the median over rounds of pruned / limit within one round.
+The limit runs twice in a round: its second time over its first tells the noise.
 Decoding compares the pruned cache with the unpatched model over a cache of the same lengths, in turns of a few steps. The model is random: times do not depend
 on what it says, except that FlowCut chooses its own numbers on the way to ``keep``.
 """
@@ -224,15 +225,18 @@ def _returns(source: Any, branch: list[int], tables: dict[int, Any], n: int, asi
 # --------------------------------------------------------------------------------------------------------------- measuring
 
 
+timer = time.perf_counter  # seconds
+
+
 def clock(call: Callable[[], Any], device: torch.device) -> float:
     """Milliseconds of one call, the device's queue empty before and after."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = timer()
     call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return 1000 * (time.perf_counter() - start)
+    return 1000 * (timer() - start)
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -267,6 +271,7 @@ def prefills(model: Any, inputs: dict[str, Any], method: str, keep: int | float,
         assert done.counts == work.counts, f"{method}: the limit did {done.counts}, the pruned run {work.counts}"
         assert [n + TEXT for n in report.layer_tokens[0]] == work.layers, f"{method}: the report says {report.layer_tokens}, the layers saw {work.layers}"
         calls = {"dense": lambda: prefill(model, inputs), "limit": lambda: prefill(bare, short), "pruned": lambda: prefill(pruned, inputs)}
+        calls["again"] = calls["limit"]  # the noise: the limit over itself
         times = rounds(calls, repeats, inputs["input_ids"].device)
     return {
         "method": method,
@@ -274,8 +279,9 @@ def prefills(model: Any, inputs: dict[str, Any], method: str, keep: int | float,
         "keep": keep if budget else None,
         "tower_tokens": sum(work.blocks) / len(work.blocks) - 1,
         "effective_tokens": report.effective_tokens,
-        **{f"{name}_ms": statistics.median(found) for name, found in times.items()},
+        **{f"{name}_ms": statistics.median(times[name]) for name in ("dense", "limit", "pruned")},
         "overhead": spread([p / n for p, n in zip(times["pruned"], times["limit"], strict=True)]),
+        "noise": spread([a / n for a, n in zip(times["again"], times["limit"], strict=True)]),
         "of_dense": spread([p / d for p, d in zip(times["pruned"], times["dense"], strict=True)]),
         "times_ms": times,
     }
@@ -329,6 +335,16 @@ def decoding(model: Any, inputs: dict[str, Any], method: str, keep: int | float,
     }
 
 
+def hooks(thin: Any, inputs: dict[str, Any], method: str, repeats: int) -> dict[str, Any]:
+    """:func:`decoding` on one thread, where the two sides differ by Python and small operations alone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return decoding(thin, inputs, method, SIZES["thin"].keep, repeats)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @torch.no_grad()
 def measure(size: str, methods: list[str], repeats: int, device: str, dtype: torch.dtype, log: Callable[[str], object]) -> dict[str, Any]:
     """All tables, JSON-safe. A method that the model refuses gives a row with ``error``."""
@@ -341,7 +357,7 @@ def measure(size: str, methods: list[str], repeats: int, device: str, dtype: tor
         if m in DECODED:
             turns = max(repeats, 8)
             jobs.append(("decode", m, lambda m=m, n=turns: decoding(model, inputs, m, SIZES[size].keep, n)))
-            jobs.append(("hooks", m, lambda m=m: decoding(thin, thin_inputs, m, SIZES["thin"].keep, 5 * repeats)))
+            jobs.append(("hooks", m, lambda m=m: hooks(thin, thin_inputs, m, 5 * repeats)))
     for kind, m, job in jobs:
         try:
             row = job()
@@ -369,12 +385,12 @@ def markdown(result: dict[str, Any]) -> str:
         text = ["| " + " | ".join(c) + " |" for c in cells]
         return ["", text[0], "|---" + "|--:" * (len(heads) - 1) + "|", *text[1:]]
 
-    out += ["", "Prefill: median milliseconds; pruned / limit and pruned / dense are medians of ratios within a round [20th, 80th percentile]"]
-    heads = ["method", "site", "tower tokens", "LLM tokens", "dense ms", "limit ms", "pruned ms", "pruned / limit", "pruned / dense"]
+    out += ["", "Prefill: median milliseconds; ratios are medians of those within a round [20th, 80th percentile]; limit / limit is the noise"]
+    heads = ["method", "site", "tower tokens", "LLM tokens", "dense ms", "limit ms", "pruned ms", "pruned / limit", "limit / limit", "pruned / dense"]
 
     def first(r: dict[str, Any]) -> list[str]:
         times = [f"{r[f'{name}_ms']:.1f}" for name in ("dense", "limit", "pruned")]
-        return [r["site"], f"{r['tower_tokens']:.1f}", f"{r['effective_tokens']:.1f}", *times, ranged(r["overhead"]), ranged(r["of_dense"])]
+        return [r["site"], f"{r['tower_tokens']:.1f}", f"{r['effective_tokens']:.1f}", *times, *(ranged(r[k]) for k in ("overhead", "noise", "of_dense"))]
 
     out += lines("prefill", heads, first)
     if result["decode"]:
@@ -387,7 +403,8 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         out += ["", "Decoding: milliseconds per token", *lines("decode", heads, row)]
         depth = SIZES["thin"].text[1]
-        out += ["", f"Hooks: decoding with {depth} layers of width {SIZES['thin'].text[0]}, where what is added is Python", *lines("hooks", heads, row)]
+        thin = f"{depth} layers of width {SIZES['thin'].text[0]}"
+        out += ["", f"Hooks: decoding with {thin} on one thread, where what is added is Python", *lines("hooks", heads, row)]
     return "\n".join(out) + "\n"
 
 
@@ -398,9 +415,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9, help="rounds after the warm-up")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread and its CPU time: for machines that others use as well")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path)
     args = parser.parse_args()
+    if args.cpu_time:
+        if args.device != "cpu":
+            parser.error("--cpu-time is for --device cpu")
+        global timer
+        args.threads, timer = 1, time.thread_time
+    if args.threads:
+        torch.set_num_threads(args.threads)
     methods = args.methods.split(",") if args.methods else list(vtprune.methods())
     result = measure(args.size, methods, args.repeats, args.device, getattr(torch, args.dtype), lambda line: print(line, file=sys.stderr, flush=True))
     result["command"] = " ".join(["python", "benchmarks/overhead.py", *sys.argv[1:]])
