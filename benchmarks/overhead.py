@@ -171,7 +171,12 @@ def limit(model: Any, inputs: dict[str, Any], work: Work) -> dict[str, Any]:
         core.multi_modal_projector.register_forward_hook(lambda module, args, output: output[:, :visual])
     elif visual < ids.shape[1] - TEXT:
         lengths = torch.tensor([visual], device=ids.device)
-        core.pack_image_features = lambda features, *args, **kwargs: ([features[0].flatten(0, 1)[:visual]], lengths)
+
+        def pack(features: list[Tensor], *args: Any, image_newline: Tensor, **kwargs: Any) -> tuple[list[Tensor], Tensor]:
+            rows = features[0].flatten(0, 1)[:visual]
+            return [torch.cat([rows, image_newline.expand(visual - len(rows), -1)])], lengths  # new-line tokens that are left
+
+        core.pack_image_features = pack
 
     lm = core.language_model
     like = next(lm.parameters())[:1]
