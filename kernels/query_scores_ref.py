@@ -45,11 +45,12 @@ def query_scores(
     """
     b, h, r, d = _four("query_scores", q, k)
     n = k.shape[2]
+    table: list[tuple[int, ...]] = [(b, n, d), (1, n, d)]
     given: list[tuple[str, Tensor | None, list[tuple[int, ...]]]] = [
         ("weight", weight, [(b, r)]),
         ("seen", seen, [(b, r, n), (b, 1, n)]),
         ("bias", bias, [(b, n)]),
-        *[("rotary", t, [(b, n, d), (1, n, d)]) for t in rotary or ()],
+        *[("rotary", t, table) for t in rotary or ()],
     ]
     for what, tensor, shapes in given:
         if tensor is not None and tuple(tensor.shape) not in shapes:
