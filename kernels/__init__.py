@@ -5,16 +5,17 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from .base import KERNELS, KernelInfo, use
+if __name__ != "kernels":  # In a checkout's root transformers, which looks for a package of that name, finds this folder: it must be empty then.
+    from .base import KERNELS, KernelInfo, use
 
-__all__ = ["KERNELS", "KernelInfo", "use"]  # and every registered op: energy, gather, match, …
+    __all__ = ["KERNELS", "KernelInfo", "use"]  # and every registered op: energy, gather, match, …
 
-for _module in iter_modules(__path__):
-    if _module.name.endswith("_ref"):
-        import_module(f"{__name__}.{_module.name}")
+    for _module in iter_modules(__path__):
+        if _module.name.endswith("_ref"):
+            import_module(f"{__name__}.{_module.name}")
 
 
 def __getattr__(name: str) -> Any:
-    if name in KERNELS:
+    if __name__ != "kernels" and name in KERNELS:
         return KERNELS.get(name).function
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its ops: {', '.join(KERNELS)}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

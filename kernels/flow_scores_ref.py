@@ -18,7 +18,7 @@ def flow_scores(
     *,
     scale: float,
     value_scale: float = 1.0,
-    seen: Tensor | None = None,
+    bias: Tensor | None = None,
     value_seen: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,7 +28,8 @@ def flow_scores(
         query, value: the global token's, ``[B, H, d]``.
         k, v: of all tokens, ``[B, H, N, d]``.
         scale: of the attention logits; ``value_scale`` of the value products.
-        seen, value_seen: ``[B, N]`` bool, what the two softmaxes run over; default: all.
+        bias: ``[B, N]`` added to the attention logits: log sizes, -inf for what is not seen.
+        value_seen: ``[B, N]`` bool, what the softmax of the values runs over; default: all.
         backend: ``"triton"``, ``"reference"`` or ``None``: by device.
 
     Returns:
@@ -42,30 +43,31 @@ def flow_scores(
     for what, tensor, shape in (("query", query, (b, h, d)), ("value", value, (b, h, d)), ("v", v, (b, h, n, d)), ("k", k, (b, h, n, d))):
         if tuple(tensor.shape) != shape:
             raise VtpruneError(f"flow_scores: {what} must be {list(shape)} as k [B, H, N, d] is, got {list(tensor.shape)}")
-    for what, mask in (("seen", seen), ("value_seen", value_seen)):
+    for what, mask in (("bias", bias), ("value_seen", value_seen)):
         if mask is not None and tuple(mask.shape) != (b, n):
             raise VtpruneError(f"flow_scores: {what} must be {[b, n]}, got {list(mask.shape)}")
-    return run("flow_scores", backend, query, value, k, v, scale, value_scale, seen, value_seen)
+    return run("flow_scores", backend, query, value, k, v, scale, value_scale, bias, value_seen)
 
 
 @torch.no_grad()
 def reference(
-    query: Tensor, value: Tensor, k: Tensor, v: Tensor, scale: float, value_scale: float, seen: Tensor | None, value_seen: Tensor | None
+    query: Tensor, value: Tensor, k: Tensor, v: Tensor, scale: float, value_scale: float, bias: Tensor | None, value_seen: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     v = wide(v)
-    attention = _row(wide(query), wide(k), scale, seen)
-    return attention, _row(wide(value), v, value_scale, value_seen), v.mean(1).abs().sum(-1)
+    attention = _row(wide(query), wide(k), scale, bias)
+    hidden = None if value_seen is None else v.new_zeros(value_seen.shape).masked_fill(~value_seen, -torch.inf)
+    return attention, _row(wide(value), v, value_scale, hidden), v.mean(1).abs().sum(-1)
 
 
-def _row(q: Tensor, k: Tensor, scale: float, seen: Tensor | None) -> Tensor:
+def _row(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     logits = torch.matmul(k, (q * scale)[..., None])[..., 0]  # [B, H, N]
-    if seen is not None:
-        logits = logits.masked_fill(~seen[:, None], -torch.inf)
+    if bias is not None:
+        logits = logits + bias[:, None]
     return torch.nan_to_num(logits.softmax(-1)).mean(1)
 
 
 def plain(
-    query: Tensor, value: Tensor, k: Tensor, v: Tensor, scale: float, value_scale: float, seen: Tensor | None, value_seen: Tensor | None
+    query: Tensor, value: Tensor, k: Tensor, v: Tensor, scale: float, value_scale: float, bias: Tensor | None, value_seen: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The whole attention map and the whole map of values, of which one row each is read."""
     every, values = torch.cat([query[:, :, None], k[:, :, 1:]], 2), torch.cat([value[:, :, None], v[:, :, 1:]], 2)
@@ -77,14 +79,15 @@ def example(case: str, n: int, dtype: torch.dtype, generator: torch.Generator) -
     b, h, d = 2, 3, 24 if case != "wide" else 72
     query, value = (torch.randn(b, h, d, generator=generator).to(dtype) for _ in "qv")
     k, v = (torch.randn(b, h, n, d, generator=generator).to(dtype) for _ in "kv")
-    seen = value_seen = None
+    bias = value_seen = None
     if case == "masked":
         seen = torch.rand(b, n, generator=generator) < 0.7
         value_seen = seen & (torch.arange(n) > 0)
-        seen[1] = False
+        bias = torch.rand(b, n, generator=generator).masked_fill(~seen, -torch.inf)
+        bias[1] = -torch.inf
     if case == "strided":
         k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v))
-    return query, value, k, v, d**-0.5, 0.5 if case == "masked" else 1.0, seen, value_seen
+    return query, value, k, v, d**-0.5, 0.5 if case == "masked" else 1.0, bias, value_seen
 
 
 def close(arguments: tuple, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:

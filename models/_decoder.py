@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from ..select import combine
 from ..types import TokenView, UnsupportedError, VtpruneError
 from ._layout import Part, Unit, units
 from ._level import Level, backend, decode_mask, dense_level, pack, prefill_mask, within
-from ._scores import answer_starts, attention_rows, heads, query_rows, rotate, take
+from ._scores import answer_starts, attention_to, heads, query_rows, rotate, take
 from ._tower import Record, Run
 from .base import PlannedCut
 
@@ -70,10 +70,13 @@ class Request:
     cached: dict[int, Level] = field(default_factory=dict)  # layers whose cache holds more rows than pass through them
     keys_only: dict[int, list[int]] = field(default_factory=dict)  # layer -> per sample, visual tokens that gave it keys and values only
     arrived: Tensor | None = None  # [B, T] visual tokens that the tower handed over; None: no stage there
-    entry: list[Record] = field(default_factory=list)  # stages behind the projector
+    entry: Run | None = None  # the books of the stages behind the projector
     sources: list[Tensor] = field(default_factory=list)  # per sample, per visual token: which token of its passes of the tower (-1: none)
     vision: list[list[tuple[Run, int]]] | None = None  # per sample, per pass of the tower: where its books are
     at: tuple[Level, ...] = ()  # per layer what its cache holds, once the prompt has been read
+    first: dict[tuple[int, str], int] = field(default_factory=dict)  # the first layer of each level and attention type
+    pruned: frozenset[int] = frozenset()  # layers whose cache is shorter than the prompt
+    uneven: frozenset[int] = frozenset()  # those of them that need a mask at every step: samples of different lengths, sliding windows
 
     def level_at(self, number: int) -> Level:
         if number in self.cached:
@@ -120,6 +123,7 @@ class Call:
     placed: bool = False  # the caller gave positions
     ids: Tensor | None = None  # decoding: positions of the new tokens
     tail: Tensor | None = None  # decoding: which tokens behind the prompt are real
+    serve: frozenset[int] = frozenset()  # decoding: layers that need a mask or positions of their own
     gone: Tensor | None = None  # [B, T] visual tokens dropped before layer 0
     level: Level | None = None
     done: dict[int, tuple[Tensor | None, Level]] = field(default_factory=dict)  # layer -> what its cut took, for checkpoints that run it again
@@ -134,6 +138,14 @@ def sentinel(width: int, like: Tensor) -> Tensor:
     row = torch.full((width,), torch.inf, dtype=like.dtype, device=like.device)
     row[1::2] = -torch.inf
     return row
+
+
+SIGNS = 8  # so many of its coordinates tell a sentinel
+
+
+def marked(rows: Tensor) -> Tensor:
+    """Which rows ``[..., C]`` are sentinels."""
+    return (rows[..., :SIGNS] == sentinel(min(SIGNS, rows.shape[-1]), rows)).all(-1)
 
 
 class DecoderEngine:
@@ -166,6 +178,7 @@ class DecoderEngine:
         self.done, self.arrived = done, arrived
         self.local = threading.local()
         self.requests: WeakKeyDictionary[Any, Request] = WeakKeyDictionary()
+        self.whole: WeakSet[Any] = WeakSet()  # caches filled without this attachment that were looked at
         self.replays: WeakIdKeyDictionary = WeakIdKeyDictionary()  # rotary table -> the call it was made for
         self.observed = {i for c in cuts for i in c.observe}
         first = 0 if tower or entry else min((c.layer for c in cuts), default=0)
@@ -236,10 +249,15 @@ class DecoderEngine:
             return
         hidden = getattr(output, "image_hidden_states", None)
         if self.tower and isinstance(hidden, Tensor) and hidden.ndim >= 2:
-            gone = (hidden == sentinel(hidden.shape[-1], hidden)).all(-1)
+            gone = marked(hidden)
             if bool(gone.any()):
                 output.image_hidden_states = hidden.masked_fill(gone[..., None], 0)
-        call.request.at = tuple(call.request.level_at(i) for i in range(len(self.d.layers)))
+        request = call.request
+        request.at = tuple(request.level_at(i) for i in range(len(self.d.layers)))
+        for i, level in enumerate(request.at):
+            request.first.setdefault((id(level), self.d.kinds[i]), i)
+        request.pruned = frozenset(i for i, level in enumerate(request.at) if not level.dense)
+        request.uneven = frozenset(i for i in request.pruned if not request.at[i].whole or self.d.window_of(i) is not None)
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
             self.requests[cache] = call.request
@@ -251,8 +269,9 @@ class DecoderEngine:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = self.call
         if call is None or (call.request is None and not call.prefill):
-            if call is not None and call.cache is not None:
+            if call is not None and call.cache is not None and call.cache not in self.whole:
                 self._check_dense(call.cache, kwargs)
+                self.whole.add(call.cache)
             return None
         backend(self.d.lm.config)
         return self._enter_prefill(call, args, kwargs) if call.prefill else self._enter_decode(call, args, kwargs)
@@ -272,11 +291,12 @@ class DecoderEngine:
             return args, kwargs
         gone = torch.zeros_like(visual)
         if self.tower:
-            if bool(embeds[visual].isnan().any()):
+            ends = embeds[..., :SIGNS]
+            if bool((ends.isnan().any(-1) & visual).any()):
                 raise UnsupportedError(
                     "this model interpolates the tower's output for such images, which a pruned tower cannot give; prune behind the projector"
                 )
-            gone = visual & (embeds == sentinel(embeds.shape[-1], embeds)).all(-1)
+            gone = visual & marked(ends)
             request.arrived = visual & ~gone
             embeds = embeds.masked_fill(gone[..., None], 0)
         if self.entry:
@@ -302,11 +322,11 @@ class DecoderEngine:
             view = run.view(x, cut, grid=(x.shape[1], 1), prefix=0, depth=1, seed=self.seed, sources={}, rasters=rasters)
             selection = cut.select(view)
             if selection is None:
-                run.note(cut, run.valid.sum(1).tolist())
+                run.note(cut, run.index)
                 continue
-            extra = [combine(p, selection, run.size) for p in extra]
+            extra = [combine(p, selection, run.size)[0] for p in extra]
             x = run.apply(x, selection, cut)
-        request.entry = run.records
+        request.entry = run
         at = columns.gather(1, run.index.clamp_min(0))
         where = owner.expand_as(at)[run.valid], at[run.valid]
         embeds, gone = embeds.clone(), visual.clone()
@@ -340,10 +360,13 @@ class DecoderEngine:
                 f"({request.length + new} columns, got {mask.shape[1]}): start a new prompt instead"
             )
         if not getattr(call.cache, "is_compileable", False):
-            lengths = [call.cache.get_seq_length(i) - level.width for i, level in enumerate(request.at)]
-            if any(n != new - q for n in lengths):
-                raise UnsupportedError("this cache was cut back; its layers hold different numbers of tokens and only growing it is supported")
+            if new < q or any(call.cache.get_seq_length(i) - request.at[i].width != new - q for i in request.first.values()):
+                raise UnsupportedError("this cache was cut back into its prompt, or in some layers only; only growing it is supported")
         call.tail = mask[:, request.length :].bool() if two else torch.ones(b, new, dtype=torch.bool, device=embeds.device)
+        # One new token that sees all its layer has cached needs no mask, and under sdpa the model makes none.
+        easy = q == 1 and self.positions == "original" and backend(self.d.lm.config) == "sdpa" and not getattr(call.cache, "is_compileable", False)
+        easy = easy and (mask is None or (two and bool((mask if base.dense else call.tail).all())))
+        call.serve = request.uneven if easy else request.pruned
         ids = kwargs.get("position_ids")
         if not call.placed and (not base.dense or self.d.mrope):
             ids = request.next.to(embeds.device)[:, None] + torch.arange(new - q, new, device=embeds.device)
@@ -387,10 +410,12 @@ class DecoderEngine:
                 return None if again is None else self._again(again, number, args, kwargs)
             if call.request is None:
                 return None
-            x = args[0] if args else kwargs["hidden_states"]
             if not call.prefill:
-                level = call.request.at[number]
-                return None if level.dense else (args, {**kwargs, **self._serve_decode(call, level.on(x.device), number, kwargs, x)})
+                if number not in call.serve:
+                    return None
+                x = args[0] if args else kwargs["hidden_states"]
+                return args, {**kwargs, **self._serve_decode(call, call.request.at[number].on(x.device), number, kwargs, x)}
+            x = args[0] if args else kwargs["hidden_states"]
             call.dense.setdefault(self.d.kinds[number], kwargs)
             assert call.level is not None
             self._count(call, number)
@@ -437,14 +462,16 @@ class DecoderEngine:
 
     def _count(self, call: Call, upto: int) -> None:
         assert call.request is not None and call.level is not None
-        counts = call.level.counts()
+        if len(call.request.layer_tokens) >= upto:
+            return
+        counts = call.level.counts
         while (number := len(call.request.layer_tokens)) < upto:
             extra = call.request.keys_only.get(number, [0] * len(counts))
             call.request.layer_tokens.append([a + b for a, b in zip(counts, extra, strict=True)])
 
     def finish_counts(self, request: Request) -> None:
         """Layers without a hook (in front of the first cut) processed what level 0 holds."""
-        counts = request.levels[0].counts()
+        counts = request.levels[0].counts
         while len(request.layer_tokens) < len(self.d.layers):
             request.layer_tokens.append(counts)
 
@@ -683,7 +710,7 @@ class DecoderEngine:
 
         ``query``: ``"last"`` the last prompt token (with labels: every token in front of an answer), ``"all"`` every row. ``layer``: projections of the layer
         about to run on this cut's input (``"next"``) or the real attention of the layer before it (``"previous"``). ``keys``: softmax over all keys that the
-        row sees or over the visual ones alone. A few rows at a time meet the keys, never a full map.
+        row sees or over the visual ones alone.
         """
         assert call.level is not None
         level = call.level.on(x.device)
@@ -696,10 +723,7 @@ class DecoderEngine:
         dense = call.dense[self.d.kinds[number]]
         rotary = self._serve_prefill(call, level, number, dense, x)["position_embeddings"] if rope else None
         rows, weight = query_rows(call.labels, level, query)  # [B, R], weights [B, R]
-        score = torch.zeros(x.shape[:2], dtype=weight.dtype, device=x.device)
-        for part, share in zip(rows.split(64, 1), weight.split(64, 1), strict=True):
-            p = attention_rows(self.d.layers[number], x, part, level, rotary, dense.get("attention_mask"), keys).mean(1)  # [B, R, M]
-            score = score + (p * share[..., None]).sum(1)
+        score = attention_to(self.d.layers[number], x, rows, weight, level, rotary, dense.get("attention_mask"), keys)
         return score.to(where.device)[owner[:, None], where.clamp_min(0)].masked_fill(where < 0, -torch.inf)
 
     @staticmethod

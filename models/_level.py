@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,9 +38,15 @@ class Level:
     def width(self) -> int:
         return self.rows.shape[1]
 
+    @cached_property
     def counts(self) -> list[int]:
         """Visual tokens per sample."""
         return (self.visual & self.valid).sum(1).tolist()
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether there is no padding."""
+        return bool(self.valid.all())
 
 
 def dense_level(real: Tensor, visual: Tensor) -> Level:
@@ -112,7 +119,7 @@ def prefill_mask(own: Any, level: Level, keys: Level, x: Tensor, cached: int, ho
         return level.valid.long()  # always a mask: without one the gaps in the positions look like the seams of packed sequences
     seen = allowed(own, level.rows, keys.rows)
     if seen is None:
-        if keys is level and cached <= m and bool(level.valid.all()) and how == "sdpa":
+        if keys is level and cached <= m and level.whole and how == "sdpa":
             return None
         seen = keys.rows[:, None] <= level.rows[..., None]
     own_column = torch.nn.functional.pad(torch.eye(m, dtype=torch.bool, device=x.device), (k - m, 0))

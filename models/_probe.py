@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..ledger import UndoLedger
 from ..select import from_mask
 from ..types import Selection, TokenView, UnsupportedError, VtpruneError
@@ -19,7 +20,7 @@ from ._decoder import Decoder, DecoderEngine
 from ._layout import Part
 from ._level import dense_level
 from ._masked import hide_in_decoder
-from ._scores import attention_rows, heads, take
+from ._scores import heads, question, take, visible
 from .base import PlannedCut
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -179,7 +180,11 @@ def probe_queries(decoder: Decoder) -> None:
             rows = torch.full((len(toy.ids), 1), toy.ids.shape[1] - 1, device=toy.ids.device)
             rotary = kwargs.get("position_embeddings")
             tables = None if rotary is None else (take(rotary[0], level.rows), take(rotary[1], level.rows))
-            p = attention_rows(block, x, rows, level, tables, kwargs.get("attention_mask"), "all")  # [B, H, 1, M]
+            q, k, how = question(block, x, rows, tables)
+            seen_keys = visible(level, rows, kwargs.get("attention_mask"), "all")
+            group = q.shape[1] // k.shape[1]
+            each = [kernels.query_scores(q[:, i : i + 1], k[:, i // group : i // group + 1], seen=seen_keys, **how) for i in range(q.shape[1])]
+            p = torch.stack(each, 1)[:, :, None]  # [B, H, 1, M]
             v = heads(attention, "v", block.input_layernorm(x))
             mixed = (p.to(v.dtype) @ v.repeat_interleave(p.shape[1] // v.shape[1], 1)).transpose(1, 2).flatten(2)
             error = float((mixed - seen["mixed"][:, -1:]).abs().max() / seen["mixed"].abs().max())

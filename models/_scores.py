@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ._level import Level, allowed, backend
+
+ROWS = 64  # query rows whose masks are made at once
 
 
 def heads(attention: Any, name: str, x: Tensor) -> Tensor:
@@ -30,31 +33,36 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
-def attention_rows(block: Any, x: Tensor, rows: Tensor, level: Level, rotary: tuple[Tensor, Tensor] | None, own: Any, keys: str) -> Tensor:
-    """Post-softmax attention of ``rows`` ``[B, R]`` over the level's M tokens under the model's ``own`` mask, per head, at least float32: ``[B, H, R, M]``.
-    ``keys="visual"``: softmax over the visual ones alone."""
+def question(block: Any, x: Tensor, rows: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """What :func:`vtprune.kernels.query_scores` needs to know of a layer that reads ``x`` ``[B, M, C]``: the rotated queries of ``rows`` ``[B, R]``, all keys,
+    and how its logits are made; ``rotary`` tables ``[B or 1, M, d]`` of x."""
     attention = block.self_attn
     h = block.input_layernorm(x)
-    q = heads(attention, "q", h.gather(1, rows[..., None].expand(-1, -1, h.shape[-1])))
-    k = heads(attention, "k", h)
+    q, k = heads(attention, "q", take(h, rows)), heads(attention, "k", h)
     if rotary is not None:
-        cos, sin = (t.expand(x.shape[0], -1, -1) for t in rotary)
-        q = rotate(q, take(cos, rows), take(sin, rows))
-        k = rotate(k, cos, sin)
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    logits = (q @ k.transpose(-1, -2)) * attention.scaling  # [B, H, R, M]
+        q = rotate(q, *(take(t, rows) for t in rotary))
     cap = getattr(attention, "attn_logit_softcapping", None)  # Gemma 2
-    if cap is not None and backend(attention.config) != "sdpa":  # sdpa leaves it out
-        logits = torch.tanh(logits / cap) * cap
+    return q, k, {"scale": attention.scaling, "rotary": rotary, "cap": None if backend(attention.config) == "sdpa" else cap}  # sdpa leaves the cap out
+
+
+def visible(level: Level, rows: Tensor, own: Any, keys: str) -> Tensor:
+    """``[B, R, M]`` bool: what ``rows`` ``[B, R]`` see of the level's M tokens under the model's ``own`` mask; ``keys="visual"``: of the visual ones."""
     seen = allowed(own, level.rows.gather(1, rows), level.rows)
     if seen is None:
-        seen = torch.arange(x.shape[1], device=x.device) <= rows[..., None]  # [B, R, M]
+        seen = torch.arange(level.width, device=rows.device) <= rows[..., None]
     seen = seen & level.valid[:, None]
-    if keys == "visual":
-        seen = seen & level.visual[:, None]
-    logits = logits.masked_fill(~seen[:, None], -torch.inf)
-    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    return torch.nan_to_num(wide.softmax(-1))
+    return seen & level.visual[:, None] if keys == "visual" else seen
+
+
+def attention_to(block: Any, x: Tensor, rows: Tensor, weight: Tensor, level: Level, rotary: tuple[Tensor, Tensor] | None, own: Any, keys: str) -> Tensor:
+    """Attention of ``rows`` ``[B, R]``, weighted by ``weight`` ``[B, R]`` and averaged over heads, to each of the level's M tokens: ``[B, M]``. A few rows at
+    a time meet the keys, never a full map."""
+    q, k, how = question(block, x, rows, rotary)
+    parts = [
+        kernels.query_scores(q[:, :, i : i + ROWS], k, weight=weight[:, i : i + ROWS], seen=visible(level, rows[:, i : i + ROWS], own, keys), **how)
+        for i in range(0, rows.shape[1], ROWS)
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def answer_starts(labels: Tensor) -> Tensor:
@@ -78,5 +86,5 @@ def query_rows(labels: Tensor | None, level: Level, query: str) -> tuple[Tensor,
                 found = hit.int().argmax(1)[hit.any(1)]
         wanted.append(found)
     rows = nn.utils.rnn.pad_sequence(wanted, batch_first=True, padding_value=-1)
-    weight = (rows >= 0).double()
+    weight = (rows >= 0).float()
     return rows.clamp_min(0), weight / weight.sum(1, keepdim=True).clamp_min(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ledger import UndoLedger
-from ..select import absorbed, combine, gather
+from ..select import combine, gather
 from ..types import Projections, Selection, TokenView, UnsupportedError
 from .base import PlannedCut
 
@@ -73,14 +74,16 @@ class Run:
     index: Tensor
     size: Tensor
     slot: Tensor
-    records: list[Record] = field(default_factory=list)
-    layer_tokens: list[list[int]] = field(default_factory=list)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     captured: dict[str, Any] = field(default_factory=dict)
     merges: bool = False
     raster: Tensor | None = None
     head: bool = True
     rotary: tuple[Any, Tensor, Any] | None = None  # the last table, for which tokens, and its rows
+    present: tuple[Tensor, Tensor, bool] | None = None  # an index, which of it is a token, and whether all are
+    counts: list[Tensor] = field(default_factory=list)  # per block, its index: lengths are read when somebody asks
+    notes: list[Callable[[], Record]] = field(default_factory=list)  # what was decided, likewise
+    told: list[Record] = field(default_factory=list)
 
     @staticmethod
     def start(images: int, tokens: int, device: torch.device, counts: Sequence[int] | None = None) -> Run:
@@ -92,7 +95,30 @@ class Run:
 
     @property
     def valid(self) -> Tensor:
-        return self.index >= 0
+        return self._present()[1]
+
+    @property
+    def whole(self) -> bool:
+        """Whether no image has padding."""
+        return self._present()[2]
+
+    def _present(self) -> tuple[Tensor, Tensor, bool]:
+        if self.present is None or self.present[0] is not self.index:
+            valid = self.index >= 0
+            self.present = (self.index, valid, bool(valid.all()))
+        return self.present
+
+    @property
+    def layer_tokens(self) -> list[list[int]]:
+        """Per block that has run, per image, the tokens it processed."""
+        return [(index >= 0).sum(1).tolist() for index in self.counts]
+
+    @property
+    def records(self) -> list[Record]:
+        """The decisions so far."""
+        while len(self.told) < len(self.notes):
+            self.told.append(self.notes[len(self.told)]())
+        return self.told
 
     def view(
         self, features: Tensor, cut: PlannedCut, *, grid: tuple[int, int], prefix: int, depth: int, seed: int, sources: dict[str, Callable], rasters: tuple = ()
@@ -115,12 +141,12 @@ class Run:
 
     def apply(self, x: Tensor, selection: Selection, cut: PlannedCut) -> Tensor:
         """Applies a selection to the visual tokens ``x`` ``[G, n, C]`` and keeps the books."""
-        before = self.valid.sum(1).tolist()
+        before = self.index
         n, k = x.shape[1], selection.kept.shape[1]
         positions = torch.arange(n, device=x.device).expand_as(selection.kept) if n == k else None
         whole = positions is not None and torch.equal(selection.kept, positions) and selection.layout is None
         if not whole:
-            x = combine(x, selection, self.size)
+            x, self.size = combine(x, selection, self.size)
             if selection.target is None:
                 column = torch.full((x.shape[0], n + 1), -1, device=x.device)
                 where = torch.where(selection.kept >= 0, selection.kept, n)
@@ -129,7 +155,6 @@ class Run:
             else:
                 column = selection.target
             self.index = gather(self.index + 1, selection.kept) - 1
-            self.size = absorbed(self.size, selection)
             if selection.layout is not None:
                 x = gather(x, selection.layout)
                 self.index, self.size = self.index.gather(1, selection.layout), self.size.gather(1, selection.layout)
@@ -140,20 +165,14 @@ class Run:
         self.note(cut, before)
         return x
 
-    def note(self, cut: PlannedCut, before: list[int]) -> None:
-        """Writes the present state down as the outcome of ``cut``."""
-        kept, assignment = [], []
-        for row, slot, valid in zip(self.index, self.slot, self.valid, strict=True):
-            order = torch.where(valid, row, self.tokens).argsort(stable=True)
-            kept.append(row[order[: int(valid.sum())]].cpu())
-            rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-            assignment.append(torch.where(slot >= 0, rank[slot.clamp_min(0)], -1).cpu())
-        self.records.append(Record(cut.site, cut.stage, before, [len(k) for k in kept], kept, assignment if self.merges else None))
+    def note(self, cut: PlannedCut, before: Tensor) -> None:
+        """Keeps the present state, and the index ``before``, as the outcome of ``cut``."""
+        self.notes.append(partial(_record, cut.site, cut.stage, self.tokens, before, self.index, self.slot, self.merges))
 
     def weights(self) -> Tensor | None:
         """``[G, n]``, ``None`` while all are 1: how often each running token counts in a mean. Every original token that is still represented counts once
         (ToMe, arXiv 2210.09461, MAE pooling: sum of size times token over N), padding does not."""
-        if not self.merges and bool(self.valid.all()):
+        if not self.merges and self.whole:
             return None
         return (self.size if self.merges else torch.ones_like(self.size)) * self.valid
 
@@ -163,6 +182,16 @@ class Run:
             assert self.raster is not None
             self.rotary = (table, self.index, rotary_rows(table, self.raster.gather(1, self.index.clamp_min(0))))
         return self.rotary[2]
+
+
+def _record(site: str, stage: int, tokens: int, before: Tensor, index: Tensor, slots: Tensor, merges: bool) -> Record:
+    kept, assignment = [], []
+    for row, slot in zip(index.cpu(), slots.cpu(), strict=True):
+        order = torch.where(row >= 0, row, tokens).argsort(stable=True)
+        kept.append(row[order[: int((row >= 0).sum())]])
+        rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        assignment.append(torch.where(slot >= 0, rank[slot.clamp_min(0)], -1))
+    return Record(site, stage, (before >= 0).sum(1).tolist(), [len(k) for k in kept], kept, assignment if merges else None)
 
 
 class TowerEngine:
@@ -201,7 +230,7 @@ class TowerEngine:
             view = run.view(pixels.new_zeros(run.images, run.tokens, 1), cut, grid=self.tower.grid, prefix=0, depth=1, seed=self.seed, sources={})
             selection = cut.select(view)
             if selection is None or selection.kept.shape[1] == run.tokens:
-                run.note(cut, [run.tokens] * run.images)
+                run.note(cut, run.index)
                 continue
             if self.tower.resize is None:
                 raise UnsupportedError("this tower takes images of one size only, so it cannot be given fewer pixels")
@@ -245,7 +274,7 @@ class TowerEngine:
         here, meant = x.shape[1] - self.tower.prefix, run.index.shape[1]
         if here != meant:
             raise UnsupportedError(f"a block got {here} patches where {meant} are left of {run.tokens}; {ONE_SIZE}")
-        run.layer_tokens.append(run.valid.sum(1).tolist())
+        run.counts.append(run.index)
         run.captured["x"] = x
         if self.tower.rope is not None:
             table = kwargs.get(self.tower.rope)  # None: this model has no rotary positions
@@ -266,7 +295,7 @@ class TowerEngine:
         run = self.run
         assert run is not None
         sizes = self.proportional and run.merges
-        if not sizes and bool(run.valid.all()):
+        if not sizes and run.whole:
             return None
         size = run.size.double() if x.dtype == torch.float64 else run.size
         bias = size.clamp_min(1).log() if sizes else torch.zeros_like(size)

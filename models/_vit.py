@@ -88,7 +88,7 @@ class BareVit:
 
         def fill(module: nn.Module, args: tuple, kwargs: dict, x: Tensor) -> Tensor | None:
             run = self._running()
-            if run is None or bool(run.valid.all()):
+            if run is None or run.whole:
                 return None
             return x.masked_fill(~F.pad(run.valid, (self.tower.prefix, 0), value=True)[..., None], -torch.inf)
 

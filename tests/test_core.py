@@ -263,7 +263,8 @@ def test_combine_is_the_weighted_mean():
     x = torch.arange(8.0).reshape(1, 4, 2)
     kept = torch.tensor([[False, True, False, True]])
     selection = merged(kept, torch.tensor([[1, 1, -1, 3]]))
-    out = combine(x, selection, torch.tensor([[3.0, 1.0, 5.0, 2.0]]))
+    out, size = combine(x, selection, torch.tensor([[3.0, 1.0, 5.0, 2.0]]))
+    assert size.tolist() == [[4.0, 2.0]]
     assert torch.allclose(out, torch.tensor([[[(0 * 3 + 2) / 4, (1 * 3 + 3) / 4], [6.0, 7.0]]]))
     assert selection.target.tolist() == [[0, 0, -1, 1]]
 

@@ -157,7 +157,14 @@ def test_a_cache_that_was_cut_back_is_refused(tiny):
     mask = torch.cat([one["attention_mask"], torch.ones(1, 1, dtype=torch.long)], dim=1)
     with torch.no_grad(), vtprune.attach(model, "fastv", keep=3):
         cache = model(**one, use_cache=True).past_key_values
-        cache.layers[4].keys, cache.layers[4].values = cache.layers[4].keys[:, :, :-1], cache.layers[4].values[:, :, :-1]
+        cache.crop(-1)
+        with pytest.raises(UnsupportedError, match="whole mask"):
+            model(input_ids=one["input_ids"][:, -1:], attention_mask=mask, past_key_values=cache)
+        with pytest.raises(UnsupportedError, match="cut back"):
+            model(input_ids=one["input_ids"][:, -1:], past_key_values=cache)
+        cache = model(**one, use_cache=True).past_key_values
+        for layer in cache.layers[2:]:
+            layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
         with pytest.raises(UnsupportedError, match="cut back"):
             model(input_ids=one["input_ids"][:, -1:], attention_mask=mask, past_key_values=cache)
 

@@ -49,6 +49,14 @@ def test_folders_are_no_top_level_packages(folder, tmp_path):
     assert fresh(code, tmp_path, "-I")
 
 
+def test_transformers_takes_no_folder_of_a_checkout_for_a_package():
+    """It looks for a package named ``kernels`` (the hub's), and a Python started in a checkout's root finds ours."""
+    code = "import json; import transformers.activations; import sys; print(json.dumps('vtprune.kernels' in sys.modules))"
+    assert fresh(code, ROOT) is False
+    code = "import json, vtprune.kernels, transformers.activations, kernels; print(json.dumps([n for n in vars(kernels) if n in ('KERNELS', 'match')]))"
+    assert fresh(code, ROOT) == []
+
+
 def test_a_checkout_works_without_installation(tmp_path):
     """``-S`` leaves out the .pth files, and with them an editable install; the installed dependencies come back by path, after the checkout."""
     paths = [str(ROOT), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]

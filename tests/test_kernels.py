@@ -145,14 +145,18 @@ def slow_query_scores(q, k, scale, weight, seen, bias, cos, sin, cap):
     return out
 
 
-def slow_flow_scores(query, value, k, v, scale, value_scale, seen, value_seen):
+def slow_flow_scores(query, value, k, v, scale, value_scale, bias, value_seen):
     b, h, n, _ = k.shape
     attention, similarity, strength = (torch.zeros(b, n, dtype=torch.float64) for _ in range(3))
     for image in range(b):
-        for out, vector, rows, factor, mask in ((attention, query, k, scale, seen), (similarity, value, v, value_scale, value_seen)):
-            for head in range(h):
-                logits = [None if mask is not None and not mask[image, j] else float(vector[image, head] @ rows[image, head, j]) * factor for j in range(n)]
-                out[image] += torch.tensor(slow_softmax(logits), dtype=torch.float64) / h
+        for head in range(h):
+            logits: list[float | None] = [float(query[image, head] @ k[image, head, j]) * scale for j in range(n)]
+            if bias is not None:
+                logits = [None if bias[image, j] == -math.inf else s + float(bias[image, j]) for j, s in enumerate(logits)]
+            attention[image] += torch.tensor(slow_softmax(logits), dtype=torch.float64) / h
+            hidden = [value_seen is not None and not value_seen[image, j] for j in range(n)]
+            logits = [None if hidden[j] else float(value[image, head] @ v[image, head, j]) * value_scale for j in range(n)]
+            similarity[image] += torch.tensor(slow_softmax(logits), dtype=torch.float64) / h
         for j in range(n):
             strength[image, j] = sum(abs(sum(float(v[image, head, j, c]) for head in range(h)) / h) for c in range(v.shape[3]))
     return attention, similarity, strength
@@ -351,7 +355,7 @@ def test_bad_calls_say_what_is_wrong():
     ):
         with pytest.raises(vtprune.VtpruneError, match=words):
             call()
-    with pytest.raises(AttributeError, match="energy"):
+    with pytest.raises(AttributeError, match="enrgy"):
         _ = kernels.enrgy
 
 

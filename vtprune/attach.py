@@ -376,7 +376,7 @@ class Handle:
         samples = len(request.parts)
         tower = [run.records for rows in request.vision or [] for run, _ in rows]
         stages = [self._stage(tower_record(request, i)) for i in range(len(tower[0]) if tower else 0)]
-        stages += [self._stage(by_sample(request, r)) for r in (*request.entry, *request.records)]
+        stages += [self._stage(by_sample(request, r)) for r in (*(request.entry.records if request.entry else ()), *request.records)]
         sizes = [n for parts in request.parts for p in parts for n in p.passes]  # tokens of each pass of the tower
         dense_vision = sum(cost.vision(s, 1, n, [n] * s.vdepth) for n in sizes)
         flops = dense_vision

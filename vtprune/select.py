@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import kernels
 from .types import Selection, TokenView
 
 
@@ -52,33 +53,16 @@ def merged(kept_mask: Tensor, destination: Tensor, weight: Tensor | None = None)
 
 def gather(x: Tensor, kept: Tensor) -> Tensor:
     """Rows ``kept`` ``[B, K]`` (-1: zeros) of ``x`` ``[B, N, ...]``."""
-    index = kept.clamp_min(0).reshape(*kept.shape, *[1] * (x.ndim - 2)).expand(*kept.shape, *x.shape[2:])
-    out = x.gather(1, index)
-    pad = kept < 0
-    return out.masked_fill(pad.reshape(*pad.shape, *[1] * (x.ndim - 2)), 0) if bool(pad.any()) else out
+    return kernels.gather(kept, x)[0]
 
 
-def combine(x: Tensor, selection: Selection, size: Tensor) -> Tensor:
-    """The kept rows of ``x`` ``[B, N, C]``; with a target each is the weighted mean of the tokens it absorbs. ``size`` ``[B, N]`` are the default weights."""
+def combine(x: Tensor, selection: Selection, size: Tensor) -> tuple[Tensor, Tensor]:
+    """The kept rows of ``x`` ``[B, N, C]`` and their sizes ``[B, K]``. With a target each row is the weighted mean of the tokens it absorbs (``size``
+    ``[B, N]`` are the default weights) and sizes add up; pruned tokens vanish."""
     if selection.target is None:
-        return gather(x, selection.kept)
-    weight = (size if selection.weight is None else selection.weight).to(x.dtype)
-    slots = selection.kept.shape[1]
-    used = selection.target >= 0
-    target = torch.where(used, selection.target, slots)  # the extra slot takes what is dropped
-    weight = weight * used
-    total = x.new_zeros(x.shape[0], slots + 1, x.shape[2]).scatter_add_(1, target[..., None].expand_as(x), x * weight[..., None])
-    mass = x.new_zeros(x.shape[0], slots + 1).scatter_add_(1, target, weight)
-    return (total / mass.clamp_min(torch.finfo(x.dtype).tiny)[..., None])[:, :slots]
-
-
-def absorbed(size: Tensor, selection: Selection) -> Tensor:
-    """Sizes ``[B, K]`` after the selection: merged tokens add up, pruned ones vanish."""
-    if selection.target is None:
-        return gather(size, selection.kept)
-    slots = selection.kept.shape[1]
-    target = torch.where(selection.target >= 0, selection.target, slots)
-    return size.new_zeros(size.shape[0], slots + 1).scatter_add_(1, target, size)[:, :slots]
+        rows, sizes = kernels.gather(selection.kept, x, size)
+        return rows, sizes
+    return kernels.merge(x, selection.target, selection.kept.shape[1], weight=selection.weight, size=size)
 
 
 def bands(rows: int, columns: int, keep: int) -> Tensor:
@@ -91,11 +75,7 @@ def bands(rows: int, columns: int, keep: int) -> Tensor:
     count = min(max(round(math.sqrt(keep * rows / columns)), -(-keep // columns)), rows, keep)
     shares = [keep * (b + 1) // count - keep * b // count for b in range(count)]
     first = [sum(shares[:b]) for b in range(count)]
-    cell = torch.empty(rows, columns, dtype=torch.long)
-    for r in range(rows):
-        b = r * count // rows
-        cell[r] = first[b] + torch.arange(columns) * shares[b] // columns
-    return cell.flatten()
+    return torch.tensor([first[b] + c * shares[b] // columns for b in (r * count // rows for r in range(rows)) for c in range(columns)])
 
 
 def subview(view: TokenView, rows: Sequence[int], grid: tuple[int, int], shared: dict[Any, Any]) -> TokenView:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -56,13 +55,6 @@ class Projections:
     scale: float
     prefix: int
     bias: Tensor | None = None  # [B, 1, 1, P + N]
-
-    def row(self, query: Tensor) -> Tensor:
-        """Attention of one query ``[B, H, 1, d]`` over all tokens: ``[B, H, P + N]``."""
-        logits = (query * self.scale) @ self.k.transpose(-1, -2)
-        if self.bias is not None:
-            logits = logits + self.bias
-        return logits.float().softmax(-1)[:, :, 0] if logits.dtype in (torch.float16, torch.bfloat16) else logits.softmax(-1)[:, :, 0]
 
 
 @dataclass(frozen=True)

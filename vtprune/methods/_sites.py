@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from ..select import bands
@@ -23,8 +25,9 @@ def place(name: str, geometry: Geometry, site: str | None) -> str:
     return site
 
 
+@cache
 def cells(rows: int, columns: int, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``kept`` ``[N]`` bool marks each cell's central token, ``destination`` ``[N]`` the central token of every token's cell."""
+    """``kept`` ``[N]`` bool marks each cell's central token, ``destination`` ``[N]`` the central token of every token's cell. Made once: read only."""
     cell = bands(rows, columns, keep)
     at = torch.stack([torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns], 1).double()
     destination = torch.empty(rows * columns, dtype=torch.long)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..select import gather, top
 from ..types import Geometry, Selection, TokenView, UnsupportedError
 from .base import Cut, Method, MethodInfo, choice, option, register
@@ -83,18 +84,17 @@ class FlowCut(Method):
         wide = torch.float32 if t.q.dtype in (torch.float16, torch.bfloat16) else t.q.dtype
         real = torch.cat([view.valid.new_ones(len(view.valid), p), view.valid], dim=1)  # [B, P + N]
         if query == "class":
-            q, v = t.q[:, :, :1], t.v[:, :, :1]
+            q, v = t.q[:, :, 0], t.v[:, :, 0]
         else:
             weight = (real.to(wide) / real.sum(1, keepdim=True))[:, None, :, None].to(t.q.dtype)
-            q, v = (t.q * weight).sum(2, keepdim=True), (t.v * weight).sum(2, keepdim=True)
-        attention = t.row(q).to(wide).mean(1)[:, p:] * view.valid
-        logits = (v @ t.v.transpose(-1, -2))[:, :, 0].to(wide)  # [B, H, P + N]
+            q, v = (t.q * weight).sum(2), (t.v * weight).sum(2)
+        paper = self.semantic == "paper"
         seen = real
-        if self.semantic == "paper":
-            logits = logits * t.scale
+        if paper:
             seen = real.clone()
             seen[:, :p] = False
-        similar = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1).mean(1)[:, p:] * view.valid
-        strength = t.v.to(wide).mean(1)[:, p:].abs().sum(-1)
+        bias = None if t.bias is None else t.bias[:, 0, 0]
+        found = kernels.flow_scores(q, v, t.k, t.v, scale=t.scale, value_scale=t.scale if paper else 1.0, bias=bias, value_seen=seen)
+        attention, similar, strength = (s[:, p:].to(wide) * view.valid for s in found)
         score = attention / attention.sum(1, keepdim=True) + similar / similar.sum(1, keepdim=True)
         return attention, score * strength

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .. import kernels
 from ..select import merged
 from ..types import Geometry, Selection, TokenView, UnsupportedError, VtpruneError
 from .base import Cut, Method, MethodInfo, choice, option, register
@@ -107,32 +107,18 @@ class PiToMe(Method):
         identity = torch.arange(n, device=metric.device).repeat(b, 1)
         if r <= 0:
             return merged(torch.ones_like(identity, dtype=torch.bool), identity)
-        unit = metric / metric.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(metric.dtype).tiny)
-        w = unit @ unit.transpose(1, 2)
-        rank = self._energy(w, margin).argsort(dim=1, descending=True, stable=True)
+        energy = kernels.energy(metric, "elu" if self.energy == "elu" else "jump", margin=margin, alpha=self.alpha)  # self-similarity included: official code
+        rank = energy.argsort(dim=1, descending=True, stable=True)
         if kind == "pitome":
             a, d = rank[:, 0 : 2 * r : 2], rank[:, 1 : 2 * r : 2]  # [B, r] each
-            nearest = _sub(w, a, d).argmax(-1)
-            source, target = a, d.gather(1, nearest)
+            source, target = a, d.gather(1, kernels.match(metric, a, d)[1])
         else:  # PiToMe-BSM: parity of the energy rank, then the r most similar edges
             a, d = rank[:, 0::2], rank[:, 1::2]
-            best, nearest = _sub(w, a, d).max(-1)
+            best, nearest = kernels.match(metric, a, d)
             edge = best.argsort(dim=1, descending=True, stable=True)[:, :r]
             source, target = a.gather(1, edge), d.gather(1, nearest.gather(1, edge))
         kept = torch.ones_like(identity, dtype=torch.bool).scatter(1, source, False)
         return merged(kept, identity.scatter(1, source, target))
-
-    def _energy(self, w: Tensor, margin: float) -> Tensor:
-        """``[B, N]``, self-similarity included (as the official code)."""
-        if self.energy == "elu":
-            return F.elu(w - margin, alpha=self.alpha).mean(-1)
-        return torch.where(w >= margin, w, self.alpha * ((w - margin).exp() - 1)).mean(-1)
-
-
-def _sub(w: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """``w[b, rows[b]][:, columns[b]]``."""
-    picked = w.gather(1, rows[..., None].expand(-1, -1, w.shape[2]))
-    return picked.gather(2, columns[:, None].expand(-1, rows.shape[1], -1))
 
 
 def falling(tokens: int, ratio: float, count: int, extra: Sequence[int] = ()) -> list[int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..select import merged
 from ..types import Geometry, Selection, TokenView, UnsupportedError, VtpruneError
 from .base import Cut, Method, MethodInfo, choice, option, register
@@ -92,8 +93,7 @@ def bipartite(metric: Tensor, view: TokenView, r: int, *, official: bool = False
     r = min(r, len(first) if len(second) else 0)
     if r <= 0:
         return merged(torch.ones_like(identity, dtype=torch.bool), identity)
-    unit = metric / metric.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(metric.dtype).tiny)
-    best, partner = (unit[:, first] @ unit[:, second].transpose(1, 2)).max(-1)  # [B, |A|]
+    best, partner = kernels.match(metric, first, second)  # [B, |A|]
     ranked = best.argsort(dim=1, descending=True, stable=True)
     source, stay = first[ranked[:, :r]], first[ranked[:, r:]]  # [B, r], [B, |A| - r]
     destination = identity.scatter(1, source, second[partner.gather(1, ranked[:, :r])])
