@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..types import VtpruneError
-from .base import KernelInfo, register, run, tokens
+from .base import KernelInfo, register, rows, run, tokens
 
 
 def gather(index: Tensor, *tensors: Tensor, backend: str | None = None) -> tuple[Tensor, ...]:
@@ -23,13 +23,8 @@ def gather(index: Tensor, *tensors: Tensor, backend: str | None = None) -> tuple
 
 
 def reference(index: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    at, pad = index.clamp_min(0), index < 0
-    out = []
-    for t in tensors:
-        extra = [1] * (t.ndim - 2)
-        rows = t.expand(len(index), *t.shape[1:]).gather(1, at.reshape(*at.shape, *extra).expand(*at.shape, *t.shape[2:]))
-        out.append(rows.masked_fill(pad.reshape(*pad.shape, *extra), 0))
-    return out
+    pad = index < 0
+    return [rows(t, index).masked_fill_(pad.reshape(*pad.shape, *[1] * (t.ndim - 2)), 0) for t in tensors]
 
 
 def plain(index: Tensor, tensors: list[Tensor]) -> list[Tensor]:

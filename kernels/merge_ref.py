@@ -37,13 +37,14 @@ def merge(
 
 def reference(x: Tensor, target: Tensor, slots: int, weight: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     y = wide(x)
-    used = target >= 0
-    target = torch.where(used, target, slots)  # the extra slot takes what is dropped
-    weight = weight.to(y.dtype) * used
-    total = y.new_zeros(y.shape[0], slots + 1, y.shape[2]).scatter_add_(1, target[..., None].expand_as(y), y * weight[..., None])
-    mass = y.new_zeros(y.shape[0], slots + 1).scatter_add_(1, target, weight)
-    sizes = size.new_zeros(size.shape[0], slots + 1).scatter_add_(1, target, size)
-    return (total / mass.clamp_min(torch.finfo(y.dtype).tiny)[..., None])[:, :slots].to(x.dtype), sizes[:, :slots]
+    b, _, c = y.shape
+    image = torch.arange(b, device=x.device)[:, None]
+    place = torch.where(target >= 0, target, slots) + image * (slots + 1)  # the extra slot takes what is dropped
+    total = y.new_zeros(b * (slots + 1), c).index_add_(0, place.flatten(), (y * weight.to(y.dtype)[..., None]).flatten(0, 1))
+    mass = y.new_zeros(b * (slots + 1)).index_add_(0, place.flatten(), weight.to(y.dtype).flatten())
+    sizes = size.new_zeros(b * (slots + 1)).index_add_(0, place.flatten(), size.flatten())
+    mean = total / mass.clamp_min(torch.finfo(y.dtype).tiny)[:, None]
+    return mean.view(b, slots + 1, c)[:, :slots].to(x.dtype), sizes.view(b, slots + 1)[:, :slots]
 
 
 def plain(x: Tensor, target: Tensor, slots: int, weight: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:

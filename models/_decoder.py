@@ -391,7 +391,7 @@ class DecoderEngine:
         hidden = output.last_hidden_state
         b, _, c = hidden.shape
         where = torch.where(level.valid, level.rows, length)
-        full = hidden.new_zeros(b, length + 1, c).scatter(1, where[..., None].expand(-1, -1, c), hidden)[:, :length]
+        full = put(hidden.new_zeros(b, length + 1, c), where, hidden)[:, :length]
         if call.labels is not None:
             present = torch.zeros(b, length + 1, dtype=torch.bool, device=hidden.device).scatter_(1, where, True)[:, :length]
             silent = ~present[:, :-1].to(call.labels.device)
@@ -456,7 +456,7 @@ class DecoderEngine:
         order, level = call.done[number]
         x = args[0] if args else kwargs["hidden_states"]
         if order is not None:
-            x = x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
+            x = take(x, order)
         kwargs = {**kwargs, **self._serve_prefill(call, level.on(x.device), number, kwargs, x)}
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
@@ -539,8 +539,7 @@ class DecoderEngine:
         call.request.levels.append(call.level)
         before = call.done.get(number, (None, None))[0]
         call.done[number] = (order if before is None else before.gather(1, order), call.level)
-        order = order.to(x.device)
-        return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
+        return take(x, order.to(x.device))
 
     def _cut(self, call: Call, cut: PlannedCut, number: int, x: Tensor) -> Tensor:
         request = call.request
@@ -610,7 +609,7 @@ class DecoderEngine:
             return torch.where(level.visual[..., None], made, x)
         place = torch.where(level.valid, within(stash.level, level), made.shape[1])
         padded = torch.cat([made, made[:, :1]], dim=1)  # the extra row takes the padding
-        out = padded.scatter(1, place[..., None].expand(-1, -1, x.shape[-1]), x)[:, :-1]
+        out = put(padded, place, x)[:, :-1]
         old = stash.level
         call.level = Level(number, old.rows, old.valid, old.visual, old.shift.clone())
         request.levels.append(call.level)
@@ -652,7 +651,7 @@ class DecoderEngine:
         request.keys_only[number] = alone.valid.sum(1).tolist()
         index = stash.rows.clamp_min(0)
         attention = module.self_attn
-        hidden = module.input_layernorm(made.gather(1, index[..., None].expand(-1, -1, made.shape[-1])))
+        hidden = module.input_layernorm(take(made, index))
         key, value = heads(attention, "k", hidden), heads(attention, "v", hidden)
         cache = kwargs.get("past_key_values")
         if cache is None:
@@ -670,7 +669,6 @@ class DecoderEngine:
         x, alone, rows = stash.hidden, stash.alone, stash.rows
         assert call.request is not None
         call.request.branched[cut.stage] = alone.valid.sum(1).tolist()
-        wide = rows.clamp_min(0)[..., None].expand(-1, -1, x.shape[-1])
 
         def run(layer: Any, hidden: Tensor) -> Tensor:
             kind = self.d.kinds[layer.self_attn.layer_idx]
@@ -686,9 +684,9 @@ class DecoderEngine:
             out = layer(hidden, attention_mask=bias, position_embeddings=tables)
             return out[0] if isinstance(out, tuple) else out
 
-        out = cut.bring_back(x.gather(1, wide), run)
-        place = torch.where(rows >= 0, rows, x.shape[1])[..., None].expand_as(wide)
-        stash.out = torch.cat([x, x[:, :1]], dim=1).scatter(1, place, out)[:, :-1]
+        out = cut.bring_back(take(x, rows.clamp_min(0)), run)
+        place = torch.where(rows >= 0, rows, x.shape[1])
+        stash.out = put(torch.cat([x, x[:, :1]], dim=1), place, out)[:, :-1]
         return stash.out
 
     # ------------------------------------------------------------------------------------------------------------- scores
@@ -776,6 +774,11 @@ def _next(ids: Tensor | None, level: Level) -> Tensor:
     if ids.ndim == 3:
         ids = ids[-3:].amax(0)
     return torch.where(level.valid, ids.expand(b, -1), -1).amax(1) + 1
+
+
+def put(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """``x`` ``[B, T, C]`` with ``values`` ``[B, M, C]`` in its ``rows`` ``[B, M]``."""
+    return x.index_put((torch.arange(len(x), device=x.device)[:, None], rows.to(x.device)), values)
 
 
 def _take_ids(ids: Tensor, rows: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def parts(
             video += moving
             for i, raster in enumerate(rasters):
                 n = raster.tokens
-                if len(places) < at + n or any(k != kinds[at] for k in kinds[at : at + n]):
+                if len(places) < at + n or kinds[at : at + n].count(kinds[at]) < n:
                     raise VtpruneError(f"the prompt's visual tokens are not whole images: the next one has {raster.grid[0]} x {raster.grid[1]} of them")
                 joined = runs and not moving and found and int(found[-1].columns[-1]) == places[at] - 1
                 image += not raster.joins and (moving or (i == 0 and not joined))

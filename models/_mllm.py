@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..ledger import UndoLedger
 from ..types import Geometry, UnsupportedError
 from ._cost import Shapes
-from ._decoder import Decoder, DecoderEngine, Request, sentinel
+from ._decoder import Decoder, DecoderEngine, Request, put, sentinel
 from ._hf_vit import randomise
 from ._layout import Part, Raster, parts
 from ._probe import probe, probe_queries
@@ -257,7 +257,7 @@ class Mllm:
                 return None
             out = sentinel(c, features).expand(g, run.tokens + 1, c)
             where = torch.where(run.valid, run.index, run.tokens)
-            return out.scatter(1, where[..., None].expand(-1, -1, c), features)[:, : run.tokens]
+            return put(out, where, features)[:, : run.tokens]
 
         ledger.after(self.projector, expand)
         return engine

@@ -21,9 +21,8 @@ def heads(attention: Any, name: str, x: Tensor) -> Tensor:
 
 
 def take(table: Tensor, rows: Tensor) -> Tensor:
-    """Rows ``[B, M]`` of a rotary table ``[B or 1, T, d]``."""
-    table = table.to(rows.device).expand(rows.shape[0], -1, -1)
-    return table.gather(1, rows[..., None].expand(-1, -1, table.shape[-1]))
+    """Rows ``[B, M]`` of a table ``[B or 1, T, d]``."""
+    return kernels.gather(rows, table.to(rows.device))[0]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from .ledger import UndoLedger
 from .methods.base import OWN_BUDGETS, Cut, Method, make
 from .recipe import Recipe, Stage, resolve
 from .recipes import RECIPES
-from .select import from_mask, join, merged, subview
+from .select import from_mask, gather, join, merged, subview
 from .types import Geometry, Report, Selection, StageReport, TokenView, UnsupportedError, VtpruneError
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class _Decider:
             real, at = at < mine.shape[1], at.clamp_max(mine.shape[1] - 1)
             small = replace(
                 view,
-                features=view.features.gather(1, at[..., None].expand(-1, -1, view.features.shape[-1])),
+                features=gather(view.features, at),
                 valid=real,
                 index=torch.where(real, view.index.gather(1, at) - start, -1),
                 size=view.size.gather(1, at),

@@ -87,8 +87,7 @@ def bipartite(metric: Tensor, view: TokenView, r: int, *, official: bool = False
     if not bool(view.valid.all()):
         raise UnsupportedError("merging needs the same number of tokens in every image; the stage before it kept different numbers")
     b, n, _ = metric.shape
-    parity = (torch.arange(n, device=metric.device) + view.prefix) % 2
-    first, second = (parity == 0).nonzero()[:, 0], (parity == 1).nonzero()[:, 0]
+    first, second = (torch.arange((view.prefix + side) % 2, n, 2, device=metric.device) for side in (0, 1))
     identity = torch.arange(n, device=metric.device).repeat(b, 1)
     r = min(r, len(first) if len(second) else 0)
     if r <= 0:

@@ -1,0 +1,118 @@
+"""What the engine adds besides a method's own work: it must not grow with the number of layers, and a decoding step that needs nothing must get nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from vtprune.models import _decoder
+from vtprune.models.base import ADAPTERS
+
+import vtprune
+
+READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}  # each makes the host wait for a GPU
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def reads(self) -> int:
+        return sum(self.seen[name] for name in READS)
+
+
+def llava(layers: int) -> tuple[Any, dict[str, Any]]:
+    model, inputs = ADAPTERS.get("llava").tiny["clip-llama"]()
+    config = copy.deepcopy(model.config)
+    config.text_config.num_hidden_layers = layers
+    config.text_config.layer_types = None
+    torch.manual_seed(0)
+    return type(model)(config).eval(), {k: v[:1] for k, v in inputs.items()}
+
+
+def prompt(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Without padding."""
+    real = inputs["attention_mask"][0].bool()
+    return {k: v[:, real] if k in ("input_ids", "attention_mask") else v for k, v in inputs.items()}
+
+
+@torch.no_grad()
+def added(method: str, depth: int, **options: Any) -> tuple[Counter, int, Counter, int]:
+    """Operators that an attachment adds to a prefill and to one decoding step, and how often the host then has to wait."""
+    model, inputs = llava(depth)
+    inputs = prompt(inputs)
+    found = []
+    for attached in (False, True):
+        handle = vtprune.attach(model, method, **options) if attached else None
+        with Operators() as ops:
+            out = model(**inputs, use_cache=True)
+        found.append((ops.seen, ops.reads))
+        mask = torch.cat([inputs["attention_mask"], torch.ones(1, 1, dtype=torch.long)], dim=1)
+        cache = out.past_key_values
+        model(input_ids=torch.tensor([[7]]), attention_mask=mask, past_key_values=cache)
+        mask = torch.cat([mask, mask[:, :1]], dim=1)
+        with Operators() as ops:
+            model(input_ids=torch.tensor([[7]]), attention_mask=mask, past_key_values=cache)
+        found.append((ops.seen, ops.reads))
+        if handle is not None:
+            handle.remove()
+    (dense, dense_reads), (step, step_reads), (pruned, pruned_reads), (pruned_step, pruned_step_reads) = found
+    pruned.subtract(dense)
+    pruned_step.subtract(step)
+    return pruned, pruned_reads - dense_reads, pruned_step, pruned_step_reads - step_reads
+
+
+CUTS = [("random", {"site": "projector"}), ("fastv", {"layer": 2}), ("pyramiddrop", {"layers": (1, 2, 3)}), ("drop-all", {"layer": 2})]
+
+
+@pytest.mark.parametrize("method, options", CUTS)
+def test_nothing_is_done_once_per_layer(method, options):
+    keep = {} if method == "drop-all" else {"keep": 3}
+    few, many = (added(method, depth, **keep, **options) for depth in (6, 12))
+    assert few[1] == many[1], "the host waits more often in a deeper model"
+    assert sum(few[0].values()) == sum(many[0].values()), "a deeper model runs more operators of ours"
+    assert sum(many[2].values()) == sum(few[2].values()) <= 12 and many[3] <= 1, many[2]
+
+
+def test_masks_and_tables_are_made_once_per_stage(monkeypatch):
+    model, inputs = llava(12)
+    made = []
+    stock = _decoder.prefill_mask
+    monkeypatch.setattr(_decoder, "prefill_mask", lambda own, level, *rest: made.append(level.width) or stock(own, level, *rest))
+    with torch.no_grad(), vtprune.attach(model, "pyramiddrop", keep=3, layers=(2, 5, 8)):
+        model(**prompt(inputs))
+    assert len(made) == 3 == len(set(made))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_decoding_serves_only_layers_that_need_it(attention, monkeypatch):
+    """Under sdpa one new token that sees everything needs no mask; under eager attention, and with samples of unequal length, pruned layers do."""
+    model, inputs = ADAPTERS.get("llava").tiny["clip-llama"]()
+    model.set_attn_implementation(attention)
+    served: list[int] = []
+    stock = _decoder.DecoderEngine._serve_decode
+
+    def serve(self, call, level, number, kwargs, x):
+        served.append(number)
+        return stock(self, call, level, number, kwargs, x)
+
+    monkeypatch.setattr(_decoder.DecoderEngine, "_serve_decode", serve)
+    layers = model.config.text_config.num_hidden_layers
+    for one in (True, False):
+        given = prompt({k: v[:1] for k, v in inputs.items()}) if one else inputs
+        served.clear()
+        with torch.no_grad(), vtprune.attach(model, "fastv", keep=3, layer=2):
+            model.generate(**given, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+        assert served == ([] if one and attention == "sdpa" else list(range(2, layers)))
