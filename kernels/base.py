@@ -86,7 +86,11 @@ def run(name: str, backend: str | None, *arguments: Any) -> Any:
         return info.reference(*arguments)
     why = _not_triton(tensors)
     if why is None:
-        return info.triton()(*arguments)
+        device = tensors[0].device
+        if device.type != "cuda" or torch.compiler.is_compiling():
+            return info.triton()(*arguments)
+        with torch.cuda.device(device):  # Triton launches on the current device, which need not be the layer's
+            return info.triton()(*arguments)
     if wanted == "triton":
         raise VtpruneError(f"{name}: backend='triton' cannot run here: {why}; use backend='reference' or none")
     return info.reference(*arguments)
