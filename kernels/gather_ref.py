@@ -23,12 +23,10 @@ def gather(index: Tensor, *tensors: Tensor, backend: str | None = None) -> tuple
 
 
 def reference(index: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    at, pad = index.clamp_min(0), index < 0
-    out = []
-    for t in tensors:
-        extra = [1] * (t.ndim - 2)
-        rows = t.expand(len(index), *t.shape[1:]).gather(1, at.reshape(*at.shape, *extra).expand(*at.shape, *t.shape[2:]))
-        out.append(rows.masked_fill(pad.reshape(*pad.shape, *extra), 0))
+    pad, image = index < 0, torch.arange(len(index), device=index.device)[:, None]
+    out = [t[image if len(t) > 1 else 0, index] for t in tensors]  # at -1 the last row, which goes
+    for t in out:
+        t[pad] = 0
     return out
 
 
