@@ -1,4 +1,4 @@
-# make quickstart | test | test-all | test-oldest | lint | support | wheel | clean     PYTHON=python3.11 make ... chooses the interpreter of .venv
+# make quickstart | test | test-all | test-oldest | lint | support | bench-kernels | wheel | clean     PYTHON=python3.11 make ... chooses the interpreter of .venv
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -10,7 +10,7 @@ JOBS := -n auto --maxprocesses 4
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help .venv quickstart test test-all test-oldest support lint style typecheck wheel clean
+.PHONY: help .venv quickstart test test-all test-oldest support bench-kernels lint style typecheck wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -46,6 +46,10 @@ test-oldest: .venv-oldest/.installed
 # The table of methods and families in docs/support.md and README.md.
 support: .venv
 	@$(BIN)/python -m vtprune.support
+
+# The kernels' times and memory, in benchmarks/results/kernels-<device>.*; refused where their tests fail. BENCH=--cpu-time on a CPU that others use as well.
+bench-kernels: .venv
+	$(BIN)/python benchmarks/kernels.py --save $(BENCH)
 
 lint: style typecheck
 

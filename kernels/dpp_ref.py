@@ -46,24 +46,23 @@ def reference(x: Tensor, keep: int, relevance: Tensor | None, valid: Tensor | No
     u = u * r[..., None]
     gram = torch.bmm(u, u.transpose(1, 2)) if n <= min(c, GRAM) else None
     real = torch.full((b,), n, device=x.device) if valid is None else valid.sum(1)
-    closed = torch.zeros(b, n, dtype=torch.bool, device=x.device) if valid is None else valid.logical_not()  # chosen, or no token
     gain, floor = r.square(), LEAST * r.square()  # d^2 of every token, and what counts as none
-    last = r.square() - 2 * r.square().amax(1, keepdim=True) - 1  # ranks tokens without a gain behind all others, by relevance
+    last = gain - 2 * gain.amax(1, keepdim=True) - 1  # ranks tokens without a gain behind all others, by relevance
+    if valid is not None:
+        gain, last = gain.masked_fill(~valid, 0), last.masked_fill(~valid, -torch.inf)
     factor = u.new_zeros(b, min(keep, n), n)  # rows of the Cholesky factor
-    image = torch.arange(b, device=x.device)
+    picks: list[Tensor] = []
     for step in range(min(keep, n)):
-        rank = torch.where(gain > floor, gain, last).masked_fill(closed, -torch.inf)
-        pick = rank.argmax(1)
-        out[:, step] = pick
-        best = gain[image, pick]
-        closed[image, pick] = True
-        line = gram[image, pick] if gram is not None else torch.bmm(u, rows(u, pick[:, None]).transpose(1, 2))[..., 0]
+        best, pick = torch.where(gain > floor, gain, last).max(1, keepdim=True)  # [B, 1]; negative without a gain
+        picks.append(pick)
+        line = gram.gather(1, pick[..., None].expand(b, 1, n)) if gram is not None else torch.bmm(rows(u, pick), u.transpose(1, 2))  # [B, 1, N]
         known = factor[:, :step]
-        line = line - torch.bmm(known[image, :, pick][:, None], known)[:, 0]
-        useful = best > floor[image, pick]
-        line = torch.where(useful[:, None], line / best.clamp_min(torch.finfo(line.dtype).tiny).sqrt()[:, None], 0)
+        line = torch.baddbmm(line, known.gather(2, pick[:, None].expand(b, step, 1)).transpose(1, 2), known, alpha=-1)[:, 0]
+        line = line.mul_(torch.where(best > 0, best.rsqrt(), 0))
         factor[:, step] = line
-        gain = gain - line.square()
+        gain = gain.addcmul_(line, line, value=-1).scatter_(1, pick, 0)
+        last = last.scatter_(1, pick, -torch.inf)  # chosen
+    out[:, : len(picks)] = torch.cat(picks, 1)
     return torch.where(torch.arange(keep, device=x.device) < real[:, None], out, -1)
 
 

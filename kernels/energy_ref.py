@@ -58,11 +58,12 @@ def reference(x: Tensor, function: str, margin: float, alpha: float, nearest: in
     out, t = u.new_empty(b, n), u.transpose(1, 2)
     real = torch.ones(b, n, dtype=torch.bool, device=x.device) if valid is None else valid
     others = real.sum(1, keepdim=True) - (0 if itself else real.int())  # [B, 1 or N]
-    whole = valid is None and itself
-    for i in range(0, n, step := max(1, CHUNK // (b * n))):
-        s = torch.bmm(u[:, i : i + step], t)  # [B, step, N]
+    tile = u.new_empty(b * n * (step := max(1, min(n, CHUNK // max(b * n, 1)))))  # one for all turns
+    for i in range(0, n, step):
+        part = u[:, i : i + step]
+        s = torch.bmm(part, t, out=tile[: b * n * part.shape[1]].view(b, part.shape[1], n))  # [B, step, N]
         skip = None
-        if not whole:
+        if valid is not None or not itself:
             skip = (~real[:, None]).expand_as(s).clone()
             if not itself:
                 skip.diagonal(i, 1, 2).fill_(True)

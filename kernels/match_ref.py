@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .base import CHUNK, KernelInfo, check, per_image, register, rows, run, tokens, unit, wide
+
+BLOCK = 32  # targets whose maximum is taken without its index: on a CPU a search for the index takes five times as long
 
 
 def match(
@@ -16,8 +19,8 @@ def match(
 
     Args:
         x: tokens ``[B, N, C]``.
-        sources: positions in x, ``[M]`` or ``[B, M]``; -1 is padding.
-        targets: positions in x, ``[K]`` or ``[B, K]``; -1 is padding.
+        sources: positions in x, ``[M]`` for all images or ``[B, M]``, where -1 is padding.
+        targets: likewise, ``[K]`` or ``[B, K]``.
         protected: ``[B, N]`` bool, tokens that neither merge nor absorb.
         penalty: ``[B, K]`` subtracted from the similarity with each target.
         backend: ``"triton"``, ``"reference"`` or ``None``: by device.
@@ -31,29 +34,45 @@ def match(
     """
     b, n, _ = x.shape if x.ndim == 3 else (0, 0, 0)
     check("match", x, protected=(protected, (b, n)), penalty=(penalty, (b, targets.shape[-1])))
-    return run("match", backend, x, per_image(sources, b), per_image(targets, b), protected, penalty)
+    padded = sources.ndim > 1 or targets.ndim > 1  # positions that all images share have none
+    return run("match", backend, x, per_image(sources, b), per_image(targets, b), protected, penalty, padded)
 
 
 @torch.no_grad()
-def reference(x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | None, penalty: Tensor | None) -> tuple[Tensor, Tensor]:
-    u = unit(x)
-    a, t = rows(u, sources), rows(u, targets).transpose(1, 2)  # [B, M, C], [B, C, K]
-    b, m, k = len(x), a.shape[1], t.shape[2]
-    out, closed = sources < 0, targets < 0
-    if protected is not None:
-        out = out | protected.gather(1, sources.clamp_min(0))
-        closed = closed | protected.gather(1, targets.clamp_min(0))
-    offset = torch.zeros(b, k, dtype=a.dtype, device=a.device) if penalty is None else -penalty.to(a.dtype)
-    offset = offset.masked_fill(closed, -torch.inf)[:, None]
-    score, index = a.new_full((b, m), -torch.inf), torch.full((b, m), -1, device=a.device)
-    if k and m:
-        for i in range(0, m, step := max(1, CHUNK // (b * k))):
-            score[:, i : i + step], index[:, i : i + step] = torch.baddbmm(offset, a[:, i : i + step], t).max(-1)
-        out = out | (score == -torch.inf)
-    return score.masked_fill_(out, -torch.inf), index.masked_fill_(out, -1)
+def reference(x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | None, penalty: Tensor | None, padded: bool) -> tuple[Tensor, Tensor]:
+    b, m, k = len(x), sources.shape[1], targets.shape[1]
+    if not b * m * k:
+        return wide(x).new_full((b, m), -torch.inf), torch.full((b, m), -1, device=x.device)
+    index, image = torch.cat([sources, targets], 1), torch.arange(b, device=x.device)[:, None]
+    if short := -k % BLOCK:
+        index, penalty, k = F.pad(index, (0, short), value=-1), None if penalty is None else F.pad(penalty, (0, short)), k + short
+    u = unit(x.flatten(0, 1).index_select(0, (index.clamp_min(0) + x.shape[1] * image).flatten())).view(b, m + k, -1)
+    a, t = u[:, :m], u[:, m:].transpose(1, 2)  # [B, M, C], [B, C, K]
+    step = max(1, CHUNK // (b * k))
+    if not (padded or short) and protected is None and penalty is None:
+        return _joined([_best(torch.bmm(a[:, i : i + step], t)) for i in range(0, m, step)])
+    closed = index < 0 if protected is None else (index < 0) | protected.gather(1, index.clamp_min(0))
+    offset = u.new_zeros(b, k) if penalty is None else -penalty.to(u.dtype)
+    offset = offset.masked_fill_(closed[:, m:], -torch.inf)[:, None]
+    score, best = _joined([_best(torch.baddbmm(offset, a[:, i : i + step], t)) for i in range(0, m, step)])
+    score.masked_fill_(closed[:, :m], -torch.inf)
+    return score, best.masked_fill_(score == -torch.inf, -1)
 
 
-def plain(x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | None, penalty: Tensor | None) -> tuple[Tensor, Tensor]:
+def _joined(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return found[0] if len(found) == 1 else (torch.cat([s for s, _ in found], 1), torch.cat([i for _, i in found], 1))
+
+
+def _best(s: Tensor) -> tuple[Tensor, Tensor]:
+    """The maximum of every row of ``[B, M, K]`` and the lowest place where it stands."""
+    b, m, _ = s.shape
+    blocks = s.view(b * m, -1, BLOCK)
+    block = blocks.amax(-1).max(-1).indices
+    score, place = blocks[torch.arange(b * m, device=s.device), block].max(-1)
+    return score.view(b, m), (place + BLOCK * block).view(b, m)
+
+
+def plain(x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | None, penalty: Tensor | None, padded: bool) -> tuple[Tensor, Tensor]:
     u = torch.nn.functional.normalize(x, dim=-1)
     s = rows(u, sources) @ rows(u, targets).transpose(1, 2)
     if penalty is not None:
@@ -79,12 +98,12 @@ def example(case: str, n: int, dtype: torch.dtype, generator: torch.Generator) -
         x = torch.randint(2, (b, 1, 64), generator=generator).mul(2).sub(1).to(dtype).expand(-1, n, -1)
     if case == "strided":
         x = torch.stack([x, x + 1], -1)[..., 0].transpose(0, 1).contiguous().transpose(0, 1)
-    return x, per_image(sources, b), per_image(targets, b), protected, penalty
+    return x, per_image(sources, b), per_image(targets, b), protected, penalty, sources.ndim > 1
 
 
 def close(arguments: tuple, got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
     """Same scores; the chosen targets need the same score, computed here once more."""
-    x, sources, targets, _, penalty = arguments
+    x, sources, targets, _, penalty, _ = arguments
     torch.testing.assert_close(got[0], want[0].to(got[0].dtype), atol=1e-5, rtol=0)
     assert torch.equal(got[1] >= 0, want[1] >= 0) and bool((got[1] < targets.shape[1]).all())
     if not targets.shape[1]:
@@ -100,7 +119,7 @@ def close(arguments: tuple, got: tuple[Tensor, Tensor], want: tuple[Tensor, Tens
 
 
 def work(arguments: tuple) -> tuple[int, int]:
-    x, sources, targets, _, _ = arguments
+    x, sources, targets = arguments[:3]
     b, m, k, c = len(x), sources.shape[1], targets.shape[1], x.shape[2]
     return b * ((m + k) * c * x.element_size() + m * 12), 2 * b * m * k * c
 

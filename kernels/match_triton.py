@@ -47,7 +47,7 @@ def _match(
 
 
 @op("match")
-def match(x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | None, penalty: Tensor | None) -> tuple[Tensor, Tensor]:
+def match(x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | None, penalty: Tensor | None, padded: bool) -> tuple[Tensor, Tensor]:
     b, n, c = x.shape
     sources, targets = sources.contiguous(), targets.contiguous()
     m, k = sources.shape[1], targets.shape[1]

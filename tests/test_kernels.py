@@ -84,7 +84,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(a @ b) / length if length else 0.0
 
 
-def slow_match(x, sources, targets, protected, penalty):
+def slow_match(x, sources, targets, protected, penalty, padded):
     score, index = torch.full(sources.shape, -torch.inf, dtype=torch.float64), torch.full(sources.shape, -1)
     for b in range(len(x)):
         for m, i in enumerate(sources[b].tolist()):
