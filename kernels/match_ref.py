@@ -46,21 +46,30 @@ def reference(x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | N
     index, image = torch.cat([sources, targets], 1), torch.arange(b, device=x.device)[:, None]
     if short := -k % BLOCK:
         index, penalty, k = F.pad(index, (0, short), value=-1), None if penalty is None else F.pad(penalty, (0, short)), k + short
-    u = unit(x.flatten(0, 1).index_select(0, (index.clamp_min(0) + x.shape[1] * image).flatten())).view(b, m + k, -1)
-    a, t = u[:, :m], u[:, m:].transpose(1, 2)  # [B, M, C], [B, C, K]
-    step = max(1, CHUNK // (b * k))
-    if not (padded or short) and protected is None and penalty is None:
-        return _joined([_best(torch.bmm(a[:, i : i + step], t)) for i in range(0, m, step)])
-    closed = index < 0 if protected is None else (index < 0) | protected.gather(1, index.clamp_min(0))
-    offset = u.new_zeros(b, k) if penalty is None else -penalty.to(u.dtype)
-    offset = offset.masked_fill_(closed[:, m:], -torch.inf)[:, None]
-    score, best = _joined([_best(torch.baddbmm(offset, a[:, i : i + step], t)) for i in range(0, m, step)])
-    score.masked_fill_(closed[:, :m], -torch.inf)
+    free = not (padded or short) and protected is None  # every position is a token that may merge
+    at = (index if free else index.clamp_min(0)) + x.shape[1] * image
+    both = wide(x.flatten(0, 1).index_select(0, at.flatten())).view(b, m + k, -1)
+    a, t = both[:, :m], both[:, m:].transpose(1, 2)  # [B, M, C], [B, C, K]
+    inverse = both.norm(dim=-1).clamp_min(torch.finfo(both.dtype).tiny).reciprocal()  # products are divided by the lengths, not tokens: less to write
+    length, scale = inverse[:, :m], inverse[:, None, m:]
+    closed = offset = None
+    if not free:
+        closed = index < 0 if protected is None else (index < 0) | protected.gather(1, index.clamp_min(0))
+        offset = inverse.new_zeros(b, k).masked_fill_(closed[:, m:], -torch.inf)[:, None]
+    if penalty is not None:
+        offset = -penalty.to(both.dtype)[:, None] if offset is None else offset - penalty.to(both.dtype)[:, None]
+    found = []
+    for i in range(0, m, step := max(1, CHUNK // (b * k))):
+        s = torch.bmm(a[:, i : i + step], t).mul_(scale)
+        if offset is not None:
+            s = s.mul_(length[:, i : i + step, None]).add_(offset)
+        found.append(_best(s))
+    score, best = (torch.cat(parts, 1) if len(found) > 1 else parts[0] for parts in zip(*found, strict=True))
+    score = score * length if offset is None else score
+    if closed is None:
+        return score, best
+    score = score.masked_fill(closed[:, :m], -torch.inf)
     return score, best.masked_fill_(score == -torch.inf, -1)
-
-
-def _joined(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return found[0] if len(found) == 1 else (torch.cat([s for s, _ in found], 1), torch.cat([i for _, i in found], 1))
 
 
 def _best(s: Tensor) -> tuple[Tensor, Tensor]:
