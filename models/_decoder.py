@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .. import kernels
 from ..ledger import MARK, UndoLedger, mark
 from ..select import combine
 from ..types import TokenView, UnsupportedError, VtpruneError
@@ -365,6 +366,8 @@ class DecoderEngine:
         call.tail = mask[:, request.length :].bool() if two else torch.ones(b, new, dtype=torch.bool, device=embeds.device)
         # One new token that sees all its layer has cached needs no mask, and under sdpa the model makes none.
         easy = q == 1 and self.positions == "original" and backend(self.d.lm.config) == "sdpa" and not getattr(call.cache, "is_compileable", False)
+        made = kwargs.get("attention_mask")  # some families make their masks before the stack
+        easy = easy and not (isinstance(made, dict) and any(m is not None for m in made.values()))
         easy = easy and (mask is None or (two and bool((mask if base.dense else call.tail).all())))
         call.serve = request.uneven if easy else request.pruned
         ids = kwargs.get("position_ids")
@@ -489,8 +492,9 @@ class DecoderEngine:
             ids = self._compact(level, full.to(x.device).expand(len(level.rows), -1).gather(1, level.rows))
             rope = self.d.rotary(x, ids, self.d.kinds[number])
         else:
-            rope = tuple(take(t, level.rows) for t in rope)
-            ids = None if ids is None else _take_ids(ids, level.rows)
+            given = [t.to(level.rows.device) for t in (*rope, *(() if ids is None else (ids,)))]
+            cos, sin, *more = kernels.gather(level.rows, *given)
+            rope, ids = (cos, sin), more[0] if more else None
         out = {"position_embeddings": rope, "position_ids": ids}
         cached = self._columns(call, number, x.shape[1])[0]
         sliding, how = self.d.window_of(number) is not None, backend(self.d.lm.config)
@@ -642,7 +646,7 @@ class DecoderEngine:
                 old = self._serve_prefill(call, stash.level, number, kwargs, stash.hidden)
                 here = within(stash.level, level)
                 serving["position_embeddings"] = tuple(take(t, here) for t in old["position_embeddings"])
-                serving["position_ids"] = _take_ids(old["position_ids"], here) if old.get("position_ids") is not None else None
+                serving["position_ids"] = take(old["position_ids"], here) if old.get("position_ids") is not None else None
                 tables = tuple(take(t, stash.rows.clamp_min(0)) for t in old["position_embeddings"])
                 keys.shift = stash.level.shift.clone()
             stash.joined = keys, serving
@@ -779,8 +783,3 @@ def _next(ids: Tensor | None, level: Level) -> Tensor:
 def put(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     """``x`` ``[B, T, C]`` with ``values`` ``[B, M, C]`` in its ``rows`` ``[B, M]``."""
     return x.index_put((torch.arange(len(x), device=x.device)[:, None], rows.to(x.device)), values)
-
-
-def _take_ids(ids: Tensor, rows: Tensor) -> Tensor:
-    """Columns ``rows`` ``[B, M]`` of position ids ``[B or 1, T]``."""
-    return ids.to(rows.device).expand(len(rows), -1).gather(1, rows)

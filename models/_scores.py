@@ -21,7 +21,7 @@ def heads(attention: Any, name: str, x: Tensor) -> Tensor:
 
 
 def take(table: Tensor, rows: Tensor) -> Tensor:
-    """Rows ``[B, M]`` of a table ``[B or 1, T, d]``."""
+    """Rows ``[B, M]`` of a table ``[B or 1, T, ...]``."""
     return kernels.gather(rows, table.to(rows.device))[0]
 
 

@@ -110,6 +110,19 @@ def test_only_triton_kernels_import_triton():
     assert offending_imports(paths, "triton") == []
 
 
+def multiplies_matrices(node: ast.AST) -> bool:
+    match node:
+        case ast.BinOp(op=ast.MatMult()) | ast.AugAssign(op=ast.MatMult()):
+            return True
+        case ast.Call(func=ast.Attribute(attr=name) | ast.Name(id=name)):
+            return name in ("matmul", "bmm", "mm", "einsum", "baddbmm", "cdist", "cosine_similarity", "scaled_dot_product_attention")
+    return False
+
+
+def test_methods_compare_tokens_through_kernels_alone():
+    assert [at(path, node) for path in sources("vtprune/methods") for node in nodes(path) if multiplies_matrices(node)] == []
+
+
 def texts() -> Iterator[tuple[Path, str]]:
     """Every text file of the checkout, without what .gitignore names as folders and without hidden folders other than .ci."""
     ignored = [line.strip().strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines() if line.strip().endswith("/")]
@@ -162,6 +175,9 @@ print(self.__class__)
 try: pass
 except BaseException: undo(); raise
 '''
+    assert (
+        sum(map(multiplies_matrices, ast.walk(ast.parse("a @ b; torch.bmm(a, b); a.matmul(b); a * b; @decorated\ndef f(): pass".replace("; @", "\n@"))))) == 3
+    )
     found = {name: list(ast.walk(ast.parse(text))) for name, text in (("bad", bad), ("good", good))}
     assert sum(map(changes_foreign_objects, found["bad"])) == 4
     assert sum(map(swallows_everything, found["bad"])) == 4

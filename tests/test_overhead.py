@@ -13,6 +13,7 @@ from vtprune.models import _decoder
 from vtprune.models.base import ADAPTERS
 
 import vtprune
+from vtprune.attach import bind
 
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}  # each makes the host wait for a GPU
 
@@ -116,3 +117,36 @@ def test_decoding_serves_only_layers_that_need_it(attention, monkeypatch):
         with torch.no_grad(), vtprune.attach(model, "fastv", keep=3, layer=2):
             model.generate(**given, max_new_tokens=2, min_new_tokens=2, do_sample=False)
         assert served == ([] if one and attention == "sdpa" else list(range(2, layers)))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("method, options", [("random", {"site": "projector"}), ("fastv", {"layer": 2})])
+@pytest.mark.parametrize("family, variant", [("llava", "clip-llama"), ("gemma3", "sliding"), ("paligemma", "gemma")])
+def test_samples_that_pruning_makes_equally_long_decode_as_alone(family, variant, method, options, attention):
+    """Two images with little text and one image with more: padded in the dense model, but not behind the cut, where no mask is needed any more."""
+    model, stock = ADAPTERS.get(family).tiny[variant]()
+    model.set_attn_implementation(attention)
+    n, keep = bind(model).geometry.tokens, 3
+    placeholder = int(stock["input_ids"][bind(model).visual(stock["input_ids"])][0])
+    words = [i for i in stock["input_ids"].unique().tolist() if i != placeholder and i > 3]
+    image, text = [placeholder] * n, (words * 9)[:9]
+    rows = [[*text[:2], *image, *text[2:4], *image, *text[4:6]], [*text[:2], *image, *text[2:6], *text[6 : 6 + keep]]]
+    pixels = torch.cat([stock["pixel_values"]] * 3)[:3]
+
+    def inputs(chosen: list[list[int]], images: torch.Tensor) -> dict[str, torch.Tensor]:
+        width = max(map(len, chosen))
+        ids = torch.tensor([[0] * (width - len(r)) + r for r in chosen])
+        real = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in chosen])
+        types = {"token_type_ids": (ids == placeholder).long()} if "token_type_ids" in stock else {}
+        return {"input_ids": ids, "attention_mask": real, "pixel_values": images, **types}
+
+    def answers(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        out = model.generate(**given, max_new_tokens=4, min_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        return torch.stack(out.logits, 1)
+
+    with torch.no_grad(), vtprune.attach(model, method, keep=keep, **options) as handle:
+        both = answers(inputs(rows, pixels))
+        assert handle.report().layer_tokens[0][-1] == 2 * keep and handle.report().layer_tokens[1][-1] == keep
+        handle.reseed(0)
+        alone = answers(inputs(rows[:1], pixels[:2]))
+        assert torch.allclose(both[:1], alone, atol=1e-4 * float(alone.abs().max()))
