@@ -7,8 +7,9 @@ Plain hooks then cut the sequence to these numbers by ``x[:, :n]``, with rotary 
 arrive: no scores, no indices, no gathering, no books. It runs no attention bias either, so ToMe's proportional attention counts as overhead. DPVR-LF's limit
 has its side branch, and one concatenation where the rows come back.
 
-Dense, limit and pruned are three module trees over the same weights and take turns; an overhead is the median over rounds of pruned / limit within one round.
-The limit runs twice in a round: its second time over its first tells the noise.
+Limit and pruned are module trees over the same weights and take turns: limit, pruned, limit. An overhead is the median over rounds of the pruned run's time
+over the mean of the two limits'; the second limit over the first tells the noise. On a busy machine that noise is larger than what is measured, so the time
+spent inside the library's own hooks and decisions is given as well.
 Decoding compares the pruned cache with the unpatched model over a cache of the same lengths, in turns of a few steps. The model is random: times do not depend
 on what it says, except that FlowCut chooses its own numbers on the way to ``keep``.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import statistics
 import sys
@@ -26,12 +28,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from vtprune.models._decoder import DecoderEngine
+from vtprune.models._tower import TowerEngine
 
 import vtprune
 from vtprune.bench import environment
+from vtprune.ledger import UndoLedger
 from vtprune.methods.base import METHODS
 
 WARMUP = 2  # rounds that are thrown away
@@ -152,6 +158,43 @@ def recorded(model: Any, branch: list[nn.Module]) -> Iterator[Work]:
             hook.remove()
 
 
+@dataclass
+class Watch:
+    """``seconds`` spent in the library's own code; ``depth`` of nested calls of it."""
+
+    seconds: float = 0.0
+    depth: int = 0
+
+    def timed(self, function: Callable[..., Any], sign: int = 1) -> Callable[..., Any]:
+        """``sign=-1``: what does not count although it is called from what does."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start, counts = time.perf_counter(), sign < 0 or self.depth == 0
+            self.depth += sign > 0
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.depth -= sign > 0
+                self.seconds += sign * counts * (time.perf_counter() - start)
+
+        return call
+
+
+@contextmanager
+def stopwatch() -> Iterator[Watch]:
+    """Times every hook that an attachment made inside the block installs, and decisions inside a tower's blocks; a side branch is no overhead."""
+    watch = Watch()
+    before, after = UndoLedger.before, UndoLedger.after
+    with (
+        mock.patch.object(UndoLedger, "before", lambda self, module, hook, **k: before(self, module, watch.timed(hook), **k)),
+        mock.patch.object(UndoLedger, "after", lambda self, module, hook, **k: after(self, module, watch.timed(hook), **k)),
+        mock.patch.object(TowerEngine, "_decide", watch.timed(TowerEngine._decide)),
+        mock.patch.object(DecoderEngine, "_branch", watch.timed(DecoderEngine._branch, -1)),
+    ):
+        yield watch
+
+
 def limit(model: Any, inputs: dict[str, Any], work: Work) -> dict[str, Any]:
     """Makes ``model`` do exactly ``work`` and answers with the inputs for it: a prompt with as many placeholders as features arrive."""
     core, first = model.model, work.layers[0]
@@ -254,7 +297,7 @@ def rounds(calls: dict[str, Callable[[], Any]], repeats: int, device: torch.devi
     """Milliseconds of each call, in turns; every second round runs backwards."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for r in range(WARMUP + repeats):
-        for name in sorted(calls, reverse=r % 2 == 1):
+        for name in list(calls)[:: -1 if r % 2 else 1]:
             ms = clock(calls[name], device)
             if r >= WARMUP:
                 times[name].append(ms)
@@ -275,9 +318,16 @@ def prefills(model: Any, inputs: dict[str, Any], method: str, keep: int | float,
             prefill(bare, short)
         assert done.counts == work.counts, f"{method}: the limit did {done.counts}, the pruned run {work.counts}"
         assert [n + TEXT for n in report.layer_tokens[0]] == work.layers, f"{method}: the report says {report.layer_tokens}, the layers saw {work.layers}"
-        calls = {"dense": lambda: prefill(model, inputs), "limit": lambda: prefill(bare, short), "pruned": lambda: prefill(pruned, inputs)}
-        calls["again"] = calls["limit"]  # the noise: the limit over itself
-        times = rounds(calls, repeats, inputs["input_ids"].device)
+        device, least = inputs["input_ids"].device, lambda: prefill(bare, short)
+        # The limit before and behind the pruned run: their mean is what it is compared with, their ratio the noise. Dense runs are apart: they disturb.
+        times = rounds({"limit": least, "pruned": lambda: prefill(pruned, inputs), "again": least}, repeats, device)
+        times |= rounds({"dense": lambda: prefill(model, inputs)}, 3, device)
+    own = []
+    with stopwatch() as watch, vtprune.attach(twin(model), method, **budget) as handle:
+        for _ in range(WARMUP + 3):
+            watch.seconds = 0.0
+            prefill(handle._model, inputs)
+            own.append(1000 * watch.seconds)
     return {
         "method": method,
         "site": report.stages[0].site.partition(".")[0],
@@ -285,9 +335,10 @@ def prefills(model: Any, inputs: dict[str, Any], method: str, keep: int | float,
         "tower_tokens": sum(work.blocks) / len(work.blocks) - 1,
         "effective_tokens": report.effective_tokens,
         **{f"{name}_ms": statistics.median(times[name]) for name in ("dense", "limit", "pruned")},
-        "overhead": spread([p / n for p, n in zip(times["pruned"], times["limit"], strict=True)]),
+        "overhead": spread([2 * p / (n + a) for p, n, a in zip(times["pruned"], times["limit"], times["again"], strict=True)]),
         "noise": spread([a / n for a, n in zip(times["again"], times["limit"], strict=True)]),
-        "of_dense": spread([p / d for p, d in zip(times["pruned"], times["dense"], strict=True)]),
+        "of_dense": statistics.median(times["pruned"]) / statistics.median(times["dense"]),
+        "own_ms": statistics.median(own[WARMUP:]),
         "times_ms": times,
     }
 
@@ -390,12 +441,29 @@ def markdown(result: dict[str, Any]) -> str:
         text = ["| " + " | ".join(c) + " |" for c in cells]
         return ["", text[0], "|---" + "|--:" * (len(heads) - 1) + "|", *text[1:]]
 
-    out += ["", "Prefill: median milliseconds; ratios are medians of those within a round [20th, 80th percentile]; limit / limit is the noise"]
-    heads = ["method", "site", "tower tokens", "LLM tokens", "dense ms", "limit ms", "pruned ms", "pruned / limit", "limit / limit", "pruned / dense"]
+    out += [
+        "",
+        "Prefill: median milliseconds. pruned / limit: the median over rounds of a pruned run over the mean of the limit before and behind it [20th, 80th",
+    ]
+    out += ["percentile]; limit / limit, the one behind over the one before, is the noise; own / limit: the time inside the library's own hooks and decisions"]
+    heads = [
+        "method",
+        "site",
+        "tower tokens",
+        "LLM tokens",
+        "dense ms",
+        "limit ms",
+        "pruned ms",
+        "pruned / limit",
+        "limit / limit",
+        "own / limit",
+        "pruned / dense",
+    ]
 
     def first(r: dict[str, Any]) -> list[str]:
         times = [f"{r[f'{name}_ms']:.1f}" for name in ("dense", "limit", "pruned")]
-        return [r["site"], f"{r['tower_tokens']:.1f}", f"{r['effective_tokens']:.1f}", *times, *(ranged(r[k]) for k in ("overhead", "noise", "of_dense"))]
+        return [r["site"], f"{r['tower_tokens']:.1f}", f"{r['effective_tokens']:.1f}", *times, ranged(r["overhead"]), ranged(r["noise"]),
+            f"{r['own_ms'] / r['limit_ms']:.3f}", f"{r['of_dense']:.2f}"]  # fmt: skip
 
     out += lines("prefill", heads, first)
     if result["decode"]:

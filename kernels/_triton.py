@@ -24,7 +24,7 @@ TILES = [
     ({"BM": 128, "BN": 128, "BC": 64}, 8, 3),
     ({"BM": 128, "BN": 64, "BC": 64}, 4, 4),
 ]
-SIZES = {"BM": 128, "BN": 128, "BC": 256}
+SIZES = {"BM": 256, "BN": 256, "BC": 256}
 
 
 def op(name: str) -> Callable[[Callable], Callable]:

@@ -28,7 +28,7 @@ def similarities(x: Tensor, inverse: Tensor) -> Tensor | None:
     if n > min(c, GRAM):
         return None
     out = empty(x, b, n, n)
-    block, depth = (128, 256) if INTERPRETED else (64, 64)
+    block, depth = (256, 256) if INTERPRETED else (64, 64)
     launch(_gram, (triton.cdiv(n, block), triton.cdiv(n, block), b), x, inverse, out, n, c, *x.stride(), UPCAST=upcast(x), BM=block, BC=depth, sizes={})
     return out
 
