@@ -82,7 +82,7 @@ def arguments(info: KernelInfo, shape: tuple[int, int] | None, batch: int, n: in
     at = torch.arange(n, device=device)
     match info.name:
         case "match":
-            return random(batch, n, width), at[::2].expand(batch, -1), at[1::2].expand(batch, -1), None, None
+            return random(batch, n, width), at[::2].expand(batch, -1), at[1::2].expand(batch, -1), None, None, False
         case "energy":
             return random(batch, n, width), "elu", 0.4, 1.0, 1, None, True
         case "query_scores":
