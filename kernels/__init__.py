@@ -1,5 +1,6 @@
 """Similarity kernels: one op = a plain PyTorch reference (``<op>_ref.py``) and a Triton kernel (``<op>_triton.py``). No op makes a map of all tokens against
-all tokens. Importing this package registers every op file beside it and offers its function; triton is loaded when an op first runs on a GPU."""
+all tokens (maxmin and dpp: unless it is no larger than the tokens themselves). Importing this package registers every op file beside it and offers its
+function; triton is loaded when an op first runs on a GPU."""
 
 from importlib import import_module
 from pkgutil import iter_modules

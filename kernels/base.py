@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class KernelInfo:
     close: Callable[[tuple[Any, ...], Any, Any], None]
     plain: Callable[..., Any]
     work: Callable[[tuple[Any, ...]], tuple[int, int]]
+    differentiable: bool = False  # the reference carries gradients; what only chooses has none to carry
     bench: str = ""  # the case that is timed; default: the first
     loaded: dict[str, Callable[..., Any]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -79,30 +81,39 @@ def run(name: str, backend: str | None, *arguments: Any) -> Any:
     """
     info = KERNELS.get(name)
     wanted = _known(backend) if backend is not None else _forced.get()
-    if wanted == "reference":
-        return info.reference(*arguments)
     tensors = [t for a in arguments for t in (a if isinstance(a, list | tuple) else (a,)) if isinstance(t, Tensor)]
-    if wanted is None and (not tensors or tensors[0].device.type != "cuda"):
-        return info.reference(*arguments)
-    why = _not_triton(tensors)
+    if wanted == "reference" or (wanted is None and (not tensors or tensors[0].device.type != "cuda")):
+        return _reference(info, arguments, tensors)
+    why = _not_triton(tensors, info.differentiable)
     if why is None:
         device = tensors[0].device
-        if device.type != "cuda" or torch.compiler.is_compiling():
-            return info.triton()(*arguments)
-        with torch.cuda.device(device):  # Triton launches on the current device, which need not be the layer's
-            return info.triton()(*arguments)
+        with torch.no_grad():
+            if device.type != "cuda" or torch.compiler.is_compiling():
+                return info.triton()(*arguments)
+            with torch.cuda.device(device):  # Triton launches on the current device, which need not be the layer's
+                return info.triton()(*arguments)
     if wanted == "triton":
         raise VtpruneError(f"{name}: backend='triton' cannot run here: {why}; use backend='reference' or none")
-    return info.reference(*arguments)
+    return _reference(info, arguments, tensors)
 
 
-def _not_triton(tensors: list[Tensor]) -> str | None:
+def _reference(info: KernelInfo, arguments: tuple[Any, ...], tensors: list[Tensor]) -> Any:
+    kind = tensors[0].device.type if tensors else "cpu"
+    if not torch.is_autocast_enabled(kind):
+        return info.reference(*arguments)
+    with torch.autocast(kind, enabled=False):  # it would multiply in 16 bits
+        return info.reference(*arguments)
+
+
+def _not_triton(tensors: list[Tensor], differentiable: bool) -> str | None:
     """Why Triton cannot take these tensors."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
     if any(t.device.type != "cuda" for t in tensors) and not interpreted():
         return f"the tensors are on {tensors[0].device} and Triton needs CUDA (or TRITON_INTERPRET=1, set before triton is imported, which is slow)"
     if any(t.dtype == torch.float64 for t in tensors):
         return "it computes in 32 bits and there are 64-bit floats"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if differentiable and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return "it has no backward pass and a gradient is wanted"
     return None
 
@@ -127,9 +138,10 @@ def wide(x: Tensor) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows ``[..., C]`` at length 1, at least 32 bits; zero rows stay zero."""
+    """Rows ``[..., C]`` at length 1, at least 32 bits; zero rows stay zero, and rows that are not finite become zero: similar to nothing."""
     x = wide(x)
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    length = x.norm(dim=-1, keepdim=True)
+    return (x / length.clamp_min(torch.finfo(x.dtype).tiny)).masked_fill_(~length.isfinite(), 0)
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
@@ -154,6 +166,19 @@ def check(name: str, x: Tensor, **shaped: tuple[Tensor | None, tuple[int, ...]])
     for what, (tensor, shape) in shaped.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise VtpruneError(f"{name}: {what} must be {list(shape)}, got {list(tensor.shape)}")
+
+
+def kinds(name: str, dtype: torch.dtype, **tensors: Tensor | None) -> None:
+    """Raises :class:`VtpruneError` unless every tensor has ``dtype``: a mask is bool, a position int64."""
+    for what, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != dtype:
+            raise VtpruneError(f"{name}: {what} must be {str(dtype).removeprefix('torch.')}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def below(name: str, what: str, index: Tensor, limit: int) -> None:
+    """Raises :class:`VtpruneError` for positions beyond the end: on a CPU, where looking is free; kernels drop them."""
+    if index.device.type == "cpu" and not torch.compiler.is_compiling() and bool((index >= limit).any()):
+        raise VtpruneError(f"{name}: {what} has entries up to {int(index.max())}, there are {limit}")
 
 
 def tokens(batch: int, n: int, width: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

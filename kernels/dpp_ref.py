@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..types import VtpruneError
-from .base import KernelInfo, check, register, rows, run, tokens, unit, wide
+from .base import KernelInfo, check, kinds, register, rows, run, tokens, unit, wide
 from .maxmin_ref import GRAM
 
 LEAST = 1e-6  # a gain below this is rounding noise: the token adds nothing to the volume
@@ -29,9 +29,10 @@ def dpp(x: Tensor, keep: int, *, relevance: Tensor | None = None, valid: Tensor 
         VtpruneError: ``keep`` is negative, a wrong shape, or a backend that cannot run here.
     """
     shape = tuple(x.shape[:2])
+    kinds("dpp", torch.bool, valid=valid)
     check("dpp", x, relevance=(relevance, shape), valid=(valid, shape))
-    if keep < 0:
-        raise VtpruneError(f"dpp: keep={keep} must not be negative")
+    if not isinstance(keep, int) or keep < 0:
+        raise VtpruneError(f"dpp: keep={keep} must be a number of tokens")
     return run("dpp", backend, x, keep, relevance, valid)
 
 
@@ -47,7 +48,7 @@ def reference(x: Tensor, keep: int, relevance: Tensor | None, valid: Tensor | No
     gram = torch.bmm(u, u.transpose(1, 2)) if n <= min(c, GRAM) else None
     real = torch.full((b,), n, device=x.device) if valid is None else valid.sum(1)
     gain, floor = r.square(), LEAST * r.square()  # d^2 of every token, and what counts as none
-    last = gain - 2 * gain.amax(1, keepdim=True) - 1  # ranks tokens without a gain behind all others, by relevance
+    last = -1 / gain.clamp_min(torch.finfo(gain.dtype).tiny)  # ranks tokens without a gain behind all others, by relevance
     if valid is not None:
         gain, last = gain.masked_fill(~valid, 0), last.masked_fill(~valid, -torch.inf)
     factor = u.new_zeros(b, min(keep, n), n)  # rows of the Cholesky factor
@@ -101,6 +102,8 @@ def example(case: str, n: int, dtype: torch.dtype, generator: torch.Generator) -
     if case == "ties":  # rank one: the best of them, then by relevance
         x = torch.randint(2, (b, 1, 64), generator=generator).mul(2).sub(1).to(dtype).expand(-1, n, -1)
         relevance = torch.ones(b, n)
+    if case == "relevant":  # rank one: the rest by relevance, however small
+        x, relevance = x[:, :1].expand(-1, n, -1), 1e-4 * torch.rand(b, n, generator=generator) + 1e-6
     if case == "unweighted":
         relevance = None
     if case == "strided":
@@ -131,7 +134,7 @@ def close(arguments: tuple, got: Tensor, want: Tensor) -> None:
             chosen.append(pick)
         every = got[image][got[image] >= 0].tolist()
         assert len(set(every)) == len(every) and bool(real[every].all())
-    if bool((x == x[:, :1]).all()):  # ties
+    if bool((x == x[:, :1]).all()):  # rank one, or ties
         assert torch.equal(got, want)
 
 
@@ -148,7 +151,7 @@ register(
         function=dpp,
         reference=reference,
         example=example,
-        cases=("relevance", "unweighted", "gram", "padded", "ties", "strided"),
+        cases=("relevance", "unweighted", "gram", "padded", "ties", "relevant", "strided"),
         close=close,
         plain=plain,
         work=work,

@@ -16,7 +16,7 @@ NONE = tl.constexpr(LEAST)
 
 @triton.jit
 def _dpp(
-    x, inverse, gram, relevance, highest, gain, factor, out, N, C, KEEP, stride_b, stride_n, stride_c, MADE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    x, inverse, gram, relevance, gain, factor, out, N, C, KEEP, stride_b, stride_n, stride_c, MADE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
     BT: tl.constexpr,
 ):  # fmt: skip
     """``gain`` ``[B, N]``: what each token adds to the volume, -inf for what is chosen or no token; ``factor`` ``[B, K, N]``: rows of the Cholesky factor."""
@@ -27,7 +27,6 @@ def _dpp(
     relevance += b * N
     gain += b * N
     factor += b * KEEP * N
-    most = tl.load(highest + b)
     for step in range(0, KEEP):
         best = tl.zeros((), dtype=tl.float32) + float("-inf")
         pick = tl.full((), -1, dtype=tl.int64)
@@ -35,7 +34,7 @@ def _dpp(
             n = (n0 + tl.arange(0, BN)).to(tl.int64)
             g = tl.load(gain + n, mask=n < N, other=float("-inf"))
             r = tl.load(relevance + n, mask=n < N, other=0.0)
-            rank = tl.where(g > NONE * r * r, g, r * r - 2.0 * most - 1.0)
+            rank = tl.where(g > NONE * r * r, g, -1.0 / tl.maximum(r * r, 1.1754944e-38))
             rank = tl.where(g == float("-inf"), float("-inf"), rank)
             top = tl.max(rank, axis=0)
             better = top > best
@@ -59,7 +58,7 @@ def _dpp(
             line = tl.where(useful, line / root, 0.0)
             tl.store(factor + step * N + n, line, mask=n < N)
             g = tl.load(gain + n, mask=n < N, other=0.0)
-            tl.store(gain + n, tl.where(n == pick, float("-inf"), g - line * line), mask=n < N)
+            tl.store(gain + n, tl.where((n == pick) | (g == float("-inf")), float("-inf"), g - line * line), mask=n < N)
         tl.debug_barrier()  # the next step reads what other threads wrote
 
 
@@ -73,7 +72,6 @@ def dpp(x: Tensor, keep: int, relevance: Tensor | None, valid: Tensor | None) ->
         return out.fill_(-1)
     r = torch.ones(b, n, device=x.device) if relevance is None else relevance.float().contiguous()
     gain = r.square()
-    highest = gain.amax(1)
     if valid is not None:
         gain = gain.masked_fill(~valid, -torch.inf)
     inverse = inverse_lengths(x)
@@ -81,7 +79,7 @@ def dpp(x: Tensor, keep: int, relevance: Tensor | None, valid: Tensor | None) ->
     made = gram is not None
     factor = empty(x, b, keep, n)
     launch(
-        _dpp, (b,), x, inverse, inverse if gram is None else gram, r, highest, gain, factor, out, n, c, keep, *x.stride(), MADE=made,
+        _dpp, (b,), x, inverse, inverse if gram is None else gram, r, gain, factor, out, n, c, keep, *x.stride(), MADE=made,
         **steps(made), BT=8, sizes={},
     )  # fmt: skip
     return out

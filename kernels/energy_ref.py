@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import VtpruneError
-from .base import CHUNK, KernelInfo, check, register, run, tokens, unit
+from .base import CHUNK, KernelInfo, check, kinds, register, run, tokens, unit
 
 FUNCTIONS = ("elu", "jump", "above", "exp", "nearest")
 
@@ -43,6 +43,7 @@ def energy(
     Raises:
         VtpruneError: an unknown function, a wrong shape, or a backend that cannot run here.
     """
+    kinds("energy", torch.bool, valid=valid)
     check("energy", x, valid=(valid, tuple(x.shape[:2])))
     if function not in FUNCTIONS:
         raise VtpruneError(f"energy: function={function!r} is not one of {', '.join(map(repr, FUNCTIONS))}")

@@ -34,6 +34,7 @@ def _energy(
         j_ok = j < N
         j_length = tl.load(inverse + b * N + j, mask=j_ok, other=0.0)
         s = products(x, i, i_ok, j, j_ok, C, stride_n, stride_c, BM, BN, BC, UPCAST) * i_length[:, None] * j_length[None, :]
+        s = tl.where(s == s, s, 0.0)  # what is not finite is similar to nothing
         if VALID:
             j_ok = j_ok & (tl.load(valid + b * N + j, mask=j_ok, other=0) != 0)
         seen = j_ok[None, :] & i_ok[:, None]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..types import VtpruneError
-from .base import KernelInfo, register, run, wide
+from .base import KernelInfo, kinds, register, run, wide
 
 
 def flow_scores(
@@ -46,6 +46,7 @@ def flow_scores(
     for what, mask in (("bias", bias), ("value_seen", value_seen)):
         if mask is not None and tuple(mask.shape) != (b, n):
             raise VtpruneError(f"flow_scores: {what} must be {[b, n]}, got {list(mask.shape)}")
+    kinds("flow_scores", torch.bool, value_seen=value_seen)
     return run("flow_scores", backend, query, value, k, v, scale, value_scale, bias, value_seen)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..types import VtpruneError
-from .base import KernelInfo, register, rows, run, tokens
+from .base import KernelInfo, below, kinds, register, rows, run, tokens
 
 
 def gather(index: Tensor, *tensors: Tensor, backend: str | None = None) -> tuple[Tensor, ...]:
@@ -19,6 +19,8 @@ def gather(index: Tensor, *tensors: Tensor, backend: str | None = None) -> tuple
     lengths = {t.shape[1] for t in tensors if t.ndim > 1}
     if index.ndim != 2 or len(lengths) != 1 or any(t.ndim < 2 or t.shape[0] not in (1, len(index)) for t in tensors):
         raise VtpruneError(f"gather: index [B, K] and tensors [B or 1, N, ...] are needed, got {list(index.shape)} and {[list(t.shape) for t in tensors]}")
+    kinds("gather", torch.int64, index=index)
+    below("gather", "index", index, lengths.pop())
     return tuple(run("gather", backend, index, list(tensors)))
 
 
@@ -68,5 +70,6 @@ register(
         close=close,
         plain=plain,
         work=work,
+        differentiable=True,
     )
 )

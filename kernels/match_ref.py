@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import CHUNK, KernelInfo, check, per_image, register, rows, run, tokens, unit, wide
+from .base import CHUNK, KernelInfo, check, kinds, per_image, register, rows, run, tokens, unit, wide
 
 BLOCK = 32  # targets whose maximum is taken without its index: on a CPU a search for the index takes five times as long
 
@@ -26,13 +26,15 @@ def match(
         backend: ``"triton"``, ``"reference"`` or ``None``: by device.
 
     Returns:
-        score ``[B, M]`` (float32, float64 for float64) and index ``[B, M]`` into ``targets``; ties go to the lower one. -inf and -1 for padding, for
-        protected sources and where there is no target. No gradient.
+        score ``[B, M]`` (float32, float64 for float64) and index ``[B, M]`` into ``targets``; ties go to the lower one. -inf and -1 for padding, for protected
+        sources and where there is no target. A token that is not finite has similarity 0 with everything. No gradient.
 
     Raises:
         VtpruneError: wrong shapes, or a backend that cannot run here.
     """
     b, n, _ = x.shape if x.ndim == 3 else (0, 0, 0)
+    kinds("match", torch.bool, protected=protected)
+    kinds("match", torch.int64, sources=sources, targets=targets)
     check("match", x, protected=(protected, (b, n)), penalty=(penalty, (b, targets.shape[-1])))
     padded = sources.ndim > 1 or targets.ndim > 1  # positions that all images share have none
     return run("match", backend, x, per_image(sources, b), per_image(targets, b), protected, penalty, padded)
@@ -50,7 +52,9 @@ def reference(x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | N
     at = (index if free else index.clamp_min(0)) + x.shape[1] * image
     both = wide(x.flatten(0, 1).index_select(0, at.flatten())).view(b, m + k, -1)
     a, t = both[:, :m], both[:, m:].transpose(1, 2)  # [B, M, C], [B, C, K]
-    inverse = both.norm(dim=-1).clamp_min(torch.finfo(both.dtype).tiny).reciprocal()  # products are divided by the lengths, not tokens: less to write
+    norm = both.norm(dim=-1)
+    both.masked_fill_(~norm.isfinite()[..., None], 0)  # similar to nothing
+    inverse = norm.clamp_min(torch.finfo(both.dtype).tiny).reciprocal().nan_to_num_(0)  # products are divided by the lengths, not tokens: less to write
     length, scale = inverse[:, :m], inverse[:, None, m:]
     closed = offset = None
     if not free:
@@ -66,9 +70,9 @@ def reference(x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | N
         found.append(_best(s))
     score, best = (torch.cat(parts, 1) if len(found) > 1 else parts[0] for parts in zip(*found, strict=True))
     score = score * length if offset is None else score
-    if closed is None:
+    if offset is None:
         return score, best
-    score = score.masked_fill(closed[:, :m], -torch.inf)
+    score = score if closed is None else score.masked_fill(closed[:, :m], -torch.inf)
     return score, best.masked_fill_(score == -torch.inf, -1)
 
 

@@ -34,6 +34,7 @@ def _match(
             j_ok = j_ok & (tl.load(protected + b * N + j, mask=j_ok, other=1) == 0)
         j_length = tl.load(inverse + b * N + j, mask=j_ok, other=0.0)
         s = products(x, i, i_ok, j, j_ok, C, stride_n, stride_c, BM, BN, BC, UPCAST) * i_length[:, None] * j_length[None, :]
+        s = tl.where(s == s, s, 0.0)  # what is not finite is similar to nothing
         if PENALTY:
             s -= tl.load(penalty + b * K + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
         s = tl.where(j_ok[None, :], s, float("-inf"))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..types import VtpruneError
-from .base import KernelInfo, check, register, rows, run, tokens, unit
+from .base import KernelInfo, check, kinds, register, rows, run, tokens, unit
 from .energy_ref import reference as energy
 
 GRAM = 2048  # up to so many tokens, and no more than channels, all similarities are made at once: they take no more room than the tokens themselves
@@ -28,9 +28,10 @@ def maxmin(x: Tensor, keep: int, *, valid: Tensor | None = None, backend: str | 
     Raises:
         VtpruneError: ``keep`` is negative, a wrong shape, or a backend that cannot run here.
     """
+    kinds("maxmin", torch.bool, valid=valid)
     check("maxmin", x, valid=(valid, tuple(x.shape[:2])))
-    if keep < 0:
-        raise VtpruneError(f"maxmin: keep={keep} must not be negative")
+    if not isinstance(keep, int) or keep < 0:
+        raise VtpruneError(f"maxmin: keep={keep} must be a number of tokens")
     return run("maxmin", backend, x, keep, valid)
 
 

@@ -19,6 +19,7 @@ def _gram(x, inverse, out, N, C, stride_b, stride_n, stride_c, UPCAST: tl.conste
     j = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)
     s = products(x + b * stride_b, i, i < N, j, j < N, C, stride_n, stride_c, BM, BM, BC, UPCAST)
     s *= tl.load(inverse + b * N + i, mask=i < N, other=0.0)[:, None] * tl.load(inverse + b * N + j, mask=j < N, other=0.0)[None, :]
+    s = tl.where(s == s, s, 0.0)  # what is not finite is similar to nothing
     tl.store(out + (b * N + i)[:, None] * N + j[None, :], s, mask=(i < N)[:, None] & (j < N)[None, :])
 
 
@@ -44,7 +45,8 @@ def cosines(x, inverse, gram, n, n_ok, pick, length, N, C, stride_n, stride_c, B
         row = tl.load(x + pick * stride_n + c * stride_c, mask=c < C, other=0.0).to(tl.float32)
         tile = tl.load(x + n[:, None] * stride_n + c[None, :] * stride_c, mask=n_ok[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
         s += tl.sum(tile * row[None, :], axis=1)
-    return s * length * tl.load(inverse + n, mask=n_ok, other=0.0)
+    s *= length * tl.load(inverse + n, mask=n_ok, other=0.0)
+    return tl.where(s == s, s, 0.0)
 
 
 @triton.jit

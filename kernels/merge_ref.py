@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import KernelInfo, check, register, run, tokens, wide
+from .base import KernelInfo, below, check, kinds, register, run, tokens, wide
 
 
 def merge(
@@ -30,6 +30,8 @@ def merge(
     """
     shape = tuple(x.shape[:2])
     check("merge", x, target=(target, shape), weight=(weight, shape), size=(size, shape))
+    kinds("merge", torch.int64, target=target)
+    below("merge", "target", target, slots)
     if size is None:
         size = torch.ones(shape, device=x.device)
     return run("merge", backend, x, target, slots, size if weight is None else weight, size)
@@ -39,7 +41,7 @@ def reference(x: Tensor, target: Tensor, slots: int, weight: Tensor, size: Tenso
     y = wide(x)
     b, _, c = y.shape
     image = torch.arange(b, device=x.device)[:, None]
-    place = torch.where(target >= 0, target, slots) + image * (slots + 1)  # the extra slot takes what is dropped
+    place = torch.where((target >= 0) & (target < slots), target, slots) + image * (slots + 1)  # the extra slot takes what is dropped
     total = y.new_zeros(b * (slots + 1), c).index_add_(0, place.flatten(), (y * weight.to(y.dtype)[..., None]).flatten(0, 1))
     mass = y.new_zeros(b * (slots + 1)).index_add_(0, place.flatten(), weight.to(y.dtype).flatten())
     sizes = size.new_zeros(b * (slots + 1)).index_add_(0, place.flatten(), size.flatten())
@@ -97,5 +99,6 @@ register(
         close=close,
         plain=plain,
         work=work,
+        differentiable=True,
     )
 )

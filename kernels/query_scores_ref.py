@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..types import VtpruneError
-from .base import CHUNK, KernelInfo, register, run, wide
+from .base import CHUNK, KernelInfo, kinds, register, run, wide
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -55,6 +55,7 @@ def query_scores(
     for what, tensor, shapes in given:
         if tensor is not None and tuple(tensor.shape) not in shapes:
             raise VtpruneError(f"query_scores: {what} must be {' or '.join(str(list(s)) for s in shapes)}, got {list(tensor.shape)}")
+    kinds("query_scores", torch.bool, seen=seen)
     if weight is None:
         weight = torch.full((b, r), 1 / max(r, 1), device=q.device)
     cos, sin = rotary if rotary is not None else (None, None)
@@ -78,6 +79,8 @@ def reference(
         cos, sin = cos[:, None].to(k.dtype), sin[:, None].to(k.dtype)
         first, second = k.chunk(2, dim=-1)
         k = torch.cat([first * cos[..., : d // 2] - second * sin[..., : d // 2], second * cos[..., d // 2 :] + first * sin[..., d // 2 :]], dim=-1)
+    if not n:
+        return k.new_zeros(b, 0)
     keys = k.transpose(2, 3)  # [B, G, d, N]
     score = k.new_zeros(b, n)
     for i in range(0, r, step := max(1, CHUNK // max(b * h * n, 1))):
@@ -113,6 +116,8 @@ def example(case: str, n: int, dtype: torch.dtype, generator: torch.Generator) -
         r = 9
     if case == "heads":
         h, g, r, d = 3, 3, 2, 72
+    if case == "many":  # several blocks of rows per key head, a wide one (Gemma)
+        h, g, r, d = 4, 2, 70, 256
     q, k = (torch.randn(b, heads, m, d, generator=generator) for heads, m in ((h, r), (g, n)))
     weight = torch.rand(b, r, generator=generator)
     seen = bias = cos = sin = cap = None
@@ -123,7 +128,7 @@ def example(case: str, n: int, dtype: torch.dtype, generator: torch.Generator) -
         seen = (torch.arange(n) < torch.tensor([n, (n + 1) // 2])[:, None])[:, None]
     if case == "bias":
         bias, cap = torch.rand(b, n, generator=generator).log(), 5.0
-    if case in ("rotary", "rows"):
+    if case in ("rotary", "rows", "many"):
         angle = torch.rand(b if case == "rows" else 1, n, d // 2, generator=generator).mul(6.3).tile(2)
         cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     if case == "strided":
@@ -151,7 +156,7 @@ register(
         function=query_scores,
         reference=reference,
         example=example,
-        cases=("last", "rotary", "rows", "subset", "padded", "heads", "bias", "strided"),
+        cases=("last", "rotary", "rows", "subset", "padded", "heads", "many", "bias", "strided"),
         close=close,
         plain=plain,
         work=work,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._triton import bucket, empty, launch, op, tuned, upcast
 
-CONFIGS = [({"BN": 32}, 4, 2), ({"BN": 64}, 4, 2), ({"BN": 128}, 4, 2)]
+CONFIGS = [({"BN": 16}, 4, 2), ({"BN": 32}, 4, 2), ({"BN": 64}, 4, 2), ({"BN": 128}, 4, 2)]
 
 
 @triton.jit
@@ -122,8 +122,8 @@ def query_scores(
     batched = cos is not None and cos.shape[0] > 1
     top, total = empty(q, b, h * r), empty(q, b, h * r)
     strides = (*k.stride(), n * d if batched else 0, d, 0 if seen is None else seen.shape[1] * n, n if seen is not None and seen.shape[1] > 1 else 0)
-    block = min(64, max(16, triton.next_power_of_2(rows)))
     width = d if cos is None else d // 2
+    block = min(64 if width <= 64 else 16, max(16, triton.next_power_of_2(rows)))  # tiles of both operands share what memory a program has
     shared = dict(
         SEEN=seen is not None, BIAS=bias is not None, ROTARY=cos is not None, CAP=cap is not None, BD=max(16, triton.next_power_of_2(width)),
         UPCAST=upcast(q), BR=block, sizes={"BN": 128},

@@ -366,9 +366,7 @@ class DecoderEngine:
         call.tail = mask[:, request.length :].bool() if two else torch.ones(b, new, dtype=torch.bool, device=embeds.device)
         # One new token that sees all its layer has cached needs no mask, and under sdpa the model makes none.
         easy = q == 1 and self.positions == "original" and backend(self.d.lm.config) == "sdpa" and not getattr(call.cache, "is_compileable", False)
-        made = kwargs.get("attention_mask")  # some families make their masks before the stack
-        easy = easy and not (isinstance(made, dict) and any(m is not None for m in made.values()))
-        easy = easy and (mask is None or (two and bool((mask if base.dense else call.tail).all())))
+        easy = easy and (mask is None or base.dense or (two and bool(call.tail.all())))
         call.serve = request.uneven if easy else request.pruned
         ids = kwargs.get("position_ids")
         if not call.placed and (not base.dense or self.d.mrope):
@@ -414,7 +412,8 @@ class DecoderEngine:
             if call.request is None:
                 return None
             if not call.prefill:
-                if number not in call.serve:
+                # What is easy needs nothing, unless the model made a mask after all (compiled, of another length).
+                if number not in call.serve and (number not in call.request.pruned or kwargs.get("attention_mask") is None):
                     return None
                 x = args[0] if args else kwargs["hidden_states"]
                 return args, {**kwargs, **self._serve_decode(call, call.request.at[number].on(x.device), number, kwargs, x)}

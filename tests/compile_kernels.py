@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from vtprune.kernels import KERNELS, _triton
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.uint8: "u8"}
-SHARED = 232448  # bytes of shared memory that a program may have on an H100 (an A100: 166912)
+SHARED = {"80": 166912, "89": 101376, "90": 232448}  # bytes of shared memory that a program may have: A100, L4 and RTX 40, H100
 launched: list[tuple[Any, tuple, dict]] = []
 
 
@@ -47,21 +47,25 @@ def main(cases: str, dtypes: str, configs: str, *archs: str) -> None:
                 info.triton()(*info.example(case, 63, dtype, torch.Generator().manual_seed(0)))
     done: dict[str, int] = {}
     seen = set()
+    fits: dict[Any, list[bool]] = {}
     for kernel, arguments, constants in launched:
         options = kernel.configs if hasattr(kernel, "configs") else [triton.Config({})]
         function = kernel.fn if hasattr(kernel, "configs") else kernel
         for config in options if configs == "all" else options[-1:]:
             values = {**dict(zip(function.arg_names, arguments, strict=False)), **constants, **config.kwargs}
             text = source(function, values)
-            key = (function, str(text.signature), str(text.constants), config.num_warps, config.num_stages)
+            fixed = str({k: v for k, v in text.constants.items() if function.arg_names[k[0]] not in config.kwargs})
+            key = (function, str(text.signature), fixed, str(config.kwargs), config.num_warps, config.num_stages)
             for arch in archs:
                 if (arch, *key) in seen:
                     continue
                 seen.add((arch, *key))
                 made = triton.compile(text, target=GPUTarget("cuda", int(arch), 32), options={"num_warps": config.num_warps, "num_stages": config.num_stages})
-                assert made.metadata.shared <= SHARED, (function.__name__, config, made.metadata.shared)
                 where = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+                fits.setdefault((arch, key[:3]), []).append(made.metadata.shared <= SHARED[arch])
                 done[where] = max(done.get(where, 0), made.metadata.shared)
+    # A size that does not fit is left out by the autotuner; one has to.
+    assert all(any(found) for found in fits.values()), [key for key, found in fits.items() if not any(found)]
     assert not _triton.INTERPRETED
     print(json.dumps(done))
 

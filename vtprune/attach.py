@@ -382,10 +382,11 @@ class Handle:
         flops = dense_vision
         if request.vision is not None:
             flops = 0
+            lengths = {id(run): run.layer_tokens for run, _ in self.passes}
             for run, g in self.passes:
                 out = [r for r in run.records if r.site.startswith(("vision", "pixels"))]
                 projected = float(out[-1].tokens_out[g] if out else run.tokens)
-                flops += cost.vision(s, 1, self._patches(run), [row[g] for row in run.layer_tokens], self._inside, projected)
+                flops += cost.vision(s, 1, self._patches(run), [row[g] for row in lengths[id(run)]], self._inside, projected)
         layers = [list(row) for row in zip(*request.layer_tokens, strict=True)]  # per sample, per layer
         total = [sum(len(p.columns) for p in parts) for parts in request.parts]
         text = request.text_tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 
@@ -25,7 +25,7 @@ def place(name: str, geometry: Geometry, site: str | None) -> str:
     return site
 
 
-@cache
+@lru_cache(maxsize=256)
 def cells(rows: int, columns: int, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
     """``kept`` ``[N]`` bool marks each cell's central token, ``destination`` ``[N]`` the central token of every token's cell. Made once: read only."""
     cell = bands(rows, columns, keep)
