@@ -40,7 +40,7 @@ from vtprune.bench import environment
 from vtprune.ledger import UndoLedger
 from vtprune.methods.base import METHODS
 
-WARMUP = 2  # rounds that are thrown away
+WARMUP = 1  # rounds that are thrown away
 BLOCK = 4  # decoding steps in one turn
 IMAGE, TEXT, VOCABULARY = 3, 40, 1000  # the placeholder's id; words around it
 DECODED = ("fastv", "pyramiddrop", "drop-all", "dpvr-lf", "uniform")  # the in-LLM methods and one behind the projector
@@ -321,7 +321,7 @@ def prefills(model: Any, inputs: dict[str, Any], method: str, keep: int | float,
         device, least = inputs["input_ids"].device, lambda: prefill(bare, short)
         # The limit before and behind the pruned run: their mean is what it is compared with, their ratio the noise. Dense runs are apart: they disturb.
         times = rounds({"limit": least, "pruned": lambda: prefill(pruned, inputs), "again": least}, repeats, device)
-        times |= rounds({"dense": lambda: prefill(model, inputs)}, 3, device)
+        times |= rounds({"dense": lambda: prefill(model, inputs)}, 2, device)
     own = []
     with stopwatch() as watch, vtprune.attach(twin(model), method, **budget) as handle:
         for _ in range(WARMUP + 3):
