@@ -68,7 +68,7 @@ NARROWER = {("maxmin", "cpu"): ((1, 1024),), ("dpp", "cpu"): ((1, 1024),)}
 def arguments(info: KernelInfo, shape: tuple[int, int] | None, batch: int, n: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     """What ``info.reference`` takes, random, at a realistic width; without ``shape`` the op's own example."""
     if shape is None:
-        example = info.example(info.bench or info.cases[0], n, dtype, torch.Generator().manual_seed(n))
+        example = info.example(info.cases[0], n, dtype, torch.Generator().manual_seed(n))
         return tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, example)
     heads, width = shape
     generator = torch.Generator(device).manual_seed(n)

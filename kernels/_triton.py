@@ -1,4 +1,4 @@
-"""What the Triton kernels share: registration, launching, and the tile of inner products. Loads of other than tl.dot's operands are widened to float32."""
+"""What the Triton kernels share: registration, launching, and the tile of cosines. Loads of other than tl.dot's operands are widened to float32."""
 
 from __future__ import annotations
 
@@ -72,8 +72,11 @@ def upcast(x: Tensor) -> bool:
 
 
 @triton.jit
-def products(x, i, i_ok, j, j_ok, C, stride_n, stride_c, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, UPCAST: tl.constexpr):
-    """Inner products of rows ``i`` ``[BM]`` and ``j`` ``[BN]`` of ``x`` ``[N, C]``: ``[BM, BN]`` float32."""
+def cosine_tile(
+    x, inverse, i, i_ok, i_length, j, j_ok, C, stride_n, stride_c, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, UPCAST: tl.constexpr
+):  # fmt: skip
+    """Cosines of rows ``i`` ``[BM]`` and ``j`` ``[BN]`` of ``x`` ``[N, C]``: ``[BM, BN]`` float32. ``inverse`` ``[N]`` and, of the rows i, ``i_length`` are
+    :func:`inverse_lengths`."""
     total = tl.zeros((BM, BN), dtype=tl.float32)
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
@@ -83,7 +86,8 @@ def products(x, i, i_ok, j, j_ok, C, stride_n, stride_c, BM: tl.constexpr, BN: t
             total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
         else:
             total = tl.dot(a, b, total)
-    return total
+    s = total * i_length[:, None] * tl.load(inverse + j, mask=j_ok, other=0.0)[None, :]
+    return tl.where(s == s, s, 0.0)  # what is not finite is similar to nothing
 
 
 @triton.jit

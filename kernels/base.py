@@ -40,7 +40,6 @@ class KernelInfo:
     plain: Callable[..., Any]
     work: Callable[[tuple[Any, ...]], tuple[int, int]]
     differentiable: bool = False  # the reference carries gradients; what only chooses has none to carry
-    bench: str = ""  # the case that is timed; default: the first
     loaded: dict[str, Callable[..., Any]] = field(default_factory=dict, compare=False, repr=False)
 
     def triton(self) -> Callable[..., Any]:
@@ -152,6 +151,13 @@ def rows(x: Tensor, index: Tensor) -> Tensor:
     if not x.is_contiguous():
         return x[image, index]
     return x.flatten(0, 1).index_select(0, (index + image * x.shape[1]).flatten()).view(*index.shape, *x.shape[2:])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE in the half-split layout of Llama, Mistral, Qwen and Gemma: x ``[B, H, R, d]``, tables ``[B or 1, R, d]``."""
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
 def per_image(index: Tensor, batch: int) -> Tensor:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import VtpruneError
-from .base import KernelInfo, check, kinds, register, rows, run, tokens, unit, wide
-from .maxmin_ref import GRAM
+from .base import KernelInfo, register, rows, run, tokens, unit, wide
+from .maxmin_ref import asked, small
 
 LEAST = 1e-6  # a gain below this is rounding noise: the token adds nothing to the volume
 
@@ -28,11 +27,7 @@ def dpp(x: Tensor, keep: int, *, relevance: Tensor | None = None, valid: Tensor 
     Raises:
         VtpruneError: ``keep`` is negative, a wrong shape, or a backend that cannot run here.
     """
-    shape = tuple(x.shape[:2])
-    kinds("dpp", torch.bool, valid=valid)
-    check("dpp", x, relevance=(relevance, shape), valid=(valid, shape))
-    if not isinstance(keep, int) or keep < 0:
-        raise VtpruneError(f"dpp: keep={keep} must be a number of tokens")
+    asked("dpp", x, keep, valid, relevance)
     return run("dpp", backend, x, keep, relevance, valid)
 
 
@@ -45,7 +40,7 @@ def reference(x: Tensor, keep: int, relevance: Tensor | None, valid: Tensor | No
         return out
     r = u.new_ones(b, n) if relevance is None else wide(relevance).to(u.dtype)
     u = u * r[..., None]
-    gram = torch.bmm(u, u.transpose(1, 2)) if n <= min(c, GRAM) else None
+    gram = torch.bmm(u, u.transpose(1, 2)) if small(n, c) else None
     real = torch.full((b,), n, device=x.device) if valid is None else valid.sum(1)
     gain, floor = r.square(), LEAST * r.square()  # d^2 of every token, and what counts as none
     last = -1 / gain.clamp_min(torch.finfo(gain.dtype).tiny)  # ranks tokens without a gain behind all others, by relevance

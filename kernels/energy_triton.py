@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import SIZES, TILES, bucket, empty, inverse_lengths, launch, op, products, tuned, upcast
+from ._triton import SIZES, TILES, bucket, cosine_tile, empty, inverse_lengths, launch, op, tuned, upcast
 from .energy_ref import FUNCTIONS
 
 ELU, JUMP, ABOVE, EXP, NEAREST = (tl.constexpr(i) for i in range(len(FUNCTIONS)))
@@ -22,9 +22,10 @@ def _energy(
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     x += b * stride_b
+    inverse += b * N
     i = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     i_ok = i < N
-    i_length = tl.load(inverse + b * N + i, mask=i_ok, other=0.0)
+    i_length = tl.load(inverse + i, mask=i_ok, other=0.0)
     total = tl.zeros((BM,), dtype=tl.float32)
     count = tl.zeros((BM,), dtype=tl.float32)
     slot = tl.arange(0, SLOTS)
@@ -32,9 +33,7 @@ def _energy(
     for j0 in range(0, N, BN):
         j = (j0 + tl.arange(0, BN)).to(tl.int64)
         j_ok = j < N
-        j_length = tl.load(inverse + b * N + j, mask=j_ok, other=0.0)
-        s = products(x, i, i_ok, j, j_ok, C, stride_n, stride_c, BM, BN, BC, UPCAST) * i_length[:, None] * j_length[None, :]
-        s = tl.where(s == s, s, 0.0)  # what is not finite is similar to nothing
+        s = cosine_tile(x, inverse, i, i_ok, i_length, j, j_ok, C, stride_n, stride_c, BM, BN, BC, UPCAST)
         if VALID:
             j_ok = j_ok & (tl.load(valid + b * N + j, mask=j_ok, other=0) != 0)
         seen = j_ok[None, :] & i_ok[:, None]

@@ -45,7 +45,7 @@ def gather(index: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     for i in range(0, len(tensors), 4):
         part = tensors[i : i + 4]
         # Bools travel as bytes; one row is one vector of numbers.
-        flat = [(t.view(torch.uint8) if t.dtype == torch.bool else t).flatten(2) if t.ndim > 2 else _bytes(t)[..., None] for t in part]
+        flat = [_bytes(t).flatten(2) if t.ndim > 2 else _bytes(t)[..., None] for t in part]
         outs = [torch.empty((b, k, t.shape[2]), dtype=t.dtype, device=t.device) for t in flat]
         if b and k:
             block = 128 if INTERPRETED else 8

@@ -45,12 +45,11 @@ def reference(x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | N
     b, m, k = len(x), sources.shape[1], targets.shape[1]
     if not b * m * k:
         return wide(x).new_full((b, m), -torch.inf), torch.full((b, m), -1, device=x.device)
-    index, image = torch.cat([sources, targets], 1), torch.arange(b, device=x.device)[:, None]
+    index = torch.cat([sources, targets], 1)
     if short := -k % BLOCK:
         index, penalty, k = F.pad(index, (0, short), value=-1), None if penalty is None else F.pad(penalty, (0, short)), k + short
     free = not (padded or short) and protected is None  # every position is a token that may merge
-    at = (index if free else index.clamp_min(0)) + x.shape[1] * image
-    both = wide(x.flatten(0, 1).index_select(0, at.flatten())).view(b, m + k, -1)
+    both = wide(rows(x, index))
     a, t = both[:, :m], both[:, m:].transpose(1, 2)  # [B, M, C], [B, C, K]
     norm = both.norm(dim=-1)
     both.masked_fill_(~norm.isfinite()[..., None], 0)  # similar to nothing
@@ -69,9 +68,8 @@ def reference(x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | N
             s = s.mul_(length[:, i : i + step, None]).add_(offset)
         found.append(_best(s))
     score, best = (torch.cat(parts, 1) if len(found) > 1 else parts[0] for parts in zip(*found, strict=True))
-    score = score * length if offset is None else score
     if offset is None:
-        return score, best
+        return score * length, best
     score = score if closed is None else score.masked_fill(closed[:, :m], -torch.inf)
     return score, best.masked_fill_(score == -torch.inf, -1)
 

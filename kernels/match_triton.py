@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import SIZES, TILES, bucket, empty, inverse_lengths, launch, op, products, tuned, upcast
+from ._triton import SIZES, TILES, bucket, cosine_tile, empty, inverse_lengths, launch, op, tuned, upcast
 
 
 @tuned(TILES, key=["LENGTH", "C"])
@@ -18,12 +18,13 @@ def _match(
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     x += b * stride_b
+    inverse += b * N
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     i = tl.load(sources + b * M + m, mask=m < M, other=-1)
     i_ok = i >= 0
     if PROTECTED:
         i_ok = i_ok & (tl.load(protected + b * N + i, mask=i_ok, other=1) == 0)
-    i_length = tl.load(inverse + b * N + i, mask=i_ok, other=0.0)
+    i_length = tl.load(inverse + i, mask=i_ok, other=0.0)
     best = tl.full((BM,), float("-inf"), dtype=tl.float32)
     where = tl.full((BM,), -1, dtype=tl.int32)
     for k0 in range(0, K, BN):
@@ -32,9 +33,7 @@ def _match(
         j_ok = j >= 0
         if PROTECTED:
             j_ok = j_ok & (tl.load(protected + b * N + j, mask=j_ok, other=1) == 0)
-        j_length = tl.load(inverse + b * N + j, mask=j_ok, other=0.0)
-        s = products(x, i, i_ok, j, j_ok, C, stride_n, stride_c, BM, BN, BC, UPCAST) * i_length[:, None] * j_length[None, :]
-        s = tl.where(s == s, s, 0.0)  # what is not finite is similar to nothing
+        s = cosine_tile(x, inverse, i, i_ok, i_length, j, j_ok, C, stride_n, stride_c, BM, BN, BC, UPCAST)
         if PENALTY:
             s -= tl.load(penalty + b * K + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
         s = tl.where(j_ok[None, :], s, float("-inf"))

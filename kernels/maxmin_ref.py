@@ -9,7 +9,21 @@ from ..types import VtpruneError
 from .base import KernelInfo, check, kinds, register, rows, run, tokens, unit
 from .energy_ref import reference as energy
 
-GRAM = 2048  # up to so many tokens, and no more than channels, all similarities are made at once: they take no more room than the tokens themselves
+GRAM = 2048
+
+
+def small(n: int, c: int) -> bool:
+    """Whether all similarities of n tokens of c channels are made at once: up to a size, and while they take no more room than the tokens themselves."""
+    return n <= min(c, GRAM)
+
+
+def asked(name: str, x: Tensor, keep: int, valid: Tensor | None, relevance: Tensor | None = None) -> None:
+    """Raises :class:`VtpruneError` unless the arguments of a greedy choice fit together."""
+    shape = tuple(x.shape[:2])
+    kinds(name, torch.bool, valid=valid)
+    check(name, x, relevance=(relevance, shape), valid=(valid, shape))
+    if not isinstance(keep, int) or keep < 0:
+        raise VtpruneError(f"{name}: keep={keep} must be a number of tokens")
 
 
 def maxmin(x: Tensor, keep: int, *, valid: Tensor | None = None, backend: str | None = None) -> Tensor:
@@ -28,10 +42,7 @@ def maxmin(x: Tensor, keep: int, *, valid: Tensor | None = None, backend: str | 
     Raises:
         VtpruneError: ``keep`` is negative, a wrong shape, or a backend that cannot run here.
     """
-    kinds("maxmin", torch.bool, valid=valid)
-    check("maxmin", x, valid=(valid, tuple(x.shape[:2])))
-    if not isinstance(keep, int) or keep < 0:
-        raise VtpruneError(f"maxmin: keep={keep} must be a number of tokens")
+    asked("maxmin", x, keep, valid)
     return run("maxmin", backend, x, keep, valid)
 
 
@@ -42,7 +53,7 @@ def reference(x: Tensor, keep: int, valid: Tensor | None) -> Tensor:
     out = torch.full((b, keep), -1, device=x.device)
     if not n or not keep:
         return out
-    gram = torch.bmm(u, u.transpose(1, 2)) if n <= min(c, GRAM) else None
+    gram = torch.bmm(u, u.transpose(1, 2)) if small(n, c) else None
     if gram is None:
         nearest = energy(x, "nearest", 0.0, 1.0, 1, valid, False)
     else:  # the diagonal is needed no more: a chosen token is taken out by hand

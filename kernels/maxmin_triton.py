@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import INTERPRETED, empty, inverse_lengths, launch, op, products, upcast
+from ._triton import INTERPRETED, cosine_tile, empty, inverse_lengths, launch, op, upcast
 from .energy_triton import energy
-from .maxmin_ref import GRAM
+from .maxmin_ref import small
 
 
 @triton.jit
@@ -17,16 +17,16 @@ def _gram(x, inverse, out, N, C, stride_b, stride_n, stride_c, UPCAST: tl.conste
     b = tl.program_id(2).to(tl.int64)
     i = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     j = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)
-    s = products(x + b * stride_b, i, i < N, j, j < N, C, stride_n, stride_c, BM, BM, BC, UPCAST)
-    s *= tl.load(inverse + b * N + i, mask=i < N, other=0.0)[:, None] * tl.load(inverse + b * N + j, mask=j < N, other=0.0)[None, :]
-    s = tl.where(s == s, s, 0.0)  # what is not finite is similar to nothing
+    inverse += b * N
+    i_length = tl.load(inverse + i, mask=i < N, other=0.0)
+    s = cosine_tile(x + b * stride_b, inverse, i, i < N, i_length, j, j < N, C, stride_n, stride_c, BM, BM, BC, UPCAST)
     tl.store(out + (b * N + i)[:, None] * N + j[None, :], s, mask=(i < N)[:, None] & (j < N)[None, :])
 
 
 def similarities(x: Tensor, inverse: Tensor) -> Tensor | None:
     """All cosines ``[B, N, N]`` where they take no more room than the tokens do; else ``None``."""
     b, n, c = x.shape
-    if n > min(c, GRAM):
+    if not small(n, c):
         return None
     out = empty(x, b, n, n)
     block, depth = (256, 256) if INTERPRETED else (64, 64)

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from ..types import VtpruneError
-from .base import CHUNK, KernelInfo, kinds, register, run, wide
-
-Rotary = tuple[Tensor, Tensor]
+from .base import CHUNK, KernelInfo, kinds, register, rotate, run, wide
 
 
 def query_scores(
@@ -20,7 +18,7 @@ def query_scores(
     weight: Tensor | None = None,
     seen: Tensor | None = None,
     bias: Tensor | None = None,
-    rotary: Rotary | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
     cap: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -43,7 +41,9 @@ def query_scores(
     Raises:
         VtpruneError: wrong shapes, or a backend that cannot run here.
     """
-    b, h, r, d = _four("query_scores", q, k)
+    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % max(k.shape[1], 1):
+        raise VtpruneError(f"query_scores: q [B, H, R, d] and k [B, G, N, d] with G a divisor of H are needed, got {list(q.shape)} and {list(k.shape)}")
+    b, _, r, d = q.shape
     n = k.shape[2]
     table: list[tuple[int, ...]] = [(b, n, d), (1, n, d)]
     given: list[tuple[str, Tensor | None, list[tuple[int, ...]]]] = [
@@ -62,12 +62,6 @@ def query_scores(
     return run("query_scores", backend, q, k, d**-0.5 if scale is None else scale, weight, seen, bias, cos, sin, cap)
 
 
-def _four(name: str, q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
-    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % max(k.shape[1], 1):
-        raise VtpruneError(f"{name}: q [B, H, R, d] and k [B, G, N, d] with G a divisor of H are needed, got {list(q.shape)} and {list(k.shape)}")
-    return tuple(q.shape)  # type: ignore[return-value]
-
-
 @torch.no_grad()
 def reference(
     q: Tensor, k: Tensor, scale: float, weight: Tensor, seen: Tensor | None, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None, cap: float | None
@@ -76,9 +70,7 @@ def reference(
     b, h, r, d = q.shape
     g, n = k.shape[1:3]
     if cos is not None and sin is not None:
-        cos, sin = cos[:, None].to(k.dtype), sin[:, None].to(k.dtype)
-        first, second = k.chunk(2, dim=-1)
-        k = torch.cat([first * cos[..., : d // 2] - second * sin[..., : d // 2], second * cos[..., d // 2 :] + first * sin[..., d // 2 :]], dim=-1)
+        k = rotate(k, cos, sin)
     if not n:
         return k.new_zeros(b, 0)
     keys = k.transpose(2, 3)  # [B, G, d, N]

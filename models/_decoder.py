@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import kernels
+from ..kernels.base import rotate
 from ..ledger import MARK, UndoLedger, mark
 from ..select import combine
 from ..types import TokenView, UnsupportedError, VtpruneError
 from ._layout import Part, Unit, units
 from ._level import Level, backend, decode_mask, dense_level, pack, prefill_mask, within
-from ._scores import answer_starts, attention_to, heads, query_rows, rotate, take
+from ._scores import answer_starts, attention_to, heads, query_rows, take
 from ._tower import Record, Run
 from .base import PlannedCut
 
@@ -261,9 +262,9 @@ class DecoderEngine:
         request.uneven = frozenset(i for i in request.pruned if not request.at[i].whole or self.d.window_of(i) is not None)
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
-            self.requests[cache] = call.request
-            mark(cache, any(not level.dense for level in call.request.levels))
-        self.done(call.request)
+            self.requests[cache] = request
+            mark(cache, any(not level.dense for level in request.levels))
+        self.done(request)
 
     # ------------------------------------------------------------------------------------------- entering and leaving the decoder
 
@@ -464,10 +465,8 @@ class DecoderEngine:
 
     def _count(self, call: Call, upto: int) -> None:
         assert call.request is not None and call.level is not None
-        if len(call.request.layer_tokens) >= upto:
-            return
-        counts = call.level.counts
         while (number := len(call.request.layer_tokens)) < upto:
+            counts = call.level.counts
             extra = call.request.keys_only.get(number, [0] * len(counts))
             call.request.layer_tokens.append([a + b for a, b in zip(counts, extra, strict=True)])
 

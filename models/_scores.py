@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..kernels.base import rotate
 from ._level import Level, allowed, backend
 
 ROWS = 64  # query rows whose masks are made at once
@@ -23,13 +24,6 @@ def heads(attention: Any, name: str, x: Tensor) -> Tensor:
 def take(table: Tensor, rows: Tensor) -> Tensor:
     """Rows ``[B, M]`` of a table ``[B or 1, T, ...]``."""
     return kernels.gather(rows, table.to(rows.device))[0]
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in the half-split layout of Llama, Mistral, Qwen and Gemma: x ``[B, H, R, d]``, tables ``[B, R, d]``."""
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
 def question(block: Any, x: Tensor, rows: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, dict[str, Any]]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from vtprune.kernels import KERNELS
-from vtprune.kernels.base import interpreted
+from vtprune.kernels.base import interpreted, run
 
 import vtprune
 from vtprune import kernels
@@ -78,8 +78,7 @@ def test_triton_equals_the_reference(name, case, n, dtype, poisoned):
 def test_strided_cases_are_not_contiguous(name):
     """The contract's non-contiguous inputs are what they claim to be."""
     arguments = KERNELS.get(name).example("strided", 63, torch.float32, torch.Generator().manual_seed(0))
-    flat = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
-    assert any(not t.is_contiguous() for t in flat)
+    assert any(not t.is_contiguous() for t in leaves(arguments))
 
 
 # --------------------------------------------------------------------------------------------- the reference against loops
@@ -488,8 +487,6 @@ def test_autocast_does_not_lower_the_precision():
         info = KERNELS.get(name)
         arguments = info.example(info.cases[0], 40, torch.float32, torch.Generator().manual_seed(0))
         with torch.autocast("cpu", torch.bfloat16), kernels.use("reference"):
-            from vtprune.kernels.base import run
-
             got = run(name, None, *arguments)
         info.close(arguments, got, info.reference(*arguments))
 

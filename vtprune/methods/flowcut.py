@@ -81,11 +81,11 @@ class FlowCut(Method):
     def _score(self, view: TokenView, query: str) -> tuple[Tensor, Tensor]:
         """Class attention ``[B, N]`` and the block's score ``[B, N]``, both zero on padding."""
         t, p = view.source("projections"), view.prefix
-        wide = torch.float32 if t.q.dtype in (torch.float16, torch.bfloat16) else t.q.dtype
         real = torch.cat([view.valid.new_ones(len(view.valid), p), view.valid], dim=1)  # [B, P + N]
         if query == "class":
             q, v = t.q[:, :, 0], t.v[:, :, 0]
         else:
+            wide = torch.promote_types(t.q.dtype, torch.float32)
             weight = (real.to(wide) / real.sum(1, keepdim=True))[:, None, :, None].to(t.q.dtype)
             q, v = (t.q * weight).sum(2), (t.v * weight).sum(2)
         paper = self.semantic == "paper"
@@ -95,6 +95,6 @@ class FlowCut(Method):
             seen[:, :p] = False
         bias = None if t.bias is None else t.bias[:, 0, 0]
         found = kernels.flow_scores(q, v, t.k, t.v, scale=t.scale, value_scale=t.scale if paper else 1.0, bias=bias, value_seen=seen)
-        attention, similar, strength = (s[:, p:].to(wide) * view.valid for s in found)
+        attention, similar, strength = (s[:, p:] * view.valid for s in found)
         score = attention / attention.sum(1, keepdim=True) + similar / similar.sum(1, keepdim=True)
         return attention, score * strength
