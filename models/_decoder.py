@@ -23,7 +23,7 @@ from .. import kernels
 from ..kernels.base import rotate
 from ..ledger import MARK, UndoLedger, mark
 from ..select import combine
-from ..types import TokenView, UnsupportedError, VtpruneError
+from ..types import Seed, TokenView, UnsupportedError, VtpruneError
 from ._layout import Part, Unit, units
 from ._level import Level, backend, decode_mask, dense_level, pack, prefill_mask, within
 from ._scores import answer_starts, attention_to, heads, query_rows, take
@@ -164,7 +164,7 @@ class DecoderEngine:
         per: str,
         tower: bool,
         entry: list[PlannedCut],
-        seed: int,
+        seed: Seed,
         done: Callable[[Request], None],
         arrived: Callable[[Request], Run],
     ):
@@ -321,7 +321,7 @@ class DecoderEngine:
         extra = [p[owner, at] for p in spread]
         rasters = tuple(u.rasters for u in found)
         for cut in self.entry:
-            view = run.view(x, cut, grid=(x.shape[1], 1), prefix=0, depth=1, seed=self.seed, sources={}, rasters=rasters)
+            view = run.view(x, cut, grid=(x.shape[1], 1), prefix=0, depth=1, seed=self._seed(request), sources={}, rasters=rasters)
             selection = cut.select(view)
             if selection is None:
                 run.note(cut, run.index)
@@ -336,6 +336,14 @@ class DecoderEngine:
         for p, e in zip(spread, extra, strict=True):
             p[where] = e[run.valid]
         return embeds, gone, None if planes is None else [p[visual] for p in spread]
+
+    def _seed(self, request: Request) -> Seed:
+        """The seed for a view of all units: one for all, or that of each unit's sample."""
+        if isinstance(self.seed, int):
+            return self.seed
+        if len(self.seed) != len(request.parts):
+            raise VtpruneError(f"{len(self.seed)} seeds were given for a batch of {len(request.parts)} samples")
+        return tuple(self.seed[u.sample] for u in request.units)
 
     def _check_dense(self, cache: Any, kwargs: dict) -> None:
         """A cache that no request here has filled must be whole: a copy of a pruned one has lost what tells which tokens it holds."""
@@ -574,7 +582,7 @@ class DecoderEngine:
             grid=(where.shape[1], 1),
             layer=cut.layer,
             depth=len(self.d.layers),
-            seed=self.seed,
+            seed=self._seed(request),
             memory=request.memory.setdefault(cut.memory_key, {}),
             sources={
                 "query_attention": lambda **kw: self.query_attention(call, cut, x, where, owner, **kw),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ledger import UndoLedger
-from ..types import Geometry, UnsupportedError
+from ..types import Geometry, Seed, UnsupportedError
 from ._cost import Shapes
 from ._decoder import Decoder, DecoderEngine, Request, put, sentinel
 from ._hf_vit import randomise
@@ -208,7 +208,7 @@ class Mllm:
         fresh.load_state_dict(source.state_dict())
         return copy.deepcopy(fresh).train(source.training)
 
-    def reseed(self, seed: int) -> None:
+    def reseed(self, seed: Seed) -> None:
         self.seed = seed
         for engine in self.engines:
             engine.seed = seed

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..ledger import UndoLedger
 from ..select import combine, gather
-from ..types import Projections, Selection, TokenView, UnsupportedError
+from ..types import Projections, Seed, Selection, TokenView, UnsupportedError
 from .base import PlannedCut
 
 ONE_SIZE = "images must have the size that the model's configuration names, and patch dropout must be off"
@@ -121,7 +121,16 @@ class Run:
         return self.told
 
     def view(
-        self, features: Tensor, cut: PlannedCut, *, grid: tuple[int, int], prefix: int, depth: int, seed: int, sources: dict[str, Callable], rasters: tuple = ()
+        self,
+        features: Tensor,
+        cut: PlannedCut,
+        *,
+        grid: tuple[int, int],
+        prefix: int,
+        depth: int,
+        seed: Seed,
+        sources: dict[str, Callable],
+        rasters: tuple = (),
     ) -> TokenView:
         return TokenView(
             features=features,
@@ -198,7 +207,8 @@ class TowerEngine:
     """Hooks one tower. ``done(run)`` is called at the end of each pass."""
 
     def __init__(self, tower: Tower, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Callable[[Run], None], tokens: int):
-        self.tower, self.seed, self.done, self.tokens = tower, seed, done, tokens
+        self.tower, self.done, self.tokens = tower, done, tokens
+        self.seed: Seed = seed
         self.local = threading.local()
         self.pixels = [c for c in cuts if c.site == "pixels"]
         self.proportional = any(c.proportional for c in cuts)

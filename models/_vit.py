@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ledger import UndoLedger
-from ..types import Geometry, UnsupportedError
+from ..types import Geometry, Seed, UnsupportedError
 from ._cost import Shapes
 from ._tower import Run, Tower, TowerEngine
 from .base import PlannedCut
@@ -49,7 +49,7 @@ class BareVit:
     def branch(self, layer: int) -> nn.Module:
         raise UnsupportedError("a bare vision tower has no language model")
 
-    def reseed(self, seed: int) -> None:
+    def reseed(self, seed: Seed) -> None:
         self.engine.seed = seed
 
     def install(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, per: str, seed: int) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..ledger import UndoLedger
 from ..registry import Registry
-from ..types import Selection, TokenView
+from ..types import Seed, Selection, TokenView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Adapter(Protocol):
 
     def install(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Recorder, *, positions: str, per: str, seed: int) -> None: ...
 
-    def reseed(self, seed: int) -> None: ...
+    def reseed(self, seed: Seed) -> None: ...
 
     def branch(self, layer: int) -> nn.Module: ...
 

@@ -52,15 +52,41 @@ def prepare(processor: Any, images: Sequence[Image.Image], questions: Sequence[s
     """
     if not images or len(images) != len(questions):
         raise VtpruneError(f"give one question per image; got {len(images)} images and {len(questions)} questions")
+    return prepare_chats(processor, [[{"role": "user", "content": [image_part(i), text_part(q)]}] for i, q in zip(images, questions, strict=True)])
+
+
+def image_part(image: Image.Image) -> dict[str, Any]:
+    return {"type": "image", "image": image}
+
+
+def text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def prepare_chats(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> Any:
+    """Left-padded model inputs for conversations that the model is to go on with.
+
+    Args:
+        chats: per sample the messages, ``{"role": ..., "content": [part, ...]}`` with :func:`image_part` and :func:`text_part`; either all samples have
+            images or none has.
+
+    Raises :class:`VtpruneError` for a processor without chat template and for a mixture of samples with and without images.
+    """
     if not getattr(processor, "chat_template", None):
         raise VtpruneError(f"{type(processor).__name__} has no chat template, so it cannot say how a question is put to the model")
-    texts = []
-    for question in questions:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+    images = [[part["image"] for message in chat for part in message["content"] if part["type"] == "image"] for chat in chats]
+    if any(images) and not all(images):
+        raise VtpruneError("samples with and without images cannot share a batch")
+    texts = [processor.apply_chat_template([{**m, "content": [_bare(p) for p in m["content"]]} for m in chat], add_generation_prompt=True) for chat in chats]
     start = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
     special = not (start and texts[0].startswith(start))  # a template that writes the start token itself must not get a second one
-    return processor(images=list(images), text=texts, padding=True, padding_side="left", add_special_tokens=special, return_tensors="pt")
+    flat = [found[0] for found in images] if all(len(found) == 1 for found in images) else images if any(images) else None
+    return processor(images=flat, text=texts, padding=True, padding_side="left", add_special_tokens=special, return_tensors="pt")
+
+
+def _bare(part: dict[str, Any]) -> dict[str, Any]:
+    """A part for the template: an image is a placeholder."""
+    return {"type": "image"} if part["type"] == "image" else part
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -324,9 +325,10 @@ class Handle:
         _live.pop(self._model, None)
         self._model = None
 
-    def reseed(self, seed: int) -> None:
-        """The seed of the next forward (methods that draw at random)."""
-        self.adapter.reseed(seed)
+    def reseed(self, seed: int | Sequence[int]) -> None:
+        """The seed of the next forwards (methods that draw at random): one for all, or one for each sample of the batch (in the vision tower: of each image or
+        tile); a forward of another size then raises :class:`VtpruneError`."""
+        self.adapter.reseed(seed if isinstance(seed, int) else tuple(seed))
 
     def report(self) -> Report:
         """What the most recent prefill did. Raises :class:`VtpruneError` before the first one."""

@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,9 +24,11 @@ from .answer import generate, open_image, prepare
 from .attach import attach, bind, load_recipe
 from .methods.base import METHODS, make
 from .recipe import Recipe
+from .runs import Journal, RunError, alike, digest, fingerprint, read, write
 from .types import Report, VtpruneError
 
 TIMED = 4  # questions in the batch whose prefill is timed
+MAX_NEW_TOKENS = 5
 
 
 @dataclass(frozen=True)
@@ -107,63 +110,123 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
     timing: int = 0,
+    journal: Journal | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
-    """Answers ``samples`` with ``recipe`` attached (``None``: the unpatched model).
+    """Answers ``samples`` with ``recipe`` attached (``None``: the unpatched model). In float32 the result does not depend on ``batch``.
 
     Args:
         batch: questions per forward.
-        seed: batch ``i`` draws with ``seed * 100003 + i``, so that random methods draw anew for every batch.
+        seed: methods that draw at random draw for sample i of its set with :func:`sample_seed` of ``seed`` and i.
         progress: called with the number of samples after each batch.
         timing: repeats of the prefill measurement (:func:`prefill`) on the first :data:`TIMED` samples; 0 leaves it out.
+        journal: keeps what is done; samples that it holds already are not done again.
         **overrides: as for :func:`vtprune.attach`.
 
     Returns:
-        ``answers`` and ``correct`` per sample; ``effective_tokens`` (mean over samples) of ``visual_tokens``; ``flops``, ``kv_bytes`` and their ``dense_``
-        counterparts, sums over batches; ``rows`` tokens kept by the last dropping stage per image row (``None`` if none dropped); ``recipe`` as used, ``key``;
-        with ``timing`` what :func:`prefill` gives.
+        ``answers`` and ``correct`` per sample; means over samples: ``effective_tokens`` of ``visual_tokens``, ``nominal_tokens`` behind the last stage,
+        ``layer_tokens`` per language-model layer; ``flops``, ``kv_bytes`` and their ``dense_`` counterparts, sums over samples; ``rows`` and ``columns``:
+        tokens kept by the last dropping stage per image row and column (``None`` if none dropped); ``recipe`` as used, ``key``; with ``timing`` what
+        :func:`prefill` gives.
 
     Raises:
-        VtpruneError: no samples, or whatever :func:`vtprune.attach` refuses.
+        VtpruneError: no samples, or whatever :func:`vtprune.attach` refuses; :class:`RunError` if a sample cannot be read, the model fails or the disk is
+        full: its message says what is kept.
     """
     if not samples or batch < 1:
         raise VtpruneError(f"nothing to evaluate: {len(samples)} samples in batches of {batch}")
+    journal = Journal(None, {}) if journal is None else journal
+    first = len(journal.records)
+    seeds = [sample_seed(seed, n) for n in numbers(samples)]
     handle = None if recipe is None else attach(model, recipe, seed=seed, **overrides)
-    answers: list[str] = []
-    reports: list[Report] = []
-    rows: np.ndarray | None = None
     try:
-        for i, lo in enumerate(range(0, len(samples), batch)):
+        if progress is not None and first:
+            progress(first)
+        for lo in range(first, len(samples), batch):
             part = samples[lo : lo + batch]
-            inputs = prepare(processor, [s.picture() for s in part], [s.question for s in part]).to(model.device)
-            if handle is not None:
-                handle.reseed(seed * 100003 + i)
-            answers += generate(model, processor, inputs)
-            reports.append(_dense_report(model, inputs) if handle is None else handle.report())
-            if handle is not None:
-                rows = _add(rows, kept_rows(reports[-1]))
+            with journal.located(f"question{'' if len(part) == 1 else 's'} {_range(part, lo)}"):
+                inputs = prepare(processor, [s.picture() for s in part], [s.question for s in part]).to(model.device)
+                if handle is not None:
+                    handle.reseed(seeds[lo : lo + batch])
+                answers = generate(model, processor, inputs, MAX_NEW_TOKENS)
+                report = _dense_report(model, inputs) if handle is None else handle.report()
+                records = [_record(s, a, report, i) for i, (s, a) in enumerate(zip(part, answers, strict=True))]
+            journal.add(records, **{name: getattr(report, name) for name in COSTS})
             if progress is not None:
                 progress(len(part))
+        used = None if handle is None else handle.recipe
     finally:
         if handle is not None:
             handle.remove()
-    counts = [len(r.visual_tokens) for r in reports]
-    out: dict[str, Any] = {
-        "answers": answers,
-        "correct": [matches(a, s.answer) for a, s in zip(answers, samples, strict=True)],
-        "effective_tokens": sum(r.effective_tokens * n for r, n in zip(reports, counts, strict=True)) / len(samples),
-        "visual_tokens": sum(sum(r.visual_tokens) for r in reports) / len(samples),
-        "rows": None if rows is None else rows.tolist(),
-        "recipe": None if handle is None else _portable(handle.recipe),
-        "key": "dense" if handle is None else handle.recipe.key(),
-    }
-    out |= {name: sum(getattr(r, name) for r in reports) for name in ("flops", "dense_flops", "kv_bytes", "dense_kv_bytes")}
+    portable = None if used is None else _portable(used)
+    out = {**_total(journal), "recipe": portable, "key": "dense" if portable is None else Recipe.from_dict(portable).key()}
     if timing:
-        first = samples[:TIMED]
-        inputs = prepare(processor, [s.picture() for s in first], [s.question for s in first]).to(model.device)
         extra = {k: v for k, v in overrides.items() if k == "positions"}
-        out |= prefill(model, inputs, None if handle is None else handle.recipe, repeats=timing, seed=seed, **extra)
+        out |= prefill(model, _timed(model, processor, samples), used, repeats=timing, seed=seed, **extra)
     return out
+
+
+COSTS = ("flops", "dense_flops", "kv_bytes", "dense_kv_bytes")
+
+
+def sample_seed(seed: int, number: int) -> int:
+    """The seed of the ``number``-th sample of a set, in every harness: a sample's draw depends on nothing else."""
+    return seed * 1_000_003 + number
+
+
+def numbers(samples: Sequence[Sample]) -> list[int]:
+    """The place of every sample within its set."""
+    seen: Counter[str] = Counter()
+    out = []
+    for s in samples:
+        out.append(seen[s.set])
+        seen[s.set] += 1
+    return out
+
+
+def _range(part: Sequence[Sample], first: int) -> str:
+    """Which questions, for messages."""
+    last = first + len(part) - 1
+    return f"{first}" if last == first else f"{first} to {last}"
+
+
+def _timed(model: Any, processor: Any, samples: Sequence[Sample]) -> Any:
+    part = samples[:TIMED]
+    return prepare(processor, [s.picture() for s in part], [s.question for s in part]).to(model.device)
+
+
+def _record(sample: Sample, answer: str, report: Report, i: int) -> dict[str, Any]:
+    """What is kept of sample ``i`` of a batch."""
+    layers = report.layer_tokens[i]
+    places = kept_places(report, i)
+    return {
+        "answer": answer,
+        "correct": matches(answer, sample.answer),
+        "visual": report.visual_tokens[i],
+        "nominal": report.stages[-1].tokens_out[i] if report.stages else report.visual_tokens[i],
+        "layers": layers,
+        "rows": None if places is None else places[0].tolist(),
+        "columns": None if places is None else places[1].tolist(),
+    }
+
+
+def _total(journal: Journal) -> dict[str, Any]:
+    """The whole run; sums go over samples in order, so that batches do not matter."""
+    records = journal.records
+    n = len(records)
+    layers = np.sum([r["layers"] for r in records], axis=0)
+    out: dict[str, Any] = {
+        "answers": [r["answer"] for r in records],
+        "correct": [r["correct"] for r in records],
+        "effective_tokens": float(layers.mean() / n),
+        "visual_tokens": sum(r["visual"] for r in records) / n,
+        "nominal_tokens": sum(r["nominal"] for r in records) / n,
+        "layer_tokens": (layers / n).tolist(),
+    }
+    for name in ("rows", "columns"):
+        found = [r[name] for r in records if r[name] is not None]
+        out[name] = np.sum(found, axis=0).tolist() if found and len({len(f) for f in found}) == 1 else None
+    return out | {name: sum(b[name] for b in journal.batches) for name in COSTS}
 
 
 def _portable(recipe: Recipe) -> dict[str, Any]:
@@ -197,32 +260,22 @@ def _dense_report(model: Any, inputs: Any) -> Report:
     )
 
 
-def _add(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
-    return b if a is None else a if b is None else a + b
-
-
-def kept_rows(report: Report) -> np.ndarray | None:
-    """Tokens kept per image row, ``[grid rows]``, by the last stage that dropped some but not all (``None``: none did, or images have several shapes).
-
-    A merged group is spread over its members.
-    """
-    grids = {grid for sample in report.grids for grid in sample}
-    if len(grids) != 1:
+def kept_places(report: Report, i: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Tokens of sample ``i`` kept per image row and per image column, by the last stage that dropped some but not all (``None``: none did, or the sample's
+    images have several shapes). A merged group is spread over its members."""
+    grids = {*report.grids[i]}
+    partial = [s for s in report.stages if 0 < s.tokens_out[i] < report.visual_tokens[i]]
+    if len(grids) != 1 or not partial:
         return None
-    grid = next(iter(grids))
-    tokens = grid[0] * grid[1]
-    partial = [s for s in report.stages if 0 < sum(s.tokens_out) < sum(report.visual_tokens)]
-    if not partial:
-        return None
-    rows = np.zeros(grid[0])
-    for i, kept in enumerate(partial[-1].kept):
-        where, share = kept.cpu().numpy(), np.ones(len(kept))
-        if (assignment := partial[-1].assignment) is not None:
-            slot = assignment[i].cpu().numpy()
-            where = np.flatnonzero(slot >= 0)
-            share = 1 / np.bincount(slot[where])[slot[where]]
-        rows += np.bincount(where % tokens // grid[1], weights=share, minlength=grid[0])
-    return rows
+    height, width = next(iter(grids))
+    where = partial[-1].kept[i].cpu().numpy()
+    share = np.ones(len(where))
+    if (assignment := partial[-1].assignment) is not None:
+        slot = assignment[i].cpu().numpy()
+        where = np.flatnonzero(slot >= 0)
+        share = 1 / np.bincount(slot[where])[slot[where]]
+    where = where % (height * width)
+    return np.bincount(where // width, weights=share, minlength=height), np.bincount(where % width, weights=share, minlength=width)
 
 
 @torch.no_grad()
@@ -266,10 +319,8 @@ def bootstrap(correct_a: Sequence[float], correct_b: Sequence[float], n: int = 2
     where = np.arange(len(gap)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     total, size = np.bincount(where, weights=gap), np.bincount(where)
     rng = np.random.RandomState(seed)
-    means = np.empty(n)
-    for i in range(n):
-        draw = rng.randint(len(total), size=len(total))
-        means[i] = total[draw].sum() / size[draw].sum()
+    draws = (rng.randint(len(total), size=len(total)) for _ in range(n))
+    means = [total[draw].sum() / size[draw].sum() for draw in draws]
     low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
 
@@ -288,7 +339,8 @@ def means(values: Sequence[float], keys: Iterable[str]) -> dict[str, float]:
 
 
 def score(correct: Sequence[float], samples: Sequence[Sample], dense: Sequence[float] | None = None) -> dict[str, Any]:
-    """``sets``: per question set ``accuracy``, ``interval`` and, against ``dense``, ``difference`` with its interval; ``abilities``, ``average``, ``worst``."""
+    """``sets``: per question set ``accuracy``, ``interval`` and, against ``dense``, ``difference`` with its interval; ``abilities`` and their intervals; their
+    ``average`` and ``worst``; with ``dense`` the mean and the least share of its accuracy, ``relative_average`` and ``relative_worst``."""
     sets: dict[str, Any] = {}
     for name, accuracy in means(correct, (s.set for s in samples)).items():
         mine = [i for i, s in enumerate(samples) if s.set == name]
@@ -299,7 +351,29 @@ def score(correct: Sequence[float], samples: Sequence[Sample], dense: Sequence[f
             sets[name] |= {"difference": accuracy - sum(base) / len(base), "difference_interval": bootstrap(values, base, groups=groups)}
     abilities = means(correct, (s.ability for s in samples))
     worst = min(abilities, key=lambda a: abilities[a])
-    return {"sets": sets, "abilities": abilities, "average": sum(abilities.values()) / len(abilities), "worst": abilities[worst], "worst_ability": worst}
+    out = {"sets": sets, "abilities": abilities, "average": sum(abilities.values()) / len(abilities), "worst": abilities[worst], "worst_ability": worst}
+    out["ability_intervals"] = {a: _part(correct, samples, [i for i, s in enumerate(samples) if s.ability == a])["interval"] for a in abilities}
+    if dense is not None:
+        full = means(dense, (s.ability for s in samples))
+        shares = [abilities[a] / full[a] for a in abilities if full[a]]
+        out |= {"relative_average": sum(shares) / len(shares) if shares else None, "relative_worst": min(shares, default=None)}
+    return out
+
+
+def _part(correct: Sequence[float], samples: Sequence[Sample], which: Sequence[int]) -> dict[str, Any]:
+    """Accuracy, number and interval of some of the samples."""
+    values = [correct[i] for i in which]
+    return {"accuracy": sum(values) / len(values), "samples": len(values), "interval": interval(values, groups=[samples[i].source for i in which])}
+
+
+def add_group_a(rows: Sequence[dict[str, Any]], samples: Sequence[Sample]) -> None:
+    """Gives every row ``group_a``: its accuracy on the samples that the dense model answers and plain down-sampling at the same budget does not, where being
+    clever can pay (VTC-Bench, arXiv 2510.07143); ``None`` where down-sampling was not measured or nothing is left."""
+    dense = rows[0]["correct"]
+    small = {r["budget"]: r["correct"] for r in rows if r["method"] == "downsample" and "error" not in r}
+    for row in rows:
+        hard = [i for i, right in enumerate(small.get(row["budget"], ())) if dense[i] and not right]
+        row["group_a"] = _part(row["correct"], samples, hard) if hard and "error" not in row else None
 
 
 # ----------------------------------------------------------------------------------------------------------------- table
@@ -325,6 +399,44 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
+def protocol(model: Any, processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
+    """What a run was asked and how; the same questions in another order are another protocol."""
+    asked = [[s.question, s.answer, s.ability, s.source] for s in samples]
+    return {
+        "harness": "vtprune bench",
+        "model": {"name": Path(str(model.config._name_or_path)).name, "class": type(model).__name__, "fingerprint": fingerprint(model)},
+        "sets": dict(Counter(s.set for s in samples)),
+        "questions": digest(asked),
+        "chat_template": digest(processor.chat_template),
+        "decoding": f"greedy, {MAX_NEW_TOKENS} new tokens",
+        "scoring": "exact match without spaces and case",
+        "seeds": "sample i of a set draws with seed * 1000003 + i",
+    }
+
+
+def _kept_run(path: Path | None, head: Mapping[str, Any], measure: Callable[[Journal], dict[str, Any]], done: Callable[[], object]) -> dict[str, Any]:
+    """The run in ``path`` if it is finished there, else measured (going on from its journal) and put there."""
+    if path is None:
+        return measure(Journal(None, {}))
+    if path.exists():
+        found = read(path)
+        alike(path, found, head)
+        done()
+        return found
+    notes = path.with_suffix(".jsonl")
+    try:
+        with Journal(notes, head) as journal:
+            out = {**head, **measure(journal)}
+    except RunError:
+        raise
+    except VtpruneError:  # the method refuses: nothing to go on with
+        notes.unlink(missing_ok=True)
+        raise
+    write(path, json.dumps(out) + "\n")
+    notes.unlink()
+    return out
+
+
 def table(
     model: Any,
     processor: Any,
@@ -339,6 +451,7 @@ def table(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     labels: Mapping[str, str] | None = None,
     fixed: Sequence[tuple[Recipe, str]] = (),
+    folder: Path | None = None,
     progress: Callable[[int], object] | None = None,
     started: Callable[[str], object] | None = None,
     command: str = "",
@@ -349,10 +462,15 @@ def table(
         methods: recipe names or recipes; those that draw at random are run with ``seeds`` seeds from ``seed`` on and averaged per sample.
         options: method name -> its own options. labels: method name -> a remark for its rows.
         fixed: recipes with a remark, run once on their own schedule (their ``budget`` is ``None``).
+        folder: where every run leaves ``<method>-<budget>-<seed>.json``, and ``.time.json`` with the measured times; runs that lie there are not done again,
+            one that broke off goes on. ``None``: in memory.
         progress: called with numbers of samples, :func:`runs` times all of them. started: called with the name of each row.
 
     Returns:
         A JSON-safe dict. A budget that a method cannot reach gives a row with ``error``.
+
+    Raises:
+        VtpruneError: wrong arguments, or runs in ``folder`` that were made in another way; :class:`RunError` if a run breaks off, see :func:`evaluate`.
     """
     options, labels = options or {}, labels or {}
     recipes = [load_recipe(m) for m in methods]
@@ -365,9 +483,35 @@ def table(
         raise VtpruneError(f"timing={timing} must not be negative and seeds={seeds} must be at least 1")
     if not budgets or any(not 0 < b <= 1 for b in budgets):
         raise VtpruneError(f"budgets are fractions of the dense tokens in (0, 1], got {list(budgets)}")
+    about = environment(model)
+    common = {"type": "vtprune.Run", "version": 1, "protocol": protocol(model, processor, samples), **about}
+
+    def measured(recipe: Recipe | None, budget: float | None, s: int, extra: Mapping[str, Any], timed: bool) -> dict[str, Any]:
+        name = "dense" if recipe is None else recipe.name
+        asked = None if recipe is None else _portable(recipe)
+        head = {**common, "method": name, "budget": budget, "seed": s, "asked": asked, "overrides": dict(extra)}
+        spot = None if folder is None else folder / ("dense" if recipe is None else f"{_slug(name)}-{'own' if budget is None else f'{budget:g}'}-{s}")
+        how: dict[str, Any] = {"batch": batch, "seed": s, "progress": progress, **extra}
+        out = _kept_run(
+            None if spot is None else Path(f"{spot}.json"),
+            head,
+            lambda journal: evaluate(model, processor, samples, recipe, journal=journal, **how),
+            lambda: progress and progress(len(samples)),
+        )
+        if not timed or recipe is None:
+            return out
+
+        def clocked(journal: Journal) -> dict[str, Any]:
+            with attach(model, recipe, seed=s, **extra) as handle:  # solved once, not in every turn
+                used = handle.recipe
+            positions = {k: v for k, v in extra.items() if k == "positions"}
+            return prefill(model, _timed(model, processor, samples), used, repeats=timing, seed=s, **positions)
+
+        return out | _kept_run(None if spot is None else Path(f"{spot}.time.json"), {**head, "repeats": timing}, clocked, lambda: None)
+
     if started is not None:
         started("dense")
-    dense = evaluate(model, processor, samples, None, batch=batch, progress=progress)
+    dense = measured(None, 1.0, 0, {}, False)
     correct = [float(c) for c in dense["correct"]]
     rows = [{"method": "dense", "budget": 1.0, "note": "", **_row([dense], samples, None)}]
     plan: list[tuple[Recipe, float | None, str]] = [(r, b, labels.get(r.name, _untrained(r, options.get(r.name, {})))) for r in recipes for b in budgets]
@@ -378,19 +522,30 @@ def table(
         row: dict[str, Any] = {"method": recipe.name, "budget": budget, "note": note}
         times = seeds if draws(recipe) else 1
         try:
-            results: list[dict[str, Any]] = []
-            for s in range(seed, seed + times):
-                how: dict[str, Any] = {"batch": batch, "seed": s, "progress": progress, "timing": 0 if results else timing}
-                results.append(evaluate(model, processor, samples, recipe, **how, **extra))
+            results = [measured(recipe, budget, s, extra, bool(timing) and s == seed) for s in range(seed, seed + times)]
             row |= _row(results, samples, correct)
             row["note"] = ", ".join(filter(None, (note, _solved(recipe, row["recipe"]))))
+        except RunError:
+            raise
         except VtpruneError as e:
             row["error"] = str(e)
             if progress is not None:
                 progress(times * len(samples))
         rows.append(row)
+    add_group_a(rows, samples)
     facts = {"abilities": sorted({s.ability for s in samples}), "sets": sorted({s.set for s in samples}), "samples": len(samples), "batch": batch}
-    return {"type": "vtprune.Bench", "version": 1, "command": command, **environment(model), **facts, "budgets": list(budgets), "seeds": seeds, "rows": rows}
+    asked = {"protocol": common["protocol"], "budgets": list(budgets), "seeds": seeds}
+    return {"type": "vtprune.Bench", "version": 2, "command": command, **about, **facts, **asked, "rows": rows}
+
+
+def _slug(name: str) -> str:
+    """A file name."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-")
+
+
+def baselines() -> list[str]:
+    """The registered methods that every table holds."""
+    return [name for name in METHODS if METHODS.get(name).paper == "baseline"]
 
 
 def runs(methods: Sequence[str | Recipe], budgets: Sequence[float], seeds: int, fixed: int = 0) -> int:
@@ -420,22 +575,26 @@ def _row(runs: list[dict[str, Any]], samples: Sequence[Sample], dense: list[floa
     """One table row from the runs of all seeds; costs are those of the first."""
     first = runs[0]
     correct = [sum(r["correct"][i] for r in runs) / len(runs) for i in range(len(samples))]
-    rows = [r["rows"] for r in runs if r["rows"] is not None]
     return {
         **score(correct, samples, dense),
         "seed_accuracies": [sum(r["correct"]) / len(samples) for r in runs],
         "effective_tokens": first["effective_tokens"],
-        "visual_tokens": first["visual_tokens"],
+        **{name: first[name] for name in ("visual_tokens", "nominal_tokens", "layer_tokens")},
         "flops": first["flops"],
         "flops_share": first["flops"] / first["dense_flops"],
         "kv_bytes": first["kv_bytes"],
         "kv_share": first["kv_bytes"] / first["dense_kv_bytes"],
         **{k: first[k] for k in ("prefill_ms", "dense_prefill_ms", "prefill_ratio") if k in first},
-        "rows": np.sum(rows, axis=0).tolist() if rows else None,
+        **{name: _summed([r[name] for r in runs]) for name in ("rows", "columns")},
         "key": first["key"],
         "recipe": first["recipe"],
         "correct": correct,
     }
+
+
+def _summed(found: Sequence[Sequence[float] | None]) -> list[float] | None:
+    known = [f for f in found if f is not None]
+    return np.sum(known, axis=0).tolist() if len(known) == len(found) else None
 
 
 def cells(result: Mapping[str, Any], *, abilities: bool = True) -> list[list[str]]:

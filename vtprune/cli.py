@@ -99,6 +99,19 @@ def output(path: Path | None) -> Path | None:
     return path
 
 
+def folder(path: Path | None) -> Path | None:
+    """``path``, made if need be. Raises :class:`VtpruneError` if it cannot be written."""
+    if path is None:
+        return None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise VtpruneError(f"cannot make the folder {path}: {e.strerror or e}") from e
+    if not os.access(path, os.W_OK):
+        raise VtpruneError(f"the folder {path} cannot be written")
+    return path
+
+
 def model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="PATH", help="folder of a model and its processor (default: the bundled VLM); nothing is downloaded")
@@ -251,8 +264,12 @@ def cmd_bench(args: argparse.Namespace) -> int:
     unknown = [name for name in args.abilities if name not in bench.SETS]
     if unknown or not args.abilities:
         raise VtpruneError(f"unknown question set {', '.join(unknown) or '(none)'!r}; there are {', '.join(bench.SETS)}")
-    methods = [load_recipe(n) for n in (vtprune.methods() if args.methods is None else args.methods)]
-    options = {m.name: dict(args.option) for m in methods}
+    names = vtprune.methods() if args.methods is None else args.methods
+    methods = [load_recipe(n) for n in names]
+    if not args.no_baselines:
+        methods += [load_recipe(n) for n in bench.baselines() if n not in {m.name for m in methods}]
+    options = {n: dict(args.option) for n in (m.name for m in methods[: len(names)])}
+    runs = folder(args.results and args.results / "runs")
     trained = _demo.branch() if args.model is None and any(m.name == "dpvr-lf" for m in methods) else None
     fixed = [] if trained is None else [(trained, trained.source)]
     model, processor = load(args)
@@ -260,9 +277,10 @@ def cmd_bench(args: argparse.Namespace) -> int:
     with tqdm(total=len(samples) * bench.runs(methods, args.budgets, args.seeds, len(fixed)), unit="question", disable=None) as bar:
         result = bench.table(
             model, processor, samples, methods, args.budgets, seeds=args.seeds, seed=args.seed, batch=args.batch, timing=args.timing, options=options,
-            fixed=fixed, progress=bar.update, started=bar.set_description, command="vtprune " + " ".join(args.argv),
+            fixed=fixed, folder=runs, progress=bar.update, started=bar.set_description, command="vtprune " + " ".join(args.argv),
         )  # fmt: skip
-    for path in args.out:
+    own = [args.results / f"bench.{kind}" for kind in ("json", "md")] if args.results else []
+    for path in (*own, *args.out):
         bench.save(result, path)
     if args.rows is not None and (kept := bench.kept_per_row(result)):
         render.write(args.rows, render.row_bias_figure(kept))
@@ -338,12 +356,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--abilities", type=words, default=["scenes"], metavar="SETS", help="question sets: scenes, easy-vqa, or both with a comma (default scenes)")
     p.add_argument("--samples", type=positive, default=100, metavar="N", help="questions of easy-VQA, or scenes of about 11 questions each (default 100)")
     p.add_argument("--budgets", type=fractions, default=[0.75, 0.5, 0.25, 0.11], help="fractions of the dense effective tokens (default 0.75,0.5,0.25,0.11)")
-    p.add_argument("--methods", type=words, metavar="NAMES", help="recipes, with commas (default: every method)")
+    p.add_argument("--methods", type=words, metavar="NAMES", help="recipes, with commas (default: every method); the baselines are always added")
+    p.add_argument("--no-baselines", action="store_true", help="leave the baselines out")
     p.add_argument("--option", type=key_value, action="append", default=[], metavar="KEY=VALUE", help="an option for all of them, value as JSON; repeatable")
     p.add_argument("--seeds", type=positive, default=3, help="runs of random methods (default 3)")
     p.add_argument("--batch", type=positive, default=16)
     p.add_argument("--timing", type=int, default=5, help="repeats of the prefill measurement (default 5; 0: none)")
     p.add_argument("--out", type=Path, action="append", default=[], metavar="FILE", help="the result: everything as .json, tables as .md; repeatable")
+    p.add_argument("--results", type=Path, metavar="FOLDER", help="one JSON per run in FOLDER/runs, bench.json and bench.md; what is there is not done again")
     p.add_argument("--rows", type=Path, metavar="FILE.png", help="heat map of the image rows where tokens are kept, at the budget nearest to 25 %%")
     p.add_argument("--json", action="store_true")
     model_options(p)

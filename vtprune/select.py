@@ -104,6 +104,7 @@ def subview(view: TokenView, rows: Sequence[int], grid: tuple[int, int], shared:
         protected=view.protected[at, :width],
         grid=grid,
         rasters=(),
+        seed=view.seed if isinstance(view.seed, int) else tuple(view.seed[r] for r in rows),
         memory=view.memory.setdefault(str(rows), {}),
         sources={name: only(name, source) for name, source in view.sources.items()},
     )

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+Seed = int | tuple[int, ...]  # for all samples of a batch, or one for each
+
 
 class VtpruneError(ValueError):
     """Anything the user can put right: what was asked, what exists, what would work."""
@@ -64,7 +66,7 @@ class TokenView:
     ``features`` ``[B, N, C]`` · ``valid`` ``[B, N]`` bool, False for padding rows · ``index`` ``[B, N]`` original visual-token index within the image (-1:
     padding) ·
     ``size`` ``[B, N]`` tokens already merged into each · ``protected`` ``[B, N]`` bool, must be kept · ``grid`` rows and columns of the original raster ·
-    ``prefix`` class / register / distillation tokens in front (not part of N) · ``layer`` and ``depth`` of the site · ``seed`` of the run ·
+    ``prefix`` class / register / distillation tokens in front (not part of N) · ``layer`` and ``depth`` of the site · ``seed`` of the run, or one per image ·
     ``rasters`` per image the rasters it is made of, if they are not all one ``grid`` (the library then calls the method once per kind of image) ·
     ``memory`` belongs to one method in one forward call (running averages) · ``sources`` lazily computed extras named by :attr:`MethodInfo.needs`.
     """
@@ -78,7 +80,7 @@ class TokenView:
     prefix: int = 0
     layer: int = 0
     depth: int = 1
-    seed: int = 0
+    seed: Seed = 0
     memory: dict[str, Any] = field(default_factory=dict)
     sources: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     rasters: tuple[tuple[tuple[int, int], ...], ...] = ()
