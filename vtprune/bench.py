@@ -149,7 +149,7 @@ def evaluate(
                 if handle is not None:
                     handle.reseed(seeds[lo : lo + batch])
                 answers = generate(model, processor, inputs, MAX_NEW_TOKENS)
-                report = _dense_report(model, inputs) if handle is None else handle.report()
+                report = dense_report(model, inputs) if handle is None else handle.report()
                 records = [_record(s, a, report, i) for i, (s, a) in enumerate(zip(part, answers, strict=True))]
             journal.add(records, **{name: getattr(report, name) for name in COSTS})
             if progress is not None:
@@ -158,8 +158,7 @@ def evaluate(
     finally:
         if handle is not None:
             handle.remove()
-    portable = None if used is None else _portable(used)
-    out = {**_total(journal), "recipe": portable, "key": "dense" if portable is None else Recipe.from_dict(portable).key()}
+    out = {**_total(journal), **identity(used)}
     if timing:
         extra = {k: v for k, v in overrides.items() if k == "positions"}
         out |= prefill(model, _timed(model, processor, samples), used, repeats=timing, seed=seed, **extra)
@@ -229,7 +228,13 @@ def _total(journal: Journal) -> dict[str, Any]:
     return out | {name: sum(b[name] for b in journal.batches) for name in COSTS}
 
 
-def _portable(recipe: Recipe) -> dict[str, Any]:
+def identity(recipe: Recipe | None) -> dict[str, Any]:
+    """``recipe`` as used and its ``key``, the same on every machine; ``None`` is the unpatched model."""
+    told = None if recipe is None else portable(recipe)
+    return {"recipe": told, "key": "dense" if told is None else Recipe.from_dict(told).key()}
+
+
+def portable(recipe: Recipe) -> dict[str, Any]:
     """The recipe as a dict; of a file with weights only the name, since result files travel."""
     out = recipe.to_dict()
     for stage in out["stages"]:
@@ -238,7 +243,7 @@ def _portable(recipe: Recipe) -> dict[str, Any]:
     return out
 
 
-def _dense_report(model: Any, inputs: Any) -> Report:
+def dense_report(model: Any, inputs: Any) -> Report:
     """What one prefill of ``inputs`` costs without pruning."""
     adapter = bind(model)
     s, found = adapter.cost, adapter.parts(inputs["input_ids"], inputs)
@@ -488,7 +493,7 @@ def table(
 
     def measured(recipe: Recipe | None, budget: float | None, s: int, extra: Mapping[str, Any], timed: bool) -> dict[str, Any]:
         name = "dense" if recipe is None else recipe.name
-        asked = None if recipe is None else _portable(recipe)
+        asked = None if recipe is None else portable(recipe)
         head = {**common, "method": name, "budget": budget, "seed": s, "asked": asked, "overrides": dict(extra)}
         spot = None if folder is None else folder / ("dense" if recipe is None else f"{_slug(name)}-{'own' if budget is None else f'{budget:g}'}-{s}")
         how: dict[str, Any] = {"batch": batch, "seed": s, "progress": progress, **extra}
@@ -535,6 +540,7 @@ def table(
     add_group_a(rows, samples)
     facts = {"abilities": sorted({s.ability for s in samples}), "sets": sorted({s.set for s in samples}), "samples": len(samples), "batch": batch}
     asked = {"protocol": common["protocol"], "budgets": list(budgets), "seeds": seeds}
+    asked["questions"] = [[s.source, s.ability, s.question, s.answer] for s in samples]
     return {"type": "vtprune.Bench", "version": 2, "command": command, **about, **facts, **asked, "rows": rows}
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``vtprune methods | recipes | adapters | run | bench | verify | train``. Model libraries are loaded by the commands that need a model."""
+"""The command line: ``vtprune methods | recipes | adapters | run | bench | eval | verify | train``. Model libraries are loaded by commands that need a model."""
 
 from __future__ import annotations
 
@@ -322,6 +322,12 @@ def cmd_train(args: argparse.Namespace) -> int:
     return dpvr_lf.run(args)
 
 
+def cmd_eval(args: argparse.Namespace) -> int:
+    from .lmms import evaluate
+
+    return evaluate.run(args)
+
+
 # ---------------------------------------------------------------------------------------------------------------- parser
 
 
@@ -375,7 +381,11 @@ def parser() -> argparse.ArgumentParser:
     model_options(p)
     recipe_options(p)
 
+    from .lmms import evaluate
     from .train import dpvr_lf
+
+    p = add("eval", cmd_eval, "run lmms-eval with recipes attached, resumable, one JSON per run")
+    evaluate.add_arguments(p)
 
     p = add("train", cmd_train, "train what a method needs trained")
     kinds = p.add_subparsers(dest="what", required=True, metavar="METHOD", parser_class=Parser)

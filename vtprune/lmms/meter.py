@@ -65,8 +65,8 @@ def generate(model: Any, inputs: Any, report: Callable[[], Report], asked: float
 
 
 def summary(costs: Sequence[dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """Means per sample: tokens, FLOPs, cache bytes; milliseconds per batch to the first token, of the prefill, and per later token; peak memory of the device, or
-    on a CPU of the process."""
+    """Means per sample: tokens, FLOPs, cache bytes; milliseconds per batch to the first token, of the prefill, and per later token; peak memory of the device,
+    or on a CPU of the process."""
     samples = sum(c["samples"] for c in costs)
     out: dict[str, Any] = {"samples": samples, "batches": len(costs)}
     if not samples:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..answer import image_part, open_image, prepare_chats, text_part
 from ..attach import ATTACH_OPTIONS, TARGETS, attach, load_recipe
-from ..bench import _dense_report, _portable, environment, sample_seed
+from ..bench import dense_report, environment, identity, sample_seed
 from ..ledger import UndoLedger
 from ..methods.base import METHODS, OWN_BUDGETS
 from ..recipe import Recipe
@@ -313,7 +313,7 @@ class Chat(lmms):
             from lmms_eval.models.model_utils.gen_metrics import log_metrics
 
             tokens, seconds = sum(c["new_tokens"] * c["samples"] for c in costs), sum(c["seconds"] for c in costs)
-            log_metrics(seconds, tokens, tokens / seconds if seconds else 0.0, told)
+            log_metrics(seconds, tokens, tokens / seconds if seconds else 0.0, {k: v for k, v in told.items() if k not in ("samples", "batches")})
             if self.report_file is not None:
                 facts = {"type": "vtprune.Costs", "version": 1, **self.facts(), **environment(self._model)}
                 write_file(self.report_file, json.dumps({**facts, "processes": self._world_size, **told, "failures": failures}, indent=1) + "\n")
@@ -323,12 +323,10 @@ class Chat(lmms):
 
     def facts(self) -> dict[str, Any]:
         """What makes this run this run."""
-        portable = None if self.handle is None else _portable(self.handle.recipe)
         attention = getattr(self._model.config, "_attn_implementation", None)
         return {
             "model": {"name": Path(str(self._model.config._name_or_path)).name, "fingerprint": fingerprint(self._model)},
-            "recipe": portable,
-            "key": "dense" if portable is None else Recipe.from_dict(portable).key(),
+            **identity(None if self.handle is None else self.handle.recipe),
             "seed": self.seed,
             "base": None if self.base is None else type(self.base).__name__,
             "attention": attention,
@@ -388,7 +386,7 @@ class Chat(lmms):
 
     def _told(self, inputs: Any, seen: bool = True) -> Any:
         """The report of the prefill that has just run; text alone is never pruned."""
-        return self.handle.report() if self.handle is not None and seen else _dense_report(self._model, inputs)
+        return self.handle.report() if self.handle is not None and seen else dense_report(self._model, inputs)
 
     def _likelihoods(self, part: list[Instance]) -> list[tuple[float, bool]]:
         if not self.is_simple:

@@ -1,0 +1,201 @@
+"""``vtprune eval``: lmms-eval around every recipe and budget, one process (or several, data-parallel) and one JSON file per run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..cli import folder, fractions, key_value, model_options, output, positive, show, words
+from ..runs import RunError, alike, read, write
+from ..types import VtpruneError
+from .suites import NOTES, SUITES
+
+OURS = ("alias", "samples", " ")  # what lmms-eval puts beside a task's metrics
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--tasks", type=words, default=["easy_vqa", "scenes"], help="lmms-eval tasks, with commas (default easy_vqa,scenes, which need no download)")
+    add("--suite", choices=list(SUITES), help="a named list of tasks instead (--list-suites shows them)")
+    add("--list-suites", action="store_true", help="print the suites and stop")
+    add("--recipes", type=words, metavar="NAMES", default=["pyramiddrop"], help="recipes, with commas; 'all' is every method (default pyramiddrop)")
+    add("--no-baselines", action="store_true", help="leave the baselines and the dense model out")
+    add("--budgets", type=fractions, default=[0.25], help="fractions of the dense effective tokens (default 0.25)")
+    add("--option", type=key_value, action="append", default=[], metavar="KEY=VALUE", help="an option for the named recipes, value as JSON; repeatable")
+    add("--seeds", type=positive, default=3, help="runs of random methods (default 3)")
+    add("--limit", type=positive, metavar="N", help="only the first N samples of every task")
+    add("--samples", type=positive, default=100, metavar="N", help="size of the local tasks, as for 'vtprune bench' (default 100)")
+    add("--batch", type=positive, default=1)
+    add("--processes", type=positive, default=1, metavar="N", help="data-parallel processes (one GPU each, or one CPU process each)")
+    add("--include-path", type=Path, metavar="FOLDER", help="your own task folders")
+    add("--base", metavar="NAME", help="attach to this lmms-eval model instead of our own, for protocols that depend on its prompts")
+    add("--attn-implementation", metavar="NAME", help="sdpa (default), eager, flash_attention_2 ...")
+    add("--results", type=Path, default=Path("out/eval"), metavar="FOLDER", help="what is there is not done again (default out/eval)")
+    add("--export", type=Path, metavar="FOLDER", help="only write easy_vqa and scenes as lmms-eval task folders into FOLDER")
+    add("--dry-run", action="store_true", help="print the commands and stop")
+    add("--json", action="store_true")
+    model_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0 if every run ended well. Raises :class:`RunError` if one did not, with everything before it kept."""
+    if args.list_suites:
+        show([["suite", "task", "remark"], *([s, t, NOTES.get(t, "")] for s, tasks in SUITES.items() for t in tasks)])
+        return 0
+    if find_spec("lmms_eval") is None:
+        raise VtpruneError("lmms-eval is not installed: pip install 'vtprune[lmms-eval]'")
+    from . import tasks as local
+
+    if args.export is not None:
+        for path in local.export(folder(args.export) or args.export, args.samples):
+            print(path)
+        return 0
+    names = list(SUITES[args.suite] if args.suite else args.tasks)
+    if not names:
+        raise VtpruneError("no tasks: name them with --tasks, or a --suite")
+    runs = folder(args.results / "runs")
+    assert runs is not None
+    include = [args.include_path] if args.include_path else []
+    wanted = tuple(n for n in names if n in local.TASKS)
+    if wanted and not include:
+        place = args.results / f"tasks-{args.samples}"
+        if any(not (place / n / f"{n}.yaml").is_file() for n in wanted):
+            local.export(folder(place) or place, args.samples, wanted)
+        include = [place]
+    table = []
+    for job in plan(args):
+        command = line(args, job, names, include, runs)
+        if args.dry_run:
+            print(" ".join(f"{k}={v}" for k, v in surroundings(args).items()), shlex.join(command))
+            continue
+        table.append(one(args, job, names, command, runs))
+    if args.dry_run:
+        return 0
+    result = {"type": "vtprune.Eval", "version": 1, "command": "vtprune " + " ".join(args.argv), "tasks": names, "rows": table}
+    write(output(args.results / "eval.json") or args.results / "eval.json", json.dumps(result) + "\n")
+    if args.json:
+        print(json.dumps(result))
+    else:
+        show(cells(table))
+    return 0
+
+
+def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs: the dense model, then every recipe at every budget (and seed, where it draws). A wrong recipe or option raises :class:`VtpruneError` here."""
+    from ..attach import load_recipe
+    from ..bench import baselines, draws, portable
+    from ..methods.base import METHODS, make
+
+    names = list(METHODS) if args.recipes == ["all"] else args.recipes
+    options = dict(args.option)
+    more = [] if args.no_baselines else [b for b in baselines() if b not in names]
+    jobs: list[dict[str, Any]] = [] if args.no_baselines else [{"recipe": "dense", "method": "dense", "budget": None, "seed": args.seed, "options": {}}]
+    for name in [*names, *more]:
+        if name == "dense":
+            jobs.append({"recipe": "dense", "method": "dense", "budget": None, "seed": args.seed, "options": {}})
+            continue
+        recipe = load_recipe(name)
+        mine = options if name in names else {}
+        make(recipe.stages[-1].method, {**recipe.stages[-1].options, **mine})
+        for budget in args.budgets:
+            for seed in range(args.seed, args.seed + (args.seeds if draws(recipe) else 1)):
+                jobs.append({"recipe": name, "method": recipe.name, "budget": budget, "seed": seed, "options": mine, "asked": portable(recipe)})
+    return jobs
+
+
+def stem(job: Mapping[str, Any]) -> str:
+    return "lmms-dense" if job["budget"] is None else f"lmms-{job['method']}-{job['budget']:g}-{job['seed']}"
+
+
+def line(args: argparse.Namespace, job: Mapping[str, Any], tasks: Sequence[str], include: Sequence[Path], runs: Path) -> list[str]:
+    """The command of one run."""
+    from vtprune.models import _demo
+
+    given: dict[str, Any] = {"pretrained": args.model or str(_demo.FOLDER), "recipe": job["recipe"]}
+    given |= {"base": args.base} if args.base else {"dtype": args.dtype, "journal": runs / f"{stem(job)}.journal"}
+    given |= {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    given |= {} if job["budget"] is None else {"effective_tokens": job["budget"], "seed": job["seed"]}
+    given |= {k: "+".join(map(str, v)) if isinstance(v, list) else v for k, v in job["options"].items()}
+    given |= {"report": runs / f"{stem(job)}.costs.json"}
+    if bad := [str(v) for v in given.values() if "," in str(v)]:
+        raise VtpruneError(f"lmms-eval splits its arguments at commas: {bad[0]!r} cannot be passed")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.processes)] if args.processes > 1 else []
+    out = [sys.executable, *launcher, "-m", "lmms_eval", "--model", "vtprune", "--model_args", ",".join(f"{k}={v}" for k, v in given.items())]
+    out += ["--tasks", ",".join(tasks), "--batch_size", str(args.batch), "--device", args.device, "--log_samples", "--output_path", str(runs / stem(job))]
+    out += ["--include_path", str(include[0])] if include else []
+    return out + (["--limit", str(args.limit)] if args.limit else [])
+
+
+def surroundings(args: argparse.Namespace) -> dict[str, str]:
+    """What the environment of a run adds."""
+    if args.device != "cpu" or args.processes == 1:
+        return {}
+    return {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.processes))}
+
+
+def one(args: argparse.Namespace, job: Mapping[str, Any], tasks: Sequence[str], command: Sequence[str], runs: Path) -> dict[str, Any]:
+    """One run, unless it lies there finished. lmms-eval ends with code 0 also when it failed, so its results are asked for."""
+    path = runs / f"{stem(job)}.json"
+    head = {"type": "vtprune.EvalRun", "version": 1, **job, "tasks": list(tasks), "limit": args.limit, "base": args.base, "dtype": args.dtype}
+    head |= {"model": args.model or "bundled VLM", "samples": args.samples}
+    if path.exists():
+        found = read(path)
+        alike(path, found, head)
+        return found["row"]
+    print(f"{stem(job)}: {len(tasks)} tasks", file=sys.stderr)
+    log = runs / f"{stem(job)}.log"
+    with log.open("wb") as sink:
+        code = subprocess.run(command, env={**os.environ, **surroundings(args)}, stdout=sink, stderr=subprocess.STDOUT).returncode
+    costs = runs / f"{stem(job)}.costs.json"
+    results = sorted((runs / stem(job)).glob("*/*_results.json"))
+    said = [t.strip() for t in log.read_text(encoding="utf-8", errors="replace").splitlines() if "vtprune: error" in t or "Error during evaluation" in t]
+    if code or not results or not costs.is_file():
+        raise RunError(f"{stem(job)} failed with code {code}: {said[-1] if said else 'no results were written'} (see {log}; finished runs are kept in {runs})")
+    told = read(results[-1])
+    scores = {t: _metrics(told["results"].get(t, {})) for t in {*tasks, *told["results"]}}
+    row = {"method": job["method"], "budget": job["budget"], "seed": job["seed"], "scores": scores, "costs": read(costs)}
+    samples = {f.name.partition("_samples_")[2].removesuffix(".jsonl"): _samples(f) for f in sorted((runs / stem(job)).glob("*/*_samples_*.jsonl"))}
+    versions = {"lmms_eval": told.get("lmms_eval_version"), **row["costs"]["versions"]}
+    write(path, json.dumps({**head, "command": shlex.join(command), "versions": versions, "row": row, "answers": samples}) + "\n")
+    return row
+
+
+def _metrics(found: Mapping[str, Any]) -> dict[str, float]:
+    """``accuracy,none`` -> ``accuracy``; standard errors keep their name."""
+    return {k.partition(",")[0]: v for k, v in found.items() if isinstance(v, int | float) and k.partition(",")[0] not in OURS}
+
+
+def _samples(path: Path) -> list[dict[str, Any]]:
+    """Per question: its number, the answer and its scores."""
+    out = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(text)
+        scores = {k: v for k, v in entry.items() if isinstance(v, int | float) and k != "doc_id"}
+        out.append({"doc_id": entry["doc_id"], "answer": entry["filtered_resps"], **scores})
+    return sorted(out, key=lambda e: e["doc_id"])
+
+
+def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The table: the first metric of every task, and what it cost."""
+    tasks = list(dict.fromkeys(t for r in rows for t, scores in r["scores"].items() if scores))
+    first = {t: next(m for r in rows for m in r["scores"].get(t, {}) if not m.endswith("_stderr")) for t in tasks}
+    out = [["method", "budget", "seed", *(f"{t} {first[t]}" for t in tasks), "tokens", "FLOPs %", "KV %", "ttft ms", "failed"]]
+    for r in rows:
+        c = r["costs"]
+        shares = [
+            f"{c['effective_tokens']:.1f}",
+            *(f"{100 * c[k] / c[f'dense_{k}']:.1f}" for k in ("flops", "kv_bytes")),
+            f"{c['ttft_ms']:.0f}",
+            str(c["failed"]),
+        ]
+        values = [f"{r['scores'][t][first[t]]:.4g}" if first[t] in r["scores"].get(t, {}) else "-" for t in tasks]
+        out.append([r["method"], "-" if r["budget"] is None else f"{100 * r['budget']:g}%", str(r["seed"]), *values, *shares])
+    return out
