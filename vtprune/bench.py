@@ -145,7 +145,7 @@ def evaluate(
         for lo in range(first, len(samples), batch):
             part = samples[lo : lo + batch]
             with journal.located(f"question{'' if len(part) == 1 else 's'} {_range(part, lo)}"):
-                inputs = prepare(processor, [s.picture() for s in part], [s.question for s in part]).to(model.device)
+                inputs = prepare(processor, [s.picture() for s in part], [s.question for s in part]).to(model.device, model.dtype)
                 if handle is not None:
                     handle.reseed(seeds[lo : lo + batch])
                 answers = generate(model, processor, inputs, MAX_NEW_TOKENS)
@@ -191,7 +191,7 @@ def _range(part: Sequence[Sample], first: int) -> str:
 
 def _timed(model: Any, processor: Any, samples: Sequence[Sample]) -> Any:
     part = samples[:TIMED]
-    return prepare(processor, [s.picture() for s in part], [s.question for s in part]).to(model.device)
+    return prepare(processor, [s.picture() for s in part], [s.question for s in part]).to(model.device, model.dtype)
 
 
 def _record(sample: Sample, answer: str, report: Report, i: int) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from ..runs import RunError, alike, read, write
 from ..types import VtpruneError
 from .suites import NOTES, SUITES
 
+REFUSED, FAILED = "vtprune: refused: ", "vtprune: error: "  # how a run says that it never began, or broke off
+
 OURS = ("alias", "samples", " ")  # what lmms-eval puts beside a task's metrics
 
 
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = tuple(n for n in names if n in local.TASKS)
     if wanted and not include:
         place = args.results / f"tasks-{args.samples}"
-        if any(not (place / n / f"{n}.yaml").is_file() for n in wanted):
+        if not args.dry_run and any(not (place / n / f"{n}.yaml").is_file() for n in wanted):
             local.export(folder(place) or place, args.samples, wanted)
         include = [place]
     table = []
@@ -85,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(result))
     else:
         show(cells(table))
+    if all("error" in r for r in table):
+        raise VtpruneError("no recipe could be measured; the notes say why")
     return 0
 
 
@@ -156,12 +160,16 @@ def one(args: argparse.Namespace, job: Mapping[str, Any], tasks: Sequence[str], 
         code = subprocess.run(command, env={**os.environ, **surroundings(args)}, stdout=sink, stderr=subprocess.STDOUT).returncode
     costs = runs / f"{stem(job)}.costs.json"
     results = sorted((runs / stem(job)).glob("*/*_results.json"))
-    said = [t.strip() for t in log.read_text(encoding="utf-8", errors="replace").splitlines() if "vtprune: error" in t or "Error during evaluation" in t]
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    row = {"method": job["method"], "budget": job["budget"], "seed": job["seed"]}
+    if refused := [t.partition(REFUSED)[2] for t in lines if REFUSED in t]:
+        return {**row, "error": refused[0]}
+    said = [t[t.find(m) :].strip() for t in lines for m in (FAILED, "Error during evaluation: ") if m in t]
     if code or not results or not costs.is_file():
         raise RunError(f"{stem(job)} failed with code {code}: {said[-1] if said else 'no results were written'} (see {log}; finished runs are kept in {runs})")
     told = read(results[-1])
     scores = {t: _metrics(told["results"].get(t, {})) for t in {*tasks, *told["results"]}}
-    row = {"method": job["method"], "budget": job["budget"], "seed": job["seed"], "scores": scores, "costs": read(costs)}
+    row |= {"scores": scores, "costs": read(costs)}
     samples = {f.name.partition("_samples_")[2].removesuffix(".jsonl"): _samples(f) for f in sorted((runs / stem(job)).glob("*/*_samples_*.jsonl"))}
     versions = {"lmms_eval": told.get("lmms_eval_version"), **row["costs"]["versions"]}
     write(path, json.dumps({**head, "command": shlex.join(command), "versions": versions, "row": row, "answers": samples}) + "\n")
@@ -185,17 +193,17 @@ def _samples(path: Path) -> list[dict[str, Any]]:
 
 def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The table: the first metric of every task, and what it cost."""
-    tasks = list(dict.fromkeys(t for r in rows for t, scores in r["scores"].items() if scores))
-    first = {t: next(m for r in rows for m in r["scores"].get(t, {}) if not m.endswith("_stderr")) for t in tasks}
-    out = [["method", "budget", "seed", *(f"{t} {first[t]}" for t in tasks), "tokens", "FLOPs %", "KV %", "ttft ms", "failed"]]
+    done = [r for r in rows if "error" not in r]
+    tasks = list(dict.fromkeys(t for r in done for t, scores in r["scores"].items() if scores))
+    first = {t: next(m for r in done for m in r["scores"].get(t, {}) if not m.endswith("_stderr")) for t in tasks}
+    out = [["method", "budget", "seed", *(f"{t} {first[t]}" for t in tasks), "tokens", "FLOPs %", "KV %", "ttft ms", "note"]]
     for r in rows:
+        start = [r["method"], "-" if r["budget"] is None else f"{100 * r['budget']:g}%", str(r["seed"])]
+        if "error" in r:
+            out.append([*start, *["-"] * (len(tasks) + 4), "not possible: " + r["error"]])
+            continue
         c = r["costs"]
-        shares = [
-            f"{c['effective_tokens']:.1f}",
-            *(f"{100 * c[k] / c[f'dense_{k}']:.1f}" for k in ("flops", "kv_bytes")),
-            f"{c['ttft_ms']:.0f}",
-            str(c["failed"]),
-        ]
+        shares = [f"{100 * c[k] / c[f'dense_{k}']:.1f}" for k in ("flops", "kv_bytes")]
         values = [f"{r['scores'][t][first[t]]:.4g}" if first[t] in r["scores"].get(t, {}) else "-" for t in tasks]
-        out.append([r["method"], "-" if r["budget"] is None else f"{100 * r['budget']:g}%", str(r["seed"]), *values, *shares])
+        out.append([*start, *values, f"{c['effective_tokens']:.1f}", *shares, f"{c['ttft_ms']:.0f}", ""])
     return out

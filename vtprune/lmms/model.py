@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lmms_eval import utils
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
@@ -28,20 +29,21 @@ from ..runs import FAILURES, Journal, RunError, digest, fingerprint
 from ..runs import write as write_file
 from ..types import VtpruneError
 from . import meter
+from .evaluate import FAILED, REFUSED
 
 GENERATION = ("max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "do_sample", "num_beams", "repetition_penalty", "length_penalty")
 USUAL_STOP = ["\n\n"]  # what lmms-eval fills in where a task says nothing; its own Hugging Face models ignore it too
 
 
 @contextmanager
-def fatal(exits: bool) -> Iterator[None]:
+def fatal(exits: bool, prefix: str = FAILED) -> Iterator[None]:
     """lmms-eval logs an error and still ends with code 0: where ``exits`` is set, errors of the library end the process with code 1."""
     try:
         yield
     except VtpruneError as e:
         if not exits:
             raise
-        raise SystemExit("vtprune: error: " + " ".join(str(e).split())) from e
+        raise SystemExit(prefix + " ".join(str(e).split())) from e
 
 
 class Chat(lmms):
@@ -90,7 +92,7 @@ class Chat(lmms):
         self.handle: Any = None
         self.base: Any = None
         self._calls = 0
-        with fatal(exits):
+        with fatal(exits, REFUSED):
             if not str(batch_size).isdecimal() or int(batch_size) < 1:
                 raise VtpruneError(f"batch_size={batch_size!r} is not a number of samples")
             self.batch_size = int(batch_size)
@@ -225,12 +227,13 @@ class Chat(lmms):
         return self._work("generate_until_multi_round", requests, ask, None)
 
     @torch.no_grad()
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Per request the summed negative log-likelihood of the continuation (lmms-eval takes the smallest) and whether greedy decoding would give it."""
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Per request the summed negative log-likelihood of the continuation (lmms-eval takes the smallest) and whether greedy decoding would give it; wrapped,
+        since lmms-eval 0.7 turns a bare pair into a string."""
         if self.base is not None:
             return self._through_base("loglikelihood", requests)
         found = self._work("loglikelihood", requests, self._likelihoods, None)
-        return [(loss, bool(greedy)) for loss, greedy in found]
+        return [GenerationResult(text=(loss, bool(greedy))) for loss, greedy in found]
 
     # the work ---------------------------------------------------------------------------------------------------------------
 
@@ -250,7 +253,8 @@ class Chat(lmms):
                         answers |= tried
                     bar.update(len(part))
             self._conclude(kind, len(real))
-        return [answers.get(i, "" if kind == "generate_until" else ["", False]) for i in range(len(requests))]
+        nothing: Any = {"generate_until": "", "loglikelihood": [0.0, False]}.get(kind, [])  # for requests that only even out the ranks
+        return [answers.get(i, nothing) for i in range(len(requests))]
 
     def _batches(self, left: list[int], requests: list[Instance], kind: str, alike: Callable[[Instance], str] | None) -> Iterator[list[int]]:
         size = self.batch_size if alike is not None or kind == "loglikelihood" else 1
@@ -349,8 +353,8 @@ class Chat(lmms):
         if not self.is_simple:
             _, to_messages, _, number, task, split = request.args
             return self._messages(to_messages(self.task_dict[task][split][number]))
-        context, to_visual, number, task, split = request.args[0], *request.args[-4:]
-        visuals = [v for v in _flat(to_visual(self.task_dict[task][split][number]))]
+        context, (to_visual, number, task, split) = request.args[0], request.args[-4:]
+        visuals = _flat(to_visual(self.task_dict[task][split][number]))
         return self._system() + [{"role": "user", "content": [*map(_picture, visuals), text_part(context.replace("<image>", "").strip())]}]
 
     def _messages(self, messages: Any) -> list[dict[str, Any]]:
@@ -373,11 +377,11 @@ class Chat(lmms):
         out: dict[int, str] = {}
         for group in _by_image(chats):
             asked = meter.clock(self._device)()
-            inputs = prepare_chats(self.processor, [chats[i] for i in group]).to(self._device)
+            inputs = prepare_chats(self.processor, [chats[i] for i in group]).to(self._device, self._model.dtype)
             if self.draws:
                 self.handle.reseed([sample_seed(self.seed, numbers[i]) for i in group])
-            seen = any(part["type"] == "image" for m in chats[group[0]] for part in m["content"])
-            sequences, cost = meter.generate(self._model, inputs, lambda inputs=inputs, seen=seen: self._told(inputs, seen), asked, **settings)
+            told = partial(self._told, inputs, _sees(chats[group[0]]))
+            sequences, cost = meter.generate(self._model, inputs, told, asked, **settings)
             self.costs.append(cost)
             texts = self.processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             for i, text in zip(group, texts, strict=True):
@@ -409,7 +413,7 @@ class Chat(lmms):
             for name in [k for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.shape == ids.shape]:
                 more = tail if name == "input_ids" else real if name == "attention_mask" else torch.zeros_like(tail)
                 inputs[name] = torch.cat([inputs[name], more.to(inputs[name].dtype)], 1)
-            inputs = inputs.to(self._device)
+            inputs = inputs.to(self._device, self._model.dtype)
             if self.draws:
                 self.handle.reseed([sample_seed(self.seed, numbers[i]) for i in group])
             logits = self._model(**inputs, use_cache=False).logits[:, start - 1 : -1].float()  # as long as the prompt, also when pruned
@@ -471,9 +475,13 @@ def _picture(source: Any, kind: str = "image") -> dict[str, Any]:
     return image_part(source.convert("RGB") if isinstance(source, Image.Image) else open_image(source))
 
 
+def _sees(chat: list[dict[str, Any]]) -> bool:
+    return any(part["type"] == "image" for m in chat for part in m["content"])
+
+
 def _by_image(chats: Sequence[list[dict[str, Any]]]) -> list[list[int]]:
     """Samples with images, samples without."""
-    seen = [any(part["type"] == "image" for m in chat for part in m["content"]) for chat in chats]
+    seen = [_sees(chat) for chat in chats]
     return [g for g in ([i for i, s in enumerate(seen) if s], [i for i, s in enumerate(seen) if not s]) if g]
 
 

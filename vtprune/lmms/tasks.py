@@ -34,11 +34,12 @@ def _export(folder: Path, name: str, samples: list[Sample]) -> Path:
     import datasets
 
     folder.mkdir(parents=True, exist_ok=True)
+    abilities = [metric(s.ability) for s in samples]
     columns = {
         "image": [{"bytes": _png(s), "path": None} for s in samples],
         "question": [s.question for s in samples],
         "answer": [s.answer for s in samples],
-        "ability": [metric(s.ability) for s in samples],
+        "ability": abilities,
         "source": [s.source for s in samples],
     }
     text = datasets.Value("string")
@@ -46,7 +47,7 @@ def _export(folder: Path, name: str, samples: list[Sample]) -> Path:
     data = folder / "test.parquet"
     datasets.Dataset.from_dict(columns, features=features).to_parquet(str(data))
     shutil.copyfile(Path(__file__).with_name("task_utils.py"), folder / "utils.py")
-    metrics = "".join(f"  - {{metric: {m}, aggregation: mean, higher_is_better: true}}\n" for m in ("accuracy", *sorted({*columns["ability"]})))
+    metrics = "".join(f"  - {{metric: {m}, aggregation: mean, higher_is_better: true}}\n" for m in ("accuracy", *sorted({*abilities})))
     (folder / f"{name}.yaml").write_text(
         f"""task: {name}
 dataset_path: parquet
