@@ -1,0 +1,415 @@
+"""The lmms-eval plugin: the same answers as the library's own benchmark, and no failure that looks like an answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+from lmms_eval.api.instance import Instance
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.models import get_model
+from lmms_eval.tasks import TaskManager
+from vtprune.models import _demo
+
+import vtprune
+from fake import picture
+from vtprune import bench, cli
+from vtprune.answer import prepare
+from vtprune.lmms import evaluate, tasks
+from vtprune.lmms.model import Chat, Simple
+from vtprune.runs import RunError
+
+SIZE = 4  # easy-VQA questions, and scenes
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return vtprune.load_demo_model()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    tasks.export(folder, SIZE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manager(exported):
+    return TaskManager("ERROR", include_path=str(exported), model_name="vtprune")
+
+
+def questions(name: str) -> list[bench.Sample]:
+    return bench.SETS[tasks.TASKS[name]](SIZE)
+
+
+def plugin(bundled, cls=Chat, **arguments) -> Chat:
+    return cls(loaded=bundled, exits=False, device="cpu", **arguments)
+
+
+def evaluated(lm: Chat, manager, names: list[str], limit: int | None = None) -> tuple[dict, dict]:
+    """lmms-eval's results, and its answers by task and number."""
+    out = simple_evaluate(model=lm, tasks=names, task_manager=manager, verbosity="ERROR", limit=limit, bootstrap_iters=0)
+    return out, {n: {s["doc_id"]: s["filtered_resps"][0] for s in out["samples"][n]} for n in names}
+
+
+# ------------------------------------------------------------------------------------------------------------ finding it
+
+
+def test_the_entry_point_resolves():
+    found = {e.name: e for e in entry_points(group="lmms_eval.models")}
+    (manifest,) = found["vtprune"].load()()
+    assert manifest.model_id == "vtprune"
+    assert get_model("vtprune") is Chat and get_model("vtprune", force_simple=True) is Simple
+
+
+def test_the_manifest_is_light():
+    code = "import sys; from vtprune.lmms.manifest import manifests; manifests(); print('vtprune.lmms.model' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+def test_exported_tasks_ask_what_the_benchmark_asks(exported, manager):
+    import datasets
+
+    for name in tasks.TASKS:
+        data = datasets.load_dataset("parquet", data_files=str(exported / name / "test.parquet"), split="train")
+        expected = questions(name)
+        assert [(d["question"], d["answer"], d["source"]) for d in data] == [(s.question, s.answer, s.source) for s in expected]
+        assert all(d["image"].convert("RGB").tobytes() == s.picture().tobytes() for d, s in zip(data, expected, strict=True))
+        assert name in manager.all_tasks
+    with pytest.raises(vtprune.VtpruneError, match="no local task 'gqa'"):
+        tasks.export(exported, 1, ("gqa",))
+
+
+# ------------------------------------------------------------------------------------------------- equal to the benchmark
+
+
+def test_every_recipe_answers_as_the_benchmark_does(bundled, manager, method_name):
+    lm = plugin(bundled, recipe=method_name, effective_tokens=0.25, batch_size=3)
+    out, answers = evaluated(lm, manager, ["easy_vqa", "scenes"], limit=9)
+    for name in ("easy_vqa", "scenes"):
+        part = questions(name)[:9]
+        expected = bench.evaluate(*bundled, part, method_name, effective_tokens=0.25)
+        assert answers[name] == dict(enumerate(expected["answers"]))
+        assert out["results"][name]["accuracy,none"] == pytest.approx(sum(expected["correct"]) / len(part))
+    assert out["throughput"]["avg_effective_tokens"] == pytest.approx(expected["effective_tokens"])
+    assert out["throughput"]["avg_failed"] == 0 and out["throughput"]["avg_ttft_ms"] > 0
+    vtprune.attach(bundled[0], "random").remove()  # the recipe is out again
+
+
+def test_abilities_are_metrics_of_their_own(bundled, manager):
+    out, _ = evaluated(plugin(bundled, batch_size=8), manager, ["scenes"])
+    part = questions("scenes")
+    expected = bench.means(bench.evaluate(*bundled, part, None)["correct"], (s.ability for s in part))
+    assert {k.removesuffix(",none") for k in out["results"]["scenes"] if k.endswith(",none")} >= {*expected, "accuracy"}
+    assert all(out["results"]["scenes"][f"{a},none"] == pytest.approx(v) for a, v in expected.items())
+
+
+def test_two_processes_give_the_results_of_one(exported, bundled, tmp_path):
+    """The command of the README, under the launcher."""
+    given = f"pretrained={_demo.FOLDER},recipe=random,effective_tokens=0.25,report={tmp_path / 'costs.json'}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "lmms_eval", "--model", "vtprune", "--model_args", given]
+    command += ["--tasks", "easy_vqa,scenes", "--include_path", str(exported), "--batch_size", "4", "--output_path", str(tmp_path / "out"), "--log_samples"]
+    surroundings = {**os.environ, **OFFLINE, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--device", "cpu"], env=surroundings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for name in ("easy_vqa", "scenes"):
+        (path,) = (tmp_path / "out").glob(f"*/*_samples_{name}.jsonl")
+        found = {e["doc_id"]: e["filtered_resps"] for e in map(json.loads, path.read_text().splitlines())}
+        assert found == dict(enumerate(bench.evaluate(*bundled, questions(name), "random", effective_tokens=0.25)["answers"]))
+    costs = json.loads((tmp_path / "costs.json").read_text())
+    assert costs["processes"] == 2 and costs["samples"] == sum(len(questions(n)) for n in tasks.TASKS) and costs["attention"] == "sdpa"
+
+
+# ----------------------------------------------------------------------------------------------------------- requests by hand
+
+
+def metadata(number: int) -> dict:
+    return {"task": "t", "doc_id": number, "repeats": 1}
+
+
+def request(number: int, settings: dict | None = None, kind: str = "generate_until", **more) -> Instance:
+    def messages(doc, **round_):
+        return doc["turns"](**round_) if round_ else [{"role": "user", "content": [*doc["pictures"], {"type": "text", "text": doc["text"]}]}]
+
+    arguments = ("", messages, settings or {"max_new_tokens": 5, "until": ["\n\n"]}, number, "t", "test")
+    return Instance(request_type=kind, arguments=arguments, idx=0, metadata=metadata(number) | more)
+
+
+def docs(lm: Chat, n: int = 6) -> list[bench.Sample]:
+    part = bench.easy_vqa_samples(n)
+    entries = [{"pictures": [{"type": "image", "url": s.picture()}], "text": s.question} for s in part]
+    lm.task_dict = {"t": {"test": entries}}
+    return part
+
+
+def test_settings_until_and_text_without_pictures(bundled):
+    dense = bench.evaluate(*bundled, bench.easy_vqa_samples(6), "uniform", keep=36)["answers"]
+    lm = plugin(bundled, batch_size=4, recipe="uniform", keep=36, system_prompt="")
+    docs(lm)
+    lm.task_dict["t"]["test"][2]["pictures"] = []
+    requests = [request(i, {"max_new_tokens": 1 + i % 2, "until": [dense[1][2:3]] if i == 1 else ["\n\n"], "image_aspect_ratio": "pad"}) for i in range(6)]
+    found = lm.generate_until(requests)
+    assert [a for i, a in enumerate(found) if i not in (1, 2)] == [a for i, a in enumerate(dense) if i not in (1, 2)]
+    assert found[1] == dense[1][:2].strip() and isinstance(found[2], str)
+    assert lm._settings(request(0, {"temperature": 0, "top_p": 0.5}))["do_sample"] is False and "top_p" not in lm._settings(request(0, {"top_p": 0.5}))
+    assert lm._settings(request(0, {"temperature": 0.5}))["do_sample"] is True
+    lm.clean()
+
+
+def test_padding_requests_cost_nothing(bundled):
+    lm = plugin(bundled, batch_size=4)
+    docs(lm, 2)
+    found = lm.generate_until([request(0), request(1), request(1, __padding_only__=True)])
+    assert found[2] == "" and sum(c["samples"] for c in lm.costs) == 2
+
+
+def test_rounds_build_on_each_other(bundled):
+    lm = plugin(bundled)
+    part = docs(lm, 3)
+    seen = []
+
+    def turns(round_idx, previous_output, previous_round_info):
+        seen.append((round_idx, previous_output, previous_round_info))
+        content = [{"type": "image", "url": part[round_idx].picture()}, {"type": "text", "text": part[round_idx].question}]
+        return [{"role": "user", "content": content}], round_idx == 2, None, round_idx
+
+    lm.task_dict["t"]["test"][0]["turns"] = turns
+    (answers,) = lm.generate_until_multi_round([request(0, kind="generate_until_multi_round")])
+    assert answers == bench.evaluate(*bundled, part, None)["answers"][:2]
+    assert seen == [(1, answers[:1], None), (2, answers, 1)]
+
+
+def slow_likelihood(bundled, sample: bench.Sample, words: str) -> tuple[float, bool]:
+    """One forward per token, without cache."""
+    model, processor = bundled
+    inputs, loss, greedy = dict(prepare(processor, [sample.picture()], [sample.question])), 0.0, True
+    for token in processor.tokenizer(words, add_special_tokens=False)["input_ids"]:
+        with torch.no_grad():
+            chances = model(**inputs).logits[0, -1].log_softmax(-1)
+        loss, greedy = loss - float(chances[token]), greedy and int(chances.argmax()) == token
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return loss, greedy
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_likelihoods_equal_a_slow_loop(bundled, batch):
+    part = bench.easy_vqa_samples(3)
+    endings = [("blue",), ("circle", "red circle yes"), ("yes", "no")]
+    asked = [(i, w) for i, words in enumerate(endings) for w in words]
+    expected = [slow_likelihood(bundled, part[i], w) for i, w in asked]
+    for more in ({}, {"recipe": "fastv", "keep": 1.0}, {"recipe": "tome", "keep": 1.0}):
+        lm = plugin(bundled, Simple, batch_size=batch, **more)
+        lm.task_dict = {"t": {"test": [{"image": s.picture(), "text": s.question} for s in part]}}
+        requests = [Instance("loglikelihood", (part[i].question, w, lambda doc: [doc["image"]], i, "t", "test"), 0, metadata(i)) for i, w in asked]
+        found = [r.text for r in lm.loglikelihood(requests)]
+        lm.clean()
+        assert [g for _, g in found] == [g for _, g in expected]
+        assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], abs=2e-4)
+
+
+def test_multiple_choice_tasks_run_through_lmms_eval(bundled, exported, tmp_path):
+    choices = sorted({s.answer for s in questions("easy_vqa")})
+    (tmp_path / "choice.yaml").write_text(
+        f"""task: choice
+dataset_path: parquet
+dataset_kwargs: {{data_files: {{test: "{exported / "easy_vqa" / "test.parquet"}"}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_visual: !function utils.doc_to_visual
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{{choices}.index(answer)}}}}"
+doc_to_choice: {json.dumps(choices)}
+target_delimiter: ""
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+    )
+    (tmp_path / "utils.py").write_text((exported / "easy_vqa" / "utils.py").read_text())
+    here = TaskManager("ERROR", include_path=str(tmp_path), include_defaults=False)
+    out = simple_evaluate(model=plugin(bundled, Simple, batch_size=4), tasks=["choice"], task_manager=here, verbosity="ERROR", bootstrap_iters=0)
+    assert len(choices) > 2 and out["results"]["choice"]["acc,none"] == 1.0
+
+
+# --------------------------------------------------------------------------------------------------------------- failures
+
+
+def test_a_failed_request_ends_the_run_and_keeps_the_others(bundled, tmp_path):
+    lm = plugin(bundled, batch_size=3, journal=tmp_path / "j", report=tmp_path / "costs.json")
+    part = docs(lm)
+    lm.task_dict["t"]["test"][4]["pictures"] = [{"type": "image", "url": str(tmp_path / "gone.png")}]
+    with pytest.raises(RunError, match=r"1 of 6 requests \(generate_until\) failed, nothing is scored; the other answers are kept") as caught:
+        lm.generate_until([request(i) for i in range(6)])
+    assert "t test 4: no such image file" in str(caught.value)
+    told = json.loads((tmp_path / "costs.json").read_text())
+    assert told["failed"] == 1 and told["samples"] == 5 and len(told["failures"]) == 1
+    picture().save(tmp_path / "gone.png")
+    again = plugin(bundled, batch_size=3, journal=tmp_path / "j")
+    again.task_dict = lm.task_dict
+    calls = []
+    ask = again._answer
+    again._answer = lambda *a: calls.append(a[1]) or ask(*a)
+    found = again.generate_until([request(i) for i in range(6)])
+    expected = bench.evaluate(*bundled, part, None)["answers"]
+    assert calls == [[4]] and [a for i, a in enumerate(found) if i != 4] == [a for i, a in enumerate(expected) if i != 4]
+    assert sum(c["samples"] for c in again.costs) == 6
+    other = plugin(bundled, recipe="uniform", journal=tmp_path / "j")
+    other.task_dict = lm.task_dict
+    with pytest.raises(vtprune.VtpruneError, match="was made with"):
+        other.generate_until([request(i) for i in range(6)])
+    other.clean()
+
+
+def test_under_lmms_eval_a_failure_ends_the_process(bundled, capsys):
+    lm = Chat(loaded=bundled, device="cpu", batch_size=2)
+    docs(lm, 2)
+    lm.task_dict["t"]["test"][0]["pictures"] = [{"type": "video", "url": "a.mp4"}]
+    with pytest.raises(SystemExit) as caught:
+        lm.generate_until([request(0), request(1)])
+    assert str(caught.value.code).startswith("vtprune: error: 1 of 2 requests") and "not video" in str(caught.value.code)
+    for given, reason in (
+        ({"recipe": "nope"}, "nope"),
+        ({"recipe": "fastv", "kept": 3}, "unknown argument 'kept'"),
+        ({"recipe": "fastv", "keep": 9999}, "lies in 1..144"),
+        ({"batch_size": "auto"}, "batch_size='auto'"),
+        ({"recipe": "pyramiddrop", "layers": "3+99"}, "99"),
+    ):
+        with pytest.raises(SystemExit, match="vtprune: refused: ") as caught:
+            Chat(loaded=bundled, device="cpu", **given)
+        assert reason in str(caught.value.code)
+    with pytest.raises(SystemExit, match="say which model"):
+        Chat(device="cpu")
+    with pytest.raises(SystemExit, match="cannot load"):
+        Chat(pretrained="/nowhere", device="cpu")
+    vtprune.attach(bundled[0], "random").remove()
+
+
+class Swallowing:
+    """Stands for lmms-eval's own classes, which score a failure as an empty answer."""
+
+    is_simple = False
+
+    def __init__(self, pretrained, device, batch_size, prompt="x"):
+        self.model, self.processor = vtprune.load_demo_model()
+        self.prompt, self.broken = prompt, False
+
+    def set_cache_hook(self, hook):
+        self.hook = hook
+
+    def clean(self):
+        self.cleaned = True
+
+    def generate_until(self, requests):
+        out = []
+        for r in requests:
+            doc = self.task_dict["t"]["test"][r.args[3]]
+            inputs = prepare(self.processor, [doc["pictures"][0]["url"]], [doc["text"] + self.prompt])
+            try:
+                tokens = self.model.generate(**inputs, max_new_tokens=-1 if self.broken else 5, do_sample=False)
+                out.append(self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip())
+            except ValueError:
+                out.append("")
+        return out
+
+
+def test_another_model_as_base(monkeypatch):
+    import lmms_eval.models
+
+    monkeypatch.setattr(lmms_eval.models, "get_model", lambda name: {"theirs": Swallowing}[name])
+    lm = Chat(base="theirs", prompt="", recipe="fastv", keep=36, device="cpu", exits=False)
+    part = docs(lm, 3)
+    lm.base.task_dict = lm.task_dict
+    base, model = lm.base, lm.model
+    expected = bench.evaluate(*vtprune.load_demo_model(), part, "fastv", keep=36)
+    assert lm.generate_until([request(i) for i in range(3)]) == expected["answers"]
+    assert sum(c["flops"] for c in lm.costs) == expected["flops"]
+    base.broken = True
+    with pytest.raises(RunError, match="3 of 3 requests"):
+        lm.generate_until([request(i) for i in range(3)])
+    lm.clean()
+    assert base.cleaned and "generate" not in vars(model)
+    vtprune.attach(model, "random").remove()
+
+
+# ------------------------------------------------------------------------------------------------------------ vtprune eval
+
+
+def refused(capsys, *words: str) -> str:
+    assert cli.main(["eval", *words]) in (1, 2)
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("vtprune: error")]
+    return line
+
+
+def finished(command: list[str], env: dict, stdout, **kwargs) -> subprocess.CompletedProcess:
+    """Does what a run of lmms-eval leaves behind."""
+    given = dict(part.split("=", 1) for part in command[command.index("--model_args") + 1].split(","))
+    if given["recipe"] == "fastv":
+        stdout.write(b"vtprune: refused: fastv cannot do that\n")
+        return subprocess.CompletedProcess(command, 1)
+    costs = {"effective_tokens": 36, "flops": 1, "dense_flops": 2, "kv_bytes": 1, "dense_kv_bytes": 4, "ttft_ms": 5, "failed": 0, "versions": {"torch": "x"}}
+    Path(given["report"]).write_text(json.dumps(costs))
+    out = Path(command[command.index("--output_path") + 1]) / "model"
+    out.mkdir(parents=True)
+    (out / "1_results.json").write_text(json.dumps({"results": {"scenes": {"alias": "s", "accuracy,none": 0.5}}, "lmms_eval_version": "0"}))
+    (out / "1_samples_scenes.jsonl").write_text(json.dumps({"doc_id": 0, "filtered_resps": "yes", "accuracy": 1.0}) + "\n")
+    return subprocess.CompletedProcess(command, 0)
+
+
+def test_eval_runs_once_and_tells_refusals(monkeypatch, tmp_path, capsys):
+    calls = []
+    monkeypatch.setattr(evaluate.subprocess, "run", lambda *a, **k: calls.append(a) or finished(*a, **k))
+    words = ["--tasks", "scenes", "--samples", "1", "--recipes", "fastv,tome", "--no-baselines", "--budgets", "0.5,0.25", "--results", str(tmp_path)]
+    assert cli.main(["eval", *words]) == 0
+    table = capsys.readouterr().out
+    assert "not possible: fastv cannot do that" in table and "36.0" in table and table.count("tome") == 2 and len(calls) == 4
+    assert cli.main(["eval", *words, "--json"]) == 0 and len(calls) == 6  # refusals are tried again, results are not
+    result = json.loads(capsys.readouterr().out)
+    assert [r.get("scores", {}).get("scenes") for r in result["rows"]] == [None, None, {"accuracy": 0.5}, {"accuracy": 0.5}]
+    run = json.loads((tmp_path / "runs" / "lmms-tome-0.5-0.json").read_text())
+    assert run["answers"]["scenes"] == [{"doc_id": 0, "answer": "yes", "accuracy": 1.0}] and run["versions"]["lmms_eval"] == "0"
+    assert "made with limit None" in refused(capsys, *words, "--limit", "3")
+
+
+def test_eval_does_not_believe_lmms_evals_exit_code(monkeypatch, tmp_path, capsys):
+    def broken(command, env, stdout, **kwargs):
+        stdout.write(b"... Error during evaluation: something broke\n")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(evaluate.subprocess, "run", broken)
+    told = refused(capsys, "--tasks", "scenes", "--samples", "1", "--no-baselines", "--results", str(tmp_path))
+    assert "something broke" in told and "finished runs are kept" in told
+
+
+def test_eval_says_what_is_wrong(capsys, tmp_path):
+    out = ["--results", str(tmp_path / "r")]
+    assert "nope" in refused(capsys, "--recipes", "nope", *out)
+    assert "no option" in refused(capsys, "--recipes", "fastv", "--option", "x=1", *out)
+    assert "no tasks" in refused(capsys, "--tasks", ",", *out)
+    assert "commas" in refused(capsys, "--model", "a,b", *out)
+    assert cli.main(["eval", "--list-suites"]) == 0 and "mmvet" in capsys.readouterr().out
+    words = ["--dry-run", "--recipes", "pyramiddrop", "--option", "layers=[4,8]", "--processes", "2", "--seeds", "2"]
+    assert cli.main(["eval", *words, *out]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = {line.split("recipe=")[1].split(",")[0] for line in lines}
+    assert names == {"dense", "pyramiddrop", *bench.baselines()} and sum("recipe=random" in line for line in lines) == 2
+    assert all(line.startswith("ACCELERATE_USE_CPU=true") and "--nproc_per_node 2" in line for line in lines) and "layers=4+8" in lines[1]
+    assert not list((tmp_path / "r" / "runs").iterdir())
+
+
+def test_eval_end_to_end(tmp_path, bundled):
+    """One real run through the command, and its answers are the benchmark's."""
+    words = ["eval", "--tasks", "scenes", "--samples", "1", "--recipes", "flowcut", "--no-baselines", "--budgets", "0.25", "--batch", "4"]
+    done = subprocess.run([sys.executable, "-m", "vtprune", *words, "--results", "r"], cwd=tmp_path, env={**os.environ, **OFFLINE}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run = json.loads((tmp_path / "r" / "runs" / "lmms-flowcut-0.25-0.json").read_text())
+    expected = bench.evaluate(*bundled, bench.scenes_samples(1), "flowcut", effective_tokens=0.25)
+    assert [a["answer"] for a in run["answers"]["scenes"]] == expected["answers"]
+    assert run["row"]["costs"]["effective_tokens"] == pytest.approx(expected["effective_tokens"]) and run["row"]["costs"]["failed"] == 0
