@@ -407,7 +407,9 @@ def test_eval_says_what_is_wrong(capsys, tmp_path):
 def test_eval_end_to_end(tmp_path, bundled):
     """One real run through the command, and its answers are the benchmark's."""
     words = ["eval", "--tasks", "scenes", "--samples", "1", "--recipes", "flowcut", "--no-baselines", "--budgets", "0.25", "--batch", "4"]
-    done = subprocess.run([sys.executable, "-m", "vtprune", *words, "--results", "r"], cwd=tmp_path, env={**os.environ, **OFFLINE}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "vtprune", *words, "--results", "r"], cwd=tmp_path, env={**os.environ, **OFFLINE}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     run = json.loads((tmp_path / "r" / "runs" / "lmms-flowcut-0.25-0.json").read_text())
     expected = bench.evaluate(*bundled, bench.scenes_samples(1), "flowcut", effective_tokens=0.25)
