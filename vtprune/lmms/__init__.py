@@ -1,0 +1,1 @@
+"""vtprune and lmms-eval."""
