@@ -145,7 +145,8 @@ def test_bench(capsys, vlm, tmp_path):
     assert "| pyramiddrop |" in (tmp_path / "b.md").read_text() and (tmp_path / "rows.png").stat().st_size > 1000
     assert "pyramiddrop" in capsys.readouterr().out
     told = json.loads(out.read_text())
-    assert [r["method"] for r in told["rows"]] == ["dense", "uniform", "pyramiddrop"] and told["command"].startswith("vtprune bench")
+    others = [b for b in bench.baselines() if b != "uniform"]
+    assert [r["method"] for r in told["rows"]] == ["dense", "uniform", "pyramiddrop", *others] and told["command"].startswith("vtprune bench")
     assert "unknown question set" in refused(capsys, 1, "bench", "--abilities", "vqav2")
     assert "cannot write" in refused(capsys, 1, "bench", "--rows", "no/such/place.png")
     assert "budgets" in refused(capsys, 2, "bench", "--budgets", "2")
@@ -154,9 +155,22 @@ def test_bench(capsys, vlm, tmp_path):
     assert "no option" in refused(capsys, 1, *small, "--methods", "uniform", "--option", "foo=1")
     assert "each once" in refused(capsys, 1, *small, "--methods", "uniform,uniform")
     assert "must not be negative" in refused(capsys, 1, *small[:3], "--timing", "-1", "--methods", "uniform")
-    assert cli.main([*small, "--methods", "uniform", "--budgets", "0.01"]) == 1
+    assert cli.main([*small, "--methods", "uniform", "--budgets", "0.01", "--no-baselines"]) == 1
     assert "no method could be measured" in capsys.readouterr().err
     assert "at least 1" in refused(capsys, 2, "bench", "--samples", "0")
+
+
+def test_bench_goes_on_in_its_folder(capsys, vlm, tmp_path):
+    words = ["bench", "--samples", "1", "--budgets", "0.5", "--methods", "tome", "--no-baselines", "--timing", "1", "--results", str(tmp_path / "a" / "b")]
+    assert cli.main(words) == 0
+    files = {p.name for p in (tmp_path / "a" / "b" / "runs").iterdir()}
+    assert files == {"dense.json", "tome-0.5-0.json", "tome-0.5-0.time.json"} and (tmp_path / "a" / "b" / "bench.md").is_file()
+    first = (tmp_path / "a" / "b" / "bench.json").read_text()
+    assert cli.main([*words, "--methods", "tome,uniform"]) == 0
+    assert json.loads(first)["rows"] == json.loads((tmp_path / "a" / "b" / "bench.json").read_text())["rows"][:2]
+    assert "choose another folder" in refused(capsys, 1, *words, "--samples", "2")
+    (tmp_path / "file").write_text("")
+    assert "cannot make the folder" in refused(capsys, 1, *words[:-1], str(tmp_path / "file" / "x"))
 
 
 def test_verify(capsys, vlm):

@@ -373,7 +373,7 @@ def test_eval_runs_once_and_tells_refusals(monkeypatch, tmp_path, capsys):
     assert cli.main(["eval", *words, "--json"]) == 0 and len(calls) == 6  # refusals are tried again, results are not
     result = json.loads(capsys.readouterr().out)
     assert [r.get("scores", {}).get("scenes") for r in result["rows"]] == [None, None, {"accuracy": 0.5}, {"accuracy": 0.5}]
-    run = json.loads((tmp_path / "runs" / "lmms-tome-0.5-0.json").read_text())
+    run = json.loads((tmp_path / "runs" / "lmms-tome-effe0.5-0.json").read_text())
     assert run["answers"]["scenes"] == [{"doc_id": 0, "answer": "yes", "accuracy": 1.0}] and run["versions"]["lmms_eval"] == "0"
     assert "made with limit None" in refused(capsys, *words, "--limit", "3")
 
@@ -392,15 +392,21 @@ def test_eval_says_what_is_wrong(capsys, tmp_path):
     out = ["--results", str(tmp_path / "r")]
     assert "nope" in refused(capsys, "--recipes", "nope", *out)
     assert "no option" in refused(capsys, "--recipes", "fastv", "--option", "x=1", *out)
+    assert "not allowed with" in refused(capsys, "--keep", "3", "--budgets", "0.5", *out)
     assert "no tasks" in refused(capsys, "--tasks", ",", *out)
     assert "commas" in refused(capsys, "--model", "a,b", *out)
     assert cli.main(["eval", "--list-suites"]) == 0 and "mmvet" in capsys.readouterr().out
-    words = ["--dry-run", "--recipes", "pyramiddrop", "--option", "layers=[4,8]", "--processes", "2", "--seeds", "2"]
+    words = ["--dry-run", "--recipes", "pyramiddrop", "--option", "layers=[4,8]", "--processes", "2", "--system-prompt", "a, b"]
     assert cli.main(["eval", *words, *out]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = {line.split("recipe=")[1].split(",")[0] for line in lines}
-    assert names == {"dense", "pyramiddrop", *bench.baselines()} and sum("recipe=random" in line for line in lines) == 2
+    assert names == {"dense", "pyramiddrop"} and 'system_prompt="a, b"' in lines[0]
     assert all(line.startswith("ACCELERATE_USE_CPU=true") and "--nproc_per_node 2" in line for line in lines) and "layers=4+8" in lines[1]
+    for budget in (["--keep", "36,0.5"], ["--budgets", "0.25,0.5"]):
+        assert cli.main(["eval", "--dry-run", "--recipe", "fastv", "--seeds", "2", *budget, *out]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        names = [line.split("recipe=")[1].split(",")[0] for line in lines]
+        assert {*names} == {"dense", "fastv", *bench.baselines()} and names.count("random") == 4 and names.count("fastv") == 2
     assert not list((tmp_path / "r" / "runs").iterdir())
 
 
@@ -411,7 +417,7 @@ def test_eval_end_to_end(tmp_path, bundled):
         [sys.executable, "-m", "vtprune", *words, "--results", "r"], cwd=tmp_path, env={**os.environ, **OFFLINE}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    run = json.loads((tmp_path / "r" / "runs" / "lmms-flowcut-0.25-0.json").read_text())
+    run = json.loads((tmp_path / "r" / "runs" / "lmms-flowcut-effe0.25-0.json").read_text())
     expected = bench.evaluate(*bundled, bench.scenes_samples(1), "flowcut", effective_tokens=0.25)
     assert [a["answer"] for a in run["answers"]["scenes"]] == expected["answers"]
     assert run["row"]["costs"]["effective_tokens"] == pytest.approx(expected["effective_tokens"]) and run["row"]["costs"]["failed"] == 0

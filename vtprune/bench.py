@@ -24,7 +24,7 @@ from .answer import generate, open_image, prepare
 from .attach import attach, bind, load_recipe
 from .methods.base import METHODS, make
 from .recipe import Recipe
-from .runs import Journal, RunError, alike, digest, fingerprint, read, write
+from .runs import Journal, RunError, alike, digest, fingerprint, read, slug, write
 from .types import Report, VtpruneError
 
 TIMED = 4  # questions in the batch whose prefill is timed
@@ -495,7 +495,7 @@ def table(
         name = "dense" if recipe is None else recipe.name
         asked = None if recipe is None else portable(recipe)
         head = {**common, "method": name, "budget": budget, "seed": s, "asked": asked, "overrides": dict(extra)}
-        spot = None if folder is None else folder / ("dense" if recipe is None else f"{_slug(name)}-{'own' if budget is None else f'{budget:g}'}-{s}")
+        spot = None if folder is None else folder / ("dense" if recipe is None else f"{slug(name)}-{'own' if budget is None else f'{budget:g}'}-{s}")
         how: dict[str, Any] = {"batch": batch, "seed": s, "progress": progress, **extra}
         out = _kept_run(
             None if spot is None else Path(f"{spot}.json"),
@@ -542,11 +542,6 @@ def table(
     asked = {"protocol": common["protocol"], "budgets": list(budgets), "seeds": seeds}
     asked["questions"] = [[s.source, s.ability, s.question, s.answer] for s in samples]
     return {"type": "vtprune.Bench", "version": 2, "command": command, **about, **facts, **asked, "rows": rows}
-
-
-def _slug(name: str) -> str:
-    """A file name."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-")
 
 
 def baselines() -> list[str]:
@@ -604,27 +599,39 @@ def _summed(found: Sequence[Sequence[float] | None]) -> list[float] | None:
 
 
 def cells(result: Mapping[str, Any], *, abilities: bool = True) -> list[list[str]]:
-    """The table as text, header first; ``abilities`` adds a column for each, their average and worst, and the difference to dense with its 95 % interval."""
+    """The table as text, header first; ``abilities`` adds a column for each, what :func:`_overall` gives, and the difference to dense with its 95 % interval.
+    ``kept`` tokens are nominal, behind the last cut; ``tokens`` effective, the mean over layers."""
     sets, kinds = result["sets"], result["abilities"] if abilities else []
     gaps = sets if abilities else []
-    head = ["method", "budget", *(f"{s} %" for s in sets), *(f"{s} vs dense" for s in gaps), *kinds, *(["average", "worst"] if abilities else [])]
-    out = [[*head, "tokens", "FLOPs %", "prefill x", "KV %", "note"]]
+    head = ["method", "budget", *(f"{s} %" for s in sets), *(f"{s} vs dense" for s in gaps), *kinds, *(OVERALL if abilities else [])]
+    out = [[*head, *COLUMNS, "note"]]
     for row in result["rows"]:
         start = [row["method"], "own" if row["budget"] is None else f"{100 * row['budget']:g}%"]
         if "error" in row:
-            out.append([*start, *["-"] * (len(head) + 2), "not possible: " + row["error"]])
+            out.append([*start, *["-"] * (len(out[0]) - 3), "not possible: " + row["error"]])
             continue
         values = [f"{100 * row['sets'][s]['accuracy']:.1f}" for s in sets] + [_gap(row["sets"][s]) for s in gaps]
         if abilities:
-            values += [f"{100 * v:.1f}" for v in (*(row["abilities"][k] for k in kinds), row["average"], row["worst"])]
+            values += [*(f"{100 * row['abilities'][k]:.1f}" for k in kinds), *_overall(row)]
         out.append([*start, *values, *_costs(row), row["note"]])
     return out
 
 
+OVERALL = ("average", "worst", "relative", "worst rel.", "group A")
+COLUMNS = ("kept", "tokens", "FLOPs %", "prefill x", "KV %")
+
+
+def _overall(row: Mapping[str, Any]) -> list[str]:
+    """In percent: average and worst ability; the same as shares of dense; the samples that plain down-sampling loses."""
+    hard = row.get("group_a")
+    found = [row["average"], row["worst"], row.get("relative_average"), row.get("relative_worst"), hard and hard["accuracy"]]
+    return ["-" if v is None else f"{100 * v:.1f}" for v in found]
+
+
 def _costs(row: Mapping[str, Any]) -> list[str]:
-    """Effective tokens, FLOPs in percent, prefill time as a ratio, cache in percent."""
+    """What :data:`COLUMNS` names: nominal and effective tokens, FLOPs in percent, prefill time as a ratio, cache in percent."""
     ratio = f"{row['prefill_ratio']:.2f}" if "prefill_ratio" in row else "1.00" if row["method"] == "dense" else "-"
-    return [f"{row['effective_tokens']:.1f}", f"{100 * row['flops_share']:.1f}", ratio, f"{100 * row['kv_share']:.1f}"]
+    return [f"{row['nominal_tokens']:.1f}", f"{row['effective_tokens']:.1f}", f"{100 * row['flops_share']:.1f}", ratio, f"{100 * row['kv_share']:.1f}"]
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -650,15 +657,21 @@ def markdown(result: Mapping[str, Any]) -> str:
         out += ["", f"**{s}**, {e['samples']} questions, dense {100 * e['accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]", ""]
         out += _lines([["method", *heads], *([m, *(cell(by.get((m, b)), s) for b in columns)] for m in names)])
     kinds = result["abilities"]
-    rows = [["method", "budget", *kinds, "tokens", "FLOPs %", "prefill x", "KV %", "remarks"]]
+    rows = [["method", "budget", *kinds, *OVERALL, *COLUMNS, "remarks"]]
     for r in result["rows"]:
         budget = "own" if r["budget"] is None else f"{100 * r['budget']:g} %"
         if "error" in r:
-            rows.append([r["method"], budget, *["–"] * (len(kinds) + 4), "not possible: " + r["error"]])
+            rows.append([r["method"], budget, *["–"] * (len(rows[0]) - 3), "not possible: " + r["error"]])
             continue
-        costs = [*_costs(r), r["note"]]
-        rows.append([r["method"], budget, *(f"{100 * r['abilities'][k]:.1f}" for k in kinds), *costs])
-    return "\n".join([*out, "", "Per ability, in percent:", "", *_lines(rows)]) + "\n"
+        rows.append([r["method"], budget, *(f"{100 * r['abilities'][k]:.1f}" for k in kinds), *_overall(r), *_costs(r), r["note"]])
+    return "\n".join([*out, "", *LEGEND, "", *_lines(rows)]) + "\n"
+
+
+LEGEND = (
+    "Per ability, in percent. average, worst: over abilities; relative, worst rel.: the same as shares of dense; group A: questions that dense answers and",
+    "plain down-sampling at the same budget does not (VTC-Bench, arXiv 2510.07143). kept: tokens behind the last cut; tokens: effective, the mean over",
+    "layers; prefill x: time of a prefill over dense in the same run.",
+)
 
 
 def _lines(table: Sequence[Sequence[str]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The command line: ``vtprune methods | recipes | adapters | run | bench | eval | verify | train``. Model libraries are loaded by commands that need a model."""
+"""The command line: ``vtprune COMMAND``, see ``--help``. Model libraries are loaded by the commands that need a model."""
 
 from __future__ import annotations
 

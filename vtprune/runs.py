@@ -31,6 +31,11 @@ def fingerprint(model: Any) -> str:
     return digest(model.config.to_dict() | {"_name_or_path": None, "transformers_version": None}, values)
 
 
+def slug(name: str) -> str:
+    """A name as a file name."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-")
+
+
 def write(path: Path, data: str) -> None:
     """Puts ``data`` at ``path`` whole or not at all. Raises :class:`RunError` if it cannot be written."""
     draft = path.with_name(path.name + ".draft")

@@ -13,12 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..cli import folder, fractions, key_value, model_options, output, positive, show, words
-from ..runs import RunError, alike, read, write
+from ..cli import folder, fractions, keep_value, key_value, model_options, output, positive, show, words
+from ..runs import RunError, alike, read, slug, write
 from ..types import VtpruneError
 from .suites import NOTES, SUITES
 
 REFUSED, FAILED = "vtprune: refused: ", "vtprune: error: "  # how a run says that it never began, or broke off
+ATTACH = ("positions", "per")  # options of attach() that --option takes as well
 
 OURS = ("alias", "samples", " ")  # what lmms-eval puts beside a task's metrics
 
@@ -28,9 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tasks", type=words, default=["easy_vqa", "scenes"], help="lmms-eval tasks, with commas (default easy_vqa,scenes, which need no download)")
     add("--suite", choices=list(SUITES), help="a named list of tasks instead (--list-suites shows them)")
     add("--list-suites", action="store_true", help="print the suites and stop")
-    add("--recipes", type=words, metavar="NAMES", default=["pyramiddrop"], help="recipes, with commas; 'all' is every method (default pyramiddrop)")
+    add(
+        "--recipe",
+        "--recipes",
+        dest="recipes",
+        type=words,
+        metavar="NAMES",
+        default=["pyramiddrop"],
+        help="recipes, with commas; 'all' is every method (default pyramiddrop)",
+    )
     add("--no-baselines", action="store_true", help="leave the baselines and the dense model out")
-    add("--budgets", type=fractions, default=[0.25], help="fractions of the dense effective tokens (default 0.25)")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--budgets", type=fractions, default=[], help="fractions of the dense effective tokens (default: each recipe on its own schedule)")
+    budget.add_argument("--keep", type=_keeps, default=[], metavar="N_OR_FRACTION", help="visual tokens left after the last cut, with commas: 64,0.25")
     add("--option", type=key_value, action="append", default=[], metavar="KEY=VALUE", help="an option for the named recipes, value as JSON; repeatable")
     add("--seeds", type=positive, default=3, help="runs of random methods (default 3)")
     add("--limit", type=positive, metavar="N", help="only the first N samples of every task")
@@ -39,12 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--processes", type=positive, default=1, metavar="N", help="data-parallel processes (one GPU each, or one CPU process each)")
     add("--include-path", type=Path, metavar="FOLDER", help="your own task folders")
     add("--base", metavar="NAME", help="attach to this lmms-eval model instead of our own, for protocols that depend on its prompts")
+    add("--system-prompt", metavar="TEXT", help="put in front of every conversation")
+    add("--max-new-tokens", type=positive, metavar="N", help="for tasks that do not say (default 1024)")
     add("--attn-implementation", metavar="NAME", help="sdpa (default), eager, flash_attention_2 ...")
     add("--results", type=Path, default=Path("out/eval"), metavar="FOLDER", help="what is there is not done again (default out/eval)")
     add("--export", type=Path, metavar="FOLDER", help="only write easy_vqa and scenes as lmms-eval task folders into FOLDER")
     add("--dry-run", action="store_true", help="print the commands and stop")
     add("--json", action="store_true")
     model_options(parser)
+
+
+def _keeps(text: str) -> list[int | float]:
+    return [keep_value(part) for part in words(text)]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,30 +110,43 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The runs: the dense model, then every recipe at every budget (and seed, where it draws). A wrong recipe or option raises :class:`VtpruneError` here."""
+    """The runs: the dense model, then every recipe at every budget (and seed, where it draws), then the baselines at the same budgets; on its own schedule a
+    recipe is compared with the dense model alone. A wrong recipe or option raises :class:`VtpruneError` here."""
     from ..attach import load_recipe
     from ..bench import baselines, draws, portable
     from ..methods.base import METHODS, make
 
     names = list(METHODS) if args.recipes == ["all"] else args.recipes
     options = dict(args.option)
-    more = [] if args.no_baselines else [b for b in baselines() if b not in names]
-    jobs: list[dict[str, Any]] = [] if args.no_baselines else [{"recipe": "dense", "method": "dense", "budget": None, "seed": args.seed, "options": {}}]
-    for name in [*names, *more]:
+    budgets: list[dict[str, Any]] = [{"effective_tokens": b} for b in args.budgets] or [{"keep": k} for k in args.keep] or [{}]
+    more = [] if args.no_baselines or budgets == [{}] else [b for b in baselines() if b not in names]
+    jobs: list[dict[str, Any]] = []
+    for name in dict.fromkeys([*([] if args.no_baselines else ["dense"]), *names, *more]):
         if name == "dense":
-            jobs.append({"recipe": "dense", "method": "dense", "budget": None, "seed": args.seed, "options": {}})
+            jobs.append({"recipe": "dense", "method": "dense", "budget": {}, "seed": args.seed, "options": {}})
             continue
         recipe = load_recipe(name)
-        mine = options if name in names else {}
-        make(recipe.stages[-1].method, {**recipe.stages[-1].options, **mine})
-        for budget in args.budgets:
+        mine = {k: v for k, v in options.items() if name in names}
+        make(recipe.stages[-1].method, {**recipe.stages[-1].options, **{k: v for k, v in mine.items() if k not in ATTACH}})
+        for budget in budgets:
             for seed in range(args.seed, args.seed + (args.seeds if draws(recipe) else 1)):
                 jobs.append({"recipe": name, "method": recipe.name, "budget": budget, "seed": seed, "options": mine, "asked": portable(recipe)})
     return jobs
 
 
+def told(budget: Mapping[str, Any]) -> str:
+    """A budget in a table."""
+    if "keep" in budget:
+        return f"keep {budget['keep']:g}"
+    return f"{100 * budget['effective_tokens']:g}%" if budget else "own"
+
+
 def stem(job: Mapping[str, Any]) -> str:
-    return "lmms-dense" if job["budget"] is None else f"lmms-{job['method']}-{job['budget']:g}-{job['seed']}"
+    """The name of a run's files."""
+    if job["method"] == "dense":
+        return "lmms-dense"
+    budget = "".join(f"{k[:4]}{v!r}" for k, v in job["budget"].items()) or "own"
+    return f"lmms-{slug(job['method'])}-{budget}-{job['seed']}"
 
 
 def line(args: argparse.Namespace, job: Mapping[str, Any], tasks: Sequence[str], include: Sequence[Path], runs: Path) -> list[str]:
@@ -126,11 +156,16 @@ def line(args: argparse.Namespace, job: Mapping[str, Any], tasks: Sequence[str],
     given: dict[str, Any] = {"pretrained": args.model or str(_demo.FOLDER), "recipe": job["recipe"]}
     given |= {"base": args.base} if args.base else {"dtype": args.dtype, "journal": runs / f"{stem(job)}.journal"}
     given |= {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
-    given |= {} if job["budget"] is None else {"effective_tokens": job["budget"], "seed": job["seed"]}
+    given |= {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {}
+    given |= {} if job["method"] == "dense" else {**job["budget"], "seed": job["seed"]}
     given |= {k: "+".join(map(str, v)) if isinstance(v, list) else v for k, v in job["options"].items()}
     given |= {"report": runs / f"{stem(job)}.costs.json"}
     if bad := [str(v) for v in given.values() if "," in str(v)]:
         raise VtpruneError(f"lmms-eval splits its arguments at commas: {bad[0]!r} cannot be passed")
+    if args.system_prompt:
+        given["system_prompt"] = f'"{args.system_prompt}"'  # lmms-eval reads commas in quotation marks
+        if '"' in args.system_prompt:
+            raise VtpruneError('lmms-eval cannot be given a system prompt with " in it')
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.processes)] if args.processes > 1 else []
     out = [sys.executable, *launcher, "-m", "lmms_eval", "--model", "vtprune", "--model_args", ",".join(f"{k}={v}" for k, v in given.items())]
     out += ["--tasks", ",".join(tasks), "--batch_size", str(args.batch), "--device", args.device, "--log_samples", "--output_path", str(runs / stem(job))]
@@ -149,6 +184,7 @@ def one(args: argparse.Namespace, job: Mapping[str, Any], tasks: Sequence[str], 
     """One run, unless it lies there finished. lmms-eval ends with code 0 also when it failed, so its results are asked for."""
     path = runs / f"{stem(job)}.json"
     head = {"type": "vtprune.EvalRun", "version": 1, **job, "tasks": list(tasks), "limit": args.limit, "base": args.base, "dtype": args.dtype}
+    head |= {"system_prompt": args.system_prompt, "attention": args.attn_implementation, "max_new_tokens": args.max_new_tokens}
     head |= {"model": args.model or "bundled VLM", "samples": args.samples}
     if path.exists():
         found = read(path)
@@ -167,11 +203,11 @@ def one(args: argparse.Namespace, job: Mapping[str, Any], tasks: Sequence[str], 
     said = [t[t.find(m) :].strip() for t in lines for m in (FAILED, "Error during evaluation: ") if m in t]
     if code or not results or not costs.is_file():
         raise RunError(f"{stem(job)} failed with code {code}: {said[-1] if said else 'no results were written'} (see {log}; finished runs are kept in {runs})")
-    told = read(results[-1])
-    scores = {t: _metrics(told["results"].get(t, {})) for t in {*tasks, *told["results"]}}
+    found = read(results[-1])
+    scores = {t: _metrics(s) for t, s in found["results"].items()}
     row |= {"scores": scores, "costs": read(costs)}
     samples = {f.name.partition("_samples_")[2].removesuffix(".jsonl"): _samples(f) for f in sorted((runs / stem(job)).glob("*/*_samples_*.jsonl"))}
-    versions = {"lmms_eval": told.get("lmms_eval_version"), **row["costs"]["versions"]}
+    versions = {"lmms_eval": found.get("lmms_eval_version"), **row["costs"]["versions"]}
     write(path, json.dumps({**head, "command": shlex.join(command), "versions": versions, "row": row, "answers": samples}) + "\n")
     return row
 
@@ -198,7 +234,7 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     first = {t: next(m for r in done for m in r["scores"].get(t, {}) if not m.endswith("_stderr")) for t in tasks}
     out = [["method", "budget", "seed", *(f"{t} {first[t]}" for t in tasks), "tokens", "FLOPs %", "KV %", "ttft ms", "note"]]
     for r in rows:
-        start = [r["method"], "-" if r["budget"] is None else f"{100 * r['budget']:g}%", str(r["seed"])]
+        start = [r["method"], "-" if r["method"] == "dense" else told(r["budget"]), str(r["seed"])]
         if "error" in r:
             out.append([*start, *["-"] * (len(tasks) + 4), "not possible: " + r["error"]])
             continue

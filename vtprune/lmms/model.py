@@ -86,7 +86,8 @@ class Chat(lmms):
     ) -> None:
         super().__init__()
         self.exits, self.report_file, self.journal = exits, None if report is None else Path(report), None if journal is None else Path(journal)
-        self.system_prompt, self.max_new_tokens = system_prompt, max_new_tokens
+        self.max_new_tokens = max_new_tokens
+        self.system_prompt = system_prompt.strip('"') if system_prompt else None  # the quotation marks that kept its commas together
         self.costs: list[dict[str, Any]] = []
         self.failures: list[str] = []
         self.handle: Any = None
