@@ -23,7 +23,7 @@ class ImagePart:
 class FakeProcessor:
     """One word, one token; pads on the left."""
 
-    chat_template = "yes"
+    chat_template, video_processor = "yes", None
 
     def __init__(self):
         self.image_processor = ImagePart()

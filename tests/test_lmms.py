@@ -188,6 +188,69 @@ def test_rounds_build_on_each_other(bundled):
     assert seen == [(1, answers[:1], None), (2, answers, 1)]
 
 
+def video_model():
+    """The tiny LLaVA-OneVision and a processor for it: one word, one token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlavaOnevisionImageProcessor, LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor, PreTrainedTokenizerFast
+    from vtprune.models.base import ADAPTERS
+
+    words = ["<pad>", "<s>", "</s>", "<image>", "<video>", "<unk>", "user", "what", "is", "it", *(f"w{i}" for i in range(10, 64))]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "unk_token": "<unk>", "additional_special_tokens": ["<image>", "<video>"]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+    tokenizer.image_token, tokenizer.video_token = "<image>", "<video>"
+    template = (
+        "{% for m in messages %}{{ m['role'] }} {% for c in m['content'] %}"
+        "{% if c['type'] == 'text' %}{{ c['text'] }} {% else %}<{{ c['type'] }}> {% endif %}{% endfor %}{% endfor %}"
+    )
+    side = {"height": 32, "width": 32}
+    processor = LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(size=side, crop_size=side, image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]]),
+        tokenizer=tokenizer,
+        video_processor=LlavaOnevisionVideoProcessor(size=side, crop_size=side, do_center_crop=False),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=template,
+    )
+    return ADAPTERS.get("llava-onevision").tiny["video"]()[0], processor
+
+
+def film(path: Path, shade: int, frames: int = 9) -> str:
+    import av
+    import numpy as np
+
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for i in range(frames):
+            picture = np.full((64, 64, 3), (shade + 20 * i) % 255, np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        out.mux(stream.encode())
+    return str(path)
+
+
+def test_videos_several_images_and_text_share_a_run(tmp_path):
+    pictures = [{"type": "image", "url": picture(i, 48)} for i in range(3)]
+    shown = [[{"type": "video", "url": film(tmp_path / f"{i}.mp4", 40 * i)}] for i in range(2)]
+    shown += [pictures[:2], pictures[2:], []]
+    found = {}
+    for batch in (1, 4):
+        lm = Chat(loaded=video_model(), exits=False, device="cpu", recipe="fastv", keep=0.5, layer=1, batch_size=batch, max_frames=3)
+        lm.task_dict = {"t": {"test": [{"pictures": p, "text": "what is it"} for p in shown]}}
+        found[batch] = lm.generate_until([request(i, {"max_new_tokens": 4}) for i in range(len(shown))])
+        assert sorted(c["visual_tokens"] / c["samples"] for c in lm.costs)[-1] >= 3 * 4 + 1 and lm.costs[-1]["visual_tokens"] == 0
+        lm.clean()
+    assert found[1] == found[4] and len({*found[1]}) > 1
+    lm = Chat(loaded=video_model(), exits=False, device="cpu")
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    lm.task_dict = {"t": {"test": [{"pictures": [{"type": "video", "url": str(tmp_path / n)}], "text": "x"} for n in ("bad.mp4", "none.mp4")]}}
+    with pytest.raises(RunError, match="2 of 2 requests") as caught:
+        lm.generate_until([request(0), request(1)])
+    assert "cannot read the video" in str(caught.value) and "no such video" in lm.failures[1]
+
+
 def slow_likelihood(bundled, sample: bench.Sample, words: str) -> tuple[float, bool]:
     """One forward per token, without cache."""
     model, processor = bundled
@@ -271,10 +334,10 @@ def test_a_failed_request_ends_the_run_and_keeps_the_others(bundled, tmp_path):
 def test_under_lmms_eval_a_failure_ends_the_process(bundled, capsys):
     lm = Chat(loaded=bundled, device="cpu", batch_size=2)
     docs(lm, 2)
-    lm.task_dict["t"]["test"][0]["pictures"] = [{"type": "video", "url": "a.mp4"}]
+    lm.task_dict["t"]["test"][0]["pictures"] = [{"type": "audio", "url": "a.wav"}]
     with pytest.raises(SystemExit) as caught:
         lm.generate_until([request(0), request(1)])
-    assert str(caught.value.code).startswith("vtprune: error: 1 of 2 requests") and "not video" in str(caught.value.code)
+    assert str(caught.value.code).startswith("vtprune: error: 1 of 2 requests") and "not audio" in str(caught.value.code)
     for given, reason in (
         ({"recipe": "nope"}, "nope"),
         ({"recipe": "fastv", "kept": 3}, "unknown argument 'kept'"),

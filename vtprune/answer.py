@@ -63,30 +63,71 @@ def text_part(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
+def video_part(path: str | Path, frames: int = 32) -> dict[str, Any]:
+    """``frames`` evenly spaced frames of a video file (fewer if it is shorter). Raises :class:`VtpruneError` if it cannot be read."""
+    from transformers.video_utils import load_video
+
+    path = Path(path)
+    if not path.is_file():
+        raise VtpruneError(f"no such video file: {path}")
+    try:
+        return {
+            "type": "video",
+            "video": load_video(str(path), backend="pyav", sample_indices_fn=lambda metadata, **_: _even(metadata.total_num_frames, frames)),
+        }
+    except ImportError as e:
+        raise VtpruneError("reading videos needs PyAV: pip install av") from e
+    except (OSError, ValueError, IndexError) as e:
+        raise VtpruneError(f"cannot read the video {path}: {str(e).strip() or type(e).__name__}") from e
+
+
+def _even(there: int, wanted: int) -> Any:
+    import numpy as np
+
+    return np.linspace(0, there - 1, min(there, wanted)).round().astype(int)
+
+
 def prepare_chats(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> Any:
     """Left-padded model inputs for conversations that the model is to go on with.
 
     Args:
-        chats: per sample the messages, ``{"role": ..., "content": [part, ...]}`` with :func:`image_part` and :func:`text_part`; either all samples have
-            images or none has.
+        chats: per sample the messages, ``{"role": ..., "content": [part, ...]}`` with :func:`image_part`, :func:`video_part` and :func:`text_part`; all
+            samples must show the same kinds of things (:func:`kinds`).
 
-    Raises :class:`VtpruneError` for a processor without chat template and for a mixture of samples with and without images.
+    Raises :class:`VtpruneError` for a processor without chat template, for one that takes no videos, and for a mixture of kinds.
     """
     if not getattr(processor, "chat_template", None):
         raise VtpruneError(f"{type(processor).__name__} has no chat template, so it cannot say how a question is put to the model")
-    images = [[part["image"] for message in chat for part in message["content"] if part["type"] == "image"] for chat in chats]
-    if any(images) and not all(images):
-        raise VtpruneError("samples with and without images cannot share a batch")
+    if len(shown := {kinds(chat) for chat in chats}) > 1:
+        raise VtpruneError(f"samples that show different kinds of things cannot share a batch: {' / '.join(', '.join(k) or 'text' for k in sorted(shown))}")
     texts = [processor.apply_chat_template([{**m, "content": [_bare(p) for p in m["content"]]} for m in chat], add_generation_prompt=True) for chat in chats]
     start = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
     special = not (start and texts[0].startswith(start))  # a template that writes the start token itself must not get a second one
-    flat = [found[0] for found in images] if all(len(found) == 1 for found in images) else images if any(images) else None
-    return processor(images=flat, text=texts, padding=True, padding_side="left", add_special_tokens=special, return_tensors="pt")
+    given: dict[str, Any] = {"images": None}
+    if "image" in (seen := shown.pop()):
+        images = [_parts(chat, "image") for chat in chats]
+        given["images"] = [found[0] for found in images] if all(len(found) == 1 for found in images) else images
+    if "video" in seen:
+        if getattr(processor, "video_processor", None) is None:
+            raise VtpruneError(f"{type(processor).__name__} takes no videos")
+        videos = [_parts(chat, "video") for chat in chats]
+        given |= {"videos": [[v for v, _ in found] for found in videos], "video_metadata": [[m for _, m in found] for found in videos]}
+        given["do_sample_frames"] = False
+    return processor(**given, text=texts, padding=True, padding_side="left", add_special_tokens=special, return_tensors="pt")
+
+
+def _parts(chat: Sequence[dict[str, Any]], kind: str) -> list[Any]:
+    return [part[kind] for message in chat for part in message["content"] if part["type"] == kind]
+
+
+def kinds(chat: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """What a conversation shows: ``()``, ``("image",)``, ``("video",)`` or both."""
+    return tuple(kind for kind in ("image", "video") if _parts(chat, kind))
 
 
 def _bare(part: dict[str, Any]) -> dict[str, Any]:
     """A part for the template: an image is a placeholder."""
-    return {"type": "image"} if part["type"] == "image" else part
+    return part if part["type"] == "text" else {"type": part["type"]}
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from ..answer import image_part, open_image, prepare_chats, text_part
+from ..answer import image_part, kinds, open_image, prepare_chats, text_part, video_part
 from ..attach import ATTACH_OPTIONS, TARGETS, attach, load_recipe
 from ..bench import dense_report, environment, identity, sample_seed
 from ..ledger import UndoLedger
@@ -32,6 +32,7 @@ from . import meter
 from .evaluate import FAILED, REFUSED
 
 GENERATION = ("max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "do_sample", "num_beams", "repetition_penalty", "length_penalty")
+VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 USUAL_STOP = ["\n\n"]  # what lmms-eval fills in where a task says nothing; its own Hugging Face models ignore it too
 
 
@@ -54,7 +55,7 @@ class Chat(lmms):
         base: an lmms-eval model instead: it is built with ``pretrained`` and the arguments that are not ours, and keeps its own prompts; what it swallows as
             an empty answer is counted here. ``random`` then draws one set of tokens for all samples.
         batch_size: samples per batch. device: default ``cuda`` if there is one. dtype: default ``auto`` on a GPU, ``float32`` on a CPU.
-        system_prompt: put in front of every conversation. max_new_tokens: for tasks that do not say.
+        system_prompt: put in front of every conversation. max_new_tokens: for tasks that do not say. max_frames: of a video.
         report: a JSON file for the costs of the run and all facts needed to repeat it. journal: a folder that keeps the answers; an interrupted run goes on.
         exits: end the process with code 1 on an error (``python -m lmms_eval`` would end with 0); otherwise errors are raised.
         **options: ``keep``, ``effective_tokens``, ``flops``, ``seed``, ``positions``, ``per`` and the options of the recipe's last method.
@@ -77,6 +78,7 @@ class Chat(lmms):
         attn_implementation: str | None = None,
         system_prompt: str | None = None,
         max_new_tokens: int = 1024,
+        max_frames: int = 32,
         trust_remote_code: bool = False,
         report: str | Path | None = None,
         journal: str | Path | None = None,
@@ -86,7 +88,7 @@ class Chat(lmms):
     ) -> None:
         super().__init__()
         self.exits, self.report_file, self.journal = exits, None if report is None else Path(report), None if journal is None else Path(journal)
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.max_frames = max_new_tokens, max_frames
         self.system_prompt = system_prompt.strip('"') if system_prompt else None  # the quotation marks that kept its commas together
         self.costs: list[dict[str, Any]] = []
         self.failures: list[str] = []
@@ -356,16 +358,24 @@ class Chat(lmms):
             return self._messages(to_messages(self.task_dict[task][split][number]))
         context, (to_visual, number, task, split) = request.args[0], request.args[-4:]
         visuals = _flat(to_visual(self.task_dict[task][split][number]))
-        return self._system() + [{"role": "user", "content": [*map(_picture, visuals), text_part(context.replace("<image>", "").strip())]}]
+        return self._system() + [{"role": "user", "content": [*map(self._shown, visuals), text_part(context.replace("<image>", "").strip())]}]
 
     def _messages(self, messages: Any) -> list[dict[str, Any]]:
         """lmms-eval's messages as the processors take them."""
         out = self._system()
         for m in messages:
             content = [{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"]
-            parts = [text_part(c["text"]) if c["type"] == "text" else _picture(c["url"], c["type"]) for c in content]
+            parts = [text_part(c["text"]) if c["type"] == "text" else self._shown(c["url"], c["type"]) for c in content]
             out.append({"role": m["role"], "content": parts})
         return out
+
+    def _shown(self, source: Any, kind: str = "image") -> dict[str, Any]:
+        """A picture (or its file) or a video file as a part of a message."""
+        if kind == "video" or (isinstance(source, str) and source.lower().endswith(VIDEOS)):
+            return video_part(source, self.max_frames)
+        if kind != "image":
+            raise VtpruneError(f"this model class takes text, images and videos, not {kind}: use base= with an lmms-eval model that does")
+        return image_part(source.convert("RGB") if isinstance(source, Image.Image) else open_image(source))
 
     def _system(self) -> list[dict[str, Any]]:
         return [{"role": "system", "content": [text_part(self.system_prompt)]}] if self.system_prompt else []
@@ -376,12 +386,12 @@ class Chat(lmms):
         settings = dict(settings)
         until = settings.pop("until")
         out: dict[int, str] = {}
-        for group in _by_image(chats):
+        for group in _alike(chats):
             asked = meter.clock(self._device)()
             inputs = prepare_chats(self.processor, [chats[i] for i in group]).to(self._device, self._model.dtype)
             if self.draws:
                 self.handle.reseed([sample_seed(self.seed, numbers[i]) for i in group])
-            told = partial(self._told, inputs, _sees(chats[group[0]]))
+            told = partial(self._told, inputs, bool(kinds(chats[group[0]])))
             sequences, cost = meter.generate(self._model, inputs, told, asked, **settings)
             self.costs.append(cost)
             texts = self.processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -404,7 +414,7 @@ class Chat(lmms):
             words = ending(self.task_dict[task][split][number]) if callable(ending) else ending
             endings.append(self.processor.tokenizer(words, add_special_tokens=False)["input_ids"])
         out: dict[int, tuple[float, bool]] = {}
-        for group in _by_image(chats):
+        for group in _alike(chats):
             inputs = prepare_chats(self.processor, [chats[i] for i in group])
             ids = inputs["input_ids"]
             start, width = ids.shape[1], max(len(endings[i]) for i in group)
@@ -470,20 +480,12 @@ def _flat(visuals: Any) -> list[Any]:
     return [v for entry in visuals for v in _flat(entry)] if isinstance(visuals, list | tuple) else [visuals]
 
 
-def _picture(source: Any, kind: str = "image") -> dict[str, Any]:
-    if kind != "image":
-        raise VtpruneError(f"this model class takes images and text, not {kind}: use base= with an lmms-eval model that does")
-    return image_part(source.convert("RGB") if isinstance(source, Image.Image) else open_image(source))
-
-
-def _sees(chat: list[dict[str, Any]]) -> bool:
-    return any(part["type"] == "image" for m in chat for part in m["content"])
-
-
-def _by_image(chats: Sequence[list[dict[str, Any]]]) -> list[list[int]]:
-    """Samples with images, samples without."""
-    seen = [_sees(chat) for chat in chats]
-    return [g for g in ([i for i, s in enumerate(seen) if s], [i for i, s in enumerate(seen) if not s]) if g]
+def _alike(chats: Sequence[list[dict[str, Any]]]) -> list[list[int]]:
+    """Samples that can share a batch: those that show the same kinds of things."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for i, chat in enumerate(chats):
+        groups.setdefault(kinds(chat), []).append(i)
+    return list(groups.values())
 
 
 def _stopped(text: str, until: Sequence[str]) -> str:
