@@ -45,8 +45,9 @@ def open_image(path: str | Path) -> Image.Image:
             raise VtpruneError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
 
 
-def prepare(processor: Any, images: Sequence[Image.Image], questions: Sequence[str]) -> Any:
-    """Left-padded model inputs for one question about each image: ``input_ids`` and ``attention_mask`` ``[B, T]``, ``pixel_values`` ``[B, 3, H, W]``.
+def prepare(processor: Any, images: Sequence[Image.Image | Sequence[Image.Image]], questions: Sequence[str]) -> Any:
+    """Left-padded model inputs for one question about each image, or about several: ``input_ids`` and ``attention_mask`` ``[B, T]``, ``pixel_values``
+    ``[B, 3, H, W]``.
 
     Raises :class:`VtpruneError` for lists of unequal or zero length and for a processor without chat template.
     """
@@ -55,8 +56,8 @@ def prepare(processor: Any, images: Sequence[Image.Image], questions: Sequence[s
     if not getattr(processor, "chat_template", None):
         raise VtpruneError(f"{type(processor).__name__} has no chat template, so it cannot say how a question is put to the model")
     texts = []
-    for question in questions:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
+    for shown, question in zip(images, questions, strict=True):
+        content = [{"type": "image"}] * (1 if isinstance(shown, Image.Image) else len(shown)) + [{"type": "text", "text": question}]
         texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
     start = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
     special = not (start and texts[0].startswith(start))  # a template that writes the start token itself must not get a second one
