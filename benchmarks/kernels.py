@@ -40,6 +40,7 @@ from torch.utils._pytree import tree_map
 from vtprune.kernels import KERNELS, KernelInfo
 from vtprune.kernels.base import run
 
+from vtprune import VtpruneError, timing
 from vtprune.bench import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,37 +147,12 @@ def foreseen_bytes(info: KernelInfo, shape: tuple[int, int] | None, batch: int, 
     return (one / small - square * small) * n + square * n**2
 
 
-timer = time.perf_counter  # seconds
-
-
-def clock(call: Callable[[], Any], calls: int, device: torch.device) -> float:
-    """Seconds per call of ``calls`` calls in a row, the device's queue empty before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = timer()
-    for _ in range(calls):
-        call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (timer() - start) / calls
-
-
-def rounds(sides: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds per call of each warmed side, in turns; every second round runs backwards."""
-    once = {name: min(clock(call, 1, device) for _ in range(2)) for name, call in sides.items()}
-    calls = {name: math.ceil(BLOCK / seconds) for name, seconds in once.items()}
-    turns = max(3, min(repeats, int(PATIENCE / sum(once[name] * calls[name] for name in sides))))
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(turns):
-        for name in sorted(sides, reverse=turn % 2 == 1):
-            times[name].append(1000 * clock(sides[name], calls[name], device))
-    return times
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile."""
-    cuts = statistics.quantiles(values, n=5, method="inclusive")
-    return {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3]}
+def turns(sides: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Milliseconds per call of each warmed side, in turns of calls that last at least :data:`BLOCK`."""
+    once = {name: min(timing.clock(call, device) for _ in range(2)) for name, call in sides.items()}
+    calls = {name: math.ceil(1000 * BLOCK / ms) for name, ms in once.items()}
+    most = int(1000 * PATIENCE / sum(once[name] * calls[name] for name in sides))
+    return timing.rounds(sides, max(3, min(repeats, most)), device, warmup=0, calls=calls)
 
 
 def speeds(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -184,8 +160,8 @@ def speeds(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     size, side = (1 << 30, 8192) if device.type == "cuda" else (1 << 28, 2048)
     source, a = torch.ones(size, dtype=torch.uint8, device=device), torch.ones(side, side, dtype=dtype, device=device)
     target = torch.empty_like(source)
-    copies, products = ([clock(call, 1, device) for _ in range(12)] for call in (lambda: target.copy_(source), lambda: a @ a))
-    return {"bytes_per_s": 2 * size / min(copies), "flops_per_s": 2 * side**3 / min(products)}
+    copies, products = (min(timing.clock(call, device) for _ in range(12)) / 1000 for call in (lambda: target.copy_(source), lambda: a @ a))
+    return {"bytes_per_s": 2 * size / copies, "flops_per_s": 2 * side**3 / products}
 
 
 def row(info: KernelInfo, shape: tuple[int, int] | None, batch: int, n: int, setup: dict[str, Any], repeats: int) -> dict[str, Any]:
@@ -206,10 +182,10 @@ def row(info: KernelInfo, shape: tuple[int, int] | None, batch: int, n: int, set
             memory[name] = peak_bytes(call, device)
         except torch.OutOfMemoryError:
             del sides[name]
-    times = rounds(sides, repeats, device)
+    times = turns(sides, repeats, device)
     moved, flops = info.work(given)
     floor = 1000 * max(moved / speed["bytes_per_s"], flops / speed["flops_per_s"])
-    ratio = spread([p / o for p, o in zip(times["plain"], times[ours], strict=True)]) if "plain" in sides and ours in sides else None
+    ratio = timing.spread([p / o for p, o in zip(times["plain"], times[ours], strict=True)]) if "plain" in sides and ours in sides else None
     return {
         "op": info.name,
         "heads": shape and shape[0],
@@ -217,7 +193,7 @@ def row(info: KernelInfo, shape: tuple[int, int] | None, batch: int, n: int, set
         "batch": batch,
         "tokens": n,
         "ours": ours,
-        "ms": {name: spread(times[name]) if name in sides else None for name in names},
+        "ms": {name: timing.spread(times[name]) if name in sides else None for name in names},
         "peak_bytes": {name: memory.get(name) for name in names},
         "bytes": moved,
         "flops": flops,
@@ -262,7 +238,7 @@ def measure(
     return {
         **about,
         "date": datetime.date.today().isoformat(),
-        "timer": "CPU" if timer is time.thread_time else "wall",
+        "timer": "CPU" if timing.timer is time.thread_time else "wall",
         "speeds": speed,
         "limit_bytes": limit,
         "repeats": repeats,
@@ -349,11 +325,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(args.device)
     cuda = device.type == "cuda"
     if args.cpu_time:
-        if device.type != "cpu":
-            parser.error("--cpu-time is for --device cpu")
-        global timer
-        timer = time.thread_time
-        torch.set_num_threads(1)
+        try:
+            timing.use_cpu_time(device)
+        except VtpruneError as e:
+            parser.error(str(e))
     dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
     limit = 1e9 * args.limit if args.limit is not None else 0.9 * torch.cuda.mem_get_info(device)[0] if cuda else 6e9
     unknown = [op for op in args.ops if op not in KERNELS]

@@ -18,29 +18,24 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from vtprune.models._decoder import DecoderEngine
-from vtprune.models._tower import TowerEngine
 
 import vtprune
 from vtprune.bench import environment
-from vtprune.ledger import UndoLedger
+from vtprune.ledger import stopwatch
 from vtprune.methods.base import METHODS
+from vtprune.timing import WARMUP, Moments, clock, rounds, spread, use_cpu_time
 
-WARMUP = 1  # rounds that are thrown away
 BLOCK = 4  # decoding steps in one turn
 IMAGE, TEXT, VOCABULARY = 3, 40, 1000  # the placeholder's id; words around it
 DECODED = ("fastv", "pyramiddrop", "drop-all", "dpvr-lf", "uniform")  # the in-LLM methods and one behind the projector
@@ -158,43 +153,6 @@ def recorded(model: Any, branch: list[nn.Module]) -> Iterator[Work]:
             hook.remove()
 
 
-@dataclass
-class Watch:
-    """``seconds`` spent in the library's own code; ``depth`` of nested calls of it."""
-
-    seconds: float = 0.0
-    depth: int = 0
-
-    def timed(self, function: Callable[..., Any], sign: int = 1) -> Callable[..., Any]:
-        """``sign=-1``: what does not count although it is called from what does."""
-
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start, counts = time.perf_counter(), sign < 0 or self.depth == 0
-            self.depth += sign > 0
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.depth -= sign > 0
-                self.seconds += sign * counts * (time.perf_counter() - start)
-
-        return call
-
-
-@contextmanager
-def stopwatch() -> Iterator[Watch]:
-    """Times every hook that an attachment made inside the block installs, and decisions inside a tower's blocks; a side branch is no overhead."""
-    watch = Watch()
-    before, after = UndoLedger.before, UndoLedger.after
-    with (
-        mock.patch.object(UndoLedger, "before", lambda self, module, hook, **k: before(self, module, watch.timed(hook), **k)),
-        mock.patch.object(UndoLedger, "after", lambda self, module, hook, **k: after(self, module, watch.timed(hook), **k)),
-        mock.patch.object(TowerEngine, "_decide", watch.timed(TowerEngine._decide)),
-        mock.patch.object(DecoderEngine, "_branch", watch.timed(DecoderEngine._branch, -1)),
-    ):
-        yield watch
-
-
 def limit(model: Any, inputs: dict[str, Any], work: Work) -> dict[str, Any]:
     """Makes ``model`` do exactly ``work`` and answers with the inputs for it: a prompt with as many placeholders as features arrive."""
     core, first = model.model, work.layers[0]
@@ -273,37 +231,6 @@ def _returns(source: Any, branch: list[int], tables: dict[int, Any], n: int, asi
 # --------------------------------------------------------------------------------------------------------------- measuring
 
 
-timer = time.perf_counter  # seconds
-
-
-def clock(call: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds of one call, the device's queue empty before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = timer()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1000 * (timer() - start)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile."""
-    cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
-    return {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3]}
-
-
-def rounds(calls: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of each call, in turns; every second round runs backwards."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for r in range(WARMUP + repeats):
-        for name in list(calls)[:: -1 if r % 2 else 1]:
-            ms = clock(calls[name], device)
-            if r >= WARMUP:
-                times[name].append(ms)
-    return times
-
-
 def prefills(model: Any, inputs: dict[str, Any], method: str, keep: int | float, repeats: int) -> dict[str, Any]:
     """One method's row. Times in milliseconds; raises AssertionError if the limit or the report does not do what the pruned run did."""
     pruned, bare = twin(model), twin(model)
@@ -322,12 +249,12 @@ def prefills(model: Any, inputs: dict[str, Any], method: str, keep: int | float,
         # The limit before and behind the pruned run: their mean is what it is compared with, their ratio the noise. Dense runs are apart: they disturb.
         times = rounds({"limit": least, "pruned": lambda: prefill(pruned, inputs), "again": least}, repeats, device)
         times |= rounds({"dense": lambda: prefill(model, inputs)}, 2, device)
-    own = []
-    with stopwatch() as watch, vtprune.attach(twin(model), method, **budget) as handle:
+    own, watched, moments = [], twin(model), Moments(model)
+    with stopwatch(moments.now) as watch, vtprune.attach(watched, method, **budget):
         for _ in range(WARMUP + 3):
-            watch.seconds = 0.0
-            prefill(handle._model, inputs)
-            own.append(1000 * watch.seconds)
+            watch.laps.clear()
+            clock(lambda: prefill(watched, inputs), device)
+            own.append(moments.ms(watch.laps))
     return {
         "method": method,
         "site": report.stages[0].site.partition(".")[0],
@@ -493,13 +420,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path)
     args = parser.parse_args()
-    if args.cpu_time:
-        if args.device != "cpu":
-            parser.error("--cpu-time is for --device cpu")
-        global timer
-        args.threads, timer = 1, time.thread_time
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.cpu_time:
+        try:
+            use_cpu_time(args.device)
+        except vtprune.VtpruneError as e:
+            parser.error(str(e))
     methods = args.methods.split(",") if args.methods else list(vtprune.methods())
     result = measure(args.size, methods, args.repeats, args.device, getattr(torch, args.dtype), lambda line: print(line, file=sys.stderr, flush=True))
     result["command"] = " ".join(["python", "benchmarks/overhead.py", *sys.argv[1:]])

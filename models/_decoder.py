@@ -178,6 +178,7 @@ class DecoderEngine:
                 )
         self.d, self.cuts, self.positions, self.per, self.tower, self.entry, self.seed = decoder, cuts, positions, per, tower, entry, seed
         self.done, self.arrived = done, arrived
+        self.branch = ledger.timed(self._branch, counts=False)
         self.local = threading.local()
         self.requests: WeakKeyDictionary[Any, Request] = WeakKeyDictionary()
         self.whole: WeakSet[Any] = WeakSet()  # caches filled without this attachment that were looked at
@@ -614,7 +615,7 @@ class DecoderEngine:
         if cut.stage not in call.stash:  # no image in this batch
             return x
         stash = call.stash[cut.stage]
-        made = self._branch(call, cut, stash)
+        made = self.branch(call, cut, stash)
         if level is stash.level:
             return torch.where(level.visual[..., None], made, x)
         place = torch.where(level.valid, within(stash.level, level), made.shape[1])
@@ -641,7 +642,7 @@ class DecoderEngine:
         """
         request, level, stash = call.request, call.level, call.stash[cut.stage]
         assert request is not None and level is not None
-        made = self._branch(call, cut, stash)
+        made = self.branch(call, cut, stash)
         alone = stash.alone
         tables = self._serve_prefill(call, alone, number, kwargs, x)["position_embeddings"]
         if stash.joined is None:

@@ -148,13 +148,15 @@ class Mllm:
             inputs = {**self.notes.get(output, {}), **inputs}
         return inputs
 
+    def encoders(self) -> list[str]:
+        """The methods of the model's core that turn pixels into rows of the prompt: tower, projector, and packing where there is some."""
+        return [name for name in ("get_image_features", "get_video_features") if hasattr(self.model.base_model, name)]
+
     def _note_inputs(self, ledger: UndoLedger) -> None:
         """``generate`` encodes images before the forward and does not hand their sizes on; so it is noted what the encoders' outputs were made from."""
         core = self.model.base_model
-        for name in ("get_image_features", "get_video_features"):
-            original = getattr(core, name, None)
-            if original is None:
-                continue
+        for name in self.encoders():
+            original = getattr(core, name)
 
             @functools.wraps(original)
             def noted(*args: Any, __original: Any = original, **kwargs: Any) -> Any:

@@ -210,6 +210,7 @@ class TowerEngine:
         self.tower, self.done, self.tokens = tower, done, tokens
         self.seed: Seed = seed
         self.local = threading.local()
+        self.decide = ledger.timed(self._decide)  # also called from within blocks, outside of any hook
         self.pixels = [c for c in cuts if c.site == "pixels"]
         self.proportional = any(c.proportional for c in cuts)
         self.mask = tower.mask or "attention_mask"  # a composed block takes any name
@@ -348,7 +349,7 @@ class TowerEngine:
             if self.run is None:
                 return None
             x = output[0] if isinstance(output, tuple) else output
-            changed = self._decide(block, cuts, x) if cuts else x
+            changed = self.decide(block, cuts, x) if cuts else x
             self.run.captured.clear()
             if changed is x:
                 return None
@@ -362,7 +363,7 @@ class TowerEngine:
         def forward(x: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
             rotary = {} if self.tower.rope is None else {"rope": kwargs.get(self.tower.rope)}
             x = self.tower.attend(block, x, kwargs.get(name, mask), rotary if self.run is None else self.run.captured)
-            return self.tower.feed(block, self._decide(block, cuts, x))
+            return self.tower.feed(block, self.decide(block, cuts, x))
 
         return forward
 

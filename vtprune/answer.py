@@ -45,14 +45,16 @@ def open_image(path: str | Path) -> Image.Image:
             raise VtpruneError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
 
 
-def prepare(processor: Any, images: Sequence[Image.Image], questions: Sequence[str]) -> Any:
-    """Left-padded model inputs for one question about each image: ``input_ids`` and ``attention_mask`` ``[B, T]``, ``pixel_values`` ``[B, 3, H, W]``.
+def prepare(processor: Any, images: Sequence[Image.Image | Sequence[Image.Image]], questions: Sequence[str]) -> Any:
+    """Left-padded model inputs for one question about each image, or about several: ``input_ids`` and ``attention_mask`` ``[B, T]``, ``pixel_values``
+    ``[B, 3, H, W]``.
 
     Raises :class:`VtpruneError` for lists of unequal or zero length and for a processor without chat template.
     """
     if not images or len(images) != len(questions):
         raise VtpruneError(f"give one question per image; got {len(images)} images and {len(questions)} questions")
-    return prepare_chats(processor, [[{"role": "user", "content": [image_part(i), text_part(q)]}] for i, q in zip(images, questions, strict=True)])
+    shown = [[i] if isinstance(i, Image.Image) else i for i in images]
+    return prepare_chats(processor, [[{"role": "user", "content": [*map(image_part, s), text_part(q)]}] for s, q in zip(shown, questions, strict=True)])
 
 
 def image_part(image: Image.Image) -> dict[str, Any]:

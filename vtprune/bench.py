@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from .attach import attach, bind, load_recipe
 from .methods.base import METHODS, make
 from .recipe import Recipe
 from .runs import Journal, RunError, alike, digest, fingerprint, read, slug, write
+from .timing import clock
 from .types import Report, VtpruneError
 
 TIMED = 4  # questions in the batch whose prefill is timed
@@ -288,26 +288,21 @@ def prefill(model: Any, inputs: Any, recipe: Recipe | None, *, repeats: int = 5,
     """Milliseconds of one prefill, ``prefill_ms`` and ``dense_prefill_ms``: medians over ``repeats`` after one warm-up, the two measured in turn so that a busy
     machine slows both; ``prefill_ratio`` is their quotient. Attaching is not part of the time."""
     dense, pruned = [], []
+
+    def once() -> float:
+        return clock(lambda: model(**inputs, logits_to_keep=1, use_cache=True), model.device)
+
     for i in range(repeats + 1):
-        a = _once(model, inputs)
+        a = once()
         b = a
         if recipe is not None:
             with attach(model, recipe, seed=seed, **extra):
-                b = _once(model, inputs)
+                b = once()
         if i:
             dense.append(a)
             pruned.append(b)
     out = {"prefill_ms": statistics.median(pruned), "dense_prefill_ms": statistics.median(dense)}
     return {**out, "prefill_ratio": out["prefill_ms"] / out["dense_prefill_ms"]}
-
-
-def _once(model: Any, inputs: Any) -> float:
-    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    model(**inputs, logits_to_keep=1, use_cache=True)
-    wait()
-    return 1000 * (time.perf_counter() - start)
 
 
 # ------------------------------------------------------------------------------------------------------------ statistics

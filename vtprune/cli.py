@@ -293,6 +293,12 @@ def cmd_bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def cmd_analyze(args: argparse.Namespace) -> int:
+    from . import analyze
+
+    return analyze.run(args)
+
+
 def cmd_verify(args: argparse.Namespace) -> int:
     from PIL import Image
 
@@ -373,6 +379,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rows", type=Path, metavar="FILE.png", help="heat map of the image rows where tokens are kept, at the budget nearest to 25 %%")
     p.add_argument("--json", action="store_true")
     model_options(p)
+
+    from . import analyze
+
+    analyze.add_arguments(add("analyze", cmd_analyze, "say whether recipes pay on a model and this device, and from which budget on"))
 
     p = add("verify", cmd_verify, "check the correctness contract on a model; exit code 1 if a check fails")
     p.add_argument("--image", type=Path, help="default: two generated pictures")

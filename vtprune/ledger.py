@@ -1,8 +1,12 @@
-"""The undo ledger: the only code that registers hooks or sets attributes on somebody else's modules."""
+"""The undo ledger: the only code that registers hooks or sets attributes on somebody else's modules, and the stopwatch for what they take."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,20 +15,67 @@ from torch import nn
 _ABSENT = object()
 
 
+class Watch:
+    """Notes when the library's own code runs. ``now()`` gives a moment; ``laps`` holds ``(sign, begin, end)``, one for every outermost call, sign -1 for what
+    does not count although it is called from what does."""
+
+    def __init__(self, now: Callable[[], Any]):
+        self.now = now
+        self.laps: list[tuple[int, Any, Any]] = []
+        self._depth = 0
+
+    def timed(self, function: Callable[..., Any], counts: bool = True) -> Callable[..., Any]:
+        """``function``, its calls noted."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if counts == (self._depth > 0):  # inside what is noted already, or outside of what it would be taken from
+                return function(*args, **kwargs)
+            self._depth += counts
+            begin = self.now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.laps.append((1 if counts else -1, begin, self.now()))
+                self._depth -= counts
+
+        return call
+
+
+_watch: ContextVar[Watch | None] = ContextVar("vtprune_watch", default=None)
+
+
+@contextmanager
+def stopwatch(now: Callable[[], Any] = time.perf_counter) -> Iterator[Watch]:
+    """A watch on every attachment that is made inside the block, for as long as the attachment lives: on its hooks and on decisions inside a tower's blocks. A
+    routing method's side branch is a layer of the model, no overhead. Attachments made outside carry nothing."""
+    watch = Watch(now)
+    token = _watch.set(watch)
+    try:
+        yield watch
+    finally:
+        _watch.reset(token)
+
+
 class UndoLedger:
     """Records every change to a foreign module and takes them all back, newest first. ``torch.compile`` runs hooks as they are instead of tracing them: what
     they decide differs from prompt to prompt."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
+        self._watch = _watch.get()
+
+    def timed(self, function: Callable[..., Any], counts: bool = True) -> Callable[..., Any]:
+        """``function`` under the :func:`stopwatch` that runs, if one does; hooks are under it without this."""
+        return function if self._watch is None else self._watch.timed(function, counts)
 
     def before(self, module: nn.Module, hook: Callable[..., Any], *, first: bool = False) -> None:
         """A forward pre-hook ``hook(module, args, kwargs)``."""
-        self._undo.append(module.register_forward_pre_hook(torch.compiler.disable(hook), with_kwargs=True, prepend=first).remove)
+        self._undo.append(module.register_forward_pre_hook(torch.compiler.disable(self.timed(hook)), with_kwargs=True, prepend=first).remove)
 
     def after(self, module: nn.Module, hook: Callable[..., Any], *, first: bool = True, always: bool = False) -> None:
         """A forward hook ``hook(module, args, kwargs, output)``. ``first``: run before hooks that were there (they then see the changed output)."""
-        self._undo.append(module.register_forward_hook(torch.compiler.disable(hook), with_kwargs=True, prepend=first, always_call=always).remove)
+        self._undo.append(module.register_forward_hook(torch.compiler.disable(self.timed(hook)), with_kwargs=True, prepend=first, always_call=always).remove)
 
     def replace(self, module: nn.Module, name: str, value: Any) -> None:
         """Sets an instance attribute that is neither a parameter nor a sub-module."""
