@@ -62,10 +62,14 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def alike(path: Path, found: Mapping[str, Any], head: Mapping[str, Any]) -> None:
-    """Raises :class:`VtpruneError` unless ``found``, from ``path``, was made as ``head`` says."""
+    """Raises :class:`VtpruneError` unless ``found``, from ``path``, was made as ``head`` says; how many threads did it does not matter."""
     for key, value in json.loads(json.dumps(head)).items():
-        if found.get(key) != value:
+        if _essence(found.get(key)) != _essence(value):
             raise VtpruneError(f"{path} was made with {key} {found.get(key)!r}, this run has {value!r}: choose another folder, or delete the file")
+
+
+def _essence(value: Any) -> Any:
+    return {k: v for k, v in value.items() if k not in ("threads", "cores")} if isinstance(value, dict) else value
 
 
 class Journal:
