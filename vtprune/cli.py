@@ -1,4 +1,4 @@
-"""The command line: ``vtprune methods | recipes | adapters | run | bench | verify | train``. Model libraries are loaded by the commands that need a model."""
+"""The command line: ``vtprune methods | recipes | adapters | run | bench | verify | train | report``. Model libraries are loaded where a model is needed."""
 
 from __future__ import annotations
 
@@ -304,6 +304,12 @@ def cmd_train(args: argparse.Namespace) -> int:
     return dpvr_lf.run(args)
 
 
+def cmd_report(args: argparse.Namespace) -> int:
+    from . import report
+
+    return report.run(args)
+
+
 # ---------------------------------------------------------------------------------------------------------------- parser
 
 
@@ -362,6 +368,10 @@ def parser() -> argparse.ArgumentParser:
     branch = kinds.add_parser("dpvr-lf", help="the side branch of DPVR-LF")
     branch.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
     dpvr_lf.add_arguments(branch)
+
+    from . import report
+
+    report.add_arguments(add("report", cmd_report, "show result files as one self-contained page with figures"))
     return top
 
 
