@@ -61,7 +61,7 @@ def test_one_method_shows_its_options(capsys):
     assert "did you mean pyramiddrop" in refused(capsys, 1, "methods", "pyramid-drop")
 
 
-@pytest.mark.parametrize("words", [[], *([c] for c in ("methods", "recipes", "adapters", "run", "bench", "verify", "train")), ["train", "dpvr-lf"]])
+@pytest.mark.parametrize("words", [[], *([c] for c in ("methods", "recipes", "adapters", "run", "bench", "verify", "train", "report")), ["train", "dpvr-lf"]])
 def test_help(capsys, words):
     assert cli.main([*words, "--help"]) == 0
     assert "usage: vtprune" in capsys.readouterr().out

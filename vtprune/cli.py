@@ -334,6 +334,12 @@ def cmd_eval(args: argparse.Namespace) -> int:
     return evaluate.run(args)
 
 
+def cmd_report(args: argparse.Namespace) -> int:
+    from . import report
+
+    return report.run(args)
+
+
 # ---------------------------------------------------------------------------------------------------------------- parser
 
 
@@ -402,6 +408,10 @@ def parser() -> argparse.ArgumentParser:
     branch = kinds.add_parser("dpvr-lf", help="the side branch of DPVR-LF")
     branch.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
     dpvr_lf.add_arguments(branch)
+
+    from . import report
+
+    report.add_arguments(add("report", cmd_report, "show result files as one self-contained page with figures"))
     return top
 
 
