@@ -86,7 +86,14 @@ BENCH_EXTRA = {
     "note": "a text", "recipe": "a recipe",
 }  # fmt: skip
 TIMES_EXTRA = {"budget": "a number", "batch": "a number", "images": "a number", "tokens": "a number"}
-EVEN_EXTRA = {"batch": "a number", "images": "a number", "budgets": "a list of numbers", "ratios": "a list of numbers", "pays_below": "a number"}
+EVEN_EXTRA = {
+    "verdict": "a text",
+    "batch": "a number",
+    "images": "a number",
+    "budgets": "a list of numbers",
+    "ratios": "a list of numbers",
+    "pays_below": "a number",
+}
 OVERHEAD_ROW = {"method": "a text", "limit_ms": "a number", "pruned_ms": "a number"}
 
 
@@ -112,6 +119,21 @@ def _check_bench(bench: Mapping[str, Any], where: str) -> None:
                 raise VtpruneError(f"{here}: no accuracy for {', '.join(missing)}")
     if not any(r["method"] == "dense" and r.get("error") is None and r["effective_tokens"] > 0 for r in bench["rows"]):
         raise VtpruneError(f"{where} has no row of the dense model")
+
+
+def _medians(times: dict[str, Any]) -> dict[str, Any]:
+    """The times as plain numbers: of medians with percentiles the median. Refused rows are left out."""
+
+    def plain(value: Any) -> Any:
+        return value["median"] if isinstance(value, dict) and "median" in value else value
+
+    def row(entry: Any) -> Any:
+        if not isinstance(entry, dict):
+            return entry
+        return {k: {name: plain(v) for name, v in e.items()} if k in ("dense", "pruned") and isinstance(e, dict) else e for k, e in entry.items()}
+
+    rows = times.get("rows")
+    return {**times, "rows": [row(r) for r in rows if not (isinstance(r, dict) and r.get("error"))]} if isinstance(rows, list) else times
 
 
 def _check_times(times: Mapping[str, Any], where: str) -> None:
@@ -162,6 +184,8 @@ def load(folder: Path) -> tuple[list[Found], list[str]]:
             continue
         if kind in READS and data.get("version") not in READS[kind]:
             raise VtpruneError(f"{path}: {kind} of version {data.get('version')!r}; this vtprune reads {' and '.join(map(str, READS[kind]))}")
+        if kind == "vtprune.Times":
+            data = _medians(data)
         if kind == "vtprune.Vit":
             _check(data, str(path), {"rows": "a list"})
             for i, row in enumerate(data["rows"]):
@@ -399,8 +423,10 @@ def break_even_table(times: Mapping[str, Any]) -> Table:
         at = dict(zip(e.get("budgets") or [], e.get("ratios") or [], strict=False))
         never = all(ratio >= 1 for ratio in at.values())
         pays = share(e["pays_below"]) if e.get("pays_below") is not None else "at none of them" if never and at else NONE
-        rows.append([e["method"], plain_value(e.get("batch")), plain_value(e.get("images")), *(f"{at[b]:.2f}" if b in at else NONE for b in budgets), pays])
-    return plain_table("Pruned time over dense time per budget; below 1 pruning pays", ["method", "batch", "images", *map(share, budgets), "pays below"], rows)
+        values = [f"{at[b]:.2f}" if b in at else NONE for b in budgets]
+        rows.append([e["method"], plain_value(e.get("batch")), plain_value(e.get("images")), *values, pays, e.get("verdict") or NONE])
+    head = ["method", "batch", "images", *map(share, budgets), "pays below", "in words"]
+    return plain_table("Pruned time over dense time per budget; below 1 by more than the noise, pruning pays", head, rows)
 
 
 def overhead_table(result: Mapping[str, Any]) -> Table:
