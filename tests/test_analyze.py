@@ -137,7 +137,7 @@ def test_a_real_run(capsys, vlm, tmp_path):
     for e in told["break_even"]:
         assert e["verdict"] in printed and f"* {e['verdict']}" in page
     columns = {line.count(" | ") for line in page.splitlines() if line.startswith("| ")}
-    assert columns == {len(analyze.HEADS) - 1} and "CPU time" in page and "8.0 of 16" in printed
+    assert columns == {len(analyze.HEADS) - 1} and "CPU time" in page and "unfinished" not in page and "8.0 of 16" in printed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t.json", "t.md"]
 
 
@@ -171,7 +171,8 @@ def test_what_was_measured_before_an_interruption_is_saved(capsys, vlm, instant,
     assert "interrupted" in capsys.readouterr().err
     told = json.loads(out.read_text())
     assert [(r["method"], r["batch"]) for r in told["rows"]] == [("tome", 1), ("fastv", 1)] and len(told["break_even"]) == 2
-    assert "| fastv | 50% |" in (tmp_path / "t.md").read_text()
+    page = (tmp_path / "t.md").read_text()
+    assert "| fastv | 50% |" in page and "unfinished: 2 of 4 rows" in page
 
 
 def test_out_of_memory_is_a_row(vlm, monkeypatch):
@@ -206,7 +207,7 @@ class Several(FakeProcessor):
 def test_several_images_are_more_tokens(instant):
     model, _ = tiny()
     found = analyze.times(model, Several(), ["uniform"], [0.5], batches=[2], images=[1, 2, 3])
-    assert [r["images"] for r in found["rows"]] == [1, 2, 3] and [("error" in r) for r in found["rows"]] == [False, False, True]
+    assert found["planned"] == 3 and [r["images"] for r in found["rows"]] == [1, 2, 3] and [("error" in r) for r in found["rows"]] == [False, False, True]
     assert found["rows"][2]["error"] == "Several does not take 3 images in one prompt: too many images"
     shown = analyze.prompts(Several(), picture, 2, 2, "what is it")
     assert shown["pixel_values"].shape[0] == 4 and int((shown["input_ids"] == 3).sum()) == 2 * 2 * 16

@@ -82,8 +82,8 @@ def times(
         progress: called with the name of every row before it is measured.
 
     Returns:
-        A JSON-safe dict of ``"type": "vtprune.Times"``: ``rows`` hold what :func:`vtprune.timing.measure` gives, or the reason (``error``) why there is
-        nothing; ``break_even`` what :func:`break_even` makes of them.
+        A JSON-safe dict of ``"type": "vtprune.Times"``: ``planned`` the number of rows once all is done; ``rows`` hold what
+        :func:`vtprune.timing.measure` gives, or the reason (``error``) why there is nothing; ``break_even`` what :func:`break_even` makes of them.
 
     Raises:
         VtpruneError: nothing to measure, recipes of the same name, or fewer than three ``repeats``.
@@ -103,7 +103,8 @@ def times(
     timer = "CPU" if timing.timer is time.thread_time else "wall-clock"
     facts = {"type": "vtprune.Times", "version": 1, "command": command, **environment(model), "timer": timer, "new_tokens": new_tokens, "repeats": repeats}
     rows: list[dict[str, Any]] = []
-    result: dict[str, Any] = {**facts, "rows": rows, "break_even": []}
+    each = len(chosen) * len(budgets)
+    result: dict[str, Any] = {**facts, "planned": each * len(batches) * len(images), "rows": rows, "break_even": []}
 
     def add(row: dict[str, Any]) -> None:
         rows.append(row)
@@ -119,6 +120,7 @@ def times(
             inputs = prompts(processor, pictures or _scene, batch, count, question).to(model.device, model.dtype)
             _seen(adapter, inputs, count)
         except UnsupportedError as e:
+            result["planned"] -= each - 1
             add({"method": "dense", "budget": 1.0, **where, "error": str(e)})
             continue
         for recipe, budget in [(r, b) for r in chosen for b in budgets]:
@@ -236,6 +238,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     about, versions = result["device"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     table = ["| " + " | ".join(c.replace("|", "/") for c in row) + " |" for row in cells(result)]
     how = f"{result['new_tokens']} new tokens, {result['repeats']} rounds of dense, pruned, dense; {result['timer']} time"
+    missing = result["planned"] - len(result["rows"])
+    how += f"; **unfinished: {len(result['rows'])} of {result['planned']} rows**" if missing else ""
     lines = [
         f"`{result['command']}`  ",
         f"{about['name']}, {about['threads']} threads, {about['dtype']}; {versions}; {how}",
