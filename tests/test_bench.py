@@ -158,6 +158,16 @@ def test_bootstrap_contains_the_difference_and_respects_groups():
         bench.bootstrap([1], [])
 
 
+def test_the_interval_of_an_average_weighs_abilities_alike():
+    part = [Sample(picture(), "q", "a", "rare" if i % 10 == 0 else "common", source=f"s/{i}") for i in range(200)]
+    correct = [float(s.ability == "common") for s in part]
+    assert bench.average_interval(correct, part) == (0.5, 0.5)  # the mean over questions is 0.9
+    noisy = [float(i % 3 == 0) for i in range(200)]
+    low, high = bench.average_interval(noisy, part)
+    assert low < bench.score(noisy, part)["average"] < high and high - low > 0.15
+    assert bench.score(noisy, part)["average_interval"] == (low, high)
+
+
 def test_table_has_every_row_and_says_what_is_impossible(vlm, tmp_path):
     names, seen = ["random", "pyramiddrop", "drop-all"], []
     own = vtprune.Recipe(name="mine", stages=(vtprune.Stage(method="uniform", keep=9),))

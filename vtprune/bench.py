@@ -330,6 +330,23 @@ def interval(correct: Sequence[float], n: int = 2000, seed: int = 0, groups: Seq
     return bootstrap(correct, [0.0] * len(correct), n, seed, groups)
 
 
+def average_interval(correct: Sequence[float], samples: Sequence[Sample], n: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the mean over abilities; images are drawn as a whole, abilities that a draw misses are left out of it."""
+    images, image = np.unique([s.source for s in samples], return_inverse=True)
+    abilities, ability = np.unique([s.ability for s in samples], return_inverse=True)
+    right, asked = np.zeros((2, len(images), len(abilities)))
+    np.add.at(right, (image, ability), correct)
+    np.add.at(asked, (image, ability), 1)
+    rng = np.random.RandomState(seed)
+    found = np.empty(n)
+    for i in range(n):
+        draw = rng.randint(len(images), size=len(images))
+        got, all_ = right[draw].sum(0), asked[draw].sum(0)
+        found[i] = (got[all_ > 0] / all_[all_ > 0]).mean()
+    low, high = np.percentile(found, (2.5, 97.5))
+    return float(low), float(high)
+
+
 def means(values: Sequence[float], keys: Iterable[str]) -> dict[str, float]:
     """The mean of the values under each key."""
     found: dict[str, list[float]] = {}
@@ -352,6 +369,7 @@ def score(correct: Sequence[float], samples: Sequence[Sample], dense: Sequence[f
     abilities = means(correct, (s.ability for s in samples))
     worst = min(abilities, key=lambda a: abilities[a])
     out = {"sets": sets, "abilities": abilities, "average": sum(abilities.values()) / len(abilities), "worst": abilities[worst], "worst_ability": worst}
+    out["average_interval"] = average_interval(correct, samples)
     out["ability_intervals"] = {a: _part(correct, samples, [i for i, s in enumerate(samples) if s.ability == a])["interval"] for a in abilities}
     if dense is not None:
         full = means(dense, (s.ability for s in samples))
