@@ -447,6 +447,10 @@ def test_eval_does_not_believe_lmms_evals_exit_code(monkeypatch, tmp_path, capsy
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(evaluate.subprocess, "run", broken)
+    left = tmp_path / "runs" / "lmms-pyramiddrop-own-0" / "model"
+    left.mkdir(parents=True)
+    (left / "1_results.json").write_text('{"results": {}}')
+    (tmp_path / "runs" / "lmms-pyramiddrop-own-0.costs.json").write_text("{}")
     told = refused(capsys, "--tasks", "scenes", "--samples", "1", "--no-baselines", "--results", str(tmp_path))
     assert "something broke" in told and "finished runs are kept" in told
 

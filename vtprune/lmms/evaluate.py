@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -191,10 +192,11 @@ def one(args: argparse.Namespace, job: Mapping[str, Any], tasks: Sequence[str], 
         alike(path, found, head)
         return found["row"]
     print(f"{stem(job)}: {len(tasks)} tasks", file=sys.stderr)
-    log = runs / f"{stem(job)}.log"
+    log, costs = runs / f"{stem(job)}.log", runs / f"{stem(job)}.costs.json"
+    shutil.rmtree(runs / stem(job), ignore_errors=True)  # what an attempt that broke off left must not pass for this one's results
+    costs.unlink(missing_ok=True)
     with log.open("wb") as sink:
         code = subprocess.run(command, env={**os.environ, **surroundings(args)}, stdout=sink, stderr=subprocess.STDOUT).returncode
-    costs = runs / f"{stem(job)}.costs.json"
     results = sorted((runs / stem(job)).glob("*/*_results.json"))
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     row = {"method": job["method"], "budget": job["budget"], "seed": job["seed"]}
