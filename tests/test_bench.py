@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -196,6 +197,21 @@ def test_table_has_every_row_and_says_what_is_impossible(vlm, tmp_path):
         bench.save(out, tmp_path / "no" / "t.json")
     with pytest.raises(vtprune.VtpruneError, match="budgets"):
         bench.table(*vlm, samples(), names, [2.0])
+
+
+def test_the_readme_quotes_the_committed_table():
+    root = Path(__file__).resolve().parents[1]
+    result = json.loads((root / "benchmarks/results/bench.json").read_text())
+    known = {(r["method"], r["budget"]): r for r in result["rows"]}
+    lines = [line for line in (root / "README.md").read_text().splitlines() if line.startswith("| `")]
+    quoted = {line.split("`")[1]: [cell.strip() for cell in line.split("|")[-5:-1]] for line in lines if line.count("|") == 9}
+    assert {*quoted} == {*vtprune.methods()}
+    for method, values in quoted.items():
+        assert values == [f"{100 * known[method, b]['sets']['scenes']['accuracy']:.1f}" for b in (0.75, 0.5, 0.25, 0.11)], method
+    for row in result["rows"]:  # what the runs hold
+        if "error" not in row and row["budget"] is not None and row["method"] not in ("dense", "random"):
+            run = json.loads((root / f"benchmarks/results/runs/{row['method']}-{row['budget']:g}-0.json").read_text())
+            assert run["correct"] == [bool(c) for c in row["correct"]] and run["key"] == row["key"]
 
 
 def test_the_bundled_model_knows_the_questions_and_needs_the_image():
