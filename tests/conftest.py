@@ -16,7 +16,6 @@ if not torch.cuda.is_available():  # before anything imports triton: its kernels
 from vtprune.models.base import ADAPTERS
 
 import vtprune
-from vtprune.attach import bind
 
 # Parallel test processes share the cores.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
@@ -38,14 +37,6 @@ def tiny():
         return copy.deepcopy(model), {k: v.clone() for k, v in inputs.items()}
 
     return build
-
-
-def case_options(model: Any, method: str, number: int) -> dict[str, Any]:
-    """The keywords of one of a method's test cases; where the tower sees tiles, counts of tokens are per tile."""
-    per = bind(model).geometry.per
-    info = vtprune.describe(method)
-    tiled = "tile" in per[1:] and bool({"pixels", "vision"} & set(info.kinds)) and "projector" not in info.kinds
-    return {**info.cases[number], **({"per": "tile"} if tiled else {})}
 
 
 def pairs() -> list[tuple[str, str, str, int]]:

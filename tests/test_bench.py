@@ -101,6 +101,12 @@ def test_scenes_samples_carry_boxes_and_their_scene():
         bench.scenes_samples(0)
 
 
+def test_a_sample_belongs_to_its_picture():
+    one, two = (Sample(picture(i), "q", "a", "x") for i in range(2))
+    assert one.source != two.source and one.source == Sample(picture(0), "other", "b", "y").source and one.set == "questions"
+    assert Sample("a.png", "q", "a", "x").source == "questions/a.png"
+
+
 def test_exact_match_ignores_spaces_and_case():
     assert bench.matches("k X 7", "kx7") and not bench.matches("kx", "kx7")
 

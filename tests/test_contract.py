@@ -11,7 +11,7 @@ import torch
 from vtprune.models.base import ADAPTERS
 
 import vtprune
-from tests.conftest import case_options
+from cases import case_options
 from vtprune.attach import load_recipe
 from vtprune.types import UnsupportedError
 from vtprune.verify import CHECKS, _Case, check

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -15,6 +16,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
+from PIL import Image
 from vtprune.models import _demo
 
 import vtprune
@@ -26,7 +28,7 @@ from vtprune.lmms.model import Chat, Simple
 from vtprune.runs import RunError
 
 SIZE = 4  # easy-VQA questions, and scenes
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # tests share the cores
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +52,20 @@ def questions(name: str) -> list[bench.Sample]:
     return bench.SETS[tasks.TASKS[name]](SIZE)
 
 
+MADE: list[Chat] = []
+
+
 def plugin(bundled, cls=Chat, **arguments) -> Chat:
-    return cls(loaded=bundled, exits=False, device="cpu", **arguments)
+    MADE.append(cls(loaded=bundled, exits=False, device="cpu", **arguments))
+    return MADE[-1]
+
+
+@pytest.fixture(autouse=True)
+def cleaned():
+    """No test leaves a recipe in the shared model."""
+    yield
+    while MADE:
+        MADE.pop().clean()
 
 
 def evaluated(lm: Chat, manager, names: list[str], limit: int | None = None) -> tuple[dict, dict]:
@@ -118,7 +132,7 @@ def test_two_processes_give_the_results_of_one(exported, bundled, tmp_path):
     given = f"pretrained={_demo.FOLDER},recipe=random,effective_tokens=0.25,report={tmp_path / 'costs.json'}"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "lmms_eval", "--model", "vtprune", "--model_args", given]
     command += ["--tasks", "easy_vqa,scenes", "--include_path", str(exported), "--batch_size", "4", "--output_path", str(tmp_path / "out"), "--log_samples"]
-    surroundings = {**os.environ, **OFFLINE, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    surroundings = {**os.environ, **OFFLINE, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([*command, "--device", "cpu"], env=surroundings, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     for name in ("easy_vqa", "scenes"):
@@ -161,8 +175,61 @@ def test_settings_until_and_text_without_pictures(bundled):
     assert [a for i, a in enumerate(found) if i not in (1, 2)] == [a for i, a in enumerate(dense) if i not in (1, 2)]
     assert found[1] == dense[1][:2].strip() and isinstance(found[2], str)
     assert lm._settings(request(0, {"temperature": 0, "top_p": 0.5}))["do_sample"] is False and "top_p" not in lm._settings(request(0, {"top_p": 0.5}))
-    assert lm._settings(request(0, {"temperature": 0.5}))["do_sample"] is True
+    drawn = {"temperature": 0.5, "max_new_tokens": 3}
+    assert lm._settings(request(0, drawn))["do_sample"] is True and lm._settings(request(0, {"do_sample": True}))["do_sample"] is True
+    for greedy in ({"temperature": 0.2, "do_sample": False}, {"temperature": 0, "do_sample": True}):
+        assert lm._settings(request(0, {**greedy, "max_new_tokens": 5})) == lm._settings(request(0))
+    lm.task_dict["t"]["test"][2]["pictures"] = lm.task_dict["t"]["test"][1]["pictures"]
+    lm.batch_size = 1
+    alone = lm.generate_until([request(i, drawn) for i in range(6)])
+    lm.batch_size = 6
+    assert alone == lm.generate_until([request(i, drawn) for i in range(6)])
     lm.clean()
+
+
+def test_beams_of_a_sample_keep_the_same_tokens(bundled):
+    lm = plugin(bundled, batch_size=2, recipe="random", keep=20)
+    docs(lm, 2)
+    found = lm.generate_until([request(i, {"num_beams": 3, "max_new_tokens": 3}) for i in range(2)])
+    assert all(found) and lm.costs[-1]["samples"] == 2 and lm.costs[-1]["visual_tokens"] == 2 * 144 and lm.costs[-1]["effective_tokens"] == 40
+    lm.clean()
+
+
+def test_a_damaged_picture_is_a_failure(bundled, tmp_path, monkeypatch):
+    """Although lmms-eval tells Pillow to fill it up."""
+    from PIL import ImageFile
+
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    picture(side=200).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:4000])
+
+    class Lazy(dict):
+        def __getitem__(self, key):
+            value = super().__getitem__(key)
+            return Image.open(value).convert("RGB") if key == "image" else value
+
+    lm = plugin(bundled, Simple)
+    lm.task_dict = {"t": {"test": [Lazy(image=tmp_path / n, text="what color is it ?") for n in ("whole.png", "cut.png")]}}
+    requests = [Instance("generate_until", ("q", {}, lambda doc: [doc["image"]], i, "t", "test"), 0, metadata(i)) for i in range(2)]
+    with pytest.raises(RunError, match="1 of 2 requests .* t test 1: OSError: .*truncated"):
+        lm.generate_until(requests)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_a_journal_answers_only_the_same_question(bundled, tmp_path):
+    def run(settings: dict, **more) -> list[str]:
+        lm = plugin(bundled, journal=tmp_path / "j", **more)
+        docs(lm, 2)
+        try:
+            return lm.generate_until([request(i, settings) for i in range(2)])
+        finally:
+            lm.clean()
+
+    first = run({"max_new_tokens": 1}, recipe="fastv", keep=36)
+    assert run({"max_new_tokens": 1}, recipe="fastv", keep=36) == first
+    for settings, more in (({"max_new_tokens": 2}, {"keep": 36}), ({"max_new_tokens": 1}, {"keep": 36, "positions": "compact"})):
+        with pytest.raises(RunError, match="was made with"):
+            run(settings, recipe="fastv", **more)
 
 
 def test_padding_requests_cost_nothing(bundled):
@@ -276,6 +343,7 @@ def test_likelihoods_equal_a_slow_loop(bundled, batch):
         requests = [Instance("loglikelihood", (part[i].question, w, lambda doc: [doc["image"]], i, "t", "test"), 0, metadata(i)) for i, w in asked]
         found = [r.text for r in lm.loglikelihood(requests)]
         lm.clean()
+        assert sum(c["samples"] for c in lm.costs) == len(asked) and lm.costs[0]["flops"] > 0
         assert [g for _, g in found] == [g for _, g in expected]
         assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], abs=2e-4)
 
@@ -331,7 +399,7 @@ def test_a_failed_request_ends_the_run_and_keeps_the_others(bundled, tmp_path):
     other.clean()
 
 
-def test_under_lmms_eval_a_failure_ends_the_process(bundled, capsys):
+def test_under_lmms_eval_a_failure_ends_the_process(bundled, tmp_path):
     lm = Chat(loaded=bundled, device="cpu", batch_size=2)
     docs(lm, 2)
     lm.task_dict["t"]["test"][0]["pictures"] = [{"type": "audio", "url": "a.wav"}]
@@ -344,14 +412,22 @@ def test_under_lmms_eval_a_failure_ends_the_process(bundled, capsys):
         ({"recipe": "fastv", "keep": 9999}, "lies in 1..144"),
         ({"batch_size": "auto"}, "batch_size='auto'"),
         ({"recipe": "pyramiddrop", "layers": "3+99"}, "99"),
+        ({"device": "nowhere"}, "nowhere"),
+        ({"base": "nobody"}, "nobody"),
+        ({"base": "nobody", "journal": "j"}, "journal="),
     ):
         with pytest.raises(SystemExit, match="vtprune: refused: ") as caught:
-            Chat(loaded=bundled, device="cpu", **given)
+            Chat(**{"loaded": bundled, "device": "cpu", **given})
         assert reason in str(caught.value.code)
     with pytest.raises(SystemExit, match="say which model"):
         Chat(device="cpu")
     with pytest.raises(SystemExit, match="cannot load"):
         Chat(pretrained="/nowhere", device="cpu")
+    shutil.copytree(_demo.FOLDER, tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes((_demo.FOLDER / "model.safetensors").read_bytes()[:5000])
+    for given in ({"pretrained": str(tmp_path / "cut")}, {"pretrained": str(_demo.FOLDER), "dtype": "float33"}):
+        with pytest.raises(SystemExit, match="vtprune: refused: "):
+            Chat(device="cpu", **given)
     vtprune.attach(bundled[0], "random").remove()
 
 
@@ -360,7 +436,8 @@ class Swallowing:
 
     is_simple = False
 
-    def __init__(self, pretrained, device, batch_size, prompt="x"):
+    def __init__(self, pretrained, device, batch_size, prompt="x", dtype=None):
+        self.dtype, self.task_dict = dtype, {}
         self.model, self.processor = vtprune.load_demo_model()
         self.prompt, self.broken = prompt, False
 
@@ -387,10 +464,13 @@ def test_another_model_as_base(monkeypatch):
     import lmms_eval.models
 
     monkeypatch.setattr(lmms_eval.models, "get_model", lambda name: {"theirs": Swallowing}[name])
-    lm = Chat(base="theirs", prompt="", recipe="fastv", keep=36, device="cpu", exits=False)
+    lm = Chat(base="theirs", prompt="", dtype="float16", recipe="fastv", keep=36, device="cpu", exits=False)
     part = docs(lm, 3)
     lm.base.task_dict = lm.task_dict
     base, model = lm.base, lm.model
+    assert base.dtype == "float16"
+    with pytest.raises(vtprune.VtpruneError, match="attn_implementation"):
+        Chat(base="theirs", attn_implementation="eager", device="cpu", exits=False)
     expected = bench.evaluate(*vtprune.load_demo_model(), part, "fastv", keep=36)
     assert lm.generate_until([request(i) for i in range(3)]) == expected["answers"]
     assert sum(c["flops"] for c in lm.costs) == expected["flops"]
@@ -460,21 +540,24 @@ def test_eval_says_what_is_wrong(capsys, tmp_path):
     assert "nope" in refused(capsys, "--recipes", "nope", *out)
     assert "no option" in refused(capsys, "--recipes", "fastv", "--option", "x=1", *out)
     assert "not allowed with" in refused(capsys, "--keep", "3", "--budgets", "0.5", *out)
+    (tmp_path / "mine").mkdir()
+    assert "--export" in refused(capsys, "--tasks", "scenes", "--include-path", str(tmp_path / "mine"), *out)
     assert "no tasks" in refused(capsys, "--tasks", ",", *out)
     assert "commas" in refused(capsys, "--model", "a,b", *out)
     assert cli.main(["eval", "--list-suites"]) == 0 and "mmvet" in capsys.readouterr().out
+    out = ["--results", str(tmp_path / "dry")]
     words = ["--dry-run", "--recipes", "pyramiddrop", "--option", "layers=[4,8]", "--processes", "2", "--system-prompt", "a, b"]
     assert cli.main(["eval", *words, *out]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = {line.split("recipe=")[1].split(",")[0] for line in lines}
     assert names == {"dense", "pyramiddrop"} and 'system_prompt="a, b"' in lines[0]
     assert all(line.startswith("ACCELERATE_USE_CPU=true") and "--nproc_per_node 2" in line for line in lines) and "layers=4+8" in lines[1]
-    for budget in (["--keep", "36,0.5"], ["--budgets", "0.25,0.5"]):
+    for budget in (["--keep", "36,0.5,36"], ["--budgets", "0.25,0.5"]):
         assert cli.main(["eval", "--dry-run", "--recipe", "fastv", "--seeds", "2", *budget, *out]) == 0
         lines = capsys.readouterr().out.splitlines()
         names = [line.split("recipe=")[1].split(",")[0] for line in lines]
         assert {*names} == {"dense", "fastv", *bench.baselines()} and names.count("random") == 4 and names.count("fastv") == 2
-    assert not list((tmp_path / "r" / "runs").iterdir())
+    assert not (tmp_path / "dry").exists()
 
 
 def test_eval_end_to_end(tmp_path, bundled):

@@ -464,7 +464,7 @@ def test_nothing_to_report(tmp_path, capsys):
     assert "no such folder" in refused(capsys, str(tmp_path / "gone"))
     assert "expected .json files" in refused(capsys, str(tmp_path))
     put(tmp_path, other={"type": "x"})
-    assert "other.json hold something else" in refused(capsys, str(tmp_path))
+    assert "something else is in other.json" in refused(capsys, str(tmp_path))
     assert "is not a folder" in refused(capsys, str(tmp_path / "other.json"))
     assert "not one fraction" in refused(capsys, str(tmp_path), "--budget", "0.5,0.2", code=2)
     assert "(0, 1]" in refused(capsys, str(tmp_path), "--budget", "7", code=2)

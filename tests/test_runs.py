@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -151,9 +152,35 @@ def test_runs_of_another_kind_are_not_mixed_in(vlm, tmp_path):
     table(vlm, tmp_path / "r")
     with pytest.raises(vtprune.VtpruneError, match=r"dense\.json was made with protocol .* choose another folder"):
         table(vlm, tmp_path / "r", samples(5))
-    (tmp_path / "r" / "dense.json").write_text("{")
-    with pytest.raises(vtprune.VtpruneError, match="dense.json is not a result"):
+    for name in ("dense.json", "fastv-0.5-0.json"):  # a damaged file is no refusal of a method
+        kept = (tmp_path / "r" / name).read_text()
+        (tmp_path / "r" / name).write_text("{")
+        with pytest.raises(RunError, match=f"{name} is not a result"):
+            table(vlm, tmp_path / "r")
+        (tmp_path / "r" / name).write_text(kept)
+    with pytest.raises(RunError, match=r"fastv-0.5-0\.json was made with overrides"):
+        table(vlm, tmp_path / "r", options={"fastv": {"layer": 2}})
+
+
+def test_a_journal_outlives_another_run_in_its_place(vlm, tmp_path):
+    with failing_after(vlm[0], 19, RuntimeError("stop")), pytest.raises(RunError):
         table(vlm, tmp_path / "r")
+    journal = tmp_path / "r" / "fastv-0.5-0.jsonl"
+    before = journal.read_bytes()
+    assert before.count(b"\n") > 1
+    with pytest.raises(RunError, match="was made with overrides"):
+        table(vlm, tmp_path / "r", options={"fastv": {"layer": 2}})
+    with journal.open("a+b") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another process"):
+            table(vlm, tmp_path / "r")
+    assert journal.read_bytes() == before
+    lines = before.splitlines(keepends=True)
+    journal.write_bytes(lines[0] + b"broken\n" + b"".join(lines[1:]))
+    with pytest.raises(RunError, match="line 2 of .* is damaged"):
+        table(vlm, tmp_path / "r")
+    journal.write_bytes(before)
+    assert table(vlm, tmp_path / "r") == table(vlm, None)
 
 
 def test_a_refusal_is_a_row_and_leaves_no_journal(vlm, tmp_path):
@@ -176,9 +203,10 @@ def test_a_killed_run_ends_with_the_same_files(tmp_path):
     command += ["--budgets", "0.5", "--seeds", "1", "--batch", "2", "--timing", "0", "--results"]
 
     def run(name: str) -> subprocess.CompletedProcess:
-        return subprocess.run([*command, name], cwd=tmp_path, capture_output=True, text=True)
+        return subprocess.run([*command, name], cwd=tmp_path, env=one_thread, capture_output=True, text=True)
 
-    process = subprocess.Popen([*command, "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "killed"], cwd=tmp_path, env=one_thread, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal, deadline = tmp_path / "killed" / "runs" / "fastv-0.5-0.jsonl", time.monotonic() + 300
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
         assert process.poll() is None and time.monotonic() < deadline

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .recipe import Recipe
+from .runs import write
 from .types import UnsupportedError, VtpruneError
 
 REPEATS = 3  # rounds at least: fewer do not tell the noise
@@ -260,12 +260,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 def save(result: Mapping[str, Any], path: Path) -> None:
     """Writes a result as JSON, or as Markdown if the name ends in ``.md``; an interruption leaves the file before. Raises :class:`VtpruneError` if it cannot be
     written."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        beside.write_text(markdown(result) if path.suffix == ".md" else json.dumps(result) + "\n", encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as e:
-        raise VtpruneError(f"cannot write {path}: {e.strerror}") from e
+    write(path, markdown(result) if path.suffix == ".md" else json.dumps(result) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------- command line

@@ -5,16 +5,29 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from .ledger import UndoLedger
 from .types import VtpruneError
 
 MEGAPIXELS = 50
+
+
+@contextmanager
+def whole_pictures() -> Iterator[None]:
+    """Damaged pictures are errors inside, also where another library has told Pillow to fill them up (lmms-eval does)."""
+    ledger = UndoLedger()
+    ledger.replace(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+    try:
+        yield
+    finally:
+        ledger.undo()
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -28,7 +41,7 @@ def open_image(path: str | Path) -> Image.Image:
         raise VtpruneError(f"{path} is a folder, not an image file")
     if not path.is_file():
         raise VtpruneError(f"no such image file: {path}")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), whole_pictures():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
         try:
             with Image.open(path) as image:

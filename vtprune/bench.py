@@ -40,7 +40,12 @@ class Sample:
     answer: str
     ability: str
     boxes: tuple[tuple[float, float, float, float], ...] = ()
-    source: str = "questions/0"
+    source: str = ""  # by default the picture itself
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            what = self.image if not isinstance(self.image, Image.Image) else digest(self.image.size, self.image.tobytes().hex())
+            object.__setattr__(self, "source", f"questions/{what}")
 
     @property
     def set(self) -> str:
@@ -286,7 +291,8 @@ def kept_places(report: Report, i: int) -> tuple[np.ndarray, np.ndarray] | None:
 @torch.no_grad()
 def prefill(model: Any, inputs: Any, recipe: Recipe | None, *, repeats: int = 5, seed: int = 0, **extra: Any) -> dict[str, float]:
     """Milliseconds of one prefill, ``prefill_ms`` and ``dense_prefill_ms``: medians over ``repeats`` after one warm-up, the two measured in turn so that a busy
-    machine slows both; ``prefill_ratio`` is their quotient. Attaching is not part of the time."""
+    machine slows both; ``prefill_ratio`` is their quotient. Attaching is not part of the time, what the first prefill behind it plans is
+    (:func:`vtprune.timing.measure` leaves that out as well)."""
     dense, pruned = [], []
 
     def once() -> float:
@@ -309,7 +315,8 @@ def prefill(model: Any, inputs: Any, recipe: Recipe | None, *, repeats: int = 5,
 
 
 def bootstrap(correct_a: Sequence[float], correct_b: Sequence[float], n: int = 2000, seed: int = 0, groups: Sequence[str] | None = None) -> tuple[float, float]:
-    """Paired bootstrap: the 95 % interval of ``mean(a) - mean(b)`` over ``n`` resamples. ``groups``: samples with the same name (one image) are drawn together.
+    """Paired bootstrap: the 95 % interval of ``mean(a) - mean(b)`` over ``n`` resamples. ``groups``: samples with the same name (one image) are drawn together;
+    one image alone has no spread.
 
     Raises :class:`VtpruneError` for empty or unequal lists.
     """
@@ -445,13 +452,13 @@ def _kept_run(path: Path | None, head: Mapping[str, Any], measure: Callable[[Jou
     try:
         with Journal(notes, head) as journal:
             out = {**head, **measure(journal)}
+            write(path, json.dumps(out) + "\n")
+            notes.unlink(missing_ok=True)
     except RunError:
         raise
     except VtpruneError:  # the method refuses: nothing to go on with
         notes.unlink(missing_ok=True)
         raise
-    write(path, json.dumps(out) + "\n")
-    notes.unlink()
     return out
 
 
@@ -508,7 +515,7 @@ def table(
         name = "dense" if recipe is None else recipe.name
         asked = None if recipe is None else portable(recipe)
         head = {**common, "method": name, "budget": budget, "seed": s, "asked": asked, "overrides": dict(extra)}
-        spot = None if folder is None else folder / ("dense" if recipe is None else f"{slug(name)}-{'own' if budget is None else f'{budget:g}'}-{s}")
+        spot = None if folder is None else folder / ("dense" if recipe is None else f"{slug(name)}-{'own' if budget is None else repr(budget)}-{s}")
         how: dict[str, Any] = {"batch": batch, "seed": s, "progress": progress, **extra}
         out = _kept_run(
             None if spot is None else Path(f"{spot}.json"),
@@ -523,7 +530,8 @@ def table(
             with attach(model, recipe, seed=s, **extra) as handle:  # solved once, not in every turn
                 used = handle.recipe
             positions = {k: v for k, v in extra.items() if k == "positions"}
-            return prefill(model, _timed(model, processor, samples), used, repeats=timing, seed=s, **positions)
+            with journal.located("timing the prefill"):
+                return prefill(model, _timed(model, processor, samples), used, repeats=timing, seed=s, **positions)
 
         return out | _kept_run(None if spot is None else Path(f"{spot}.time.json"), {**head, "repeats": timing}, clocked, lambda: None)
 
@@ -719,7 +727,4 @@ def text(table: Sequence[Sequence[str]]) -> str:
 
 def save(result: Mapping[str, Any], path: str | Path) -> None:
     """Writes a result as JSON, or as Markdown if the name ends in ``.md``. Raises :class:`VtpruneError` if the file cannot be written."""
-    try:
-        Path(path).write_text(markdown(result) if str(path).endswith(".md") else json.dumps(result) + "\n", encoding="utf-8")
-    except OSError as e:
-        raise VtpruneError(f"cannot write {path}: {e.strerror}") from e
+    write(Path(path), markdown(result) if str(path).endswith(".md") else json.dumps(result) + "\n")

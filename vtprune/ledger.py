@@ -77,8 +77,8 @@ class UndoLedger:
         """A forward hook ``hook(module, args, kwargs, output)``. ``first``: run before hooks that were there (they then see the changed output)."""
         self._undo.append(module.register_forward_hook(torch.compiler.disable(self.timed(hook)), with_kwargs=True, prepend=first, always_call=always).remove)
 
-    def replace(self, module: nn.Module, name: str, value: Any) -> None:
-        """Sets an instance attribute that is neither a parameter nor a sub-module."""
+    def replace(self, module: Any, name: str, value: Any) -> None:
+        """Sets an attribute of a module (neither a parameter nor a sub-module), or of any other object that has a ``__dict__``."""
         before = module.__dict__.get(name, _ABSENT)
 
         def undo() -> None:

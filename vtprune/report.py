@@ -194,7 +194,7 @@ def load(folder: Path) -> tuple[list[Found], list[str]]:
             {"vtprune.Bench": _check_bench, "vtprune.Times": _check_times, OVERHEAD: _check_overhead}[kind](data, str(path))
         found.append(Found(path.stem, kind, data))
     if not found:
-        others = f"; {', '.join(unknown)} hold something else" if unknown else ""
+        others = f"; something else is in {', '.join(unknown)}" if unknown else ""
         raise VtpruneError(f"nothing to report in {folder}: expected .json files of 'vtprune bench --out', of the time, ViT or overhead benchmarks{others}")
     return found, unknown
 

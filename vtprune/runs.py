@@ -6,18 +6,23 @@ import contextlib
 import hashlib
 import json
 import os
+import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from .types import UnsupportedError, VtpruneError
 
 # What a model or a picture raises when it fails in the middle of the work; ours to locate, not to hide.
-FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError)
+FAILURES: tuple[type[Exception], ...] = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+FAILURES += (EOFError, SyntaxError, Image.DecompressionBombError, struct.error, zlib.error)  # Pillow on damaged files
 
 
 class RunError(VtpruneError):
-    """A run broke off; its message says where, why, and what is kept."""
+    """A run broke off, or what lies in its place is none of it; the message says where, why, and what is kept."""
 
 
 def digest(*parts: object) -> str:
@@ -49,23 +54,23 @@ def write(path: Path, data: str) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises :class:`VtpruneError` if there is none."""
+    """The JSON object in ``path``. Raises :class:`RunError` if there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise VtpruneError(f"cannot read {path}: {e.strerror or e}") from e
+        raise RunError(f"cannot read {path}: {e.strerror or e}") from e
     except ValueError as e:
-        raise VtpruneError(f"{path} is not a result: {e}") from e
+        raise RunError(f"{path} is not a result: {e}") from e
     if not isinstance(found, dict):
-        raise VtpruneError(f"{path} is not a result: it holds a {type(found).__name__}")
+        raise RunError(f"{path} is not a result: it holds a {type(found).__name__}")
     return found
 
 
 def alike(path: Path, found: Mapping[str, Any], head: Mapping[str, Any]) -> None:
-    """Raises :class:`VtpruneError` unless ``found``, from ``path``, was made as ``head`` says; how many threads did it does not matter."""
+    """Raises :class:`RunError` unless ``found``, from ``path``, was made as ``head`` says; how many threads did it does not matter."""
     for key, value in json.loads(json.dumps(head)).items():
         if _essence(found.get(key)) != _essence(value):
-            raise VtpruneError(f"{path} was made with {key} {found.get(key)!r}, this run has {value!r}: choose another folder, or delete the file")
+            raise RunError(f"{path} was made with {key} {found.get(key)!r}, this run has {value!r}: choose another folder, or delete the file")
 
 
 def _essence(value: Any) -> Any:
@@ -75,10 +80,10 @@ def _essence(value: Any) -> Any:
 class Journal:
     """The records of a run so far, on disk after every batch.
 
-    ``path``: a file of one JSON object per line, the first the run's ``head``; ``None`` keeps the journal in memory only. A line that a crash cut short is
-    dropped. ``batches``: what :meth:`add` was given, those of an earlier start first.
+    ``path``: a file of one JSON object per line, the first the run's ``head``; ``None`` keeps the journal in memory only. A last line that a crash cut short
+    is dropped. ``batches``: what :meth:`add` was given, those of an earlier start first.
 
-    Raises :class:`VtpruneError` if the file was begun by a run with another head or another process is writing it, :class:`RunError` if it cannot be written.
+    Raises :class:`RunError` if the file was begun by a run with another head, is damaged, is being written by another process, or cannot be written.
     """
 
     def __init__(self, path: Path | None, head: Mapping[str, Any]):
@@ -94,6 +99,8 @@ class Journal:
             good = 0
             for number, line in enumerate(lines):
                 entry = _whole(line)
+                if entry is None and number < len(lines) - 1:
+                    raise RunError(f"line {number + 1} of {path} is damaged: delete the file to begin anew")
                 if entry is None:
                     break
                 if number == 0:
@@ -176,4 +183,4 @@ def _lock(file: Any, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
-        raise VtpruneError(f"another process is writing {path}") from e
+        raise RunError(f"another process is writing {path}") from e

@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..cli import folder, fractions, keep_value, key_value, model_options, output, positive, show, words
-from ..runs import RunError, alike, read, slug, write
+from ..runs import RunError, alike, digest, read, slug, write
 from ..types import VtpruneError
 from .suites import NOTES, SUITES
 
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=positive, metavar="N", help="for tasks that do not say (default 1024)")
     add("--attn-implementation", metavar="NAME", help="sdpa (default), eager, flash_attention_2 ...")
     add("--results", type=Path, default=Path("out/eval"), metavar="FOLDER", help="what is there is not done again (default out/eval)")
+    add("--force-simple", action="store_true", help="lmms-eval's simple interface, which log-likelihood tasks need")
     add("--export", type=Path, metavar="FOLDER", help="only write easy_vqa and scenes as lmms-eval task folders into FOLDER")
     add("--dry-run", action="store_true", help="print the commands and stop")
     add("--json", action="store_true")
@@ -62,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _keeps(text: str) -> list[int | float]:
-    return [keep_value(part) for part in words(text)]
+    return list(dict.fromkeys(keep_value(part) for part in words(text)))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,10 +83,12 @@ def run(args: argparse.Namespace) -> int:
     names = list(SUITES[args.suite] if args.suite else args.tasks)
     if not names:
         raise VtpruneError("no tasks: name them with --tasks, or a --suite")
-    runs = folder(args.results / "runs")
+    runs = args.results / "runs" if args.dry_run else folder(args.results / "runs")
     assert runs is not None
     include = [args.include_path] if args.include_path else []
     wanted = tuple(n for n in names if n in local.TASKS)
+    if include and (absent := [n for n in wanted if not any(args.include_path.rglob(f"{n}.yaml"))]):
+        raise VtpruneError(f"{absent[0]} is not in {args.include_path}: 'vtprune eval --export {args.include_path}' puts it there")
     if wanted and not include:
         place = args.results / f"tasks-{args.samples}"
         if not args.dry_run and any(not (place / n / f"{n}.yaml").is_file() for n in wanted):
@@ -94,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     for job in plan(args):
         command = line(args, job, names, include, runs)
         if args.dry_run:
-            print(" ".join(f"{k}={v}" for k, v in surroundings(args).items()), shlex.join(command))
+            print(" ".join([*(f"{k}={v}" for k, v in surroundings(args).items()), shlex.join(command)]))
             continue
         table.append(one(args, job, names, command, runs))
     if args.dry_run:
@@ -119,7 +123,7 @@ def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     names = list(METHODS) if args.recipes == ["all"] else args.recipes
     options = dict(args.option)
-    budgets: list[dict[str, Any]] = [{"effective_tokens": b} for b in args.budgets] or [{"keep": k} for k in args.keep] or [{}]
+    budgets: list[dict[str, Any]] = [{"effective_tokens": b} for b in dict.fromkeys(args.budgets)] or [{"keep": k} for k in args.keep] or [{}]
     more = [] if args.no_baselines or budgets == [{}] else [b for b in baselines() if b not in names]
     jobs: list[dict[str, Any]] = []
     for name in dict.fromkeys([*([] if args.no_baselines else ["dense"]), *names, *more]):
@@ -171,6 +175,7 @@ def line(args: argparse.Namespace, job: Mapping[str, Any], tasks: Sequence[str],
     out = [sys.executable, *launcher, "-m", "lmms_eval", "--model", "vtprune", "--model_args", ",".join(f"{k}={v}" for k, v in given.items())]
     out += ["--tasks", ",".join(tasks), "--batch_size", str(args.batch), "--device", args.device, "--log_samples", "--output_path", str(runs / stem(job))]
     out += ["--include_path", str(include[0])] if include else []
+    out += ["--force_simple"] if args.force_simple else []
     return out + (["--limit", str(args.limit)] if args.limit else [])
 
 
@@ -186,6 +191,7 @@ def one(args: argparse.Namespace, job: Mapping[str, Any], tasks: Sequence[str], 
     path = runs / f"{stem(job)}.json"
     head = {"type": "vtprune.EvalRun", "version": 1, **job, "tasks": list(tasks), "limit": args.limit, "base": args.base, "dtype": args.dtype}
     head |= {"system_prompt": args.system_prompt, "attention": args.attn_implementation, "max_new_tokens": args.max_new_tokens}
+    head |= {"include_path": args.include_path and str(args.include_path), "simple": args.force_simple, "releases": _releases(), "files": _files(args.model)}
     head |= {"model": args.model or "bundled VLM", "samples": args.samples}
     if path.exists():
         found = read(path)
@@ -203,15 +209,27 @@ def one(args: argparse.Namespace, job: Mapping[str, Any], tasks: Sequence[str], 
     if refused := [t.partition(REFUSED)[2] for t in lines if REFUSED in t]:
         return {**row, "error": refused[0]}
     said = [t[t.find(m) :].strip() for t in lines for m in (FAILED, "Error during evaluation: ") if m in t]
-    if code or not results or not costs.is_file():
+    if code or any(t.startswith("Error during evaluation") for t in said) or not results or not costs.is_file():
         raise RunError(f"{stem(job)} failed with code {code}: {said[-1] if said else 'no results were written'} (see {log}; finished runs are kept in {runs})")
     found = read(results[-1])
     scores = {t: _metrics(s) for t, s in found["results"].items()}
     row |= {"scores": scores, "costs": read(costs)}
     samples = {f.name.partition("_samples_")[2].removesuffix(".jsonl"): _samples(f) for f in sorted((runs / stem(job)).glob("*/*_samples_*.jsonl"))}
     versions = {"lmms_eval": found.get("lmms_eval_version"), **row["costs"]["versions"]}
+    shutil.rmtree(runs / f"{stem(job)}.journal", ignore_errors=True)
     write(path, json.dumps({**head, "command": shlex.join(command), "versions": versions, "row": row, "answers": samples}) + "\n")
     return row
+
+
+def _releases() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "lmms_eval", "vtprune")}
+
+
+def _files(model: str | None) -> str | None:
+    """Tells the contents of a model's folder apart by its files' sizes and times; ``None`` for a hub id and the bundled model."""
+    if model is None or not Path(model).is_dir():
+        return None
+    return digest([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(Path(model).iterdir()) if p.is_file()])
 
 
 def _metrics(found: Mapping[str, Any]) -> dict[str, float]:

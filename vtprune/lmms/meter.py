@@ -55,13 +55,23 @@ def generate(model: Any, inputs: Any, report: Callable[[], Report], asked: float
     criteria = StoppingCriteriaList([first, *kwargs.pop("stopping_criteria", ())])
     out = model.generate(**inputs, **kwargs, stopping_criteria=criteria)
     end = now()
-    before, told = start if asked is None else asked, report()
-    samples = len(told.visual_tokens)
+    before = start if asked is None else asked
     sequences = out if isinstance(out, torch.Tensor) else out.sequences
-    cost = {"samples": samples, "new_tokens": sequences.shape[1] - inputs["input_ids"].shape[1]}
-    cost |= {"visual_tokens": sum(told.visual_tokens), "effective_tokens": told.effective_tokens * samples}
-    cost |= {name: getattr(told, name) for name in SUMS[2:]}
+    samples, length = inputs["input_ids"].shape
+    cost = {"samples": samples, "new_tokens": sequences.shape[1] - length, **spent(report(), samples)}
     return out, {**cost, "seconds": end - before, "ttft": first.at - before, "prefill": first.at - start, "decode": end - first.at}
+
+
+def spent(told: Report, samples: int) -> dict[str, float]:
+    """:data:`SUMS` of a prefill; beams count as the work that they are, their tokens once."""
+    cost: dict[str, float] = {"visual_tokens": sum(told.visual_tokens) * samples / len(told.visual_tokens), "effective_tokens": told.effective_tokens * samples}
+    return cost | {name: getattr(told, name) for name in SUMS[2:]}
+
+
+def scored(told: Report, seconds: float) -> dict[str, Any]:
+    """The cost of a forward pass that scores given words, as :func:`generate` counts."""
+    samples = len(told.visual_tokens)
+    return {"samples": samples, "new_tokens": 0, **spent(told, samples), "seconds": seconds, "ttft": seconds, "prefill": seconds, "decode": 0.0}
 
 
 def summary(costs: Sequence[dict[str, Any]], device: torch.device) -> dict[str, Any]:

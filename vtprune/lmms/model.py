@@ -17,9 +17,10 @@ from lmms_eval import utils
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 
-from ..answer import image_part, kinds, open_image, prepare_chats, text_part, video_part
+from ..answer import image_part, kinds, open_image, prepare_chats, text_part, video_part, whole_pictures
 from ..attach import ATTACH_OPTIONS, TARGETS, attach, load_recipe
 from ..bench import dense_report, environment, identity, sample_seed
 from ..ledger import UndoLedger
@@ -32,6 +33,7 @@ from . import meter
 from .evaluate import FAILED, REFUSED
 
 GENERATION = ("max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "do_sample", "num_beams", "repetition_penalty", "length_penalty")
+LOADING: tuple[type[Exception], ...] = (*FAILURES, ImportError, SafetensorError)
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 USUAL_STOP = ["\n\n"]  # what lmms-eval fills in where a task says nothing; its own Hugging Face models ignore it too
 
@@ -47,16 +49,28 @@ def fatal(exits: bool, prefix: str = FAILED) -> Iterator[None]:
         raise SystemExit(prefix + " ".join(str(e).split())) from e
 
 
+@contextmanager
+def _plain() -> Iterator[None]:
+    """What other libraries raise while a model is made, as errors of ours."""
+    try:
+        yield
+    except VtpruneError:
+        raise
+    except LOADING as e:
+        raise VtpruneError(f"{type(e).__name__}: {_line(e)}") from e
+
+
 class Chat(lmms):
     """Answers through the checkpoint's chat template, in batches, on a CPU or a GPU, alone or data-parallel.
 
     Args:
         pretrained: folder or hub id of a model and its processor. recipe: a registered name, a recipe file, or ``dense``.
-        base: an lmms-eval model instead: it is built with ``pretrained`` and the arguments that are not ours, and keeps its own prompts; what it swallows as
-            an empty answer is counted here. ``random`` then draws one set of tokens for all samples.
+        base: an lmms-eval model instead: it is built with ``pretrained`` and all arguments given that are not about pruning, and keeps its own prompts; what
+            it swallows as an empty answer is counted here. ``random`` then draws one set of tokens for all samples; there is no journal.
         batch_size: samples per batch. device: default ``cuda`` if there is one. dtype: default ``auto`` on a GPU, ``float32`` on a CPU.
-        system_prompt: put in front of every conversation. max_new_tokens: for tasks that do not say. max_frames: of a video.
-        report: a JSON file for the costs of the run and all facts needed to repeat it. journal: a folder that keeps the answers; an interrupted run goes on.
+        system_prompt: put in front of every conversation. max_new_tokens: for tasks that do not say (1024). max_frames: of a video.
+        report: a JSON file for the costs of the run and all facts needed to repeat it. journal: a folder that keeps the answers: an interrupted run goes on,
+            and the same requests with the same settings are answered from there.
         exits: end the process with code 1 on an error (``python -m lmms_eval`` would end with 0); otherwise errors are raised.
         **options: ``keep``, ``effective_tokens``, ``flops``, ``seed``, ``positions``, ``per`` and the options of the recipe's last method.
 
@@ -77,7 +91,7 @@ class Chat(lmms):
         dtype: str | None = None,
         attn_implementation: str | None = None,
         system_prompt: str | None = None,
-        max_new_tokens: int = 1024,
+        max_new_tokens: int | None = None,
         max_frames: int = 32,
         trust_remote_code: bool = False,
         report: str | Path | None = None,
@@ -88,32 +102,35 @@ class Chat(lmms):
     ) -> None:
         super().__init__()
         self.exits, self.report_file, self.journal = exits, None if report is None else Path(report), None if journal is None else Path(journal)
-        self.max_new_tokens, self.max_frames = max_new_tokens, max_frames
-        self.system_prompt = system_prompt.strip('"') if system_prompt else None  # the quotation marks that kept its commas together
         self.costs: list[dict[str, Any]] = []
         self.failures: list[str] = []
         self.handle: Any = None
         self.base: Any = None
         self._calls = 0
-        with fatal(exits, REFUSED):
+        self._ledger = UndoLedger()
+        with fatal(exits, REFUSED), _plain():
             if not str(batch_size).isdecimal() or int(batch_size) < 1:
                 raise VtpruneError(f"batch_size={batch_size!r} is not a number of samples")
             self.batch_size = int(batch_size)
+            self.max_new_tokens, self.max_frames = max_new_tokens or 1024, max_frames
+            self.system_prompt = None if system_prompt is None else str(system_prompt).strip('"')  # the quotation marks that kept its commas together
             chosen = None if recipe == "dense" else load_recipe(recipe)
-            own, rest = _divide(chosen, options)
+            self.options, rest = _divide(chosen, options)
             if rest and base is None:
                 known = ", ".join([*_known(chosen), "pretrained", "base", "dtype", "device", "report", "journal"])
                 raise VtpruneError(f"unknown argument {sorted(rest)[0]!r}; there are {known}")
             self._distribute(device)
             if base is not None:
-                self._wrap(base, {"pretrained": pretrained, "device": str(self._device), **rest})
+                if journal is not None:
+                    raise VtpruneError("journal= is for our own model class: with base=, use lmms-eval's --use_cache")
+                given = {"dtype": dtype, "attn_implementation": attn_implementation, "system_prompt": self.system_prompt, "max_new_tokens": max_new_tokens}
+                given |= {"trust_remote_code": trust_remote_code or None, **rest}
+                self._wrap(base, {"pretrained": pretrained, "device": str(self._device), **{k: v for k, v in given.items() if v is not None}})
             else:
                 self._model, self.processor = loaded or self._load(pretrained, dtype, attn_implementation, trust_remote_code)
-            self.seed = own.get("seed", 0)
-            self.recipe = chosen
+            self.seed = self.options.get("seed", 0)
             if chosen is not None:
-                self.handle = attach(self._model, chosen, **own)
-                self.recipe = self.handle.recipe
+                self.handle = attach(self._model, chosen, **self.options)
             self.draws = chosen is not None and any(METHODS.get(s.method).draws for s in chosen.stages)
 
     # setting up -----------------------------------------------------------------------------------------------------------
@@ -150,8 +167,7 @@ class Chat(lmms):
         self.base = cls(batch_size=self.batch_size, **arguments)
         self._model = self.base.model
         self.is_simple = self.base.is_simple
-        self.base.task_dict = self.task_dict
-        self._ledger = UndoLedger()
+        self._ledger.replace(self.base, "task_dict", self.task_dict)
         inner = self._model.generate
 
         def listened(*args: Any, **kwargs: Any) -> Any:
@@ -193,8 +209,8 @@ class Chat(lmms):
         """Takes the recipe out and lets go of the model; its owner, if there is another, keeps it as it was."""
         if self.handle is not None:
             self.handle.remove()
+        self._ledger.undo()
         if self.base is not None:
-            self._ledger.undo()
             self.base.clean()
         self._model = self.base = None
         if torch.cuda.is_available():
@@ -245,7 +261,7 @@ class Chat(lmms):
         in a batch is tried alone, and counted."""
         real = [i for i, r in enumerate(requests) if not (r.metadata or {}).get("__padding_only__")]  # the rest evens out the ranks and is thrown away
         answers: dict[int, Any] = {}
-        with fatal(self.exits), self._notes(kind, [requests[i] for i in real]) as journal:
+        with fatal(self.exits), whole_pictures(), self._notes(kind, [requests[i] for i in real]) as journal:
             answers.update({real[r["i"]]: r["answer"] for r in journal.records})
             for batch in journal.batches:
                 self.costs += batch["costs"]
@@ -297,8 +313,8 @@ class Chat(lmms):
             self.journal.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise VtpruneError(f"cannot make the folder {self.journal}: {e.strerror or e}") from e
-        asked = digest([[r.args[-2], r.args[-1], r.args[-3], r.idx] for r in requests])
-        head = {"type": "vtprune.Answers", "kind": kind, "requests": asked, **self.facts()}
+        asked = digest([[*r.args[-3:], r.idx, *(a for a in r.args[:2] if isinstance(a, str)), kind != "loglikelihood" and self._settings(r)] for r in requests])
+        head = {"type": "vtprune.Answers", "kind": kind, "requests": asked, **self.facts(), **environment(self._model)}
         return Journal(self.journal / f"{kind}-{self._calls}-{self._rank}-of-{self._world_size}.jsonl", head)
 
     def _through_base(self, kind: str, requests: list[Instance]) -> Any:
@@ -338,14 +354,17 @@ class Chat(lmms):
             "base": None if self.base is None else type(self.base).__name__,
             "attention": attention,
             "system_prompt": self.system_prompt,
+            "options": self.options,
+            "max_frames": self.max_frames,
         }
 
     def _settings(self, request: Instance) -> dict[str, Any]:
-        """Keywords for ``generate``, with ``until``; greedy unless the task sets a temperature."""
+        """Keywords for ``generate``, with ``until``; greedy unless the task asks for samples or sets a temperature."""
         asked = dict(request.args[-4] if not self.is_simple else request.args[1])
         until = asked.pop("until", USUAL_STOP)
         found = {"max_new_tokens": self.max_new_tokens, **{k: v for k, v in asked.items() if k in GENERATION and v is not None}}
-        if found.get("temperature") or found.get("do_sample"):
+        warm, wanted = found.get("temperature"), found.get("do_sample")
+        if wanted is not False and warm != 0 and (warm or wanted):
             found["do_sample"] = True
         else:
             found = {k: v for k, v in found.items() if k not in ("temperature", "top_p", "top_k")} | {"do_sample": False}
@@ -382,15 +401,17 @@ class Chat(lmms):
 
     @torch.no_grad()
     def _answer(self, chats: Sequence[list[dict[str, Any]]], numbers: Sequence[int], settings: dict[str, Any]) -> list[str]:
-        """One batch. Samples with and without images go apart."""
+        """One batch. Samples that show different kinds of things go apart; where answers are drawn at random, each goes alone, on a seed of its own."""
         settings = dict(settings)
         until = settings.pop("until")
         out: dict[int, str] = {}
-        for group in _alike(chats):
+        for group in [[i] for i in range(len(chats))] if settings["do_sample"] else _alike(chats):
             asked = meter.clock(self._device)()
             inputs = prepare_chats(self.processor, [chats[i] for i in group]).to(self._device, self._model.dtype)
             if self.draws:
-                self.handle.reseed([sample_seed(self.seed, numbers[i]) for i in group])
+                self.handle.reseed([sample_seed(self.seed, numbers[i]) for i in group for _ in range(settings.get("num_beams") or 1)])
+            if settings["do_sample"]:
+                torch.manual_seed(sample_seed(self.seed, numbers[group[0]]))
             told = partial(self._told, inputs, bool(kinds(chats[group[0]])))
             sequences, cost = meter.generate(self._model, inputs, told, asked, **settings)
             self.costs.append(cost)
@@ -427,8 +448,11 @@ class Chat(lmms):
             inputs = inputs.to(self._device, self._model.dtype)
             if self.draws:
                 self.handle.reseed([sample_seed(self.seed, numbers[i]) for i in group])
+            clock = meter.clock(self._device)
+            began = clock()
             logits = self._model(**inputs, use_cache=False).logits[:, start - 1 : -1].float()  # as long as the prompt, also when pruned
             chances = logits.log_softmax(-1).gather(2, tail.to(self._device)[..., None])[..., 0]
+            self.costs.append(meter.scored(self._told(inputs, bool(kinds(chats[group[0]]))), clock() - began))
             hit = logits.argmax(-1) == tail.to(self._device)
             real = real.to(self._device)
             for row, i in enumerate(group):

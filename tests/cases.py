@@ -1,0 +1,16 @@
+"""The registered test cases of a method, as keywords."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import vtprune
+from vtprune.attach import bind
+
+
+def case_options(model: Any, method: str, number: int) -> dict[str, Any]:
+    """The keywords of one of a method's test cases; where the tower sees tiles, counts of tokens are per tile."""
+    per = bind(model).geometry.per
+    info = vtprune.describe(method)
+    tiled = "tile" in per[1:] and bool({"pixels", "vision"} & set(info.kinds)) and "projector" not in info.kinds
+    return {**info.cases[number], **({"per": "tile"} if tiled else {})}
