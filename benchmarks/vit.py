@@ -18,7 +18,8 @@ to dense are paired over test digits. Sample for ``keep``: the first :data:`SAMP
 
 Speed: photographs of one size in batches; every pruned turn stands between two dense ones and is divided by their mean; dense over dense is the noise.
 Attaching is not part of the time. A method that draws at random draws once per seed, the same positions for every image (what ``attach`` does unless it is
-reseeded; classifiers fitted on positions that change from batch to batch do far worse), and is averaged over seeds, per sample.
+reseeded; classifiers fitted on positions that change from batch to batch do far worse); fidelity and
+accuracies are averaged over seeds, per sample, and the first seed is timed.
 """
 
 from __future__ import annotations
@@ -396,7 +397,7 @@ def measure(args: argparse.Namespace, log: Log) -> dict[str, Any]:
         **{"type": "vtprune.Vit", "version": 1, "command": "", "date": datetime.date.today().isoformat()},
         **about,
         **{key: getattr(args, key) for key in ("size", "digits_size", "crops", "train", "test", "budgets", "seeds", "seed", "batch", "batches", "repeats")},
-        "timer": "CPU time of one thread" if args.cpu_time else f"wall time, {about['device']['threads']} threads",
+        "timer": "CPU time of one thread" if args.cpu_time else f"wall time of {about['device']['threads']} threads",
         "pictures": names,
         "tokens": {"photographs": dense.final, "digits": dense_digits.final},
         "refused": refused,
@@ -435,7 +436,7 @@ def markdown(result: dict[str, Any]) -> str:
     exact = f"all {len(full)} methods give the dense features bit for bit" if not off else ", ".join(f"{m} differs by up to {d:.1e}" for m, d in off.items())
     out = [
         f"`{result['command']}`  ",
-        f"{about['name']}, {about['threads']} threads, {about['dtype']}; {versions}; {result['date']}  ",
+        f"{about['name']}, {about['threads']} thread{'s' * (about['threads'] > 1)}, {about['dtype']}; {versions}; {result['date']}  ",
         f"At the full budget {exact}.",
         "",
         f"## Features: {len(result['pictures'])} crops of {pictures} photographs at {result['size']} px, {result['tokens']['photographs']:.0f} patch tokens",

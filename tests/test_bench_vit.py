@@ -89,6 +89,13 @@ def test_markdown_holds_each_row(saved):
         assert len({line.count("|") for line in table}) == 1 and len(table) == 3 + len(result["rows"])
 
 
+def test_the_committed_tables_are_those_of_the_committed_result(bench):
+    path = Path(bench.__file__).parent / "results" / "vit-cpu"
+    result = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == bench.markdown(result)
+    assert not any(result["full_budget"].values())
+
+
 def test_budgets_are_kept_and_what_cannot_be_reached_says_so(saved):
     result, _ = saved
     tokens = result["tokens"]["photographs"]
