@@ -404,6 +404,19 @@ def test_a_table_of_version_1(tmp_path):
         assert shown == {r["method"]: f"{100 * r['average']:.1f}" for r in rows}
 
 
+def test_the_committed_vit_table_shows_its_figures(tmp_path):
+    data = json.loads((ROOT / "benchmarks/results/vit-cpu.json").read_text())
+    found, _ = report.load(put(tmp_path, vit=data))
+    page = Page(report.page_html(found, [], {}, "t"))
+    heads, *lines = next(table for name, table in page.tables.items() if "Vision" in name)
+    assert len(lines) == len(data["rows"]) and {"class token, cosine", "probe, digits", "images/s x dense, batch 64"} <= {
+        h.replace("\u00a0", " ") for h in heads
+    }
+    for row, line in zip(data["rows"], lines, strict=True):
+        mean = (row["photographs"].get("cls") or {}).get("mean")
+        assert line[0] == row["method"] and (row["photographs"]["error"] if mean is None else f"{mean:.4g}") in line
+
+
 def test_a_table_of_own_schedules_only(tmp_path):
     data = bench()
     data["rows"] = [r for r in data["rows"] if r["budget"] in (None, 1.0)]

@@ -136,6 +136,33 @@ def _medians(times: dict[str, Any]) -> dict[str, Any]:
     return {**times, "rows": [row(r) for r in rows if not (isinstance(r, dict) and r.get("error"))]} if isinstance(rows, list) else times
 
 
+VIT = {
+    "effective tokens": ("photographs", "effective"),
+    "tokens left": ("photographs", "final"),
+    "class token, cosine": ("photographs", "cls", "mean"),
+    "mean of patches, cosine": ("photographs", "patches", "mean"),
+    "k-NN, digits": ("digits", "knn", "accuracy"),
+    "probe, digits": ("digits", "probe", "accuracy"),
+    "probe of dense, digits": ("digits", "swapped", "accuracy"),
+}  # columns of benchmarks/vit.py's results
+
+
+def _vit_row(row: Any) -> Any:
+    """A row of the ViT table as scalars; others stay as they are."""
+    if not isinstance(row, dict) or "photographs" not in row:
+        return row
+
+    def leaf(*path: str) -> Any:
+        found: Any = row
+        for key in path:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
+
+    out = {"method": row.get("method"), "budget": row.get("budget"), **{name: leaf(*path) for name, path in VIT.items()}}
+    out |= {f"images/s x dense, batch {b}": leaf("speed", b, "speedup", "median") for b in row.get("speed") or {}}
+    return out | {"note": leaf("photographs", "error")}
+
+
 def _check_times(times: Mapping[str, Any], where: str) -> None:
     _check(times, where, {"rows": "a list"}, {"break_even": "a list"})
     for i, row in enumerate(times["rows"]):
@@ -186,6 +213,8 @@ def load(folder: Path) -> tuple[list[Found], list[str]]:
             raise VtpruneError(f"{path}: {kind} of version {data.get('version')!r}; this vtprune reads {' and '.join(map(str, READS[kind]))}")
         if kind == "vtprune.Times":
             data = _medians(data)
+        if kind == "vtprune.Vit" and isinstance(data.get("rows"), list):
+            data = {**data, "rows": [_vit_row(r) for r in data["rows"]]}
         if kind == "vtprune.Vit":
             _check(data, str(path), {"rows": "a list"})
             for i, row in enumerate(data["rows"]):
