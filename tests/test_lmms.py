@@ -253,6 +253,8 @@ def test_rounds_build_on_each_other(bundled):
     (answers,) = lm.generate_until_multi_round([request(0, kind="generate_until_multi_round")])
     assert answers == bench.evaluate(*bundled, part, None)["answers"][:2]
     assert seen == [(1, answers[:1], None), (2, answers, 1)]
+    with pytest.raises(vtprune.VtpruneError, match="chat class"):
+        plugin(bundled, Simple).generate_until_multi_round([])
 
 
 def video_model():

@@ -229,8 +229,9 @@ class Chat(lmms):
         """Round by round: the task builds each round's conversation from the answers before it; one sample at a time."""
         if self.base is not None:
             return self._through_base("generate_until_multi_round", requests)
-        if self.is_simple:
-            raise VtpruneError("tasks of several rounds need the chat class: leave --force_simple out")
+        with fatal(self.exits):
+            if self.is_simple:
+                raise VtpruneError("tasks of several rounds need the chat class: leave --force_simple out")
 
         def ask(part: list[Instance]) -> list[list[str]]:
             _, to_messages, _, number, task, split = part[0].args
