@@ -274,18 +274,7 @@ def html_report(
     body = "\n".join("<tr>" + "".join(f"<td>{esc(c)}</td>" for c in row) + "</tr>" for row in table[1:])
     frame = '<figure><figcaption>{0}</figcaption><div class="wide"><img alt="{0}" src="{1}"></div></figure>'
     figures = "\n".join(frame.format(esc(c), data_url(p)) for c, p in pictures)
-    page = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{esc(title)}</title>
-<style>
-{_CSS}
-</style>
-</head>
-<body>
-<h1>{esc(title)}</h1>
+    body_html = f"""<h1>{esc(title)}</h1>
 <p>{esc(intro)}</p>
 <div class="wide"><table>
 <thead><tr>{head}</tr></thead>
@@ -295,11 +284,27 @@ def html_report(
 </table></div>
 <h2>Pictures</h2>
 {figures}
-<footer>{esc(facts)}</footer>
+<footer>{esc(facts)}</footer>"""
+    write(path, document(title, _CSS, body_html).encode())
+
+
+def document(title: str, css: str, body: str) -> str:
+    """An HTML page: ``title`` as text, ``css`` and ``body`` as they are."""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>
+{css}
+</style>
+</head>
+<body>
+{body}
 </body>
 </html>
 """
-    write(path, page.encode())
 
 
 def write(path: str | Path, data: bytes | Image.Image) -> None:

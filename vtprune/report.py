@@ -654,27 +654,14 @@ def page_html(found: Sequence[Found], unknown: Sequence[str], pictures: Mapping[
     links = [("how", "How to read it")] * bool(how) + [(name, text) for name, text, _ in parts]
     body = "\n".join(f'<section id="{name}"><h2>{esc(text)}</h2>\n{inside}\n</section>' for name, text, inside in parts)
     other = f" Not shown, of another type: {', '.join(unknown)}." if unknown else ""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{esc(title)}</title>
-<style>
-{CSS}
-</style>
-</head>
-<body>
-<header><h1>{esc(title)}</h1></header>
+    content = f"""<header><h1>{esc(title)}</h1></header>
 <nav aria-label="Contents"><ul>{"".join(f'<li><a href="#{name}">{esc(text)}</a></li>' for name, text in links)}</ul></nav>
 <main>
 {how}
 {body}
 </main>
-<footer><p>Made by vtprune {esc(__version__)} from {esc(", ".join(f.stem + ".json" for f in found))}.{esc(other)}</p></footer>
-</body>
-</html>
-"""
+<footer><p>Made by vtprune {esc(__version__)} from {esc(", ".join(f.stem + ".json" for f in found))}.{esc(other)}</p></footer>"""
+    return render.document(title, CSS, content)
 
 
 # --------------------------------------------------------------------------------------------------------------- command
