@@ -59,7 +59,7 @@ style: .venv
 # mypy does not follow package-dir: show it the packages as they are imported, through links.
 typecheck: .venv
 	@rm -rf $(TYPING) && mkdir -p $(TYPING)/vtprune
-	@ln -s $(CURDIR)/vtprune/* $(CURDIR)/models $(CURDIR)/kernels $(TYPING)/vtprune/
+	@ln -s $(CURDIR)/vtprune/* $(CURDIR)/models $(CURDIR)/kernels $(CURDIR)/demos $(TYPING)/vtprune/
 	cd $(TYPING) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p vtprune
 
 # setuptools packs whatever an earlier build left under build/.

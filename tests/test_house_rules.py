@@ -31,7 +31,7 @@ def at(path: Path, node: ast.AST) -> str:
 def package_of(path: Path) -> list[str]:
     """The package whose names a relative import in ``path`` starts from, as installed."""
     parts = list(path.relative_to(ROOT).parent.parts)
-    return ["vtprune", *parts] if parts[0] in ("models", "kernels") else parts
+    return ["vtprune", *parts] if parts[0] in ("models", "kernels", "demos") else parts
 
 
 def imports(path: Path) -> Iterator[tuple[str, ast.AST]]:

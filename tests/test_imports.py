@@ -43,7 +43,7 @@ print(json.dumps([changed, state]))
     assert fresh(code, tmp_path, "-I") == [[], True]
 
 
-@pytest.mark.parametrize("folder", ["models", "kernels"])
+@pytest.mark.parametrize("folder", ["models", "kernels", "demos"])
 def test_folders_are_no_top_level_packages(folder, tmp_path):
     code = f"import json, vtprune; from importlib.util import find_spec; print(json.dumps(find_spec({folder!r}) is None))"
     assert fresh(code, tmp_path, "-I")

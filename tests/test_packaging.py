@@ -16,7 +16,12 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {"vtprune": "vtprune", "models": "vtprune/models", "kernels": "vtprune/kernels"}  # folder at the root: its place when installed
+FOLDERS = {
+    "vtprune": "vtprune",
+    "models": "vtprune/models",
+    "kernels": "vtprune/kernels",
+    "demos": "vtprune/demos",
+}  # folder at the root: its place when installed
 
 
 def as_installed(path: Path) -> str:
@@ -50,7 +55,7 @@ def test_no_module_lies_outside_a_package():
     assert [path for path in tree("*.py") if not (path.parent / "__init__.py").is_file()] == []
 
 
-@pytest.mark.parametrize("folder", ["models", "kernels"])
+@pytest.mark.parametrize("folder", ["models", "kernels", "demos"])
 def test_mapped_folders_are_flat(folder):
     assert [path for path in tree("*.py") if ROOT / folder in path.parents and path.parent != ROOT / folder] == []
 

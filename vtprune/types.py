@@ -118,7 +118,10 @@ class Selection:
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage of the most recent prefill; lists have one entry per sample of the batch. See :class:`Report`."""
+    """One stage of the most recent prefill; lists have one entry per sample of the batch. See :class:`Report`.
+
+    ``scores`` ``[n]`` float64: what the stage ranked the sample's original visual tokens by, higher stays; NaN for those it did not rank. ``None`` for stages
+    that rank nothing. ``units`` ``[n]`` int64: tokens with the same number shared one budget and were ranked against each other; -1 for those not ranked."""
 
     site: str
     method: str
@@ -126,6 +129,8 @@ class StageReport:
     tokens_out: list[int]
     kept: list[Tensor]
     assignment: list[Tensor] | None = None
+    scores: list[Tensor] | None = None
+    units: list[Tensor] | None = None
 
 
 @dataclass(frozen=True)
