@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -94,14 +95,15 @@ def carry(request: Request) -> Run:
 
 def tower_record(request: Request, number: int) -> Record:
     """What the tower's stage ``number`` kept, per sample."""
-    kept, assignment, before, after = [], [], [], []
-    merges = False
+    kept, assignment, before, after, scores, owners = [], [], [], [], [], []
+    merges = ranks = False
     first: Record | None = None
     assert request.vision is not None
     for rows, there, columns, sources in zip(request.vision, passes(request), order(request), request.sources, strict=True):
         keep, into, was = sources < 0, torch.full((len(columns),), -1), sources < 0
         into[keep] = keep.nonzero()[:, 0]
-        for (run, g), (n, token, index) in zip(rows, there, strict=True):
+        score, owner = torch.full((len(columns),), torch.nan, dtype=torch.float64), torch.full((len(columns),), -1)
+        for i, ((run, g), (n, token, index)) in enumerate(zip(rows, there, strict=True)):
             record = first = run.records[number]
             at = torch.full((n,), -1).scatter_(0, token, index)
             visible = at[record.kept[g]]
@@ -112,12 +114,17 @@ def tower_record(request: Request, number: int) -> Record:
                 merges = True
                 slot = record.assignment[g][token]
                 into[index] = torch.where(slot >= 0, at[record.kept[g][slot.clamp_min(0)]], -1)
+            ranks |= record.ranked is not None
+            score[index], owner[index] = record.scored(g, n)[token], i
+        scores.append(score)
+        owners.append(torch.where(score.isnan(), -1, owner))
         kept.append(keep.nonzero()[:, 0])
         assignment.append(_slots(into, kept[-1]))
         before.append(int(was.sum()))
         after.append(len(kept[-1]))
     assert first is not None
-    return Record(first.site, first.stage, before, after, kept, assignment if merges else None)
+    ranking = (scores, owners) if ranks else (None, None)
+    return Record(first.site, first.stage, before, after, kept, assignment if merges else None, None, *ranking)
 
 
 def _slots(into: Tensor, kept: Tensor) -> Tensor:
@@ -131,6 +138,8 @@ def by_sample(request: Request, record: Record) -> Record:
     samples = len(columns)
     kept: list[list[Tensor]] = [[] for _ in range(samples)]
     into = [torch.full((len(c),), -1) for c in columns]
+    scores = [torch.full((len(c),), torch.nan, dtype=torch.float64) for c in columns]
+    owners = [torch.full((len(c),), -1) for c in columns]
     for u, unit in enumerate(request.units):
         place = torch.searchsorted(columns[unit.sample], unit.columns.cpu())
         mine = place[record.kept[u]]
@@ -138,9 +147,21 @@ def by_sample(request: Request, record: Record) -> Record:
         if record.assignment is not None:
             slot = record.assignment[u][: len(place)]
             into[unit.sample][place] = torch.where(slot >= 0, mine[slot.clamp_min(0)], -1) if len(mine) else -1
+        score = record.scored(u, len(place))
+        scores[unit.sample][place] = score
+        owners[unit.sample][place] = torch.where(score.isnan(), -1, u)
     merged = [torch.cat(k).sort().values if k else torch.empty(0, dtype=torch.long) for k in kept]
     assignment = None if record.assignment is None else [_slots(i, k) for i, k in zip(into, merged, strict=True)]
-    return Record(record.site, record.stage, _add(request, record.tokens_in), _add(request, record.tokens_out), merged, assignment)
+    ranking = (scores, owners) if record.ranked is not None else (None, None)
+    return Record(record.site, record.stage, _add(request, record.tokens_in), _add(request, record.tokens_out), merged, assignment, None, *ranking)
+
+
+def told(record: Record, tokens: int) -> Record:
+    """A record of a bare tower, whose images are the samples."""
+    if record.ranked is None:
+        return record
+    scores = [record.scored(g, tokens) for g in range(len(record.kept))]
+    return replace(record, scores=scores, units=[torch.where(s.isnan(), -1, 0) for s in scores])
 
 
 def _add(request: Request, counts: Sequence[int]) -> list[int]:

@@ -596,7 +596,8 @@ class DecoderEngine:
             return x
         before, after = valid.sum(1).tolist(), selection.counts.tolist()
         kept = [index[g][selection.kept[g][selection.kept[g] >= 0]] for g in range(len(here))]
-        request.records.append(Record(cut.site, cut.stage, before, after, [k.cpu() for k in kept], None))
+        ranked = None if selection.score is None else (index, selection.score)
+        request.records.append(Record(cut.site, cut.stage, before, after, [k.cpu() for k in kept], None, ranked))
         if selection.target is not None:
             raise UnsupportedError("merging inside the language model is not supported by this adapter")
         if before == after:

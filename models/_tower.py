@@ -53,7 +53,8 @@ class Tower:
 
 @dataclass
 class Record:
-    """One applied decision: per image the original indices kept (ascending) and, for merges, the slot of every original token."""
+    """One applied decision: per image the original indices kept (ascending) and, for merges, the slot of every original token. ``ranked`` the original index
+    and the score of each token ``[G, n]``; told per sample, ``scores`` and ``units`` as in :class:`vtprune.types.StageReport`."""
 
     site: str
     stage: int
@@ -61,6 +62,17 @@ class Record:
     tokens_out: list[int]
     kept: list[Tensor]
     assignment: list[Tensor] | None
+    ranked: tuple[Tensor, Tensor] | None = None
+    scores: list[Tensor] | None = None
+    units: list[Tensor] | None = None
+
+    def scored(self, g: int, tokens: int) -> Tensor:
+        """The scores of image ``g``'s original tokens, ``[tokens]`` float64, NaN where there is none."""
+        out = torch.full((tokens,), torch.nan, dtype=torch.float64)
+        if self.ranked is not None:
+            index, score = (t[g].cpu() for t in self.ranked)
+            out[index[index >= 0]] = score[index >= 0].double()
+        return out
 
 
 @dataclass
@@ -171,12 +183,12 @@ class Run:
                 column = torch.where(column >= 0, back.gather(1, column.clamp_min(0)), -1)
             self.slot = torch.where(self.slot >= 0, column.gather(1, self.slot.clamp_min(0)), -1)
         self.merges |= selection.target is not None
-        self.note(cut, before)
+        self.note(cut, before, selection.score)
         return x
 
-    def note(self, cut: PlannedCut, before: Tensor) -> None:
-        """Keeps the present state, and the index ``before``, as the outcome of ``cut``."""
-        self.notes.append(partial(_record, cut.site, cut.stage, self.tokens, before, self.index, self.slot, self.merges))
+    def note(self, cut: PlannedCut, before: Tensor, score: Tensor | None = None) -> None:
+        """Keeps the present state, and the index ``before`` with its ``score``, as the outcome of ``cut``."""
+        self.notes.append(partial(_record, cut.site, cut.stage, self.tokens, before, self.index, self.slot, self.merges, score))
 
     def weights(self) -> Tensor | None:
         """``[G, n]``, ``None`` while all are 1: how often each running token counts in a mean. Every original token that is still represented counts once
@@ -193,14 +205,15 @@ class Run:
         return self.rotary[2]
 
 
-def _record(site: str, stage: int, tokens: int, before: Tensor, index: Tensor, slots: Tensor, merges: bool) -> Record:
+def _record(site: str, stage: int, tokens: int, before: Tensor, index: Tensor, slots: Tensor, merges: bool, score: Tensor | None) -> Record:
     kept, assignment = [], []
     for row, slot in zip(index.cpu(), slots.cpu(), strict=True):
         order = torch.where(row >= 0, row, tokens).argsort(stable=True)
         kept.append(row[order[: int((row >= 0).sum())]])
         rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
         assignment.append(torch.where(slot >= 0, rank[slot.clamp_min(0)], -1))
-    return Record(site, stage, (before >= 0).sum(1).tolist(), [len(k) for k in kept], kept, assignment if merges else None)
+    ranked = None if score is None else (before, score)
+    return Record(site, stage, (before >= 0).sum(1).tolist(), [len(k) for k in kept], kept, assignment if merges else None, ranked)
 
 
 class TowerEngine:

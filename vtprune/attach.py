@@ -21,7 +21,7 @@ from .select import from_mask, gather, join, merged, subview
 from .types import Geometry, Report, Selection, StageReport, TokenView, UnsupportedError, VtpruneError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from vtprune.models._decoder import Request
     from vtprune.models._tower import Record, Run
@@ -188,6 +188,7 @@ class _Decider:
             shares[i] += 1
         keep = torch.zeros_like(view.valid)
         target, weight, merges = torch.full_like(view.index, -1), view.size.clone(), False
+        score: Tensor | None = None
         for grid, n, start, share in zip(rasters, sizes, starts, shares, strict=True):
             mine = view.valid & (view.index >= start) & (view.index < start + n)
             count = mine.sum(1)
@@ -212,13 +213,16 @@ class _Decider:
                 continue
             chosen = at.gather(1, found.kept.clamp_min(0))
             keep.scatter_(1, chosen, keep.gather(1, chosen) | (found.kept >= 0))
+            if found.score is not None:
+                score = torch.full(view.valid.shape, torch.nan, dtype=torch.float64, device=keep.device) if score is None else score
+                score.scatter_(1, at, torch.where(real, found.score.double(), score.gather(1, at)))
             if found.target is not None:
                 merges = True
                 absorber = chosen.gather(1, found.target.clamp_min(0))
                 target.scatter_(1, at, torch.where(real & (found.target >= 0), absorber, target.gather(1, at)))
                 if found.weight is not None:
                     weight.scatter_(1, at, torch.where(real, found.weight, weight.gather(1, at)))
-        return merged(keep, target, weight) if merges else from_mask(keep)
+        return replace(merged(keep, target, weight) if merges else from_mask(keep), score=score)
 
 
 class Handle:
@@ -348,10 +352,12 @@ class Handle:
         return [found for rows in request.vision or [] for found in rows]
 
     def _report_vit(self, run: Run) -> Report:
+        from vtprune.models._books import told
+
         s, n = self._cost, self.geometry.tokens
         per = list(zip(*run.layer_tokens, strict=True))  # per image, per block
         flops = sum(cost.vision(s, 1, self._patches(run), row, self._inside, float(run.valid[g].sum())) for g, row in enumerate(per))
-        stages = tuple(self._stage(r) for r in run.records)
+        stages = tuple(self._stage(told(r, n)) for r in run.records)
         return Report(
             visual_tokens=[n] * run.images,
             stages=stages,
@@ -369,7 +375,8 @@ class Handle:
         return run.records[0].tokens_out[0] if run.records and run.records[0].site == "pixels" else run.tokens
 
     def _stage(self, record: Record) -> StageReport:
-        return StageReport(record.site, self._names[record.stage], record.tokens_in, record.tokens_out, record.kept, record.assignment)
+        r = record
+        return StageReport(r.site, self._names[r.stage], r.tokens_in, r.tokens_out, r.kept, r.assignment, r.scores, r.units)
 
     def _report_mllm(self, request: Request) -> Report:
         from vtprune.models._books import by_sample, tower_record

@@ -20,6 +20,7 @@ def top(score: Tensor, keep: int | Tensor, valid: Tensor, protected: Tensor | No
     score ``[B, N]`` (higher is better) · keep: int or ``[B]`` · valid, protected ``[B, N]`` bool. Protected tokens come first whatever their score. NaN
     ranks last.
     """
+    given = score
     score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
     score = torch.where(torch.isnan(score), -torch.inf, score)
     if protected is not None:
@@ -31,7 +32,7 @@ def top(score: Tensor, keep: int | Tensor, valid: Tensor, protected: Tensor | No
     keep = torch.as_tensor(keep, device=score.device).expand(score.shape[0])
     keep = torch.minimum(keep, counts)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    return from_mask(rank < keep[:, None])
+    return replace(from_mask(rank < keep[:, None]), score=given)
 
 
 def from_mask(mask: Tensor) -> Selection:
@@ -117,11 +118,13 @@ def join(view: TokenView, parts: Sequence[tuple[Sequence[int], Selection | None]
     full = [(rows, from_mask(view.valid[list(rows)]) if s is None else s) for rows, s in parts]
     b, n = view.valid.shape
     kept = torch.full((b, max(s.kept.shape[1] for _, s in full)), -1, device=view.valid.device)
-    target, weight, layout = None, None, None
+    target, weight, layout, score = None, None, None, None
     if any(s.target is not None for _, s in full):
         target, weight = torch.full((b, n), -1, device=kept.device), view.size.clone()
     if any(s.layout is not None for _, s in full):
         layout = torch.arange(kept.shape[1], device=kept.device).repeat(b, 1)
+    if any(s.score is not None for _, s in full):
+        score = torch.full((b, n), torch.nan, dtype=torch.float64, device=kept.device)
     for rows, s in full:
         at = torch.tensor(rows, device=kept.device)
         kept[at, : s.kept.shape[1]] = s.kept
@@ -135,4 +138,6 @@ def join(view: TokenView, parts: Sequence[tuple[Sequence[int], Selection | None]
                 weight[at, : s.weight.shape[1]] = s.weight.to(weight.dtype)
         if layout is not None and s.layout is not None:
             layout[at, : s.layout.shape[1]] = s.layout
-    return Selection(kept, target, weight, layout)
+        if score is not None and s.score is not None:
+            score[at, : s.score.shape[1]] = s.score.double()
+    return Selection(kept, target, weight, layout, score)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,12 +105,14 @@ class Selection:
     Merging methods add ``target`` ``[B, N]``: for every token the column of ``kept`` that absorbs it (its own if it is kept, -1 if dropped), and ``weight``
     ``[B, N]``,
     its weight in that slot's mean (``None``: the tokens' sizes). ``layout`` ``[B, K]`` optionally permutes the columns of ``kept`` in the running sequence.
+    ``score`` ``[B, N]`` is what the tokens were ranked by, higher stays, NaN where a token was not ranked; it explains, nothing is computed from it.
     """
 
     kept: Tensor
     target: Tensor | None = None
     weight: Tensor | None = None
     layout: Tensor | None = None
+    score: Tensor | None = None
 
     @property
     def counts(self) -> Tensor:
@@ -155,8 +158,13 @@ class Report:
         flat = [n for row in self.layer_tokens for n in row]
         return sum(flat) / max(len(flat), 1)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-safe form; index tensors become lists."""
+    def to_dict(self, *, scores: bool = False) -> dict[str, Any]:
+        """JSON-safe form; index tensors become lists. ``scores``: with what every stage ranked by, ``null`` where it did not."""
+
+        def ranking(s: StageReport) -> dict[str, Any]:
+            known = None if s.scores is None else [[x if math.isfinite(x) else None for x in row.tolist()] for row in s.scores]
+            return {"scores": known, "units": None if s.units is None else [u.tolist() for u in s.units]} if scores else {}
+
         return {
             "recipe": self.recipe,
             "visual_tokens": self.visual_tokens,
@@ -169,6 +177,7 @@ class Report:
                     "tokens_out": s.tokens_out,
                     "kept": [k.tolist() for k in s.kept],
                     "assignment": None if s.assignment is None else [a.tolist() for a in s.assignment],
+                    **ranking(s),
                 }
                 for s in self.stages
             ],

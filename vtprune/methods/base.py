@@ -47,7 +47,8 @@ class MethodInfo:
     generated tests;
     ``exact`` tells whether an integer ``keep`` is met exactly; ``budgeted`` whether ``keep`` means anything to it; ``draws`` whether the seed does;
     ``raster`` whether it looks at the image plane, so that an image of several rasters is decided raster by raster;
-    ``elsewhere`` options that make it work where its defaults are refused."""
+    ``elsewhere`` options that make it work where its defaults are refused; ``score`` what its tokens are ranked by, in words (higher stays; empty: it does not
+    rank)."""
 
     name: str
     paper: str
@@ -63,6 +64,7 @@ class MethodInfo:
     budgeted: bool = True
     raster: bool = False
     elsewhere: Mapping[str, Any] = field(default_factory=dict)
+    score: str = ""
     cls: type[Method] | None = None
 
     @property

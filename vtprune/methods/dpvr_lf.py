@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..select import top
+from ..select import from_mask
 from ..types import Geometry, Selection, TokenView, VtpruneError
 from .base import Cut, Method, MethodInfo, choice, layers, option, register
 
@@ -65,7 +65,7 @@ class DpvrLf(Method):
         return (away, *back)
 
     def select(self, view: TokenView, cut: Cut) -> Selection | None:
-        return None if cut.keep is None else top(view.index.double(), 0, view.valid)
+        return None if cut.keep is None else from_mask(torch.zeros_like(view.valid))
 
     def build(self, branch: Any, geometry: Geometry) -> nn.ModuleList:
         s = self.plan(geometry, None)[0].layer

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..select import top
+import torch
+
+from ..select import from_mask
 from ..types import Geometry, Selection, TokenView
 from .base import Cut, Method, MethodInfo, layers, option, register
 
@@ -31,4 +33,4 @@ class DropAll(Method):
         return (Cut(site=f"llm.{layer}", keep=0),)
 
     def select(self, view: TokenView, cut: Cut) -> Selection:
-        return top(view.index.double(), 0, view.valid)
+        return from_mask(torch.zeros_like(view.valid))

@@ -16,6 +16,7 @@ from .base import Cut, Method, MethodInfo, choice, layers, option, register
         idea="ranks visual tokens by the attention of an early layer and drops the rest before the next",
         kinds=("llm",),
         needs={"llm": frozenset({"query_attention"})},
+        score="attention of the query tokens in the layer before the cut",
         cases=({"keep": 0.75}, {"keep": 2, "layer": 3}),
     )
 )

@@ -16,6 +16,7 @@ from .base import Cut, Method, MethodInfo, option, register
         paper="baseline",
         idea="keeps the last tokens in raster order: the bottom of the image",
         kinds=("projector", "vision", "llm"),
+        score="place in raster order",
         cases=({"keep": 0.75}, {"keep": 2}),
     )
 )

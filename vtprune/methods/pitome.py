@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ _BY_ARCH = {"clip": "hf-clip"}
         kinds=("vision",),
         needs={"vision": frozenset({"projections"})},
         merges=True,
+        score="minus the energy (mean similarity to all); in blocks that match by similarity (bsm, tome), minus that to the nearest of the other half",
         cases=({"keep": 0.8}, {"keep": 0.25}),
     )
 )
@@ -100,7 +101,7 @@ class PiToMe(Method):
         found = bipartite(metric, view, r) if cut.data["kind"] == "tome" else self._match(metric, r, cut.data["margin"], cut.data["kind"])
         if cut.data["weighted"]:
             return found
-        return Selection(found.kept, found.target, torch.ones_like(view.size))  # the HF CLIP wrapper takes the plain mean
+        return replace(found, weight=torch.ones_like(view.size))  # the HF CLIP wrapper takes the plain mean
 
     def _match(self, metric: Tensor, r: int, margin: float, kind: str) -> Selection:
         b, n, _ = metric.shape
@@ -111,14 +112,15 @@ class PiToMe(Method):
         rank = energy.argsort(dim=1, descending=True, stable=True)
         if kind == "pitome":
             a, d = rank[:, 0 : 2 * r : 2], rank[:, 1 : 2 * r : 2]  # [B, r] each
-            source, target = a, d.gather(1, kernels.match(metric, a, d)[1])
+            source, target, score = a, d.gather(1, kernels.match(metric, a, d)[1]), energy.neg()
         else:  # PiToMe-BSM: parity of the energy rank, then the r most similar edges
             a, d = rank[:, 0::2], rank[:, 1::2]
             best, nearest = kernels.match(metric, a, d)
             edge = best.argsort(dim=1, descending=True, stable=True)[:, :r]
             source, target = a.gather(1, edge), d.gather(1, nearest.gather(1, edge))
+            score = best.new_full(identity.shape, torch.nan).scatter(1, a, best.neg())
         kept = torch.ones_like(identity, dtype=torch.bool).scatter(1, source, False)
-        return merged(kept, identity.scatter(1, source, target))
+        return replace(merged(kept, identity.scatter(1, source, target)), score=score)
 
 
 def falling(tokens: int, ratio: float, count: int, extra: Sequence[int] = ()) -> list[int]:

@@ -20,6 +20,7 @@ from .base import Cut, Method, MethodInfo, choice, layers, option, register
         kinds=("llm",),
         needs={"llm": frozenset({"query_attention"})},
         keep=0.125,
+        score="attention of the last instruction token at the cut",
         cases=({"keep": 0.75}, {"keep": 2, "layers": (1, 3)}),
     )
 )

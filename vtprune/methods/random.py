@@ -19,6 +19,7 @@ from .base import Cut, Method, MethodInfo, option, register
         idea="keeps tokens drawn at random (seeded)",
         kinds=("projector", "vision", "llm"),
         draws=True,
+        score="a random draw",
         cases=({"keep": 0.75}, {"keep": 2}),
     )
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .base import Cut, Method, MethodInfo, choice, option, register
         kinds=("vision",),
         needs={"vision": frozenset({"projections"})},
         merges=True,
+        score="minus the cosine similarity to the nearest token of the other half; that half is not ranked",
         cases=({"keep": 0.8}, {"keep": 0.25}),
     )
 )
@@ -98,9 +99,10 @@ def bipartite(metric: Tensor, view: TokenView, r: int, *, official: bool = False
     destination = identity.scatter(1, source, second[partner.gather(1, ranked[:, :r])])
     kept = torch.ones_like(identity, dtype=torch.bool).scatter(1, source, False)
     chosen = merged(kept, destination)
+    score = best.new_full(identity.shape, torch.nan).scatter(1, first.expand(b, -1), best.neg())  # the B side is not ranked
     if not official:
-        return chosen
+        return replace(chosen, score=score)
     # The official order: unmerged A (by position with a class token, by falling similarity without), then B.
     rest = torch.cat([stay.sort(1).values if view.prefix else stay, second.expand(b, -1)], dim=1)
     column = kept.long().cumsum(1) - 1
-    return Selection(chosen.kept, chosen.target, chosen.weight, column.gather(1, rest))
+    return Selection(chosen.kept, chosen.target, chosen.weight, column.gather(1, rest), score)

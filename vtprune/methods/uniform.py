@@ -17,6 +17,7 @@ from .base import Cut, Method, MethodInfo, option, register
         idea="keeps an even grid of tokens",
         kinds=("projector", "vision", "llm"),
         raster=True,
+        score="1 at the centre of a cell, 0 elsewhere",
         cases=({"keep": 0.75}, {"keep": 2}),
     )
 )

@@ -1,0 +1,92 @@
+"""What reports say about scores, generated from the registries: every method's ranking explains what it kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vtprune.models.base import ADAPTERS
+
+import vtprune
+from cases import case_options
+from vtprune.types import Report, UnsupportedError
+
+# One image per sample, several images, tiles, frames of a video, and bare towers.
+FAMILIES = ["llava", "llava-next", "llava-onevision", "internvl", "qwen2-vl", "hf-vit", "timm-vit"]
+
+
+def reported(tiny, family: str, variant: str, method: str, case: int) -> Report:
+    model, inputs = tiny(family, variant)
+    try:
+        with vtprune.attach(model, method, **case_options(model, method, case)) as handle, torch.no_grad():
+            model(**inputs)
+            return handle.report()
+    except UnsupportedError as e:
+        pytest.skip(str(e))
+
+
+@pytest.mark.parametrize("case", [0, 1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_explain_what_was_kept(tiny, family, method_name, case):
+    info = vtprune.describe(method_name)
+    for variant in list(ADAPTERS.get(family).tiny)[:2]:
+        report = reported(tiny, family, variant, method_name, case)
+        for number, stage in enumerate(report.stages):
+            changed = stage.tokens_in != stage.tokens_out
+            assert (stage.scores is None) == (stage.units is None)
+            assert stage.scores is not None or not (info.score and changed), f"{stage.site} changed something and shows no score"
+            assert info.score or stage.scores is None, f"{stage.site} shows scores, and MethodInfo.score does not say what they are"
+            if stage.scores is None:
+                continue
+            for b, (score, unit) in enumerate(zip(stage.scores, stage.units, strict=True)):
+                assert len(score) == len(unit) == report.visual_tokens[b] and score.dtype == torch.float64
+                assert torch.equal(unit >= 0, ~score.isnan())
+                before = report.stages[number - 1].kept[b] if number else torch.arange(report.visual_tokens[b])
+                ranked = (~score.isnan()).nonzero()[:, 0]
+                assert set(ranked.tolist()) <= set(before.tolist()), f"{stage.site} ranks tokens that were gone"
+                if info.merges or (info.raster and len(report.grids[b]) > 1):  # the second: every raster of an image has a share of its budget
+                    continue
+                unranked = set(before.tolist()) - set(ranked.tolist())  # new-line tokens, which no tower sees
+                assert unranked <= set(stage.kept[b].tolist()) and (not unranked or family in ("llava-next", "llava-onevision")), (
+                    f"{stage.site} did not rank every token"
+                )
+                kept = torch.zeros(len(score), dtype=torch.bool)
+                kept[stage.kept[b]] = True
+                for u in unit.unique():
+                    mine = unit == u
+                    if u < 0 or bool(kept[mine].all()) or not bool(kept[mine].any()):
+                        continue
+                    assert score[mine & kept].min() >= score[mine & ~kept].max(), f"{stage.site}: unit {int(u)} kept a token below one that it dropped"
+
+
+def test_merged_tokens_are_those_with_low_scores():
+    """ToMe merges the r most similar pairs; PiToMe's merged tokens are among the 2 r of highest energy."""
+    model, processor = vtprune.load_demo_model()
+    pixels = torch.randn(2, 3, 84, 84, generator=torch.Generator().manual_seed(0))
+    size = model.config.vision_config.image_size
+    pixels = torch.nn.functional.interpolate(pixels, (size, size))
+    ids = torch.tensor([[model.config.image_token_id] * 144 + [5, 6, 7]] * 2)
+    for method, limit in (("tome", 1), ("pitome", 2)):
+        with vtprune.attach(model, method, keep=0.5) as handle, torch.no_grad():
+            model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids))
+            report = handle.report()
+        checked = 0
+        for number, stage in enumerate(report.stages):
+            for b in range(2):
+                before = report.stages[number - 1].kept[b] if number else torch.arange(144)
+                gone = sorted(set(before.tolist()) - set(stage.kept[b].tolist()))
+                if not gone:
+                    continue
+                checked += 1
+                order = torch.nan_to_num(stage.scores[b], nan=torch.inf).argsort(stable=True)
+                assert set(gone) <= set(order[: limit * len(gone)].tolist()), (method, stage.site)
+                assert limit == 2 or set(gone) == set(order[: len(gone)].tolist())
+        assert checked >= 10
+
+
+def test_scores_stay_out_of_json_unless_asked(tiny):
+    report = reported(tiny, "llava", "clip-llama", "fastv", 0)
+    assert "scores" not in report.to_dict()["stages"][0]
+    told = report.to_dict(scores=True)["stages"][0]
+    assert [len(s) for s in told["scores"]] == report.visual_tokens and told["units"][0][0] == 0
+    nothing = reported(tiny, "llava", "clip-llama", "drop-all", 0).to_dict(scores=True)["stages"][0]
+    assert nothing["scores"] is None and nothing["units"] is None
