@@ -11,6 +11,7 @@ import html
 import io
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -36,30 +37,90 @@ def font(size: int) -> Any:
 def model_view(processor: Any, image: Image.Image, overview: int = 0) -> Image.Image:
     """``image`` as the vision tower sees it (resized and cropped by the processor), so that patches lie where they should; of several tiles the one that shows
     all of it, ``overview``. Processors that cut the whole image into patches leave it as it is."""
+    from .models import _pixels
+
     part = processor.image_processor
-    pixels = np.asarray(part(images=[image], return_tensors="np")["pixel_values"])
+    pixels = _pixels.numbers(part(images=[image], return_tensors="np")["pixel_values"])
     if pixels.ndim < 4:
         return image.convert("RGB")
-    pixels = (pixels[0] if pixels.ndim == 5 else pixels)[overview]
-    mean, std = (np.asarray(getattr(part, f"image_{n}"))[:, None, None] for n in ("mean", "std"))
-    return Image.fromarray(np.clip(np.rint((pixels * std + mean) * 255), 0, 255).astype(np.uint8).transpose(1, 2, 0))
+    return _pixels.picture(part, (pixels[0] if pixels.ndim == 5 else pixels)[overview])
 
 
-def owners(report: Report, sample: int, number: int = 0) -> list[np.ndarray]:
-    """Per stage, for every original token of raster ``number`` the token that stands for it, ``[tokens]``: itself if kept, another if merged, -1 if dropped."""
-    sizes = [rows * columns for rows, columns in report.grids[sample]]
-    tokens, start = sizes[number], sum(sizes[: number % len(sizes)])
-    now, out = np.arange(tokens), []
+def views(processor: Any, inputs: Mapping[str, Any], report: Report, sample: int = 0) -> list[Image.Image]:
+    """What lies under each raster of a sample, as the vision tower saw it: an image, each of its tiles, LLaVA-NeXT's tiles put together (with a blank column
+    where its new-line tokens are), the frames of a video (Qwen: the first of each pair). Their ``info["label"]`` says which: ``"tile 2 of 5"``.
+
+    Args:
+        inputs: what ``processor`` returned and the model was given, the whole batch of ``report``; any device and type.
+
+    Raises:
+        VtpruneError: there is no such sample, or the rasters cannot be matched with the pixels.
+    """
+    from .models import _pixels
+
+    _check(report, sample)
+    pieces = _pixels.rasters(processor, inputs, report)[sample]
+    nouns = [p.noun for p in pieces]
+    for i, (noun, piece) in enumerate(zip(nouns, pieces, strict=True)):
+        of = f" {nouns[: i + 1].count(noun)} of {nouns.count(noun)}" if nouns.count(noun) > 1 else ""
+        piece.picture.info["label"] = noun + of
+    return [p.picture for p in pieces]
+
+
+def _check(report: Report, sample: int) -> None:
+    if not 0 <= sample < len(report.visual_tokens):
+        raise VtpruneError(f"the report has {len(report.visual_tokens)} samples, there is no sample {sample}")
+
+
+def starts(report: Report, sample: int) -> list[int]:
+    """Where the tokens of each raster of a sample start, and, last, their number."""
+    return [0, *accumulate(rows * columns for rows, columns in report.grids[sample])]
+
+
+def owners(report: Report, sample: int, number: int | None = None) -> list[np.ndarray]:
+    """Per stage, for every original token of the sample (of its raster ``number``), ``[tokens]``, the token of the sample that stands for it: itself if kept,
+    another if merged, -1 if dropped. A routed token comes back with those that were merged into it before."""
+    bounds = starts(report, sample)
+    stood, out = np.arange(bounds[-1]), []
     for stage in report.stages:
         kept = stage.kept[sample].cpu().numpy()
         if stage.assignment is not None:
-            slot = stage.assignment[sample].cpu().numpy()[start : start + tokens]
-            now = np.where(slot >= 0, kept[slot] - start, -1) if len(kept) else np.full(tokens, -1)
+            slot = stage.assignment[sample].cpu().numpy()
+            now = np.where(slot >= 0, kept[slot], -1) if len(kept) else np.full(len(stood), -1)
+            stood = np.where(now >= 0, now, stood)
         else:
-            mine = np.isin(np.arange(tokens), kept - start)
-            now = np.where((now >= 0) & mine[now], now, np.where(mine, np.arange(tokens), -1))  # the second: routed tokens that came back
+            now = np.where(np.isin(stood, kept), stood, -1)
         out.append(now)
-    return out
+    if number is None:
+        return out
+    number %= len(bounds) - 1
+    return [now[bounds[number] : bounds[number + 1]] for now in out]
+
+
+def ranks(stage: StageReport, sample: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """``rank`` ``[tokens]`` of every original token among those it shared a budget with: 1 has the best score, ties go to the lower index, 0 is not ranked; and
+    how many were ``ranked`` there, ``[tokens]``. ``None`` for a stage without scores."""
+    if stage.scores is None or stage.units is None:
+        return None
+    scores, units = stage.scores[sample].cpu().numpy(), stage.units[sample].cpu().numpy()
+    rank, ranked = np.zeros(len(scores), dtype=int), np.zeros(len(scores), dtype=int)
+    for unit in np.unique(units[units >= 0]):
+        mine = np.flatnonzero((units == unit) & ~np.isnan(scores))
+        rank[mine[np.argsort(-scores[mine], kind="stable")]] = np.arange(len(mine)) + 1
+        ranked[mine] = len(mine)
+    return rank, ranked
+
+
+HEAT = ((13, 8, 135), (126, 3, 168), (204, 71, 120), (248, 149, 64), (240, 249, 33))  # dark blue: ranked last, yellow: first
+
+
+def _heat(report: Report, sample: int, stage: int) -> np.ndarray | None:
+    """``[tokens]`` from 0 (ranked last) to 1 (first) by the nearest scores at or before ``stage``, NaN where not ranked; ``None`` if there are none."""
+    found = [r for s in report.stages[: stage + 1] if (r := ranks(s, sample)) is not None]
+    if not found:
+        return None
+    rank, ranked = found[-1]
+    return np.where(rank > 0, 1 - (rank - 1) / np.maximum(ranked - 1, 1), np.nan)
 
 
 def _shown(stages: Sequence[StageReport], sample: int, limit: int) -> list[int]:
@@ -81,6 +142,7 @@ def token_picture(
     limit: int = 5,
     boxes: Sequence[tuple[float, float, float, float]] = (),
     caption: str = "",
+    heat: bool = False,
 ) -> Image.Image:
     """The image and one panel per stage: dropped patches are dimmed, merged groups outlined in one colour each, with a dot where the group stands.
 
@@ -89,15 +151,18 @@ def token_picture(
         report, sample: whose tokens; ``number`` is the raster within the sample (an image, or one of its tiles).
         panel: longer side of a panel in pixels; at most ``limit`` stages are drawn.
         boxes: rectangles in pixels of ``image`` to outline in the first panel. caption: its title.
+        heat: patches are coloured by their rank in the nearest stage so far that has scores, from dark blue (last) to yellow (first).
 
     Raises:
-        VtpruneError: the report has no such sample or raster.
+        VtpruneError: the report has no such sample or raster; with ``heat``, none of its stages has scores.
     """
-    if not 0 <= sample < len(report.visual_tokens):
-        raise VtpruneError(f"the report has {len(report.visual_tokens)} samples, there is no sample {sample}")
+    _check(report, sample)
     if not -len(report.grids[sample]) <= number < len(report.grids[sample]):
         raise VtpruneError(f"sample {sample} has {len(report.grids[sample])} rasters, there is no raster {number}")
+    if heat and all(s.scores is None for s in report.stages):
+        raise VtpruneError("heat=True: no stage of this report ranks tokens by a score")
     rows, columns = grid = report.grids[sample][number]
+    start = starts(report, sample)[number % len(report.grids[sample])]
     cell = max(4, panel // max(rows, columns))
     size = (columns * cell, rows * cell)
     plain = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
@@ -111,9 +176,10 @@ def token_picture(
     for i in _shown(report.stages, sample, limit):
         stage = report.stages[i]
         many = len(report.grids[sample]) > 1
-        here = f"{int((owner[i] == np.arange(rows * columns)).sum())} of {rows * columns} here, " if many else ""
+        here = f"{int((owner[i] == start + np.arange(rows * columns)).sum())} of {rows * columns} here, " if many else ""
         titles.append((f"{stage.site}  {stage.method}", f"{here}{stage.tokens_in[sample]} -> {stage.tokens_out[sample]} tokens{' in all' if many else ''}"))
-        panels.append(_panel(plain, owner[i], grid, cell))
+        warm = _heat(report, sample, i) if heat else None
+        panels.append(_panel(plain, owner[i], grid, cell, start, None if warm is None else warm[start : start + rows * columns]))
     return _strip(titles, panels)
 
 
@@ -139,20 +205,31 @@ def _fit(draw: ImageDraw.ImageDraw, words: str, width: float, size: int) -> str:
     return words.rstrip() + "..."
 
 
-def _panel(image: Image.Image, owner: np.ndarray, grid: tuple[int, int], cell: int) -> Image.Image:
+def _panel(image: Image.Image, owner: np.ndarray, grid: tuple[int, int], cell: int, start: int, heat: np.ndarray | None) -> Image.Image:
     rows, columns = grid
-    gone = np.kron((owner < 0).reshape(grid), np.ones((cell, cell))).astype(bool)
     pixels = np.asarray(image).astype(float)
     grey = pixels.mean(2, keepdims=True)
     dim = 0.78 * np.array(SHADE) + 0.22 * grey
-    out = Image.fromarray(np.where(gone[..., None], dim, pixels).astype(np.uint8))
+    gone = _cells(owner < 0, grid, cell)
+    shown = np.where(gone, dim, pixels)
+    if heat is not None:
+        stops = np.linspace(0, 1, len(HEAT))
+        tint = np.stack([np.interp(np.nan_to_num(heat), stops, channel) for channel in np.array(HEAT).T], 1)
+        tinted = (0.3 * grey + 0.7 * _cells(tint, grid, cell)) * np.where(gone, 0.55, 1)
+        shown = np.where(_cells(np.isnan(heat), grid, cell), shown, tinted)
+    out = Image.fromarray(shown.astype(np.uint8))
     draw = ImageDraw.Draw(out)
-    groups = {int(g) for g, n in zip(*np.unique(owner, return_counts=True), strict=True) if g >= 0 and n > 1}
+    groups = set(owner[(owner >= 0) & (owner != start + np.arange(len(owner)))].tolist())
     field = owner.reshape(grid)
     for r in range(rows):
         for c in range(columns):
-            _cell(draw, field, r, c, cell, groups)
+            _cell(draw, field, r, c, cell, groups, start)
     return out
+
+
+def _cells(values: np.ndarray, grid: tuple[int, int], cell: int) -> np.ndarray:
+    """``values`` of each patch, ``[tokens]`` or ``[tokens, C]``, for each pixel: ``[H, W, C]``."""
+    return values.reshape(*grid, -1).repeat(cell, 0).repeat(cell, 1)
 
 
 def color(slot: int) -> tuple[int, int, int]:
@@ -161,7 +238,7 @@ def color(slot: int) -> tuple[int, int, int]:
     return round(255 * r), round(255 * g), round(255 * b)
 
 
-def _cell(draw: ImageDraw.ImageDraw, field: np.ndarray, r: int, c: int, cell: int, groups: set[int]) -> None:
+def _cell(draw: ImageDraw.ImageDraw, field: np.ndarray, r: int, c: int, cell: int, groups: set[int], start: int) -> None:
     """Lines where this patch's neighbour belongs to another token; coloured and with a dot for a merged group, thin for a kept patch beside a dropped one."""
     mine = int(field[r, c])
     if mine < 0:
@@ -176,7 +253,7 @@ def _cell(draw: ImageDraw.ImageDraw, field: np.ndarray, r: int, c: int, cell: in
             draw.line(line, fill=color(mine), width=2 if cell >= 12 else 1)
         elif mine not in groups and inside and other < 0:
             draw.line(line, fill=(250, 250, 250))
-    if mine in groups and mine == r * field.shape[1] + c and cell >= 8:
+    if mine in groups and mine == start + r * field.shape[1] + c and cell >= 8:
         k = max(2, cell // 7)
         draw.ellipse((x + cell // 2 - k, y + cell // 2 - k, x + cell // 2 + k, y + cell // 2 + k), fill=color(mine), outline=INK)
 
@@ -237,7 +314,7 @@ def _diverging(ratio: float) -> tuple[int, int, int]:
 
 # ---------------------------------------------------------------------------------------------------------------- report
 
-_CSS = """
+CSS = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #191c21; --muted: #666d78; --line: #dfe2e7; --head: #f4f5f7; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14161a; --ink: #e7e9ec; --muted: #9aa1ac; --line: #2d323a; --head: #1d2026; } }
 * { box-sizing: border-box; }
@@ -255,11 +332,11 @@ footer { margin-top: 2rem; font-size: .85rem; overflow-wrap: anywhere; }
 """.strip()
 
 
-def data_url(picture: Image.Image) -> str:
-    """The picture as a PNG ``data:`` address."""
+def data_url(picture: Image.Image, kind: str = "PNG", **options: Any) -> str:
+    """The picture as a ``data:`` address; ``kind`` and ``options`` as Pillow takes them."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    picture.save(buffer, kind, optimize=True, **options)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def html_report(
@@ -285,7 +362,7 @@ def html_report(
 <h2>Pictures</h2>
 {figures}
 <footer>{esc(facts)}</footer>"""
-    write(path, document(title, _CSS, body_html).encode())
+    write(path, document(title, CSS, body_html).encode())
 
 
 def document(title: str, css: str, body: str) -> str:
