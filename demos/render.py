@@ -78,11 +78,13 @@ def metrics(a: Result, b: Result, rounds: Rounds | None = None) -> list[Row]:
     """The comparison of two sides. With ``rounds`` the first two times are their medians, measured in turns; without, single measurements."""
     x, y = figures_of(a), figures_of(b)
     how = "" if rounds is None else f", median of {rounds.rounds} in turns" if rounds.rounds > 1 else ", one round in turns"
-    ttft, prefill = ((x[n], y[n]) for n in ("ttft_ms", "prefill_ms")) if rounds is None else (rounds.ttft_ms, rounds.prefill_ms)
-    ratios: tuple[float | None, float | None] = (None, None) if rounds is None else (rounds.ttft_ratio, rounds.prefill_ratio)
+    times = [(x["ttft_ms"], y["ttft_ms"]), (x["prefill_ms"], y["prefill_ms"])]
+    ratios: list[float | None] = [None, None]
+    if rounds is not None:
+        times, ratios = [rounds.ttft_ms, rounds.prefill_ms], [rounds.ttft_ratio, rounds.prefill_ratio]
     return [
-        _row(f"time to first token, ms{how}", *ttft, ratio=ratios[0]),
-        _row(f"prefill, ms{how}", *prefill, ratio=ratios[1]),
+        _row(f"time to first token, ms{how}", times[0][0], times[0][1], ratio=ratios[0]),
+        _row(f"prefill, ms{how}", times[1][0], times[1][1], ratio=ratios[1]),
         _row("later tokens, ms each", x["token_ms"], y["token_ms"]),
         Row("visual tokens per layer", layers_text(x["layer_tokens"]), layers_text(y["layer_tokens"]), "", ""),
         _row("effective visual tokens", x["effective_tokens"], y["effective_tokens"]),

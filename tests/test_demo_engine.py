@@ -273,6 +273,13 @@ def test_rounds_go_to_and_fro(long, monkeypatch):
     assert found.prefill_ratio == pytest.approx(0.5) and found.ttft_ratio == pytest.approx(0.6)
 
 
+def test_the_first_prefill_of_an_attachment_is_in_no_time(long, monkeypatch):
+    costs = iter([{"prefill": 9.0, "ttft": 9.5}, {"prefill": 2.0, "ttft": 3.0}])
+    monkeypatch.setattr(long, "_generate", lambda *args: (None, next(costs)))
+    times, side = long._first_token(Side("random", "effective", 0.5, seed=4), part_of(picture(), long.processor), "a")
+    assert times == (2.0, 3.0) and side.recipe.stages[-1].keep == 8 and side.attach_options() == {"seed": 4}  # solved once
+
+
 def test_rounds_keep_to_their_time(long):
     before = snapshot(long.model)
     found = long.rounds([Side(), Side("fastv", "effective", 0.5)], picture(), "a b", repeats=50, limit_s=0)
