@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import PIL.Image
 
 from vtprune import report, theatre
-from vtprune.data import scenes
 from vtprune.ledger import UndoLedger
 from vtprune.types import VtpruneError
 
-from .worker import NAMES, Worker, png
+from .samples import saved
+from .worker import NAMES, Worker
 
+SAMPLES = 6
 LARGEST_FILE = "20mb"
 WAITING = 16  # questions in the queue
 BUDGETS = [("the method's own", "own"), ("tokens kept after the last cut", "keep"), ("effective tokens (solved)", "effective")]
@@ -36,26 +36,15 @@ GONE = "the model's process has ended; start vtprune demo again"
 Files = dict[str, gr.DownloadButton]
 
 
-def samples(folder: Path) -> list[list[str]]:
-    """Generated test pictures, written into ``folder``: path, question, right answer."""
-    out = []
-    for index, ability in enumerate(("attribute", "counting", "text", "location", "relation", "existence")):
-        found = next(s for s in (scenes.scene(i, "test") for i in range(index, 100)) if any(q.ability == ability for q in s.questions))
-        asked = next(q for q in found.questions if q.ability == ability)
-        path = folder / f"{ability}.png"
-        path.write_bytes(_png(found.image))
-        out.append([str(path), asked.text, asked.answer])
-    return out
-
-
-def _png(pixels: Any) -> bytes:
-    return png(PIL.Image.fromarray(pixels))
-
-
 def status_html(text: str, done: int | None = None, of: int | None = None) -> str:
     """A line that screen readers tell, with a bar if something can be counted."""
     bar = "" if done is None else f'<progress value="{done}" max="{of}">{done} of {of}</progress> {done} of {of}: '
     return f'<div class="vtp-status" role="status">{bar}{html.escape(text)}</div>'
+
+
+def _html(value: str = "", **how: Any) -> gr.HTML:
+    """HTML with its own style alone."""
+    return gr.HTML(value, apply_default_css=False, **how)
 
 
 def served(updates: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
@@ -91,10 +80,11 @@ def _side(name: str, recipe: str, seed: int) -> dict[str, Any]:
     """The controls of one side, by the names in :data:`SIDE`."""
     low = name.lower()
     with gr.Column(min_width=260), gr.Group():
-        made: dict[str, Any] = {"recipe": gr.Dropdown([recipe], value=recipe, label=f"{name}: recipe", elem_id=f"recipe-{low}")}
         with gr.Row():
+            made: dict[str, Any] = {"recipe": gr.Dropdown([recipe], value=recipe, label=f"{name}: recipe", min_width=140, elem_id=f"recipe-{low}")}
             made["budget"] = gr.Dropdown(BUDGETS, value="own", label="Budget", min_width=140, elem_id=f"budget-{low}")
-            made["share"] = gr.Slider(1, 100, value=25, step=1, label="Budget in % of the tokens", min_width=140, elem_id=f"share-{low}")
+        made["share"] = gr.Slider(1, 100, value=25, step=1, label="Share of the tokens, %", visible=False, elem_id=f"share-{low}")
+        made["budget"].change(lambda kind: gr.Slider(visible=kind != "own"), made["budget"], made["share"], show_progress="hidden", api_visibility="private")
         with gr.Accordion("Options, seed, recipe file", open=False):
             made["options"] = gr.Textbox(label="Options of the method, JSON", placeholder='{"layer": 3}', max_lines=3)
             made["seed"] = gr.Number(seed, precision=0, minimum=0, label="Seed, for methods that draw at random")
@@ -117,8 +107,8 @@ def _sent(values: Sequence[Any]) -> dict[str, Any]:
 def build(worker: Worker, folder: Path, *, recipe: str = "pyramiddrop", seed: int = 0, results: Path | None = None) -> gr.Blocks:
     """The page. ``folder`` takes the sample pictures; ``recipe``: side B's to begin with; ``results``: a folder of result files for the third tab."""
     with gr.Blocks(title="vtprune", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.HTML('<header class="vtp-head"><h1>vtprune</h1><p>Ask about a picture and watch which visual tokens the model keeps, layer by layer.</p></header>')
-        about = gr.HTML(status_html("the model is being loaded"), elem_id="about")
+        _html('<header class="vtp-head"><h1>vtprune</h1><p>Ask about a picture and watch which visual tokens the model keeps, layer by layer.</p></header>')
+        about = _html(status_html("the model is being loaded"), elem_id="about")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 image = gr.Image(
@@ -130,7 +120,7 @@ def build(worker: Worker, folder: Path, *, recipe: str = "pyramiddrop", seed: in
                 video = gr.File(label="or a video", file_types=["video"], visible=False, height=110, elem_id="video")
                 question = gr.Textbox(label="Question", max_length=2000, max_lines=4, elem_id="question")
                 truth = gr.Textbox(label="Right answer, if you know it", elem_id="truth")
-                gr.Examples(samples(folder), [image, question, truth], label="Samples", examples_per_page=6)
+                _samples(folder, [image, question, truth])
             with gr.Column(scale=3, min_width=320), gr.Tabs():
                 with gr.Tab("Side by side"):
                     sides = _side_by_side(worker, [image, video, question], recipe, seed)
@@ -139,8 +129,18 @@ def build(worker: Worker, folder: Path, *, recipe: str = "pyramiddrop", seed: in
                 with gr.Tab("Results"):
                     _results(results)
         page.load(lambda: _welcome(worker), None, [about, video, *sides], show_progress="hidden", api_visibility="private")
-        page.unload(lambda request: worker.desk.stop(request.session_hash))
+
+        def leave(request: gr.Request) -> None:
+            worker.desk.stop(str(request.session_hash))
+
+        page.unload(leave)
     return page
+
+
+def _samples(folder: Path, inputs: list[Any]) -> None:
+    found = saved(SAMPLES, folder)
+    rows = gr.Dataset(components=["image"], samples=[[path] for path, *_ in found], type="index", layout="gallery", label="Samples", elem_id="samples")
+    rows.click(lambda number: found[number], rows, inputs, show_progress="hidden", api_visibility="private")
 
 
 def _welcome(worker: Worker) -> list[Any]:
@@ -164,15 +164,15 @@ def _side_by_side(worker: Worker, asked: list[Any], recipe: str, seed: int) -> l
     with gr.Row():
         ask = gr.Button("Ask both", variant="primary", elem_id="ask")
         stop = gr.Button("Stop", variant="stop", elem_id="stop")
-        length = gr.Slider(1, 256, value=32, step=1, label="At most this many new tokens")
-    status = gr.HTML(status_html("choose a picture, type a question, ask"), elem_id="status")
+    status = _html(status_html("choose a picture, type a question, ask"), elem_id="status")
     with gr.Row():
         answers = [gr.Textbox(label=f"Answer {name}", lines=2, interactive=False, elem_id=f"answer-{name.lower()}") for name in NAMES]
-    theatre_ = gr.HTML(elem_id="theatre")
-    metrics = gr.HTML(elem_id="metrics")
+    theatre_ = _html(elem_id="theatre")
+    metrics = _html(elem_id="metrics")
     buttons = _downloads(DOWNLOADS, "get")
+    length = gr.Slider(1, 256, value=32, step=1, label="Length of an answer, at most this many tokens")
 
-    def run(image: str | None, video: str | None, question: str, length: int, *values: Any, request: gr.Request) -> Iterator[dict[Any, Any]]:
+    def run(request: gr.Request, image: str | None, video: str | None, question: str, length: int, *values: Any) -> Iterator[dict[Any, Any]]:
         def updates() -> Iterator[dict[str, Any]]:
             chosen = [_sent(values[: len(SIDE)]), _sent(values[len(SIDE) :])]
             return worker.desk.ask(str(request.session_hash), video or image, question, chosen, int(length))
@@ -220,12 +220,12 @@ def _all_methods(worker: Worker, asked: list[Any], seed: int) -> None:
     with gr.Row():
         go = gr.Button("Compare all methods", variant="primary", elem_id="compare")
         stop = gr.Button("Stop", variant="stop")
-    status = gr.HTML(status_html("every method answers the same question at the same budget"), elem_id="compare-status")
-    cards = gr.HTML(elem_id="cards")
+    status = _html(status_html("every method answers the same question at the same budget"), elem_id="compare-status")
+    cards = _html(elem_id="cards")
     buttons = _downloads(SHEET, "all")
 
     def run(
-        image: str | None, video: str | None, question: str, truth: str, budget: str, share: int, seed: float | None, request: gr.Request
+        request: gr.Request, image: str | None, video: str | None, question: str, truth: str, budget: str, share: int, seed: float | None
     ) -> Iterator[dict[Any, Any]]:
         def updates() -> Iterator[dict[str, Any]]:
             return worker.desk.compare(str(request.session_hash), video or image, question, share / 100, budget, int(seed or 0), truth)
@@ -256,8 +256,8 @@ def _results(folder: Path | None) -> None:
         budget = gr.Slider(1, 100, value=25, step=1, label="Budget of the figures that show one, % (the nearest is taken)")
         cost = gr.Radio([("effective tokens", "tokens"), ("FLOPs", "flops")], value="tokens", label="Cost")
         draw = gr.Button("Draw", variant="primary", elem_id="draw")
-    status = gr.HTML(status_html("upload result files" if folder is None else f"draws {folder.name}, or what is uploaded"), elem_id="results-status")
-    shown = gr.HTML(elem_id="results")
+    status = _html(status_html("upload result files" if folder is None else f"draws {folder.name}, or what is uploaded"), elem_id="results-status")
+    shown = _html(elem_id="results")
 
     def run(files: list[str] | None, budget: int, cost: str) -> list[str]:
         with tempfile.TemporaryDirectory() as mine:
@@ -279,9 +279,9 @@ def _results(folder: Path | None) -> None:
 # ---------------------------------------------------------------------------------------------------------------- launch
 
 CSS = """
-.vtp-head h1 { margin: 0; font-size: 1.5rem; } .vtp-head p { margin: .1rem 0 0; color: var(--body-text-color-subdued); }
+.vtp-head h1 { margin: 0; font-size: 1.5rem; } .vtp-head p { margin: .1rem 0 0; }
 .vtp-status { min-height: 1.6rem; color: var(--body-text-color); overflow-wrap: anywhere; } .vtp-status progress { vertical-align: middle; }
-.vtp-about { color: var(--body-text-color-subdued); font-size: .85rem; }
+.vtp-about { font-size: .85rem; opacity: .8; }
 .vtp-report { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); border-radius: 6px; background: white; }
 @media (prefers-color-scheme: dark) { .vtp-report { background: #14161a; } }
 """

@@ -6,7 +6,6 @@ away or never comes back holds nothing up, because attaching and removing happen
 
 from __future__ import annotations
 
-import itertools
 import mimetypes
 import os
 import statistics
@@ -30,7 +29,6 @@ from vtprune.models import _demo
 import vtprune
 from vtprune import answer, bench, render
 from vtprune.attach import ATTACH_OPTIONS, TARGETS, Handle, bind, load_recipe
-from vtprune.data import scenes
 from vtprune.lmms import meter
 from vtprune.recipe import Recipe
 from vtprune.types import Report, UnsupportedError, VtpruneError
@@ -217,22 +215,6 @@ def part_of(shown: Shown | None, processor: Any) -> dict[str, Any]:
         image = answer.open_image(Path(shown))
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))  # leaves smaller ones as they are
     return answer.image_part(image)
-
-
-def samples(n: int) -> list[bench.Sample]:
-    """``n`` generated test pictures with one question each and its right answer, abilities in turn; always the same. Raises :class:`VtpruneError` for
-    ``n < 1``."""
-    if n < 1:
-        raise VtpruneError(f"the number of samples must be at least 1, got {n}")
-    order = ("attribute", "counting", "text", "location", "relation", "existence")
-    out: list[bench.Sample] = []
-    for index in itertools.count():
-        scene, ability = scenes.scene(index, "test"), order[len(out) % len(order)]
-        for q in [q for q in scene.questions if q.ability == ability][:1]:
-            out.append(bench.Sample(Image.fromarray(scene.image), q.text, q.answer, ability, q.boxes, f"scenes/{index}"))
-        if len(out) == n:
-            return out
-    raise AssertionError("there is always another scene")
 
 
 # ---------------------------------------------------------------------------------------------------------------- engine

@@ -34,10 +34,12 @@ class Desk:
 
     def load(self, model: str | None, device: str, dtype: str) -> None:
         """Loads ``model`` (folder or hub id, ``None``: the bundled one). Raises :class:`VtpruneError` as :func:`vtprune.cli.load` does."""
+        import torch
         from vtprune.demos.engine import Engine
 
         from vtprune import cli
 
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # the page needs a core as well; threads that wait for each other take it away
         self.path, self.device, self.dtype = model, device, dtype
         self.engine = Engine(*cli.load(argparse.Namespace(model=model, device=device, dtype=dtype)))
 

@@ -143,18 +143,17 @@ def seat(chromium, server):
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> list[tuple[Path, str, str]]:
     """Files with a question each and what the dense model answers."""
-    from vtprune.data import scenes
+    from vtprune.demos.samples import samples
 
     from vtprune.answer import ask
 
     folder, out = tmp_path_factory.mktemp("pictures"), []
     model, processor = vtprune.load_demo_model()
-    for i, index in enumerate((3, 11)):
-        scene = scenes.scene(index, "test")
-        asked = [q for q in scene.questions if q.ability == ("text", "counting")[i]][0]
-        image = Image.fromarray(scene.image)
-        image.save(folder / f"scene-{index}.png")
-        out.append((folder / f"scene-{index}.png", asked.text, ask(model, processor, [image], [asked.text], 32)[0]))
+    for i, sample in enumerate(samples(3)[1:]):
+        path = folder / f"scene-{i}.png"
+        sample.picture().save(path)
+        out.append((path, sample.question, ask(model, processor, [sample.picture()], [sample.question], 32)[0]))
+    assert out[0][2] != out[1][2], "two users must be told apart"
     return out
 
 

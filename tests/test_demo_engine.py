@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from vtprune.demos import engine as demo
 from vtprune.demos.engine import Engine, Side, part_of
+from vtprune.demos.samples import samples
 from vtprune.models.base import ADAPTERS
 
 import vtprune
@@ -77,7 +78,7 @@ def test_a_side_refuses(wrong):
 
 
 def test_an_answer_grows_and_carries_what_ran(engine):
-    sample = next(s for s in demo.samples(12) if s.ability == "text")
+    sample = next(s for s in samples(12) if s.ability == "text")
     turns = list(engine.stream(Side("pyramiddrop", "effective", 0.5), sample.image, sample.question))
     texts, result = [t.text for t in turns], turns[-1].result
     assert [t.done for t in turns] == [False] * (len(turns) - 1) + [True] and all(t.result is None for t in turns[:-1])
@@ -93,7 +94,7 @@ def test_an_answer_grows_and_carries_what_ran(engine):
 
 
 def test_dense_is_the_model_as_it_is(engine):
-    sample = demo.samples(1)[0]
+    sample = samples(1)[0]
     result = last(engine.stream(Side(), sample.image, sample.question))
     assert result.answer == answer.ask(engine.model, engine.processor, [sample.image], [sample.question])[0]
     report = result.report
@@ -128,7 +129,7 @@ def test_times_are_those_of_the_clock(long, monkeypatch):
 
 
 def test_two_users_at_once_get_their_own_answers(engine):
-    asked = demo.samples(6)
+    asked = samples(6)
     sides = [
         Side("pyramiddrop", "effective", 0.5),
         Side("tome", "keep", 0.25),
@@ -292,7 +293,7 @@ def test_rounds_keep_to_their_time(long):
 
 
 def test_every_recipe_at_one_budget(engine):
-    sample, before = demo.samples(2)[1], snapshot(engine.model)
+    sample, before = samples(2)[1], snapshot(engine.model)
     found = list(engine.compare(sample.image, sample.question, 0.25, truth=sample.answer.upper() + " "))
     assert [e.name for e in found] == ["dense", *(o.name for o in engine.recipes())]
     for e in found:
@@ -446,12 +447,12 @@ def test_videos(engine, tmp_path):
 
 
 def test_samples_are_always_the_same_and_varied():
-    found = demo.samples(8)
+    found = samples(8)
     assert [s.ability for s in found] == ["attribute", "counting", "text", "location", "relation", "existence", "attribute", "counting"]
-    assert [(s.source, s.question) for s in found[:3]] == [(s.source, s.question) for s in demo.samples(3)]
+    assert [(s.source, s.question) for s in found[:3]] == [(s.source, s.question) for s in samples(3)]
     assert len({s.source for s in found}) == 8 and all(s.picture().size == (168, 168) and s.answer for s in found)
     with pytest.raises(vtprune.VtpruneError):
-        demo.samples(0)
+        samples(0)
 
 
 def test_a_model_without_language_is_refused():

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 from vtprune.demos import render as shown
-from vtprune.demos.engine import TRAINED, Engine, Entry, Result, Rounds, Side, samples
+from vtprune.demos.engine import TRAINED, Engine, Entry, Result, Rounds, Side
+from vtprune.demos.samples import samples
 
 import vtprune
 from fake import picture
