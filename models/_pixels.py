@@ -66,9 +66,9 @@ def rasters(processor: Any, inputs: Mapping[str, Any], report: Report) -> list[l
 
 def _moving(processor: Any, inputs: Mapping[str, Any], report: Report) -> list[list[bool]]:
     """Per sample which rasters come from a video, told by their placeholders where there are both."""
-    both = "pixel_values" in inputs and "pixel_values_videos" in inputs
-    if not both:
-        return [["pixel_values_videos" in inputs] * len(grids) for grids in report.grids]
+    still, film = (inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+    if not (still and film):
+        return [[film] * len(grids) for grids in report.grids]
     image, video = (getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video"))
     if image is None or video is None:
         raise VtpruneError(f"{type(processor).__name__} does not say which placeholders stand for images and which for videos")
