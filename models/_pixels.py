@@ -48,9 +48,10 @@ def rasters(processor: Any, inputs: Mapping[str, Any], report: Report) -> list[l
     first = next((g for grids, moves in zip(report.grids, moving, strict=True) for g, m in zip(grids, moves, strict=True) if not m), (1, 1))
     images, videos = list(_images(processor, inputs, first[0])), list(_videos(processor, inputs))
     flat = [m for sample in moving for m in sample]
-    if (flat.count(False), flat.count(True)) != (len(images), len(videos)):
+    want, have = (flat.count(False), flat.count(True)), (len(images), len(videos))
+    if want != have:
         raise VtpruneError(
-            f"the report has {flat.count(False)} rasters of images and {flat.count(True)} of videos, but the inputs hold {len(images)} and {len(videos)} pictures: "
+            f"the report has {want[0]} rasters of images and {want[1]} of videos, but the inputs hold {have[0]} and {have[1]} pictures: "
             "these are not the inputs of this report, or this family's rasters cannot be matched with pictures"
         )
     still, frames = iter(images), iter(videos)

@@ -10,7 +10,6 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from PIL import Image
-from vtprune.data import scenes
 from vtprune.models.base import ADAPTERS
 
 import vtprune
@@ -18,6 +17,7 @@ from cases import case_options
 from fake import picture
 from vtprune import render, theatre
 from vtprune.answer import prepare
+from vtprune.data import scenes
 from vtprune.recipe import Recipe, Stage
 from vtprune.types import Report, StageReport
 
