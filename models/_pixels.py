@@ -48,9 +48,10 @@ def rasters(processor: Any, inputs: Mapping[str, Any], report: Report) -> list[l
     first = next((g for grids, moves in zip(report.grids, moving, strict=True) for g, m in zip(grids, moves, strict=True) if not m), (1, 1))
     images, videos = list(_images(processor, inputs, first[0])), list(_videos(processor, inputs))
     flat = [m for sample in moving for m in sample]
-    if (flat.count(False), flat.count(True)) != (len(images), len(videos)):
+    want, have = (flat.count(False), flat.count(True)), (len(images), len(videos))
+    if want != have:
         raise VtpruneError(
-            f"the report has {flat.count(False)} rasters of images and {flat.count(True)} of videos, but the inputs hold {len(images)} and {len(videos)} pictures: "
+            f"the report has {want[0]} rasters of images and {want[1]} of videos, but the inputs hold {have[0]} and {have[1]} pictures: "
             "these are not the inputs of this report, or this family's rasters cannot be matched with pictures"
         )
     still, frames = iter(images), iter(videos)
@@ -66,9 +67,9 @@ def rasters(processor: Any, inputs: Mapping[str, Any], report: Report) -> list[l
 
 def _moving(processor: Any, inputs: Mapping[str, Any], report: Report) -> list[list[bool]]:
     """Per sample which rasters come from a video, told by their placeholders where there are both."""
-    both = "pixel_values" in inputs and "pixel_values_videos" in inputs
-    if not both:
-        return [["pixel_values_videos" in inputs] * len(grids) for grids in report.grids]
+    still, film = (inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+    if not (still and film):
+        return [[film] * len(grids) for grids in report.grids]
     image, video = (getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video"))
     if image is None or video is None:
         raise VtpruneError(f"{type(processor).__name__} does not say which placeholders stand for images and which for videos")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import subprocess
 import sys
 
@@ -78,6 +80,17 @@ def test_run(capsys, vlm, image, tmp_path):
     assert told["layer_tokens"] == [[16, 16, 4, 4, 4, 4]] and {"dense", "pruned", "flops", "kv_bytes"} <= set(told)
 
 
+def test_run_writes_the_theatre(capsys, vlm, image, tmp_path):
+    out = tmp_path / "kept.html"
+    words = ["run", "--image", image, "--question", "is <b> it", "--keep", "4", "--option", "layers=[2]", "--picture", str(out)]
+    assert cli.main([*words, "--json"]) == 0
+    told, page = json.loads(capsys.readouterr().out), out.read_text(encoding="utf-8")
+    shown = json.loads(html.unescape(re.search("data-scenes='([^']*)'", page)[1]))
+    assert [s["title"] for s in shown["scenes"]] == [f"dense: {told['dense']}", f"pyramiddrop: {told['pruned']}"]
+    assert [[p["tokens"] for p in s["steps"][1:]] for s in shown["scenes"]] == [[16] * 6, told["layer_tokens"][0]]
+    assert len(shown["pictures"]) == 1 and "is &lt;b&gt; it" in page
+
+
 def test_run_takes_a_recipe_file(capsys, vlm, image, tmp_path):
     path = tmp_path / "r.yaml"
     vtprune.Recipe(name="mine", stages=(vtprune.Stage(method="uniform", keep=9),)).save(path)
@@ -99,6 +112,7 @@ def test_run_takes_a_recipe_file(capsys, vlm, image, tmp_path):
         (["--option", "rope=3"], 1, "expected"),
         (["--recipe", "flowcut", "--option", "every=two"], 1, "expected"),
         (["--picture", "no/such/place.png"], 1, "cannot write"),
+        (["--picture", "kept.pdf"], 1, "ends in .png"),
         (["--dtype", "int8"], 2, "invalid choice"),
     ],
 )

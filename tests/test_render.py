@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,6 +73,82 @@ def test_model_view_undoes_the_normalisation():
     flat = Image.new("RGB", (50, 70), (200, 30, 90))
     view = render.model_view(FakeProcessor(), flat)
     assert view.size == (32, 32) and view.getpixel((5, 5)) == (200, 30, 90)
+
+
+NAN = float("nan")
+
+
+def scored(kept: list[int], scores: list[float], units: list[int]) -> StageReport:
+    return StageReport("llm.2", "some", [16], [len(kept)], [torch.tensor(kept)], None, [torch.tensor(scores, dtype=torch.float64)], [torch.tensor(units)])
+
+
+def test_ranks_start_at_one_in_every_unit_and_ties_go_to_the_lower_index():
+    rank, ranked = render.ranks(scored([0], [3, 1, NAN, 3, 2, 9], [0, 0, -1, 0, 1, 1]), 0)
+    assert rank.tolist() == [1, 3, 0, 2, 2, 1] and ranked.tolist() == [3, 3, 0, 3, 2, 2]
+    assert render.ranks(drop([0]), 0) is None
+
+
+def test_heat_runs_from_dark_blue_to_yellow():
+    stages = scored([0, 1], [16.0 - i for i in range(15)] + [NAN], [0] * 15 + [-1]), drop([0], 2)
+    grey = Image.new("RGB", (40, 40), (128, 128, 128))
+    out = np.asarray(render.token_picture(grey, report(*stages), 0, panel=80, heat=True), float)
+    for x, gone in ((100, [False, False]), (190, [False, True])):  # the second panel keeps the colours of the first
+        cells = out[render.GAP + render.TITLE :, x:][:80, :80].reshape(4, 20, 4, 20, 3)[:, 8:12, :, 8:12].mean((1, 3)).reshape(16, 3)
+        best, next_, worst, unranked = cells[0], cells[1], cells[14], cells[15]
+        assert best == pytest.approx(0.3 * 128 + 0.7 * np.array(render.HEAT[-1]), abs=1)
+        assert worst == pytest.approx(0.55 * (0.3 * 128 + 0.7 * np.array(render.HEAT[0])), abs=1)
+        assert (next_.sum() < best.sum() * 0.7) == gone[1] and np.ptp(unranked) < 15
+    with pytest.raises(vtprune.VtpruneError, match="no stage of this report ranks"):
+        render.token_picture(grey, report(drop([1])), 0, heat=True)
+
+
+def test_a_group_that_reaches_into_another_raster():
+    """Its patches there are outlined in its colour; the dot stands in the first raster."""
+    slots = [0] * 16 + [0] * 2 + list(range(1, 15))
+    stage = StageReport("projector", "pool", [32], [15], [torch.tensor([0, *range(18, 32)])], [torch.tensor(slots)])
+    made = Report([32], (stage, drop([0, 31], 15)), [[32]], 1, 1, 1, 1, grids=[[GRID, GRID]])
+    first, second = render.owners(made, 0, number=1)
+    assert first.tolist() == [0, 0, *range(18, 32)] and second.tolist() == [0, 0, *[-1] * 13, 31]
+    outer = np.asarray(render.token_picture(picture(), made, 0, number=1, panel=80)).reshape(-1, 3)
+    assert (outer == render.color(0)).all(1).sum() > 50
+
+
+class Notebook:
+    """What a running IPython leaves in ``sys.modules``."""
+
+    def __init__(self, monkeypatch):
+        self.shown = []
+        for name, parts in (("IPython", {"get_ipython": object}), ("IPython.display", {"HTML": str, "display": self.shown.append})):
+            monkeypatch.setitem(sys.modules, name, SimpleNamespace(**parts))
+
+
+def test_show_in_a_notebook(monkeypatch):
+    notebook = Notebook(monkeypatch)
+    made = Report([32], (drop([1, 17], 32),), [[32, 2]], 1, 1, 1, 1, recipe="<b>", grids=[[GRID, (4, 4)]])
+    made.show()
+    made.show([picture(), picture(1)], heat=False)
+    plain, given = notebook.shown
+    assert plain.size == given.size and plain.getcolors(10**6) != given.getcolors(10**6)
+    made.show(interactive=True)
+    page = Links()
+    page.feed(notebook.shown[2])
+    assert page.tags == ["div", "iframe"] and "vt-theatre" not in page.tags
+    with pytest.raises(vtprune.VtpruneError, match="2 rasters, but there are 1"):
+        made.show(picture())
+
+
+def test_show_without_a_notebook(monkeypatch):
+    shown = []
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
+    monkeypatch.setattr(Image.Image, "show", lambda self: shown.append(self.size))
+    report(drop([1])).show(picture())
+    assert shown == [render.token_picture(picture(), report(drop([1])), 0).size]
+    with pytest.raises(vtprune.VtpruneError, match=r"--picture OUT\.html"):
+        report(drop([1])).show(interactive=True)
+    with pytest.raises(vtprune.VtpruneError, match="no sample 3"):
+        report(drop([1])).show(sample=3)
+    with pytest.raises(vtprune.VtpruneError, match="no visual tokens"):
+        Report([0], (), [[0]], 1, 1, 1, 1, grids=[[]]).show()
 
 
 def test_row_figure():

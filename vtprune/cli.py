@@ -220,17 +220,24 @@ def cmd_adapters(args: argparse.Namespace) -> int:
 def cmd_run(args: argparse.Namespace) -> int:
     import vtprune
 
-    from . import render
+    from . import render, theatre
     from .answer import generate, open_image, prepare
 
     image, picture = open_image(args.image), output(args.picture)
+    if picture is not None and picture.suffix.lower() not in (".png", ".html"):
+        raise VtpruneError(f"--picture {picture}: the name ends in .png for a strip of pictures or in .html for an interactive page")
     model, processor = load(args)
     inputs = prepare(processor, [image], [args.question]).to(model.device, model.dtype)
     dense = generate(model, processor, inputs, args.max_new_tokens)[0]
     with vtprune.attach(model, args.recipe, **{"seed": args.seed, **overrides(args)}) as handle:
         pruned = generate(model, processor, inputs, args.max_new_tokens)[0]
         report, overview = handle.report(), handle.geometry.overview
-    if picture is not None:
+    if picture is not None and picture.suffix.lower() == ".html":
+        views = render.views(processor, inputs, report)
+        scenes = [theatre.scene(theatre.dense(report), views, title=f"dense: {dense}"), theatre.scene(report, views, title=f"{handle.recipe.name}: {pruned}")]
+        facts = f"{args.image.name} | vtprune {_version()} | {args.model or 'the bundled VLM'}, {args.device}, {args.dtype}"
+        render.write(picture, theatre.page(scenes, args.question, facts).encode())
+    elif picture is not None:
         shown = render.token_picture(render.model_view(processor, image, overview), report, 0, number=overview, caption=args.question)
         render.write(picture, shown)
     if args.json:
@@ -370,7 +377,7 @@ def parser() -> argparse.ArgumentParser:
     p = add("run", cmd_run, "answer a question about an image, dense and pruned")
     p.add_argument("--image", type=Path, required=True)
     p.add_argument("--question", required=True)
-    p.add_argument("--picture", type=Path, metavar="OUT.png", help="draw the tokens that each stage kept")
+    p.add_argument("--picture", type=Path, metavar="OUT", help="the tokens that each stage kept: .png a strip of pictures, .html an interactive page")
     p.add_argument("--max-new-tokens", type=positive, default=16)
     p.add_argument("--json", action="store_true")
     model_options(p)

@@ -11,6 +11,7 @@ import colorsys
 import html
 import io
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +26,7 @@ PANEL = 264  # side of a panel, pixels
 GAP = 10
 TITLE = 36
 PAPER, INK, MUTED, SHADE = (255, 255, 255), (25, 28, 33), (104, 110, 120), (46, 50, 58)
+PLAIN = (217, 220, 225)  # under patches without a picture
 
 
 def font(size: int) -> Any:
@@ -272,6 +274,40 @@ def _cell(draw: ImageDraw.ImageDraw, field: np.ndarray, r: int, c: int, cell: in
     if mine in groups and mine == start + r * field.shape[1] + c and cell >= 8:
         k = max(2, cell // 7)
         draw.ellipse((x + cell // 2 - k, y + cell // 2 - k, x + cell // 2 + k, y + cell // 2 + k), fill=color(mine), outline=INK)
+
+
+def show(report: Report, image: Image.Image | Sequence[Image.Image] | None, *, sample: int, heat: bool, interactive: bool) -> None:
+    """What :meth:`vtprune.Report.show` does."""
+    _check(report, sample)
+    grids = report.grids[sample]
+    if not grids:
+        raise VtpruneError(f"sample {sample} has no visual tokens")
+    if image is None:
+        image = [Image.new("RGB", (16 * columns, 16 * rows), PLAIN) for rows, columns in grids]
+    pictures = [image] if isinstance(image, Image.Image) else list(image)
+    if len(pictures) != len(grids):
+        raise VtpruneError(f"sample {sample} has {len(grids)} rasters, but there are {len(pictures)} pictures; give one for each (vtprune.render.views)")
+    notebook = "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None
+    if interactive:
+        if not notebook:
+            raise VtpruneError("interactive=True needs a notebook; 'vtprune run --picture OUT.html' writes the same as a page")
+        from IPython.display import HTML, display
+
+        from . import theatre
+
+        page = theatre.page([theatre.scene(report, pictures, sample=sample)], report.recipe or "dense")
+        display(HTML(f'<div><iframe srcdoc="{html.escape(page)}" title="token theatre" style="width: 100%; height: 900px; border: 0"></iframe></div>'))
+        return
+    strips = [token_picture(p, report, sample, number=i, heat=heat, caption=p.info.get("label", "")) for i, p in enumerate(pictures)]
+    out = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), PAPER)
+    for i, strip in enumerate(strips):
+        out.paste(strip, (0, sum(s.height for s in strips[:i])))
+    if notebook:
+        from IPython.display import display
+
+        display(out)
+    else:
+        out.show()
 
 
 def contact_sheet(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:

@@ -158,6 +158,21 @@ class Report:
         flat = [n for row in self.layer_tokens for n in row]
         return sum(flat) / max(len(flat), 1)
 
+    def show(self, image: Any = None, *, sample: int = 0, heat: bool = False, interactive: bool = False) -> None:
+        """Draws what became of a sample's visual tokens: a picture per stage, in a notebook or else in Pillow's viewer.
+
+        Args:
+            image: a PIL picture as the model sees it, or one per raster (:func:`vtprune.render.views`); default: plain light grey.
+            heat: patches are coloured by the ranks of their scores. interactive: the token theatre, layer by layer; notebooks only.
+
+        Raises:
+            VtpruneError: no such sample or no visual tokens in it, another number of pictures than rasters, ``interactive`` outside of a notebook, ``heat``
+                without scores.
+        """
+        from .render import show
+
+        show(self, image, sample=sample, heat=heat, interactive=interactive)
+
     def to_dict(self, *, scores: bool = False) -> dict[str, Any]:
         """JSON-safe form; index tensors become lists. ``scores``: with what every stage ranked by, ``null`` where it did not."""
 
