@@ -196,7 +196,7 @@ def test_a_closed_answer_does_not_run_to_its_end(long, monkeypatch):
 
 def test_a_request_leaves_the_queue(long):
     gate, stop = threading.Event(), threading.Event()
-    running = long._submit(gate.wait)
+    running = long._submit(lambda: gate.wait(10))
     try:
         waiting = long.stream(Side("fastv"), picture(), "a", stop=stop)
         stop.set()
