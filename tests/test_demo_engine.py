@@ -203,6 +203,7 @@ def test_a_request_leaves_the_queue(long):
         assert [(t.text, t.done, t.result) for t in waiting] == [("", True, None)]
         assert long.rounds([Side(), Side("fastv")], picture(), "a", stop=stop) is None
         assert list(long.compare(picture(), "a", 0.5, names=["fastv"], stop=stop)) == []
+        assert not running.done()
     finally:
         gate.set()
         running.result()
