@@ -197,13 +197,14 @@ def test_a_closed_answer_does_not_run_to_its_end(long, monkeypatch):
 
 def test_a_request_leaves_the_queue(long):
     gate, stop = threading.Event(), threading.Event()
-    running = long._submit(gate.wait)
+    running = long._submit(lambda: gate.wait(10))
     try:
         waiting = long.stream(Side("fastv"), picture(), "a", stop=stop)
         stop.set()
         assert [(t.text, t.done, t.result) for t in waiting] == [("", True, None)]
         assert long.rounds([Side(), Side("fastv")], picture(), "a", stop=stop) is None
         assert list(long.compare(picture(), "a", 0.5, names=["fastv"], stop=stop)) == []
+        assert not running.done()
     finally:
         gate.set()
         running.result()
