@@ -1,4 +1,4 @@
-# make quickstart | test | test-all | test-oldest | lint | support | bench-kernels | wheel | clean     PYTHON=python3.11 make ... chooses the interpreter of .venv
+# make quickstart | test | test-all | test-oldest | lint | support | notebooks | screenshots | bench-kernels | wheel | clean     PYTHON=python3.11 make ... chooses the interpreter of .venv
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -10,7 +10,7 @@ JOBS := -n auto --maxprocesses 4 --dist loadgroup
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help .venv quickstart test test-all test-oldest support bench-kernels lint style typecheck wheel clean
+.PHONY: help .venv quickstart test test-all test-oldest support notebooks screenshots bench-kernels lint style typecheck wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -46,6 +46,14 @@ test-oldest: .venv-oldest/.installed
 # The table of methods and families in docs/support.md and README.md.
 support: .venv
 	@$(BIN)/python -m vtprune.support
+
+# What the notebooks in demos/ put out, saved in them.
+notebooks: .venv
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/notebooks.py
+
+# docs/img/demo-*.png: the demo in a browser, as its tests leave it.
+screenshots: .venv
+	VTPRUNE_SCREENSHOTS=$(CURDIR)/docs/img $(BIN)/python -m pytest -q tests/test_demo_browser.py $(SLOW)
 
 # The kernels' times and memory, in benchmarks/results/kernels-<device>.*; refused where their tests fail. BENCH=--cpu-time on a CPU that others use as well.
 bench-kernels: .venv

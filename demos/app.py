@@ -177,7 +177,8 @@ def _side_by_side(worker: Worker, asked: list[Any], recipe: str, seed: int) -> l
             chosen = [_sent(values[: len(SIDE)]), _sent(values[len(SIDE) :])]
             return worker.desk.ask(str(request.session_hash), video or image, question, chosen, int(length))
 
-        yield {status: status_html("waiting for the model"), **dict.fromkeys([*answers, theatre_, metrics], ""), **handed_out(buttons, {}, "")}
+        empty: dict[Any, Any] = dict.fromkeys([*answers, theatre_, metrics], "")
+        yield {status: status_html("waiting for the model"), **empty, **handed_out(buttons, {}, "")}
         for update in served(updates):
             if "message" in update:
                 gr.Warning(update["message"])
@@ -186,7 +187,7 @@ def _side_by_side(worker: Worker, asked: list[Any], recipe: str, seed: int) -> l
                 yield {answers[update["side"]]: update["text"]}
             elif "files" in update:
                 with tempfile.TemporaryDirectory() as folder:  # gradio takes copies before it asks for more
-                    done = {theatre_: update["theatre"], metrics: update["metrics"], **dict(zip(answers, update["answers"], strict=True))}
+                    done: dict[Any, Any] = {theatre_: update["theatre"], metrics: update["metrics"], **dict(zip(answers, update["answers"], strict=True))}
                     yield {status: status_html(update["status"]), **done, **handed_out(buttons, update["files"], folder)}
             else:
                 yield {status: status_html(update["status"])}

@@ -19,7 +19,6 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers import StoppingCriteria
@@ -89,7 +88,8 @@ class Result:
     """What one side did with one question.
 
     ``name`` of the recipe (of an uploaded file the one inside) · ``recipe`` as it ran, behind the solver (``None``: dense) · ``report`` of its prefill ·
-    ``views`` one picture for each raster of ``report.grids[0]``, ``overview`` the number of the one that shows the whole image · milliseconds, with the
+    ``views`` one picture for each raster of ``report.grids[0]`` (plain grey where none can be matched: ``note`` says why), ``overview`` the number of the one
+    that shows the whole image · milliseconds, with the
     device's queue empty: ``ttft_ms`` from the question to the first token, with the preparation of the picture and without attaching and waiting for others;
     ``prefill_ms`` from the start of ``generate`` to the first token; ``token_ms`` per later token (``None``: there is none); ``total_ms`` from the question to
     the last token · ``new_tokens`` with the end token.
@@ -109,6 +109,7 @@ class Result:
     prefill_ms: float
     token_ms: float | None
     total_ms: float
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Times of two sides measured in turns, milliseconds: medians ``(first, second)`` over ``rounds``; the ratios are medians of second over first within a
-    round."""
+    """Times of two sides measured in turns, milliseconds: medians ``(first, second)`` over ``rounds``."""
 
     rounds: int
     prefill_ms: tuple[float, float]
     ttft_ms: tuple[float, float]
-    prefill_ratio: float
-    ttft_ratio: float
 
 
 @dataclass(frozen=True)
@@ -383,6 +381,7 @@ class Engine:
             halt = _Halt(halted)
             out, cost = self._generate(inputs, asked, handle, max_new_tokens, streamer=_Tell(self._text, tell), stopping_criteria=[halt])
             report = self._report(inputs, handle)
+            views, note = self._views(inputs, report)
         later = cost["new_tokens"] - 1
         return Result(
             side=side,
@@ -392,7 +391,8 @@ class Engine:
             stopped=halt.fired,
             report=report,
             recipe=None if handle is None else handle.recipe,
-            views=self._views(part, len(report.grids[0])),
+            views=views,
+            note=note,
             overview=self.geometry.overview % max(len(report.grids[0]), 1),
             new_tokens=cost["new_tokens"],
             ttft_ms=1000 * cost["ttft"],
@@ -421,18 +421,12 @@ class Engine:
     def _text(self, tokens: list[int]) -> str:
         return self.processor.batch_decode(torch.tensor([tokens]), skip_special_tokens=True)[0].strip()
 
-    def _views(self, part: dict[str, Any], rasters: int) -> tuple[Image.Image, ...]:
-        """What the rasters show: the tile if each is one; the whole picture for those that are put together from tiles; a video's frames."""
-        if part["type"] == "video":
-            frames = part["video"][0]
-            return tuple(Image.fromarray(np.asarray(frames[i * len(frames) // rasters])) for i in range(rasters))
-        image = part["image"]
-        pixels = np.asarray(self.processor.image_processor(images=[image], return_tensors="np")["pixel_values"])
-        tiles = 0 if pixels.ndim < 4 else len(pixels[0]) if pixels.ndim == 5 else len(pixels)
-        if tiles == rasters:
-            return tuple(render.model_view(self.processor, image, i) for i in range(rasters))
-        whole = self.geometry.overview % max(rasters, 1)
-        return tuple(render.model_view(self.processor, image, self.geometry.overview) if i == whole else image for i in range(rasters))
+    def _views(self, inputs: Any, report: Report) -> tuple[tuple[Image.Image, ...], str]:
+        """What lies under each raster; or light grey, and why."""
+        try:
+            return tuple(render.views(self.processor, inputs, report)), ""
+        except VtpruneError as e:
+            return tuple(render.blank(report, 0)), str(e)
 
     # -- comparisons -------------------------------------------------------------------------------------------------------
 
@@ -473,8 +467,7 @@ class Engine:
             return None
         columns = [[tuple(1000 * side[k] for side in turn) for turn in found] for k in (0, 1)]
         medians = [(statistics.median(a for a, _ in c), statistics.median(b for _, b in c)) for c in columns]
-        ratios = [statistics.median(b / a for a, b in c) for c in columns]
-        return Rounds(len(found), medians[0], medians[1], ratios[0], ratios[1])
+        return Rounds(len(found), medians[0], medians[1])
 
     def _first_token(self, side: Side, part: dict[str, Any], question: str) -> tuple[tuple[float, float], Side]:
         """Seconds of a prefill and to the first token, behind a warm-up; and the side as solved."""

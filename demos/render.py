@@ -78,13 +78,10 @@ def metrics(a: Result, b: Result, rounds: Rounds | None = None) -> list[Row]:
     """The comparison of two sides. With ``rounds`` the first two times are their medians, measured in turns; without, single measurements."""
     x, y = figures_of(a), figures_of(b)
     how = "" if rounds is None else f", median of {rounds.rounds} in turns" if rounds.rounds > 1 else ", one round in turns"
-    times = [(x["ttft_ms"], y["ttft_ms"]), (x["prefill_ms"], y["prefill_ms"])]
-    ratios: list[float | None] = [None, None]
-    if rounds is not None:
-        times, ratios = [rounds.ttft_ms, rounds.prefill_ms], [rounds.ttft_ratio, rounds.prefill_ratio]
+    times = [(x["ttft_ms"], y["ttft_ms"]), (x["prefill_ms"], y["prefill_ms"])] if rounds is None else [rounds.ttft_ms, rounds.prefill_ms]
     return [
-        _row(f"time to first token, ms{how}", times[0][0], times[0][1], ratio=ratios[0]),
-        _row(f"prefill, ms{how}", times[1][0], times[1][1], ratio=ratios[1]),
+        _row(f"time to first token, ms{how}", *times[0]),
+        _row(f"prefill, ms{how}", *times[1]),
         _row("later tokens, ms each", x["token_ms"], y["token_ms"]),
         Row("visual tokens per layer", layers_text(x["layer_tokens"]), layers_text(y["layer_tokens"]), "", ""),
         _row("effective visual tokens", x["effective_tokens"], y["effective_tokens"]),
@@ -93,13 +90,11 @@ def metrics(a: Result, b: Result, rounds: Rounds | None = None) -> list[Row]:
     ]
 
 
-def _row(name: str, first: float | None, second: float | None, digits: int = 1, ratio: float | None = None) -> Row:
+def _row(name: str, first: float | None, second: float | None, digits: int = 1) -> Row:
     said = ["-" if v is None else f"{v:.{digits}f}" for v in (first, second)]
     if first is None or second is None:
         return Row(name, said[0], said[1], "", "")
-    if ratio is None and first:
-        ratio = second / first
-    return Row(name, said[0], said[1], f"{second - first:+.{digits}f}", "" if ratio is None else f"x {ratio:.2f}")
+    return Row(name, said[0], said[1], f"{second - first:+.{digits}f}", f"x {second / first:.2f}" if first else "")
 
 
 def metrics_html(rows: Sequence[Row], first: str = "first", second: str = "second") -> str:

@@ -11,8 +11,9 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from multiprocessing.managers import BaseManager, IteratorProxy
+from multiprocessing.managers import BaseManager, IteratorProxy  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ class Desk:
         facts = json.dumps({"question": a.question, **{head: r.report.recipe or "dense" for head, r in zip(heads, results, strict=True)}})
         files = {f"recipe-{name.lower()}.json": render.recipe_json(r).encode() for name, r in zip(NAMES, results, strict=True) if r.recipe is not None}
         yield {
-            "status": "done",
+            "status": f"done: {outcome(a, b)}",
             "answers": [r.answer for r in results],
             "metrics": render.metrics_html(render.metrics(a, b, rounds), *heads),
             "theatre": theatre.element(scenes),
@@ -174,6 +175,13 @@ class Desk:
         return _Registered(self._running, self._lock, token)
 
 
+def outcome(a: Any, b: Any) -> str:
+    """Two results in a sentence."""
+    work = f"B reads {100 * b.report.effective_tokens / a.report.effective_tokens:.0f} % of A's visual tokens" if a.report.effective_tokens else ""
+    same = "the same answer" if a.answer == b.answer else "another answer"
+    return ", ".join(part for part in (work, same, a.note and f"patches are drawn on grey ({a.note})") if part)
+
+
 class _Registered:
     """An event that :meth:`Desk.stop` finds for as long as the block runs."""
 
@@ -239,27 +247,13 @@ class Worker:
         # A forked process keeps the torch that is imported here already; elsewhere, or once CUDA is in use, it starts anew.
         self._manager = _Manager(ctx=multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn"))
         self._manager.start(_begin)
-        self._loaded = threading.Event()
         self._desk: Any = self._manager.Desk()  # type: ignore[attr-defined]
-        self._failure: BaseException | None = None
-        threading.Thread(target=self._load, args=(model, device, dtype), daemon=True).start()
-
-    def _load(self, *given: Any) -> None:
-        try:
-            self._desk.load(*given)
-        except BaseException as e:
-            self._failure = e
-            if not isinstance(e, VtpruneError):
-                raise
-        finally:
-            self._loaded.set()
+        self._loaded = ThreadPoolExecutor(1).submit(self._desk.load, model, device, dtype)
 
     @property
     def desk(self) -> Any:
         """The desk, once the model is loaded. Raises what loading raised."""
-        self._loaded.wait()
-        if self._failure is not None:
-            raise self._failure
+        self._loaded.result()
         return self._desk
 
     def close(self) -> None:

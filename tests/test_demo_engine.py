@@ -272,7 +272,6 @@ def test_rounds_go_to_and_fro(long, monkeypatch):
     found = long.rounds([Side(), Side("fastv")], picture(), "a", limit_s=100)
     assert turns == ["dense", "fastv", "fastv", "dense", "dense", "fastv"]
     assert found.rounds == 3 and found.prefill_ms == (5000, 3000) and found.ttft_ms == (6000, 4000)
-    assert found.prefill_ratio == pytest.approx(0.5) and found.ttft_ratio == pytest.approx(0.6)
 
 
 def test_the_first_prefill_of_an_attachment_is_in_no_time(long, monkeypatch):
@@ -285,7 +284,7 @@ def test_the_first_prefill_of_an_attachment_is_in_no_time(long, monkeypatch):
 def test_rounds_keep_to_their_time(long):
     before = snapshot(long.model)
     found = long.rounds([Side(), Side("fastv", "effective", 0.5)], picture(), "a b", repeats=50, limit_s=0)
-    assert found.rounds == 1 and 0 < found.prefill_ms[0] < found.ttft_ms[0] and found.prefill_ratio == pytest.approx(found.prefill_ms[1] / found.prefill_ms[0])
+    assert found.rounds == 1 and 0 < found.prefill_ms[0] < found.ttft_ms[0]
     assert long.rounds([Side("random", options={"positions": "compact"}), Side("random")], picture(), "a b", repeats=3, limit_s=60).rounds == 3
     assert snapshot(long.model) == before
     for sides, repeats in (([Side()], 3), ([Side(), Side()], 0)):

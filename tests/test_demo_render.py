@@ -70,8 +70,8 @@ def test_rows_hold_both_sides_and_their_difference():
         ("2.000", "1.250", "-0.750", "x 0.62"),
         ("8.0", "5.0", "-3.0", "x 0.62"),
     ]
-    timed = shown.metrics(a, b, Rounds(3, (50.0, 30.0), (70.0, 40.0), 0.61, 0.57))
-    assert [(r.first, r.second, r.difference, r.ratio) for r in timed[:2]] == [("70.0", "40.0", "-30.0", "x 0.57"), ("50.0", "30.0", "-20.0", "x 0.61")]
+    timed = shown.metrics(a, b, Rounds(3, (50.0, 30.0), (70.0, 40.0)))
+    assert [(r.first, r.second, r.difference, r.ratio) for r in timed[:2]] == [("70.0", "40.0", "-30.0", "x 0.57"), ("50.0", "30.0", "-20.0", "x 0.60")]
     assert "median of 3 in turns" in timed[0].name and "turns" not in shown.metrics(a, b)[0].name
     assert shown.metrics(b, a)[0].difference == "+40.0"
     assert shown.figures_of(b)["effective_tokens"] == 10 and shown.figures_of(b)["layer_tokens"] == [16, 16, 4, 4]

@@ -276,6 +276,11 @@ def _cell(draw: ImageDraw.ImageDraw, field: np.ndarray, r: int, c: int, cell: in
         draw.ellipse((x + cell // 2 - k, y + cell // 2 - k, x + cell // 2 + k, y + cell // 2 + k), fill=color(mine), outline=INK)
 
 
+def blank(report: Report, sample: int) -> list[Image.Image]:
+    """Plain light grey in the place of :func:`views`."""
+    return [Image.new("RGB", (16 * columns, 16 * rows), PLAIN) for rows, columns in report.grids[sample]]
+
+
 def show(report: Report, image: Image.Image | Sequence[Image.Image] | None, *, sample: int, heat: bool, interactive: bool) -> None:
     """What :meth:`vtprune.Report.show` does."""
     _check(report, sample)
@@ -283,7 +288,7 @@ def show(report: Report, image: Image.Image | Sequence[Image.Image] | None, *, s
     if not grids:
         raise VtpruneError(f"sample {sample} has no visual tokens")
     if image is None:
-        image = [Image.new("RGB", (16 * columns, 16 * rows), PLAIN) for rows, columns in grids]
+        image = blank(report, sample)
     pictures = [image] if isinstance(image, Image.Image) else list(image)
     if len(pictures) != len(grids):
         raise VtpruneError(f"sample {sample} has {len(grids)} rasters, but there are {len(pictures)} pictures; give one for each (vtprune.render.views)")

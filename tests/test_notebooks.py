@@ -1,0 +1,29 @@
+"""The notebooks run from top to bottom, and what they show is what the library does now."""
+
+from __future__ import annotations
+
+import re
+
+import nbformat
+import pytest
+
+pytest.importorskip("nbclient")
+from notebooks import NOTEBOOKS, run, said
+
+
+def rounded(texts: list[str]) -> list[str]:
+    """Without scores, whose last digits differ between machines."""
+    return [re.sub(r"score [-\d.e]+", "score", text) for text in texts]
+
+
+def test_there_are_notebooks():
+    assert len(NOTEBOOKS) >= 2
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook(path, tmp_path):
+    kept, fresh = nbformat.read(path, 4), run(path, tmp_path)
+    assert rounded(said(fresh)) == rounded(said(kept)), "run `make notebooks` and look at what changed"
+    shown = [[sorted(o.data) for o in cell.get("outputs", []) if o.output_type != "stream"] for cell in fresh.cells]
+    assert shown == [[sorted(o.data) for o in cell.get("outputs", []) if o.output_type != "stream"] for cell in kept.cells]
+    assert sum(map(len, shown)) >= 2, "no pictures"
