@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
@@ -34,7 +35,8 @@ def open_image(path: str | Path) -> Image.Image:
     """The image file ``path``, upright and in RGB.
 
     Raises:
-        VtpruneError: the file is missing, is no image, is damaged, or has more than :data:`MEGAPIXELS` million pixels (told from the header, before decoding).
+        VtpruneError: the file is missing, is no image, is damaged, has more than :data:`MEGAPIXELS` million pixels (told from the header, before decoding), or
+            has values beyond 16 bits.
     """
     path = Path(path)
     if path.is_dir():
@@ -47,7 +49,7 @@ def open_image(path: str | Path) -> Image.Image:
             with Image.open(path) as image:
                 if image.width * image.height > MEGAPIXELS * 1_000_000:
                     raise VtpruneError(f"{path} has {image.width} x {image.height} pixels; the limit is {MEGAPIXELS} megapixels")
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return _eight_bits(ImageOps.exif_transpose(image), path).convert("RGB")
         except VtpruneError:
             raise
         except UnidentifiedImageError as e:
@@ -56,6 +58,16 @@ def open_image(path: str | Path) -> Image.Image:
             raise VtpruneError(f"{path} has far more than {MEGAPIXELS} megapixels") from e
         except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as e:
             raise VtpruneError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
+
+
+def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
+    """Grey values of 16 bits as 8: Pillow's own conversion would cut them off at 255, which makes nearly everything white."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise VtpruneError(f"{path} has grey values of 32 bits, whose range is not known")
+    return Image.fromarray((values // 257).astype(np.uint8))
 
 
 def prepare(processor: Any, images: Sequence[Image.Image | Sequence[Image.Image]], questions: Sequence[str]) -> Any:
@@ -97,8 +109,6 @@ def video_part(path: str | Path, frames: int = 32) -> dict[str, Any]:
 
 
 def _even(there: int, wanted: int) -> Any:
-    import numpy as np
-
     return np.linspace(0, there - 1, min(there, wanted)).round().astype(int)
 
 

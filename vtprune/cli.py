@@ -341,6 +341,12 @@ def cmd_eval(args: argparse.Namespace) -> int:
     return evaluate.run(args)
 
 
+def cmd_demo(args: argparse.Namespace) -> int:
+    from vtprune.demos import command
+
+    return command.run(args)
+
+
 def cmd_report(args: argparse.Namespace) -> int:
     from . import report
 
@@ -416,7 +422,13 @@ def parser() -> argparse.ArgumentParser:
     branch.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
     dpvr_lf.add_arguments(branch)
 
+    from vtprune.demos import command
+
     from . import report
+
+    p = add("demo", cmd_demo, "open a page on which to ask, compare recipes and watch the tokens")
+    command.add_arguments(p)
+    model_options(p)
 
     report.add_arguments(add("report", cmd_report, "show result files as one self-contained page with figures"))
     return top

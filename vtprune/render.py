@@ -6,6 +6,7 @@ Indices are a sample's original visual tokens, raster order on ``grid`` (rows, c
 from __future__ import annotations
 
 import base64
+import bisect
 import colorsys
 import html
 import io
@@ -158,16 +159,11 @@ def token_picture(
     Raises:
         VtpruneError: the report has no such sample or raster; with ``heat``, none of its stages has scores.
     """
-    _check(report, sample)
-    if not -len(report.grids[sample]) <= number < len(report.grids[sample]):
-        raise VtpruneError(f"sample {sample} has {len(report.grids[sample])} rasters, there is no raster {number}")
+    grid, cell, plain = _plain(image, report, sample, number, panel)
     if heat and all(s.scores is None for s in report.stages):
         raise VtpruneError("heat=True: no stage of this report ranks tokens by a score")
-    rows, columns = grid = report.grids[sample][number]
+    (rows, columns), size = grid, plain.size
     start = starts(report, sample)[number % len(report.grids[sample])]
-    cell = max(4, panel // max(rows, columns))
-    size = (columns * cell, rows * cell)
-    plain = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     first = plain.copy()
     draw = ImageDraw.Draw(first)
     for left, top, right, bottom in boxes:
@@ -185,26 +181,46 @@ def token_picture(
     return _strip(titles, panels)
 
 
+def kept_picture(image: Image.Image, report: Report, sample: int = 0, *, number: int = 0, panel: int = PANEL) -> Image.Image:
+    """The tokens left by the last stage that changed something, as one panel of :func:`token_picture` without titles; without such a stage the image as it is.
+
+    Raises :class:`VtpruneError` as :func:`token_picture` does.
+    """
+    grid, cell, plain = _plain(image, report, sample, number, panel)
+    changed = [i for i, s in enumerate(report.stages) if s.tokens_in[sample] != s.tokens_out[sample]]
+    start = starts(report, sample)[number % len(report.grids[sample])]
+    return _panel(plain, owners(report, sample, number)[changed[-1]], grid, cell, start, None) if changed else plain
+
+
+def _plain(image: Image.Image, report: Report, sample: int, number: int, panel: int) -> tuple[tuple[int, int], int, Image.Image]:
+    """The raster's rows and columns, pixels per patch in a panel, and the image in that size."""
+    _check(report, sample)
+    if not -len(report.grids[sample]) <= number < len(report.grids[sample]):
+        raise VtpruneError(f"sample {sample} has {len(report.grids[sample])} rasters, there is no raster {number}")
+    rows, columns = grid = report.grids[sample][number]
+    cell = max(4, panel // max(rows, columns))
+    return grid, cell, image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
+
+
 def _strip(titles: Sequence[tuple[str, str]], panels: Sequence[Image.Image]) -> Image.Image:
     w, h = panels[0].size
     out = Image.new("RGB", (len(panels) * (w + GAP) + GAP, h + TITLE + 2 * GAP), PAPER)
     draw = ImageDraw.Draw(out)
     for i, (title, picture) in enumerate(zip(titles, panels, strict=True)):
         x = GAP + i * (w + GAP)
-        draw.text((x, GAP - 3), _fit(draw, title[0], w, 15), fill=INK, font=font(15))
-        draw.text((x, GAP + 16), _fit(draw, title[1], w, 13), fill=MUTED, font=font(13))
+        draw.text((x, GAP - 3), fit(draw, title[0], w, 15), fill=INK, font=font(15))
+        draw.text((x, GAP + 16), fit(draw, title[1], w, 13), fill=MUTED, font=font(13))
         out.paste(picture, (x, GAP + TITLE))
     return out
 
 
-def _fit(draw: ImageDraw.ImageDraw, words: str, width: float, size: int) -> str:
+def fit(draw: ImageDraw.ImageDraw, words: str, width: float, size: int) -> str:
     """``words``, shortened with dots to at most ``width`` pixels."""
     face = font(size)
     if draw.textlength(words, font=face) <= width:
         return words
-    while words and draw.textlength(words + "...", font=face) > width:
-        words = words[:-1]
-    return words.rstrip() + "..."
+    letters = bisect.bisect_right(range(len(words)), width, key=lambda n: draw.textlength(words[:n] + "...", font=face)) - 1
+    return words[: max(letters, 0)].rstrip() + "..."
 
 
 def _panel(image: Image.Image, owner: np.ndarray, grid: tuple[int, int], cell: int, start: int, heat: np.ndarray | None) -> Image.Image:
@@ -302,7 +318,7 @@ def contact_sheet(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     out = Image.new("RGB", (width, sum(p.height + 30 for _, p in pictures) + GAP), PAPER)
     draw, y = ImageDraw.Draw(out), GAP
     for label, picture in pictures:
-        draw.text((GAP, y), _fit(draw, label, width - 2 * GAP, 17), fill=INK, font=font(17))
+        draw.text((GAP, y), fit(draw, label, width - 2 * GAP, 17), fill=INK, font=font(17))
         out.paste(picture, (0, y + 24))
         y += picture.height + 30
     return out

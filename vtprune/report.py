@@ -667,6 +667,26 @@ def page_html(found: Sequence[Found], unknown: Sequence[str], pictures: Mapping[
 # --------------------------------------------------------------------------------------------------------------- command
 
 
+def page(folder: Path, *, budget: float = 0.25, cost: str = "tokens", title: str | None = None) -> str:
+    """The page that :func:`write` writes, figures as SVG inside. Raises :class:`VtpruneError` for what :func:`load` refuses and without matplotlib."""
+    found, unknown = load(folder)
+    figures.library()
+    pictures: dict[str, list[str]] = {}
+    for f in found:
+        for drawing in drawings(f, budget, cost):
+            if (figure := drawing.draw()) is not None:
+                pictures.setdefault(f.stem, []).append(_inline(drawing, figure, figures.encode(figure, "svg")))
+    return page_html(found, unknown, pictures, title or _title(folder))
+
+
+def _inline(drawing: Drawing, figure: Any, svg: bytes) -> str:
+    return figure_html(drawing, svg, round(96 * figure.get_figwidth()))
+
+
+def _title(folder: Path) -> str:
+    return f"vtprune report: {folder.resolve().name}"
+
+
 def write(folder: Path, out: Path, *, budget: float = 0.25, cost: str = "tokens", title: str | None = None) -> list[Path]:
     """Reads ``folder``, writes ``report.html`` and the figures into ``out`` (made if it is not there) and gives all paths written, the page first.
 
@@ -686,11 +706,11 @@ def write(folder: Path, out: Path, *, budget: float = 0.25, cost: str = "tokens"
     except OSError as e:
         raise VtpruneError(f"cannot write {out}: {e.strerror}") from e
     planned = {f.stem: drawings(f, budget, cost) for f in found}
-    page = out / "report.html"
-    files = [page, *(out / f"{d.name}.{kind}" for drawn in planned.values() for d in drawn for kind in ("png", "svg"))]
+    whole = out / "report.html"
+    files = [whole, *(out / f"{d.name}.{kind}" for drawn in planned.values() for d in drawn for kind in ("png", "svg"))]
     for path in files:
         output(path)
-    written = [page]
+    written = [whole]
     pictures: dict[str, list[str]] = {}
     for stem, listed in planned.items():
         for drawing in listed:
@@ -699,9 +719,8 @@ def write(folder: Path, out: Path, *, budget: float = 0.25, cost: str = "tokens"
             for kind in ("png", "svg"):
                 written.append(out / f"{drawing.name}.{kind}")
                 render.write(written[-1], data := figures.encode(figure, kind))
-            pictures.setdefault(stem, []).append(figure_html(drawing, data, round(96 * figure.get_figwidth())))
-    name = title or f"vtprune report: {folder.resolve().name}"
-    render.write(page, page_html(found, unknown, pictures, name).encode())
+            pictures.setdefault(stem, []).append(_inline(drawing, figure, data))
+    render.write(whole, page_html(found, unknown, pictures, title or _title(folder)).encode())
     return written
 
 

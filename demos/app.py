@@ -1,0 +1,299 @@
+"""The page of ``vtprune demo``: wiring only. The model lives in :mod:`vtprune.demos.worker`'s process, drawing in :mod:`vtprune.demos.render` and
+:mod:`vtprune.theatre`."""
+
+from __future__ import annotations
+
+import html
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from vtprune import report, theatre
+from vtprune.ledger import UndoLedger
+from vtprune.types import VtpruneError
+
+from .samples import saved
+from .worker import NAMES, Worker
+
+SAMPLES = 6
+LARGEST_FILE = "20mb"
+WAITING = 16  # questions in the queue
+BUDGETS = [("the method's own", "own"), ("tokens kept after the last cut", "keep"), ("effective tokens (solved)", "effective")]
+SIDE = ("recipe", "file", "budget", "share", "options", "seed")  # what :meth:`Desk.side` takes
+DOWNLOADS = {
+    "vtprune.png": "Picture (PNG)",
+    "theatre.html": "Theatre (HTML)",
+    "repeat.py": "Program (Python)",
+    "recipe-a.json": "Recipe A (JSON)",
+    "recipe-b.json": "Recipe B (JSON)",
+}
+SHEET = {"methods.png": "Contact sheet (PNG)", "repeat.py": "Program (Python)"}
+GONE = "the model's process has ended; start vtprune demo again"
+Files = dict[str, gr.DownloadButton]
+
+
+def status_html(text: str, done: int | None = None, of: int | None = None) -> str:
+    """A line that screen readers tell, with a bar if something can be counted."""
+    bar = "" if done is None else f'<progress value="{done}" max="{of}">{done} of {of}</progress> {done} of {of}: '
+    return f'<div class="vtp-status" role="status">{bar}{html.escape(text)}</div>'
+
+
+def _html(value: str = "", **how: Any) -> gr.HTML:
+    """HTML with its own style alone."""
+    return gr.HTML(value, apply_default_css=False, **how)
+
+
+def served(updates: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """``updates``, what the user can put right as a last one with ``message``."""
+    try:
+        yield from updates()
+    except VtpruneError as e:
+        yield {"message": str(e)}
+    except (EOFError, ConnectionError):
+        yield {"message": GONE}
+
+
+def handed_out(buttons: Files, files: Mapping[str, bytes], folder: str) -> dict[Any, Any]:
+    """The download buttons with what there is to download."""
+    out = {}
+    for name, button in buttons.items():
+        path = Path(folder) / name
+        if name in files:
+            path.write_bytes(files[name])
+        out[button] = gr.DownloadButton(value=str(path), interactive=True) if name in files else gr.DownloadButton(value=None, interactive=False)
+    return out
+
+
+def _downloads(named: Mapping[str, str], prefix: str) -> Files:
+    with gr.Row(elem_classes="vtp-downloads"):
+        return {
+            name: gr.DownloadButton(label, interactive=False, size="sm", min_width=120, elem_id=f"{prefix}-{name.replace('.', '-')}")
+            for name, label in named.items()
+        }
+
+
+def _side(name: str, recipe: str, seed: int) -> dict[str, Any]:
+    """The controls of one side, by the names in :data:`SIDE`."""
+    low = name.lower()
+    with gr.Column(min_width=260), gr.Group():
+        with gr.Row():
+            made: dict[str, Any] = {"recipe": gr.Dropdown([recipe], value=recipe, label=f"{name}: recipe", min_width=140, elem_id=f"recipe-{low}")}
+            made["budget"] = gr.Dropdown(BUDGETS, value="own", label="Budget", min_width=140, elem_id=f"budget-{low}")
+        made["share"] = gr.Slider(1, 100, value=25, step=1, label="Share of the tokens, %", visible=False, elem_id=f"share-{low}")
+        made["budget"].change(lambda kind: gr.Slider(visible=kind != "own"), made["budget"], made["share"], show_progress="hidden", api_visibility="private")
+        with gr.Accordion("Options, seed, recipe file", open=False):
+            made["options"] = gr.Textbox(label="Options of the method, JSON", placeholder='{"layer": 3}', max_lines=3)
+            made["seed"] = gr.Number(seed, precision=0, minimum=0, label="Seed, for methods that draw at random")
+            made["file"] = gr.File(label="Recipe file (JSON) instead of a name", file_types=[".json"], height=110)
+    return made
+
+
+def _sent(values: Sequence[Any]) -> dict[str, Any]:
+    """One side's values in the order of :data:`SIDE`, as :meth:`Desk.side` takes them. Raises :class:`VtpruneError` for a file that is no text."""
+    given = dict(zip(SIDE, values, strict=True))
+    if given["file"]:
+        path = Path(given["file"])
+        try:
+            given["file"] = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise VtpruneError(f"{path.name} is no recipe file: it is not text") from e
+    return {**given, "share": given["share"] / 100, "seed": int(given["seed"] or 0)}
+
+
+def build(worker: Worker, folder: Path, *, recipe: str = "pyramiddrop", seed: int = 0, results: Path | None = None) -> gr.Blocks:
+    """The page. ``folder`` takes the sample pictures; ``recipe``: side B's to begin with; ``results``: a folder of result files for the third tab."""
+    with gr.Blocks(title="vtprune", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        _html('<header class="vtp-head"><h1>vtprune</h1><p>Ask about a picture and watch which visual tokens the model keeps, layer by layer.</p></header>')
+        about = _html(status_html("the model is being loaded"), elem_id="about")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                image = gr.Image(
+                    label="Picture: drop, paste or choose one", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=280, buttons=[],
+                    elem_id="picture",
+                )  # fmt: skip
+                # What arrives is opened where it can be refused with a message; gradio would open it on the way.
+                UndoLedger().replace(image, "preprocess", lambda payload: None if payload is None else payload.path)
+                video = gr.File(label="or a video", file_types=["video"], visible=False, height=110, elem_id="video")
+                question = gr.Textbox(label="Question", max_length=2000, max_lines=4, elem_id="question")
+                truth = gr.Textbox(label="Right answer, if you know it", elem_id="truth")
+                _samples(folder, [image, question, truth])
+            with gr.Column(scale=3, min_width=320), gr.Tabs():
+                with gr.Tab("Side by side"):
+                    sides = _side_by_side(worker, [image, video, question], recipe, seed)
+                with gr.Tab("All methods"):
+                    _all_methods(worker, [image, video, question, truth], seed)
+                with gr.Tab("Results"):
+                    _results(results)
+        page.load(lambda: _welcome(worker), None, [about, video, *sides], show_progress="hidden", api_visibility="private")
+
+        def leave(request: gr.Request) -> None:
+            worker.desk.stop(str(request.session_hash))
+
+        page.unload(leave)
+    return page
+
+
+def _samples(folder: Path, inputs: list[Any]) -> None:
+    found = saved(SAMPLES, folder)
+    rows = gr.Dataset(components=["image"], samples=[[path] for path, *_ in found], type="index", layout="gallery", label="Samples", elem_id="samples")
+    rows.click(lambda number: found[number], rows, inputs, show_progress="hidden", api_visibility="private")
+
+
+def _welcome(worker: Worker) -> list[Any]:
+    """What the page shows once the model is there."""
+    try:
+        told = worker.desk.about()
+    except VtpruneError as e:
+        return [status_html(str(e)), gr.skip(), gr.skip(), gr.skip()]
+    refused = "".join(f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in told["refused"])
+    more = f"<details><summary>{len(told['refused'])} recipes that this model does not take</summary><ul>{refused}</ul></details>" if refused else ""
+    choices = gr.Dropdown(["dense", *told["recipes"]])
+    return [f'<div class="vtp-about">{html.escape(told["model"])}{more}</div>', gr.File(visible=told["videos"]), choices, choices]
+
+
+# ---------------------------------------------------------------------------------------------------------- side by side
+
+
+def _side_by_side(worker: Worker, asked: list[Any], recipe: str, seed: int) -> list[gr.Dropdown]:
+    with gr.Row():
+        sides = [_side(name, start, seed) for name, start in zip(NAMES, ("dense", recipe), strict=True)]
+    with gr.Row():
+        ask = gr.Button("Ask both", variant="primary", elem_id="ask")
+        stop = gr.Button("Stop", variant="stop", elem_id="stop")
+    status = _html(status_html("choose a picture, type a question, ask"), elem_id="status")
+    with gr.Row():
+        answers = [gr.Textbox(label=f"Answer {name}", lines=2, interactive=False, elem_id=f"answer-{name.lower()}") for name in NAMES]
+    theatre_ = _html(elem_id="theatre")
+    metrics = _html(elem_id="metrics")
+    buttons = _downloads(DOWNLOADS, "get")
+    length = gr.Slider(1, 256, value=32, step=1, label="Length of an answer, at most this many tokens")
+
+    def run(request: gr.Request, image: str | None, video: str | None, question: str, length: int, *values: Any) -> Iterator[dict[Any, Any]]:
+        def updates() -> Iterator[dict[str, Any]]:
+            chosen = [_sent(values[: len(SIDE)]), _sent(values[len(SIDE) :])]
+            return worker.desk.ask(str(request.session_hash), video or image, question, chosen, int(length))
+
+        yield {status: status_html("waiting for the model"), **dict.fromkeys([*answers, theatre_, metrics], ""), **handed_out(buttons, {}, "")}
+        for update in served(updates):
+            if "message" in update:
+                gr.Warning(update["message"])
+                yield {status: status_html(update["message"])}
+            elif "text" in update:
+                yield {answers[update["side"]]: update["text"]}
+            elif "files" in update:
+                with tempfile.TemporaryDirectory() as folder:  # gradio takes copies before it asks for more
+                    done = {theatre_: update["theatre"], metrics: update["metrics"], **dict(zip(answers, update["answers"], strict=True))}
+                    yield {status: status_html(update["status"]), **done, **handed_out(buttons, update["files"], folder)}
+            else:
+                yield {status: status_html(update["status"])}
+
+    given = [*asked, length, *(side[name] for side in sides for name in SIDE)]
+    out = [status, *answers, theatre_, metrics, *buttons.values()]
+    events = [
+        listen(run, given, out, concurrency_id="model", concurrency_limit=4, show_progress="minimal", show_progress_on=status, api_visibility="private")
+        for listen in (ask.click, asked[-1].submit)
+    ]
+    _stops(worker, stop, status, events)
+    return [side["recipe"] for side in sides]
+
+
+def _stops(worker: Worker, button: gr.Button, status: gr.HTML, events: list[Any]) -> None:
+    def stop(request: gr.Request) -> str:
+        worker.desk.stop(str(request.session_hash))
+        return status_html("stopped")
+
+    button.click(stop, None, status, cancels=events, queue=False, api_visibility="private")
+
+
+# ----------------------------------------------------------------------------------------------------------- all methods
+
+
+def _all_methods(worker: Worker, asked: list[Any], seed: int) -> None:
+    with gr.Row():
+        budget = gr.Dropdown([b for b in BUDGETS if b[1] != "own"], value="effective", label="Budget", min_width=160)
+        share = gr.Slider(1, 100, value=25, step=1, label="Budget in % of the tokens", min_width=160, elem_id="share-all")
+        chance = gr.Number(seed, precision=0, minimum=0, label="Seed", min_width=80)
+    with gr.Row():
+        go = gr.Button("Compare all methods", variant="primary", elem_id="compare")
+        stop = gr.Button("Stop", variant="stop")
+    status = _html(status_html("every method answers the same question at the same budget"), elem_id="compare-status")
+    cards = _html(elem_id="cards")
+    buttons = _downloads(SHEET, "all")
+
+    def run(
+        request: gr.Request, image: str | None, video: str | None, question: str, truth: str, budget: str, share: int, seed: float | None
+    ) -> Iterator[dict[Any, Any]]:
+        def updates() -> Iterator[dict[str, Any]]:
+            return worker.desk.compare(str(request.session_hash), video or image, question, share / 100, budget, int(seed or 0), truth)
+
+        yield {status: status_html("waiting for the model"), cards: "", **handed_out(buttons, {}, "")}
+        for update in served(updates):
+            if "message" in update:
+                gr.Warning(update["message"])
+                yield {status: status_html(update["message"])}
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                ready = handed_out(buttons, update["files"], folder) if "files" in update else {}
+                yield {status: status_html(update["status"], update["done"], update["of"]), cards: update["cards"], **ready}
+
+    event = go.click(
+        run, [*asked, budget, share, chance], [status, cards, *buttons.values()], concurrency_id="model", concurrency_limit=4, show_progress="minimal",
+        show_progress_on=status, api_visibility="private",
+    )  # fmt: skip
+    _stops(worker, stop, status, [event])
+
+
+# --------------------------------------------------------------------------------------------------------------- results
+
+
+def _results(folder: Path | None) -> None:
+    files = gr.File(label="Result files (.json of vtprune bench, ...)", file_types=[".json"], file_count="multiple", height=110, elem_id="results-files")
+    with gr.Row():
+        budget = gr.Slider(1, 100, value=25, step=1, label="Budget of the figures that show one, % (the nearest is taken)")
+        cost = gr.Radio([("effective tokens", "tokens"), ("FLOPs", "flops")], value="tokens", label="Cost")
+        draw = gr.Button("Draw", variant="primary", elem_id="draw")
+    status = _html(status_html("upload result files" if folder is None else f"draws {folder.name}, or what is uploaded"), elem_id="results-status")
+    shown = _html(elem_id="results")
+
+    def run(files: list[str] | None, budget: int, cost: str) -> list[str]:
+        with tempfile.TemporaryDirectory() as mine:
+            for path in files or ():
+                shutil.copy(path, mine)
+            source = Path(mine) if files else folder
+            if source is None:
+                return [status_html("upload result files first"), ""]
+            try:
+                drawn = report.page(source, budget=budget / 100, cost=cost, title=f"Results: {'uploaded files' if files else source.resolve().name}")
+            except VtpruneError as e:
+                gr.Warning(str(e))
+                return [status_html(str(e)), ""]
+        return [status_html("done"), f'<iframe class="vtp-report" title="accuracy, cost and kept rows" srcdoc="{html.escape(drawn)}"></iframe>']
+
+    draw.click(run, [files, budget, cost], [status, shown], show_progress="minimal", show_progress_on=status, api_visibility="private")
+
+
+# ---------------------------------------------------------------------------------------------------------------- launch
+
+CSS = """
+.vtp-head h1 { margin: 0; font-size: 1.5rem; } .vtp-head p { margin: .1rem 0 0; }
+.vtp-status { min-height: 1.6rem; color: var(--body-text-color); overflow-wrap: anywhere; } .vtp-status progress { vertical-align: middle; }
+.vtp-about { font-size: .85rem; opacity: .8; }
+.vtp-report { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); border-radius: 6px; background: white; }
+@media (prefers-color-scheme: dark) { .vtp-report { background: #14161a; } }
+"""
+
+
+def launch(page: gr.Blocks, host: str, port: int | None) -> str:
+    """Serves the page in the background: its address. No telemetry, nothing from elsewhere, no public link."""
+    plain = [gr.themes.Font(name) for name in ("system-ui", "sans-serif")]
+    theme = gr.themes.Base(font=plain, font_mono=[gr.themes.Font("ui-monospace"), gr.themes.Font("monospace")], primary_hue="blue")
+    page.queue(max_size=WAITING, api_open=False)
+    _, url, _ = page.launch(
+        server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, max_file_size=LARGEST_FILE, footer_links=[],
+        theme=theme, css=CSS, head=theatre.head(), enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, run_history=False, inbrowser=False,
+    )  # fmt: skip
+    return url

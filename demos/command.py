@@ -1,0 +1,73 @@
+"""``vtprune demo``: its options, and starting the model and the page side by side."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from vtprune.types import VtpruneError
+
+SETTINGS = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_NUM_PORTS": "100"}  # read when gradio is imported
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def port_number(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535")
+    return int(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``vtprune demo`` that no other command has."""
+    add = parser.add_argument
+    add("--port", type=port_number, metavar="N", help="default: the first free one from 7860 on")
+    add("--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine only); 0.0.0.0 lets everybody in who reaches it")
+    add("--recipe", default="pyramiddrop", metavar="NAME", help="of the right side, to begin with (default %(default)s; 'vtprune recipes')")
+    add("--results", type=Path, metavar="FOLDER", help="result files (.json of bench, analyze ...) for the tab that draws them; they can be uploaded as well")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command until it is interrupted. Raises :class:`VtpruneError` for what the user can put right."""
+    if find_spec("gradio") is None:
+        raise VtpruneError("the demo needs gradio: pip install 'vtprune[demo]'")
+    if args.results is not None and not args.results.is_dir():
+        raise VtpruneError(f"no such folder: {args.results}")
+    if args.port is not None:
+        refuse_taken(args.host, args.port)
+    os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})
+    from .worker import Worker
+
+    worker = Worker(args.model, args.device, args.dtype)
+    folder = tempfile.TemporaryDirectory(prefix="vtprune-demo-")
+    try:
+        from . import app
+
+        page = app.build(worker, Path(folder.name), recipe=args.recipe, seed=args.seed, results=args.results)
+        url = app.launch(page, args.host, args.port)
+        if args.host not in LOOPBACK:
+            print(f"vtprune demo: everybody who reaches {args.host} can use this model", file=sys.stderr)
+        print(f"vtprune demo: {url} (Ctrl-C ends it)", flush=True)
+        worker.desk.about()  # raises what loading raised
+        print("vtprune demo: the model is loaded", flush=True)
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        worker.close()
+        folder.cleanup()
+
+
+def refuse_taken(host: str, port: int) -> None:
+    """Raises :class:`VtpruneError` if nobody can listen there, before anything heavy is loaded."""
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as e:
+        raise VtpruneError(f"cannot listen on {host} port {port}: {e.strerror or e}") from e

@@ -1,0 +1,343 @@
+"""What the demo shows of results: figures and their differences, cards, pictures to keep, and a recipe file and a program that repeat it. Knows no Gradio."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import pprint
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+from vtprune.demos.engine import LARGEST_SIDE, TRAINED, Entry, Result, Rounds, Side
+
+from vtprune import render
+from vtprune.methods.base import METHODS
+from vtprune.recipe import Recipe
+from vtprune.types import VtpruneError
+
+THUMB = 160  # longer side of a card's picture, pixels
+COLUMNS = 4  # cards beside each other in the PNG
+LINE = 20  # pixels
+MARKS = {True: "✓ right", False: "✗ wrong"}  # a sign and a word, so that no colour is needed
+
+_INK, _LINE, _MUTED = "var(--body-text-color, inherit)", "var(--border-color-primary, #8886)", "var(--body-text-color-subdued, inherit)"
+_TABLE_CSS = f"""
+.vtp-scroll {{ overflow-x: auto; color: {_INK}; }}
+.vtp-metrics {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
+.vtp-metrics th, .vtp-metrics td {{ padding: .3rem .5rem; border-bottom: 1px solid {_LINE}; text-align: right; font-weight: normal; color: {_INK}; }}
+.vtp-metrics thead th {{ color: {_MUTED}; }}
+.vtp-metrics tr > :first-child {{ text-align: left; }}
+.vtp-metrics td:last-child {{ white-space: nowrap; }}
+@media (max-width: 34rem) {{ .vtp-metrics {{ font-size: .85rem; }} .vtp-metrics th, .vtp-metrics td {{ padding: .25rem .3rem; }} }}
+""".strip()
+_CARDS_CSS = f"""
+.vtp-cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: .75rem; list-style: none; margin: 0; padding: 0; }}
+.vtp-cards li {{ border: 1px solid {_LINE}; border-radius: .4rem; padding: .6rem; margin: 0; color: {_INK}; overflow-wrap: anywhere; }}
+.vtp-cards img {{ width: 100%; height: auto; border-radius: .2rem; display: block; }}
+.vtp-cards h3 {{ font-size: 1rem; margin: 0 0 .4rem; color: {_INK}; }}
+.vtp-cards p {{ margin: .3rem 0 0; color: {_INK}; }}
+.vtp-cards .vtp-small {{ font-size: .85rem; color: {_MUTED}; }}
+""".strip()
+
+
+# --------------------------------------------------------------------------------------------------------------- figures
+
+
+def figures_of(result: Result) -> dict[str, Any]:
+    """The numbers of one side: ``ttft_ms``, ``prefill_ms``, ``token_ms``, ``total_ms``, ``new_tokens``, ``visual_tokens``, ``layer_tokens`` per language-model
+    layer, ``effective_tokens`` their mean, ``flops`` and ``dense_flops``, ``kv_bytes`` and ``dense_kv_bytes``."""
+    report = result.report
+    out: dict[str, Any] = {name: getattr(result, name) for name in ("ttft_ms", "prefill_ms", "token_ms", "total_ms", "new_tokens")}
+    out |= {"visual_tokens": report.visual_tokens[0], "layer_tokens": list(report.layer_tokens[0])}
+    return out | {name: getattr(report, name) for name in ("effective_tokens", "flops", "dense_flops", "kv_bytes", "dense_kv_bytes")}
+
+
+def layers_text(layer_tokens: Sequence[int]) -> str:
+    """``144 x 3, 72 x 9``: runs of layers with the same number of tokens."""
+    runs = [(tokens, len(list(group))) for tokens, group in itertools.groupby(layer_tokens)]
+    return ", ".join(f"{tokens} x {layers}" for tokens, layers in runs)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison, all text: the figure's ``name`` with its unit, both sides, and ``second`` minus and over ``first`` (empty: no numbers)."""
+
+    name: str
+    first: str
+    second: str
+    difference: str
+    ratio: str
+
+
+def metrics(a: Result, b: Result, rounds: Rounds | None = None) -> list[Row]:
+    """The comparison of two sides. With ``rounds`` the first two times are their medians, measured in turns; without, single measurements."""
+    x, y = figures_of(a), figures_of(b)
+    how = "" if rounds is None else f", median of {rounds.rounds} in turns" if rounds.rounds > 1 else ", one round in turns"
+    times = [(x["ttft_ms"], y["ttft_ms"]), (x["prefill_ms"], y["prefill_ms"])]
+    ratios: list[float | None] = [None, None]
+    if rounds is not None:
+        times, ratios = [rounds.ttft_ms, rounds.prefill_ms], [rounds.ttft_ratio, rounds.prefill_ratio]
+    return [
+        _row(f"time to first token, ms{how}", times[0][0], times[0][1], ratio=ratios[0]),
+        _row(f"prefill, ms{how}", times[1][0], times[1][1], ratio=ratios[1]),
+        _row("later tokens, ms each", x["token_ms"], y["token_ms"]),
+        Row("visual tokens per layer", layers_text(x["layer_tokens"]), layers_text(y["layer_tokens"]), "", ""),
+        _row("effective visual tokens", x["effective_tokens"], y["effective_tokens"]),
+        _row("prefill FLOPs, G", x["flops"] / 1e9, y["flops"] / 1e9, 3),
+        _row("KV cache, KiB", x["kv_bytes"] / 1024, y["kv_bytes"] / 1024),
+    ]
+
+
+def _row(name: str, first: float | None, second: float | None, digits: int = 1, ratio: float | None = None) -> Row:
+    said = ["-" if v is None else f"{v:.{digits}f}" for v in (first, second)]
+    if first is None or second is None:
+        return Row(name, said[0], said[1], "", "")
+    if ratio is None and first:
+        ratio = second / first
+    return Row(name, said[0], said[1], f"{second - first:+.{digits}f}", "" if ratio is None else f"x {ratio:.2f}")
+
+
+def metrics_html(rows: Sequence[Row], first: str = "first", second: str = "second") -> str:
+    """``rows`` as a table with heads for its columns (``first``, ``second``: the sides' names) and lines, in the colours of Gradio's theme."""
+    esc = html.escape
+    head = "".join(f'<th scope="col">{esc(c)}</th>' for c in ("figure", first, second, "difference", "ratio"))
+    body = "\n".join(
+        f'<tr><th scope="row">{esc(r.name)}</th>' + "".join(f"<td>{esc(c)}</td>" for c in (r.first, r.second, r.difference, r.ratio)) + "</tr>" for r in rows
+    )
+    return f"""<style>{_TABLE_CSS}</style>
+<div class="vtp-scroll" role="region" tabindex="0" aria-label="figures of both sides"><table class="vtp-metrics">
+<thead><tr>{head}</tr></thead>
+<tbody>
+{body}
+</tbody>
+</table></div>"""
+
+
+# ----------------------------------------------------------------------------------------------------------------- cards
+
+
+def thumb(result: Result, panel: int = THUMB) -> Image.Image:
+    """The tokens that were left, on the picture that shows all of the image."""
+    return render.kept_picture(result.views[result.overview], result.report, number=result.overview, panel=panel)
+
+
+def _told(entry: Entry) -> list[str]:
+    """Effective tokens and FLOPs of a card, in words."""
+    assert entry.report is not None and entry.flops_share is not None
+    return [f"{entry.effective_tokens:.1f} of {entry.report.visual_tokens[0]} tokens", f"{100 * entry.flops_share:.0f} % of dense FLOPs"]
+
+
+def cards_html(entries: Sequence[Entry]) -> str:
+    """One card per entry, as many beside each other as fit: the tokens that were left, the answer, right or wrong, tokens and FLOPs; or why it cannot run."""
+    return f'<style>{_CARDS_CSS}</style>\n<ul class="vtp-cards">\n' + "\n".join(map(_card, entries)) + "\n</ul>"
+
+
+def _card(entry: Entry) -> str:
+    esc = html.escape
+    note = f'<p class="vtp-small">{esc(entry.note)}</p>' if entry.note else ""
+    if entry.result is None:
+        return f"<li><h3>{esc(entry.name)}</h3><p>not run</p>{note}</li>"
+    tokens, flops = _told(entry)
+    alt = esc(f"visual tokens that {entry.name} kept: {tokens}", quote=True)
+    mark = "" if entry.right is None else f" <strong>{MARKS[entry.right]}</strong>"
+    picture = f'<img alt="{alt}" src="{render.data_url(thumb(entry.result))}">'
+    return f'<li><h3>{esc(entry.name)}</h3>{picture}<p>{esc(entry.result.answer)}{mark}</p><p class="vtp-small">{esc(tokens)}<br>{esc(flops)}</p>{note}</li>'
+
+
+# -------------------------------------------------------------------------------------------------------------- pictures
+
+
+def _lines(text: str, width: int, size: int, most: int) -> list[str]:
+    """``text`` broken into at most ``most`` lines of ``width`` pixels; what is left over becomes dots."""
+    draw, out, words = ImageDraw.Draw(Image.new("RGB", (1, 1))), [""], text.split()
+    for number, word in enumerate(words):
+        longer = f"{out[-1]} {word}".strip()
+        if out[-1] and draw.textlength(longer, font=render.font(size)) > width:
+            if len(out) == most:
+                return [*out[:-1], render.fit(draw, " ".join([out[-1], *words[number:]]), width, size)]
+            out.append(word)
+        else:
+            out[-1] = longer
+    return [render.fit(draw, line, width, size) for line in out]
+
+
+def sheet(entries: Sequence[Entry], question: str, *, truth: str | None = None) -> Image.Image:
+    """The cards as one picture. Raises :class:`VtpruneError` if there are none."""
+    if not entries:
+        raise VtpruneError("a contact sheet needs at least one entry")
+    pictures = [None if e.result is None else thumb(e.result) for e in entries]
+    width = max(THUMB, *(p.width for p in pictures if p is not None), 0)
+    high = max([p.height for p in pictures if p is not None], default=0)
+    texts = [_card_lines(e, width) for e in entries]
+    tall = high + LINE * (1 + max(map(len, texts))) + 2 * render.GAP
+    columns = min(COLUMNS, len(entries))
+    whole = columns * (width + render.GAP) + render.GAP
+    head = _lines(f"{question}{'' if truth is None else f'  (right: {truth})'}", whole - 2 * render.GAP, 17, 4)
+    top = render.GAP + len(head) * 24
+    out = Image.new("RGB", (whole, top + -(-len(entries) // columns) * tall), render.PAPER)
+    draw = ImageDraw.Draw(out)
+    for i, line in enumerate(head):
+        draw.text((render.GAP, render.GAP + 24 * i), line, fill=render.INK, font=render.font(17))
+    for i, (entry, picture_, lines) in enumerate(zip(entries, pictures, texts, strict=True)):
+        x, y = render.GAP + i % columns * (width + render.GAP), top + i // columns * tall
+        draw.text((x, y), render.fit(draw, entry.name, width, 15), fill=render.INK, font=render.font(15))
+        if picture_ is not None:
+            out.paste(picture_, (x, y + LINE))
+        for k, line in enumerate(lines):
+            draw.text((x, y + LINE + (0 if picture_ is None else high + 4) + k * LINE), line, fill=render.MUTED if k else render.INK, font=render.font(13))
+    return out
+
+
+def _card_lines(entry: Entry, width: int) -> list[str]:
+    """What stands below a card's picture; marks are words, since Pillow's typeface has no signs for them."""
+    if entry.result is None:
+        return ["not run", *_lines(entry.note, width, 13, 8)]
+    mark = "" if entry.right is None else "  (right)" if entry.right else "  (wrong)"
+    told = [*_told(entry), *([entry.note] if entry.note else [])]
+    return [*_lines(entry.result.answer + mark, width, 13, 2), *itertools.chain.from_iterable(_lines(t, width, 13, 4) for t in told)]
+
+
+def picture(question: str, *results: Result) -> Image.Image:
+    """The sides below each other: name, answer, key figures and the tokens of every stage. Raises :class:`VtpruneError` without sides."""
+    if not results:
+        raise VtpruneError("a picture needs at least one side")
+    strips = [render.token_picture(r.views[r.overview], r.report, 0, number=r.overview) for r in results]
+    width = max(640, *(s.width for s in strips))
+    text: list[tuple[str, int, Any]] = [(line, 17, render.INK) for line in _lines(question, width - 2 * render.GAP, 17, 6)]
+    blocks: list[tuple[list[tuple[str, int, Any]], Image.Image | None]] = [(text, None)]
+    for result, strip in zip(results, strips, strict=True):
+        n = figures_of(result)
+        facts = f"{n['effective_tokens']:.1f} of {n['visual_tokens']} effective tokens, {n['flops'] / 1e9:.3f} of {n['dense_flops'] / 1e9:.3f} GFLOPs, "
+        facts += f"{n['kv_bytes'] / 1024:.1f} of {n['dense_kv_bytes'] / 1024:.1f} KiB cache, first token after {n['ttft_ms']:.0f} ms"
+        answer = _lines(f"{result.name}: {result.answer}{' (stopped)' if result.stopped else ''}", width - 2 * render.GAP, 16, 8)
+        blocks.append(([*((a, 16, render.INK) for a in answer), *((f, 13, render.MUTED) for f in _lines(facts, width - 2 * render.GAP, 13, 3))], strip))
+    out = Image.new("RGB", (width, sum(24 * len(lines) + (s.height if s else 0) + render.GAP for lines, s in blocks) + render.GAP), render.PAPER)
+    draw, y = ImageDraw.Draw(out), render.GAP
+    for lines, strip_ in blocks:
+        for line, size, color in lines:
+            draw.text((render.GAP, y), line, fill=color, font=render.font(size))
+            y += 24
+        if strip_ is not None:
+            out.paste(strip_, (0, y))
+            y += strip_.height
+        y += render.GAP
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------- repeating
+
+
+def recipe_json(result: Result) -> str:
+    """A recipe file of exactly what ran, the solver's schedule in it, for :meth:`vtprune.Recipe.load` and ``vtprune run --recipe FILE``. A seed that matters is
+    named in ``source``, for ``--seed``; a trained branch is named by its path on this machine. Raises :class:`VtpruneError` for the dense model."""
+    if result.recipe is None:
+        raise VtpruneError("the dense model has no recipe to save")
+    recipe = result.recipe
+    seed = f"--seed {result.side.seed}" if any(METHODS.get(stage.method).draws for stage in recipe.stages) else ""
+    source = "; ".join(part for part in (recipe.source, seed) if part)
+    return Recipe(name=recipe.name, stages=recipe.stages, source=source).to_json() + "\n"
+
+
+def snippet(
+    sides: Sequence[Side],
+    question: str,
+    model_path: str | None,
+    image_name: str,
+    *,
+    trained: Recipe | None = None,
+    max_new_tokens: int = 32,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> str:
+    """A program that repeats ``sides`` with the public interface; run, it leaves ``results``, a list of ``(answer, report)``.
+
+    Args:
+        model_path: folder or hub id, ``None`` for the bundled model. image_name: of a picture file.
+        trained: what ``"dpvr-lf (trained)"`` stands for (:attr:`vtprune.demos.engine.Engine.trained`).
+
+    Raises :class:`VtpruneError` for the trained branch without ``trained`` and for a recipe file that cannot be read.
+    """
+    if model_path is None:
+        load = [f"model, processor = vtprune.load_demo_model({_quoted(device)}{'' if dtype == 'float32' else f', torch.{dtype}'})"]
+    else:
+        load = [
+            f"model = AutoModelForImageTextToText.from_pretrained({_quoted(model_path)}, dtype=torch.{dtype}).to({_quoted(device)}).eval()",
+            f"processor = AutoProcessor.from_pretrained({_quoted(model_path)})",
+        ]
+    runs = "\n".join(_run(side, trained) for side in sides)
+    used = [
+        *(["from pathlib import Path", ""] if "str(Path(" in runs else []),
+        *(["import torch"] if "torch." in load[0] else []),
+        "import vtprune",
+        *(["from transformers import AutoModelForImageTextToText, AutoProcessor"] if model_path is not None else []),
+        "from vtprune.answer import open_image",
+        *(["from vtprune.bench import dense_report"] if any(side.recipe is None for side in sides) else []),
+    ]
+    before, loaded = "\n".join(used), "\n".join(load)
+    return f"""{before}
+
+{loaded}
+
+image = open_image({_quoted(image_name)})
+image.thumbnail(({LARGEST_SIDE}, {LARGEST_SIDE}))  # leaves smaller ones as they are
+question = {_quoted(question)}
+message = [{{"role": "user", "content": [{{"type": "image", "image": image}}, {{"type": "text", "text": question}}]}}]
+inputs = processor.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+inputs = inputs.to(model.device, model.dtype)
+
+
+def ask():
+    output = model.generate(**inputs, max_new_tokens={max_new_tokens}, do_sample=False, num_beams=1)
+    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+
+
+results = []
+{runs}
+
+for answer, report in results:
+    print(answer, f"({{report.effective_tokens:.1f}} effective tokens, {{report.flops / 1e9:.3f}} GFLOPs)")
+"""
+
+
+def _quoted(text: str) -> str:
+    """A Python literal: JSON's strings are, too, and have the usual quotes."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _run(side: Side, trained: Recipe | None) -> str:
+    """The lines that run ``side``: by name where the recipe is registered, else with the recipe written out."""
+    recipe = side.recipe
+    if recipe is None:
+        return "results.append((ask(), dense_report(model, inputs)))"
+    if recipe == TRAINED:
+        if trained is None:
+            raise VtpruneError("the trained branch belongs to the bundled model")
+        recipe = trained
+    if not isinstance(recipe, Recipe) and Path(recipe).suffix in (".json", ".yaml", ".yml"):
+        recipe = Recipe.load(Path(recipe))
+    before = f"recipe = {_written(recipe)}\n" if isinstance(recipe, Recipe) else ""
+    options = "".join(f", {name}={value!r}" for name, value in side.attach_options().items())
+    return f"""{before}with vtprune.attach(model, {"recipe" if before else _quoted(str(recipe))}{options}) as handle:
+    results.append((ask(), handle.report()))"""
+
+
+def _written(recipe: Recipe) -> str:
+    """``recipe`` as an expression; a bundled branch is found beside the model, wherever that lies."""
+    from vtprune.models import _demo
+
+    data = recipe.to_dict()
+    marks = {}
+    for i, stage in enumerate(data["stages"]):
+        weights = stage["options"].get("weights")
+        if weights and Path(weights).parent == _demo.FOLDER:
+            stage["options"]["weights"] = f"<weights-{i}>"
+            marks[repr(f"<weights-{i}>")] = f"str(Path(model.name_or_path) / {Path(weights).name!r})"
+    text = pprint.pformat(data, width=120, sort_dicts=False)
+    for mark, code in marks.items():
+        text = text.replace(mark, code)
+    return f"vtprune.Recipe.from_dict(\n{textwrap.indent(text, '    ')}\n)"

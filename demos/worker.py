@@ -1,0 +1,267 @@
+"""The model in a process of its own, and what the page asks of it. Both start at the same time, the page stays quick while the model computes, and everything
+that crosses between the two is plain data."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from multiprocessing.managers import BaseManager, IteratorProxy
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vtprune.types import VtpruneError
+
+NAMES = ("A", "B")
+
+
+class Desk:
+    """One engine and who asks it what: ``token`` names the asking page, for :meth:`stop`."""
+
+    engine: Any
+
+    def __init__(self) -> None:
+        self._running: dict[str, set[threading.Event]] = {}
+        self._lock = threading.Lock()
+
+    def load(self, model: str | None, device: str, dtype: str) -> None:
+        """Loads ``model`` (folder or hub id, ``None``: the bundled one). Raises :class:`VtpruneError` as :func:`vtprune.cli.load` does."""
+        import torch
+        from vtprune.demos.engine import Engine
+
+        from vtprune import cli
+
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # the page needs a core as well; threads that wait for each other take it away
+        self.path, self.device, self.dtype = model, device, dtype
+        self.engine = Engine(*cli.load(argparse.Namespace(model=model, device=device, dtype=dtype)))
+
+    def about(self) -> dict[str, Any]:
+        """``model`` in words, ``recipes`` that it takes, ``refused`` ``[name, why]``, and whether it takes ``videos``."""
+        import vtprune
+
+        offers, geometry = self.engine.recipes(), self.engine.geometry
+        name = Path(self.path).name if self.path else "the bundled VLM"
+        about = f"{name}: {type(self.engine.model).__name__}, {'about ' if geometry.variable else ''}{geometry.tokens} visual tokens per image, "
+        about += f"{geometry.llm_layers} layers, {self.device}, {self.dtype} - vtprune {vtprune.__version__}, "
+        about += f"torch {version('torch')}, transformers {version('transformers')}"
+        videos = getattr(self.engine.processor, "video_processor", None) is not None
+        return {
+            "model": about,
+            "recipes": [o.name for o in offers if not o.reason],
+            "refused": [[o.name, o.reason] for o in offers if o.reason],
+            "videos": videos,
+        }
+
+    def stop(self, token: str) -> None:
+        """Ends everything that ``token`` has running or waiting."""
+        with self._lock:
+            for event in self._running.get(token, ()):
+                event.set()
+
+    def ask(self, token: str, shown: str | None, question: str | None, sides: Sequence[Mapping[str, Any]], max_new_tokens: int) -> Iterator[dict[str, Any]]:
+        """Two sides' answers to one question as they grow: dicts with ``side`` (0, 1) and ``text``, or ``status``; the last one has ``answers``, as HTML
+        ``metrics`` and ``theatre``, and ``files`` name -> bytes.
+
+        Args:
+            shown: path of a picture or a video. sides: two, each as :meth:`side` takes it.
+        """
+        from vtprune.demos import render
+
+        from vtprune import theatre
+
+        chosen = [self.side(given, name) for given, name in zip(sides, NAMES, strict=True)]
+        with self._registered(token) as stop:
+            results = []
+            for i, side in enumerate(chosen):
+                yield {"status": f"{NAMES[i]} ({side.name}) is answering"}
+                for turn in self.engine.stream(side, shown, question or "", max_new_tokens=max_new_tokens, stop=stop):
+                    yield {"side": i, "text": turn.text}
+                if turn.result is None or stop.is_set():
+                    yield {"status": "stopped", "stopped": True}
+                    return
+                results.append(turn.result)
+            yield {"status": "measuring both in turns"}
+            rounds = self.engine.rounds(chosen, shown, question or "", stop=stop)
+            if rounds is None:
+                yield {"status": "stopped", "stopped": True}
+                return
+        a, b = results
+        heads = [f"{name}: {r.name}" for name, r in zip(NAMES, results, strict=True)]
+        scenes = [theatre.scene(r.report, r.views, title=f"{head}: {r.answer}") for head, r in zip(heads, results, strict=True)]
+        facts = json.dumps({"question": a.question, **{head: r.report.recipe or "dense" for head, r in zip(heads, results, strict=True)}})
+        files = {f"recipe-{name.lower()}.json": render.recipe_json(r).encode() for name, r in zip(NAMES, results, strict=True) if r.recipe is not None}
+        yield {
+            "status": "done",
+            "answers": [r.answer for r in results],
+            "metrics": render.metrics_html(render.metrics(a, b, rounds), *heads),
+            "theatre": theatre.element(scenes),
+            "files": {
+                "vtprune.png": png(render.picture(a.question, *results)),
+                "theatre.html": theatre.page(scenes, a.question, facts).encode(),
+                "repeat.py": self._program(chosen, a.question, shown, max_new_tokens).encode(),
+                **files,
+            },
+        }
+
+    def compare(self, token: str, shown: str | None, question: str | None, share: float, budget: str, seed: int, truth: str | None) -> Iterator[dict[str, Any]]:
+        """Every recipe at one budget: dicts with ``cards`` (HTML of what is done), ``done`` and ``of``; the last one has ``files`` name -> bytes as well."""
+        from vtprune.demos import render
+        from vtprune.demos.engine import Side
+
+        truth = (truth or "").strip() or None
+        entries: list[Any] = []
+        with self._registered(token) as stop:
+            of = 1 + sum(not o.reason for o in self.engine.recipes())
+            names = [o.name for o in self.engine.recipes() if not o.reason]
+            for entry in self.engine.compare(shown, question or "", share, truth=truth, budget=budget, seed=seed, names=names, stop=stop):
+                entries.append(entry)
+                yield {"status": f"{entry.name} is done", "cards": render.cards_html(entries), "done": len(entries), "of": of}
+            if stop.is_set():
+                yield {"status": "stopped", "stopped": True, "done": len(entries), "of": of, "cards": render.cards_html(entries)}
+                return
+        sides = [Side(None) if e.name == "dense" else e.result.side for e in entries if e.result is not None]
+        yield {
+            "status": "done",
+            "cards": render.cards_html(entries),
+            "done": of,
+            "of": of,
+            "files": {
+                "methods.png": png(render.sheet(entries, (question or "").strip(), truth=truth)),
+                "repeat.py": self._program(sides, (question or "").strip(), shown, 5).encode(),
+            },
+        }
+
+    def side(self, given: Mapping[str, Any], name: str) -> Any:
+        """A :class:`vtprune.demos.engine.Side` from what the page sends: ``recipe`` (a name; ``"dense"``), ``file`` (a recipe's JSON text instead), ``budget``,
+        ``share``, ``options`` (JSON text) and ``seed``. Raises :class:`VtpruneError` that says which side and what is wrong."""
+        from vtprune.demos.engine import Side
+        from vtprune.models import _demo
+
+        from vtprune.recipe import Recipe
+
+        try:
+            options = _json(given.get("options") or "{}", "the options")
+            recipe: Any = None if given["recipe"] == "dense" else given["recipe"]
+            if given.get("file"):
+                recipe = Recipe.from_dict(_json(given["file"], "the recipe file"))
+            elif recipe is not None and recipe not in [o.name for o in self.engine.recipes()]:
+                raise VtpruneError(f"unknown recipe {recipe!r}")
+            stages = recipe.stages if isinstance(recipe, Recipe) else ()
+            weights = [o["weights"] for o in (options, *(s.options for s in stages)) if o.get("weights")]
+            if any(Path(str(w)).parent != _demo.FOLDER for w in weights):
+                raise VtpruneError("weights= names a file of the machine that runs the demo; give it on the command line")
+            return Side(recipe, given.get("budget", "own"), given.get("share", 0.5), options, given.get("seed", 0))
+        except VtpruneError as e:
+            raise VtpruneError(f"{name}: {e}") from e
+
+    def _program(self, sides: Sequence[Any], question: str, shown: str | None, max_new_tokens: int) -> str:
+        from vtprune.demos import render
+
+        trained = self.engine.trained
+        return render.snippet(
+            sides, question, self.path, Path(shown or "").name, trained=trained, max_new_tokens=max_new_tokens, device=self.device, dtype=self.dtype
+        )
+
+    def _registered(self, token: str) -> _Registered:
+        return _Registered(self._running, self._lock, token)
+
+
+class _Registered:
+    """An event that :meth:`Desk.stop` finds for as long as the block runs."""
+
+    def __init__(self, running: dict[str, set[threading.Event]], lock: threading.Lock, token: str):
+        self.running, self.lock, self.token, self.event = running, lock, token, threading.Event()
+
+    def __enter__(self) -> threading.Event:
+        with self.lock:
+            self.running.setdefault(self.token, set()).add(self.event)
+        return self.event
+
+    def __exit__(self, *exc: object) -> None:
+        self.event.set()
+        with self.lock:
+            self.running[self.token].discard(self.event)
+            if not self.running[self.token]:
+                del self.running[self.token]
+
+
+def _json(text: str, what: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise VtpruneError(f"{what} are no JSON: {e}") from e
+    if not isinstance(found, dict):
+        raise VtpruneError(f'{what} must be a JSON object such as {{"layer": 3}}')
+    return found
+
+
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------------------- process
+
+
+class _Manager(BaseManager):
+    """Serves a :class:`Desk`, one thread per caller."""
+
+
+_Manager.register("Desk", Desk, exposed=("load", "about", "ask", "compare", "stop"), method_to_typeid={"ask": "Iterator", "compare": "Iterator"})
+_Manager.register("Iterator", proxytype=IteratorProxy, create_method=False)
+
+
+def _begin() -> None:
+    """In the new process: it ends with its parent, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+class Worker:
+    """A :class:`Desk` in another process. :attr:`desk` waits until the model is there."""
+
+    def __init__(self, model: str | None, device: str, dtype: str):
+        # A forked process keeps the torch that is imported here already; elsewhere, or once CUDA is in use, it starts anew.
+        self._manager = _Manager(ctx=multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn"))
+        self._manager.start(_begin)
+        self._loaded = threading.Event()
+        self._desk: Any = self._manager.Desk()  # type: ignore[attr-defined]
+        self._failure: BaseException | None = None
+        threading.Thread(target=self._load, args=(model, device, dtype), daemon=True).start()
+
+    def _load(self, *given: Any) -> None:
+        try:
+            self._desk.load(*given)
+        except BaseException as e:
+            self._failure = e
+            if not isinstance(e, VtpruneError):
+                raise
+        finally:
+            self._loaded.set()
+
+    @property
+    def desk(self) -> Any:
+        """The desk, once the model is loaded. Raises what loading raised."""
+        self._loaded.wait()
+        if self._failure is not None:
+            raise self._failure
+        return self._desk
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._manager.shutdown()
