@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from functools import cache
 from html.parser import HTMLParser
 
@@ -238,3 +240,116 @@ def test_script_and_module_agree_on_numbers():
     for name in ("KEPT", "MERGED", "DROPPED", "BACK", "GONE"):
         assert f"{name} = {getattr(theatre, name)}" in script
     assert json.dumps([list(c) for c in render.HEAT]) in script
+
+
+# ------------------------------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if path is None:
+        (pytest.fail if "CI" in os.environ else pytest.skip)("no chromium found; CHROMIUM=PATH names one")
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    with sync_api.sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=path, args=quiet)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser):
+    """``opened(page) -> tab`` of an HTML page; an error in its script fails the test."""
+    tab, errors = browser.new_page(viewport={"width": 360, "height": 800}), []
+    tab.on("pageerror", lambda e: errors.append(str(e)))
+    tab.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+    tab.set_default_timeout(10_000)
+
+    def go(page: str):
+        tab.set_content(page)
+        return tab
+
+    yield go
+    tab.close()
+    assert errors == []
+
+
+# Drags the slider through all its places; of each the site shown and every scene's tokens and caption.
+WALK = """root => {
+  const slider = root.querySelector(".vt-step");
+  return Array.from({ length: Number(slider.max) + 1 }, (_, i) => {
+    slider.value = i;
+    slider.dispatchEvent(new Event("input"));
+    return [root.dataset.site, [...root.querySelectorAll(".vt-scene")].map(s => [s.dataset.kept, s.querySelector(".vt-caption").textContent])];
+  });
+}"""
+TOLD = """(root, patches) => patches.map(patch => {
+  root.choose(patch);
+  return [...root.querySelectorAll(".vt-told > div")].map(scene => [...scene.querySelectorAll("li")].map(line => line.textContent));
+})"""
+
+
+def test_what_the_browser_shows_is_what_the_report_says(opened, tiny):
+    """Also inserted through innerHTML, as Gradio does; every step of every raster, and every patch's history."""
+    model, inputs = tiny("llava-next", "clip-llama")
+    reports = [run(model, inputs, "fastv", keep=0.4), run(model, inputs, "tome", keep=0.5, per="tile")]
+    scenes = [theatre.scene(theatre.dense(reports[0])), *(theatre.scene(r, title=EVIL) for r in reports)]
+    tab = opened(f"<!doctype html><html><head>{theatre.head()}</head><body><main></main></body></html>")
+    tab.evaluate("text => { document.querySelector('main').innerHTML = text; }", theatre.element(scenes))
+    assert tab.locator("script").count() == 1 and tab.locator("h3").first.inner_text().startswith("it's </vt-theatre><script>")
+    assert tab.evaluate("document.documentElement.scrollWidth") == 360
+    sites = sorted({s["site"] for scene in scenes for s in scene["steps"]}, key=lambda s: (("image", "vision", "llm").index(s.split(".")[0]), s))
+    root = tab.locator("vt-theatre")
+    for raster, here in enumerate(scenes[0]["rasters"]):
+        start, end = here["start"], here["start"] + here["rows"] * here["columns"]
+        walked = root.evaluate(WALK)
+        assert [site for site, _ in walked] == sites
+        for number, (_, shown) in enumerate(walked):
+            for scene, (kept, caption) in zip(scenes, shown, strict=True):
+                at = max(i for i, s in enumerate(scene["steps"]) if sites.index(s["site"]) <= number)
+                wanted = [t for t in theatre.present(scene, at) if start <= t < end]
+                assert kept == ",".join(map(str, wanted)), (raster, number)
+                assert f": {scene['steps'][at]['tokens']} of {scene['tokens']} tokens, {len(wanted)} of {end - start} here" in caption
+        patches = [0, 7, end - start - 1]
+        assert root.evaluate(TOLD, patches) == [[theatre.history(scene, start + patch) for scene in scenes] for patch in patches]
+        tab.locator(".vt-next").click()
+
+
+def test_keys_clicks_bars_and_play(opened):
+    scene = theatre.scene(hand([0.5, NAN, 0.75, 0.25]), [Image.new("RGB", (64, 64), "white")], title="t")
+    tab = opened(theatre.page([scene]))
+    root, canvas = tab.locator("vt-theatre"), tab.locator("canvas")
+    assert root.get_attribute("data-site") == "llm.1"  # the last cut that leaves something
+    pixel = "(node, [r, c]) => [...node.getContext('2d').getImageData(node.width * (2 * c + 1) / 4, node.height * (2 * r + 1) / 4 + 20, 1, 1).data].slice(0, 3)"
+    assert canvas.evaluate(pixel, [0, 0]) != [255, 255, 255] == canvas.evaluate(pixel, [1, 0])
+    tab.locator(".vt-heat").check()
+    assert canvas.evaluate(pixel, [1, 0]) == pytest.approx([0.3 * 255 + 0.7 * c for c in render.HEAT[-1]], abs=2)
+    assert "llm.1 fastv" in tab.locator(".vt-note").inner_text()
+    canvas.focus()
+    for key in ("ArrowDown", "ArrowRight", "ArrowRight", "Enter"):
+        tab.keyboard.press(key)
+    assert tab.locator(".vt-details p").inner_text() == "Token 3: row 2, column 2 of image"
+    assert tab.locator(".vt-details li").all_inner_texts() == theatre.history(scene, 3)
+    box = canvas.bounding_box()
+    canvas.click(position={"x": box["width"] * 0.7, "y": box["height"] * 0.2})
+    assert tab.locator(".vt-details p").inner_text().startswith("Token 1: row 1, column 2")
+    tab.locator(".vt-bar").first.click()
+    assert root.get_attribute("data-step") == "0" and tab.locator(".vt-scene").get_attribute("data-kept") == "0,1,2,3"
+    assert tab.locator(".vt-bar[aria-current]").count() == 1 and tab.locator(".vt-marks .vt-cut").count() == 3
+    tab.locator(".vt-play").click()
+    tab.wait_for_function("document.querySelector('vt-theatre').dataset.step > 0")
+    tab.locator(".vt-play").click()
+    assert tab.locator(".vt-play").inner_text() == "Play"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read(browser, scheme):
+    tab = browser.new_page(color_scheme=scheme)
+    tab.set_content(theatre.page([theatre.scene(hand(), title="t")]))
+    ink, paper = (
+        tab.evaluate(f"getComputedStyle(document.querySelector('{where}')).{what}") for where, what in ((".vt-caption", "color"), ("body", "backgroundColor"))
+    )
+    light, dark = sorted((sum(map(int, re.findall(r"\d+", c)[:3])) for c in (ink, paper)), reverse=True)
+    assert light > 600 and dark < 150 and (sum(map(int, re.findall(r"\d+", paper)[:3])) < 150) == (scheme == "dark")
+    tab.close()
