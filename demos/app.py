@@ -280,7 +280,7 @@ def _results(folder: Path | None) -> None:
 # ---------------------------------------------------------------------------------------------------------------- launch
 
 CSS = """
-.vtp-head h1 { margin: 0; font-size: 1.5rem; } .vtp-head p { margin: .1rem 0 0; }
+.vtp-head h1 { margin: 0; font-size: 1.5rem; font-weight: 700; } .vtp-head p { margin: .1rem 0 0; }
 .vtp-status { min-height: 1.6rem; color: var(--body-text-color); overflow-wrap: anywhere; } .vtp-status progress { vertical-align: middle; }
 .vtp-about { font-size: .85rem; opacity: .8; }
 .vtp-report { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); border-radius: 6px; background: white; }

@@ -25,23 +25,24 @@ COLUMNS = 4  # cards beside each other in the PNG
 LINE = 20  # pixels
 MARKS = {True: "✓ right", False: "✗ wrong"}  # a sign and a word, so that no colour is needed
 
-_INK, _LINE, _MUTED = "var(--body-text-color, inherit)", "var(--border-color-primary, #8886)", "var(--body-text-color-subdued, inherit)"
+_INK, _LINE = "var(--body-text-color, inherit)", "var(--border-color-primary, #8886)"
 _TABLE_CSS = f"""
 .vtp-scroll {{ overflow-x: auto; color: {_INK}; }}
 .vtp-metrics {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
 .vtp-metrics th, .vtp-metrics td {{ padding: .3rem .5rem; border-bottom: 1px solid {_LINE}; text-align: right; font-weight: normal; color: {_INK}; }}
-.vtp-metrics thead th {{ color: {_MUTED}; }}
+.vtp-metrics thead th {{ opacity: .75; }}
 .vtp-metrics tr > :first-child {{ text-align: left; }}
 .vtp-metrics td:last-child {{ white-space: nowrap; }}
-@media (max-width: 34rem) {{ .vtp-metrics {{ font-size: .85rem; }} .vtp-metrics th, .vtp-metrics td {{ padding: .25rem .3rem; }} }}
+@media (max-width: 34rem) {{ .vtp-metrics {{ font-size: .85rem; }} .vtp-metrics th, .vtp-metrics td {{ padding: .25rem .3rem; }}
+  .vtp-metrics [scope=row] {{ min-width: 7rem; }} }}
 """.strip()
 _CARDS_CSS = f"""
 .vtp-cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: .75rem; list-style: none; margin: 0; padding: 0; }}
 .vtp-cards li {{ border: 1px solid {_LINE}; border-radius: .4rem; padding: .6rem; margin: 0; color: {_INK}; overflow-wrap: anywhere; }}
 .vtp-cards img {{ width: 100%; height: auto; border-radius: .2rem; display: block; }}
-.vtp-cards h3 {{ font-size: 1rem; margin: 0 0 .4rem; color: {_INK}; }}
+.vtp-cards li > h3 {{ font-size: 1rem; font-weight: 600; margin: 0 0 .4rem; color: {_INK}; }}
 .vtp-cards p {{ margin: .3rem 0 0; color: {_INK}; }}
-.vtp-cards .vtp-small {{ font-size: .85rem; color: {_MUTED}; }}
+.vtp-cards .vtp-small {{ font-size: .85rem; opacity: .75; }}
 """.strip()
 
 
@@ -122,9 +123,11 @@ def thumb(result: Result, panel: int = THUMB) -> Image.Image:
 
 
 def _told(entry: Entry) -> list[str]:
-    """Effective tokens and FLOPs of a card, in words."""
+    """Effective tokens, tokens per layer where they differ, and FLOPs of a card, in words."""
     assert entry.report is not None and entry.flops_share is not None
-    return [f"{entry.effective_tokens:.1f} of {entry.report.visual_tokens[0]} tokens", f"{100 * entry.flops_share:.0f} % of dense FLOPs"]
+    layers = entry.report.layer_tokens[0]
+    differ = [f"layers: {layers_text(layers)}"] if len(set(layers)) > 1 else []
+    return [f"{entry.effective_tokens:.1f} of {entry.report.visual_tokens[0]} tokens", *differ, f"{100 * entry.flops_share:.0f} % of dense FLOPs"]
 
 
 def cards_html(entries: Sequence[Entry]) -> str:
@@ -137,11 +140,12 @@ def _card(entry: Entry) -> str:
     note = f'<p class="vtp-small">{esc(entry.note)}</p>' if entry.note else ""
     if entry.result is None:
         return f"<li><h3>{esc(entry.name)}</h3><p>not run</p>{note}</li>"
-    tokens, flops = _told(entry)
-    alt = esc(f"visual tokens that {entry.name} kept: {tokens}", quote=True)
+    told = _told(entry)
+    alt = esc(f"visual tokens that {entry.name} kept: {told[0]}", quote=True)
+    small = "<br>".join(map(esc, told))
     mark = "" if entry.right is None else f" <strong>{MARKS[entry.right]}</strong>"
     picture = f'<img alt="{alt}" src="{render.data_url(thumb(entry.result))}">'
-    return f'<li><h3>{esc(entry.name)}</h3>{picture}<p>{esc(entry.result.answer)}{mark}</p><p class="vtp-small">{esc(tokens)}<br>{esc(flops)}</p>{note}</li>'
+    return f'<li><h3>{esc(entry.name)}</h3>{picture}<p>{esc(entry.result.answer)}{mark}</p><p class="vtp-small">{small}</p>{note}</li>'
 
 
 # -------------------------------------------------------------------------------------------------------------- pictures

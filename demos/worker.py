@@ -4,6 +4,7 @@ that crosses between the two is plain data."""
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import json
 import multiprocessing
@@ -40,6 +41,7 @@ class Desk:
 
         from vtprune import cli
 
+        gc.enable()
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # the page needs a core as well; threads that wait for each other take it away
         self.path, self.device, self.dtype = model, device, dtype
         self.engine = Engine(*cli.load(argparse.Namespace(model=model, device=device, dtype=dtype)))
@@ -130,7 +132,7 @@ class Desk:
                 return
         sides = [Side(None) if e.name == "dense" else e.result.side for e in entries if e.result is not None]
         yield {
-            "status": "done",
+            "status": "all done",
             "cards": render.cards_html(entries),
             "done": of,
             "of": of,

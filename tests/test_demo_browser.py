@@ -109,7 +109,8 @@ class Seat:
         box = self.page.locator(f"#{where} input")
         box.click()
         box.fill(name)
-        self.page.get_by_role("option", name=name, exact=True).click()
+        self.page.locator(f"#{box.get_attribute('aria-controls')}").get_by_role("option", name=name, exact=True).click()
+        sync_api.expect(box).to_have_value(name)
 
     def status(self, text: str, where: str = "status") -> None:
         self.page.locator(f"#{where} .vtp-status", has_text=re.compile(text)).wait_for()
@@ -237,7 +238,7 @@ def test_all_methods_and_results(seat, pictures):
     one.page.locator("#truth textarea, #truth input").fill(answer)
     one.page.get_by_role("tab", name="All methods").click()
     one.page.locator("#compare").click()
-    one.status("done", "compare-status")
+    one.status("all done", "compare-status")
     cards = one.page.locator(".vtp-cards li")
     shown = cards.locator("h3").all_inner_texts()
     assert shown[0] == "dense" and set(vtprune.methods()) <= set(shown)
