@@ -194,6 +194,11 @@ def checked_question(text: str | None, processor: Any) -> str:
     return question
 
 
+def is_video(path: str | os.PathLike) -> bool:
+    """Told by the file's name."""
+    return (mimetypes.guess_type(os.fspath(path))[0] or "").startswith("video/")
+
+
 def part_of(shown: Shown | None, processor: Any) -> dict[str, Any]:
     """A message part for :func:`vtprune.answer.prepare_chats`; pictures are upright, in RGB and at most :data:`LARGEST_SIDE` pixels long.
 
@@ -205,7 +210,7 @@ def part_of(shown: Shown | None, processor: Any) -> dict[str, Any]:
         if shown.width * shown.height > answer.MEGAPIXELS * 1_000_000:
             raise VtpruneError(f"the picture has {shown.width} x {shown.height} pixels; the limit is {answer.MEGAPIXELS} megapixels")
         image = ImageOps.exif_transpose(shown).convert("RGB")
-    elif (mimetypes.guess_type(os.fspath(shown))[0] or "").startswith("video/"):
+    elif is_video(shown):
         if getattr(processor, "video_processor", None) is None:  # told before the video is decoded
             raise VtpruneError(f"{type(processor).__name__} takes no videos")
         return answer.video_part(Path(shown))

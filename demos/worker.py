@@ -109,7 +109,7 @@ class Desk:
             "files": {
                 "vtprune.png": png(render.picture(a.question, *results)),
                 "theatre.html": theatre.page(scenes, a.question, facts).encode(),
-                "repeat.py": self._program(chosen, a.question, shown, max_new_tokens).encode(),
+                **self._program(chosen, a.question, shown, max_new_tokens),
                 **files,
             },
         }
@@ -118,6 +118,8 @@ class Desk:
         """Every recipe at one budget: dicts with ``cards`` (HTML of what is done), ``done`` and ``of``; the last one has ``files`` name -> bytes as well."""
         from vtprune.demos import render
         from vtprune.demos.engine import Side
+
+        from vtprune import bench
 
         truth = (truth or "").strip() or None
         entries: list[Any] = []
@@ -138,7 +140,7 @@ class Desk:
             "of": of,
             "files": {
                 "methods.png": png(render.sheet(entries, (question or "").strip(), truth=truth)),
-                "repeat.py": self._program(sides, (question or "").strip(), shown, 5).encode(),
+                **self._program(sides, (question or "").strip(), shown, bench.MAX_NEW_TOKENS),
             },
         }
 
@@ -151,10 +153,10 @@ class Desk:
         from vtprune.recipe import Recipe
 
         try:
-            options = _json(given.get("options") or "{}", "the options")
+            options = _json(given.get("options") or "{}", "options")
             recipe: Any = None if given["recipe"] == "dense" else given["recipe"]
             if given.get("file"):
-                recipe = Recipe.from_dict(_json(given["file"], "the recipe file"))
+                recipe = Recipe.from_dict(_json(given["file"], "recipe file"))
             elif recipe is not None and recipe not in [o.name for o in self.engine.recipes()]:
                 raise VtpruneError(f"unknown recipe {recipe!r}")
             stages = recipe.stages if isinstance(recipe, Recipe) else ()
@@ -165,13 +167,16 @@ class Desk:
         except VtpruneError as e:
             raise VtpruneError(f"{name}: {e}") from e
 
-    def _program(self, sides: Sequence[Any], question: str, shown: str | None, max_new_tokens: int) -> str:
+    def _program(self, sides: Sequence[Any], question: str, shown: str | None, max_new_tokens: int) -> dict[str, bytes]:
+        """The program that repeats ``sides``; none for a video."""
         from vtprune.demos import render
+        from vtprune.demos.engine import is_video
 
-        trained = self.engine.trained
-        return render.snippet(
-            sides, question, self.path, Path(shown or "").name, trained=trained, max_new_tokens=max_new_tokens, device=self.device, dtype=self.dtype
-        )
+        if shown is None or is_video(shown):
+            return {}
+
+        how = {"trained": self.engine.trained, "max_new_tokens": max_new_tokens, "device": self.device, "dtype": self.dtype}
+        return {"repeat.py": render.snippet(sides, question, self.path, Path(shown).name, **how).encode()}
 
     def _registered(self, token: str) -> _Registered:
         return _Registered(self._running, self._lock, token)
@@ -207,9 +212,9 @@ def _json(text: str, what: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as e:
-        raise VtpruneError(f"{what} are no JSON: {e}") from e
+        raise VtpruneError(f"{what}: not JSON ({e})") from e
     if not isinstance(found, dict):
-        raise VtpruneError(f'{what} must be a JSON object such as {{"layer": 3}}')
+        raise VtpruneError(f'{what}: a JSON object is needed, such as {{"layer": 3}}')
     return found
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from vtprune.models import _demo
@@ -120,7 +121,7 @@ def test_run_refuses(capsys, vlm, image, words, code, says):
     assert says in refused(capsys, code, "run", "--image", image, "--question", "q", *words)
 
 
-def test_bad_images_and_models(capsys, tmp_path, image):
+def test_bad_images_and_models(capsys, monkeypatch, tmp_path, image):
     words = tmp_path / "words.png"
     words.write_text("hello")
     assert "not an image" in refused(capsys, 1, "run", "--image", str(words), "--question", "q")
@@ -128,6 +129,9 @@ def test_bad_images_and_models(capsys, tmp_path, image):
     ask = ("run", "--image", image, "--question", "q")
     assert "no such model" in refused(capsys, 1, *ask, "--model", str(tmp_path / "gone"))
     assert "cannot load" in refused(capsys, 1, *ask, "--model", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("./relative", "a/b/c", "C:\\models"):
+        assert "no such model" in refused(capsys, 1, *ask, "--model", name)
     assert "unknown device" in refused(capsys, 1, *ask, "--device", "toaster")
     assert "not available" in refused(capsys, 1, *ask, "--device", "cuda:99")
 
@@ -226,3 +230,50 @@ def test_run_on_the_bundled_model(capsys, tmp_path):
     assert cli.main(["run", "--image", str(path), "--question", "what color is the cross ?", "--recipe", "flowcut", "--keep", "0.5"]) == 0
     text = capsys.readouterr().out
     assert "answer, pruned" in text and "72 of 144" in text.replace("72.0", "72")
+
+
+def test_a_hub_id_is_asked_for_at_the_hub(monkeypatch, capsys, image):
+    """A folder never is."""
+    import transformers
+
+    asked = []
+
+    def from_pretrained(name, **options):
+        asked.append((name, options["local_files_only"]))
+        raise OSError("not there")
+
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    for name in ("llava-hf/llava-1.5-7b-hf", str(Path(image).parent)):
+        assert "not there" in refused(capsys, 1, "run", "--image", image, "--question", "q", "--model", name)
+    assert asked == [("llava-hf/llava-1.5-7b-hf", False), (str(Path(image).parent), True)]
+
+
+def test_demo_says_what_is_wrong_before_it_starts_anything(capsys, monkeypatch, tmp_path):
+    import socket
+
+    from vtprune.demos import command, worker
+
+    def never(*args):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(worker, "Worker", never)
+    for port in ("0", "70000", "x"):
+        assert "not a port" in refused(capsys, 2, "demo", "--port", port)
+    assert "no such folder" in refused(capsys, 1, "demo", "--results", str(tmp_path / "gone"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "cannot listen" in refused(capsys, 1, "demo", "--port", str(taken.getsockname()[1]))
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert "vtprune[demo]" in refused(capsys, 1, "demo")
+
+
+def test_gradio_writes_no_stubs_and_inspect_is_as_before():
+    import inspect
+
+    from vtprune.demos.command import without_stubs
+
+    before = inspect.getfile
+    with without_stubs():
+        assert inspect.getfile(Path) == before(Path)
+        with pytest.raises(OSError):
+            inspect.getfile(type("Some", (), {"__module__": "gradio.components.some"}))
+    assert inspect.getfile is before

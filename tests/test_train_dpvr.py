@@ -234,7 +234,7 @@ def test_the_curve_ends_with_the_unpruned_model(folder):
         (("--out=b.safetensors", "--scenes=-1"), "negative"),
         (("--out=b.safetensors", "--scenes=0", "--easy=0"), "nothing to train on"),
         (("--out=missing.safetensors", "--compare-only"), "no such file"),
-        (("--out=b.safetensors", "--model=./no-such-folder"), "cannot load"),
+        (("--out=b.safetensors", "--model=./no-such-folder"), "no such model"),
     ],
 )
 def test_bad_command_lines(words, word, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 
 from .types import VtpruneError
 
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -114,7 +116,7 @@ def folder(path: Path | None) -> Path | None:
 
 def model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="PATH", help="folder of a model and its processor (default: the bundled VLM); nothing is downloaded")
+    group.add_argument("--model", metavar="PATH_OR_ID", help="folder of a model and its processor, or a hub id (default: the bundled VLM, no network)")
     group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
     group.add_argument("--dtype", default="float32", choices=DTYPES)
     group.add_argument("--seed", type=int, default=0, help="for methods that draw at random (default 0)")
@@ -133,7 +135,8 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """``(model, processor)``. Raises :class:`VtpruneError` for a device that is not there or a folder that holds no such model."""
+    """``(model, processor)``. A folder is read without a network, anything else is a hub id (``HF_HUB_OFFLINE=1``: as cached). :class:`VtpruneError` for a
+    device that is not there and for a folder or hub id that holds no such model or cannot be reached."""
     import torch
 
     import vtprune
@@ -144,18 +147,20 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
         raise VtpruneError(f"unknown device {args.device!r}") from e
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise VtpruneError(f"device {args.device!r} is not available here; there are cpu and {torch.cuda.device_count()} CUDA devices")
-    if args.model is not None and not Path(args.model).exists() and Path(args.model).is_absolute():
+    local = args.model is None or Path(args.model).is_dir()
+    if not local and not HUB_ID.fullmatch(args.model):
         raise VtpruneError(f"no such model folder: {args.model}")
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    if local:
+        logging.disable_progress_bar()
     dtype = getattr(torch, args.dtype)
     try:
         if args.model is None:
             return vtprune.load_demo_model(args.device, dtype)
-        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype, local_files_only=True)
-        return model.to(device).eval(), AutoProcessor.from_pretrained(args.model, local_files_only=True)
+        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype, local_files_only=local)
+        return model.to(device).eval(), AutoProcessor.from_pretrained(args.model, local_files_only=local)
     except (OSError, ValueError, KeyError) as e:
         raise VtpruneError(f"cannot load {args.model or 'the bundled VLM'}: {str(e).strip().splitlines()[0]}") from e
 
