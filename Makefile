@@ -1,4 +1,4 @@
-# make quickstart | test | test-all | test-oldest | lint | support | notebooks | screenshots | bench-kernels | wheel | clean     PYTHON=python3.11 make ... chooses the interpreter of .venv
+# make quickstart | demo | test | test-all | test-oldest | lint | support | notebooks | screenshots | bench-kernels | wheel | clean     PYTHON=python3.11 make ... chooses the interpreter of .venv
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -10,7 +10,7 @@ JOBS := -n auto --maxprocesses 4 --dist loadgroup
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help .venv quickstart test test-all test-oldest support notebooks screenshots bench-kernels lint style typecheck wheel clean
+.PHONY: help .venv quickstart demo test test-all test-oldest support notebooks screenshots bench-kernels lint style typecheck wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,9 @@ $(STAMP): pyproject.toml
 
 quickstart: .venv
 	@$(BIN)/python -m vtprune.quickstart
+
+demo: .venv
+	@$(BIN)/python -m vtprune demo
 
 test: lint
 	$(BIN)/python -m pytest -q --durations=15 $(JOBS) $(SLOW)

@@ -22,7 +22,7 @@ from .worker import NAMES, Worker
 SAMPLES = 6
 LARGEST_FILE = "20mb"
 WAITING = 16  # questions in the queue
-BUDGETS = [("the method's own", "own"), ("tokens kept after the last cut", "keep"), ("effective tokens (solved)", "effective")]
+BUDGETS = [("its own", "own"), ("tokens kept", "keep"), ("effective tokens", "effective")]  # behind the last cut; averaged over layers, solved
 SIDE = ("recipe", "file", "budget", "share", "options", "seed")  # what :meth:`Desk.side` takes
 DOWNLOADS = {
     "vtprune.png": "Picture (PNG)",
