@@ -137,9 +137,14 @@ def test_show_in_a_notebook(monkeypatch):
         made.show(picture())
 
 
-def test_show_without_a_notebook(monkeypatch):
+class Embedded(type("TerminalInteractiveShell", (), {})):
+    """IPython in a terminal, which shows no pictures."""
+
+
+@pytest.mark.parametrize("shell", [None, Embedded()])
+def test_show_without_a_notebook(monkeypatch, shell):
     shown = []
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     monkeypatch.setattr(Image.Image, "show", lambda self: shown.append(self.size))
     report(drop([1])).show(picture())
     assert shown == [render.token_picture(picture(), report(drop([1])), 0).size]

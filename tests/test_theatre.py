@@ -151,7 +151,7 @@ def test_history_in_plain_words():
     scene = theatre.scene(hand([0.5, NAN, 0.51234567, 0.5]))
     assert theatre.history(scene, 1) == [
         "vision.1 tome: 4 to 3 tokens: merged into token 0",
-        "llm.1 fastv: 3 to 1 tokens: dropped with token 0",
+        "llm.1 fastv: token 0 has rank 2 of 3, score 0.5, 1 kept: dropped with token 0",
         "llm.2 back: 1 to 2 tokens: came back",
     ]
     assert theatre.history(scene, 0)[1:] == ["llm.1 fastv: rank 2 of 3, score 0.5, 1 kept: dropped", "llm.2 back: 1 to 2 tokens: came back"]

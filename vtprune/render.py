@@ -292,7 +292,7 @@ def show(report: Report, image: Image.Image | Sequence[Image.Image] | None, *, s
     pictures = [image] if isinstance(image, Image.Image) else list(image)
     if len(pictures) != len(grids):
         raise VtpruneError(f"sample {sample} has {len(grids)} rasters, but there are {len(pictures)} pictures; give one for each (vtprune.render.views)")
-    notebook = "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None
+    notebook = _in_notebook()
     if interactive:
         if not notebook:
             raise VtpruneError("interactive=True needs a notebook; 'vtprune run --picture OUT.html' writes the same as a page")
@@ -313,6 +313,12 @@ def show(report: Report, image: Image.Image | Sequence[Image.Image] | None, *, s
         display(out)
     else:
         out.show()
+
+
+def _in_notebook() -> bool:
+    """Whether IPython's front end shows pictures and pages: a terminal prints their names only."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and all(c.__name__ != "TerminalInteractiveShell" for c in type(shell).__mro__)
 
 
 def contact_sheet(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:

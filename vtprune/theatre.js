@@ -32,9 +32,10 @@
     const lines = scene.stages.map((stage, i) => {
       const before = scene.states[i][token], after = scene.states[i + 1][token], what = stage.outcome[token];
       let why = `${stage.tokens_in} to ${stage.tokens_out} tokens`;
-      if (stage.rank && stage.rank[token]) {
-        const [ranked, kept] = stage.units[stage.unit[token]];
-        why = `rank ${stage.rank[token]} of ${ranked}, score ${stage.scores[token]}, ${kept} kept`;
+      const who = before >= 0 ? before : token; // a merged token goes the way of the one that it was merged into
+      if (stage.rank && stage.rank[who]) {
+        const [ranked, kept] = stage.units[stage.unit[who]];
+        why = `${who === token ? "" : `token ${who} has `}rank ${stage.rank[who]} of ${ranked}, score ${stage.scores[who]}, ${kept} kept`;
       }
       const end = { [KEPT]: "kept", [BACK]: "came back", [GONE]: "was already gone" };
       end[MERGED] = before === after ? `still part of token ${after}` : `merged into token ${after}`;
