@@ -156,6 +156,18 @@ def test_show_without_a_notebook(monkeypatch, shell):
         Report([0], (), [[0]], 1, 1, 1, 1, grids=[[]]).show()
 
 
+def test_a_sheet_has_a_strip_for_every_raster():
+    made = Report([32], (drop([1, 17], 32),), [[32, 2]], 1, 1, 1, 1, grids=[[GRID, GRID]])
+    strips = [render.token_picture(picture(i), made, 0, number=i, caption=c) for i, c in enumerate(("why", ""))]
+    out = np.asarray(render.sheet([picture(0), picture(1)], made))
+    assert out.shape[:2] == (sum(s.height for s in strips), strips[0].width)
+    panels = render.GAP + render.TITLE  # captions differ
+    assert (out[panels : strips[0].height] == np.asarray(strips[0])[panels:]).all()
+    assert (out[strips[0].height + panels :] == np.asarray(strips[1])[panels:]).all()
+    one = report(drop([1]))
+    assert render.sheet([picture()], one, caption="why").tobytes() == render.token_picture(picture(), one, 0, caption="why").tobytes()
+
+
 def test_row_figure():
     figure = render.row_bias_figure({"fastv 25%": [0, 0, 2, 30], "uniform 25%": [8, 8, 8, 8]})
     assert len(figure.getcolors(10**6)) > 4

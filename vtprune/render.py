@@ -281,6 +281,18 @@ def blank(report: Report, sample: int) -> list[Image.Image]:
     return [Image.new("RGB", (16 * columns, 16 * rows), PLAIN) for rows, columns in report.grids[sample]]
 
 
+def sheet(pictures: Sequence[Image.Image], report: Report, sample: int = 0, *, heat: bool = False, caption: str = "") -> Image.Image:
+    """:func:`token_picture` of every raster of a sample below each other, on ``pictures`` as :func:`views` or :func:`blank` give them."""
+    titles = [p.info.get("label", "") for p in pictures]
+    if caption:
+        titles[0] = f"{titles[0]}: {caption}" if len(titles) > 1 else caption
+    strips = [token_picture(p, report, sample, number=i, heat=heat, caption=title) for i, (p, title) in enumerate(zip(pictures, titles, strict=True))]
+    out = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), PAPER)
+    for i, strip in enumerate(strips):
+        out.paste(strip, (0, sum(s.height for s in strips[:i])))
+    return out
+
+
 def show(report: Report, image: Image.Image | Sequence[Image.Image] | None, *, sample: int, heat: bool, interactive: bool) -> None:
     """What :meth:`vtprune.Report.show` does."""
     _check(report, sample)
@@ -303,10 +315,7 @@ def show(report: Report, image: Image.Image | Sequence[Image.Image] | None, *, s
         page = theatre.page([theatre.scene(report, pictures, sample=sample)], report.recipe or "dense")
         display(HTML(f'<div><iframe srcdoc="{html.escape(page)}" title="token theatre" style="width: 100%; height: 900px; border: 0"></iframe></div>'))
         return
-    strips = [token_picture(p, report, sample, number=i, heat=heat, caption=p.info.get("label", "")) for i, p in enumerate(pictures)]
-    out = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), PAPER)
-    for i, strip in enumerate(strips):
-        out.paste(strip, (0, sum(s.height for s in strips[:i])))
+    out = sheet(pictures, report, sample, heat=heat)
     if notebook:
         from IPython.display import display
 
