@@ -102,6 +102,18 @@ def test_heat_runs_from_dark_blue_to_yellow():
         render.token_picture(grey, report(drop([1])), 0, heat=True)
 
 
+def test_heat_is_that_of_the_latest_ranking():
+    rising, falling = [float(i) for i in range(16)], [16.0 - i for i in range(16)]
+    made = report(scored(list(range(16)), rising, [0] * 16), scored(list(range(8)), falling, [0] * 16), drop([0, 1], 8))
+    grey = Image.new("RGB", (40, 40), (128, 128, 128))
+    out = np.asarray(render.token_picture(grey, made, 0, panel=80, heat=True), float)
+    yellow = 0.3 * 128 + 0.7 * np.array(render.HEAT[-1])
+    for x in (100, 190):  # the first ranking changed nothing and has no panel
+        assert out[render.GAP + render.TITLE + 10, x + 10] == pytest.approx(yellow, abs=1)
+    single = np.asarray(render.token_picture(grey, report(*made.stages[:1]), 0, panel=80, heat=True), float)
+    assert single[render.GAP + render.TITLE + 70, 170] == pytest.approx(yellow, abs=1)
+
+
 def test_a_group_that_reaches_into_another_raster():
     """Its patches there are outlined in its colour; the dot stands in the first raster."""
     slots = [0] * 16 + [0] * 2 + list(range(1, 15))

@@ -343,6 +343,28 @@ def test_keys_clicks_bars_and_play(opened):
     assert tab.locator(".vt-play").inner_text() == "Play"
 
 
+def test_groups_have_the_outlines_of_the_still_pictures(opened):
+    stage = StageReport("projector", "pool", [4], [2], [torch.tensor([0, 3])], [torch.tensor([0, 0, 1, 1])])
+    tab = opened(theatre.page([theatre.scene(Report([4], (stage,), [[2]], 1, 1, 1, 1, grids=[[(2, 2)]]), [Image.new("RGB", (64, 64), "white")])]))
+    corner = "(node, [x, y]) => [...node.getContext('2d').getImageData(x * (node.width - 1), y * (node.height - 1), 1, 1).data].slice(0, 3)"
+    for bar, colors in ((0, [(255, 255, 255)] * 2), (1, [render.color(0), render.color(3)])):
+        tab.locator(".vt-bar").nth(bar).click()
+        for y, color in enumerate(colors):
+            for x in (0, 1):
+                assert tab.locator("canvas").evaluate(corner, [x, y]) == pytest.approx(color, abs=1)
+
+
+def test_heat_map_names_the_latest_ranking(opened):
+    model, _, inputs = demo()
+    scene = theatre.scene(run(model, inputs, "pyramiddrop", keep=0.125))
+    tab = opened(theatre.page([scene]))
+    tab.locator(".vt-heat").check()
+    for number, step in enumerate(scene["steps"]):
+        tab.locator(".vt-bar").nth(number).click()
+        ranked = [s["site"] for s in scene["stages"][: step["state"]]]
+        assert tab.locator(".vt-note").inner_text() == (f"coloured by rank in {ranked[-1]} pyramiddrop" if ranked else "nothing ranked so far")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read(browser, scheme):
     tab = browser.new_page(color_scheme=scheme)
