@@ -343,6 +343,19 @@ def test_keys_clicks_bars_and_play(opened):
     assert tab.locator(".vt-play").inner_text() == "Play"
 
 
+def test_data_may_come_late_and_a_turned_page_forgets_the_patch(opened):
+    report = Report([8], (), [[8]], 1, 1, 1, 1, grids=[[(2, 2), (2, 2)]])
+    tab = opened(f"<!doctype html><html><head>{theatre.head()}</head><body><vt-theatre></vt-theatre>{theatre.element([theatre.scene(report)])}</body></html>")
+    first, second = tab.locator("vt-theatre").all()
+    first.evaluate("(node, data) => { node.remove(); document.body.append(node); node.dataset.scenes = data; }", second.get_attribute("data-scenes"))
+    assert tab.locator("canvas").count() == 2
+    root = tab.locator("vt-theatre").last
+    root.locator("canvas").click()
+    assert root.locator(".vt-details p").inner_text().startswith("Token ")
+    root.locator(".vt-next").click()
+    assert root.locator(".vt-details p").inner_text().startswith("Choose a patch") and root.locator(".vt-told").count() == 0
+
+
 def test_groups_have_the_outlines_of_the_still_pictures(opened):
     stage = StageReport("projector", "pool", [4], [2], [torch.tensor([0, 3])], [torch.tensor([0, 0, 1, 1])])
     tab = opened(theatre.page([theatre.scene(Report([4], (stage,), [[2]], 1, 1, 1, 1, grids=[[(2, 2)]]), [Image.new("RGB", (64, 64), "white")])]))
