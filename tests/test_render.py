@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -142,6 +143,12 @@ def test_show_in_a_notebook(monkeypatch):
     plain, given = notebook.shown
     assert plain.size == given.size and plain.getcolors(10**6) != given.getcolors(10**6)
     made.show(interactive=True)
+    both = [scored(list(range(8)), [16.0 - i for i in range(n)], [0] * n) for n in (16, 32)]
+    joined = replace(both[0], tokens_in=[16, 32], tokens_out=[8, 8], **{name: [getattr(s, name)[0] for s in both] for name in ("kept", "scores", "units")})
+    ranked = Report([16, 32], (joined,), [[16], [32]], 1, 1, 1, 1, grids=[[GRID], [GRID, GRID]])
+    ranked.show([picture(), picture(1)], sample=1, heat=True)
+    assert notebook.shown.pop().tobytes() == render.sheet([picture(), picture(1)], ranked, 1, heat=True).tobytes()
+    assert render.sheet([picture(), picture(1)], ranked, 1).tobytes() != render.sheet([picture(), picture(1)], ranked, 1, heat=True).tobytes()
     page = Links()
     page.feed(notebook.shown[2])
     assert page.tags == ["div", "iframe"] and "vt-theatre" not in page.tags
