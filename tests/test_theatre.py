@@ -387,4 +387,6 @@ def test_text_can_be_read(browser, scheme):
     )
     light, dark = sorted((sum(map(int, re.findall(r"\d+", c)[:3])) for c in (ink, paper)), reverse=True)
     assert light > 600 and dark < 150 and (sum(map(int, re.findall(r"\d+", paper)[:3])) < 150) == (scheme == "dark")
+    accent = tab.evaluate("getComputedStyle(document.querySelector('vt-theatre')).getPropertyValue('--vt-accent')")
+    assert accent.strip() == {"light": "#2f6fd0", "dark": "#5b9bf5"}[scheme]
     tab.close()
