@@ -175,14 +175,16 @@ def test_show_without_a_notebook(monkeypatch, shell):
         Report([0], (), [[0]], 1, 1, 1, 1, grids=[[]]).show()
 
 
-def test_a_sheet_has_a_strip_for_every_raster():
+def test_a_sheet_has_a_strip_for_every_raster(monkeypatch):
     made = Report([32], (drop([1, 17], 32),), [[32, 2]], 1, 1, 1, 1, grids=[[GRID, GRID]])
-    strips = [render.token_picture(picture(i), made, 0, number=i, caption=c) for i, c in enumerate(("why", ""))]
+    strips = [render.token_picture(picture(i), made, 0, number=i, caption=c) for i, c in enumerate(("raster 1 of 2", "raster 2 of 2"))]
+    written = []
+    monkeypatch.setattr(render, "fit", lambda draw, words, *size: (written.append(words), words)[1])
     out = np.asarray(render.sheet([picture(0), picture(1)], made))
+    assert written[::2] == ["raster 1 of 2", "llm.2  some", "raster 2 of 2", "llm.2  some"]
+    assert written[1::2] == ["16 of 32 visual tokens", "1 of 16 here, 32 -> 2 tokens in all"] * 2
     assert out.shape[:2] == (sum(s.height for s in strips), strips[0].width)
-    panels = render.GAP + render.TITLE  # captions differ
-    assert (out[panels : strips[0].height] == np.asarray(strips[0])[panels:]).all()
-    assert (out[strips[0].height + panels :] == np.asarray(strips[1])[panels:]).all()
+    assert (out == np.concatenate([np.asarray(s) for s in strips])).all()
     one = report(drop([1]))
     assert render.sheet([picture()], one, caption="why").tobytes() == render.token_picture(picture(), one, 0, caption="why").tobytes()
 

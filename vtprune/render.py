@@ -169,11 +169,12 @@ def token_picture(
     for left, top, right, bottom in boxes:
         x, y = size[0] / image.width, size[1] / image.height
         draw.rectangle((left * x, top * y, right * x, bottom * y), outline=(255, 60, 60), width=2)
-    titles, panels = [(caption or "image", f"{report.visual_tokens[sample]} visual tokens")], [first]
+    many = len(report.grids[sample]) > 1
+    share = f"{rows * columns} of " if many else ""
+    titles, panels = [(caption or "image", f"{share}{report.visual_tokens[sample]} visual tokens")], [first]
     owner = owners(report, sample, number)
     for i in _shown(report.stages, sample, limit):
         stage = report.stages[i]
-        many = len(report.grids[sample]) > 1
         here = f"{int((owner[i] == start + np.arange(rows * columns)).sum())} of {rows * columns} here, " if many else ""
         titles.append((f"{stage.site}  {stage.method}", f"{here}{stage.tokens_in[sample]} -> {stage.tokens_out[sample]} tokens{' in all' if many else ''}"))
         warm = _heat(report, sample, i) if heat else None
@@ -283,9 +284,10 @@ def blank(report: Report, sample: int) -> list[Image.Image]:
 
 def sheet(pictures: Sequence[Image.Image], report: Report, sample: int = 0, *, heat: bool = False, caption: str = "") -> Image.Image:
     """:func:`token_picture` of every raster of a sample below each other, on ``pictures`` as :func:`views` or :func:`blank` give them."""
-    titles = [p.info.get("label", "") for p in pictures]
+    many = len(pictures) > 1
+    titles = [p.info.get("label", f"raster {i} of {len(pictures)}" if many else "") for i, p in enumerate(pictures, 1)]
     if caption:
-        titles[0] = f"{titles[0]}: {caption}" if len(titles) > 1 else caption
+        titles[0] = f"{titles[0]}: {caption}" if many else caption
     strips = [token_picture(p, report, sample, number=i, heat=heat, caption=title) for i, (p, title) in enumerate(zip(pictures, titles, strict=True))]
     out = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), PAPER)
     for i, strip in enumerate(strips):
