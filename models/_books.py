@@ -132,8 +132,8 @@ def _slots(into: Tensor, kept: Tensor) -> Tensor:
     return torch.where(into >= 0, torch.searchsorted(kept, into.clamp_min(0)), -1) if len(kept) else torch.full_like(into, -1)
 
 
-def by_sample(request: Request, record: Record) -> Record:
-    """A record told per unit, told per sample."""
+def by_sample(request: Request, record: Record, rasters: bool = False) -> Record:
+    """A record told per unit, told per sample. ``rasters``: each raster of a unit had a share of its budget, and its tokens were ranked among themselves."""
     columns = order(request)
     samples = len(columns)
     kept: list[list[Tensor]] = [[] for _ in range(samples)]
@@ -150,6 +150,12 @@ def by_sample(request: Request, record: Record) -> Record:
         score = record.scored(u, len(place))
         scores[unit.sample][place] = score
         owners[unit.sample][place] = torch.where(score.isnan(), -1, u)
+    if rasters:
+        own = [
+            torch.cat([torch.full((len(p.columns),), i) for i, p in enumerate(parts)]) if parts else owner
+            for parts, owner in zip(request.parts, owners, strict=True)
+        ]
+        owners = [torch.where(owner >= 0, number, -1) for owner, number in zip(owners, own, strict=True)]
     merged = [torch.cat(k).sort().values if k else torch.empty(0, dtype=torch.long) for k in kept]
     assignment = None if record.assignment is None else [_slots(i, k) for i, k in zip(into, merged, strict=True)]
     ranking = (scores, owners) if record.ranked is not None else (None, None)

@@ -14,7 +14,7 @@ from vtprune.models import _demo
 
 import vtprune
 from fake import picture, tiny
-from vtprune import bench, cli, quickstart
+from vtprune import bench, cli, quickstart, render
 
 
 @pytest.fixture
@@ -90,6 +90,18 @@ def test_run_writes_the_theatre(capsys, vlm, image, tmp_path):
     assert [s["title"] for s in shown["scenes"]] == [f"dense: {told['dense']}", f"pyramiddrop: {told['pruned']}"]
     assert [[p["tokens"] for p in s["steps"][1:]] for s in shown["scenes"]] == [[16] * 6, told["layer_tokens"][0]]
     assert len(shown["pictures"]) == 1 and "is &lt;b&gt; it" in page
+
+
+@pytest.mark.parametrize("name", ["kept.png", "kept.html"])
+def test_rasters_that_lie_on_no_picture_cost_no_answer(capsys, vlm, image, tmp_path, monkeypatch, name):
+    def fails(*args):
+        raise vtprune.VtpruneError("nothing true to draw")
+
+    monkeypatch.setattr(render, "views", fails)
+    assert cli.main(["run", "--image", image, "--question", "what", "--keep", "4", "--picture", str(tmp_path / name)]) == 0
+    told = capsys.readouterr()
+    assert "answer, pruned" in told.out and told.err == "vtprune: note: the picture is left out: nothing true to draw\n"
+    assert (tmp_path / name).stat().st_size > 1000
 
 
 def test_run_takes_a_recipe_file(capsys, vlm, image, tmp_path):

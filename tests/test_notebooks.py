@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 pytest.importorskip("nbclient")
-from notebooks import NOTEBOOKS, run, said
+from notebooks import NOTEBOOKS, THEATRE, run, said
 
 
 def rounded(texts: list[str]) -> list[str]:
@@ -27,3 +27,8 @@ def test_notebook(path, tmp_path):
     shown = [[sorted(o.data) for o in cell.get("outputs", []) if o.output_type != "stream"] for cell in fresh.cells]
     assert shown == [[sorted(o.data) for o in cell.get("outputs", []) if o.output_type != "stream"] for cell in kept.cells]
     assert sum(map(len, shown)) >= 2, "no pictures"
+
+
+def test_one_plays_the_theatre():
+    """:func:`notebooks.run` puts this text only where the page was."""
+    assert any(THEATRE in o.get("data", {}).get("text/html", "") for p in NOTEBOOKS for c in nbformat.read(p, 4).cells for o in c.get("outputs", []))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -102,6 +103,18 @@ def test_heat_runs_from_dark_blue_to_yellow():
         render.token_picture(grey, report(drop([1])), 0, heat=True)
 
 
+def test_heat_is_that_of_the_latest_ranking():
+    rising, falling = [float(i) for i in range(16)], [16.0 - i for i in range(16)]
+    made = report(scored(list(range(16)), rising, [0] * 16), scored(list(range(8)), falling, [0] * 16), drop([0, 1], 8))
+    grey = Image.new("RGB", (40, 40), (128, 128, 128))
+    out = np.asarray(render.token_picture(grey, made, 0, panel=80, heat=True), float)
+    yellow = 0.3 * 128 + 0.7 * np.array(render.HEAT[-1])
+    for x in (100, 190):  # the first ranking changed nothing and has no panel
+        assert out[render.GAP + render.TITLE + 10, x + 10] == pytest.approx(yellow, abs=1)
+    single = np.asarray(render.token_picture(grey, report(*made.stages[:1]), 0, panel=80, heat=True), float)
+    assert single[render.GAP + render.TITLE + 70, 170] == pytest.approx(yellow, abs=1)
+
+
 def test_a_group_that_reaches_into_another_raster():
     """Its patches there are outlined in its colour; the dot stands in the first raster."""
     slots = [0] * 16 + [0] * 2 + list(range(1, 15))
@@ -130,6 +143,12 @@ def test_show_in_a_notebook(monkeypatch):
     plain, given = notebook.shown
     assert plain.size == given.size and plain.getcolors(10**6) != given.getcolors(10**6)
     made.show(interactive=True)
+    both = [scored(list(range(8)), [16.0 - i for i in range(n)], [0] * n) for n in (16, 32)]
+    joined = replace(both[0], tokens_in=[16, 32], tokens_out=[8, 8], **{name: [getattr(s, name)[0] for s in both] for name in ("kept", "scores", "units")})
+    ranked = Report([16, 32], (joined,), [[16], [32]], 1, 1, 1, 1, grids=[[GRID], [GRID, GRID]])
+    ranked.show([picture(), picture(1)], sample=1, heat=True)
+    assert notebook.shown.pop().tobytes() == render.sheet([picture(), picture(1)], ranked, 1, heat=True).tobytes()
+    assert render.sheet([picture(), picture(1)], ranked, 1).tobytes() != render.sheet([picture(), picture(1)], ranked, 1, heat=True).tobytes()
     page = Links()
     page.feed(notebook.shown[2])
     assert page.tags == ["div", "iframe"] and "vt-theatre" not in page.tags
@@ -137,9 +156,14 @@ def test_show_in_a_notebook(monkeypatch):
         made.show(picture())
 
 
-def test_show_without_a_notebook(monkeypatch):
+class Embedded(type("TerminalInteractiveShell", (), {})):
+    """IPython in a terminal, which shows no pictures."""
+
+
+@pytest.mark.parametrize("shell", [None, Embedded()])
+def test_show_without_a_notebook(monkeypatch, shell):
     shown = []
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     monkeypatch.setattr(Image.Image, "show", lambda self: shown.append(self.size))
     report(drop([1])).show(picture())
     assert shown == [render.token_picture(picture(), report(drop([1])), 0).size]
@@ -149,6 +173,20 @@ def test_show_without_a_notebook(monkeypatch):
         report(drop([1])).show(sample=3)
     with pytest.raises(vtprune.VtpruneError, match="no visual tokens"):
         Report([0], (), [[0]], 1, 1, 1, 1, grids=[[]]).show()
+
+
+def test_a_sheet_has_a_strip_for_every_raster(monkeypatch):
+    made = Report([32], (drop([1, 17], 32),), [[32, 2]], 1, 1, 1, 1, grids=[[GRID, GRID]])
+    strips = [render.token_picture(picture(i), made, 0, number=i, caption=c) for i, c in enumerate(("raster 1 of 2", "raster 2 of 2"))]
+    written = []
+    monkeypatch.setattr(render, "fit", lambda draw, words, *size: (written.append(words), words)[1])
+    out = np.asarray(render.sheet([picture(0), picture(1)], made))
+    assert written[::2] == ["raster 1 of 2", "llm.2  some", "raster 2 of 2", "llm.2  some"]
+    assert written[1::2] == ["16 of 32 visual tokens", "1 of 16 here, 32 -> 2 tokens in all"] * 2
+    assert out.shape[:2] == (sum(s.height for s in strips), strips[0].width)
+    assert (out == np.concatenate([np.asarray(s) for s in strips])).all()
+    one = report(drop([1]))
+    assert render.sheet([picture()], one, caption="why").tobytes() == render.token_picture(picture(), one, 0, caption="why").tobytes()
 
 
 def test_row_figure():

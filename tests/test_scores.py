@@ -8,6 +8,7 @@ from vtprune.models.base import ADAPTERS
 
 import vtprune
 from cases import case_options
+from vtprune import render
 from vtprune.types import Report, UnsupportedError
 
 # One image per sample, several images, tiles, frames of a video, and bare towers.
@@ -43,10 +44,11 @@ def test_scores_explain_what_was_kept(tiny, family, method_name, case):
                 before = report.stages[number - 1].kept[b] if number else torch.arange(report.visual_tokens[b])
                 ranked = (~score.isnan()).nonzero()[:, 0]
                 assert set(ranked.tolist()) <= set(before.tolist()), f"{stage.site} ranks tokens that were gone"
-                if info.merges or (info.raster and len(report.grids[b]) > 1):  # the second: every raster of an image has a share of its budget
+                if info.merges:
                     continue
+                shares = info.raster and len(report.grids[b]) > 1  # a raster whose share is nothing goes unranked
                 unranked = set(before.tolist()) - set(ranked.tolist())  # new-line tokens, which no tower sees
-                assert unranked <= set(stage.kept[b].tolist()) and (not unranked or family in ("llava-next", "llava-onevision")), (
+                assert shares or unranked <= set(stage.kept[b].tolist()) and (not unranked or family in ("llava-next", "llava-onevision")), (
                     f"{stage.site} did not rank every token"
                 )
                 kept = torch.zeros(len(score), dtype=torch.bool)
@@ -56,6 +58,8 @@ def test_scores_explain_what_was_kept(tiny, family, method_name, case):
                     if u < 0 or bool(kept[mine].all()) or not bool(kept[mine].any()):
                         continue
                     assert score[mine & kept].min() >= score[mine & ~kept].max(), f"{stage.site}: unit {int(u)} kept a token below one that it dropped"
+                    ranks = render.ranks(stage, b)[0][(mine & kept).numpy()]
+                    assert sorted(ranks) == list(range(1, len(ranks) + 1)), f"{stage.site}: unit {int(u)} did not keep those that rank first"
 
 
 def test_merged_tokens_are_those_with_low_scores():

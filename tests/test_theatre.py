@@ -151,7 +151,7 @@ def test_history_in_plain_words():
     scene = theatre.scene(hand([0.5, NAN, 0.51234567, 0.5]))
     assert theatre.history(scene, 1) == [
         "vision.1 tome: 4 to 3 tokens: merged into token 0",
-        "llm.1 fastv: 3 to 1 tokens: dropped with token 0",
+        "llm.1 fastv: token 0 has rank 2 of 3, score 0.5, 1 kept: dropped with token 0",
         "llm.2 back: 1 to 2 tokens: came back",
     ]
     assert theatre.history(scene, 0)[1:] == ["llm.1 fastv: rank 2 of 3, score 0.5, 1 kept: dropped", "llm.2 back: 1 to 2 tokens: came back"]
@@ -343,6 +343,41 @@ def test_keys_clicks_bars_and_play(opened):
     assert tab.locator(".vt-play").inner_text() == "Play"
 
 
+def test_data_may_come_late_and_a_turned_page_forgets_the_patch(opened):
+    report = Report([8], (), [[8]], 1, 1, 1, 1, grids=[[(2, 2), (2, 2)]])
+    tab = opened(f"<!doctype html><html><head>{theatre.head()}</head><body><vt-theatre></vt-theatre>{theatre.element([theatre.scene(report)])}</body></html>")
+    first, second = tab.locator("vt-theatre").all()
+    first.evaluate("(node, data) => { node.remove(); document.body.append(node); node.dataset.scenes = data; }", second.get_attribute("data-scenes"))
+    assert tab.locator("canvas").count() == 2
+    root = tab.locator("vt-theatre").last
+    root.locator("canvas").click()
+    assert root.locator(".vt-details p").inner_text().startswith("Token ")
+    root.locator(".vt-next").click()
+    assert root.locator(".vt-details p").inner_text().startswith("Choose a patch") and root.locator(".vt-told").count() == 0
+
+
+def test_groups_have_the_outlines_of_the_still_pictures(opened):
+    stage = StageReport("projector", "pool", [4], [2], [torch.tensor([0, 3])], [torch.tensor([0, 0, 1, 1])])
+    tab = opened(theatre.page([theatre.scene(Report([4], (stage,), [[2]], 1, 1, 1, 1, grids=[[(2, 2)]]), [Image.new("RGB", (64, 64), "white")])]))
+    corner = "(node, [x, y]) => [...node.getContext('2d').getImageData(x * (node.width - 1), y * (node.height - 1), 1, 1).data].slice(0, 3)"
+    for bar, colors in ((0, [(255, 255, 255)] * 2), (1, [render.color(0), render.color(3)])):
+        tab.locator(".vt-bar").nth(bar).click()
+        for y, color in enumerate(colors):
+            for x in (0, 1):
+                assert tab.locator("canvas").evaluate(corner, [x, y]) == pytest.approx(color, abs=1)
+
+
+def test_heat_map_names_the_latest_ranking(opened):
+    model, _, inputs = demo()
+    scene = theatre.scene(run(model, inputs, "pyramiddrop", keep=0.125))
+    tab = opened(theatre.page([scene]))
+    tab.locator(".vt-heat").check()
+    for number, step in enumerate(scene["steps"]):
+        tab.locator(".vt-bar").nth(number).click()
+        ranked = [s["site"] for s in scene["stages"][: step["state"]]]
+        assert tab.locator(".vt-note").inner_text() == (f"coloured by rank in {ranked[-1]} pyramiddrop" if ranked else "nothing ranked so far")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read(browser, scheme):
     tab = browser.new_page(color_scheme=scheme)
@@ -352,4 +387,6 @@ def test_text_can_be_read(browser, scheme):
     )
     light, dark = sorted((sum(map(int, re.findall(r"\d+", c)[:3])) for c in (ink, paper)), reverse=True)
     assert light > 600 and dark < 150 and (sum(map(int, re.findall(r"\d+", paper)[:3])) < 150) == (scheme == "dark")
+    accent = tab.evaluate("getComputedStyle(document.querySelector('vt-theatre')).getPropertyValue('--vt-accent')")
+    assert accent.strip() == {"light": "#2f6fd0", "dark": "#5b9bf5"}[scheme]
     tab.close()

@@ -279,6 +279,7 @@ class Handle:
                     )
                 )
         self._names = [stage.method for stage, *_ in stages]
+        self._rasters = [method.info.raster for _, method, _ in stages]
         self._vision: deque[Run] = deque(maxlen=32)
         self._local = threading.local()
         self._last: Any = None
@@ -385,7 +386,8 @@ class Handle:
         samples = len(request.parts)
         tower = [run.records for rows in request.vision or [] for run, _ in rows]
         stages = [self._stage(tower_record(request, i)) for i in range(len(tower[0]) if tower else 0)]
-        stages += [self._stage(by_sample(request, r)) for r in (*(request.entry.records if request.entry else ()), *request.records)]
+        behind = (*(request.entry.records if request.entry else ()), *request.records)
+        stages += [self._stage(by_sample(request, r, self._rasters[r.stage])) for r in behind]
         sizes = [n for parts in request.parts for p in parts for n in p.passes]  # tokens of each pass of the tower
         dense_vision = sum(cost.vision(s, 1, n, [n] * s.vdepth) for n in sizes)
         flops = dense_vision

@@ -236,15 +236,14 @@ def cmd_run(args: argparse.Namespace) -> int:
     dense = generate(model, processor, inputs, args.max_new_tokens)[0]
     with vtprune.attach(model, args.recipe, **{"seed": args.seed, **overrides(args)}) as handle:
         pruned = generate(model, processor, inputs, args.max_new_tokens)[0]
-        report, overview = handle.report(), handle.geometry.overview
+        report = handle.report()
+    views = [] if picture is None else _views(processor, inputs, report)
     if picture is not None and picture.suffix.lower() == ".html":
-        views = render.views(processor, inputs, report)
         scenes = [theatre.scene(theatre.dense(report), views, title=f"dense: {dense}"), theatre.scene(report, views, title=f"{handle.recipe.name}: {pruned}")]
         facts = f"{args.image.name} | vtprune {_version()} | {args.model or 'the bundled VLM'}, {args.device}, {args.dtype}"
         render.write(picture, theatre.page(scenes, args.question, facts).encode())
     elif picture is not None:
-        shown = render.token_picture(render.model_view(processor, image, overview), report, 0, number=overview, caption=args.question)
-        render.write(picture, shown)
+        render.write(picture, render.sheet(views, report, caption=args.question))
     if args.json:
         print(json.dumps({"question": args.question, "dense": dense, "pruned": pruned, **report.to_dict()}))
         return 0
@@ -260,6 +259,17 @@ def cmd_run(args: argparse.Namespace) -> int:
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
     return 0
+
+
+def _views(processor: Any, inputs: Any, report: Any) -> Any:
+    """What lies under each raster; plain grey where that is not known, for the answers are there all the same."""
+    from . import render
+
+    try:
+        return render.views(processor, inputs, report)
+    except VtpruneError as e:
+        print(f"vtprune: note: the picture is left out: {e}", file=sys.stderr)
+        return render.blank(report, 0)
 
 
 def cmd_bench(args: argparse.Namespace) -> int:

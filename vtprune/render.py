@@ -169,11 +169,12 @@ def token_picture(
     for left, top, right, bottom in boxes:
         x, y = size[0] / image.width, size[1] / image.height
         draw.rectangle((left * x, top * y, right * x, bottom * y), outline=(255, 60, 60), width=2)
-    titles, panels = [(caption or "image", f"{report.visual_tokens[sample]} visual tokens")], [first]
+    many = len(report.grids[sample]) > 1
+    share = f"{rows * columns} of " if many else ""
+    titles, panels = [(caption or "image", f"{share}{report.visual_tokens[sample]} visual tokens")], [first]
     owner = owners(report, sample, number)
     for i in _shown(report.stages, sample, limit):
         stage = report.stages[i]
-        many = len(report.grids[sample]) > 1
         here = f"{int((owner[i] == start + np.arange(rows * columns)).sum())} of {rows * columns} here, " if many else ""
         titles.append((f"{stage.site}  {stage.method}", f"{here}{stage.tokens_in[sample]} -> {stage.tokens_out[sample]} tokens{' in all' if many else ''}"))
         warm = _heat(report, sample, i) if heat else None
@@ -281,6 +282,19 @@ def blank(report: Report, sample: int) -> list[Image.Image]:
     return [Image.new("RGB", (16 * columns, 16 * rows), PLAIN) for rows, columns in report.grids[sample]]
 
 
+def sheet(pictures: Sequence[Image.Image], report: Report, sample: int = 0, *, heat: bool = False, caption: str = "") -> Image.Image:
+    """:func:`token_picture` of every raster of a sample below each other, on ``pictures`` as :func:`views` or :func:`blank` give them."""
+    many = len(pictures) > 1
+    titles = [p.info.get("label", f"raster {i} of {len(pictures)}" if many else "") for i, p in enumerate(pictures, 1)]
+    if caption:
+        titles[0] = f"{titles[0]}: {caption}" if many else caption
+    strips = [token_picture(p, report, sample, number=i, heat=heat, caption=title) for i, (p, title) in enumerate(zip(pictures, titles, strict=True))]
+    out = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), PAPER)
+    for i, strip in enumerate(strips):
+        out.paste(strip, (0, sum(s.height for s in strips[:i])))
+    return out
+
+
 def show(report: Report, image: Image.Image | Sequence[Image.Image] | None, *, sample: int, heat: bool, interactive: bool) -> None:
     """What :meth:`vtprune.Report.show` does."""
     _check(report, sample)
@@ -292,7 +306,7 @@ def show(report: Report, image: Image.Image | Sequence[Image.Image] | None, *, s
     pictures = [image] if isinstance(image, Image.Image) else list(image)
     if len(pictures) != len(grids):
         raise VtpruneError(f"sample {sample} has {len(grids)} rasters, but there are {len(pictures)} pictures; give one for each (vtprune.render.views)")
-    notebook = "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None
+    notebook = _in_notebook()
     if interactive:
         if not notebook:
             raise VtpruneError("interactive=True needs a notebook; 'vtprune run --picture OUT.html' writes the same as a page")
@@ -303,16 +317,19 @@ def show(report: Report, image: Image.Image | Sequence[Image.Image] | None, *, s
         page = theatre.page([theatre.scene(report, pictures, sample=sample)], report.recipe or "dense")
         display(HTML(f'<div><iframe srcdoc="{html.escape(page)}" title="token theatre" style="width: 100%; height: 900px; border: 0"></iframe></div>'))
         return
-    strips = [token_picture(p, report, sample, number=i, heat=heat, caption=p.info.get("label", "")) for i, p in enumerate(pictures)]
-    out = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), PAPER)
-    for i, strip in enumerate(strips):
-        out.paste(strip, (0, sum(s.height for s in strips[:i])))
+    out = sheet(pictures, report, sample, heat=heat)
     if notebook:
         from IPython.display import display
 
         display(out)
     else:
         out.show()
+
+
+def _in_notebook() -> bool:
+    """Whether IPython's front end shows pictures and pages: a terminal prints their names only."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and all(c.__name__ != "TerminalInteractiveShell" for c in type(shell).__mro__)
 
 
 def contact_sheet(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:

@@ -32,9 +32,10 @@
     const lines = scene.stages.map((stage, i) => {
       const before = scene.states[i][token], after = scene.states[i + 1][token], what = stage.outcome[token];
       let why = `${stage.tokens_in} to ${stage.tokens_out} tokens`;
-      if (stage.rank && stage.rank[token]) {
-        const [ranked, kept] = stage.units[stage.unit[token]];
-        why = `rank ${stage.rank[token]} of ${ranked}, score ${stage.scores[token]}, ${kept} kept`;
+      const who = before >= 0 ? before : token; // a merged token goes the way of the one that it was merged into
+      if (stage.rank && stage.rank[who]) {
+        const [ranked, kept] = stage.units[stage.unit[who]];
+        why = `${who === token ? "" : `token ${who} has `}rank ${stage.rank[who]} of ${ranked}, score ${stage.scores[who]}, ${kept} kept`;
       }
       const end = { [KEPT]: "kept", [BACK]: "came back", [GONE]: "was already gone" };
       end[MERGED] = before === after ? `still part of token ${after}` : `merged into token ${after}`;
@@ -47,17 +48,18 @@
   class Theatre extends HTMLElement {
     static observedAttributes = ["data-scenes"];
 
-    connectedCallback() { this.build(); }
-    disconnectedCallback() { this.pause(); this.watch.disconnect(); }
-    attributeChangedCallback() { if (this.watch) this.build(); }
+    connectedCallback() { this.live = true; this.build(); }
+    disconnectedCallback() { this.live = false; clearInterval(this.timer); this.watch?.disconnect(); }
+    attributeChangedCallback() { if (this.live) this.build(); }
 
     build() {
+      if (!this.dataset.scenes) return; // they come with a later attribute
       const { pictures, scenes } = JSON.parse(this.dataset.scenes);
       const labels = new Map(scenes.flatMap((s) => s.steps.map((p) => [p.site, p.label])));
       this.axis = [...labels.keys()].sort((a, b) => order(a) - order(b)).map((site) => ({ site, label: labels.get(site) }));
       this.pictures = pictures.map((url) => { const image = new Image(); image.onload = () => this.draw(); image.src = url; return image; });
       clearInterval(this.timer);
-      this.raster = 0; this.cursor = 0; this.chosen = null; this.timer = null;
+      this.raster = 0; this.timer = null;
       this.watch?.disconnect();
       this.watch = new ResizeObserver(() => this.draw());
       this.replaceChildren();
@@ -66,7 +68,7 @@
       this.scenes = scenes.map((scene) => this.stage(scene, row));
       this.details = make("div", "vt-details", this);
       this.details.setAttribute("aria-live", "polite");
-      make("p", "", this.details, "Choose a patch to read what happened to it.");
+      this.forget();
       this.where = make("span", "vt-where", this);
       this.where.setAttribute("aria-live", "polite");
       this.go(this.opening());
@@ -101,10 +103,11 @@
         const node = make("button", by < 0 ? "vt-prev" : "vt-next", rasters, by < 0 ? "‹" : "›");
         node.type = "button";
         node.setAttribute("aria-label", name);
-        node.onclick = () => { this.raster = (this.raster + by + many) % many; this.cursor = 0; this.chosen = null; this.go(this.step); };
+        node.onclick = () => { this.raster = (this.raster + by + many) % many; this.forget(); this.go(this.step); };
       };
       turn("previous picture", -1);
       this.which = make("span", "vt-which", rasters);
+      this.which.setAttribute("aria-live", "polite");
       turn("next picture", 1);
     }
 
@@ -257,6 +260,13 @@
         this.draw();
       } else return;
       e.preventDefault();
+    }
+
+    forget() {
+      this.cursor = 0;
+      this.chosen = null;
+      this.details.replaceChildren();
+      make("p", "", this.details, "Choose a patch to read what happened to it.");
     }
 
     // Patch number `patch` of the shown raster: its history in every scene.

@@ -78,7 +78,8 @@ def present(scene: Mapping[str, Any], step: int) -> list[int]:
 
 
 def history(scene: Mapping[str, Any], token: int) -> list[str]:
-    """When and why original token ``token`` went, one line per stage: ``"llm.3 fastv: rank 97 of 144, score 0.0012, 36 kept: dropped"``.
+    """When and why original token ``token`` went, one line per stage: ``"llm.3 fastv: rank 97 of 144, score 0.0012, 36 kept: dropped"``;
+    of a merged token the rank and score of the token that stands for it.
 
     Raises :class:`VtpruneError` if there is no such token.
     """
@@ -87,9 +88,10 @@ def history(scene: Mapping[str, Any], token: int) -> list[str]:
     out = []
     for i, stage in enumerate(scene["stages"]):
         before, after = scene["states"][i][token], scene["states"][i + 1][token]
-        if stage["rank"] is not None and stage["rank"][token]:
-            ranked, kept = stage["units"][stage["unit"][token]]
-            why = f"rank {stage['rank'][token]} of {ranked}, score {stage['scores'][token]}, {kept} kept"
+        who = before if before >= 0 else token  # a merged token goes the way of the one that it was merged into
+        if stage["rank"] is not None and stage["rank"][who]:
+            ranked, kept = stage["units"][stage["unit"][who]]
+            why = f"{'' if who == token else f'token {who} has '}rank {stage['rank'][who]} of {ranked}, score {stage['scores'][who]}, {kept} kept"
         else:
             why = f"{stage['tokens_in']} to {stage['tokens_out']} tokens"
         end = {
