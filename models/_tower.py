@@ -70,7 +70,8 @@ class Record:
         """The scores of image ``g``'s original tokens, ``[tokens]`` float64, NaN where there is none."""
         out = torch.full((tokens,), torch.nan, dtype=torch.float64)
         if self.ranked is not None:
-            index, score = (t[g].cpu() for t in self.ranked)
+            self.ranked = self.ranked[0].cpu(), self.ranked[1].cpu()  # once for all images
+            index, score = (t[g] for t in self.ranked)
             out[index[index >= 0]] = score[index >= 0].double()
         return out
 

@@ -186,13 +186,13 @@ def cmd_methods(args: argparse.Namespace) -> int:
         for i in infos:
             needs = {kind: sorted(n) for kind, n in i.needs.items()}
             facts = {"name": i.name, "paper": i.paper, "idea": i.idea, "sites": i.kinds, "needs": needs, "keep": i.keep}
-            entries.append({**facts, "options": i.options, "help": i.option_help})
+            entries.append({**facts, "options": i.options, "help": i.option_help, "score": i.score})
         print(json.dumps(entries, indent=1))
         return 0
     rows = [[i.name, ", ".join(i.kinds), "-" if i.keep is None else f"{i.keep:.3g}", i.paper, i.idea] for i in infos]
     show([["method", "sites", "keep", "paper", "idea"], *rows])
     if len(infos) == 1:
-        print()
+        print(f"\nranks by: {infos[0].score or 'nothing'}\n")
         show([["option", "default", "meaning"], *([n, json.dumps(d), infos[0].option_help[n]] for n, d in infos[0].options.items())])
     return 0
 
