@@ -206,8 +206,8 @@ class _Registered:
 def _json(text: str, what: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise VtpruneError(f"{what} are no JSON: {e}") from e
+    except (ValueError, RecursionError) as e:  # also numbers that are too long, and lists in lists without end
+        raise VtpruneError(f"{what} cannot be read as JSON: {e}") from e
     if not isinstance(found, dict):
         raise VtpruneError(f'{what} must be a JSON object such as {{"layer": 3}}')
     return found

@@ -305,7 +305,7 @@ def test_what_cannot_be_answered_gets_a_message(seat, pictures, tmp_path):
     one.page.get_by_text("Options, seed, recipe file").last.click()
     one.page.get_by_label("Options of the method, JSON").last.fill("{]")
     one.page.locator("#ask").click()
-    one.status("B: the options are no JSON")
+    one.status("B: the options cannot be read as JSON")
     one.page.get_by_label("Options of the method, JSON").last.fill('{"layerz": 3}')
     one.page.locator("#ask").click()
     one.status("layerz")
