@@ -7,6 +7,7 @@ import html
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,35 @@ def _html(value: str = "", **how: Any) -> gr.HTML:
     return gr.HTML(value, apply_default_css=False, **how)
 
 
-def served(updates: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """``updates``, what the user can put right as a last one with ``message``."""
+def served(updates: Callable[[], Iterator[dict[str, Any]]], shown: str | None = None) -> Iterator[dict[str, Any]]:
+    """``updates``, what the user can put right as a last one with ``message``, in which the file ``shown`` has no folder: that is the server's affair."""
     try:
         yield from updates()
     except VtpruneError as e:
-        yield {"message": str(e)}
+        yield {"message": str(e).replace(shown, Path(shown).name) if shown else str(e)}
     except (EOFError, ConnectionError):
         yield {"message": GONE}
+
+
+def stopped(worker: Worker, request: gr.Request) -> str:
+    """Ends what the asking page has running: what to tell about it."""
+    try:
+        worker.desk.stop(str(request.session_hash))
+    except VtpruneError as e:
+        return str(e)
+    except (EOFError, ConnectionError):
+        return GONE
+    return "stopped"
+
+
+def own_upload(image: gr.Image, payload: Any) -> str | None:
+    """The path of the picture that arrived. Raises :class:`gradio.Error` for one outside the folder of uploads: a request made by hand can name any file, and
+    gradio looks only at those that carry its mark."""
+    if payload is None or payload.path is None:
+        return None
+    if not Path(payload.path).resolve().is_relative_to(Path(image.GRADIO_CACHE).resolve()):
+        raise gr.Error("this picture was not uploaded here", print_exception=False)
+    return payload.path
 
 
 def handed_out(buttons: Files, files: Mapping[str, bytes], folder: str) -> dict[Any, Any]:
@@ -116,7 +138,7 @@ def build(worker: Worker, folder: Path, *, recipe: str = "pyramiddrop", seed: in
                     elem_id="picture",
                 )  # fmt: skip
                 # What arrives is opened where it can be refused with a message; gradio would open it on the way.
-                UndoLedger().replace(image, "preprocess", lambda payload: None if payload is None else payload.path)
+                UndoLedger().replace(image, "preprocess", partial(own_upload, image))
                 video = gr.File(label="or a video", file_types=["video"], visible=False, height=110, elem_id="video")
                 question = gr.Textbox(label="Question", max_length=2000, max_lines=4, elem_id="question")
                 truth = gr.Textbox(label="Right answer, if you know it", elem_id="truth")
@@ -131,7 +153,7 @@ def build(worker: Worker, folder: Path, *, recipe: str = "pyramiddrop", seed: in
         page.load(lambda: _welcome(worker), None, [about, video, *sides], show_progress="hidden", api_visibility="private")
 
         def leave(request: gr.Request) -> None:
-            worker.desk.stop(str(request.session_hash))
+            stopped(worker, request)
 
         page.unload(leave)
     return page
@@ -149,6 +171,8 @@ def _welcome(worker: Worker) -> list[Any]:
         told = worker.desk.about()
     except VtpruneError as e:
         return [status_html(str(e)), gr.skip(), gr.skip(), gr.skip()]
+    except (EOFError, ConnectionError):
+        return [status_html(GONE), gr.skip(), gr.skip(), gr.skip()]
     refused = "".join(f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in told["refused"])
     more = f"<details><summary>{len(told['refused'])} recipes that this model does not take</summary><ul>{refused}</ul></details>" if refused else ""
     choices = gr.Dropdown(["dense", *told["recipes"]])
@@ -179,7 +203,7 @@ def _side_by_side(worker: Worker, asked: list[Any], recipe: str, seed: int) -> l
 
         empty: dict[Any, Any] = dict.fromkeys([*answers, theatre_, metrics], "")
         yield {status: status_html("waiting for the model"), **empty, **handed_out(buttons, {}, "")}
-        for update in served(updates):
+        for update in served(updates, video or image):
             if "message" in update:
                 gr.Warning(update["message"])
                 yield {status: status_html(update["message"])}
@@ -204,8 +228,7 @@ def _side_by_side(worker: Worker, asked: list[Any], recipe: str, seed: int) -> l
 
 def _stops(worker: Worker, button: gr.Button, status: gr.HTML, events: list[Any]) -> None:
     def stop(request: gr.Request) -> str:
-        worker.desk.stop(str(request.session_hash))
-        return status_html("stopped")
+        return status_html(stopped(worker, request))
 
     button.click(stop, None, status, cancels=events, queue=False, api_visibility="private")
 
@@ -232,7 +255,7 @@ def _all_methods(worker: Worker, asked: list[Any], seed: int) -> None:
             return worker.desk.compare(str(request.session_hash), video or image, question, share / 100, budget, int(seed or 0), truth)
 
         yield {status: status_html("waiting for the model"), cards: "", **handed_out(buttons, {}, "")}
-        for update in served(updates):
+        for update in served(updates, video or image):
             if "message" in update:
                 gr.Warning(update["message"])
                 yield {status: status_html(update["message"])}

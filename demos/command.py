@@ -6,6 +6,7 @@ import argparse
 import gc
 import inspect
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -50,8 +51,10 @@ def run(args: argparse.Namespace) -> int:
     from .worker import Worker
 
     gc.disable()  # imports leave no garbage, and looking for it takes a fifth of their time
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidies up as Ctrl-C does
     worker = Worker(args.model, args.device, args.dtype)
     folder = tempfile.TemporaryDirectory(prefix="vtprune-demo-")
+    os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder.name) / "uploads"))  # nobody else reads it, and it goes with the demo
     try:
         with without_stubs():
             from . import app
@@ -62,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
         if args.host not in LOOPBACK:
             print(f"vtprune demo: everybody who reaches {args.host} can use this model", file=sys.stderr)
         print(f"vtprune demo: {url} (Ctrl-C ends it)", flush=True)
-        worker.desk.about()  # raises what loading raised
+        told = worker.desk.about()  # raises what loading raised
+        if args.recipe not in ("dense", *told["recipes"], *(name for name, _ in told["refused"])):
+            raise VtpruneError(f"unknown recipe {args.recipe!r}; 'vtprune recipes' lists them")
         print("vtprune demo: the model is loaded", flush=True)
         while True:
             time.sleep(3600)

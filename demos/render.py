@@ -37,7 +37,7 @@ _TABLE_CSS = f"""
   .vtp-metrics [scope=row] {{ min-width: 7rem; }} }}
 """.strip()
 _CARDS_CSS = f"""
-.vtp-cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: .75rem; list-style: none; margin: 0; padding: 0; }}
+.vtp-cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(10.5rem, 44%), 1fr)); gap: .75rem; list-style: none; margin: 0; padding: 0; }}
 .vtp-cards li {{ border: 1px solid {_LINE}; border-radius: .4rem; padding: .6rem; margin: 0; color: {_INK}; overflow-wrap: anywhere; }}
 .vtp-cards img {{ width: 100%; height: auto; border-radius: .2rem; display: block; }}
 .vtp-cards li > h3 {{ font-size: 1rem; font-weight: 600; margin: 0 0 .4rem; color: {_INK}; }}

@@ -211,7 +211,7 @@ class _Registered:
 def _json(text: str, what: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as e:
+    except (ValueError, RecursionError) as e:  # also numbers that are too long, and lists in lists without end
         raise VtpruneError(f"{what}: not JSON ({e})") from e
     if not isinstance(found, dict):
         raise VtpruneError(f'{what}: a JSON object is needed, such as {{"layer": 3}}')
