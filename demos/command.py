@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
     from .worker import Worker
 
     gc.disable()  # imports leave no garbage, and looking for it takes a fifth of their time
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidies up as Ctrl-C does
     worker = Worker(args.model, args.device, args.dtype)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidies up as Ctrl-C does; not in the worker, forked above
     folder = tempfile.TemporaryDirectory(prefix="vtprune-demo-")
     os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder.name) / "uploads"))  # nobody else reads it, and it goes with the demo
     try:
@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 0
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second one must not leave half of it behind
+            signal.signal(number, signal.SIG_IGN)
         worker.close()
         folder.cleanup()
 
