@@ -140,11 +140,11 @@ def build(worker: Worker, folder: Path, *, recipe: str = "pyramiddrop", seed: in
                 # What arrives is opened where it can be refused with a message; gradio would open it on the way.
                 UndoLedger().replace(image, "preprocess", partial(own_upload, image))
                 video = gr.File(label="or a video", file_types=["video"], visible=False, height=110, elem_id="video")
-                question = gr.Textbox(label="Question", max_length=2000, max_lines=4, elem_id="question")
+                question = gr.Textbox(label="Question", max_lines=4, elem_id="question")
                 truth = gr.Textbox(label="Right answer, if you know it", elem_id="truth")
                 _samples(folder, [image, question, truth])
             with gr.Column(scale=3, min_width=320), gr.Tabs():
-                with gr.Tab("Side by side"):
+                with gr.Tab("Watch"):
                     sides = _side_by_side(worker, [image, video, question], recipe, seed)
                 with gr.Tab("All methods"):
                     _all_methods(worker, [image, video, question, truth], seed)
@@ -231,6 +231,8 @@ def _stops(worker: Worker, button: gr.Button, status: gr.HTML, events: list[Any]
         return status_html(stopped(worker, request))
 
     button.click(stop, None, status, cancels=events, queue=False, api_visibility="private")
+    for event in events:
+        event.failure(lambda: status_html("this failed; the terminal that runs the demo says why"), None, status, queue=False, api_visibility="private")
 
 
 # ----------------------------------------------------------------------------------------------------------- all methods
@@ -285,8 +287,9 @@ def _results(folder: Path | None) -> None:
 
     def run(files: list[str] | None, budget: int, cost: str) -> list[str]:
         with tempfile.TemporaryDirectory() as mine:
-            for path in files or ():
-                shutil.copy(path, mine)
+            for i, path in enumerate(files or ()):
+                name = Path(path).name
+                shutil.copy(path, Path(mine) / (f"{i}-{name}" if (Path(mine) / name).exists() else name))
             source = Path(mine) if files else folder
             if source is None:
                 return [status_html("upload result files first"), ""]

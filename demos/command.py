@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from vtprune import cli
 from vtprune.ledger import UndoLedger
 from vtprune.types import VtpruneError
 
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         raise VtpruneError("the demo needs gradio: pip install 'vtprune[demo]'")
     if args.results is not None and not args.results.is_dir():
         raise VtpruneError(f"no such folder: {args.results}")
+    cli.is_local(args.model)  # says now what can be neither a folder nor a hub id
     if args.port is not None:
         refuse_taken(args.host, args.port)
     os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})

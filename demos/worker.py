@@ -84,8 +84,13 @@ class Desk:
         with self._registered(token) as stop:
             results = []
             for i, side in enumerate(chosen):
-                yield {"status": f"{NAMES[i]} ({side.name}) is answering"}
-                for turn in self.engine.stream(side, shown, question or "", max_new_tokens=max_new_tokens, stop=stop):
+                yield {"status": f"{NAMES[i]} ({side.name}) waits for the model"}
+                begun = False
+                turns = self.engine.stream(side, shown, question or "", max_new_tokens=max_new_tokens, stop=stop)
+                for turn in _named(NAMES[i], turns):
+                    if not begun:
+                        begun = True
+                        yield {"status": f"{NAMES[i]} ({side.name}) is answering"}
                     yield {"side": i, "text": turn.text}
                 if turn.result is None or stop.is_set():
                     yield {"status": "stopped", "stopped": True}
@@ -206,6 +211,14 @@ class _Registered:
             self.running[self.token].discard(self.event)
             if not self.running[self.token]:
                 del self.running[self.token]
+
+
+def _named(name: str, turns: Iterator[Any]) -> Iterator[Any]:
+    """``turns``, with the side's name in what cannot be attached."""
+    try:
+        yield from turns
+    except VtpruneError as e:
+        raise VtpruneError(f"{name}: {e}") from e
 
 
 def _json(text: str, what: str) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def test_a_model_s_process_that_has_ended_is_told():
 def test_options_that_json_cannot_take_are_refused(text):
     from vtprune.demos.worker import _json
 
-    with pytest.raises(VtpruneError, match="cannot be read as JSON"):
+    with pytest.raises(VtpruneError, match="the options: not JSON"):
         _json(text, "the options")
 
 

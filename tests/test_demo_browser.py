@@ -332,7 +332,7 @@ def test_stop_leaves_the_model_free(seat, pictures):
     one.page.locator(".vtp-cards li").first.wait_for()
     one.page.get_by_role("button", name="Stop").last.click()
     one.status("stopped", "compare-status")
-    one.page.get_by_role("tab", name="Side by side").click()
+    one.page.get_by_role("tab", name="Watch").click()
     one.page.locator("#ask").click()
     one.status("done")
     assert one.answer("a") == dense

@@ -134,6 +134,15 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {**({} if args.keep is None else {"keep": args.keep}), **dict(args.option)}
 
 
+def is_local(model: str | None) -> bool:
+    """Whether ``--model`` names a folder (or the bundled VLM) and no hub id. Raises :class:`VtpruneError` if it can be neither."""
+    if model is None or Path(model).is_dir():
+        return True
+    if not HUB_ID.fullmatch(model):
+        raise VtpruneError(f"no such model folder: {model}")
+    return False
+
+
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
     """``(model, processor)``. A folder is read without a network, anything else is a hub id (``HF_HUB_OFFLINE=1``: as cached). :class:`VtpruneError` for a
     device that is not there and for a folder or hub id that holds no such model or cannot be reached."""
@@ -147,9 +156,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
         raise VtpruneError(f"unknown device {args.device!r}") from e
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise VtpruneError(f"device {args.device!r} is not available here; there are cpu and {torch.cuda.device_count()} CUDA devices")
-    local = args.model is None or Path(args.model).is_dir()
-    if not local and not HUB_ID.fullmatch(args.model):
-        raise VtpruneError(f"no such model folder: {args.model}")
+    local = is_local(args.model)
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
