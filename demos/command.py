@@ -17,6 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from vtprune.demos import TRAINED
+
+import vtprune
 from vtprune import cli
 from vtprune.ledger import UndoLedger
 from vtprune.types import VtpruneError
@@ -46,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         raise VtpruneError("the demo needs gradio: pip install 'vtprune[demo]'")
     if args.results is not None and not args.results.is_dir():
         raise VtpruneError(f"no such folder: {args.results}")
+    if args.recipe not in (known := ("dense", TRAINED, *vtprune.recipes())):
+        raise VtpruneError(f"unknown recipe {args.recipe!r}; there are {', '.join(known)}")
     cli.is_local(args.model)  # says now what can be neither a folder nor a hub id
     if args.port is not None:
         refuse_taken(args.host, args.port)
@@ -67,9 +72,7 @@ def run(args: argparse.Namespace) -> int:
         if args.host not in LOOPBACK:
             print(f"vtprune demo: everybody who reaches {args.host} can use this model", file=sys.stderr)
         print(f"vtprune demo: {url} (Ctrl-C ends it)", flush=True)
-        told = worker.desk.about()  # raises what loading raised
-        if args.recipe not in ("dense", *told["recipes"], *(name for name, _ in told["refused"])):
-            raise VtpruneError(f"unknown recipe {args.recipe!r}; 'vtprune recipes' lists them")
+        worker.desk.about()  # raises what loading raised
         print("vtprune demo: the model is loaded", flush=True)
         while True:
             time.sleep(3600)

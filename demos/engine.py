@@ -23,6 +23,7 @@ import torch
 from PIL import Image, ImageOps
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
+from vtprune.demos import TRAINED
 from vtprune.models import _demo
 
 import vtprune
@@ -36,7 +37,6 @@ BUDGETS = ("own", "keep", "effective")
 LONGEST_QUESTION = 2000  # characters
 LARGEST_SIDE = 2048  # pixels of a picture before it goes to the processor
 MOST_NEW_TOKENS = 512
-TRAINED = "dpvr-lf (trained)"  # offered with the bundled model
 POLL = 0.05  # seconds between two looks at `stop` while others have the model
 T = TypeVar("T")
 Shown = Image.Image | str | os.PathLike  # a picture, or the path of a picture or video

@@ -130,12 +130,13 @@ def _told(entry: Entry) -> list[str]:
     return [f"{entry.effective_tokens:.1f} of {entry.report.visual_tokens[0]} tokens", *differ, f"{100 * entry.flops_share:.0f} % of dense FLOPs"]
 
 
-def cards_html(entries: Sequence[Entry]) -> str:
-    """One card per entry, as many beside each other as fit: the tokens that were left, the answer, right or wrong, tokens and FLOPs; or why it cannot run."""
-    return f'<style>{_CARDS_CSS}</style>\n<ul class="vtp-cards">\n' + "\n".join(map(_card, entries)) + "\n</ul>"
+def cards_html(cards: Sequence[str]) -> str:
+    """The :func:`card`s, as many beside each other as fit."""
+    return f'<style>{_CARDS_CSS}</style>\n<ul class="vtp-cards">\n' + "\n".join(cards) + "\n</ul>"
 
 
-def _card(entry: Entry) -> str:
+def card(entry: Entry) -> str:
+    """An entry as HTML: the tokens that were left, the answer, right or wrong, tokens and FLOPs; or why it cannot run."""
     esc = html.escape
     note = f'<p class="vtp-small">{esc(entry.note)}</p>' if entry.note else ""
     if entry.result is None:

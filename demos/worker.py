@@ -128,19 +128,21 @@ class Desk:
 
         truth = (truth or "").strip() or None
         entries: list[Any] = []
+        cards: list[str] = []
         with self._registered(token) as stop:
             of = 1 + sum(not o.reason for o in self.engine.recipes())
             names = [o.name for o in self.engine.recipes() if not o.reason]
             for entry in self.engine.compare(shown, question or "", share, truth=truth, budget=budget, seed=seed, names=names, stop=stop):
                 entries.append(entry)
-                yield {"status": f"{entry.name} is done", "cards": render.cards_html(entries), "done": len(entries), "of": of}
+                cards.append(render.card(entry))
+                yield {"status": f"{entry.name} is done", "cards": render.cards_html(cards), "done": len(entries), "of": of}
             if stop.is_set():
-                yield {"status": "stopped", "stopped": True, "done": len(entries), "of": of, "cards": render.cards_html(entries)}
+                yield {"status": "stopped", "stopped": True, "done": len(entries), "of": of, "cards": render.cards_html(cards)}
                 return
         sides = [Side(None) if e.name == "dense" else e.result.side for e in entries if e.result is not None]
         yield {
             "status": "all done",
-            "cards": render.cards_html(entries),
+            "cards": render.cards_html(cards),
             "done": of,
             "of": of,
             "files": {
@@ -179,7 +181,6 @@ class Desk:
 
         if shown is None or is_video(shown):
             return {}
-
         how = {"trained": self.engine.trained, "max_new_tokens": max_new_tokens, "device": self.device, "dtype": self.dtype}
         return {"repeat.py": render.snippet(sides, question, self.path, Path(shown).name, **how).encode()}
 

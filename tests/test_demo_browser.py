@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,9 @@ class Server:
     def __init__(self, *options: str):
         self.port = free_port()
         command = [sys.executable, "-m", "vtprune", "demo", "--port", str(self.port), *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+        self.folder = tempfile.TemporaryDirectory()
+        env = {**os.environ, "TMPDIR": self.folder.name}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env)
         self.url = f"http://127.0.0.1:{self.port}"
 
     def ready(self) -> Server:
@@ -57,8 +60,12 @@ class Server:
         raise AssertionError(f"the demo ended with code {self.process.wait()}")
 
     def end(self) -> str:
+        """What it said; it ends by itself when told to, and leaves nothing behind."""
         self.process.terminate()
-        return self.process.communicate(timeout=30)[0]
+        told = self.process.communicate(timeout=30)[0]
+        assert self.process.returncode == 0
+        assert [p.name for p in Path(self.folder.name).iterdir()] == []
+        return told
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,10 @@ def test_layers_are_told_in_runs():
     assert shown.layers_text([144, 144, 144, 72, 36, 36, 144]) == "144 x 3, 72 x 1, 36 x 2, 144 x 1" and shown.layers_text([7]) == "7 x 1"
 
 
+def cards_page(entries) -> str:
+    return shown.cards_html([shown.card(e) for e in entries])
+
+
 def test_rows_hold_both_sides_and_their_difference():
     a, b = result("dense", None), result(ttft_ms=60.0, prefill_ms=40.0, token_ms=None)
     rows = [(r.first, r.second, r.difference, r.ratio) for r in shown.metrics(a, b)]
@@ -100,7 +104,7 @@ def entries() -> list[Entry]:
 
 
 def test_cards_tell_right_and_wrong_without_colour():
-    page = Page(shown.cards_html(entries()))
+    page = Page(cards_page(entries()))
     text = " ".join(page.text)
     assert len(page.named("li")) == 4 and len(page.named("img")) == 3 and not page.named("script") and not page.named("b") and not page.named("effective")
     assert "✓ right" in text and "✗ wrong" in text and len(page.named("strong")) == 2

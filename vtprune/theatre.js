@@ -165,7 +165,6 @@
       const { site, label } = this.axis[step];
       Object.assign(this.dataset, { step, site });
       this.slider.value = step;
-      this.slider.setAttribute("aria-valuetext", label);
       this.output.textContent = label;
       this.legend.hidden = !this.heat.checked;
       this.which.textContent = this.here(this.scenes.reduce((a, s) => (s.data.rasters.length > a.data.rasters.length ? s : a)).data).label;
@@ -181,6 +180,7 @@
         s.bars.forEach((bar, i) => (i === step ? bar.setAttribute("aria-current", "step") : bar.removeAttribute("aria-current")));
         s.canvas.setAttribute("aria-label", `${s.data.title} ${r.label}: ${r.rows} rows of ${r.columns} patches. Arrow keys move, Enter tells what happened to a patch.`);
       }
+      this.slider.setAttribute("aria-valuetext", this.scenes.map((s) => s.caption.textContent).join("; "));
       this.draw();
     }
 
@@ -256,7 +256,9 @@
       else if (moves[e.key]) {
         const [a, b] = moves[e.key].map((v, i) => Math.max(0, Math.min(v, (i ? columns : rows) - 1)));
         this.cursor = a * columns + b;
-        this.where.textContent = `row ${a + 1}, column ${b + 1}, token ${start + this.cursor}`;
+        const token = start + this.cursor, now = this.scenes.map((s) => s.data.states[s.data.steps[s.at[this.step]].state][token]);
+        const states = now.map((o) => (o === undefined ? "not there" : o < 0 ? "gone" : o === token ? "kept" : `part of token ${o}`));
+        this.where.textContent = `row ${a + 1}, column ${b + 1}, token ${token}: ${states.join(", ")}`;
         this.draw();
       } else return;
       e.preventDefault();
