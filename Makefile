@@ -6,7 +6,7 @@ TYPING := build/typing
 SLOW := -m "not slow"
 # What pyproject.toml calls the oldest supported releases, in an environment of their own.
 OLDEST := "torch==2.11.*" "transformers==5.17.*" "numpy<2.4" # newer ones break the interpreter of their triton
-JOBS := -n auto --maxprocesses 4 --dist loadgroup
+JOBS := -n auto --maxprocesses 4
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

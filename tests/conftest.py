@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,23 @@ import vtprune
 
 # Parallel test processes share the cores.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+
+
+# Modules whose tests share something that takes long to make: a server, a browser, what all families support.
+TOGETHER = ("test_demo_browser.py", "test_support.py", "test_theatre.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Each of those modules runs in one process, everything else where there is room."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return path if Path(path).name in TOGETHER else nodeid
+
+    return Scheduling(config, log)
 
 
 @functools.cache

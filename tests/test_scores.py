@@ -25,8 +25,7 @@ def reported(tiny, family: str, variant: str, method: str, case: int) -> Report:
         pytest.skip(str(e))
 
 
-@pytest.mark.parametrize("case", [0, 1])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, case", [("llava", 0), *((family, 1) for family in FAMILIES)])
 def test_scores_explain_what_was_kept(tiny, family, method_name, case):
     info = vtprune.describe(method_name)
     for variant in list(ADAPTERS.get(family).tiny)[:2]:
