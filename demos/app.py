@@ -33,6 +33,7 @@ DOWNLOADS = {
     "recipe-b.json": "Recipe B (JSON)",
 }
 SHEET = {"methods.png": "Contact sheet (PNG)", "repeat.py": "Program (Python)"}
+TOLD = (VtpruneError, EOFError, ConnectionError)  # what the user can put right; the last two: the model's process has ended
 GONE = "the model's process has ended; start vtprune demo again"
 Files = dict[str, gr.DownloadButton]
 
@@ -48,24 +49,25 @@ def _html(value: str = "", **how: Any) -> gr.HTML:
     return gr.HTML(value, apply_default_css=False, **how)
 
 
+def why(e: Exception) -> str:
+    """What to tell of one of :data:`TOLD`."""
+    return str(e) if isinstance(e, VtpruneError) else GONE
+
+
 def served(updates: Callable[[], Iterator[dict[str, Any]]], shown: str | None = None) -> Iterator[dict[str, Any]]:
     """``updates``, what the user can put right as a last one with ``message``, in which the file ``shown`` has no folder: that is the server's affair."""
     try:
         yield from updates()
-    except VtpruneError as e:
-        yield {"message": str(e).replace(shown, Path(shown).name) if shown else str(e)}
-    except (EOFError, ConnectionError):
-        yield {"message": GONE}
+    except TOLD as e:
+        yield {"message": why(e).replace(shown, Path(shown).name) if shown else why(e)}
 
 
 def stopped(worker: Worker, request: gr.Request) -> str:
     """Ends what the asking page has running: what to tell about it."""
     try:
         worker.desk.stop(str(request.session_hash))
-    except VtpruneError as e:
-        return str(e)
-    except (EOFError, ConnectionError):
-        return GONE
+    except TOLD as e:
+        return why(e)
     return "stopped"
 
 
@@ -169,10 +171,8 @@ def _welcome(worker: Worker) -> list[Any]:
     """What the page shows once the model is there."""
     try:
         told = worker.desk.about()
-    except VtpruneError as e:
-        return [status_html(str(e)), gr.skip(), gr.skip(), gr.skip()]
-    except (EOFError, ConnectionError):
-        return [status_html(GONE), gr.skip(), gr.skip(), gr.skip()]
+    except TOLD as e:
+        return [status_html(why(e)), gr.skip(), gr.skip(), gr.skip()]
     refused = "".join(f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in told["refused"])
     more = f"<details><summary>{len(told['refused'])} recipes that this model does not take</summary><ul>{refused}</ul></details>" if refused else ""
     choices = gr.Dropdown(["dense", *told["recipes"]])

@@ -24,7 +24,7 @@ from vtprune import cli
 from vtprune.ledger import UndoLedger
 from vtprune.types import VtpruneError
 
-SETTINGS = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_NUM_PORTS": "100"}  # read when gradio is imported
+SETTINGS = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # read when gradio is imported
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 

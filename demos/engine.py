@@ -28,7 +28,7 @@ from vtprune.models import _demo
 
 import vtprune
 from vtprune import answer, bench, render
-from vtprune.attach import ATTACH_OPTIONS, TARGETS, Handle, bind, load_recipe
+from vtprune.attach import ATTACH_OPTIONS, TARGETS, Handle, bind, check_seed, load_recipe
 from vtprune.lmms import meter
 from vtprune.recipe import Recipe
 from vtprune.types import Report, UnsupportedError, VtpruneError
@@ -65,8 +65,7 @@ class Side:
             raise VtpruneError(f"budget={self.budget!r} is not one of {', '.join(map(repr, BUDGETS))}")
         if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share <= 1:
             raise VtpruneError(f"the share of tokens lies above 0 and is at most 1, got {self.share!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise VtpruneError(f"seed={self.seed!r} is not a whole number from 0 to 2**63 - 1")
+        check_seed(self.seed)
         if not isinstance(self.options, Mapping) or not all(isinstance(name, str) and name.isidentifier() for name in self.options):
             raise VtpruneError(f"options={self.options!r} are not names with values")
         taken = sorted({"keep", "seed", *TARGETS} & set(self.options))
@@ -312,15 +311,15 @@ class Engine:
 
     def recipes(self) -> list[Offer]:
         """Every registered recipe, and the bundled model's trained one, with the reason why this model refuses it if it does; found out once, by trying."""
-        found = self._do(self._try_all, None)
-        assert found is not None
-        return found
+        if self._offers is None:  # once known, nobody has to wait for the model
+            self._do(self._try_all, None)
+        assert self._offers is not None
+        return list(self._offers)
 
-    def _try_all(self) -> list[Offer]:
+    def _try_all(self) -> None:
         if self._offers is None:
             names = [*vtprune.recipes(), *([TRAINED] if self.trained is not None else [])]
             self._offers = [Offer(name, self._refusal(name)) for name in names]
-        return list(self._offers)
 
     def _refusal(self, name: str) -> str:
         try:
@@ -386,7 +385,7 @@ class Engine:
             halt = _Halt(halted)
             out, cost = self._generate(inputs, asked, handle, max_new_tokens, streamer=_Tell(self._text, tell), stopping_criteria=[halt])
             report = self._report(inputs, handle)
-            views, note = self._views(inputs, report)
+            views, note = render.views_or_blank(self.processor, inputs, report)
         later = cost["new_tokens"] - 1
         return Result(
             side=side,
@@ -396,7 +395,7 @@ class Engine:
             stopped=halt.fired,
             report=report,
             recipe=None if handle is None else handle.recipe,
-            views=views,
+            views=tuple(views),
             note=note,
             overview=self.geometry.overview % max(len(report.grids[0]), 1),
             new_tokens=cost["new_tokens"],
@@ -425,13 +424,6 @@ class Engine:
 
     def _text(self, tokens: list[int]) -> str:
         return self.processor.batch_decode(torch.tensor([tokens]), skip_special_tokens=True)[0].strip()
-
-    def _views(self, inputs: Any, report: Report) -> tuple[tuple[Image.Image, ...], str]:
-        """What lies under each raster; or light grey, and why."""
-        try:
-            return tuple(render.views(self.processor, inputs, report)), ""
-        except VtpruneError as e:
-            return tuple(render.blank(report, 0)), str(e)
 
     # -- comparisons -------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import io
 import json
 import multiprocessing
 import os
@@ -18,8 +17,7 @@ from multiprocessing.managers import BaseManager, IteratorProxy  # type: ignore[
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from vtprune.render import encode
 from vtprune.types import VtpruneError
 
 NAMES = ("A", "B")
@@ -112,7 +110,7 @@ class Desk:
             "metrics": render.metrics_html(render.metrics(a, b, rounds), *heads),
             "theatre": theatre.element(scenes),
             "files": {
-                "vtprune.png": png(render.picture(a.question, *results)),
+                "vtprune.png": encode(render.picture(a.question, *results)),
                 "theatre.html": theatre.page(scenes, a.question, facts).encode(),
                 **self._program(chosen, a.question, shown, max_new_tokens),
                 **files,
@@ -130,8 +128,8 @@ class Desk:
         entries: list[Any] = []
         cards: list[str] = []
         with self._registered(token) as stop:
-            of = 1 + sum(not o.reason for o in self.engine.recipes())
             names = [o.name for o in self.engine.recipes() if not o.reason]
+            of = 1 + len(names)
             for entry in self.engine.compare(shown, question or "", share, truth=truth, budget=budget, seed=seed, names=names, stop=stop):
                 entries.append(entry)
                 cards.append(render.card(entry))
@@ -146,7 +144,7 @@ class Desk:
             "done": of,
             "of": of,
             "files": {
-                "methods.png": png(render.sheet(entries, (question or "").strip(), truth=truth)),
+                "methods.png": encode(render.sheet(entries, (question or "").strip(), truth=truth)),
                 **self._program(sides, (question or "").strip(), shown, bench.MAX_NEW_TOKENS),
             },
         }
@@ -230,12 +228,6 @@ def _json(text: str, what: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise VtpruneError(f'{what}: a JSON object is needed, such as {{"layer": 3}}')
     return found
-
-
-def png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 # --------------------------------------------------------------------------------------------------------------- process

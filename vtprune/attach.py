@@ -101,6 +101,12 @@ def budget(geometry: Geometry, stage: Stage, method: Method) -> int | None:
     return resolve(wanted, geometry.tokens)
 
 
+def check_seed(seed: Any) -> None:
+    """Raises :class:`VtpruneError` for anything but a whole number from 0 to 2**63 - 1."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise VtpruneError(f"seed={seed!r} is not a whole number from 0 to 2**63 - 1")
+
+
 def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: Any) -> Handle:
     """Puts ``recipe`` into ``model`` and returns the :class:`Handle` that takes it out again (also a context manager).
 
@@ -127,9 +133,7 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
         raise VtpruneError(f"give one budget, not {' and '.join(f'{n}=' for n in budgets)}")
     if any(isinstance(v, bool) or not isinstance(v, int | float) for v in target.values()):
         raise VtpruneError(f"{next(iter(target))}={next(iter(target.values()))!r} is not a number")
-    seed = extra.get("seed", 0)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise VtpruneError(f"seed={seed!r} is not a whole number from 0 to 2**63 - 1")
+    check_seed(extra.get("seed", 0))
     if overrides:
         chosen = chosen.override(**overrides)
     adapter = bind(model)

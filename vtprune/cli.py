@@ -244,7 +244,9 @@ def cmd_run(args: argparse.Namespace) -> int:
     with vtprune.attach(model, args.recipe, **{"seed": args.seed, **overrides(args)}) as handle:
         pruned = generate(model, processor, inputs, args.max_new_tokens)[0]
         report = handle.report()
-    views = [] if picture is None else _views(processor, inputs, report)
+    views, missing = ([], "") if picture is None else render.views_or_blank(processor, inputs, report)
+    if missing:  # the answers are there all the same
+        print(f"vtprune: note: the picture is left out: {missing}", file=sys.stderr)
     if picture is not None and picture.suffix.lower() == ".html":
         scenes = [theatre.scene(theatre.dense(report), views, title=f"dense: {dense}"), theatre.scene(report, views, title=f"{handle.recipe.name}: {pruned}")]
         facts = f"{args.image.name} | vtprune {_version()} | {args.model or 'the bundled VLM'}, {args.device}, {args.dtype}"
@@ -266,17 +268,6 @@ def cmd_run(args: argparse.Namespace) -> int:
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
     return 0
-
-
-def _views(processor: Any, inputs: Any, report: Any) -> Any:
-    """What lies under each raster; plain grey where that is not known, for the answers are there all the same."""
-    from . import render
-
-    try:
-        return render.views(processor, inputs, report)
-    except VtpruneError as e:
-        print(f"vtprune: note: the picture is left out: {e}", file=sys.stderr)
-        return render.blank(report, 0)
 
 
 def cmd_bench(args: argparse.Namespace) -> int:

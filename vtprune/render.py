@@ -277,6 +277,14 @@ def _cell(draw: ImageDraw.ImageDraw, field: np.ndarray, r: int, c: int, cell: in
         draw.ellipse((x + cell // 2 - k, y + cell // 2 - k, x + cell // 2 + k, y + cell // 2 + k), fill=color(mine), outline=INK)
 
 
+def views_or_blank(processor: Any, inputs: Mapping[str, Any], report: Report) -> tuple[list[Image.Image], str]:
+    """The :func:`views` of the first sample; or plain light grey, and why."""
+    try:
+        return views(processor, inputs, report), ""
+    except VtpruneError as e:
+        return blank(report, 0), str(e)
+
+
 def blank(report: Report, sample: int) -> list[Image.Image]:
     """Plain light grey in the place of :func:`views`."""
     return [Image.new("RGB", (16 * columns, 16 * rows), PLAIN) for rows, columns in report.grids[sample]]
@@ -408,9 +416,14 @@ footer { margin-top: 2rem; font-size: .85rem; overflow-wrap: anywhere; }
 
 def data_url(picture: Image.Image, kind: str = "PNG", **options: Any) -> str:
     """The picture as a ``data:`` address; ``kind`` and ``options`` as Pillow takes them."""
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(encode(picture, kind, **options)).decode()
+
+
+def encode(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """The picture as a file's bytes."""
     buffer = io.BytesIO()
     picture.save(buffer, kind, optimize=True, **options)
-    return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
 def html_report(
