@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,7 @@ class DecoderEngine:
         self.branch = ledger.timed(self._branch, counts=False)
         self.requests: WeakKeyDictionary[Any, Request] = WeakKeyDictionary()
         self.whole: WeakSet[Any] = WeakSet()  # caches filled without this attachment that were looked at
+        self.replays: WeakValueDictionary[int, Call] = WeakValueDictionary()  # id of a rotary table -> the forward that a checkpoint repeats
         self.observed = {i for c in cuts for i in c.observe}
         first = 0 if tower or entry else min((c.layer for c in cuts), default=0)
         roots = [decoder.root] if decoder.core is None else [decoder.root, decoder.core]
@@ -354,7 +355,7 @@ class DecoderEngine:
             call = self.call
             if call is None or (call.request is None and module.training):  # a checkpoint runs the layer again, long after the forward
                 tables = kwargs.get("position_embeddings")
-                again = getattr(tables[0], REPLAY, None) if isinstance(tables, tuple) else None
+                again = self.replays.get(id(tables[0])) if isinstance(tables, tuple) else None
                 return None if again is None else self._again(again, number, args, kwargs)
             if call.request is None:
                 return None
@@ -397,7 +398,9 @@ class DecoderEngine:
             raise UnsupportedError("routing methods need a newer transformers for gradient checkpointing, or gradient_checkpointing_disable()")
         if number not in call.done:
             call.done[number] = (None, level)
-        setattr(call.dense[self.d.kinds[number]]["position_embeddings"][0], REPLAY, call)  # the checkpoint keeps the table, and nobody else does
+        table = call.dense[self.d.kinds[number]]["position_embeddings"][0]
+        table._vtprune_call = call  # the checkpoint keeps the table, and nobody else keeps the call
+        self.replays[id(table)] = call
 
     def _again(self, call: Call, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if number not in call.done:
@@ -612,6 +615,9 @@ class DecoderEngine:
         call.request.branched[cut.stage] = alone.valid.sum(1).tolist()
 
         def run(layer: Any, hidden: Tensor) -> Tensor:
+            own, source = next(layer.parameters()), next(self.d.layers[layer.self_attn.layer_idx].parameters())
+            if (own.dtype, own.device) != (source.dtype, source.device) and own.is_floating_point() and source.is_floating_point():
+                layer.to(source.device, source.dtype)  # the model has been moved since
             kind = self.d.kinds[layer.self_attn.layer_idx]
             if kind not in call.dense:
                 raise UnsupportedError(f"the side branch copies a layer of type {kind}, of which none has run behind the split yet; choose another split")
@@ -721,7 +727,6 @@ ENDS = (
     "the prompt ends with an image token that this recipe drops, so that nothing is left to answer from: put text behind the image, or choose a method that "
     "keeps it"
 )
-REPLAY = "_vtprune_call"  # on a rotary table: the forward that a checkpoint repeats
 
 
 def _segments(given: dict[str, Any], call: Call) -> Tensor | None:

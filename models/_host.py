@@ -131,20 +131,11 @@ def private(model: Any, what: str) -> Callable | None:
     return getattr(model, PRIVATE[what], None)
 
 
-def forget_compiled(model: nn.Module) -> None:
-    """Throws away what ``torch.compile`` has made of the modules' forwards: compiled code does not look whether hooks have come or gone."""
+def forget_compiled() -> None:
+    """Throws away what ``torch.compile`` has made in this process: compiled code does not look whether hooks have come or gone, so it would run on as if they
+    had not. What is needed again is compiled again."""
     import sys
 
-    if "torch._dynamo" not in sys.modules:
-        return
-    from torch._dynamo.eval_frame import reset_code
-
-    kinds = {type(m) for m in model.modules()}
-    functions = {getattr(nn.Module, n) for n in ("_wrapped_call_impl", "_call_impl")}
-    for function in (getattr(k, n) for k in kinds for n in ("forward", "__call__")):
-        while function is not None:  # decorators around forward are code of their own
-            functions.add(function)
-            function = getattr(function, "__wrapped__", None)
-    for function in functions:
-        if hasattr(function, "__code__"):
-            reset_code(function.__code__)
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset_code_caches()

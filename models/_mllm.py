@@ -40,6 +40,7 @@ TEXT = {
 }
 
 
+ADAPTED = ("peft.", "bitsandbytes.", "torchao.", "torch.ao.", "auto_gptq.", "awq.", "gptqmodel.", "optimum.")  # whose modules are not a layer's own
 BEHIND = {"projector": frozenset[str](), "llm": frozenset({"query_attention", "layers"})}  # what a family without stages in its tower provides
 
 
@@ -226,9 +227,19 @@ class Mllm:
         parameter = next(source.parameters())
         if parameter.is_meta and any(hasattr(m, "_hf_hook") for m in source.modules()):
             raise UnsupportedError(f"decoder layer {layer} cannot be copied: its weights are offloaded; give the model a device_map that keeps it in memory")
+        foreign = sorted({type(m).__name__ for m in source.modules() if type(m).__module__.startswith(ADAPTED)})
+        if foreign:
+            raise UnsupportedError(
+                f"decoder layer {layer} cannot be copied: it holds {', '.join(foreign)}; merge adapters into the weights, or attach to the model as it was "
+                "before they were added or it was quantised"
+            )
         with torch.random.fork_rng(devices=[]):  # the throw-away initialisation must not move the user's random numbers
             fresh = type(source)(self.lm.config, layer_idx=layer).to(parameter.device, parameter.dtype)
-        fresh.load_state_dict(source.state_dict())
+        state = source.state_dict()
+        odd = sorted(set(state) ^ set(fresh.state_dict())) or [n for n, t in state.items() if type(t) is not Tensor or not t.is_floating_point()]
+        if odd:
+            raise UnsupportedError(f"decoder layer {layer} cannot be copied: its weights are not those of a {type(source).__name__} ({odd[0]})")
+        fresh.load_state_dict(state)
         return copy.deepcopy(fresh).train(source.training)
 
     def reseed(self, seed: Seed) -> None:

@@ -333,7 +333,7 @@ class Handle:
         except BaseException:
             self._ledger.undo()
             raise
-        forget_compiled(model)
+        forget_compiled()
         self._model: Any = model
         _live[model] = ref(self)
 
@@ -384,7 +384,7 @@ class Handle:
             self._ledger.undo()
             for engine in getattr(self.adapter, "engines", ()):
                 getattr(engine, "end", lambda: None)()
-            forget_compiled(self._model)
+            forget_compiled()
             _live.pop(self._model, None)
             self._model = None
 
