@@ -15,6 +15,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 from . import cost
 from .ledger import UndoLedger, strip
 from .methods.base import OWN_BUDGETS, Cut, Method, make
+from .prove import prove
 from .recipe import Recipe, Stage, resolve
 from .recipes import RECIPES
 from .select import from_mask, gather, join, merged, subview
@@ -176,6 +177,7 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
             raise VtpruneError(f"parts of this model belong to a {other} that is attached already; call remove() on its handle first")
         strip(model)
         adapter = bind(model)
+        prove(adapter.geometry.family)
         if target:
             from .solve import solve
 

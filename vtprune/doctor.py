@@ -26,30 +26,34 @@ def dependencies() -> list[dict[str, Any]]:
     return [asdict(versions.find(t.package)) for t in versions.TESTED]
 
 
-def verified(family: str) -> str | None:
-    """The correctness contract on the family's first tiny model, with a cut in the language model and merging in the tower where it takes them.
+def verified(family: str, checks: Sequence[str] | None = None) -> str | None:
+    """The correctness contract (``checks``: these of it) on the family's first tiny model, with a cut in the language model and merging in the tower where it
+    takes them.
 
     Returns ``None`` if every check passes, else the first that fails; raises what the libraries raise. A second or two.
     """
     from vtprune.models.base import ADAPTERS
 
     from .methods.base import METHODS
-    from .verify import verify
+    from .verify import CHECKS, check
 
     model, inputs = next(iter(ADAPTERS.get(family).tiny.values()))()
-    ran = False
+    ran, why = False, ""
     for method in (*PROOFS, ELSE):
         if method == ELSE and ran:
             break
-        try:
-            report = verify(model, method, inputs, **METHODS.get(method).cases[0])
-        except UnsupportedError:
-            continue
-        ran = True
-        for check in report.checks:
-            if check.passed is False:
-                return f"{method}: {check.name}: {check.detail}"
-    return None if ran else f"takes none of {', '.join((*PROOFS, ELSE))}"
+        for name in checks or CHECKS:
+            try:
+                found = check(name, model, method, inputs, **METHODS.get(method).cases[0])
+            except UnsupportedError as e:
+                if ran:  # the method is taken here, this check of it is refused
+                    raise
+                why = str(e)
+                break
+            ran = True
+            if found.passed is False:
+                return f"{method}: {found.name}: {found.detail}"
+    return None if ran else f"takes none of {', '.join((*PROOFS, ELSE))}: {why}"
 
 
 def families(
@@ -79,7 +83,9 @@ def families(
     return out
 
 
-def diagnose(names: Sequence[str] | None = None, prove: Callable[[str], str | None] | None = None, done: Callable[[str], object] = lambda f: None) -> dict[str, Any]:
+def diagnose(
+    names: Sequence[str] | None = None, prove: Callable[[str], str | None] | None = None, done: Callable[[str], object] = lambda f: None
+) -> dict[str, Any]:
     """Everything as plain data. ``names``: the families to try (default: all). ``passed``: nothing is missing, too old or in conflict, and no family failed."""
     from . import __version__
 
