@@ -102,7 +102,7 @@ def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor
 
 def _sample(block: Any, n: int) -> tuple[Tensor, Tensor]:
     """DINOv3's rotary table of ``n`` patches: cosines and sines ``[n, d]``."""
-    weight, width = block.attention.q_proj.weight, block.attention.head_dim
+    weight, width = block.norm1.weight, block.attention.head_dim  # projections may be stored in integers
     angle = torch.arange(n * width // 2, device=weight.device, dtype=torch.float32).view(n, -1).tile(2)
     return angle.cos().to(weight.dtype), angle.sin().to(weight.dtype)
 
@@ -121,8 +121,9 @@ def grid(config: Any) -> tuple[int, int]:
     return h // ph, w // pw
 
 
-def describe(model: Any, used: int, root: nn.Module | None = None) -> Tower:
-    """The :class:`Tower` of ``model`` with its first ``used`` blocks."""
+def describe(model: Any, used: int, root: nn.Module | None = None, *, bare: bool = False) -> Tower:
+    """The :class:`Tower` of ``model`` with its first ``used`` blocks. ``bare``: no model behind it counts on one number of tokens, so that images may have any
+    size that the tower itself takes."""
     config = model.config
     patch = (config.patch_size,) * 2 if isinstance(config.patch_size, int) else tuple(config.patch_size)
     rotary = hasattr(core(model), "rope_embeddings")
@@ -147,6 +148,8 @@ def describe(model: Any, used: int, root: nn.Module | None = None) -> Tower:
         width=config.hidden_size,
         rope="position_embeddings" if rotary else None,
         sample=_sample if rotary else None,
+        raster=(lambda pixels: (pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1])) if bare else None,
+        variable=bare and not fixed,
     )
 
 

@@ -381,7 +381,7 @@ ATTENTIONS = {  # what the attention's mixed values [B, n, H d] enter
     "hf-vit/deit": lambda b: b.attention.o_proj,
     "hf-vit/siglip": lambda b: b.self_attn.out_proj,
     "open-clip/custom-avg": lambda b: b.attn.ln_inner,
-    "open-clip/clip": lambda b: b.attn.out_proj,
+    "open-clip/clip": lambda b: b.ls_1,  # its projection never runs as a module
 }
 
 
@@ -405,6 +405,8 @@ def test_projections_are_what_the_attention_mixes(tiny, name):
     got = seen["projections"]
     if "custom" in name:
         got = (got.unflatten(2, (2, -1)) * blocks[1].attn.head_scale[:, 0]).flatten(2)
+    if name == "open-clip/clip":
+        got = F.linear(got, blocks[1].attn.out_proj.weight, blocks[1].attn.out_proj.bias)
     same(got, seen["block"])
 
 
