@@ -1,0 +1,322 @@
+"""The dense model made to compute what a pruned one must: dropped columns hidden, merged rows averaged, routed rows replaced. Written apart from the package's
+own reference (``models/_masked.py``): no cache, so prompt and answer are one forward, and merges are followed as well.
+
+A merged token equals a cluster whose members all hold the mean: with proportional attention every member stays visible, else one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SECOND_NORM = ("layer_norm2", "norm2", "layernorm_after", "ln_2")  # in front of a tower block's MLP
+
+
+class NoReference(Exception):
+    """What was done cannot be repeated densely."""
+
+
+@dataclass
+class Done:
+    """What an attached model said it did with one prompt of ``ids`` ``[B, T]``. ``stages``: those of the report; ``passes``: ``(run, row)`` per pass of the
+    tower; ``cuts``: ``(stage, Cut)``; ``rows``: which of the report's samples each row of the batch is; ``given``: rows that entered the language
+    model, for towers that cannot be repeated."""
+
+    ids: Tensor | None = None
+    stages: tuple[Any, ...] = ()
+    passes: list[tuple[Any, int]] = field(default_factory=list)
+    cuts: list[tuple[int, Any]] = field(default_factory=list)
+    methods: list[Any] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    modules: dict[str, Any] = field(default_factory=dict)
+    positions: str = "original"
+    given: Tensor | None = None
+    mask: Tensor | None = None  # [B, T]
+    labels: Tensor | None = None
+
+
+class Dense:
+    """``with Dense(model, adapter, done) as d: model(...)``; ``d.present`` ``[B, T]`` are the rows of the prompt that are left at the end, ``d.scores`` what the
+    ranking methods in the language model should have ranked by: ``(number of the stage in the report, scores [B, T])``."""
+
+    def __init__(self, model: Any, adapter: Any, done: Done):
+        self.model, self.adapter, self.done = model, adapter, done
+        self.hooks: list[Any] = []
+        self.kept_inputs: dict[int, tuple[Tensor, dict[str, Any], Tensor]] = {}
+        self.scores: list[tuple[int, Tensor]] = []
+        self.branch: Tensor | None = None
+        depth = adapter.geometry.llm_layers
+        self.routed = next((m for m in done.methods if m.info.routes), None)
+        if depth and done.ids is not None:
+            self.visual = adapter.visual(done.ids)
+            self.before = self._lost()
+            self.lost = [self.before[i + 1] for i in range(depth)]
+            variant = getattr(self.routed, "variant", "lf")
+            self.split = min((cut.layer for _, cut in done.cuts if cut.stash), default=depth)
+            if self.routed is not None:
+                later = [c for _, c in done.cuts if c.kind == "llm" and c.layer >= self.split and not (c.stash or c.restore or c.context)]
+                if later:
+                    raise NoReference("cuts among the routed layers")
+                self.back = [c.layer for _, c in done.cuts if c.restore or c.context]
+                for i in range(self.split, depth):
+                    held = self.before[self.split]
+                    returned = i in self.back or (variant == "lf" and any(c.restore and c.layer <= i for _, c in done.cuts))
+                    self.lost[i] = held if returned else self.visual
+            self.present = ~self.lost[-1]
+        found = self._tower()
+        for block, hook, kind in [f for f in found if f[2] == "before"] + [f for f in reversed(found) if f[2] == "after"]:
+            if kind == "before":
+                self.hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+            else:  # ahead of transformers' own, which capture hidden states
+                self.hooks.append(block.register_forward_hook(hook, with_kwargs=True, prepend=True))
+        if depth and done.ids is not None:
+            self.hooks.append(adapter.lm.register_forward_pre_hook(self._entry, with_kwargs=True))
+            for i, layer in enumerate(adapter.decoder_layers()):
+                self.hooks.append(layer.register_forward_pre_hook(self._layer(i), with_kwargs=True))
+
+    def __enter__(self) -> Dense:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    # ------------------------------------------------------------------------------------------------------------ language model
+
+    def _lost(self) -> list[Tensor]:
+        """``[i]``: columns gone in front of layer i's own cuts (``[depth]``: at the end)."""
+        out, now = [], torch.zeros_like(self.visual)
+        for i in range(self.adapter.geometry.llm_layers + 1):
+            here = [s for s in self.done.stages if (i == 0 and not s.site.startswith("llm."))]
+            now = self._columns(here[-1].kept) if here else now
+            out.append(now)
+            cuts = [s for s in self.done.stages if s.site == f"llm.{i}"]
+            now = self._columns(cuts[-1].kept) if cuts else now
+        return out
+
+    def _columns(self, kept: Sequence[Tensor]) -> Tensor:
+        out = self.visual.clone()
+        for b, row in enumerate(self.done.rows):
+            out[b, self.visual[b].nonzero()[:, 0][kept[row]]] = False
+        return out
+
+    def _entry(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        embeds = kwargs["inputs_embeds"]
+        if self.done.given is not None:
+            rows = self.done.given[self.done.rows].to(embeds.dtype)
+            take = self.visual & rows.isfinite().all(-1)
+            embeds = embeds.clone()
+            embeds[:, : rows.shape[1]][take] = rows[take]
+        planes = kwargs.get("deepstack_visual_embeds")
+        for stage in self.done.stages:
+            if stage.site == "projector" and stage.assignment is not None:  # every slot is the plain mean of its members
+                embeds = embeds.clone()
+                spread = [p.new_zeros(*embeds.shape[:2], p.shape[-1]) for p in planes or ()]
+                for s, p in zip(spread, planes or (), strict=True):
+                    s[:, : self.visual.shape[1]][self.visual] = p
+                for b, row in enumerate(self.done.rows):
+                    columns, into = self.visual[b].nonzero()[:, 0], stage.assignment[row]
+                    for slot, k in enumerate(stage.kept[row].tolist()):
+                        members = columns[into == slot]
+                        embeds[b, columns[k]] = embeds[b, members].mean(0)
+                        for s in spread:
+                            s[b, columns[k]] = s[b, members].mean(0)
+                planes = [s[:, : self.visual.shape[1]][self.visual] for s in spread] if planes is not None else None
+        more = {"deepstack_visual_embeds": planes} if planes is not None else {}
+        return args, {**kwargs, **more, "inputs_embeds": embeds}
+
+    def _layer(self, number: int) -> Callable:
+        kind = self.adapter.kinds()[number]
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            x = args[0] if args else kwargs["hidden_states"]
+            t = x.shape[1]
+            eye = torch.eye(t, dtype=torch.bool)
+            own = kwargs.get("attention_mask")
+            seen = torch.ones(t, t, dtype=torch.bool).tril()[None, None] if own is None else own if own.dtype == torch.bool else own == 0
+            seen = seen.expand(len(x), -1, -1, -1)[:, :1]
+            kwargs = dict(kwargs)
+            for i, stage in enumerate(self.done.stages):
+                if stage.site == f"llm.{number}" and stage.scores is not None and stage.method in ("fastv", "pyramiddrop"):
+                    self._rank(i, stage, number, module, x, kwargs, seen)
+            if number == self.split and self.routed is not None:
+                self.branch = self._branched(x, kwargs, seen)
+            if self.branch is not None and number in self.back and (self.routed.variant != "lf" or number == min(self.back)):
+                x = torch.where(self._wide(self.visual, t)[..., None], self.branch, x)
+            lost = self._wide(self.lost[number], t)
+            if self.done.positions == "compact":
+                kwargs["position_embeddings"] = self.adapter.rotary(x, ((self._real(t) & ~lost).long().cumsum(1) - 1).clamp_min(0), kind)
+            kwargs["attention_mask"] = self._additive(seen & ~lost[:, None, None], eye, x)
+            self.kept_inputs[number] = (x, kwargs, seen & ~lost[:, None, None])
+            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+        return enter
+
+    @staticmethod
+    def _wide(mask: Tensor, t: int) -> Tensor:
+        return nn.functional.pad(mask, (0, t - mask.shape[1]))
+
+    @staticmethod
+    def _additive(seen: Tensor, eye: Tensor, x: Tensor) -> Tensor:
+        return torch.zeros(seen.shape, dtype=x.dtype).masked_fill(~(seen | eye), torch.finfo(x.dtype).min)
+
+    def _real(self, t: int) -> Tensor:
+        """``[B, t]``: no padding."""
+        mask = torch.ones_like(self.visual) if self.done.mask is None else self.done.mask.bool()
+        return nn.functional.pad(mask[:, :t], (0, max(t - mask.shape[1], 0)), value=True)
+
+    def _branched(self, x: Tensor, kwargs: dict, seen: Tensor) -> Tensor:
+        """The side branch: its layers over the visual rows, which see each other alone."""
+        t = x.shape[1]
+        visual = self._wide(self.visual & ~self.before[self.split], t)
+        mask = self._additive(seen & visual[:, None, None], torch.eye(t, dtype=torch.bool), x)
+        out = x
+        for layer in self.done.modules[self.routed.info.name]:
+            made = layer(out, attention_mask=mask, position_embeddings=kwargs["position_embeddings"])
+            out = made[0] if isinstance(made, tuple) else made
+        return out
+
+    def _rank(self, place: int, stage: Any, number: int, module: Any, x: Tensor, kwargs: dict, seen: Tensor) -> None:
+        """Attention of the query rows, mean over heads and rows, from the definitions."""
+        method = next(m for s, c in self.done.cuts if c.site == stage.site and (m := self.done.methods[s]).info.name == stage.method)
+        layer, seen_by = module, seen & ~self._wide(self.before[number], x.shape[1])[:, None, None]
+        if stage.method == "fastv" or method.score_layer == "previous":
+            if number - 1 not in self.kept_inputs:
+                return
+            layer = self.adapter.decoder_layers()[number - 1]
+            x, kwargs, seen_by = self.kept_inputs[number - 1]
+        attention = layer.self_attn
+        if getattr(attention, "attn_logit_softcapping", None):
+            return
+        h = layer.input_layernorm(x)
+
+        def heads(name: str) -> Tensor:
+            y = getattr(attention, f"{name}_proj")(h).unflatten(-1, (-1, attention.head_dim))
+            norm = getattr(attention, f"{name}_norm", None)
+            return (y if norm is None else norm(y)).transpose(1, 2)
+
+        q, k = heads("q"), heads("k")
+        if method.rope:
+            cos, sin = (a[:, None] for a in kwargs["position_embeddings"])
+
+            def turn(y: Tensor) -> Tensor:
+                a, b = y.chunk(2, -1)
+                return y * cos + torch.cat([-b, a], -1) * sin
+
+            q, k = turn(q), turn(k)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        t, prompt = x.shape[1], self.visual.shape[1]
+        if method.keys == "visual":
+            seen_by = seen_by & self._wide(self.visual, t)[:, None, None]
+        logits = (q @ k.transpose(-1, -2)).double() * attention.scaling
+        probs = logits.masked_fill(~seen_by, -torch.inf).softmax(-1).nan_to_num().mean(1)
+        real = self._real(t)
+        out = torch.full(x.shape[:2], torch.nan, dtype=torch.float64)
+        for b in range(len(x)):
+            there = real[b] & ~self._wide(self.before[number], t)[b]
+            rows = there[:prompt].nonzero()[-1:, 0]
+            if getattr(method, "query", "last") == "all":
+                if self.done.labels is not None:
+                    continue
+                rows = there[:prompt].nonzero()[:, 0]
+            elif self.done.labels is not None:
+                labels = self.done.labels[b]
+                starts = ((labels[1:] != -100) & (labels[:-1] == -100)).nonzero()[:, 0]
+                if not len(starts) or not bool(there[starts].all()):
+                    continue
+                rows = starts
+            out[b] = probs[b, rows].mean(0)
+        self.scores.append((place, out[:, :prompt]))
+
+    # --------------------------------------------------------------------------------------------------------------------- tower
+
+    def _tower(self) -> list[tuple[nn.Module, Callable, str]]:
+        done, adapter = self.done, self.adapter
+        if not done.passes or done.given is not None:
+            return []
+        blocks, prefix, out = adapter.tower_blocks(), adapter.geometry.prefix, []
+        proportional = any(c.proportional for _, c in done.cuts)
+        count, n = len(done.passes), done.passes[0][0].tokens
+        merges = any(r.assignment is not None for run, _ in done.passes for r in run.records)
+        if any(r.site == "pixels" for run, _ in done.passes for r in run.records):
+            raise NoReference("reduced pixels")
+        if merges and getattr(getattr(adapter, "tower", None), "rope", None) is not None:
+            raise NoReference("merges among rotary positions")
+        identity = torch.arange(n)
+        state = [(identity.clone(), identity.clone()) for _ in range(count)]  # per pass: kept tokens, and each token's place among them (-1: dropped)
+        for i, block in enumerate(blocks):
+            hidden = torch.ones(count, n, dtype=torch.bool)
+            for j, (kept, into) in enumerate(state):
+                hidden[j, into >= 0 if proportional else kept] = False
+            if bool(hidden.any()):
+                if adapter.tower_mask is None:
+                    raise NoReference("blocks that take no mask")
+                out.append((block, self._hide(hidden, prefix), "before"))
+            mixes: list[tuple[bool, Tensor]] = []
+            numbers = {k for run, _ in done.passes for k, r in enumerate(run.records) if r.site == f"vision.{i}"}
+            for k in sorted(numbers):
+                mix, any_merge, inside = torch.eye(n, dtype=torch.float64).repeat(count, 1, 1), False, False
+                for j, (run, g) in enumerate(done.passes):
+                    record = run.records[k]
+                    cut = next(c for stage, c in done.cuts if stage == record.stage and c.site == record.site)
+                    kept = record.kept[g]
+                    old_kept, old_into = state[j]
+                    if record.assignment is None:
+                        into = torch.full((n,), -1)
+                        into[kept] = torch.arange(len(kept))
+                    else:
+                        into = record.assignment[g]
+                        weighted = cut.data.get("weighted", done.methods[record.stage].info.name != "pool")
+                        inside = cut.inside
+                        for slot in range(len(kept)):
+                            members = (into == slot).nonzero()[:, 0]
+                            parts = old_into[members].unique()
+                            if len(parts) > 1:
+                                any_merge = True
+                                weight = torch.tensor([float((old_into == p).sum()) if weighted else 1.0 for p in parts.tolist()], dtype=torch.float64)
+                                mix[j, members] = 0
+                                for p, w in zip(parts.tolist(), (weight / weight.sum()).tolist(), strict=True):
+                                    mix[j, members, old_kept[p]] = w
+                    state[j] = kept, into
+                if any_merge:
+                    mixes.append((inside, mix))
+            for inside, mix in mixes:
+                if inside:
+                    norm = next(getattr(block, name) for name in SECOND_NORM if hasattr(block, name))
+                    out.append((norm, self._mix_in(mix, prefix), "before"))
+                out.append((block, self._mix_out(mix, prefix), "after"))
+        return out
+
+    def _hide(self, hidden: Tensor, prefix: int) -> Callable:
+        name, form = self.adapter.tower_mask, getattr(self.adapter, "mask_form", None)
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            x = args[0] if args else kwargs["hidden_states"]
+            if len(x) != len(hidden):
+                raise NoReference("the tower runs more than once")
+            mask = nn.functional.pad(torch.zeros(hidden.shape, dtype=x.dtype).masked_fill(hidden, -torch.inf), (prefix, 0))[:, None, None]
+            mask = mask if form is None else form(mask)
+            return ((args[0], mask, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, name: mask})
+
+        return enter
+
+    @staticmethod
+    def _mixed(mix: Tensor, prefix: int, x: Tensor) -> Tensor:
+        if len(x) != len(mix):
+            raise NoReference("the tower runs more than once")
+        return torch.cat([x[:, :prefix], (mix @ x[:, prefix:].double()).to(x.dtype)], 1)
+
+    def _mix_in(self, mix: Tensor, prefix: int) -> Callable:
+        return lambda module, args, kwargs: ((self._mixed(mix, prefix, args[0]), *args[1:]), kwargs)
+
+    def _mix_out(self, mix: Tensor, prefix: int) -> Callable:
+        def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (self._mixed(mix, prefix, output[0]), *output[1:])
+            return self._mixed(mix, prefix, output)
+
+        return leave
