@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._tower import Tower, rotate
+from .base import named
 
 CLASSES = {"CLIPVisionModel": "clip", "CLIPVisionModelWithProjection": "clip", "SiglipVisionModel": "siglip", "Dinov2Model": "dinov2"}  # towers of MLLMs too
 BARE = {
@@ -30,7 +31,7 @@ CLASSIFIERS = {
 
 def arch(model: Any) -> str | None:
     """``"clip"``, ``"siglip"``, ``"dinov2"`` or ``None``: what a multimodal model can have."""
-    return CLASSES.get(type(model).__name__)
+    return CLASSES.get(named(model, *CLASSES) or "")
 
 
 def core(model: Any) -> Any:
@@ -108,7 +109,7 @@ def _sample(block: Any, n: int) -> tuple[Tensor, Tensor]:
 
 def prefix(model: Any) -> int:
     """Class, distillation and register tokens in front of the patches."""
-    kind = BARE.get(type(model).__name__)
+    kind = BARE.get(named(model, *BARE) or "")
     if kind == "siglip":
         return 0
     return 2 if kind == "deit" else 1 + (getattr(model.config, "num_register_tokens", 0) if kind in ("dinov2-registers", "dinov3") else 0)
@@ -125,7 +126,7 @@ def describe(model: Any, used: int, root: nn.Module | None = None) -> Tower:
     config = model.config
     patch = (config.patch_size,) * 2 if isinstance(config.patch_size, int) else tuple(config.patch_size)
     rotary = hasattr(core(model), "rope_embeddings")
-    fixed = not (rotary or type(model).__name__.startswith("Dinov2"))  # the others take any size
+    fixed = not (rotary or named(model, "Dinov2Model", "Dinov2WithRegistersModel"))  # the others take any size
 
     def resize(pixels: Tensor, rows: int, columns: int) -> tuple[Tensor, dict[str, Any]]:
         size = (rows * patch[0], columns * patch[1])

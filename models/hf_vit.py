@@ -14,13 +14,14 @@ from ..types import UnsupportedError
 from . import _hf_vit
 from ._cost import Shapes
 from ._vit import BareVit, mlp_shape
-from .base import ADAPTERS, AdapterInfo
+from .base import ADAPTERS, AdapterInfo, named
 
 # Accepted only to say why not.
 REFUSED = {
     "Siglip2VisionModel": "Siglip2 (NaFlex) gives every image a raster and a padding of its own, and recipes are planned for one raster; the SigLIP 2 "
     "checkpoints of one resolution load as SiglipVisionModel and are supported",
 }
+KNOWN = (*_hf_vit.BARE, *_hf_vit.CLASSIFIERS, *REFUSED)
 
 
 class HfVit(BareVit):
@@ -28,7 +29,8 @@ class HfVit(BareVit):
     that is still represented once. In DINOv3 a merged token stands at the position of the token that absorbed the others."""
 
     def __init__(self, model: Any):
-        name = type(model).__name__
+        name = named(model, *KNOWN)
+        assert name is not None
         if name in REFUSED:
             raise UnsupportedError(REFUSED[name])
         self.model = model
@@ -45,7 +47,7 @@ class HfVit(BareVit):
             prefix=tower.prefix,
             **mlp_shape(block.mlp, config.hidden_size),
         )
-        arch = _hf_vit.BARE[type(self.base).__name__]
+        arch = _hf_vit.BARE[str(named(self.base, *_hf_vit.BARE))]
         super().__init__(tower, family="hf-vit", arch=arch, class_token=tower.prefix > 0, cost=cost, class_readout=not self.averages)
 
     def head(self, ledger: UndoLedger) -> None:
@@ -86,7 +88,7 @@ ADAPTERS.register(
     AdapterInfo(
         name="hf-vit",
         idea="bare transformers towers and classifiers: CLIP (also with projection), SigLIP, ViT, DeiT, DINOv2 (with registers), DINOv3",
-        matches=lambda m: type(m).__name__ in {*_hf_vit.BARE, *_hf_vit.CLASSIFIERS, *REFUSED},
+        matches=lambda m: named(m, *KNOWN) is not None,
         bind=HfVit,
         tiny={k: partial(_tiny, k) for k in ("clip", "siglip", "dinov2", "dinov3", "vit-classifier", "deit", "dinov2-registers-classifier")},
     ),

@@ -16,7 +16,7 @@ from ._cost import Shapes
 from ._hf_vit import randomise
 from ._tower import Tower
 from ._vit import BareVit, mlp_shape, per_head
-from .base import ADAPTERS, AdapterInfo
+from .base import ADAPTERS, AdapterInfo, named
 
 FAMILY = "open-clip"
 
@@ -62,7 +62,7 @@ def _feed(block: Any, x: Tensor) -> Tensor:
 
 def _describe(visual: Any) -> Tower:
     blocks = list(visual.transformer.resblocks)
-    kinds = {type(b).__name__ for b in blocks}
+    kinds = {named(b, "ResidualAttentionBlock", "CustomResidualAttentionBlock") or type(b).__name__ for b in blocks}
     if len(kinds) > 1 or not kinds <= {"ResidualAttentionBlock", "CustomResidualAttentionBlock"} or not visual.transformer.batch_first:
         raise UnsupportedError(
             f"open_clip blocks {', '.join(sorted(kinds))} are not supported; there are ResidualAttentionBlock and CustomResidualAttentionBlock, batch first"
@@ -122,7 +122,7 @@ class OpenClip(BareVit):
 def bind(model: Any) -> BareVit:
     """open_clip's own tower, or the timm model inside ``TimmModel``."""
     visual = model.visual
-    kind = type(visual).__name__
+    kind = named(visual, "TimmModel", "VisionTransformer") or type(visual).__name__
     if kind == "TimmModel" and timm_vit.takes(visual.trunk):
         return timm_vit.TimmVit(visual.trunk, FAMILY)
     if kind == "VisionTransformer":

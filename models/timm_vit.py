@@ -16,7 +16,7 @@ from ._cost import Shapes
 from ._hf_vit import randomise
 from ._tower import Tower, rotate
 from ._vit import BareVit, mlp_shape
-from .base import ADAPTERS, AdapterInfo, PlannedCut
+from .base import ADAPTERS, AdapterInfo, PlannedCut, named
 
 # ---------------------------------------------------------------------------------------------------------------- the standard block
 
@@ -91,7 +91,7 @@ def _eva_sample(block: Any, n: int) -> Tensor:
 
 
 def is_eva(model: Any) -> bool:
-    return any(c.__name__ == "Eva" for c in type(model).__mro__)
+    return named(model, "Eva") is not None
 
 
 def takes(model: Any) -> bool:
@@ -104,11 +104,11 @@ def describe(model: Any) -> Tower:
     block, eva = model.blocks[0], is_eva(model)
     parts = ("norm1", "attn", "norm2", "mlp", *(("gamma_1", "gamma_2") if eva else ("ls1", "ls2")))
     kinds = ("EvaAttention", "AttentionRope") if eva else ("Attention",)
-    if type(block).__name__ == "EvaBlockPostNorm" or not all(hasattr(block, name) for name in parts):
+    if named(block, "EvaBlockPostNorm") or not all(hasattr(block, name) for name in parts):
         raise UnsupportedError(
             f"timm blocks of type {type(block).__name__} are not supported; there are the pre-norm Block and EvaBlock: attention, then MLP, each on a residual"
         )
-    if not any(c.__name__ in kinds for c in type(block.attn).__mro__):
+    if named(block.attn, *kinds) is None:
         raise UnsupportedError(f"timm attention of type {type(block.attn).__name__} is not supported; there is {' and '.join(kinds)}")
     if model.global_pool not in ("", "token", "avg", "max", "map"):
         raise UnsupportedError(f"global_pool={model.global_pool!r} mixes the tokens in a way that has no exact form with merged tokens")

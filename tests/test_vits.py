@@ -590,3 +590,22 @@ def test_open_clip_with_another_tower_says_why():
         model = oc.CLIP(embed_dim=24, vision_cfg={**vision, **options}, text_cfg=text).eval()
         with pytest.raises(vtprune.UnsupportedError, match=reason):
             vtprune.attach(model, "tome", r=2)
+
+
+# --------------------------------------------------------------------------------------------------------------------------- subclasses
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["hf-vit/clip", "hf-vit/dinov2-registers-classifier", "hf-vit/deit", "timm-vit/eva02", "open-clip/custom-avg"])
+def test_subclasses_are_taken_like_their_base(tiny, name):
+    """A user's subclass, and a class derived at run time as FSDP2 does: same tokens, same numbers."""
+    outs = []
+    for derive in (lambda c: c, lambda c: type("Mine", (c,), {}), lambda c: type(f"FSDP{c.__name__}", (type("FSDPModule", (), {}), c), {})):
+        model, inputs = tiny(*name.split("/"))
+        for part in {model, getattr(model, "visual", model), getattr(model, "dinov2_with_registers", model)}:
+            part.__class__ = derive(type(part))
+        with vtprune.attach(model, "tome", r=3) as handle:
+            out = model(**inputs)
+            report = handle.report()
+        outs.append((out if isinstance(out, Tensor) else out[0], torch.stack(report.stages[-1].kept)))
+    assert all(torch.equal(a, b) for other in outs[1:] for a, b in zip(other, outs[0], strict=True))
