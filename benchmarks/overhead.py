@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vtprune.models._host import cache_of, cached
 
 import vtprune
 from vtprune.bench import environment
@@ -279,7 +280,7 @@ class Decoding:
     def step(self) -> None:
         self.held += 1
         mask = torch.ones(1, self.held, dtype=torch.long, device=self.token.device)
-        out = self.model(input_ids=self.token, past_key_values=self.cache, attention_mask=mask, use_cache=True)
+        out = self.model(input_ids=self.token, **cached(self.model, self.cache), attention_mask=mask, use_cache=True)
         self.token = out.logits[:, -1:].argmax(-1)
 
     def steps(self) -> None:
@@ -295,13 +296,13 @@ def decoding(model: Any, inputs: dict[str, Any], method: str, keep: int | float,
     pruned = twin(model)
     with vtprune.attach(pruned, method, **({"keep": keep} if METHODS.get(method).budgeted else {})):
         out = prefill(pruned, inputs)
-        lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
-        dense, same = prefill(model, inputs).past_key_values, DynamicCache(config=model.config.get_text_config())
+        lengths = [layer.keys.shape[2] for layer in cache_of(out).layers]
+        dense, same = cache_of(prefill(model, inputs)), DynamicCache(config=model.config.get_text_config())
         for i, (layer, n) in enumerate(zip(dense.layers, lengths, strict=True)):
             same.update(layer.keys[:, :, :n].clone(), layer.values[:, :, :n].clone(), i)
         token = out.logits[:, -1:].argmax(-1)
         # Layer 0 tells the stock model how long its mask is; without padding it makes none for a single query.
-        calls = {"limit": Decoding(model, same, lengths[0], token), "pruned": Decoding(pruned, out.past_key_values, inputs["input_ids"].shape[1], token)}
+        calls = {"limit": Decoding(model, same, lengths[0], token), "pruned": Decoding(pruned, cache_of(out), inputs["input_ids"].shape[1], token)}
         times = rounds({name: d.steps for name, d in calls.items()}, repeats, token.device)
         new = (WARMUP + repeats) * BLOCK
         for name, d in calls.items():

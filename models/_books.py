@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ._decoder import Request
+from ._request import Request
 from ._tower import Record, Run
 
 Pass = tuple[Run, int]  # one image's row in one pass of the tower
@@ -29,26 +29,6 @@ def passes(request: Request) -> list[list[tuple[int, Tensor, Tensor]]]:
             found.append((n, sources[index] - start, index))
             start += n
         out.append(found)
-    return out
-
-
-def match(request: Request, runs: Iterable[Run]) -> list[list[Pass]] | None:
-    """The tower's passes that made each sample's images, told by which of their tokens arrived; later passes first. ``None``: not all are known."""
-    if request.arrived is None:
-        return None
-    recent = [(run, g) for run in reversed(list(runs)) for g in range(run.images)]
-    used: set[tuple[int, int]] = set()
-    out: list[list[Pass]] = []
-    for b, (columns, found) in enumerate(zip(order(request), passes(request), strict=True)):
-        there = request.arrived[b].cpu()[columns]
-        rows: list[Pass] = []
-        for n, token, index in found:
-            fits = [(run, g) for run, g in recent if run.tokens == n and torch.equal(_present(run, g)[token], there[index])]
-            if not fits:
-                return None
-            rows.append(next((f for f in fits if (id(f[0]), f[1]) not in used), fits[0]))
-            used.add((id(rows[-1][0]), rows[-1][1]))
-        out.append(rows)
     return out
 
 

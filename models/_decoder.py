@@ -7,25 +7,25 @@ interleaved requests do not meet.
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import kernels
 from ..kernels.base import rotate
-from ..ledger import MARK, UndoLedger, mark
+from ..ledger import MARK, UndoLedger, close, mark
 from ..select import combine
 from ..types import Seed, TokenView, UnsupportedError, VtpruneError
-from ._layout import Part, Unit, units
-from ._level import Level, backend, decode_mask, dense_level, pack, prefill_mask, within
+from . import _host
+from ._entry import Entry
+from ._layout import Part, units
+from ._level import Level, backend, decode_mask, dense_level, pack, packed, prefill_mask, within
+from ._request import Call, Encoded, Request, Stash
 from ._scores import answer_starts, attention_to, heads, query_rows, take
 from ._tower import Record, Run
 from .base import PlannedCut
@@ -33,10 +33,11 @@ from .base import PlannedCut
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """A family's description of its language model. ``root`` takes ``input_ids`` / ``labels``; ``lm`` is the decoder stack it calls; ``layers`` those of the
-    stack; ``visual(input_ids)`` a bool mask of the placeholders ``[B, T]``; ``parts(input_ids, inputs)`` what they stand for; ``sources(inputs, parts)`` which
-    of the tower's tokens each was made of; ``kinds`` each layer's attention type; ``window`` of the sliding ones; ``rotary(x, ids, kind)`` the rotary table
-    of other positions; ``mrope`` positions have three axes; ``first_position`` of a prompt's first token."""
+    """A family's description of its language model. ``root`` takes ``input_ids`` / ``labels``; ``core`` is the model in it that takes ``input_ids`` as well
+    (``None``: there is none); ``lm`` is the decoder stack that it calls; ``layers`` those of the stack; ``visual(input_ids)`` a bool mask of the placeholders
+    ``[B, T]``; ``parts(input_ids, inputs)`` what they stand for; ``sources(inputs, parts)`` which of the tower's tokens each was made of; ``encoded(inputs)``
+    what the encoders did for the forward, by modality; ``kinds`` each layer's attention type; ``window`` of the sliding ones; ``rotary(x, ids, kind)`` the
+    rotary table of other positions; ``mrope`` positions have three axes; ``first_position`` of a prompt's first token."""
 
     root: Any
     lm: Any
@@ -49,105 +50,11 @@ class Decoder:
     rotary: Callable[[Tensor, Tensor, str], tuple[Tensor, Tensor]]
     mrope: bool
     first_position: int = 0
+    core: Any = None
+    encoded: Callable[[dict[str, Any]], dict[str, Encoded]] = lambda inputs: {}
 
     def window_of(self, number: int) -> int | None:
         return self.window if self.kinds[number] == "sliding_attention" else None
-
-
-@dataclass
-class Request:
-    """One prefill and what its decoding steps need."""
-
-    length: int
-    parts: list[list[Part]]
-    units: list[Unit]
-    real: Tensor  # [B, T]
-    next: Tensor  # [B] position behind the prompt
-    levels: list[Level] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
-    layer_tokens: list[list[int]] = field(default_factory=list)  # per layer, per sample
-    text_tokens: list[int] = field(default_factory=list)
-    memory: dict[int, dict[str, Any]] = field(default_factory=dict)
-    branched: dict[int, list[int]] = field(default_factory=dict)  # stage -> per sample, visual tokens that its side branch ran over
-    cached: dict[int, Level] = field(default_factory=dict)  # layers whose cache holds more rows than pass through them
-    keys_only: dict[int, list[int]] = field(default_factory=dict)  # layer -> per sample, visual tokens that gave it keys and values only
-    arrived: Tensor | None = None  # [B, T] visual tokens that the tower handed over; None: no stage there
-    entry: Run | None = None  # the books of the stages behind the projector
-    sources: list[Tensor] = field(default_factory=list)  # per sample, per visual token: which token of its passes of the tower (-1: none)
-    vision: list[list[tuple[Run, int]]] | None = None  # per sample, per pass of the tower: where its books are
-    at: tuple[Level, ...] = ()  # per layer what its cache holds, once the prompt has been read
-    first: dict[tuple[int, str], int] = field(default_factory=dict)  # the first layer of each level and attention type
-    pruned: frozenset[int] = frozenset()  # layers whose cache is shorter than the prompt
-    uneven: frozenset[int] = frozenset()  # those of them that need a mask at every step: samples of different lengths, sliding windows
-
-    def level_at(self, number: int) -> Level:
-        if number in self.cached:
-            return self.cached[number]
-        return [level for level in self.levels if level.first <= number][-1]
-
-
-@dataclass
-class Stash:
-    """The rows that a routing method takes out of the stack: ``hidden`` ``[B, M, C]`` of ``level``; ``out`` what its side branch made of them; ``joined`` what
-    a layer that they give only keys and values caches, and its mask and rotary table."""
-
-    hidden: Tensor
-    level: Level
-    out: Tensor | None = None
-    joined: tuple[Level, dict[str, Any]] | None = None
-
-    @cached_property
-    def rows(self) -> Tensor:
-        """Columns of the visual rows, ``[B, V]``, padded with -1."""
-        found = [r.nonzero()[:, 0] for r in self.level.visual & self.level.valid]
-        return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
-
-    @cached_property
-    def alone(self) -> Level:
-        """The visual rows as a level of their own."""
-        real, index = self.rows >= 0, self.rows.clamp_min(0)
-        return Level(self.level.first, self.level.rows.gather(1, index), real, real, self.level.shift)
-
-
-@dataclass(eq=False)
-class Call:
-    """One forward of the root."""
-
-    request: Request | None = None
-    prefill: bool = False
-    plain: Tensor | None = None  # the ids of a prompt without visual tokens
-    labels: Tensor | None = None
-    visual: Tensor | None = None
-    found: list[list[Part]] = field(default_factory=list)
-    sources: list[Tensor] = field(default_factory=list)
-    cache: Any = None
-    mask: Any = None
-    placed: bool = False  # the caller gave positions
-    ids: Tensor | None = None  # decoding: positions of the new tokens
-    tail: Tensor | None = None  # decoding: which tokens behind the prompt are real
-    serve: frozenset[int] = frozenset()  # decoding: layers that need a mask or positions of their own
-    gone: Tensor | None = None  # [B, T] visual tokens dropped before layer 0
-    level: Level | None = None
-    done: dict[int, tuple[Tensor | None, Level]] = field(default_factory=dict)  # layer -> what its cut took, for checkpoints that run it again
-    dense: dict[str, dict[str, Any]] = field(default_factory=dict)  # attention type -> what the model made for the whole sequence
-    served: dict[Any, dict[str, Any]] = field(default_factory=dict)
-    inputs: dict[int, tuple[Tensor, Level]] = field(default_factory=dict)
-    stash: dict[int, Stash] = field(default_factory=dict)
-
-
-def sentinel(width: int, like: Tensor) -> Tensor:
-    """The row that marks a visual token dropped before the decoder: +inf and -inf in turn, which no computation yields. ``[width]``"""
-    row = torch.full((width,), torch.inf, dtype=like.dtype, device=like.device)
-    row[1::2] = -torch.inf
-    return row
-
-
-SIGNS = 8  # so many of its coordinates tell a sentinel
-
-
-def marked(rows: Tensor) -> Tensor:
-    """Which rows ``[..., C]`` are sentinels."""
-    return (rows[..., :SIGNS] == sentinel(min(SIGNS, rows.shape[-1]), rows)).all(-1)
 
 
 class DecoderEngine:
@@ -179,19 +86,15 @@ class DecoderEngine:
         self.d, self.cuts, self.positions, self.per, self.tower, self.entry, self.seed = decoder, cuts, positions, per, tower, entry, seed
         self.done, self.arrived = done, arrived
         self.branch = ledger.timed(self._branch, counts=False)
-        self.local = threading.local()
         self.requests: WeakKeyDictionary[Any, Request] = WeakKeyDictionary()
         self.whole: WeakSet[Any] = WeakSet()  # caches filled without this attachment that were looked at
-        self.replays: WeakIdKeyDictionary = WeakIdKeyDictionary()  # rotary table -> the call it was made for
         self.observed = {i for c in cuts for i in c.observe}
         first = 0 if tower or entry else min((c.layer for c in cuts), default=0)
-        ledger.before(decoder.root, self._open)
-        ledger.after(decoder.root, self._close, first=False, always=True)
+        roots = [decoder.root] if decoder.core is None else [decoder.root, decoder.core]
+        self.entrance = Entry(roots, ledger, opens=self._open, closes=self._close, continues=self._continues)
+        self.local = self.entrance.local
         ledger.before(decoder.lm, self._enter)
         ledger.after(decoder.lm, self._leave)
-        ledger.replace(decoder.root, "_get_candidate_generator", _refuse_assistant)
-        if hasattr(decoder.root, "_prefill"):
-            ledger.replace(decoder.root, "_prefill", _whole_prompts(decoder.root._prefill))
         for i, layer in enumerate(decoder.layers):
             if i >= first or i in self.observed:
                 ledger.before(layer, self._layer(i, [c for c in cuts if c.layer == i]))
@@ -200,79 +103,107 @@ class DecoderEngine:
 
     @property
     def call(self) -> Call | None:
-        stack = getattr(self.local, "stack", None)
-        return stack[-1] if stack else None
+        return self.entrance.call
 
-    def _open(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if not hasattr(self.local, "stack"):
-            self.local.stack = []
-        call = Call()
-        self.local.stack.append(call)
-        call.cache, call.mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        call.placed = kwargs.get("position_ids") is not None
+    def end(self) -> None:
+        """The attachment is over: what was read with it cannot go on without it."""
+        for cache, request in list(self.requests.items()):
+            if any(not level.dense for level in request.levels):
+                close(cache, "the attachment that this cache's prompt was pruned with has been removed; start a new prompt")
+
+    def _continues(self, cache: Any) -> None:
+        """``generate`` finds out what is new in a conversation by the length of the cache's first layer."""
+        request = self.requests.get(cache) if cache is not None else None
+        if request is not None and not request.at[0].dense and not _host.fixed(cache) and _host.held(cache) > 0:
+            raise UnsupportedError(
+                f"this cache holds {request.at[0].width} of its prompt's {request.length} tokens in the first layer, by which generate() would cut the "
+                "conversation at the wrong place; start a new prompt with the whole conversation, or feed the new tokens to the model one by one"
+            )
+
+    def _open(self, call: Call, given: dict[str, Any]) -> dict[str, Any]:
+        call.cache, call.mask, call.positions = _host.cache_in(given), given.get("attention_mask"), given.get("position_ids")
         known = call.cache is not None and call.cache in self.requests
-        filled = call.cache is not None and int(call.cache.get_seq_length()) > 0
-        ids = args[0] if args else kwargs.get("input_ids")
-        seen = any(v is not None and len(v) for k, v in kwargs.items() if k.startswith("pixel_values") or k == "mm_encoder_outputs")
+        filled = call.cache is not None and _host.held(call.cache) > 0
+        ids = given.get("input_ids")
+        seen = any(v is not None and len(v) for k, v in given.items() if k.startswith(_host.PIXELS) or k == _host.ENCODED)
         if filled and seen and ids is not None and bool(self.d.visual(ids).any()):
             raise UnsupportedError("visual tokens in a continuation of a cache cannot be pruned; start a new prompt with the whole conversation")
         if known and filled:
             call.request = self.requests[call.cache]
-            return None
+            if call.request.packed:
+                raise UnsupportedError("several prompts packed into one row cannot be continued; read each prompt in a row of its own")
+            return given
         if filled and getattr(call.cache, MARK, False):
             raise UnsupportedError("this cache is a copy of a pruned one, or of another attachment: only the one that the prompt was read into goes on")
         if known:  # it was emptied for another prompt
             del self.requests[call.cache]
             mark(call.cache, False)
         if filled:
-            return None  # a request whose prompt was read without this attachment: it stays dense
+            return given  # a request whose prompt was read without this attachment: it stays dense
         if ids is None:
             raise UnsupportedError("pruning needs input_ids to find the visual tokens; inputs_embeds alone do not tell where they are")
         call.visual = self.d.visual(ids)
         call.prefill = bool(call.visual.any())
         if not call.prefill:
             call.plain = ids
-            return None
-        call.found = self.d.parts(ids, kwargs)
-        call.sources = self.d.sources(kwargs, call.found) if self.tower else []
-        if kwargs.get("labels") is not None:
-            call.labels = kwargs["labels"].clone()  # positions without a prediction are masked out of it before the loss reads it
-            return args, {**kwargs, "labels": call.labels}
-        return None
+            return given
+        call.found = self.d.parts(ids, given)
+        call.sources = self.d.sources(given, call.found) if self.tower else []
+        call.encoded = self.d.encoded(given)
+        call.segments = _segments(given, call)
+        if given.get("labels") is not None:
+            call.labels = given["labels"].clone()  # positions without a prediction are masked out of it before the loss reads it
+            return {**given, "labels": call.labels}
+        call.prompt = self.entrance.prompt(ids, _real(call.mask, *ids.shape).to(ids.device))
+        return given
 
-    def _close(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        call = self.local.stack.pop()
-        if call.plain is not None and output is not None:  # nothing to prune, and the report says so
+    def _close(self, call: Call, output: Any) -> None:
+        if call.plain is not None:  # nothing to prune, and the report says so
             b, t = call.plain.shape
             level = dense_level(_real(call.mask, b, t).to(call.plain.device), torch.zeros_like(call.plain, dtype=torch.bool))
             request = Request(t, [[] for _ in range(b)], [], level.valid, level.shift, [level], text_tokens=level.valid.sum(1).tolist())
-            self.done(request)
+            self._tell(request)
             return
-        if call.request is None or not call.prefill or output is None:
+        request = call.request  # type: ignore[assignment]
+        if request is None or not call.prefill:
+            if call.prefill:
+                raise UnsupportedError(f"{type(self.d.root).__name__} did not call its language model as this library knows it, so nothing was pruned")
             return
-        hidden = getattr(output, "image_hidden_states", None)
-        if self.tower and isinstance(hidden, Tensor) and hidden.ndim >= 2:
-            gone = marked(hidden)
-            if bool(gone.any()):
-                output.image_hidden_states = hidden.masked_fill(gone[..., None], 0)
-        request = call.request
         request.at = tuple(request.level_at(i) for i in range(len(self.d.layers)))
         for i, level in enumerate(request.at):
             request.first.setdefault((id(level), self.d.kinds[i]), i)
         request.pruned = frozenset(i for i, level in enumerate(request.at) if not level.dense)
         request.uneven = frozenset(i for i in request.pruned if not request.at[i].whole or self.d.window_of(i) is not None)
-        cache = getattr(output, "past_key_values", None)
+        cache = _host.cache_of(output)
+        cache = call.cache if cache is None else cache
         if cache is not None:
             self.requests[cache] = request
             mark(cache, any(not level.dense for level in request.levels))
+        self._tell(request)
+
+    def _tell(self, request: Request) -> None:
+        """Reports a prefill. The unconditional prompt that guidance reads beside the real one is not what a user asks about."""
+        running = self.entrance.generation
+        if running is not None:
+            if running.told and not request.units:
+                return
+            running.told |= bool(request.units)
         self.done(request)
 
     # ------------------------------------------------------------------------------------------- entering and leaving the decoder
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = self.call
-        if call is None or (call.request is None and not call.prefill):
-            if call is not None and call.cache is not None and call.cache not in self.whole:
+        if call is None:
+            ids = args[0] if args else kwargs.get("input_ids")
+            if ids is None or bool(self.d.visual(ids).any()):
+                raise UnsupportedError(
+                    f"{type(module).__name__} inside an attached model was called by itself, where it cannot be told which tokens are visual; "
+                    f"call the {type(self.d.root).__name__}, or remove() the attachment first"
+                )
+            return None
+        if call.request is None and not call.prefill:
+            if call.cache is not None and call.cache not in self.whole:
                 self._check_dense(call.cache, kwargs)
                 self.whole.add(call.cache)
             return None
@@ -281,41 +212,44 @@ class DecoderEngine:
 
     def _enter_prefill(self, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         assert call.visual is not None
-        embeds = kwargs["inputs_embeds"]
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None or embeds.ndim != 3 or embeds.shape[:2] != call.visual.shape:
+            raise UnsupportedError(
+                f"{type(self.d.root).__name__} hands its language model something else than one embedding per token of the prompt, so nothing can be pruned"
+            )
         b, t = embeds.shape[:2]
         visual, real = call.visual.to(embeds.device), _real(call.mask, b, t).to(embeds.device)
         level = dense_level(real, visual)
-        request = Request(t, call.found, units(call.found, self.per), real, _next(kwargs.get("position_ids"), level))
+        request = Request(t, call.found, units(call.found, self.per, call.segments), real, _next(kwargs.get("position_ids"), level))
         request.text_tokens = (real & ~visual).sum(1).tolist()
         request.levels.append(level)
-        request.sources = call.sources
+        request.sources, request.packed = call.sources, call.segments is not None
         call.request, call.level = request, level
+        call.question = _question(call, level)
+        held = call.question & level.visual
+        call.held = held if bool(held.any()) else None
         if not self.tower and not self.entry:
             return args, kwargs
         gone = torch.zeros_like(visual)
         if self.tower:
-            ends = embeds[..., :SIGNS]
-            if bool((ends.isnan().any(-1) & visual).any()):
-                raise UnsupportedError(
-                    "this model interpolates the tower's output for such images, which a pruned tower cannot give; prune behind the projector"
-                )
-            gone = visual & marked(ends)
-            request.arrived = visual & ~gone
-            embeds = embeds.masked_fill(gone[..., None], 0)
+            request.vision = assign(request, call.encoded)
+            request.arrived = arrived(request, visual)
+            gone = visual & ~request.arrived
         if self.entry:
-            embeds, gone, planes = self._project(request, embeds, visual, kwargs.get("deepstack_visual_embeds"))
+            embeds, gone, planes = self._project(call, request, embeds, visual, kwargs.get(_host.PLANES))
             if planes is not None:
-                kwargs = {**kwargs, "deepstack_visual_embeds": planes}
+                kwargs = {**kwargs, _host.PLANES: planes}
         call.gone = gone if bool(gone.any()) else None
+        if call.held is not None and call.labels is None and bool((gone & call.held).any()):
+            raise UnsupportedError(ENDS)
         return args, {**kwargs, "inputs_embeds": embeds}
 
-    def _project(self, request: Request, embeds: Tensor, visual: Tensor, planes: list[Tensor] | None) -> tuple[Tensor, Tensor, list[Tensor] | None]:
+    def _project(self, call: Call, request: Request, embeds: Tensor, visual: Tensor, planes: list[Tensor] | None) -> tuple[Tensor, Tensor, list[Tensor] | None]:
         """The stages behind the projector. ``visual`` ``[B, T]`` marks the placeholders; answers with the sequence (merged tokens in the place of the
         kept one), the visual tokens gone and, merged alike, the ``planes`` that DeepStack adds later."""
         run = self.arrived(request)
         found = request.units
-        columns = nn.utils.rnn.pad_sequence([u.columns for u in found], batch_first=True).to(embeds.device)
-        owner = torch.tensor([u.sample for u in found], device=embeds.device)[:, None]
+        columns, owner = request.table.to(embeds.device).clamp_min(0), request.owner.to(embeds.device)[:, None]
         at = columns.gather(1, run.index.clamp_min(0))
         x = embeds[owner, at].masked_fill(~run.valid[..., None], 0)
         spread = [p.new_zeros(*visual.shape, p.shape[-1]).masked_scatter(visual[..., None], p) for p in planes or ()]
@@ -323,6 +257,9 @@ class DecoderEngine:
         rasters = tuple(u.rasters for u in found)
         for cut in self.entry:
             view = run.view(x, cut, grid=(x.shape[1], 1), prefix=0, depth=1, seed=self._seed(request), sources={}, rasters=rasters)
+            if call.held is not None:
+                at = columns.gather(1, run.index.clamp_min(0))
+                view = replace(view, protected=call.held.to(embeds.device)[owner, at] & run.valid)
             selection = cut.select(view)
             if selection is None:
                 run.note(cut, run.index)
@@ -348,11 +285,11 @@ class DecoderEngine:
 
     def _check_dense(self, cache: Any, kwargs: dict) -> None:
         """A cache that no request here has filled must be whole: a copy of a pruned one has lost what tells which tokens it holds."""
-        if getattr(cache, "is_compileable", False):
+        if _host.fixed(cache):
             return
-        held, mask, ids = cache.get_seq_length(), kwargs.get("attention_mask"), kwargs.get("position_ids")
+        held, mask, ids = _host.held(cache), kwargs.get("attention_mask"), kwargs.get("position_ids")
         total = held + kwargs["inputs_embeds"].shape[1]
-        ragged = len({cache.get_seq_length(i) for i in range(len(self.d.layers))}) > 1
+        ragged = len({_host.held(cache, i) for i in range(len(self.d.layers))}) > 1
         longer = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != total
         if held and (ragged or longer or (ids is not None and int(ids.max()) >= total + self.d.first_position)):
             raise UnsupportedError("this cache looks like a copy of a pruned one; only the cache object that the prompt was read into can be continued")
@@ -362,7 +299,7 @@ class DecoderEngine:
         assert request is not None
         call.level = base = request.at[0]
         b, q = embeds.shape[:2]
-        held = int(call.cache.get_seq_length())
+        held = _host.held(call.cache)
         new = held - base.width + q  # tokens behind the prompt, these included
         two = isinstance(mask, Tensor) and mask.ndim == 2
         if two and mask.shape[1] != request.length + new:
@@ -370,12 +307,12 @@ class DecoderEngine:
                 f"this cache holds {base.width} of {request.length} prompt tokens; a continuation must bring one new token sequence and the whole mask "
                 f"({request.length + new} columns, got {mask.shape[1]}): start a new prompt instead"
             )
-        if not getattr(call.cache, "is_compileable", False):
-            if new < q or any(call.cache.get_seq_length(i) - request.at[i].width != new - q for i in request.first.values()):
+        if not _host.fixed(call.cache):
+            if new < q or any(_host.held(call.cache, i) - request.at[i].width != new - q for i in request.first.values()):
                 raise UnsupportedError("this cache was cut back into its prompt, or in some layers only; only growing it is supported")
         call.tail = mask[:, request.length :].bool() if two else torch.ones(b, new, dtype=torch.bool, device=embeds.device)
         # One new token that sees all its layer has cached needs no mask, and under sdpa the model makes none.
-        easy = q == 1 and self.positions == "original" and backend(self.d.lm.config) == "sdpa" and not getattr(call.cache, "is_compileable", False)
+        easy = q == 1 and self.positions == "original" and backend(self.d.lm.config) == "sdpa" and not _host.fixed(call.cache)
         easy = easy and (mask is None or base.dense or (two and bool(call.tail.all())))
         call.serve = request.uneven if easy else request.pruned
         ids = kwargs.get("position_ids")
@@ -417,7 +354,7 @@ class DecoderEngine:
             call = self.call
             if call is None or (call.request is None and module.training):  # a checkpoint runs the layer again, long after the forward
                 tables = kwargs.get("position_embeddings")
-                again = None if tables is None else self.replays.get(tables[0])
+                again = getattr(tables[0], REPLAY, None) if isinstance(tables, tuple) else None
                 return None if again is None else self._again(again, number, args, kwargs)
             if call.request is None:
                 return None
@@ -448,7 +385,7 @@ class DecoderEngine:
                 return None
             if not level.dense and not context:
                 kwargs = {**kwargs, **self._serve_prefill(call, level.on(x.device), number, kwargs, changed)}
-            if module.training and getattr(module, "gradient_checkpointing", False) and type(module).__call__ is not nn.Module.__call__:
+            if _host.checkpointed(module):
                 self._remember(call, number, level)
             return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
@@ -460,7 +397,7 @@ class DecoderEngine:
             raise UnsupportedError("routing methods need a newer transformers for gradient checkpointing, or gradient_checkpointing_disable()")
         if number not in call.done:
             call.done[number] = (None, level)
-        self.replays[call.dense[self.d.kinds[number]]["position_embeddings"][0]] = call
+        setattr(call.dense[self.d.kinds[number]]["position_embeddings"][0], REPLAY, call)  # the checkpoint keeps the table, and nobody else does
 
     def _again(self, call: Call, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if number not in call.done:
@@ -506,6 +443,8 @@ class DecoderEngine:
         cached = self._columns(call, number, x.shape[1])[0]
         sliding, how = self.d.window_of(number) is not None, backend(self.d.lm.config)
         out["attention_mask"] = prefill_mask(dense.get("attention_mask"), level, level if keys is None else keys, x, cached, how, sliding)
+        if how == "flash" and call.segments is not None:
+            out |= packed(call.segments.to(level.rows.device).gather(1, level.rows))
         call.served[key] = out
         return out
 
@@ -514,8 +453,7 @@ class DecoderEngine:
         """Columns that the cache of layer ``number`` will show for ``q`` more tokens, and the first one's place in all it has seen."""
         if call.cache is None:
             return q, 0
-        size, offset = call.cache.get_mask_sizes(q, number)
-        return int(size), int(offset)
+        return _host.columns(call.cache, q, number)
 
     def _compact(self, level: Level, ids: Tensor) -> Tensor:
         """Positions 0, 1, 2 … among the real tokens (padding takes 0), as PyramidDrop's official code renumbers; remembers the distance for decoding."""
@@ -561,25 +499,15 @@ class DecoderEngine:
         if cut.stash:
             call.stash[cut.stage] = Stash(x, level)
         level = level.on(x.device)
-        # Where every unit's remaining tokens are in the present level: [G, N], padded with -1.
-        here, origin = [], []
-        for unit in request.units:
-            at = torch.full((request.length,), -1, device=x.device)
-            valid = level.valid[unit.sample]
-            at[level.rows[unit.sample][valid]] = valid.nonzero()[:, 0]
-            found = at[unit.columns.to(x.device)]
-            origin.append((found >= 0).nonzero()[:, 0])
-            here.append(found[found >= 0])
-        where = nn.utils.rnn.pad_sequence(here, batch_first=True, padding_value=-1)
-        index = nn.utils.rnn.pad_sequence(origin, batch_first=True, padding_value=-1)
-        owner = torch.tensor([u.sample for u in request.units], device=x.device)
+        where, index = _remaining(request, level, x.device)  # each unit's remaining tokens: columns of the present level, and places in the unit
+        owner = request.owner.to(x.device)
         valid = where >= 0
         view = TokenView(
             features=x.detach()[owner[:, None], where.clamp_min(0)],  # decisions carry no gradient
             valid=valid,
             index=index,
             size=valid.to(torch.float32),
-            protected=torch.zeros_like(valid),
+            protected=torch.zeros_like(valid) if call.held is None else self._held(call, level, where, owner),
             grid=(where.shape[1], 1),
             layer=cut.layer,
             depth=len(self.d.layers),
@@ -594,20 +522,24 @@ class DecoderEngine:
         selection = cut.select(view)
         if selection is None:
             return x
-        before, after = valid.sum(1).tolist(), selection.counts.tolist()
-        kept = [index[g][selection.kept[g][selection.kept[g] >= 0]] for g in range(len(here))]
-        ranked = None if selection.score is None else (index, selection.score)
-        request.records.append(Record(cut.site, cut.stage, before, after, [k.cpu() for k in kept], None, ranked))
+        request.notes.append(partial(_record, cut.site, cut.stage, index, selection.kept, selection.score))
         if selection.target is not None:
             raise UnsupportedError("merging inside the language model is not supported by this adapter")
-        if before == after:
+        if torch.equal(valid.sum(1), selection.counts):
             return x
-        keep = level.valid & ~level.visual
-        for g, unit in enumerate(request.units):
-            chosen = selection.kept[g]
-            keep[unit.sample, where[g][chosen[chosen >= 0]]] = True
+        chosen = torch.where(selection.kept >= 0, where.gather(1, selection.kept.clamp_min(0)), level.width)
+        text = nn.functional.pad(level.valid & ~level.visual, (0, 1))  # the extra column takes the padding
+        keep = text.index_put((owner[:, None].expand_as(chosen), chosen), torch.ones((), dtype=torch.bool, device=x.device))[:, :-1]
+        if call.held is not None and bool((call.held.to(x.device).gather(1, level.rows) & level.visual & level.valid & ~keep).any()):
+            raise UnsupportedError(ENDS)
         call.level = level
         return self._drop(call, number, keep, x)
+
+    @staticmethod
+    def _held(call: Call, level: Level, where: Tensor, owner: Tensor) -> Tensor:
+        assert call.held is not None
+        held = call.held.to(where.device).gather(1, level.rows) & level.valid
+        return held[owner[:, None], where.clamp_min(0)] & (where >= 0)
 
     def _restore(self, call: Call, cut: PlannedCut, number: int, x: Tensor) -> Tensor:
         """Routing (DPVR, arXiv 2606.09131, phase 4): the stashed visual rows come back, changed by the method's side branch, into the positions they left."""
@@ -634,7 +566,7 @@ class DecoderEngine:
         for unit in request.units:
             there = set(level.rows[unit.sample][level.valid[unit.sample]].tolist())
             back.append(torch.tensor([i for i, p in enumerate(unit.columns.tolist()) if p in there], dtype=torch.long))
-        request.records.append(Record(cut.site, cut.stage, [0] * len(back), [len(k) for k in back], back, None))
+        request.notes.append(Record(cut.site, cut.stage, [0] * len(back), [len(k) for k in back], back, None))
 
     def _context(self, call: Call, cut: PlannedCut, number: int, module: Any, x: Tensor, kwargs: dict) -> dict[str, Any]:
         """Routing (DPVR, arXiv 2606.09131, variant KV): the stashed visual rows, changed by the side branch, give this layer keys and values and nothing else.
@@ -665,13 +597,10 @@ class DecoderEngine:
         attention = module.self_attn
         hidden = module.input_layernorm(take(made, index))
         key, value = heads(attention, "k", hidden), heads(attention, "v", hidden)
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            from transformers import DynamicCache
-
-            cache = DynamicCache()
+        cache = _host.cache_in(kwargs)
+        cache = _host.new_cache() if cache is None else cache
         cache.update(rotate(key, *tables), value, number)
-        return {**serving, "past_key_values": cache}
+        return {**serving, **_host.cached(module, cache)}
 
     def _branch(self, call: Call, cut: PlannedCut, stash: Stash) -> Tensor:
         """The side branch over the visual rows alone, once: they see each other as in the dense model, at their own positions; no cache. ``[B, M, C]`` with
@@ -732,34 +661,170 @@ class DecoderEngine:
             level = level.on(x.device)
         dense = call.dense[self.d.kinds[number]]
         rotary = self._serve_prefill(call, level, number, dense, x)["position_embeddings"] if rope else None
-        rows, weight = query_rows(call.labels, level, query)  # [B, R], weights [B, R]
-        score = attention_to(self.d.layers[number], x, rows, weight, level, rotary, dense.get("attention_mask"), keys)
-        return score.to(where.device)[owner[:, None], where.clamp_min(0)].masked_fill(where < 0, -torch.inf)
+        asking = self._asking(call, level, query)
+        segments = None if call.segments is None else call.segments.to(x.device).gather(1, level.rows)
+        out = torch.empty_like(where, dtype=torch.float32)
+        for part in (None,) if segments is None else range(int(segments.max()) + 1):
+            mine = asking if part is None else asking & (segments == part)
+            one = query == "last" and call.labels is None
+            rows, weight = query_rows(mine, 1 if one else None)  # [B, R] each
+            score = attention_to(self.d.layers[number], x, rows, weight, level, rotary, dense.get("attention_mask"), keys, segments)
+            score = score.to(where.device)[owner[:, None], where.clamp_min(0)]
+            out = score if part is None else torch.where(self._part(call, owner)[:, None] == part, score.to(out.dtype), out)
+        return out.masked_fill(where < 0, -torch.inf)
 
-    @staticmethod
-    def _queried(call: Call, owner: Tensor) -> Tensor:
-        """``[G]`` bool: the unit's sample has a query row; with labels only samples that answer have one."""
-        if call.labels is None:
-            return torch.ones_like(owner, dtype=torch.bool)
-        return answer_starts(call.labels).any(1).to(owner.device)[owner]
+    def _asking(self, call: Call, level: Level, query: str) -> Tensor:
+        """``[B, M]``: the level's rows that rank."""
+        assert call.question is not None and call.request is not None
+        if call.labels is None and call.prompt is None and self.d.root.training:
+            raise UnsupportedError(
+                "ranking goes by the prompt's last token, which a training forward without labels does not tell from the answer's: pass labels to the "
+                "model (label smoothing and loss functions outside of it take them away), or choose a method that does not rank by the text"
+            )
+        question = call.question.to(level.rows.device)
+        asking = question.gather(1, level.rows) & level.valid
+        if call.held is not None and bool((asking.sum(1) != question.sum(1)).any()):
+            raise UnsupportedError("an answer begins right behind an image whose last token is gone, which ranks for it: put text between them")
+        if query == "last":
+            return asking
+        # every row up to the last that asks, without answers
+        column = torch.arange(level.width, device=asking.device)
+        upto = torch.where(asking, column, -1)
+        if call.segments is not None:
+            parts = call.segments.to(level.rows.device).gather(1, level.rows)
+            same = parts[:, :, None] == parts[:, None]  # [B, M, M]
+            upto = torch.where(same, upto[:, None], -1).amax(2)
+        else:
+            upto = upto.amax(1, keepdim=True)
+        every = level.valid & (column <= upto)
+        if call.labels is not None:
+            answers = (call.labels.to(level.rows.device) != -100).gather(1, level.rows) & ~level.visual
+            every = every & ~answers
+        return every
+
+    def _part(self, call: Call, owner: Tensor) -> Tensor:
+        """``[G]``: which of the prompts packed into its row each unit belongs to."""
+        assert call.request is not None and call.segments is not None
+        return call.segments.to(owner.device)[owner, call.request.table[:, 0].to(owner.device)]
+
+    def _queried(self, call: Call, owner: Tensor) -> Tensor:
+        """``[G]`` bool: the unit's prompt has a row that asks; with labels only prompts that are answered have one."""
+        assert call.question is not None
+        question = call.question.to(owner.device)
+        if call.segments is None:
+            return question.any(1)[owner]
+        same = call.segments.to(owner.device)[owner] == self._part(call, owner)[:, None]
+        return (question[owner] & same).any(1)
 
 
-def _whole_prompts(prefill: Callable) -> Callable:
-    """``generate``'s reading of the prompt, which must not come in chunks: the last token of each would choose the visual tokens."""
-
-    @functools.wraps(prefill)
-    def whole(input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(generation_config, "prefill_chunk_size", None) is not None:
-            raise UnsupportedError("pruning reads the prompt at once; generate without prefill_chunk_size")
-        return prefill(input_ids, generation_config, *args, **kwargs)
-
-    return whole
+ENDS = (
+    "the prompt ends with an image token that this recipe drops, so that nothing is left to answer from: put text behind the image, or choose a method that "
+    "keeps it"
+)
+REPLAY = "_vtprune_call"  # on a rotary table: the forward that a checkpoint repeats
 
 
-def _refuse_assistant(*args: Any, **kwargs: Any) -> Any:
-    raise UnsupportedError(
-        "assisted decoding reads the prompt together with guessed tokens, which would choose other visual tokens; generate without an assistant"
-    )
+def _segments(given: dict[str, Any], call: Call) -> Tensor | None:
+    """Which of the prompts packed into its row each token belongs to ``[B, T]``; ``None`` where a row is one prompt. Packs carry no mask: their positions
+    begin anew, or flash attention is told where they begin."""
+    if call.mask is not None:
+        return None
+    assert call.visual is not None
+    starts = given.get(_host.PACKED[0])
+    if starts is not None:
+        if len(call.visual) != 1:
+            raise UnsupportedError("sequences packed into one row are known; these are several rows")
+        first = torch.zeros(call.visual.shape[1] + 1, dtype=torch.long, device=call.visual.device)
+        first[starts.long().to(first.device)] = 1
+        return first[:-1].cumsum(0)[None] - 1
+    ids = call.positions
+    if ids is None or (ids.ndim == 3 and len(ids) == 3):
+        return None
+    ids = ids[0] if ids.ndim == 3 else ids
+    seams = nn.functional.pad(ids[:, 1:] != ids[:, :-1] + 1, (1, 0))
+    return seams.long().cumsum(1).expand(len(call.visual), -1) if bool(seams.any()) else None
+
+
+def _question(call: Call, level: Level) -> Tensor:
+    """The rows that rank, ``[B, T]``: with labels those in front of an answer (placeholders are never an answer), else the prompt's last."""
+    if call.labels is not None:
+        return answer_starts(call.labels.to(level.rows.device), level)
+    column = level.rows
+    real = level.valid if call.prompt is None else level.valid & (column < call.prompt.to(column.device)[:, None])
+    if call.segments is None:
+        last = torch.where(real, column, -1).amax(1, keepdim=True)
+        return real & (column == last)
+    ends = nn.functional.pad(call.segments[:, 1:] != call.segments[:, :-1], (0, 1), value=True)
+    return real & ends.to(real.device)
+
+
+def _remaining(request: Request, level: Level, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where every unit's remaining tokens are in ``level`` and which of the unit they are, ``[G, N]`` each, padded with -1."""
+    place = torch.where(level.valid, level.rows, request.length)
+    column = torch.arange(level.width, device=device).expand_as(place)
+    at = torch.full((len(place), request.length + 1), -1, device=device).scatter_(1, place, column)[:, :-1]
+    table = request.table.to(device)
+    found = torch.where(table >= 0, at[request.owner.to(device)[:, None], table.clamp_min(0)], -1)
+    n = found.shape[1]
+    order = torch.where(found >= 0, torch.arange(n, device=device), n).sort(1).values
+    order = order[:, : max(int((order < n).sum(1).max()), 1)] if len(order) else order
+    there = order < n
+    return torch.where(there, found.gather(1, order.clamp_max(n - 1)), -1), torch.where(there, order, -1)
+
+
+def _record(site: str, stage: int, index: Tensor, kept: Tensor, score: Tensor | None) -> Record:
+    index, kept = index.cpu(), kept.cpu()
+    left = [row[mine[mine >= 0]] for row, mine in zip(index, kept, strict=True)]
+    ranked = None if score is None else (index, score)
+    return Record(site, stage, (index >= 0).sum(1).tolist(), [len(k) for k in left], left, None, ranked)
+
+
+def assign(request: Request, encoded: dict[str, Encoded]) -> list[list[tuple[Run, int]]]:
+    """The tower's passes that made each sample's images and frames, in the prompt's order."""
+    want = {kind: [[n for p in parts if (p.video >= 0) == (kind == "video") for n in p.passes] for parts in request.parts] for kind in ("image", "video")}
+    made: dict[str, list[tuple[Run, int]]] = {kind: encoded[kind].passes if kind in encoded else [] for kind in want}
+    out: list[list[tuple[Run, int]]] = []
+    at = dict.fromkeys(want, 0)
+    copies = {}
+    for kind, samples in want.items():
+        total, have = sum(map(len, samples)), len(made[kind])
+        if total and (not have or total % have or len(samples) % (total // have)):
+            raise UnsupportedError(
+                f"the prompt's {kind}s need {total} passes of the vision tower, and {have} are known: encode them with this attachment, by the model's own "
+                f"{_host.ENCODERS[kind]}()"
+            )
+        copies[kind] = total // have if total else 1
+    for b, parts in enumerate(request.parts):
+        rows = []
+        for kind in want:
+            if b % copies[kind] == 0:
+                start = at[kind]
+                at[kind] += len(want[kind][b])
+            else:
+                start = at[kind] - len(want[kind][b])
+            mine = made[kind][start : start + len(want[kind][b])]
+            if [run.tokens for run, _ in mine] != want[kind][b]:
+                raise UnsupportedError(f"the vision tower's passes are of another size than the prompt's {kind}s")
+            rows.append(iter(mine))
+        out.append([next(rows[p.video >= 0]) for p in parts for _ in p.passes])
+    return out
+
+
+def arrived(request: Request, visual: Tensor) -> Tensor:
+    """``[B, T]``: the visual tokens that the tower handed over."""
+    assert request.vision is not None
+    live: dict[int, Tensor] = {}
+    for run, _ in (p for rows in request.vision for p in rows):
+        if id(run) not in live:
+            index = torch.where(run.index >= 0, run.index, run.tokens)
+            live[id(run)] = torch.zeros(run.images, run.tokens + 1, dtype=torch.bool, device=index.device).scatter_(1, index, True)[:, :-1]
+    there = []
+    for rows, sources in zip(request.vision, request.sources, strict=True):
+        if len(sources):
+            mine = torch.cat([live[id(run)][g] for run, g in rows] or [torch.zeros(1, dtype=torch.bool, device=visual.device)]).to(visual.device)
+            sources = sources.to(visual.device)
+            there.append((sources < 0) | mine[sources.clamp_min(0)])
+    return torch.zeros_like(visual).masked_scatter(visual, torch.cat(there)) if there else torch.zeros_like(visual)
 
 
 def _real(mask: Any, batch: int, length: int) -> Tensor:
@@ -773,7 +838,9 @@ def _real(mask: Any, batch: int, length: int) -> Tensor:
     if mask.ndim == 4:
         if mask.is_floating_point() and bool(((mask != 0) & (mask > torch.finfo(mask.dtype).min / 2)).any()):
             raise UnsupportedError("an additive mask with other values than 0 and -inf cannot be shortened; pass a 2-D attention_mask [batch, sequence]")
-        return (mask if mask.dtype == torch.bool else mask == 0)[:, 0].any(1)[:, :length].expand(batch, -1)
+        mask = (mask if mask.dtype == torch.bool else mask == 0)[:, 0].any(1)[:, :length].expand(batch, -1)
+    if mask.shape != (batch, length):
+        raise UnsupportedError(f"the attention_mask is {list(mask.shape)} for a prompt of {[batch, length]} tokens")
     return mask.bool()
 
 

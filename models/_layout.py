@@ -84,15 +84,16 @@ def parts(
     return out
 
 
-def units(found: list[list[Part]], per: str) -> list[Unit]:
+def units(found: list[list[Part]], per: str, segments: Tensor | None = None) -> list[Unit]:
     """Parts joined by ``per``: ``"tile"`` every raster alone, ``"image"`` an image (a video's frame), ``"video"`` also all frames of a video, ``"sample"``
-    everything in a sample."""
+    everything in a sample, or in each of the prompts that are packed into a row (``segments`` ``[B, T]``)."""
     out: list[Unit] = []
     for b, sample in enumerate(found):
         groups: dict[object, list[Part]] = {}
         for i, part in enumerate(sample):
             whole = ("video", part.video) if part.video >= 0 else ("image", part.image)
-            key = {"tile": i, "image": part.image, "video": whole, "sample": 0}[per]
+            prompt = 0 if segments is None else int(segments[b, int(part.columns[0])])
+            key = {"tile": i, "image": part.image, "video": whole, "sample": prompt}[per]
             groups.setdefault(key, []).append(part)
         out += [Unit(b, torch.cat([p.columns for p in g]), tuple(p.grid for p in g)) for g in groups.values()]
     return out

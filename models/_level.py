@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..types import UnsupportedError
+from . import _host
 
 
 @dataclass(eq=False)
@@ -80,7 +81,7 @@ def within(level: Level, fresh: Level) -> Tensor:
 
 def backend(config: Any) -> str:
     """``"eager"``, ``"sdpa"`` or ``"flash"``. Raises :class:`UnsupportedError` for backends whose masks cannot be shortened."""
-    name = getattr(config, "_attn_implementation", None) or "eager"
+    name = _host.backend(config)
     if name in ("eager", "sdpa"):
         return name
     if name.startswith("flash"):
@@ -95,10 +96,22 @@ def shaped(seen: Tensor, how: str, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
+def packed(segments: Tensor) -> dict[str, Any]:
+    """What flash attention needs to know of several prompts in one row. ``segments`` ``[1, M]``: which of them each token belongs to."""
+    if len(segments) != 1:
+        raise UnsupportedError("sequences packed into one row are known to flash attention; these are several rows")
+    counts = segments[0].unique_consecutive(return_counts=True)[1]
+    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(counts.max())
+    return {"attention_mask": None, **dict(zip(_host.PACKED, (starts, starts, longest, longest), strict=True))}
+
+
 def allowed(mask: Any, rows: Tensor, keys: Tensor) -> Tensor | None:
     """Entries ``rows`` ``[B, Q]`` x ``keys`` ``[B, K]`` of the model's own mask (4-D, bool or additive): ``[B, Q, K]`` bool; ``None``: it is plain causal."""
     if mask is None or mask.ndim == 2:
         return None
+    if mask.ndim != 4:
+        raise UnsupportedError(f"an attention mask of shape {list(mask.shape)} cannot be shortened")
     mask = mask.to(rows.device).expand(len(rows), -1, -1, -1)[:, 0]
     mask = mask if mask.dtype == torch.bool else mask == 0
     short = mask.gather(1, rows[..., None].expand(-1, -1, mask.shape[2]))

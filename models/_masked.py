@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ledger import UndoLedger
+from . import _host
 
 
 def hide_in_decoder(ledger: UndoLedger, layers: Sequence[nn.Module], hidden: Sequence[Tensor]) -> None:
@@ -18,11 +19,11 @@ def hide_in_decoder(ledger: UndoLedger, layers: Sequence[nn.Module], hidden: Seq
     def make(number: int) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             x = args[0] if args else kwargs["hidden_states"]
-            cache, own, q = kwargs.get("past_key_values"), kwargs.get("attention_mask"), x.shape[1]
+            cache, own, q = _host.cache_in(kwargs), kwargs.get("attention_mask"), x.shape[1]
             size, offset, past = q, 0, 0
             if cache is not None:
-                size, offset = (int(n) for n in cache.get_mask_sizes(q, number))
-                past = int(cache.get_seq_length(number))
+                size, offset = _host.columns(cache, q, number)
+                past = _host.held(cache, number)
             place = torch.arange(size, device=x.device) + offset  # the position of each of the cache's columns
             query = torch.arange(past, past + q, device=x.device)
             prompt = nn.functional.pad(hidden[number].to(x.device), (0, max(int(place[-1]) + 1 - hidden[number].shape[1], 0)))

@@ -16,11 +16,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ledger import UndoLedger
 from ..types import Geometry, Seed, UnsupportedError
+from . import _host
 from ._cost import Shapes
-from ._decoder import Decoder, DecoderEngine, Request, put, sentinel
+from ._decoder import Decoder, DecoderEngine, put
 from ._hf_vit import randomise
 from ._layout import Part, Raster, parts
 from ._probe import probe, probe_queries
+from ._request import Encoded, Request
 from ._tower import Run, TowerEngine
 from .base import PlannedCut, named
 
@@ -65,7 +67,8 @@ class Mllm:
         text = lm.config
         self.model, self.geometry, self.projector, self.lm = model, geometry, projector, lm
         self.image_token, self.video_token = image_token, video_token
-        self.notes: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.notes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # an encoder's output -> how it was made
+        self.encoding = threading.local()  # the call of an encoder that this thread is in
         try:
             heads, window = text.num_attention_heads, getattr(text, "sliding_window", None)
             self.cost = Shapes(
@@ -136,7 +139,8 @@ class Mllm:
             images, videos = iter(known := list(images)), iter(moving := list(videos))
             have, want = sum(r.tokens for group in (*known, *moving) for r in group), int(self.visual(ids).sum())
             copies = want // have if have and want % have == 0 and len(ids) % (want // have) == 0 else 1
-            if not torch.equal(ids[::copies].repeat_interleave(copies, 0), ids):
+            marks = self.visual(ids)  # answers differ, prompts do not
+            if not torch.equal(marks[::copies].repeat_interleave(copies, 0), marks):
                 copies = 1
         # Beam search repeats every prompt, but not the sizes of its images.
         found = parts(ids[::copies], self.visual(ids[::copies]), self.video_token, images, videos, runs=self.runs)
@@ -144,29 +148,44 @@ class Mllm:
 
     def noted(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """``inputs`` with what the encoders' outputs among them were made from."""
-        for output in (inputs.get("mm_encoder_outputs") or {}).values():
-            inputs = {**self.notes.get(output, {}), **inputs}
+        for known in self.encoded(inputs).values():
+            inputs = {**known.inputs, **inputs}
         return inputs
+
+    def encoded(self, inputs: dict[str, Any]) -> dict[str, Encoded]:
+        """What the encoders did for a forward: those that ran before it and whose outputs it is given, then those that ran in it."""
+        given = (inputs.get(_host.ENCODED) or {}).items()
+        return {kind: known for kind, output in given if (known := self.notes.get(output)) is not None}
 
     def encoders(self) -> list[str]:
         """The methods of the model's core that turn pixels into rows of the prompt: tower, projector, and packing where there is some."""
-        return [name for name in ("get_image_features", "get_video_features") if hasattr(self.model.base_model, name)]
+        return [name for name in _host.ENCODERS.values() if hasattr(self.model.base_model, name)]
 
     def _note_inputs(self, ledger: UndoLedger) -> None:
-        """``generate`` encodes images before the forward and does not hand their sizes on; so it is noted what the encoders' outputs were made from."""
+        """``generate`` encodes images before the forward and does not hand their sizes on; so it is noted what the encoders' outputs were made from, and by
+        which passes of the tower."""
         core = self.model.base_model
-        for name in self.encoders():
+        for kind, name in _host.ENCODERS.items():
+            if not hasattr(core, name):
+                continue
             original = getattr(core, name)
 
             @functools.wraps(original)
-            def noted(*args: Any, __original: Any = original, **kwargs: Any) -> Any:
-                output = __original(*args, **kwargs)
+            def noted(*args: Any, __original: Any = original, __kind: str = kind, **kwargs: Any) -> Any:
                 given = dict(inspect.signature(__original).bind(*args, **kwargs).arguments)
                 given |= given.pop("kwargs", {})
                 # Pixels are remembered by their shape alone.
-                sizes = {k: v.to("meta") if k.startswith("pixel") and isinstance(v, Tensor) else v for k, v in given.items() if v is not None}
-                if hasattr(output, "pooler_output"):
-                    self.notes[output] = sizes
+                known = Encoded({k: v.to("meta") if k.startswith("pixel") and isinstance(v, Tensor) else v for k, v in given.items() if v is not None})
+                outer, self.encoding.now = getattr(self.encoding, "now", None), known
+                try:
+                    output = __original(*args, **kwargs)
+                finally:
+                    self.encoding.now = outer
+                if hasattr(output, "__dataclass_fields__"):
+                    self.notes[output] = known
+                call = self.decoder.call
+                if call is not None:
+                    call.encoded[__kind] = known
                 return output
 
             ledger.replace(core, name, noted)
@@ -197,6 +216,8 @@ class Mllm:
             rotary=self.rotary,
             mrope=self.geometry.mrope,
             first_position=self.first_position,
+            core=None if self.model.base_model is self.model else self.model.base_model,
+            encoded=self.encoded,
         )
 
     def branch(self, layer: int) -> nn.Module:
@@ -240,7 +261,8 @@ class Mllm:
         self.decoder = decoder
 
     def _install_tower(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, seed: int) -> TowerEngine:
-        """The tower's stages. What they leave is put back to its placeholders behind the projector, with marker rows in between."""
+        """The tower's stages. What they leave is put back to its placeholders behind the projector, with zeros in between: which rows those are is known from
+        the books of the passes, never from the values."""
         passes = threading.local()  # the tower's pass that the projector's call belongs to
 
         def passed(run: Run) -> None:
@@ -254,12 +276,13 @@ class Mllm:
             if run is None:
                 return None
             recorder.vision(run)
-            g, n, c = features.shape
-            if n == run.tokens and torch.equal(run.index, torch.arange(n, device=run.index.device).expand_as(run.index)):
+            known: Encoded | None = getattr(self.encoding, "now", None)
+            if known is not None:
+                known.runs.append(run)
+            if features.shape[1] == run.tokens and run.slot is run.raster:
                 return None
-            out = sentinel(c, features).expand(g, run.tokens + 1, c)
             where = torch.where(run.valid, run.index, run.tokens)
-            return put(out, where, features)[:, : run.tokens]
+            return put(features.new_zeros(run.images, run.tokens + 1, features.shape[2]), where, features)[:, : run.tokens]
 
         ledger.after(self.projector, expand)
         return engine

@@ -15,6 +15,7 @@ from .. import kernels
 from ..ledger import UndoLedger
 from ..select import from_mask
 from ..types import Selection, TokenView, UnsupportedError, VtpruneError
+from . import _host
 from ._books import carry
 from ._decoder import Decoder, DecoderEngine
 from ._layout import Part
@@ -89,7 +90,7 @@ def _toy(decoder: Decoder, what: str) -> Iterator[_Toy | None]:
     weight = next(p for p in lm.parameters() if p.ndim == 2)
     if weight.is_meta:
         raise UnsupportedError(f"{name} is not known here and cannot be probed while its weights are offloaded")
-    key = (what, str(lm.config._attn_implementation))
+    key = (what, _host.backend(lm.config))
     if key in _passed.setdefault(lm, set()):
         yield None
         return
@@ -106,6 +107,8 @@ def _toy(decoder: Decoder, what: str) -> Iterator[_Toy | None]:
         parts=lambda given, inputs: found,
         sources=lambda inputs, parts: [],
         mrope=False,
+        core=None,
+        encoded=lambda inputs: {},
     )
     modes = {m: m.training for m in lm.modules()}
     lm.eval()
@@ -200,7 +203,7 @@ def _run(toy: _Toy) -> Tensor:
     for step in range(2):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         places = mask.shape[1] - 1 + torch.zeros_like(mask[:, :1])
-        out = toy.root(toy.ids[:, step : step + 1], attention_mask=mask, position_ids=places, past_key_values=out.past_key_values)
+        out = toy.root(toy.ids[:, step : step + 1], attention_mask=mask, position_ids=places, **_host.cached(toy.decoder.lm, _host.cache_of(out)))
         rows.append(out.last_hidden_state)
     return torch.cat(rows, 1).double()
 

@@ -38,46 +38,51 @@ def question(block: Any, x: Tensor, rows: Tensor, rotary: tuple[Tensor, Tensor] 
     return q, k, {"scale": attention.scaling, "rotary": rotary, "cap": None if backend(attention.config) == "sdpa" else cap}  # sdpa leaves the cap out
 
 
-def visible(level: Level, rows: Tensor, own: Any, keys: str) -> Tensor:
-    """``[B, R, M]`` bool: what ``rows`` ``[B, R]`` see of the level's M tokens under the model's ``own`` mask; ``keys="visual"``: of the visual ones."""
+def visible(level: Level, rows: Tensor, own: Any, keys: str, segments: Tensor | None = None) -> Tensor:
+    """``[B, R, M]`` bool: what ``rows`` ``[B, R]`` see of the level's M tokens under the model's ``own`` mask, and of their own prompt among several packed
+    into a row (``segments`` ``[B, M]``); ``keys="visual"``: of the visual ones."""
     seen = allowed(own, level.rows.gather(1, rows), level.rows)
     if seen is None:
         seen = torch.arange(level.width, device=rows.device) <= rows[..., None]
+    if segments is not None:
+        seen = seen & (segments.gather(1, rows)[..., None] == segments[:, None])
     seen = seen & level.valid[:, None]
     return seen & level.visual[:, None] if keys == "visual" else seen
 
 
-def attention_to(block: Any, x: Tensor, rows: Tensor, weight: Tensor, level: Level, rotary: tuple[Tensor, Tensor] | None, own: Any, keys: str) -> Tensor:
+def attention_to(
+    block: Any,
+    x: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    level: Level,
+    rotary: tuple[Tensor, Tensor] | None,
+    own: Any,
+    keys: str,
+    segments: Tensor | None = None,
+) -> Tensor:
     """Attention of ``rows`` ``[B, R]``, weighted by ``weight`` ``[B, R]`` and averaged over heads, to each of the level's M tokens: ``[B, M]``. A few rows at
     a time meet the keys, never a full map."""
     q, k, how = question(block, x, rows, rotary)
-    parts = [
-        kernels.query_scores(q[:, :, i : i + ROWS], k, weight=weight[:, i : i + ROWS], seen=visible(level, rows[:, i : i + ROWS], own, keys), **how)
-        for i in range(0, rows.shape[1], ROWS)
-    ]
+    parts = []
+    for i in range(0, rows.shape[1], ROWS):
+        some = rows[:, i : i + ROWS]
+        seen = visible(level, some, own, keys, segments)
+        parts.append(kernels.query_scores(q[:, :, i : i + ROWS], k, weight=weight[:, i : i + ROWS], seen=seen, **how))
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
-def answer_starts(labels: Tensor) -> Tensor:
-    """The positions in front of each answer: labels ``[..., T]`` to bool ``[..., T - 1]``."""
-    return (labels[..., 1:] != -100) & (labels[..., :-1] == -100)
+def answer_starts(labels: Tensor, level: Level) -> Tensor:
+    """The rows in front of each answer, ``[B, T]`` bool. ``labels`` ``[B, T]``; ``level`` the whole sequence. A placeholder is no part of an answer, whatever
+    its label says: where everything is supervised, the answer is what follows the image."""
+    answer = (labels != -100) & ~level.visual
+    return nn.functional.pad(~answer[:, :-1] & answer[:, 1:], (0, 1)) & level.valid
 
 
-def query_rows(labels: Tensor | None, level: Level, query: str) -> tuple[Tensor, Tensor]:
-    """Columns of the query rows ``[B, R]`` and their weights: the last prompt token (with labels every token in front of an answer), or ``"all"``."""
-    column = torch.arange(level.width, device=level.rows.device)
-    last = torch.where(level.valid, column, -1).argmax(1)
-    wanted: list[Tensor] = []
-    for b in range(level.rows.shape[0]):
-        found = last[b : b + 1]
-        if query == "all":
-            found = level.valid[b].nonzero()[:, 0]
-        elif labels is not None:
-            starts = answer_starts(labels[b]).nonzero()[:, 0].to(level.rows.device)
-            if len(starts):
-                hit = (level.rows[b][None] == starts[:, None]) & level.valid[b][None]
-                found = hit.int().argmax(1)[hit.any(1)]
-        wanted.append(found)
-    rows = nn.utils.rnn.pad_sequence(wanted, batch_first=True, padding_value=-1)
-    weight = (rows >= 0).float()
-    return rows.clamp_min(0), weight / weight.sum(1, keepdim=True).clamp_min(1)
+def query_rows(asking: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """The columns that ``asking`` ``[B, M]`` marks, ``[B, R]`` with zeros behind, and their weights, which sum to one. ``most`` of them, if that is known."""
+    m = asking.shape[1]
+    most = max(int(asking.sum(1).max()), 1) if most is None else most
+    rows = torch.where(asking, torch.arange(m, device=asking.device), m).sort(1).values[:, :most]
+    weight = (rows < m).float()
+    return torch.where(rows < m, rows, 0), weight / weight.sum(1, keepdim=True).clamp_min(1)

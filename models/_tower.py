@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..ledger import UndoLedger
 from ..select import combine, gather
 from ..types import Projections, Seed, Selection, TokenView, UnsupportedError
+from . import _host
 from .base import PlannedCut
 
 ONE_SIZE = "images must have the size that the model's configuration names, and patch dropout must be off"
@@ -293,7 +294,7 @@ class TowerEngine:
         run = self.run
         if run is None:
             return None
-        if module.training and getattr(module, "gradient_checkpointing", False) and type(module).__call__ is not nn.Module.__call__:
+        if _host.checkpointed(module):
             raise UnsupportedError("stages in the tower need a newer transformers for gradient checkpointing, or gradient_checkpointing_disable()")
         x = args[0] if args else kwargs["hidden_states"]
         here, meant = x.shape[1] - self.tower.prefix, run.index.shape[1]

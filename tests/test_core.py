@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from vtprune.models._host import cache_of, cached
 
 import vtprune
 from vtprune import Recipe, Stage, UnsupportedError, VtpruneError
@@ -165,11 +166,11 @@ def test_a_cache_from_before_stays_dense(tiny):
     token = torch.tensor([[5], [6]])
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], 1)
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
-        want = model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True).logits
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, use_cache=True))
+        want = model(input_ids=token, attention_mask=mask, **cached(model, cache), use_cache=True).logits
+        cache = cache_of(model(**inputs, use_cache=True))
         with vtprune.attach(model, "fastv", keep=2):
-            got = model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+            got = model(input_ids=token, attention_mask=mask, **cached(model, cache), use_cache=True).logits
     assert torch.equal(got, want)
 
 
@@ -279,7 +280,7 @@ def test_bands_give_exactly_keep_cells(rows, columns):
 def _follow(model, cache, ids, length, **more):
     mask = torch.ones(1, length, dtype=torch.long)
     with torch.no_grad():
-        return model(input_ids=torch.tensor([ids]), attention_mask=mask, past_key_values=cache, **more)
+        return model(input_ids=torch.tensor([ids]), attention_mask=mask, **cached(model, cache), **more)
 
 
 @pytest.mark.parametrize("method", ["uniform", "flowcut", "pyramiddrop"])
@@ -292,15 +293,15 @@ def test_what_cannot_continue_a_pruned_cache_is_refused(tiny, method):
     length = one["input_ids"].shape[1]
     with vtprune.attach(model, method, keep=4):
         with torch.no_grad():
-            cache = model(**one, use_cache=True).past_key_values
+            cache = cache_of(model(**one, use_cache=True))
         with pytest.raises(UnsupportedError, match="copy of a pruned"):
             _follow(model, copy.deepcopy(cache), [7], length + 1)
         with pytest.raises(UnsupportedError, match="continuation"), torch.no_grad():
-            model(**one, past_key_values=cache)
+            model(**one, **cached(model, cache))
         if method != "pyramiddrop":  # whose first layers hold the whole prompt, so that generate() finds the new tokens
             history = torch.cat([one["input_ids"], torch.tensor([[7, 8]])], 1)
             with pytest.raises(UnsupportedError, match="start a new prompt"):
-                model.generate(input_ids=history, attention_mask=torch.ones_like(history), past_key_values=cache, max_new_tokens=2)
+                model.generate(input_ids=history, attention_mask=torch.ones_like(history), **cached(model, cache), max_new_tokens=2)
         assert torch.isfinite(_follow(model, cache, [7], length + 1).logits).all()  # the cache itself goes on
 
 
@@ -308,9 +309,9 @@ def test_an_image_behind_a_text_turn_is_refused(tiny):
     model, inputs = tiny("llava", "clip-llama")
     one = {k: v[:1] for k, v in inputs.items()}
     with vtprune.attach(model, "uniform", keep=4), torch.no_grad():
-        cache = model(input_ids=torch.tensor([[5, 6]]), use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=torch.tensor([[5, 6]]), use_cache=True))
         with pytest.raises(UnsupportedError, match="continuation"):
-            model(**{**one, "attention_mask": torch.ones(1, 32, dtype=torch.long)}, past_key_values=cache)
+            model(**{**one, "attention_mask": torch.ones(1, 32, dtype=torch.long)}, **cached(model, cache))
 
 
 def test_threads_do_not_meet_between_tower_and_projector(tiny):

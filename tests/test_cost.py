@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from vtprune.models._host import cache_of
 
 import vtprune
 
@@ -63,9 +64,9 @@ def test_kv_bytes_are_what_the_cache_holds(tiny):
     model, inputs = tiny("llava", "clip-llama")
     one = {k: v[:1] for k, v in inputs.items()}
     with torch.no_grad(), vtprune.attach(model, "pyramiddrop", keep=2, layers=(1, 3)) as handle:
-        cache = model(**one, use_cache=True).past_key_values
+        cache = cache_of(model(**one, use_cache=True))
         report = handle.report()
     assert report.kv_bytes == sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
     with torch.no_grad():
-        cache = model(**one, use_cache=True).past_key_values
+        cache = cache_of(model(**one, use_cache=True))
     assert report.dense_kv_bytes == sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)

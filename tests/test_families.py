@@ -7,6 +7,7 @@ import inspect
 import pytest
 import torch
 from vtprune.models import _decoder
+from vtprune.models._host import cache_of, cached
 from vtprune.models._level import shaped
 from vtprune.models.base import ADAPTERS
 
@@ -236,9 +237,9 @@ def test_decoding_by_hand_without_positions_is_what_generate_does(tiny, family, 
     options = {"layer": 0} if method == "drop-all" else {"keep": 2}
     with torch.no_grad(), vtprune.attach(model, method, **options):
         answer = model.generate(**one, attention_mask=torch.ones_like(one["input_ids"]), **rules)
-        cache = model(**one, use_cache=True).past_key_values
+        cache = cache_of(model(**one, use_cache=True))
         for i, token in enumerate(answer.sequences[0, -4:-1]):
-            step = model(input_ids=token[None, None], past_key_values=cache, use_cache=True)
+            step = model(input_ids=token[None, None], **cached(model, cache), use_cache=True)
             assert torch.allclose(step.logits[0, -1], answer.logits[i + 1][0], atol=1e-4), i
 
 
@@ -250,7 +251,7 @@ def test_sliding_caches_are_counted_as_they_are(tiny, family, variant):
     real = inputs["attention_mask"][0].bool()
     one |= {k: inputs[k][:1, real] for k in ("input_ids", *bind(model).follows) if k in inputs}
     with torch.no_grad(), vtprune.attach(model, "random", keep=2) as handle:
-        cache = model(**one, use_cache=True).past_key_values
+        cache = cache_of(model(**one, use_cache=True))
         report = handle.report()
     assert report.kv_bytes == sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in cache.layers)
     assert report.kv_bytes <= report.dense_kv_bytes

@@ -10,6 +10,7 @@ import inspect
 import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
+from vtprune.models._host import cache_of, cached
 
 import vtprune
 from vtprune.attach import load_recipe
@@ -103,7 +104,7 @@ def test_a_quantised_cache_loses_no_more_than_it_does_unpruned(tiny, method):
             cache = QuantizedCache(backend="fp8", config=model.config.get_text_config())
         except ValueError as e:  # releases before the fp8 backend
             pytest.skip(str(e))
-        got = logits(past_key_values=cache)
+        got = logits(**cached(model, cache))
         assert not torch.equal(got[1:], want[1:]), "the cache was quantised"
         return float((got[1] - want[1]).abs().max() / want[1].abs().max())
 
@@ -140,13 +141,13 @@ def test_copies_and_emptied_caches(tiny, kind, method):
     text = {"input_ids": torch.randint(8, 60, (1, 20), generator=torch.Generator().manual_seed(0))}
     cache = StaticCache(config=model.config.text_config, max_cache_len=64) if kind == "static" else DynamicCache(config=model.config.text_config)
     with torch.no_grad(), vtprune.attach(model, method, **({"layer": 2} if method == "drop-all" else {"keep": 4})):
-        model(**one, past_key_values=cache)
+        model(**one, **cached(model, cache))
         with pytest.raises(UnsupportedError, match="copy of a pruned"):
-            model(input_ids=new, past_key_values=copy.deepcopy(cache))
+            model(input_ids=new, **cached(model, copy.deepcopy(cache)))
         cache.reset()
         if kind == "static":  # a dynamic one keeps its length
-            model(**text, past_key_values=cache)
-            got = model(input_ids=new, past_key_values=cache).logits
+            model(**text, **cached(model, cache))
+            got = model(input_ids=new, **cached(model, cache)).logits
             want = model(input_ids=torch.cat([text["input_ids"], new], 1)).logits[:, -1:]
             assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()))
 
@@ -156,17 +157,17 @@ def test_a_cache_that_was_cut_back_is_refused(tiny):
     one = {k: v[:1] for k, v in inputs.items()}
     mask = torch.cat([one["attention_mask"], torch.ones(1, 1, dtype=torch.long)], dim=1)
     with torch.no_grad(), vtprune.attach(model, "fastv", keep=3):
-        cache = model(**one, use_cache=True).past_key_values
+        cache = cache_of(model(**one, use_cache=True))
         cache.crop(-1)
         with pytest.raises(UnsupportedError, match="whole mask"):
-            model(input_ids=one["input_ids"][:, -1:], attention_mask=mask, past_key_values=cache)
+            model(input_ids=one["input_ids"][:, -1:], attention_mask=mask, **cached(model, cache))
         with pytest.raises(UnsupportedError, match="cut back"):
-            model(input_ids=one["input_ids"][:, -1:], past_key_values=cache)
-        cache = model(**one, use_cache=True).past_key_values
+            model(input_ids=one["input_ids"][:, -1:], **cached(model, cache))
+        cache = cache_of(model(**one, use_cache=True))
         for layer in cache.layers[2:]:
             layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
         with pytest.raises(UnsupportedError, match="cut back"):
-            model(input_ids=one["input_ids"][:, -1:], attention_mask=mask, past_key_values=cache)
+            model(input_ids=one["input_ids"][:, -1:], attention_mask=mask, **cached(model, cache))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from vtprune.models import _decoder
+from vtprune.models._host import cache_of, cached
 from vtprune.models.base import ADAPTERS
 
 import vtprune
@@ -61,11 +62,11 @@ def added(method: str, depth: int, **options: Any) -> tuple[Counter, int, Counte
             out = model(**inputs, use_cache=True)
         found.append((ops.seen, ops.reads))
         mask = torch.cat([inputs["attention_mask"], torch.ones(1, 1, dtype=torch.long)], dim=1)
-        cache = out.past_key_values
-        model(input_ids=torch.tensor([[7]]), attention_mask=mask, past_key_values=cache)
+        cache = cache_of(out)
+        model(input_ids=torch.tensor([[7]]), attention_mask=mask, **cached(model, cache))
         mask = torch.cat([mask, mask[:, :1]], dim=1)
         with Operators() as ops:
-            model(input_ids=torch.tensor([[7]]), attention_mask=mask, past_key_values=cache)
+            model(input_ids=torch.tensor([[7]]), attention_mask=mask, **cached(model, cache))
         found.append((ops.seen, ops.reads))
         if handle is not None:
             handle.remove()

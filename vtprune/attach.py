@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from . import cost
-from .ledger import UndoLedger
+from .ledger import UndoLedger, strip
 from .methods.base import OWN_BUDGETS, Cut, Method, make
 from .recipe import Recipe, Stage, resolve
 from .recipes import RECIPES
@@ -23,11 +23,12 @@ from .types import Geometry, Report, Selection, StageReport, TokenView, Unsuppor
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from vtprune.models._decoder import Request
+    from vtprune.models._request import Request
     from vtprune.models._tower import Record, Run
 
 # The handle is kept alive by its hooks in the model: a strong value here would keep the model alive for good.
 _live: WeakKeyDictionary[Any, ReferenceType[Handle]] = WeakKeyDictionary()
+_attaching = threading.RLock()  # one attachment is made or removed at a time
 _ORDER = {"pixels": 0, "vision": 1, "projector": 2, "llm": 3}
 ATTACH_OPTIONS = ("positions", "seed", "per")
 Rasters = tuple[tuple[int, int], ...]
@@ -44,6 +45,39 @@ def bind(model: nn.Module) -> Any:
             return info.bind(model)
     hint = "; pass the whole model, ...ForConditionalGeneration" if type(model).__name__.endswith("Model") else ""
     raise UnsupportedError(f"no adapter takes a {type(model).__name__}; there are {', '.join(ADAPTERS)} ('vtprune adapters' says more){hint}")
+
+
+WRAPPERS = {"PeftModel": "base_model", "LoraModel": "model", "OptimizedModule": "_orig_mod", "DistributedDataParallel": "module"}
+REPLICATING = {
+    "DataParallel": "copies the model for every batch; use DistributedDataParallel",
+    "FullyShardedDataParallel": "flattens the parameters that adapters look at; use fully_shard (FSDP2)",
+}
+
+
+def unwrap(model: Any) -> Any:
+    """The model inside a ``PeftModel``, a compiled model or ``DistributedDataParallel``: they call it with everything that is hooked into it. Raises
+    :class:`UnsupportedError` for wrappers that call something else."""
+    while True:
+        kinds = [k.__name__ for k in type(model).__mro__]
+        for name, why in REPLICATING.items():
+            if name in kinds:
+                raise UnsupportedError(f"{name} {why}")
+        inner = next((getattr(model, attribute) for name, attribute in WRAPPERS.items() if name in kinds and hasattr(model, attribute)), None)
+        if inner is None:
+            if "BaseTuner" in kinds and hasattr(model, "model"):  # peft's other tuners
+                inner = model.model
+            else:
+                return model
+        model = inner
+
+
+def _overlap(model: nn.Module) -> str | None:
+    """The class of a model that is attached and shares modules with ``model``."""
+    mine = {id(m) for m in model.modules()}
+    for other in list(_live):
+        if any(id(m) in mine for m in other.modules()):
+            return type(other).__name__
+    return None
 
 
 def load_recipe(recipe: str | os.PathLike | Recipe) -> Recipe:
@@ -123,8 +157,7 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
         VtpruneError: unknown recipe or option, impossible budget, a model that is attached already; :class:`UnsupportedError` if the model lacks what a
         method needs.
     """
-    if model in _live:
-        raise VtpruneError("this model is attached already; call remove() on its handle first, or put all stages into one recipe")
+    model = unwrap(model)
     chosen = load_recipe(recipe)
     extra = {name: overrides.pop(name) for name in ATTACH_OPTIONS if name in overrides}
     target = {name: overrides.pop(name) for name in TARGETS if overrides.get(name) is not None}
@@ -136,12 +169,18 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
     check_seed(extra.get("seed", 0))
     if overrides:
         chosen = chosen.override(**overrides)
-    adapter = bind(model)
-    if target:
-        from .solve import solve
+    with _attaching:
+        if model in _live:
+            raise VtpruneError("this model is attached already; call remove() on its handle first, or put all stages into one recipe")
+        if (other := _overlap(model)) is not None:
+            raise VtpruneError(f"parts of this model belong to a {other} that is attached already; call remove() on its handle first")
+        strip(model)
+        adapter = bind(model)
+        if target:
+            from .solve import solve
 
-        chosen = solve(model, chosen, **target)
-    return Handle(model, chosen, adapter, **extra)
+            chosen = solve(model, chosen, **target)
+        return Handle(model, chosen, adapter, **extra)
 
 
 class _Decider:
@@ -233,6 +272,7 @@ class Handle:
     """Owns one attachment. Leaving its context, or :meth:`remove`, restores the model exactly, also after an exception."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, adapter: Any, *, positions: str = "original", seed: int = 0, per: str | None = None):
+        from vtprune.models._host import forget_compiled
         from vtprune.models.base import PlannedCut
 
         self.recipe, self.geometry, self._cost, self.adapter = recipe, adapter.geometry, adapter.cost, adapter
@@ -284,38 +324,46 @@ class Handle:
                 )
         self._names = [stage.method for stage, *_ in stages]
         self._rasters = [method.info.raster for _, method, _ in stages]
-        self._vision: deque[Run] = deque(maxlen=32)
+        self._vision: deque[ReferenceType[Run]] = deque(maxlen=32)  # recent passes of the tower; who needs one holds it
         self._local = threading.local()
-        self._last: Any = None
+        self._threads: WeakKeyDictionary[threading.Thread, Any] = WeakKeyDictionary()  # each thread's most recent prefill
+        self._requests: WeakKeyDictionary[Any, Request] | None = None
         try:
             adapter.install(planned, self._ledger, self, positions=positions, per=per or adapter.geometry.per[0], seed=seed)
         except BaseException:
             self._ledger.undo()
             raise
+        forget_compiled(model)
         self._model: Any = model
         _live[model] = ref(self)
 
     # recorder -------------------------------------------------------------------------------------------------------
 
+    @property
+    def _last(self) -> Any:
+        """The calling thread's most recent prefill ``(run, request)``; that of the only thread there was, for a thread that has read none itself."""
+        found = self._threads.get(threading.current_thread())
+        known = list(self._threads.values())
+        return known[0] if found is None and len(known) == 1 else found
+
+    @_last.setter
+    def _last(self, found: Any) -> None:
+        self._threads[threading.current_thread()] = found
+
     def vision(self, run: Run) -> None:
         """Called by the adapter after each pass of the vision side."""
-        self._vision.append(run)
+        self._vision.append(ref(run))
         if self.geometry.llm_layers == 0:
             self._last = (run, None)
 
     def arrived(self, request: Request) -> Run:
         """Called by the adapter before stages behind the projector: their books, begun with what the tower did."""
-        from vtprune.models._books import carry, match
+        from vtprune.models._books import carry
 
-        request.vision = match(request, self._vision)
         return carry(request)
 
     def finished(self, request: Request) -> None:
         """Called by the adapter after each prefill of the language model."""
-        from vtprune.models._books import match
-
-        if request.vision is None:
-            request.vision = match(request, self._vision)
         self._last = (None, request)
 
     # the user's side --------------------------------------------------------------------------------------------------
@@ -327,31 +375,46 @@ class Handle:
         self.remove()
 
     def remove(self) -> None:
-        """Restores the model; may be called more than once."""
-        if self._model is None:
-            return
-        self._ledger.undo()
-        _live.pop(self._model, None)
-        self._model = None
+        """Restores the model; may be called more than once. Caches of prompts that were pruned are closed: the model alone cannot go on with them."""
+        from vtprune.models._host import forget_compiled
+
+        with _attaching:
+            if self._model is None:
+                return
+            self._ledger.undo()
+            for engine in getattr(self.adapter, "engines", ()):
+                getattr(engine, "end", lambda: None)()
+            forget_compiled(self._model)
+            _live.pop(self._model, None)
+            self._model = None
 
     def reseed(self, seed: int | Sequence[int]) -> None:
         """The seed of the next forwards (methods that draw at random): one for all, or one for each sample of the batch (in the vision tower: of each image or
         tile); a forward of another size then raises :class:`VtpruneError`."""
         self.adapter.reseed(seed if isinstance(seed, int) else tuple(seed))
 
-    def report(self) -> Report:
-        """What the most recent prefill did. Raises :class:`VtpruneError` before the first one."""
-        if self._last is None:
-            raise VtpruneError("no prefill with visual tokens has run yet")
-        run, request = self._last
+    def report(self, of: Any = None) -> Report:
+        """What a prefill did: the calling thread's most recent one, or that of the request which the key-value cache ``of`` belongs to (as the model or
+        ``generate`` returned it). Raises :class:`VtpruneError` where there was none."""
+        if of is not None:
+            request = self.adapter.decoder.requests.get(of) if self.geometry.llm_layers else None
+            if request is None:
+                raise VtpruneError("no prompt with visual tokens was read into this cache by this attachment")
+            return self._report_mllm(request)
+        last = self._last
+        if last is None:
+            more = "; several threads have run some: report(of=cache) tells of one" if len(self._threads) > 1 else ""
+            raise VtpruneError(f"no prefill with visual tokens has run yet{' in this thread' if more else ''}{more}")
+        run, request = last
         return self._report_vit(run) if request is None else self._report_mllm(request)
 
     @property
     def passes(self) -> list[tuple[Run, int]]:
         """The vision tower's own books of the most recent prefill: ``(run, row)`` of every pass, in the prompt's order; empty without stages there."""
-        if self._last is None:
+        last = self._last
+        if last is None:
             return []
-        run, request = self._last
+        run, request = last
         if request is None:
             return [(run, g) for g in range(run.images)]
         return [found for rows in request.vision or [] for found in rows]

@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
+
+from .types import UnsupportedError
 
 _ABSENT = object()
 
@@ -57,6 +60,42 @@ def stopwatch(now: Callable[[], Any] = time.perf_counter) -> Iterator[Watch]:
         _watch.reset(token)
 
 
+COPIED = (
+    "this is a copy of an attached model, and hooks cannot tell it from the original: attach() it anew, which takes the copied hooks out, "
+    "or copy the model before it is attached"
+)
+
+
+class _Refusal:
+    """What stands in a copy in the place of something attached: calling it is refused, :func:`strip` takes it out."""
+
+    def __init__(self, original: Any):
+        self.original = original  # what was there before the attachment, or _ABSENT
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError(COPIED)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Refusal:
+        return self
+
+
+class Own:
+    """A function that the library has put into a foreign module. It does not travel: copies of the module refuse, pickles do."""
+
+    def __init__(self, function: Callable[..., Any], before: Any = _ABSENT):
+        self.function, self.before, self.retired = function, before, False
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Refusal:
+        return _Refusal(self.before)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedError("an attached model cannot be pickled: call remove() on its handle first, or save its state_dict()")
+
+
 class UndoLedger:
     """Records every change to a foreign module and takes them all back, newest first. ``torch.compile`` runs hooks as they are instead of tracing them: what
     they decide differs from prompt to prompt."""
@@ -64,6 +103,7 @@ class UndoLedger:
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
         self._watch = _watch.get()
+        self.undone = False
 
     def timed(self, function: Callable[..., Any], counts: bool = True) -> Callable[..., Any]:
         """``function`` under the :func:`stopwatch` that runs, if one does; hooks are under it without this."""
@@ -71,40 +111,86 @@ class UndoLedger:
 
     def before(self, module: nn.Module, hook: Callable[..., Any], *, first: bool = False) -> None:
         """A forward pre-hook ``hook(module, args, kwargs)``."""
-        self._undo.append(module.register_forward_pre_hook(torch.compiler.disable(self.timed(hook)), with_kwargs=True, prepend=first).remove)
+        own = Own(torch.compiler.disable(self.timed(hook)))
+        self._undo.append(module.register_forward_pre_hook(own, with_kwargs=True, prepend=first).remove)
 
     def after(self, module: nn.Module, hook: Callable[..., Any], *, first: bool = True, always: bool = False) -> None:
         """A forward hook ``hook(module, args, kwargs, output)``. ``first``: run before hooks that were there (they then see the changed output)."""
-        self._undo.append(module.register_forward_hook(torch.compiler.disable(self.timed(hook)), with_kwargs=True, prepend=first, always_call=always).remove)
+        own = Own(torch.compiler.disable(self.timed(hook)))
+        self._undo.append(module.register_forward_hook(own, with_kwargs=True, prepend=first, always_call=always).remove)
 
     def replace(self, module: Any, name: str, value: Any) -> None:
-        """Sets an attribute of a module (neither a parameter nor a sub-module), or of any other object that has a ``__dict__``."""
+        """Sets an attribute of a module (neither a parameter nor a sub-module), or of any other object that has a ``__dict__``. Where somebody else has put
+        something of his own around it by the time it is taken back, that stays and finds what was there before."""
         before = module.__dict__.get(name, _ABSENT)
+        fallback = getattr(module, name, None)
+        own = Own(value, before) if callable(value) else value
 
         def undo() -> None:
-            if before is _ABSENT:
+            if module.__dict__.get(name) is not own and isinstance(own, Own):
+                own.function = fallback
+            elif before is _ABSENT:
                 module.__dict__.pop(name, None)
             else:
                 module.__dict__[name] = before
 
         self._undo.append(undo)
-        module.__dict__[name] = value
+        module.__dict__[name] = own
 
     def undo(self) -> None:
         """Takes everything back; may be called more than once."""
+        self.undone = True
         while self._undo:
             self._undo.pop()()
+
+
+def strip(model: nn.Module) -> None:
+    """Takes out of a copy of an attached model what was copied of the attachment."""
+    for module in model.modules():
+        for name, value in [(n, v) for n, v in module.__dict__.items() if isinstance(v, _Refusal)]:
+            if value.original is _ABSENT:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = value.original
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [n for n, hook in hooks.items() if isinstance(hook, _Refusal)]:
+                del hooks[number]
+                for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs, module._forward_hooks_always_called):
+                    flags.pop(number, None)
 
 
 MARK = "_vtprune_pruned"
 
 
+class _Mark:
+    """What a pruned cache carries. A deep copy of the cache is closed at once: it has lost what tells which tokens it holds."""
+
+    def __init__(self, cache: Any):
+        self.cache = ref(cache)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Mark:
+        twin = memo.get(id(self.cache()))
+        if twin is None:
+            return self
+        close(twin, "this cache is a copy of a pruned one: only the one that the prompt was read into goes on")
+        return _Mark(twin)
+
+
 def mark(cache: Any, pruned: bool) -> None:
     """Notes on a key-value cache whether a prompt was pruned in it. Copies carry the note, so they are known for what they are."""
     if pruned:
-        setattr(cache, MARK, True)
+        setattr(cache, MARK, _Mark(cache))
     else:
         cache.__dict__.pop(MARK, None)
+
+
+def close(cache: Any, why: str) -> None:
+    """From now on nothing can be added to ``cache``: a model that tries gets an :class:`UnsupportedError` with the reason."""
+
+    def update(*args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError(why)
+
+    cache.__dict__["update"] = update
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -126,8 +212,8 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
         out["config"] = repr(config.to_dict())
-    table = sys.modules.get("transformers.modeling_utils")
-    if table is not None:
-        attention = table.ALL_ATTENTION_FUNCTIONS
+    host = sys.modules.get("transformers.modeling_utils")  # looked at only: it may never have been imported
+    if host is not None:
+        attention = host.ALL_ATTENTION_FUNCTIONS
         out["attention"] = tuple(sorted((k, id(attention[k])) for k in attention.valid_keys()))
     return out

@@ -13,6 +13,7 @@ import torch
 
 from .attach import ATTACH_OPTIONS, attach, bind
 from .ledger import UndoLedger, Watch, stopwatch
+from .models._host import backend
 from .recipe import Recipe
 from .types import UnsupportedError, VtpruneError
 
@@ -209,7 +210,7 @@ def measure(
     return {
         "tokens": sum(report.visual_tokens) / len(report.visual_tokens),
         "effective_tokens": report.effective_tokens,
-        "attention": adapter.lm.config._attn_implementation,
+        "attention": backend(adapter.lm.config),
         "recipe": solved.key(),
         "dense": {**_summary([turn for a, _, c in triples for turn in (a, c)], [0.0]), "kv_bytes": report.dense_kv_bytes},
         "pruned": {**_summary([b for _, b, _ in triples], scorer[WARMUP:]), "kv_bytes": report.kv_bytes},

@@ -320,10 +320,13 @@ def counts_are_true(c: _Case) -> str:
             raise _Fail(f"keep={last.keep} gave {got}, not {want}")
     if c.mllm:
         text = _mask(c.inputs).sum(1).tolist()
-        for i, layer in enumerate(out.past_key_values.layers):
+        from vtprune.models._host import cache_of, held
+
+        cache = cache_of(out)
+        for i in range(c.geometry.llm_layers):
             real = max(t - n + row[i] for t, n, row in zip(text, total, report.layer_tokens, strict=True))
-            if report.layer_tokens[0][i] != total[0] and layer.get_seq_length() != real:
-                raise _Fail(f"layer {i} caches {layer.get_seq_length()} tokens, the report says {real}")
+            if report.layer_tokens[0][i] != total[0] and held(cache, i) != real:
+                raise _Fail(f"layer {i} caches {held(cache, i)} tokens, the report says {real}")
     return f"{[s.tokens_out[0] for s in report.stages]}"
 
 
@@ -511,6 +514,8 @@ def _generate(c: _Case) -> tuple[Tensor, Tensor]:
 
 def _stepper(c: _Case, inputs: dict[str, Any]) -> Any:
     """Greedy decoding by hand: yields the last row's logits, one step at a time."""
+    from vtprune.models._host import cache_of, cached
+
     mask = _mask(inputs)
     with torch.no_grad():
         out = c.model(**inputs, use_cache=True)
@@ -520,7 +525,7 @@ def _stepper(c: _Case, inputs: dict[str, Any]) -> Any:
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         with torch.no_grad():
             placed = {} if c.geometry.mrope else {"attention_mask": mask, "position_ids": c.positions(mask)[:, -1:]}
-            out = c.model(input_ids=logits.argmax()[None, None], past_key_values=out.past_key_values, use_cache=True, **placed)
+            out = c.model(input_ids=logits.argmax()[None, None], **cached(c.model, cache_of(out)), use_cache=True, **placed)
 
 
 def _steps(c: _Case, inputs: dict[str, Any]) -> list[Tensor]:

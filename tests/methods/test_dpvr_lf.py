@@ -9,6 +9,7 @@ import builders as B
 import pytest
 import torch
 from torch import Tensor, nn
+from vtprune.models._host import cache_of, cached
 
 import oracles as O
 import vtprune
@@ -272,11 +273,11 @@ def test_decoding_equals_recomputation(text: str, options: dict[str, Any]) -> No
     with vtprune.attach(model, "dpvr-lf", **{"split": 3, **options}) as handle, torch.no_grad():
         shaken(handle)
         out = model(**inputs, use_cache=True)
-        cache = out.past_key_values
+        cache = cache_of(out)
         for step in range(3):
             token = torch.tensor([[20 + step], [50 - step]])
             ids, mask, position = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1), torch.cat([position, position[:, -1:] + 1], 1)
-            out = model(input_ids=token, attention_mask=mask, position_ids=position[:, -1:], past_key_values=cache)
+            out = model(input_ids=token, attention_mask=mask, position_ids=position[:, -1:], **cached(model, cache))
             anew = model(input_ids=ids, attention_mask=mask, position_ids=position, pixel_values=inputs["pixel_values"], use_cache=False)
             B.close(out.logits[:, -1], anew.logits[:, -1])
             long, short = 49 + step + 1, 13 + step + 1

@@ -7,6 +7,7 @@ from typing import Any
 import builders as B
 import pytest
 import torch
+from vtprune.models._host import cache_of, cached
 
 import oracles as O
 import vtprune
@@ -82,10 +83,10 @@ def test_the_first_choice_stays_while_decoding() -> None:
     with vtprune.attach(model, "fastv", layer=2, keep=5) as handle, torch.no_grad():
         out = model(**inputs, use_cache=True)
         kept = at[handle.report().stages[0].kept[0]].tolist()
-        mask, cache = inputs["attention_mask"], out.past_key_values
+        mask, cache = inputs["attention_mask"], cache_of(out)
         for token in (17, 40, 5):
             mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
-            out = model(input_ids=torch.tensor([[token]]), attention_mask=mask, past_key_values=cache, position_ids=torch.tensor([[len(mask[0]) - 1]]))
+            out = model(input_ids=torch.tensor([[token]]), attention_mask=mask, **cached(model, cache), position_ids=torch.tensor([[len(mask[0]) - 1]]))
             x = torch.cat([x, lm.embed_tokens(torch.tensor([token]))])
             rows = [i for i in range(len(x)) if i not in at.tolist() or i in kept]
             h = x

@@ -25,6 +25,7 @@ from ..attach import ATTACH_OPTIONS, TARGETS, attach, load_recipe
 from ..bench import dense_report, environment, identity, sample_seed
 from ..ledger import UndoLedger
 from ..methods.base import METHODS, OWN_BUDGETS
+from ..models._host import backend
 from ..recipe import Recipe
 from ..runs import FAILURES, Journal, RunError, digest, fingerprint
 from ..runs import write as write_file
@@ -347,7 +348,7 @@ class Chat(lmms):
 
     def facts(self) -> dict[str, Any]:
         """What makes this run this run."""
-        attention = getattr(self._model.config, "_attn_implementation", None)
+        attention = backend(self._model.config)
         return {
             "model": {"name": Path(str(self._model.config._name_or_path)).name, "fingerprint": fingerprint(self._model)},
             **identity(None if self.handle is None else self.handle.recipe),

@@ -5,7 +5,7 @@
 
 The model is used through :func:`vtprune.attach` and its own forward: labels in, its own loss out. Every parameter of the model is frozen, so the gradient
 runs from the answers through the keys and values of the last ``fusion`` layers into the branch and nowhere else. The visual tokens of an image are computed
-once (transformers that take ``mm_encoder_outputs``; older ones get the pixels each time) and serve all of its questions.
+once (transformers 5.18 and later take them; older ones get the pixels each time) and serve all of its questions.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ..attach import attach, bind
 from ..data import easyvqa, scenes
+from ..models._host import ENCODED, features
 from ..types import UnsupportedError, VtpruneError
 
 if TYPE_CHECKING:
@@ -90,12 +91,12 @@ class Questions:
             return {**out, "pixel_values": images}
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        return {**out, "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(images))}}
+        return {**out, ENCODED: {"image": BaseModelOutputWithPooling(pooler_output=list(images))}}
 
 
 def takes_projected(model: nn.Module) -> bool:
     """Whether the model's forward accepts visual tokens that were computed before (transformers 5.23 does, 5.17 does not)."""
-    return "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+    return ENCODED in inspect.signature(model.forward).parameters
 
 
 def scene_items(split: str, start: int, stop: int, per_ability: int) -> Iterator[Item]:
@@ -144,7 +145,7 @@ def encode(model: Any, processor: Any, items: Iterable[Item], *, dtype: torch.dt
         waiting.clear()
         if projected:
             with torch.no_grad(), arithmetic(model, dtype):
-                pixels = torch.stack(list(model.get_image_features(pixel_values=pixels.to(device, model.dtype)).pooler_output))
+                pixels = torch.stack(list(features(model.get_image_features(pixel_values=pixels.to(device, model.dtype)))))
         stored.append(pixels.to("cpu", dtype))
 
     for number, (image, asked) in enumerate(items):

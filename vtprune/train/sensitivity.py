@@ -9,6 +9,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..answer import generate, prepare
 from ..attach import attach
 from ..bench import Sample, easy_vqa_samples, environment, evaluate, matches, means, scenes_samples
 from ..cli import load
-from ..ledger import UndoLedger
+from ..select import from_mask
 
 
 def majority(samples: Sequence[Sample]) -> dict[str, float]:
@@ -51,25 +52,16 @@ def oracle_tokens(sample: Sample, grid: tuple[int, int], size: int, keep: int) -
 
 
 def oracle(model: Any, processor: Any, samples: Sequence[Sample], keep: int, batch: int, progress: Callable[[int], object] | None = None) -> list[bool]:
-    """Right or wrong per sample when only the oracle's tokens enter the language model (same way as every projector-side method: marked, then dropped)."""
-    from vtprune.models._decoder import sentinel
-
+    """Right or wrong per sample when only the oracle's tokens enter the language model: a stage behind the projector, decided by the oracle."""
     out: list[bool] = []
     config = model.config.vision_config
     for lo in range(0, len(samples), batch):
         part = samples[lo : lo + batch]
-        with attach(model, "random", keep=1.0) as handle:
+        with attach(model, "random", keep=keep) as handle:
             masks = torch.stack([oracle_tokens(s, handle.geometry.grid, config.image_size, keep) for s in part])
-            ledger = UndoLedger()
-            ledger.after(
-                model.model.multi_modal_projector,
-                lambda m, a, k, y, masks=masks: torch.where(masks[..., None], y, sentinel(y.shape[-1], y)),
-                first=False,
-            )
-            try:
-                answers = generate(model, processor, prepare(processor, [s.picture() for s in part], [s.question for s in part]))
-            finally:
-                ledger.undo()
+            engine = handle.adapter.decoder
+            engine.entry = [replace(cut, select=lambda view, masks=masks: from_mask(masks.to(view.valid.device) & view.valid)) for cut in engine.entry]
+            answers = generate(model, processor, prepare(processor, [s.picture() for s in part], [s.question for s in part]))
         out += [matches(a, s.answer) for a, s in zip(answers, part, strict=True)]
         if progress is not None:
             progress(len(part))
