@@ -42,8 +42,8 @@ from vtprune.models.base import ADAPTERS
 
 import vtprune
 from dense import Dense, Done, NoReference
-from vtprune.attach import bind, plan
 from vtprune import ledger
+from vtprune.attach import bind, plan
 from vtprune.methods.base import METHODS
 from vtprune.recipe import Recipe, Stage
 from vtprune.types import VtpruneError
