@@ -24,7 +24,7 @@ from vtprune import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
-# Every family on its tiny model, what a user types from the README, and what meets other packages' interfaces most: generate, towers, the page, the kernels' interpreter.
+# Every family on its tiny model; what the README says to type; then what meets other packages most: generate, towers, the page, the kernels' interpreter.
 SUBSET = (
     ("-m", "vtprune", "doctor"),
     (*PYTEST, "tests/test_readme.py", "tests/test_imports.py", "tests/test_demo_app.py", "tests/test_overhead.py"),

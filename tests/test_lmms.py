@@ -508,6 +508,19 @@ def finished(command: list[str], env: dict, stdout, **kwargs) -> subprocess.Comp
     return subprocess.CompletedProcess(command, 0)
 
 
+def test_releases_that_stop_lmms_eval_are_told_before_the_work(monkeypatch, tmp_path, capsys, bundled):
+    said = "lmms-eval 0.7.3 imports filelock._api, which filelock 4.3.1 does not have: pip install 'filelock<4'"
+    monkeypatch.setattr(evaluate, "conflicts", lambda: [said])
+    assert refused(capsys, "--tasks", "scenes", "--samples", "1", "--results", str(tmp_path / "r")) == f"vtprune: error: {said}"
+    assert not (tmp_path / "r").exists()
+    assert cli.main(["eval", "--export", str(tmp_path / "tasks"), "--samples", "1"]) == 0  # needs no lmms-eval
+    with pytest.raises(vtprune.VtpruneError, match="filelock<4"):
+        plugin(bundled)
+    with pytest.raises(SystemExit) as end:  # as under python -m lmms_eval, which would end with code 0
+        Chat(loaded=bundled, device="cpu")
+    assert end.value.code == f"vtprune: refused: {said}"
+
+
 def test_eval_runs_once_and_tells_refusals(monkeypatch, tmp_path, capsys):
     calls = []
     monkeypatch.setattr(evaluate.subprocess, "run", lambda *a, **k: calls.append(a) or finished(*a, **k))

@@ -1,4 +1,4 @@
-"""What is on disk is what is installed: setuptools drops an unlisted package or data file without a word."""
+"""What is on disk is what is installed: setuptools drops an unlisted package or data file without a word. And what is asked for is what was tested."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from vtprune import versions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -105,3 +109,105 @@ vtprune.load_demo_model()
     assert done.returncode == 0, done.stderr
     (entry_points,) = site.glob("vtprune-*.dist-info/entry_points.txt")
     assert "vtprune = vtprune.cli:main" in entry_points.read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------- bounds, tested ranges and locks
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def bounds(requirement: Requirement) -> dict[str, tuple[int, ...]]:
+    return {s.operator: versions.release(s.version) for s in requirement.specifier}
+
+
+def every_requirement() -> list[tuple[str, Requirement]]:
+    """Of the project itself (extra "") and of each extra."""
+    groups = {"": project()["dependencies"], **project()["optional-dependencies"]}
+    return [(extra, Requirement(text)) for extra, texts in groups.items() for text in texts]
+
+
+@pytest.mark.parametrize("entry", [t for t in versions.TESTED if t.bound], ids=lambda t: t.package)
+def test_bounds_are_the_tested_ranges(entry):
+    asked = [(extra, r) for extra, r in every_requirement() if canonicalize_name(r.name) == canonicalize_name(entry.package)]
+    assert {extra for extra, _ in asked} == ({entry.extra, "dev"} if entry.extra else {""})
+    upper = {"<": versions.release(entry.below)} if entry.below else {}
+    lower = {} if entry.package == "filelock" else {">=": versions.release(entry.oldest)}  # older ones come with older hubs, which say what they need
+    assert all(bounds(r) == {**lower, **upper} for _, r in asked), [str(r) for _, r in asked]
+    assert versions.release(entry.oldest) <= versions.release(entry.newest) and (not entry.below or versions.release(entry.newest) < upper["<"])
+
+
+TOOLS = {"pytest", "pytest-xdist", "setuptools"}  # whoever installs them runs our tests or builds a wheel
+
+
+def test_no_other_bound_is_stated():
+    known = {canonicalize_name(t.package) for t in versions.TESTED} | TOOLS
+    assert [str(r) for _, r in every_requirement() if r.specifier and canonicalize_name(r.name) not in known] == []
+
+
+def locked(name: str, python: str) -> dict[str, str]:
+    """Package -> release in a lock file, for a Python on Linux."""
+    surroundings = {
+        "python_version": python, "python_full_version": f"{python}.9", "sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64",
+        "os_name": "posix", "implementation_name": "cpython", "platform_python_implementation": "CPython", "extra": "dev",
+    }  # fmt: skip
+    out: dict[str, str] = {}
+    for line in (ROOT / "requirements" / name).read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            continue
+        r = Requirement(line)
+        if r.marker is None or r.marker.evaluate(surroundings):
+            (pin,) = r.specifier
+            assert pin.operator == "==" and r.url is None and canonicalize_name(r.name) not in out, line
+            out[canonicalize_name(r.name)] = pin.version
+    return out
+
+
+@pytest.mark.parametrize("python", versions.PYTHONS)
+@pytest.mark.parametrize("name", ["lock.txt", "oldest.txt"])
+def test_locks_hold_what_is_asked_for(name, python):
+    """pip takes what a constraint does not name from the index of the day: every requirement is pinned, within its bounds."""
+    pins = locked(name, python)
+    assert len(pins) > 150
+    for extra, r in every_requirement():
+        if extra in ("", "dev") and (r.marker is None or r.marker.evaluate({"python_version": python})):
+            assert r.specifier.contains(pins[canonicalize_name(r.name)]), f"{r}: make lock"
+    for entry in versions.TESTED:
+        pin = versions.release(pins[canonicalize_name(entry.package)])
+        assert versions.release(entry.oldest) <= pin <= versions.release(entry.newest)
+        if name == "oldest.txt":
+            assert pin == versions.release(entry.oldest)
+
+
+def test_the_lock_is_the_newest_that_was_tested():
+    """On the newest Python; some packages have left older ones behind."""
+    pins = locked("lock.txt", versions.PYTHONS[-1])
+    assert {t.package: pins[canonicalize_name(t.package)] for t in versions.TESTED} == {t.package: t.newest for t in versions.TESTED}
+
+
+def test_the_locked_pythons_are_those_that_are_supported():
+    assert project()["requires-python"] == f">={versions.PYTHONS[0]}"
+
+
+def asked(word: str, *, python: str = "") -> subprocess.CompletedProcess:
+    """``vtprune/versions.py`` as the Makefile calls it; ``python``: as if it ran on that one."""
+    path = str(ROOT / "vtprune" / "versions.py")
+    other = "import runpy, sys; _, *sys.argv, v = sys.argv; sys.version_info = (*map(int, v.split('.')),); runpy.run_path(sys.argv[0], run_name='__main__')"
+    return subprocess.run([sys.executable, "-I", *(["-c", other, path, word, python] if python else [path, word])], capture_output=True, text=True)
+
+
+def test_make_asks_for_the_lock():
+    done = asked("lock", python="3.12")
+    assert done.returncode == 0 and done.stdout.strip() == (ROOT / "requirements" / "lock.txt").as_uri()
+    done = asked("lock-oldest", python="3.10")
+    assert done.stdout.strip() == (ROOT / "requirements" / "oldest.txt").as_uri() and not done.stderr
+    assert asked("oldest").stdout.splitlines()[0] == f"torch=={versions.tested('torch').oldest}"
+    assert f"transformers<={versions.tested('transformers').newest}" in asked("newest").stdout.splitlines()
+    assert asked("nonsense").returncode == 2
+
+
+def test_a_python_without_a_lock_gets_one_line():
+    done = asked("lock", python="3.99")
+    assert done.returncode == 0 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "3.99" in done.stderr and "bounds" in done.stderr

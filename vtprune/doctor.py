@@ -19,6 +19,7 @@ PROOFS = ("fastv", "tome")  # a cut in the language model, merging in the tower;
 ELSE = "random"
 WORDS = {"tested": "ok", "newer": "newer than tested", "older": "OLDER than supported", "absent": "not installed (optional)", "missing": "MISSING"}
 BROKEN = ("older", "missing")
+RAISED: tuple[type[Exception], ...] = (*FAILURES, ImportError)  # what an adapter or a model of another release may raise
 
 
 def dependencies() -> list[dict[str, Any]]:
@@ -75,7 +76,7 @@ def families(
         else:
             try:
                 detail = (prove or verified)(name) or ""
-            except (*FAILURES, ImportError) as e:
+            except RAISED as e:
                 detail = f"{type(e).__name__}: {' '.join(str(e).split()) or 'no reason given'}"
             passed = not detail
         out.append({"family": name, "passed": passed, "detail": detail, "seconds": time.perf_counter() - began})
@@ -84,7 +85,7 @@ def families(
 
 
 def diagnose(
-    names: Sequence[str] | None = None, prove: Callable[[str], str | None] | None = None, done: Callable[[str], object] = lambda f: None
+    names: Sequence[str] | None = None, prove: Callable[[str], str | None] | None = None, done: Callable[[str], object] = lambda family: None
 ) -> dict[str, Any]:
     """Everything as plain data. ``names``: the families to try (default: all). ``passed``: nothing is missing, too old or in conflict, and no family failed."""
     from . import __version__
@@ -96,7 +97,7 @@ def diagnose(
         tried = families(list(ADAPTERS) if names is None else names, prove, done)
     except VtpruneError:
         raise
-    except (*FAILURES, ImportError) as e:  # an adapter that cannot even be imported takes all of them along
+    except RAISED as e:  # an adapter that cannot even be imported takes all of them along
         detail = f"the adapters cannot be imported: {type(e).__name__}: {' '.join(str(e).split())}"
         tried = [{"family": "(all)", "passed": False, "detail": detail, "seconds": 0.0}]
     sound = not conflicts and all(p["status"] not in BROKEN for p in packages) and all(f["passed"] is not False for f in tried)
