@@ -998,7 +998,7 @@ def test_weights_stored_in_integers(tiny, monkeypatch):
         def __init__(self, base: Any):
             super().__init__()
             self.weight = torch.nn.Parameter((base.weight / base.weight.abs().max() * 127).round().to(torch.int8), requires_grad=False)
-            self.scale, self.bias = float(base.weight.abs().max() / 127), base.bias
+            self.scale, self.bias = float(base.weight.detach().abs().max() / 127), base.bias
             self.in_features, self.out_features = base.in_features, base.out_features
 
         def forward(self, x: Tensor) -> Tensor:
@@ -1037,6 +1037,17 @@ def test_number_formats(tiny, dtype):
                 outs.append(features(model, family, next(iter(inputs.values())).to(dtype)))
                 kept = handle.report().stages[-1].tokens_out
             assert outs[0].dtype == dtype and torch.isfinite(outs[0]).all() and kept == ([4, 4] if method == "downsample" else [8, 8])
+
+
+@torch.no_grad()
+def test_open_clip_in_low_precision_keeps_wide_norms(tiny):
+    """open_clip's own conversion leaves the norms in 32 bits."""
+    from open_clip.model import convert_weights_to_lp
+
+    model, inputs = tiny("open-clip", "clip")
+    convert_weights_to_lp(model, dtype=torch.bfloat16)
+    with vtprune.attach(model, "tome", keep=8) as handle:
+        assert torch.isfinite(model.encode_image(inputs["image"].bfloat16())).all() and handle.report().stages[-1].tokens_out == [8, 8]
 
 
 # ------------------------------------------------------------------------------------------------------------------------- host reads
