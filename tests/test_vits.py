@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from vtprune.models.base import PlannedCut
 
 import oracles as O
@@ -635,6 +636,7 @@ TIMM = ["class", "layerscale-registers", "distilled", "avg-pool", "map-pool-pre-
 
 
 def close(got: Tensor, want: Tensor, limit: float = 1e-5) -> None:
+    got, want = got.detach(), want.detach()
     assert got.shape == want.shape and float((got - want).abs().max() / want.abs().max()) <= limit
 
 
@@ -907,6 +909,29 @@ def test_checkpointed_gradients(tiny, family, variant, method):
             assert got.keys() == want.keys() and len(want) > 10
             for name, gradient in want.items():
                 torch.testing.assert_close(got[name], gradient, atol=1e-5 * float(gradient.abs().max()), rtol=1e-4)
+
+
+def test_functional_gradients_and_checkpoints_around_the_model(tiny):
+    """torch.func's gradients, the whole model in one checkpoint, and several blocks in one: the gradients of a plain backward pass."""
+    model, inputs = tiny("timm-vit", "avg-pool")
+    x = inputs["x"]
+    with vtprune.attach(model, "tome", r=3):
+        model(x).square().sum().backward()
+        want = {n: p.grad.clone() for n, p in model.named_parameters()}
+        functional = torch.func.grad(lambda weights: torch.func.functional_call(model, weights, (x,)).square().sum())(dict(model.named_parameters()))
+        for name, gradient in want.items():
+            close(functional[name], gradient)
+        for reentrant in (True, False):
+            model.zero_grad()
+            checkpoint(model, x.clone().requires_grad_(), use_reentrant=reentrant).square().sum().backward()
+            for name, p in model.named_parameters():
+                close(p.grad, want[name])
+        model.zero_grad()
+        blocks, model.blocks.forward = model.blocks.forward, lambda y: checkpoint_sequential(list(model.blocks), 2, y, use_reentrant=False)
+        model(x).square().sum().backward()
+        model.blocks.forward = blocks
+        for name, p in model.named_parameters():
+            close(p.grad, want[name])
 
 
 def test_a_checkpoint_of_a_forgotten_pass_is_refused(tiny, monkeypatch):
