@@ -182,9 +182,12 @@ def kinds(name: str, dtype: torch.dtype, **tensors: Tensor | None) -> None:
 
 
 def below(name: str, what: str, index: Tensor, limit: int) -> None:
-    """Raises :class:`VtpruneError` for positions beyond the end: on a CPU, where looking is free; kernels drop them."""
-    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling() and int(index.numpy().max()) >= limit:
-        raise VtpruneError(f"{name}: {what} has entries up to {int(index.max())}, there are {limit}")
+    """Raises :class:`VtpruneError` for positions beyond the end: on a CPU, where looking is free; kernels drop them. Read as an array, which is no operator."""
+    if index.device.type != "cpu" or not index.numel() or torch.compiler.is_compiling():
+        return
+    largest = int(index.max() if torch._C._functorch.is_functorch_wrapped_tensor(index) else index.numpy().max())
+    if largest >= limit:
+        raise VtpruneError(f"{name}: {what} has entries up to {largest}, there are {limit}")
 
 
 def tokens(batch: int, n: int, width: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -546,13 +546,14 @@ class TowerEngine:
         """Gives ``block`` a forward made of its own children, with a decision between its halves. It must equal the original; anything that it does not know
         (another norm order, a scale, a gate) shows here, at attach time."""
         sizes = [p for p in block.parameters() if p.ndim == 2]
-        scale = next((p for p in block.parameters() if p.ndim == 1 and p.is_floating_point()), sizes[0])  # weights may be stored in integers
+        dtype = next(p.dtype for p in (*sizes, *block.parameters()) if p.is_floating_point())  # matrices may be stored in integers: then the norms'
         width = self.tower.width or next(m.normalized_shape[0] for m in block.modules() if isinstance(m, nn.LayerNorm))
-        noise = torch.randn(2, self.tower.prefix + 7, width, generator=torch.Generator().manual_seed(0)).to(sizes[0].device, scale.dtype)
+        noise = torch.randn(2, self.tower.prefix + 7, width, generator=torch.Generator().manual_seed(0)).to(sizes[0].device, dtype)
         given: dict[str, Any] = {} if self.tower.mask is None else {self.tower.mask: None}
         if self.tower.rope is not None:
             assert self.tower.sample is not None
-            given[self.tower.rope] = self.tower.sample(block, 7)
+            table = self.tower.sample(block, 7)
+            given[self.tower.rope] = tuple(t.to(dtype) for t in table) if isinstance(table, tuple) else table.to(dtype)
         modes = {m: m.training for m in block.modules()}
         try:
             block.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -126,10 +126,19 @@ class BareVit:
 
 
 def mlp_shape(mlp: nn.Module, width: int) -> dict[str, Any]:
-    """``vf`` and ``vmlp`` of :class:`Shapes`, read from the matrices: the last one leads back to ``width``."""
-    matrices = [m.weight for m in mlp.modules() if isinstance(m, nn.Linear)]
-    wide = matrices[-1].shape[1]
-    return {"vf": wide, "vmlp": sum(w.numel() for w in matrices) // (width * wide)}
+    """``vf`` and ``vmlp`` of :class:`Shapes`, told by the matrices, however they are stored; the last one leads back to ``width``."""
+    shapes = list(_matrices(mlp))
+    wide = shapes[-1][0]
+    return {"vf": wide, "vmlp": sum(i * o for i, o in shapes) // (width * wide)}
+
+
+def _matrices(module: Any) -> Iterator[tuple[int, int]]:
+    """Inputs and outputs of the linear layers in ``module``; what is inside of one (its base, an adapter's factors) is part of it."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        yield module.in_features, module.out_features
+    else:
+        for child in module.children():
+            yield from _matrices(child)
 
 
 def taken(indices: int | Sequence[int] | None, depth: int) -> list[int]:

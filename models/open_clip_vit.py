@@ -29,7 +29,8 @@ def _split(projected: Tensor, heads: int) -> Tensor:
 def _plain(block: Any) -> nn.MultiheadAttention:
     """The attention whose matrices are read here; a wrapper around it (an adapter) computes something else with them."""
     if not isinstance(block.attn, nn.MultiheadAttention):
-        raise UnsupportedError(f"open_clip attention of type {type(block.attn).__module__}.{type(block.attn).__name__} is not supported; merge adapters into the model before attach()")
+        kind = f"{type(block.attn).__module__}.{type(block.attn).__name__}"
+        raise UnsupportedError(f"open_clip attention of type {kind} is not supported; merge adapters into the model before attach()")
     return block.attn
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from vtprune.models.base import PlannedCut
 
 import oracles as O
@@ -518,8 +522,8 @@ def test_forward_features_alone(tiny):
         logits = model(inputs["x"])
         tokens = model.forward_features(inputs["x"])
         report = handle.report()
-        with pytest.raises(AssertionError):
-            model.forward_features(inputs["x"][..., :24])
+        with pytest.raises(RuntimeError, match="channels"):
+            model.forward_features(inputs["x"][:, :2])
         assert handle.adapter.engine.run is None
         assert torch.equal(model(inputs["x"]), logits)
     assert tokens.shape == (2, report.stages[-1].tokens_out[0], 32)
@@ -559,16 +563,18 @@ def test_published_timm_architectures_at_full_budget(name):
 
 
 @torch.no_grad()
-def test_images_of_another_size_are_refused(tiny):
-    model, _ = tiny("hf-vit", "dinov2")
-    with vtprune.attach(model, "random", keep=4), pytest.raises(vtprune.UnsupportedError, match="36 patches where 16"):
-        model(torch.randn(1, 3, 48, 48))
+def test_images_of_another_size_are_refused_where_the_model_takes_one(tiny):
+    for family, variant in (("timm-vit", "class"), ("timm-vit", "eva02"), ("open-clip", "clip")):
+        model, inputs = tiny(family, variant)
+        run = model.encode_image if family == "open-clip" else model
+        with vtprune.attach(model, "random", keep=4), pytest.raises(vtprune.UnsupportedError, match="6 x 6 patches for a model of 4 x 4"):
+            run(torch.randn(1, 3, 48, 48))
 
 
 def test_what_is_not_supported_says_why():
     from timm.models.eva import Eva
     from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
-    from transformers import Siglip2VisionConfig, Siglip2VisionModel
+    from transformers import Dinov2Backbone, Dinov2Config, Siglip2VisionConfig, Siglip2VisionModel
 
     sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
     refused = [
@@ -578,6 +584,10 @@ def test_what_is_not_supported_says_why():
         (VisionTransformer(**sizes, global_pool="avgmax"), "avgmax"),
         (Eva(**sizes, use_post_norm=True), "EvaBlockPostNorm"),
         (Siglip2VisionModel(Siglip2VisionConfig(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2)), "raster"),
+        (
+            Dinov2Backbone(Dinov2Config(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, image_size=32, patch_size=8)),
+            "load the checkpoint as Dinov2Model",
+        ),
     ]
     for model, reason in refused:
         with pytest.raises(vtprune.UnsupportedError, match=reason):
@@ -611,3 +621,509 @@ def test_subclasses_are_taken_like_their_base(tiny, name):
             report = handle.report()
         outs.append((out if isinstance(out, Tensor) else out[0], torch.stack(report.stages[-1].kept)))
     assert all(torch.equal(a, b) for other in outs[1:] for a, b in zip(other, outs[0], strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ every way to reach a tower
+
+WAYS: dict[str, dict[str, Any]] = {
+    "tome": {"r": 3},
+    "pitome": {"ratio": 0.75},
+    "random": {"keep": 5},
+    "flowcut": {"keep": 5},
+    "pool": {"keep": 4, "site": "vision.1"},
+}
+TIMM = ["class", "layerscale-registers", "distilled", "avg-pool", "map-pool-pre-norm", "eva02", "dinov3", "rope-mixed"]
+
+
+def close(got: Tensor, want: Tensor, limit: float = 1e-5) -> None:
+    got, want = got.detach(), want.detach()
+    assert got.shape == want.shape and float((got - want).abs().max() / want.abs().max()) <= limit
+
+
+def watched(blocks: Any, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
+    """What ``call`` returns, and what every block handed on meanwhile."""
+    seen: list[Tensor] = []
+    hooks = [b.register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out)) for b in blocks]
+    result = call()
+    for hook in hooks:
+        hook.remove()
+    return result, seen
+
+
+def expected_map(report: Any, block: int, rows: Tensor, image: int) -> Tensor:
+    """The 4 x 4 feature map behind ``block``, from what the report says about every original patch; ``rows`` are the patches in their running order."""
+    out = torch.zeros(16, rows.shape[-1], dtype=rows.dtype)
+    stages = [s for s in report.stages if int(s.site.split(".")[1]) <= block]
+    for i in range(16):
+        if not stages:
+            out[i] = rows[i]
+        elif stages[-1].assignment is not None:
+            slot = int(stages[-1].assignment[image][i])
+            if slot >= 0:
+                out[i] = rows[slot]
+        elif i in (kept := stages[-1].kept[image].tolist()):
+            out[i] = rows[kept.index(i)]
+    return out.T.reshape(-1, 4, 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", WAYS)
+@pytest.mark.parametrize("variant", TIMM)
+def test_timm_intermediates(tiny, variant, method):
+    """Tokens are those that the blocks of the attached model hand on, maps place each where its patches were; the features go through the head as in a call."""
+    model, inputs = tiny("timm-vit", variant)
+    x, p = inputs["x"], model.num_prefix_tokens
+    with vtprune.attach(model, method, **WAYS[method]) as handle:
+        logits, outs = watched(model.blocks, lambda: model(x))
+        report = handle.report()
+        close(model.forward_head(model.forward_features(x)), logits)
+        final, found = model.forward_intermediates(x, output_fmt="NLC", return_prefix_tokens=p > 0)
+        close(model.forward_head(final), logits)
+        assert handle.report().to_dict() == report.to_dict()
+        for block, item in enumerate(found):
+            tokens, prefix = item if p else (item, outs[block][:, :0])
+            assert torch.equal(tokens, outs[block][:, p:]) and torch.equal(prefix, outs[block][:, :p])
+        final, maps = model.forward_intermediates(x, [1, -1], norm=True)
+        close(model.forward_head(final), logits)
+        for block, item in zip((1, 3), maps, strict=True):
+            rows = model.norm(outs[block])[:, p:]
+            close(item, torch.stack([expected_map(report, block, rows[g], g) for g in range(2)]))
+        early = model.forward_intermediates(x, [0], stop_early=True, intermediates_only=True, output_fmt="NLC")
+        assert torch.equal(early[0], outs[0][:, p:])
+        if hasattr(model, "get_intermediate_layers"):
+            assert torch.equal(model.get_intermediate_layers(x, n=1)[0], outs[3][:, p:])
+    assert outs[3].shape[1] < p + 16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["tome", "flowcut"])
+@pytest.mark.parametrize("variant", ["clip", "custom-avg", "attention-pool", "timm"])
+def test_open_clip_intermediates(tiny, variant, method):
+    model, inputs = tiny("open-clip", variant)
+    image, text = inputs["image"], torch.randint(1, 40, (2, 8), generator=torch.Generator().manual_seed(5))
+    dense = model.encode_image(image, normalize=True)
+    texts = model.encode_text(text, normalize=True)
+    with vtprune.attach(model, method, keep=5):
+        want = model.encode_image(image, normalize=True)
+        for form in ("NLC", "NCHW"):
+            out = model.forward_intermediates(image=image, text=text, image_output_fmt=form, image_output_extra_tokens=True)
+            close(out["image_features"], want)
+            close(out["text_features"], texts)
+            last = out["image_intermediates"][-1]
+            assert last.shape[1] == 5 if form == "NLC" else last.shape[-2:] == (4, 4)
+        close(model(image, text)[0], want)
+    assert float((want - dense).abs().max()) > 1e-3
+
+
+@torch.no_grad()
+def test_open_clip_hands_out_its_tokens_as_they_are(tiny):
+    """With ``output_tokens`` the average counts sizes, and the tokens beside it are not scaled by them."""
+    model, inputs = tiny("open-clip", "custom-avg")
+    model.visual.output_tokens = True
+    with vtprune.attach(model, "tome", r=3) as handle:
+        pooled, tokens = model.visual(inputs["image"])
+        sizes = torch.stack([torch.bincount(a).float() for a in handle.report().stages[-1].assignment])
+    close((tokens * sizes[..., None]).sum(1) / 16 @ model.visual.proj, pooled)
+
+
+@torch.no_grad()
+def test_a_classifiers_tower_called_by_itself_gives_plain_tokens(tiny):
+    model, inputs = tiny("hf-vit", "dinov2-registers-classifier")
+    with vtprune.attach(model, "tome", r=3) as handle:
+        logits = model(**inputs).logits
+        x = model.dinov2_with_registers(**inputs).last_hidden_state
+        sizes = torch.stack([torch.bincount(a).float() for a in handle.report().stages[-1].assignment])
+    mean = (x[:, 4:] * sizes[..., None]).sum(1) / 16
+    close(model.classifier(torch.cat([x[:, 0], mean], dim=1)), logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool", ["avg", "max", "token", "avgmax", ""])
+def test_a_pooling_chosen_after_attaching(tiny, pool):
+    """``reset_classifier`` while attached gives what the model gives that had this head before, or the same refusal."""
+    outs = []
+    for before in (True, False):
+        model, inputs = tiny("timm-vit", "class")
+        with contextlib.ExitStack() as stack:
+            if before:
+                model.reset_classifier(3, pool)
+                if pool == "avgmax":
+                    with pytest.raises(vtprune.UnsupportedError, match="avgmax"):
+                        vtprune.attach(model, "tome", r=3)
+                    continue
+            stack.enter_context(vtprune.attach(model, "tome", r=3))
+            model.reset_classifier(3, pool)
+            torch.nn.init.ones_(model.head.weight)
+            torch.nn.init.zeros_(model.head.bias)
+            if pool == "avgmax":
+                with pytest.raises(vtprune.UnsupportedError, match="avgmax"):
+                    model(**inputs)
+            else:
+                outs.append(model(**inputs))
+    assert not outs or torch.equal(*outs)
+
+
+@torch.no_grad()
+def test_what_would_run_dense_is_refused(tiny):
+    """Blocks and encoders called by themselves, blocks taken out, copies, masks, features of somebody else."""
+    model, inputs = tiny("timm-vit", "avg-pool")
+    x = inputs["x"]
+    with vtprune.attach(model, "tome", r=3):
+        with pytest.raises(vtprune.UnsupportedError, match="by itself"):
+            model.blocks(torch.randn(1, 16, 32))
+        with pytest.raises(vtprune.UnsupportedError, match="mask"):
+            model(x, attn_mask=torch.zeros(16, 16))
+        if "is_causal" in inspect.signature(model.forward).parameters:
+            with pytest.raises(vtprune.UnsupportedError, match="mask"):
+                model(x, is_causal=True)
+        with pytest.raises(vtprune.UnsupportedError, match="forward_features"):
+            model.forward_head(model.forward_features(x).clone())
+        with pytest.raises(vtprune.UnsupportedError, match="copy"):
+            model._replicate_for_data_parallel()(x)
+        model.prune_intermediate_layers([1], prune_head=False)
+        for call in (model, model.forward_features, model.forward_intermediates):
+            with pytest.raises(vtprune.UnsupportedError, match="2 of the 4 blocks"):
+                call(x)
+    for variant, inner in (("clip", "encoder"), ("dinov3", "model")):
+        model, inputs = tiny("hf-vit", variant)
+        with vtprune.attach(model, "random", keep=5), pytest.raises(vtprune.UnsupportedError, match="by itself"):
+            getattr(model, inner)(torch.randn(1, 21, 32))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["tome", "random"])
+def test_hugging_face_outputs(tiny, method):
+    """Tuples, hidden states, attention maps and interpolated positions are those of the attached tower."""
+    for variant in ("clip", "siglip", "dinov2", "dinov3", "deit"):
+        model, inputs = tiny("hf-vit", variant)
+        model.set_attn_implementation("eager")
+        with vtprune.attach(model, method, keep=7) as handle:
+            want = model(**inputs)
+            lengths = [row[0] + handle.geometry.prefix for row in zip(*handle.report().layer_tokens, strict=True)]
+            assert torch.equal(model(inputs["pixel_values"], return_dict=False)[0], want[0])
+            assert [h.shape[1] for h in model(**inputs, output_hidden_states=True).hidden_states[:4]] == lengths
+            if handle.adapter.tower.mask is None:
+                with pytest.raises(vtprune.UnsupportedError, match="attention maps"):
+                    model(**inputs, output_attentions=True)
+            else:
+                assert [a.shape[-1] for a in model(**inputs, output_attentions=True).attentions] == lengths
+            if variant not in ("dinov2", "dinov3"):
+                model(torch.randn(2, 3, 48, 40), interpolate_pos_encoding=True)
+                assert handle.report().grids == [[(6, 5)]] * 2
+
+
+# ------------------------------------------------------------------------------------------------------------------------ other sizes
+
+SIZES: list[tuple[str, dict[str, Any]]] = [
+    ("tome", {}),
+    ("tome", {"r": 5}),
+    ("tome", {"keep": 20}),
+    ("pitome", {"keep": 0.4}),
+    ("flowcut", {"keep": 11}),
+    ("random", {"keep": 9}),
+    ("random", {"keep": 100}),  # more than there are: all stay
+    ("uniform", {"keep": 9}),
+    ("pool", {"keep": 9}),
+    ("downsample", {"keep": 9}),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("method", "options"), SIZES, ids=[f"{m}-{o}" for m, o in SIZES])
+def test_a_size_other_than_the_configured_one(method, options):
+    """DINOv3 made for 16 x 16 patches gives for 6 x 4 what the one made for 6 x 4 gives, report included."""
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    shape: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 4, "intermediate_size": 64, "patch_size": 8}
+    pixels = torch.randn(2, 3, 48, 32, generator=torch.Generator().manual_seed(3))
+    outs, weights = [], None
+    for size in (128, (48, 32)):
+        model: Any = DINOv3ViTModel(DINOv3ViTConfig(**shape, image_size=size, num_register_tokens=4)).eval()
+        weights = weights or {k: torch.randn(v.shape, generator=torch.Generator().manual_seed(1)) * 0.2 for k, v in model.state_dict().items()}
+        model.load_state_dict(weights)
+        with vtprune.attach(model, method, **options) as handle:
+            outs.append((model(pixels).last_hidden_state, handle.report()))
+    (got, report), (want, meant) = outs
+    assert torch.equal(got, want) and report.visual_tokens == [24, 24] and report.grids == [[(6, 4)]] * 2
+    assert report.to_dict(scores=True) == meant.to_dict(scores=True)
+
+
+@torch.no_grad()
+def test_models_of_any_size_and_sizes_set_later(tiny):
+    """DINOv2 configured for more pixels than its processor makes; timm's dynamic and set sizes."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    model: Any = Dinov2Model(Dinov2Config(hidden_size=32, num_attention_heads=2, num_hidden_layers=3, image_size=70, patch_size=14)).eval()
+    with vtprune.attach(model, "tome") as handle:
+        for side, tokens in ((28, 4), (70, 25), (84, 36)):
+            model(torch.randn(1, 3, side, side))
+            assert handle.report().visual_tokens == [tokens] and handle.report().stages[-1].tokens_out == [tokens // 2]
+    fixed, _ = tiny("timm-vit", "class")
+    dynamic, _ = tiny("timm-vit", "dinov3")
+    with vtprune.attach(fixed, "random", keep=5) as a, vtprune.attach(dynamic, "random", keep=5) as b:
+        fixed.set_input_size((64, 40))
+        for model, handle in ((fixed, a), (dynamic, b)):
+            model(torch.randn(1, 3, 64, 40))
+            assert handle.report().visual_tokens == [40] and handle.report().grids == [[(8, 5)]]
+
+
+# ------------------------------------------------------------------------------------------------------- training, adapters, number formats
+
+CHECKPOINTS = [
+    ("hf-vit", "clip"),
+    ("hf-vit", "dinov2-registers-classifier"),
+    ("timm-vit", "avg-pool"),
+    ("timm-vit", "rope-mixed"),
+    ("open-clip", "clip"),
+    ("open-clip", "timm"),
+]
+
+
+def features(model: Any, family: str, x: Tensor) -> Tensor:
+    out = model.encode_image(x) if family == "open-clip" else model(x)
+    return out if isinstance(out, Tensor) else out[0]
+
+
+@pytest.mark.parametrize("method", ["tome", "random", "flowcut"])
+@pytest.mark.parametrize(("family", "variant"), CHECKPOINTS, ids=[f"{f}-{v}" for f, v in CHECKPOINTS])
+def test_checkpointed_gradients(tiny, family, variant, method):
+    """Two passes before one backward: the blocks run again with what each pass decided."""
+    model, inputs = tiny(family, variant)
+    (x,) = inputs.values()
+    pictures = [x.clone().requires_grad_(), (0.5 * x).requires_grad_()]
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        sum(features(model, family, p).square().sum() for p in pictures).backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    with vtprune.attach(model, method, keep=5):
+        model.train()
+        want = gradients()
+        for reentrant in (False, True) if family == "hf-vit" else (False,):
+            if family == "hf-vit":
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            else:
+                model.set_grad_checkpointing()
+            got = gradients()
+            assert got.keys() == want.keys() and len(want) > 10
+            for name, gradient in want.items():
+                torch.testing.assert_close(got[name], gradient, atol=1e-5 * float(gradient.abs().max()), rtol=1e-4)
+
+
+def test_functional_gradients_and_checkpoints_around_the_model(tiny):
+    """torch.func's gradients, the whole model in one checkpoint, and several blocks in one: the gradients of a plain backward pass."""
+    model, inputs = tiny("timm-vit", "avg-pool")
+    x = inputs["x"]
+    with vtprune.attach(model, "tome", r=3):
+        model(x).square().sum().backward()
+        want = {n: p.grad.clone() for n, p in model.named_parameters()}
+        functional = torch.func.grad(lambda weights: torch.func.functional_call(model, weights, (x,)).square().sum())(dict(model.named_parameters()))
+        for name, gradient in want.items():
+            close(functional[name], gradient)
+        for reentrant in (True, False):
+            model.zero_grad()
+            checkpoint(model, x.clone().requires_grad_(), use_reentrant=reentrant).square().sum().backward()
+            for name, p in model.named_parameters():
+                close(p.grad, want[name])
+        model.zero_grad()
+        blocks, model.blocks.forward = model.blocks.forward, lambda y: checkpoint_sequential(list(model.blocks), 2, y, use_reentrant=False)
+        model(x).square().sum().backward()
+        model.blocks.forward = blocks
+        for name, p in model.named_parameters():
+            close(p.grad, want[name])
+
+
+def test_a_checkpoint_of_a_forgotten_pass_is_refused(tiny, monkeypatch):
+    from vtprune.models import _tower
+
+    monkeypatch.setattr(_tower, "REPLAYS", 1)
+    model, inputs = tiny("timm-vit", "class")
+    model.set_grad_checkpointing()
+    with vtprune.attach(model, "random", keep=5):
+        first = model(**inputs).sum()
+        _ = model(**inputs).sum()
+        with pytest.raises(vtprune.UnsupportedError, match="not known any more"):
+            first.backward()
+
+
+class Adapter(torch.nn.Module):
+    """What adapter libraries put in the place of a linear layer."""
+
+    def __init__(self, base: Any):
+        super().__init__()
+        self.base_layer, self.lora = base, torch.nn.Linear(base.in_features, 4)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.delta = torch.nn.Parameter(torch.randn(base.weight.shape, generator=torch.Generator().manual_seed(7)) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + x @ self.delta.T
+
+
+ADAPTED = {
+    "hf-vit/clip": ["self_attn.q_proj", "self_attn.k_proj"],
+    "hf-vit/dinov3": ["attention.k_proj"],
+    "timm-vit/class": ["attn.qkv"],
+    "timm-vit/eva02": ["attn.k_proj"],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["tome", "pitome", "flowcut"])
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_put_in_while_attached(tiny, name, method):
+    """Scores see the layer that is there when a block runs: adapters put in before or after attaching, then taken out again; ``remove`` unhooks all."""
+
+    def change(model: Any, step: Callable[[Any], Any]) -> None:
+        for block in bind(model).tower_blocks():
+            for path in ADAPTED[name]:
+                parent, _, child = path.partition(".")
+                setattr(getattr(block, parent), child, step(getattr(getattr(block, parent), child)))
+
+    (before, inputs), (after, _) = tiny(*name.split("/")), tiny(*name.split("/"))
+    change(before, Adapter)
+    with vtprune.attach(before, method, keep=6):
+        want = features(before, "", *inputs.values())
+    with vtprune.attach(after, method, keep=6):
+        plain = features(after, "", *inputs.values())
+        change(after, Adapter)
+        assert torch.equal(features(after, "", *inputs.values()), want)
+        change(after, lambda adapter: adapter.base_layer)
+        assert torch.equal(features(after, "", *inputs.values()), plain)
+        change(after, Adapter)
+        features(after, "", *inputs.values())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in after.modules() if isinstance(m, Adapter | torch.nn.Linear))
+    assert float((want - plain).abs().max()) > 1e-3
+
+
+def test_adapters_do_not_change_the_cost(tiny):
+    for name in ("hf-vit/clip", "timm-vit/eva02", "open-clip/clip"):
+        model, _ = tiny(*name.split("/"))
+        want = bind(model).cost
+        for block in bind(model).tower_blocks():
+            for child, linear in [(n, m) for n, m in block.mlp.named_children() if isinstance(m, torch.nn.Linear)]:
+                setattr(block.mlp, child, Adapter(linear))
+        assert bind(model).cost == want and want.vf >= 64
+
+
+def test_an_adapter_around_open_clips_attention_is_refused(tiny):
+    model, inputs = tiny("open-clip", "clip")
+    with vtprune.attach(model, "tome", r=3):
+        for block in model.visual.transformer.resblocks:
+            block.attn = torch.nn.Sequential(block.attn)
+        with pytest.raises(vtprune.UnsupportedError, match="torch.nn.modules.container.Sequential is not supported"):
+            model.encode_image(inputs["image"])
+
+
+def test_weights_stored_in_integers(tiny, monkeypatch):
+    """Quantised layers hold whole numbers: the probe speaks the norms' number format, and a probe that fails leaves the modes as they were."""
+
+    class Quantised(torch.nn.Module):
+        def __init__(self, base: Any):
+            super().__init__()
+            self.weight = torch.nn.Parameter((base.weight / base.weight.abs().max() * 127).round().to(torch.int8), requires_grad=False)
+            self.scale, self.bias = float(base.weight.detach().abs().max() / 127), base.bias
+            self.in_features, self.out_features = base.in_features, base.out_features
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+    for variant, dtype in (("clip", torch.float32), ("dinov3", torch.bfloat16)):
+        model, inputs = tiny("hf-vit", variant)
+        model.to(dtype)
+        for module in [m for m in model.modules() if any(isinstance(c, torch.nn.Linear) for c in m.children())]:
+            for name, child in list(module.named_children()):
+                if isinstance(child, torch.nn.Linear):
+                    setattr(module, name, Quantised(child))
+        model.train()
+        with vtprune.attach(model, "tome", r=3) as handle, torch.no_grad():
+            assert torch.isfinite(model(inputs["pixel_values"].to(dtype))[0]).all() and handle.report().stages[-1].tokens_out == [4, 4]
+        assert all(m.training for m in model.modules())
+    from vtprune.models import _hf_vit
+
+    model, _ = tiny("hf-vit", "clip")
+    monkeypatch.setattr(_hf_vit, "_feed", lambda block, x: x)
+    with pytest.raises(vtprune.UnsupportedError, match="off"):
+        vtprune.attach(model.train(), "tome", r=3)
+    assert all(m.training for m in model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_number_formats(tiny, dtype):
+    """Down-sampling and merging in other formats, chosen before and after attaching."""
+    for family, variant, options in (("timm-vit", "layerscale-registers", {"keep": 4}), ("hf-vit", "dinov2", {"keep": 4})):
+        for method in ("downsample", "tome"):
+            model, inputs = tiny(family, variant)
+            outs = []
+            with vtprune.attach(model, method, **({} if method == "tome" else options)) as handle:
+                model.to(dtype)
+                outs.append(features(model, family, next(iter(inputs.values())).to(dtype)))
+                kept = handle.report().stages[-1].tokens_out
+            assert outs[0].dtype == dtype and torch.isfinite(outs[0]).all() and kept == ([4, 4] if method == "downsample" else [8, 8])
+
+
+@torch.no_grad()
+def test_open_clip_in_low_precision_keeps_wide_norms(tiny):
+    """open_clip's own conversion leaves the norms in 32 bits."""
+    from open_clip.model import convert_weights_to_lp
+
+    model, inputs = tiny("open-clip", "clip")
+    convert_weights_to_lp(model, dtype=torch.bfloat16)
+    with vtprune.attach(model, "tome", keep=8) as handle:
+        assert torch.isfinite(model.encode_image(inputs["image"].bfloat16())).all() and handle.report().stages[-1].tokens_out == [8, 8]
+
+
+# ------------------------------------------------------------------------------------------------------------------------- host reads
+
+READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
+
+
+class Reads(TorchDispatchMode):
+    """Counts operators whose result the host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function._schema.name in READS
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["tome", "pitome", "flowcut", "random"])
+def test_a_block_costs_no_host_reads(method, monkeypatch):
+    """Counts that follow from the plan are not asked of the device. FlowCut's follow from the images: one question for every second block."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+    from vtprune.models import _tower
+
+    from vtprune import select, types
+
+    asked = []
+    for module in (select, types, _tower):
+        monkeypatch.setattr(module, "extent", lambda mask, extent=types.extent: asked.append(1) or extent(mask))
+    found = []
+    for depth in (4, 12):
+        config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=depth, image_size=32, patch_size=4)
+        model: Any = CLIPVisionModel(config).eval()
+        with vtprune.attach(model, method, keep=20):
+            model(torch.randn(2, 3, 32, 32))
+            asked.clear()
+            with Reads() as reads:
+                model(torch.randn(2, 3, 32, 32))
+            found.append((reads.count, len(asked)))
+    assert found[1][0] == found[0][0] == 0
+    assert found[1][1] - found[0][1] <= (4 if method == "flowcut" else 0)
+
+
+@torch.no_grad()
+def test_finished_passes_hold_no_activations(tiny):
+    """The books of a pass are what a report needs: no hidden states, no tables, no running averages."""
+    model, inputs = tiny("hf-vit", "dinov3")
+    with vtprune.attach(model, "flowcut", keep=5) as handle:
+        model(**inputs)
+        ((run, _), *_) = handle.passes
+        assert not run.captured and not run.memory and run.rotary is None
+        assert all(t.numel() <= 2 * 16 for t in (run.index, run.size, run.slot, *run.counts, *run.slots))

@@ -14,9 +14,7 @@ from . import kernels
 from .types import Selection, TokenView, extent
 
 
-def top(
-    score: Tensor, keep: int | Tensor, valid: Tensor, protected: Tensor | None = None, *, span: tuple[int, int] | None = None
-) -> Selection:
+def top(score: Tensor, keep: int | Tensor, valid: Tensor, protected: Tensor | None = None, *, span: tuple[int, int] | None = None) -> Selection:
     """Keeps the ``keep`` best tokens of each image, positions ascending; ties go to the lower position.
 
     score ``[B, N]`` (higher is better) · keep: int or ``[B]`` · valid, protected ``[B, N]`` bool. Protected tokens come first whatever their score. NaN
