@@ -40,8 +40,8 @@ class Done:
 
 
 class Dense:
-    """``with Dense(model, adapter, done) as d: model(...)``; ``d.present`` ``[B, T]`` are the rows of the prompt that are left at the end, ``d.scores`` what the
-    ranking methods in the language model should have ranked by: ``(number of the stage in the report, scores [B, T])``."""
+    """``with Dense(model, adapter, done) as d: model(...)``; ``d.present`` ``[B, T]`` are the rows of the prompt that are left at the end, ``d.scores`` what
+    the ranking methods in the language model should have ranked by: ``(number of the stage in the report, scores [B, T])``."""
 
     def __init__(self, model: Any, adapter: Any, done: Done):
         self.model, self.adapter, self.done = model, adapter, done

@@ -1,8 +1,9 @@
 """A fuzzer: random recipes in random models on random inputs, run in random ways, against the dense model made to compute the same (``dense.py``).
 
-``python tests/fuzz.py --seeds 0:10000 [--jobs 2] [--seconds N] [--family llava,qwen2-vl] [--way generate]``. A seed is one run and draws everything. It ends as
-ok (equal), refused (:class:`VtpruneError` from ``attach``), late (from a later call), host (the unpruned model does the same wrong thing), MISMATCH (another
-answer, without a word) or RAW (another exception, or a refusal in the words of a kernel). The last two are faults: each is printed with the line that repeats it, and the exit code is 1.
+``python tests/fuzz.py --seeds 0:10000 [--jobs 2] [--seconds N] [--family llava,qwen2-vl] [--way generate]``. A seed is one run and draws
+everything. It ends as ok (equal), refused (:class:`VtpruneError` from ``attach``), late (from a later call), host (the unpruned model does
+the same wrong thing), MISMATCH (another answer, without a word) or RAW (another exception, or a refusal in the words of a kernel). The last two are
+faults: each is printed with the line that repeats it, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -51,8 +52,6 @@ from vtprune.types import VtpruneError
 LIMITS = {torch.float32: 5e-5, torch.float64: 1e-5, torch.bfloat16: 8e-2}  # relative to the largest value (at least 1)
 WORDS = range(8, 64)  # the tiny models' words; below are pad, start, end, placeholders
 FAULTS = ("MISMATCH", "RAW")
-
-
 KERNEL = re.compile(r"(match|energy|query_scores|flow_scores|merge|gather|maxmin|dpp): ")
 
 
