@@ -1169,6 +1169,8 @@ def run(seed: int, families: tuple[str, ...] = (), ways: tuple[str, ...] = ()) -
 
 
 def _try(way: Callable[[Case], None], case: Case) -> tuple[str, str]:
+    if hasattr(case.model.base_model if case.b.mllm else None, "rope_deltas"):
+        case.model.base_model.rope_deltas = None  # the last prompt's, which a prompt of text alone would go by
     try:
         way(case)
     except NoReference as e:
