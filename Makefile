@@ -1,16 +1,16 @@
-# make quickstart | demo | test | test-all | test-oldest | lint | support | notebooks | screenshots | bench-kernels | wheel | clean     PYTHON=python3.11 make ... chooses the interpreter of .venv
+# make quickstart | demo | test | test-all | test-oldest | test-newest | canary | lock | lint | support | notebooks | screenshots | bench-kernels | wheel | clean     PYTHON=python3.11 make ... chooses the interpreter of .venv
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 TYPING := build/typing
 SLOW := -m "not slow"
-# What pyproject.toml calls the oldest supported releases, in an environment of their own.
-OLDEST := "torch==2.11.*" "transformers==5.17.*" "numpy<2.4" # newer ones break the interpreter of their triton
 JOBS := -n auto --maxprocesses 4
+# -I: the folder of the script, with its types.py and select.py, stays out of the way of Python's own modules.
+VERSIONS := -I vtprune/versions.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help .venv quickstart demo test test-all test-oldest support notebooks screenshots bench-kernels lint style typecheck wheel clean
+.PHONY: help .venv quickstart demo test test-all test-oldest test-newest canary lock support notebooks screenshots bench-kernels lint style typecheck wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,10 +18,13 @@ help:
 
 .venv: $(STAMP)
 
-$(STAMP): pyproject.toml
+# $(call install,ENVIRONMENT,WHICH): the releases of the lock file WHICH, also for what pip builds packages with; where there is none for this Python, a line that says so.
+install = lock=$$($(1)/bin/python $(VERSIONS) $(2)) && PIP_CONSTRAINT="$$lock" PIP_BUILD_CONSTRAINT="$$lock" $(1)/bin/python -m pip install --quiet -e ".[dev]"
+
+$(STAMP): pyproject.toml requirements/lock.txt
 	@test -x $(BIN)/python || { echo "creating .venv with $(PYTHON)"; $(PYTHON) -m venv .venv; }
 	@echo "installing vtprune and what it needs into .venv (the first time this takes minutes)"
-	@$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@$(call install,.venv,lock)
 	@touch $@
 
 quickstart: .venv
@@ -40,11 +43,34 @@ test-all: test test-oldest
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest -q $(JOBS) $(SLOW)
 
-.venv-oldest/.installed: pyproject.toml
+.venv-oldest/.installed: pyproject.toml requirements/oldest.txt
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
-	@echo "installing vtprune with the oldest supported torch and transformers into .venv-oldest (minutes)"
-	@.venv-oldest/bin/python -m pip install --quiet -e ".[dev]" $(OLDEST)
+	@echo "installing vtprune with the oldest supported releases into .venv-oldest (minutes)"
+	@$(call install,.venv-oldest,lock-oldest)
 	@touch $@
+
+# What the index serves today, whatever the lock says: every family on its tiny model, the README's commands, and the tests that meet other packages most.
+test-newest:
+	@test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	@echo "installing vtprune with the newest releases of everything into .venv-newest (minutes)"
+	@.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[dev]"
+	.venv-newest/bin/python tests/canary.py --here
+
+# The first release that breaks the same subset: make canary CANARY="timm --from 1.0.29"
+CANARY ?= transformers
+canary: .venv
+	$(BIN)/python tests/canary.py $(CANARY)
+
+# The lock files, from pyproject.toml and, for the packages that vtprune/versions.py names, the newest (the oldest) releases the tests have seen: for every Python and
+# system at once. To move on: make test-newest, raise vtprune/versions.py, make lock, make test.
+lock:
+	@test -x build/lock/bin/uv || { $(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install --quiet uv; }
+	@$(call resolve,newest,lock)
+	@$(call resolve,oldest,oldest)
+
+resolve = build/lock/bin/python $(VERSIONS) $(1) > build/lock/$(1).txt && build/lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
+	--prerelease disallow --no-annotate --no-emit-index-url --custom-compile-command "make lock" --extra dev --constraint build/lock/$(1).txt \
+	--output-file requirements/$(2).txt pyproject.toml && echo "written: requirements/$(2).txt"
 
 # The table of methods and families in docs/support.md and README.md.
 support: .venv

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import html
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,16 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.data_classes import ListFiles
+from gradio_client.utils import is_valid_file
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 
-from vtprune import report, theatre
+from vtprune import figures, report, theatre
 from vtprune.ledger import UndoLedger
 from vtprune.types import VtpruneError
 
+from .guard import Guard, hashes, names
 from .samples import saved
 from .worker import NAMES, Worker
 
 SAMPLES = 6
 LARGEST_FILE = "20mb"
+LONGEST_MESSAGE = 1000  # characters
 WAITING = 16  # questions in the queue
 BUDGETS = [("its own", "own"), ("tokens kept", "keep"), ("effective tokens", "effective")]  # behind the last cut; averaged over layers, solved
 SIDE = ("recipe", "file", "budget", "share", "options", "seed")  # what :meth:`Desk.side` takes
@@ -49,17 +59,26 @@ def _html(value: str = "", **how: Any) -> gr.HTML:
     return gr.HTML(value, apply_default_css=False, **how)
 
 
-def why(e: Exception) -> str:
-    """What to tell of one of :data:`TOLD`."""
-    return str(e) if isinstance(e, VtpruneError) else GONE
+def why(e: Exception, *folders: str | Path) -> str:
+    """What to tell of one of :data:`TOLD`: without ``folders``, which are the server's affair, not too long, and with nothing that a stream cannot carry."""
+    text = str(e) if isinstance(e, VtpruneError) else GONE
+    for folder in folders:
+        text = text.replace(f"{folder}/", "").replace(str(folder), "the folder")
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} ..."
+
+
+def warn(message: str) -> None:
+    """A message in the corner of the page, which takes HTML."""
+    gr.Warning(html.escape(message))
 
 
 def served(updates: Callable[[], Iterator[dict[str, Any]]], shown: str | None = None) -> Iterator[dict[str, Any]]:
-    """``updates``, what the user can put right as a last one with ``message``, in which the file ``shown`` has no folder: that is the server's affair."""
+    """``updates``, what the user can put right as a last one with ``message``, in which the file ``shown`` has no folder."""
     try:
         yield from updates()
     except TOLD as e:
-        yield {"message": why(e).replace(shown, Path(shown).name) if shown else why(e)}
+        yield {"message": why(e, Path(shown).parent) if shown else why(e)}
 
 
 def stopped(worker: Worker, request: gr.Request) -> str:
@@ -71,14 +90,35 @@ def stopped(worker: Worker, request: gr.Request) -> str:
     return "stopped"
 
 
-def own_upload(image: gr.Image, payload: Any) -> str | None:
-    """The path of the picture that arrived. Raises :class:`gradio.Error` for one outside the folder of uploads: a request made by hand can name any file, and
-    gradio looks only at those that carry its mark."""
-    if payload is None or payload.path is None:
+def own_upload(component: Any, payload: Any) -> Any:
+    """What arrived in a picture's or file's field, as paths. Raises :class:`gradio.Error` for one outside the folder of uploads or with the wrong ending: a
+    request made by hand can name any file, and gradio looks only at those that carry its mark."""
+    if payload is None:
         return None
-    if not Path(payload.path).resolve().is_relative_to(Path(image.GRADIO_CACHE).resolve()):
-        raise gr.Error("this picture was not uploaded here", print_exception=False)
+    if isinstance(payload, ListFiles):
+        return [own_upload(component, one) for one in payload]
+    if payload.path is None:
+        return None
+    if not Path(payload.path).resolve().is_relative_to(Path(component.GRADIO_CACHE).resolve()):
+        raise gr.Error("this file was not uploaded here", print_exception=False)
+    kinds = getattr(component, "file_types", None)
+    if kinds and not is_valid_file(payload.path, kinds):
+        raise gr.Error(f"this field takes {' and '.join(k.removeprefix('.') for k in kinds)} files", print_exception=False)
     return payload.path
+
+
+def _upload(make: Any, **how: Any) -> Any:
+    """A field for a picture or for files. What arrives is opened where it can be refused with a message; gradio would open it on the way."""
+    field = make(**how)
+    UndoLedger().replace(field, "preprocess", partial(own_upload, field))
+    return field
+
+
+def _choice(make: Any, *args: Any, **how: Any) -> Any:
+    """A field with a choice. Whether there is such a choice is told by what takes it: gradio's own message would hold what was asked for as HTML."""
+    field = make(*args, **how)
+    UndoLedger().replace(field, "preprocess", lambda value: value)
+    return field
 
 
 def handed_out(buttons: Files, files: Mapping[str, bytes], folder: str) -> dict[Any, Any]:
@@ -105,24 +145,24 @@ def _side(name: str, recipe: str, seed: int) -> dict[str, Any]:
     low = name.lower()
     with gr.Column(min_width=260), gr.Group():
         with gr.Row():
-            made: dict[str, Any] = {"recipe": gr.Dropdown([recipe], value=recipe, label=f"{name}: recipe", min_width=140, elem_id=f"recipe-{low}")}
-            made["budget"] = gr.Dropdown(BUDGETS, value="own", label="Budget", min_width=140, elem_id=f"budget-{low}")
+            made: dict[str, Any] = {"recipe": _choice(gr.Dropdown, [recipe], value=recipe, label=f"{name}: recipe", min_width=140, elem_id=f"recipe-{low}")}
+            made["budget"] = _choice(gr.Dropdown, BUDGETS, value="own", label="Budget", min_width=140, elem_id=f"budget-{low}")
         made["share"] = gr.Slider(1, 100, value=25, step=1, label="Share of the tokens, %", visible=False, elem_id=f"share-{low}")
         made["budget"].change(lambda kind: gr.Slider(visible=kind != "own"), made["budget"], made["share"], show_progress="hidden", api_visibility="private")
         with gr.Accordion("Options, seed, recipe file", open=False):
             made["options"] = gr.Textbox(label="Options of the method, JSON", placeholder='{"layer": 3}', max_lines=3)
             made["seed"] = gr.Number(seed, precision=0, minimum=0, label="Seed, for methods that draw at random")
-            made["file"] = gr.File(label="Recipe file (JSON) instead of a name", file_types=[".json"], height=110)
+            made["file"] = _upload(gr.File, label="Recipe file (JSON) instead of a name", file_types=[".json"], height=110, elem_id=f"file-{low}")
     return made
 
 
 def _sent(values: Sequence[Any]) -> dict[str, Any]:
     """One side's values in the order of :data:`SIDE`, as :meth:`Desk.side` takes them. Raises :class:`VtpruneError` for a file that is no text."""
     given = dict(zip(SIDE, values, strict=True))
-    if given["file"]:
+    if given["file"] is not None:
         path = Path(given["file"])
         try:
-            given["file"] = path.read_text(encoding="utf-8")
+            given["file"] = path.read_text(encoding="utf-8-sig")  # some editors begin files with a mark
         except UnicodeDecodeError as e:
             raise VtpruneError(f"{path.name} is no recipe file: it is not text") from e
     return {**given, "share": given["share"] / 100, "seed": int(given["seed"] or 0)}
@@ -135,13 +175,11 @@ def build(worker: Worker, folder: Path, *, recipe: str = "pyramiddrop", seed: in
         about = _html(status_html("the model is being loaded"), elem_id="about")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                image = gr.Image(
-                    label="Picture: drop, paste or choose one", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=280, buttons=[],
-                    elem_id="picture",
+                image = _upload(
+                    gr.Image, label="Picture: drop, paste or choose one", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=280,
+                    buttons=[], elem_id="picture",
                 )  # fmt: skip
-                # What arrives is opened where it can be refused with a message; gradio would open it on the way.
-                UndoLedger().replace(image, "preprocess", partial(own_upload, image))
-                video = gr.File(label="or a video", file_types=["video"], visible=False, height=110, elem_id="video")
+                video = _upload(gr.File, label="or a video", file_types=["video"], visible=False, height=110, elem_id="video")
                 question = gr.Textbox(label="Question", max_lines=4, elem_id="question")
                 truth = gr.Textbox(label="Right answer, if you know it", elem_id="truth")
                 _samples(folder, [image, question, truth])
@@ -205,7 +243,7 @@ def _side_by_side(worker: Worker, asked: list[Any], recipe: str, seed: int) -> l
         yield {status: status_html("waiting for the model"), **empty, **handed_out(buttons, {}, "")}
         for update in served(updates, video or image):
             if "message" in update:
-                gr.Warning(update["message"])
+                warn(update["message"])
                 yield {status: status_html(update["message"])}
             elif "text" in update:
                 yield {answers[update["side"]]: update["text"]}
@@ -240,7 +278,7 @@ def _stops(worker: Worker, button: gr.Button, status: gr.HTML, events: list[Any]
 
 def _all_methods(worker: Worker, asked: list[Any], seed: int) -> None:
     with gr.Row():
-        budget = gr.Dropdown([b for b in BUDGETS if b[1] != "own"], value="effective", label="Budget", min_width=160)
+        budget = _choice(gr.Dropdown, [b for b in BUDGETS if b[1] != "own"], value="effective", label="Budget", min_width=160)
         share = gr.Slider(1, 100, value=25, step=1, label="Budget in % of the tokens", min_width=160, elem_id="share-all")
         chance = gr.Number(seed, precision=0, minimum=0, label="Seed", min_width=80)
     with gr.Row():
@@ -259,7 +297,7 @@ def _all_methods(worker: Worker, asked: list[Any], seed: int) -> None:
         yield {status: status_html("waiting for the model"), cards: "", **handed_out(buttons, {}, "")}
         for update in served(updates, video or image):
             if "message" in update:
-                gr.Warning(update["message"])
+                warn(update["message"])
                 yield {status: status_html(update["message"])}
                 continue
             with tempfile.TemporaryDirectory() as folder:
@@ -275,12 +313,21 @@ def _all_methods(worker: Worker, asked: list[Any], seed: int) -> None:
 
 # --------------------------------------------------------------------------------------------------------------- results
 
+FOLDERS = re.compile(r"(?<![\w.~/+-])(?:/[\w.@~+-]+)+/(?=[\w.@~+-])")
+
+
+def without_folders(page: str) -> str:
+    """A page that leaves out of its text where on the server files lie (commands hold paths)."""
+    return re.sub(r">[^<]+<", lambda m: FOLDERS.sub("", m[0]), page)
+
 
 def _results(folder: Path | None) -> None:
-    files = gr.File(label="Result files (.json of vtprune bench, ...)", file_types=[".json"], file_count="multiple", height=110, elem_id="results-files")
+    files = _upload(
+        gr.File, label="Result files (.json of vtprune bench, ...)", file_types=[".json"], file_count="multiple", height=110, elem_id="results-files"
+    )
     with gr.Row():
         budget = gr.Slider(1, 100, value=25, step=1, label="Budget of the figures that show one, % (the nearest is taken)")
-        cost = gr.Radio([("effective tokens", "tokens"), ("FLOPs", "flops")], value="tokens", label="Cost")
+        cost = _choice(gr.Radio, [("effective tokens", "tokens"), ("FLOPs", "flops")], value="tokens", label="Cost")
         draw = gr.Button("Draw", variant="primary", elem_id="draw")
     status = _html(status_html("upload result files" if folder is None else f"draws {folder.name}, or what is uploaded"), elem_id="results-status")
     shown = _html(elem_id="results")
@@ -294,11 +341,15 @@ def _results(folder: Path | None) -> None:
             if source is None:
                 return [status_html("upload result files first"), ""]
             try:
+                if cost not in [*figures.COST]:
+                    raise VtpruneError(f"no such cost: {cost!r}; there are {', '.join(figures.COST)}")
                 drawn = report.page(source, budget=budget / 100, cost=cost, title=f"Results: {'uploaded files' if files else source.resolve().name}")
             except VtpruneError as e:
-                gr.Warning(str(e))
-                return [status_html(str(e)), ""]
-        return [status_html("done"), f'<iframe class="vtp-report" title="accuracy, cost and kept rows" srcdoc="{html.escape(drawn)}"></iframe>']
+                warn(told := why(e, source, source.resolve()))
+                return [status_html(told), ""]
+            drawn = drawn if files else without_folders(drawn)
+        frame = f'<iframe class="vtp-report" title="accuracy, cost and kept rows" sandbox srcdoc="{html.escape(drawn)}"></iframe>'
+        return [status_html("done"), frame]
 
     draw.click(run, [files, budget, cost], [status, shown], show_progress="minimal", show_progress_on=status, api_visibility="private")
 
@@ -306,6 +357,7 @@ def _results(folder: Path | None) -> None:
 # ---------------------------------------------------------------------------------------------------------------- launch
 
 CSS = """
+.vtp-ended { position: sticky; top: 0; z-index: 10; padding: .6rem 1rem; background: #8b1a1a; color: #fff; font-weight: 600; }
 .vtp-head h1 { margin: 0; font-size: 1.5rem; font-weight: 700; } .vtp-head p { margin: .1rem 0 0; }
 .vtp-status { min-height: 1.6rem; color: var(--body-text-color); overflow-wrap: anywhere; } .vtp-status progress { vertical-align: middle; }
 .vtp-about { font-size: .85rem; opacity: .8; }
@@ -314,13 +366,44 @@ CSS = """
 """
 
 
-def launch(page: gr.Blocks, host: str, port: int | None) -> str:
-    """Serves the page in the background: its address. No telemetry, nothing from elsewhere, no public link."""
+POLL = 2  # seconds between two questions of the page whether the model's process still lives
+LINGER = 3 * POLL  # seconds that the page is served after its end
+STATE = "/vtprune-state"
+WATCH = """
+(() => {
+  const tell = (text) => {
+    let box = document.querySelector(".vtp-ended");
+    if (!box) {
+      box = document.createElement("div");
+      box.className = "vtp-ended";
+      box.setAttribute("role", "alert");
+      document.body.prepend(box);
+    }
+    box.textContent = text;
+  };
+  const timer = setInterval(async () => {
+    let text = "vtprune demo has ended; start it again and reload this page";
+    try { text = await (await fetch("PATH")).text(); } catch (e) { clearInterval(timer); }
+    if (text) tell(text);
+  }, EVERY);
+})();
+""".replace("PATH", f".{STATE}").replace("EVERY", str(1000 * POLL))
+
+
+def launch(page: gr.Blocks, worker: Worker, host: str, port: int | None, allowed: Sequence[str] = ()) -> str:
+    """Serves the page in the background: its address. No telemetry, nothing from elsewhere, no public link. ``allowed``: further names of this server."""
+
+    async def state(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(worker.state(), headers={"cache-control": "no-store"})
+
     plain = [gr.themes.Font(name) for name in ("system-ui", "sans-serif")]
     theme = gr.themes.Base(font=plain, font_mono=[gr.themes.Font("ui-monospace"), gr.themes.Font("monospace")], primary_hue="blue")
+    head = f"{theatre.head()}<script>{WATCH}</script>"
+    guard = Middleware(Guard, names(host, allowed), Path(os.environ["GRADIO_TEMP_DIR"]), hashes(head.encode()))
     page.queue(max_size=WAITING, api_open=False)
     _, url, _ = page.launch(
         server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, max_file_size=LARGEST_FILE, footer_links=[],
-        theme=theme, css=CSS, head=theatre.head(), enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, run_history=False, inbrowser=False,
+        theme=theme, css=CSS, head=head, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, run_history=False, inbrowser=False,
+        app_kwargs={"middleware": [guard], "routes": [Route(STATE, state)]},
     )  # fmt: skip
     return url

@@ -26,6 +26,7 @@ from vtprune.types import VtpruneError
 
 SETTINGS = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # read when gradio is imported
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows knows no SIGHUP
 
 
 def port_number(text: str) -> int:
@@ -39,12 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--port", type=port_number, metavar="N", help="default: the first free one from 7860 on")
     add("--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine only); 0.0.0.0 lets everybody in who reaches it")
+    add("--allow-host", action="append", default=[], metavar="NAME", help="a further name under which browsers reach the demo, of a proxy say; repeatable")
     add("--recipe", default="pyramiddrop", metavar="NAME", help="of the right side, to begin with (default %(default)s; 'vtprune recipes')")
     add("--results", type=Path, metavar="FOLDER", help="result files (.json of bench, analyze ...) for the tab that draws them; they can be uploaded as well")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command until it is interrupted. Raises :class:`VtpruneError` for what the user can put right."""
+    """Runs the command until it is interrupted: 0. Raises :class:`VtpruneError` for what the user can put right, and when the model's process has ended."""
     if find_spec("gradio") is None:
         raise VtpruneError("the demo needs gradio: pip install 'vtprune[demo]'")
     if args.results is not None and not args.results.is_dir():
@@ -59,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
 
     gc.disable()  # imports leave no garbage, and looking for it takes a fifth of their time
     worker = Worker(args.model, args.device, args.dtype)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidies up as Ctrl-C does; not in the worker, forked above
+    for number in ENDS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
+            signal.signal(number, signal.default_int_handler)  # tidies up as Ctrl-C does; not in the worker, forked above
     folder = tempfile.TemporaryDirectory(prefix="vtprune-demo-")
     os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder.name) / "uploads"))  # nobody else reads it, and it goes with the demo
     try:
@@ -67,19 +71,24 @@ def run(args: argparse.Namespace) -> int:
             from . import app
 
         page = app.build(worker, Path(folder.name), recipe=args.recipe, seed=args.seed, results=args.results)
-        url = app.launch(page, args.host, args.port)
+        url = app.launch(page, worker, args.host, args.port, args.allow_host)
         gc.enable()
         if args.host not in LOOPBACK:
             print(f"vtprune demo: everybody who reaches {args.host} can use this model", file=sys.stderr)
         print(f"vtprune demo: {url} (Ctrl-C ends it)", flush=True)
-        worker.desk.about()  # raises what loading raised
-        print("vtprune demo: the model is loaded", flush=True)
-        while True:
-            time.sleep(3600)
+        try:
+            worker.desk.about()  # raises what loading raised
+            print("vtprune demo: the model is loaded", flush=True)
+        except (EOFError, ConnectionError):  # it ended while it loaded
+            pass
+        why = worker.wait()
+        print(f"vtprune demo: {why}", file=sys.stderr, flush=True)
+        time.sleep(app.LINGER)  # every page is told
+        raise VtpruneError(f"{why}; start vtprune demo again")
     except KeyboardInterrupt:
         return 0
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):  # a second one must not leave half of it behind
+        for number in ENDS:  # a second one must not leave half of it behind
             signal.signal(number, signal.SIG_IGN)
         worker.close()
         folder.cleanup()

@@ -35,6 +35,7 @@ from vtprune.types import Report, UnsupportedError, VtpruneError
 
 BUDGETS = ("own", "keep", "effective")
 LONGEST_QUESTION = 2000  # characters
+LONGEST_TRUTH = 500
 LARGEST_SIDE = 2048  # pixels of a picture before it goes to the processor
 MOST_NEW_TOKENS = 512
 POLL = 0.05  # seconds between two looks at `stop` while others have the model
@@ -122,11 +123,26 @@ class Turn:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Times of two sides measured in turns, milliseconds: medians ``(first, second)`` over ``rounds``."""
+    """Times of two sides measured in turns, milliseconds: ``(first, second)`` of every round. Both of a round saw the same machine, so their ratio means more
+    than that of two medians, and the spread of the ratios tells how far to believe it."""
 
-    rounds: int
-    prefill_ms: tuple[float, float]
-    ttft_ms: tuple[float, float]
+    prefill_ms: tuple[tuple[float, float], ...]
+    ttft_ms: tuple[tuple[float, float], ...]
+
+    @property
+    def rounds(self) -> int:
+        return len(self.prefill_ms)
+
+
+def medians(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Of either side."""
+    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+
+
+def ratios(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """Second over first, round by round: the median, the lowest and the highest."""
+    found = [second / first for first, second in pairs]
+    return statistics.median(found), min(found), max(found)
 
 
 @dataclass(frozen=True)
@@ -174,17 +190,27 @@ class Entry:
 # ---------------------------------------------------------------------------------------------------------------- inputs
 
 
+def short(text: str, what: str, most: int) -> None:
+    """Raises :class:`VtpruneError` for a text of more than ``most`` characters, and as :func:`proper` does."""
+    if len(text) > most:
+        raise VtpruneError(f"{what} has {len(text)} characters; at most {most} are taken")
+    proper(text, what)
+
+
+def proper(text: str, what: str) -> None:
+    """Raises :class:`VtpruneError` for a text with half of a character, which no file, picture or page can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise VtpruneError(f"{what} holds half of a character (a lone surrogate)") from e
+
+
 def checked_question(text: str | None, processor: Any) -> str:
     """``text`` without spaces around it. Raises :class:`VtpruneError` if it is empty, too long, no proper text, or holds a token with a meaning of its own."""
     question = (text or "").strip()
     if not question:
         raise VtpruneError("type a question")
-    if len(question) > LONGEST_QUESTION:
-        raise VtpruneError(f"the question has {len(question)} characters; at most {LONGEST_QUESTION} are taken")
-    try:
-        question.encode("utf-8")
-    except UnicodeEncodeError as e:
-        raise VtpruneError("the question holds half of a character (a lone surrogate)") from e
+    short(question, "the question", LONGEST_QUESTION)
     tokenizer = getattr(processor, "tokenizer", None)
     special = [getattr(processor, "image_token", None), getattr(processor, "video_token", None), *getattr(tokenizer, "all_special_tokens", ())]
     found = [token for token in special if token and token in question]
@@ -433,7 +459,7 @@ class Engine:
         shown: Shown | None,
         question: str,
         *,
-        repeats: int = 3,
+        repeats: int = 6,
         limit_s: float = 5.0,
         stop: threading.Event | None = None,
     ) -> Rounds | None:
@@ -462,9 +488,8 @@ class Engine:
             found.append(turn)
         if not found:
             return None
-        columns = [[tuple(1000 * side[k] for side in turn) for turn in found] for k in (0, 1)]
-        medians = [(statistics.median(a for a, _ in c), statistics.median(b for _, b in c)) for c in columns]
-        return Rounds(len(found), medians[0], medians[1])
+        prefill, ttft = (tuple((1000 * first[k], 1000 * second[k]) for first, second in found) for k in (0, 1))
+        return Rounds(prefill, ttft)
 
     def _first_token(self, side: Side, part: dict[str, Any], question: str) -> tuple[tuple[float, float], Side]:
         """Seconds of a prefill and to the first token, behind a warm-up; and the side as solved."""
@@ -493,8 +518,9 @@ class Engine:
             truth: the right answer, if known; judged as ``vtprune bench`` does.
             stop: no further entries.
 
-        Raises :class:`VtpruneError` at once for a question, picture, budget or share that is not taken.
+        Raises :class:`VtpruneError` at once for a question, right answer, picture, budget or share that is not taken.
         """
+        short(truth or "", "the right answer", LONGEST_TRUTH)
         asked, part = checked_question(question, self.processor), part_of(shown, self.processor)
         Side(None, budget, share, seed=seed)  # says now what is wrong
         return self._compare(part, asked, share, truth, budget, seed, names, threading.Event() if stop is None else stop)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
-from vtprune.demos.engine import LARGEST_SIDE, TRAINED, Entry, Result, Rounds, Side
+from vtprune.demos.engine import LARGEST_SIDE, TRAINED, Entry, Result, Rounds, Side, medians, ratios
 
 from vtprune import render
 from vtprune.methods.base import METHODS
@@ -23,6 +23,7 @@ from vtprune.types import VtpruneError
 THUMB = 160  # longer side of a card's picture, pixels
 COLUMNS = 4  # cards beside each other in the PNG
 LINE = 20  # pixels
+ENOUGH = 3  # rounds from which on their spread says something
 MARKS = {True: "✓ right", False: "✗ wrong"}  # a sign and a word, so that no colour is needed
 
 _INK, _LINE = "var(--body-text-color, inherit)", "var(--border-color-primary, #8886)"
@@ -32,7 +33,7 @@ _TABLE_CSS = f"""
 .vtp-metrics th, .vtp-metrics td {{ padding: .3rem .5rem; border-bottom: 1px solid {_LINE}; text-align: right; font-weight: normal; color: {_INK}; }}
 .vtp-metrics thead th {{ opacity: .75; }}
 .vtp-metrics tr > :first-child {{ text-align: left; }}
-.vtp-metrics td:last-child {{ white-space: nowrap; }}
+.vtp-metrics td:last-child {{ min-width: 6rem; overflow-wrap: break-word; }}
 @media (max-width: 34rem) {{ .vtp-metrics {{ font-size: .85rem; }} .vtp-metrics th, .vtp-metrics td {{ padding: .25rem .3rem; }}
   .vtp-metrics [scope=row] {{ min-width: 7rem; }} }}
 """.strip()
@@ -66,7 +67,7 @@ def layers_text(layer_tokens: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the comparison, all text: the figure's ``name`` with its unit, both sides, and ``second`` minus and over ``first`` (empty: no numbers)."""
+    """One line of the comparison, all text: the figure's ``name`` with its unit, both sides, and ``second`` minus and over ``first`` (empty: no such)."""
 
     name: str
     first: str
@@ -76,14 +77,17 @@ class Row:
 
 
 def metrics(a: Result, b: Result, rounds: Rounds | None = None) -> list[Row]:
-    """The comparison of two sides. With ``rounds`` the first two times are their medians, measured in turns; without, single measurements."""
+    """The comparison of two sides. The first two times are those of ``rounds``; single measurements (the later tokens; all without ``rounds``) stand side by
+    side without a difference, because nobody knows how far they can be trusted."""
     x, y = figures_of(a), figures_of(b)
-    how = "" if rounds is None else f", median of {rounds.rounds} in turns" if rounds.rounds > 1 else ", one round in turns"
-    times = [(x["ttft_ms"], y["ttft_ms"]), (x["prefill_ms"], y["prefill_ms"])] if rounds is None else [rounds.ttft_ms, rounds.prefill_ms]
+    names = {"ttft_ms": "time to first token, ms", "prefill_ms": "prefill, ms"}
+    if rounds is None:
+        times = [_single(name, x[key], y[key]) for key, name in names.items()]
+    else:
+        times = [_paired(name, getattr(rounds, key), y["flops"] - x["flops"]) for key, name in names.items()]
     return [
-        _row(f"time to first token, ms{how}", *times[0]),
-        _row(f"prefill, ms{how}", *times[1]),
-        _row("later tokens, ms each", x["token_ms"], y["token_ms"]),
+        *times,
+        _single("later tokens, ms each", x["token_ms"], y["token_ms"]),
         Row("visual tokens per layer", layers_text(x["layer_tokens"]), layers_text(y["layer_tokens"]), "", ""),
         _row("effective visual tokens", x["effective_tokens"], y["effective_tokens"]),
         _row("prefill FLOPs, G", x["flops"] / 1e9, y["flops"] / 1e9, 3),
@@ -91,11 +95,28 @@ def metrics(a: Result, b: Result, rounds: Rounds | None = None) -> list[Row]:
     ]
 
 
-def _row(name: str, first: float | None, second: float | None, digits: int = 1) -> Row:
-    said = ["-" if v is None else f"{v:.{digits}f}" for v in (first, second)]
-    if first is None or second is None:
-        return Row(name, said[0], said[1], "", "")
-    return Row(name, said[0], said[1], f"{second - first:+.{digits}f}", f"x {second / first:.2f}" if first else "")
+def _row(name: str, first: float, second: float, digits: int = 1) -> Row:
+    ratio = f"x {second / first:.2f}" if first else ""
+    return Row(name, f"{first:.{digits}f}", f"{second:.{digits}f}", f"{second - first:+.{digits}f}", ratio)
+
+
+def _single(name: str, first: float | None, second: float | None) -> Row:
+    """One measurement each."""
+    return Row(f"{name}, one run each", *("-" if v is None else f"{v:.1f}" for v in (first, second)), "", "")
+
+
+def _paired(name: str, pairs: Sequence[tuple[float, float]], more_work: float) -> Row:
+    """Times in turns: medians, and the median of the rounds' ratios with the lowest and highest. What noise explains is said to be noise, and a difference
+    against the FLOPs (``more_work``: second minus first) is said to be one."""
+    first, second = medians(pairs)
+    if len(pairs) < ENOUGH:
+        return Row(f"{name}, in turns", f"{first:.1f}", f"{second:.1f}", "", f"too few rounds ({len(pairs)}) to compare")
+    middle, low, high = ratios(pairs)
+    noise = low <= 1 <= high
+    against = not noise and (more_work < 0 < middle - 1 or more_work > 0 > middle - 1)
+    remark = ": within noise" if noise else ": against the FLOPs, so overhead decides here" if against else ""
+    ratio = f"x {middle:.2f} ({low:.2f} to {high:.2f}){remark}"
+    return Row(f"{name}, median of {len(pairs)} in turns", f"{first:.1f}", f"{second:.1f}", "" if noise else f"{second - first:+.1f}", ratio)
 
 
 def metrics_html(rows: Sequence[Row], first: str = "first", second: str = "second") -> str:

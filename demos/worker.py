@@ -8,11 +8,14 @@ import gc
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from multiprocessing import connection, util
 from multiprocessing.managers import BaseManager, IteratorProxy  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from vtprune.render import encode
 from vtprune.types import VtpruneError
 
 NAMES = ("A", "B")
+KILL = 9  # what Linux does to a process when memory runs out
+LONGEST_JSON, LONGEST_NAME = 100_000, 200  # characters of a recipe file, and of the name in it
 
 
 class Desk:
@@ -152,7 +157,7 @@ class Desk:
     def side(self, given: Mapping[str, Any], name: str) -> Any:
         """A :class:`vtprune.demos.engine.Side` from what the page sends: ``recipe`` (a name; ``"dense"``), ``file`` (a recipe's JSON text instead), ``budget``,
         ``share``, ``options`` (JSON text) and ``seed``. Raises :class:`VtpruneError` that says which side and what is wrong."""
-        from vtprune.demos.engine import Side
+        from vtprune.demos.engine import Side, short
         from vtprune.models import _demo
 
         from vtprune.recipe import Recipe
@@ -160,8 +165,11 @@ class Desk:
         try:
             options = _json(given.get("options") or "{}", "options")
             recipe: Any = None if given["recipe"] == "dense" else given["recipe"]
-            if given.get("file"):
+            if given.get("file") is not None:
+                if not given["file"].strip():
+                    raise VtpruneError("the recipe file is empty")
                 recipe = Recipe.from_dict(_json(given["file"], "recipe file"))
+                short(str(recipe.name), "the recipe's name", LONGEST_NAME)
             elif recipe is not None and recipe not in [o.name for o in self.engine.recipes()]:
                 raise VtpruneError(f"unknown recipe {recipe!r}")
             stages = recipe.stages if isinstance(recipe, Recipe) else ()
@@ -221,10 +229,15 @@ def _named(name: str, turns: Iterator[Any]) -> Iterator[Any]:
 
 
 def _json(text: str, what: str) -> dict[str, Any]:
+    from vtprune.demos.engine import proper, short
+
+    short(text, what, LONGEST_JSON)
     try:
         found = json.loads(text)
+        plain = json.dumps(found, ensure_ascii=False)
     except (ValueError, RecursionError) as e:  # also numbers that are too long, and lists in lists without end
         raise VtpruneError(f"{what}: not JSON ({e})") from e
+    proper(plain, what)  # an escape in the text may have become half of a character
     if not isinstance(found, dict):
         raise VtpruneError(f'{what}: a JSON object is needed, such as {{"layer": 3}}')
     return found
@@ -245,6 +258,8 @@ def _begin() -> None:
     """In the new process: it ends with its parent, however that ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes sends it to both; the parent tidies up
 
     def follow() -> None:
         parent.join()
@@ -259,7 +274,10 @@ class Worker:
     def __init__(self, model: str | None, device: str, dtype: str):
         # A forked process keeps the torch that is imported here already; elsewhere, or once CUDA is in use, it starts anew.
         self._manager = _Manager(ctx=multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn"))
+        util.get_temp_dir()  # of the socket between the two: made here, it goes with this process, however the other one ends
+        before = multiprocessing.active_children()
         self._manager.start(_begin)
+        (self.process,) = [p for p in multiprocessing.active_children() if p not in before]
         self._desk: Any = self._manager.Desk()  # type: ignore[attr-defined]
         self._loaded = ThreadPoolExecutor(1).submit(self._desk.load, model, device, dtype)
 
@@ -268,6 +286,20 @@ class Worker:
         """The desk, once the model is loaded. Raises what loading raised."""
         self._loaded.result()
         return self._desk
+
+    def state(self) -> str:
+        """Why the process has ended; empty while it lives."""
+        if (code := self.process.exitcode) is None:
+            return ""
+        how = f"code {code}" if code >= 0 else f"{signal.Signals(-code).name}{', perhaps for want of memory' if -code == KILL else ''}"
+        return f"the model's process has ended ({how})"
+
+    def wait(self) -> str:
+        """Returns when the process has ended, and :meth:`state`."""
+        connection.wait([self.process.sentinel])
+        while not (why := self.state()):  # another thread may be collecting its code just now
+            time.sleep(0.01)
+        return why
 
     def close(self) -> None:
         """Ends the process."""

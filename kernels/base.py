@@ -183,7 +183,7 @@ def kinds(name: str, dtype: torch.dtype, **tensors: Tensor | None) -> None:
 
 def below(name: str, what: str, index: Tensor, limit: int) -> None:
     """Raises :class:`VtpruneError` for positions beyond the end: on a CPU, where looking is free; kernels drop them."""
-    if index.device.type == "cpu" and not torch.compiler.is_compiling() and bool((index >= limit).any()):
+    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling() and int(index.numpy().max()) >= limit:
         raise VtpruneError(f"{name}: {what} has entries up to {int(index.max())}, there are {limit}")
 
 

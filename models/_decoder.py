@@ -78,6 +78,8 @@ class DecoderEngine:
         if positions not in ("original", "compact"):
             raise VtpruneError(f"positions={positions!r} is not one of 'original', 'compact'")
         backend(decoder.lm.config)
+        for module in (decoder.lm, decoder.layers[0]):
+            _host.cache_name(module)
         for cut in cuts:
             if cut.context and decoder.window_of(cut.layer) is not None:
                 raise UnsupportedError(

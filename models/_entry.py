@@ -100,14 +100,10 @@ class Entry:
                 given = opens(call, given)
                 output = original(**given)
                 closes(call, output)
-            except Exception as error:
-                if self.ledger.undone:
-                    raise UnsupportedError(REMOVED) from error
-                raise
             finally:
                 self.stack.remove(call)
-            if self.ledger.undone:
-                raise UnsupportedError(REMOVED)
+                if self.ledger.undone:  # another error, or an answer, of a forward that was half hooked
+                    raise UnsupportedError(REMOVED)
             return output
 
         opens, closes = self.ledger.timed(self.opens), self.ledger.timed(self.closes)

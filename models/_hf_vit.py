@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._tower import Tower, rotate
+from .base import named
 
 CLASSES = {"CLIPVisionModel": "clip", "CLIPVisionModelWithProjection": "clip", "SiglipVisionModel": "siglip", "Dinov2Model": "dinov2"}  # towers of MLLMs too
 BARE = {
@@ -30,7 +31,7 @@ CLASSIFIERS = {
 
 def arch(model: Any) -> str | None:
     """``"clip"``, ``"siglip"``, ``"dinov2"`` or ``None``: what a multimodal model can have."""
-    return CLASSES.get(type(model).__name__)
+    return CLASSES.get(named(model, *CLASSES) or "")
 
 
 def core(model: Any) -> Any:
@@ -101,14 +102,14 @@ def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor
 
 def _sample(block: Any, n: int) -> tuple[Tensor, Tensor]:
     """DINOv3's rotary table of ``n`` patches: cosines and sines ``[n, d]``."""
-    weight, width = block.attention.q_proj.weight, block.attention.head_dim
+    weight, width = block.norm1.weight, block.attention.head_dim  # projections may be stored in integers
     angle = torch.arange(n * width // 2, device=weight.device, dtype=torch.float32).view(n, -1).tile(2)
     return angle.cos().to(weight.dtype), angle.sin().to(weight.dtype)
 
 
 def prefix(model: Any) -> int:
     """Class, distillation and register tokens in front of the patches."""
-    kind = BARE.get(type(model).__name__)
+    kind = BARE.get(named(model, *BARE) or "")
     if kind == "siglip":
         return 0
     return 2 if kind == "deit" else 1 + (getattr(model.config, "num_register_tokens", 0) if kind in ("dinov2-registers", "dinov3") else 0)
@@ -120,12 +121,13 @@ def grid(config: Any) -> tuple[int, int]:
     return h // ph, w // pw
 
 
-def describe(model: Any, used: int, root: nn.Module | None = None) -> Tower:
-    """The :class:`Tower` of ``model`` with its first ``used`` blocks."""
+def describe(model: Any, used: int, root: nn.Module | None = None, *, bare: bool = False) -> Tower:
+    """The :class:`Tower` of ``model`` with its first ``used`` blocks. ``bare``: no model behind it counts on one number of tokens, so that images may have any
+    size that the tower itself takes."""
     config = model.config
     patch = (config.patch_size,) * 2 if isinstance(config.patch_size, int) else tuple(config.patch_size)
     rotary = hasattr(core(model), "rope_embeddings")
-    fixed = not (rotary or type(model).__name__.startswith("Dinov2"))  # the others take any size
+    fixed = not (rotary or named(model, "Dinov2Model", "Dinov2WithRegistersModel"))  # the others take any size
 
     def resize(pixels: Tensor, rows: int, columns: int) -> tuple[Tensor, dict[str, Any]]:
         size = (rows * patch[0], columns * patch[1])
@@ -146,6 +148,8 @@ def describe(model: Any, used: int, root: nn.Module | None = None) -> Tower:
         width=config.hidden_size,
         rope="position_embeddings" if rotary else None,
         sample=_sample if rotary else None,
+        raster=(lambda pixels: (pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1])) if bare else None,
+        variable=bare and not fixed,
     )
 
 

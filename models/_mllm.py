@@ -24,7 +24,7 @@ from ._layout import Part, Raster, parts
 from ._probe import probe, probe_queries
 from ._request import Encoded, Request
 from ._tower import Run, TowerEngine
-from .base import PlannedCut
+from .base import PlannedCut, named
 
 TEXT = {
     "LlamaModel": "Llama",
@@ -87,7 +87,7 @@ class Mllm:
             )
         except AttributeError as e:
             raise UnsupportedError(f"{type(lm).__name__} is not shaped like the decoders this library knows: its configuration has no {e.name}") from e
-        if type(lm).__name__ not in self.tested:
+        if named(lm, *self.tested) is None:
             self.probe()
 
     def probe(self) -> None:
@@ -200,7 +200,7 @@ class Mllm:
     def kinds(self) -> tuple[str, ...]:
         """Each decoder layer's attention type."""
         config = self.lm.config
-        everywhere = "sliding_attention" if type(self.lm).__name__ == "MistralModel" and config.sliding_window else "full_attention"
+        everywhere = "sliding_attention" if named(self.lm, "MistralModel") and config.sliding_window else "full_attention"
         return tuple(getattr(config, "layer_types", None) or [everywhere] * config.num_hidden_layers)
 
     def describe(self) -> Decoder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ class BareVit:
             vision_depth=len(tower.blocks),
             llm_layers=0,
             provides={"vision": provides, **({"pixels": frozenset()} if tower.resize else {})},
+            variable=tower.variable,
         )
 
     def tower_blocks(self) -> list[nn.Module]:
@@ -60,46 +63,56 @@ class BareVit:
     def head(self, ledger: UndoLedger) -> None:
         """Hooks what reads all tokens; a head that reads the class token needs nothing."""
 
-    def _running(self) -> Run | None:
-        run = self.engine.run
-        return run if run is not None and run.head else None
+    def weighed(self, run: Run, x: Tensor, *, whole: bool = False) -> Tensor:
+        """Tokens ``x`` ``[G, P + n, C]`` scaled so that their plain mean over the patches (``whole``: over all of them) counts every original token that is
+        still represented once: merged tokens count with their sizes, padding does not count."""
+        weight = run.weights()
+        if weight is None:
+            return x
+        p, weight = self.tower.prefix, weight.to(torch.promote_types(x.dtype, torch.float32))
+        if whole:
+            weight = F.pad(weight, (p, 0), value=1.0)
+        weight = weight * (weight.shape[1] / weight.sum(1, keepdim=True))
+        if not whole:
+            weight = F.pad(weight, (p, 0), value=1.0)
+        return x * weight[..., None].to(x.dtype)
 
-    def average(self, ledger: UndoLedger, module: nn.Module, *, whole: bool = False) -> None:
-        """``module`` gives the rows ``[G, P + n, C]`` whose plain mean over the patches (``whole``: over all of them) the head takes: every original token that
-        is still represented counts once, so merged tokens count with their sizes, and padding does not count."""
+    def highest(self, run: Run, x: Tensor) -> Tensor:
+        """Tokens ``x`` whose maximum is taken: padding never is one."""
+        return x if run.whole else x.masked_fill(~F.pad(run.valid, (self.tower.prefix, 0), value=True)[..., None], -torch.inf)
 
-        def weigh(module: nn.Module, args: tuple, kwargs: dict, x: Tensor) -> Tensor | None:
-            run = self._running()
-            weight = None if run is None else run.weights()
-            if weight is None:
-                return None
-            p, weight = self.tower.prefix, weight.to(torch.promote_types(x.dtype, torch.float32))
-            if whole:
-                weight = F.pad(weight, (p, 0), value=1.0)
-            weight = weight * (weight.shape[1] / weight.sum(1, keepdim=True))
-            if not whole:
-                weight = F.pad(weight, (p, 0), value=1.0)
-            return x * weight[..., None].to(x.dtype)
+    def intermediates(self, ledger: UndoLedger, module: Any, name: str = "forward_intermediates") -> None:
+        """A method of the root that gives what chosen blocks return: tokens (``NLC``) are those that are left behind each, feature maps (``NCHW``) have the
+        token that stands for every cell, zeros where it was dropped."""
+        original = getattr(module, name)
+        signature = inspect.signature(original)
 
-        ledger.after(module, weigh)
+        def run_blocks(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            asked = given.arguments
+            reshape = asked["output_fmt"] == "NCHW"
+            if reshape:
+                asked["output_fmt"] = "NLC"
+            depth = len(self.tower.blocks)
 
-    def maximum(self, ledger: UndoLedger, module: nn.Module) -> None:
-        """``module`` gives the rows whose maximum the head takes: padding never is one."""
+            def finish(run: Run, output: Any) -> Any:
+                if not reshape:
+                    return output
+                blocks = taken(asked["indices"], depth)
+                return _mapped(output, lambda found: [_lifted(run, i, x) for i, x in zip(blocks, found, strict=True)])
 
-        def fill(module: nn.Module, args: tuple, kwargs: dict, x: Tensor) -> Tensor | None:
-            run = self._running()
-            if run is None or run.whole:
-                return None
-            return x.masked_fill(~F.pad(run.valid, (self.tower.prefix, 0), value=True)[..., None], -torch.inf)
+            call = self.engine.alone(original, early=asked["stop_early"], finish=finish)
+            return call(*given.args, **given.kwargs)
 
-        ledger.after(module, fill)
+        ledger.replace(module, name, run_blocks)
 
     def pooler(self, ledger: UndoLedger, module: nn.Module, *, heads: int | None = None, tokens: int = 0) -> None:
         """``module`` attends with learned queries to the tokens: it sees what a block sees, no padding and, with proportional attention, the log sizes.
         ``heads``: it is a ``nn.MultiheadAttention``, whose masks are ``[B * heads, queries, n]``; ``tokens`` which argument holds the tokens."""
 
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            run = self._running()
+            run = self.engine.run
             x = args[tokens]
             bias = None if run is None else self.engine.bias(x)
             if bias is None:
@@ -117,6 +130,27 @@ def mlp_shape(mlp: nn.Module, width: int) -> dict[str, Any]:
     matrices = [m.weight for m in mlp.modules() if isinstance(m, nn.Linear)]
     wide = matrices[-1].shape[1]
     return {"vf": wide, "vmlp": sum(w.numel() for w in matrices) // (width * wide)}
+
+
+def taken(indices: int | Sequence[int] | None, depth: int) -> list[int]:
+    """The blocks that ``indices`` mean, ascending: all, the last so many, or those named (from the end if negative)."""
+    if indices is None:
+        return list(range(depth))
+    if isinstance(indices, int):
+        return list(range(depth - indices, depth))
+    return sorted({i % depth for i in indices})
+
+
+def _mapped(output: Any, lift: Callable[[list], list]) -> Any:
+    """``output`` of timm or open_clip with its list of intermediates lifted."""
+    if isinstance(output, dict):
+        return {**output, "image_intermediates": lift(output["image_intermediates"])}
+    return (output[0], lift(output[1])) if isinstance(output, tuple) else lift(output)
+
+
+def _lifted(run: Run, block: int, found: Any) -> Any:
+    """Patches, alone or with the prefix tokens beside them, as a feature map."""
+    return (run.maps(block, found[0]), *found[1:]) if isinstance(found, tuple) else run.maps(block, found)
 
 
 def per_head(mask: Tensor, heads: int, queries: int) -> Tensor:

@@ -69,6 +69,12 @@ class Adapter(Protocol):
     def branch(self, layer: int) -> nn.Module: ...
 
 
+def named(module: object, *names: str) -> str | None:
+    """The first class in ``type(module).__mro__`` whose name is among ``names``, ``None`` if there is none: subclasses, and classes that a wrapper derives
+    from a model's own (FSDP2), are taken like their base."""
+    return next((c.__name__ for c in type(module).__mro__ if c.__name__ in names), None)
+
+
 def _load() -> None:
     from importlib import import_module
     from pkgutil import iter_modules

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..types import Geometry, UnsupportedError
 from ._mllm import BEHIND, Mllm, tiny_build, tiny_prompts, tiny_text, tower_shapes
-from .base import ADAPTERS, AdapterInfo
+from .base import ADAPTERS, AdapterInfo, named
 
 
 class Gemma3(Mllm):
@@ -77,7 +77,7 @@ ADAPTERS.register(
     AdapterInfo(
         name="gemma3",
         idea="Gemma 3 on transformers (behind the projector and in the language model; sliding windows, both directions within an image)",
-        matches=lambda m: type(m).__name__ == "Gemma3ForConditionalGeneration",
+        matches=lambda m: named(m, "Gemma3ForConditionalGeneration") is not None,
         bind=Gemma3,
         tiny={"sliding": _tiny},
     ),

@@ -3,24 +3,30 @@ registers) and DINOv3."""
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..ledger import UndoLedger
 from ..types import UnsupportedError
 from . import _hf_vit
 from ._cost import Shapes
 from ._vit import BareVit, mlp_shape
-from .base import ADAPTERS, AdapterInfo
+from .base import ADAPTERS, AdapterInfo, named
 
 # Accepted only to say why not.
+_MAPS = "a {0}Backbone hands out whole feature maps, with a place for every patch; load the checkpoint as {0}Model, whose output holds the tokens that are left"
 REFUSED = {
+    "Dinov2Backbone": _MAPS.format("Dinov2"),
+    "Dinov2WithRegistersBackbone": _MAPS.format("Dinov2WithRegisters"),
+    "DINOv3ViTBackbone": _MAPS.format("DINOv3ViT"),
     "Siglip2VisionModel": "Siglip2 (NaFlex) gives every image a raster and a padding of its own, and recipes are planned for one raster; the SigLIP 2 "
     "checkpoints of one resolution load as SiglipVisionModel and are supported",
 }
+KNOWN = (*_hf_vit.BARE, *_hf_vit.CLASSIFIERS, *REFUSED)
 
 
 class HfVit(BareVit):
@@ -28,14 +34,15 @@ class HfVit(BareVit):
     that is still represented once. In DINOv3 a merged token stands at the position of the token that absorbed the others."""
 
     def __init__(self, model: Any):
-        name = type(model).__name__
+        name = named(model, *KNOWN)
+        assert name is not None
         if name in REFUSED:
             raise UnsupportedError(REFUSED[name])
         self.model = model
         self.base = getattr(model, _hf_vit.CLASSIFIERS[name]) if name in _hf_vit.CLASSIFIERS else model
         self.averages = name.startswith("Dinov2") and name in _hf_vit.CLASSIFIERS
         config = self.base.config
-        tower = _hf_vit.describe(self.base, len(_hf_vit.layers(self.base)))
+        tower = _hf_vit.describe(self.base, len(_hf_vit.layers(self.base)), _hf_vit.core(self.base), bare=True)
         block: Any = tower.blocks[0]
         cost = Shapes(
             vd=config.hidden_size,
@@ -45,15 +52,41 @@ class HfVit(BareVit):
             prefix=tower.prefix,
             **mlp_shape(block.mlp, config.hidden_size),
         )
-        arch = _hf_vit.BARE[type(self.base).__name__]
+        arch = _hf_vit.BARE[str(named(self.base, *_hf_vit.BARE))]
         super().__init__(tower, family="hf-vit", arch=arch, class_token=tower.prefix > 0, cost=cost, class_readout=not self.averages)
 
     def head(self, ledger: UndoLedger) -> None:
+        if self.tower.mask is None:
+            ledger.before(self.tower.root, _no_maps)
         if self.averages:
-            self.average(ledger, self.base.layernorm)
+            self._average(ledger)
         pool = getattr(_hf_vit.core(self.model), "head", None)  # SigLIP's attention pooling
         if pool is not None:
             self.pooler(ledger, pool.attention, heads=pool.attention.num_heads, tokens=1)
+
+    def _average(self, ledger: UndoLedger) -> None:
+        """The classifier takes a plain mean of what its tower returns; whoever calls the tower itself gets the tokens as they are."""
+        reading = threading.local()
+
+        def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            reading.now = True
+
+        def end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            reading.now = False
+
+        def weigh(module: nn.Module, args: tuple, kwargs: dict, x: Tensor) -> Tensor | None:
+            run = self.engine.run
+            return self.weighed(run, x) if run is not None and getattr(reading, "now", False) else None
+
+        ledger.before(self.model, begin)
+        ledger.after(self.model, end, first=False, always=True)
+        ledger.after(self.base.layernorm, weigh)
+
+
+def _no_maps(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Blocks that take no mask are composed of their halves, which make no attention maps."""
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        raise UnsupportedError("attention maps of this tower need a newer transformers than 5.17 while it is attached; leave out output_attentions")
 
 
 def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -86,7 +119,7 @@ ADAPTERS.register(
     AdapterInfo(
         name="hf-vit",
         idea="bare transformers towers and classifiers: CLIP (also with projection), SigLIP, ViT, DeiT, DINOv2 (with registers), DINOv3",
-        matches=lambda m: type(m).__name__ in {*_hf_vit.BARE, *_hf_vit.CLASSIFIERS, *REFUSED},
+        matches=lambda m: named(m, *KNOWN) is not None,
         bind=HfVit,
         tiny={k: partial(_tiny, k) for k in ("clip", "siglip", "dinov2", "dinov3", "vit-classifier", "deit", "dinov2-registers-classifier")},
     ),

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..types import Geometry, UnsupportedError
 from ._mllm import BEHIND, Mllm, tiny_build, tiny_prompts, tiny_text
-from .base import ADAPTERS, AdapterInfo
+from .base import ADAPTERS, AdapterInfo, named
 
 
 class InternVL(Mllm):
@@ -81,7 +81,7 @@ ADAPTERS.register(
     AdapterInfo(
         name="internvl",
         idea="InternVL on transformers (tiles; behind the projector and in the language model), Qwen2 / Qwen3 / Llama text",
-        matches=lambda m: type(m).__name__ == "InternVLForConditionalGeneration",
+        matches=lambda m: named(m, "InternVLForConditionalGeneration") is not None,
         bind=InternVL,
         tiny={t: partial(_tiny, t) for t in ("qwen2", "qwen3")},
     ),

@@ -12,7 +12,7 @@ from ..types import Geometry, UnsupportedError
 from . import _hf_vit
 from ._mllm import Mllm, tiny_model, tiny_text
 from ._tower import TowerEngine
-from .base import ADAPTERS, AdapterInfo, PlannedCut
+from .base import ADAPTERS, AdapterInfo, PlannedCut, named
 
 
 class Llava(Mllm):
@@ -115,7 +115,7 @@ def _tiny(tower: str, text: str, layers: int = 6) -> tuple[nn.Module, dict[str, 
 
 def _matches(model: Any) -> bool:
     """LLaVA with a Pixtral tower has images of any size: another adapter's."""
-    return type(model).__name__ == "LlavaForConditionalGeneration" and type(model.model.vision_tower).__name__ != "PixtralVisionModel"
+    return named(model, "LlavaForConditionalGeneration") is not None and named(model.model.vision_tower, "PixtralVisionModel") is None
 
 
 ADAPTERS.register(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ._layout import Part, Raster, per_sample
 from ._mllm import tiny_build, tiny_prompts, tiny_text
-from .base import ADAPTERS, AdapterInfo
+from .base import ADAPTERS, AdapterInfo, named
 from .llava import Llava
 
 
@@ -104,7 +104,7 @@ ADAPTERS.register(
     AdapterInfo(
         name="llava-next",
         idea="LLaVA-NeXT (1.6) on transformers: tiles of any resolution, new-line tokens; tower, projector and language model",
-        matches=lambda m: type(m).__name__ == "LlavaNextForConditionalGeneration",
+        matches=lambda m: named(m, "LlavaNextForConditionalGeneration") is not None,
         bind=LlavaNext,
         tiny={"clip-llama": partial(_tiny, "clip", "llama"), "siglip-mistral-window": partial(_tiny, "siglip", "mistral")},
     ),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..types import UnsupportedError
 from ._layout import Part, Raster, per_sample
 from ._mllm import tiny_build, tiny_prompts, tiny_text
-from .base import ADAPTERS, AdapterInfo
+from .base import ADAPTERS, AdapterInfo, named
 from .llava_next import LlavaNext
 
 
@@ -104,7 +104,7 @@ ADAPTERS.register(
     AdapterInfo(
         name="llava-onevision",
         idea="LLaVA-OneVision on transformers: one image in tiles, several images, video frames; SigLIP tower, Qwen2 text",
-        matches=lambda m: type(m).__name__ == "LlavaOnevisionForConditionalGeneration",
+        matches=lambda m: named(m, "LlavaOnevisionForConditionalGeneration") is not None,
         bind=LlavaOnevision,
         tiny={k: partial(_tiny, k) for k in ("images", "video", "interpolated")},
     ),

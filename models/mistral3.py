@@ -16,13 +16,13 @@ from torch import nn
 from ..types import Geometry, VtpruneError
 from ._layout import Part, Raster
 from ._mllm import BEHIND, Mllm, tiny_build, tiny_prompts, tiny_text, tower_shapes
-from .base import ADAPTERS, AdapterInfo
+from .base import ADAPTERS, AdapterInfo, named
 
 
 def matches(model: nn.Module) -> bool:
     """Mistral 3, or a LLaVA whose tower is Pixtral's."""
-    name, tower = type(model).__name__, getattr(getattr(model, "model", None), "vision_tower", None)
-    return name == "Mistral3ForConditionalGeneration" or (name == "LlavaForConditionalGeneration" and type(tower).__name__ == "PixtralVisionModel")
+    name = named(model, "Mistral3ForConditionalGeneration", "LlavaForConditionalGeneration")
+    return name == "Mistral3ForConditionalGeneration" or (name is not None and named(model.model.vision_tower, "PixtralVisionModel") is not None)
 
 
 class Mistral3(Mllm):

@@ -16,7 +16,7 @@ from ._cost import Shapes
 from ._hf_vit import randomise
 from ._tower import Tower
 from ._vit import BareVit, mlp_shape, per_head
-from .base import ADAPTERS, AdapterInfo
+from .base import ADAPTERS, AdapterInfo, named
 
 FAMILY = "open-clip"
 
@@ -26,14 +26,21 @@ def _split(projected: Tensor, heads: int) -> Tensor:
     return projected.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
+def _plain(block: Any) -> nn.MultiheadAttention:
+    """The attention whose matrices are read here; a wrapper around it (an adapter) computes something else with them."""
+    if not isinstance(block.attn, nn.MultiheadAttention):
+        raise UnsupportedError(f"open_clip attention of type {type(block.attn).__module__}.{type(block.attn).__name__} is not supported; merge adapters into the model before attach()")
+    return block.attn
+
+
 def _attend(block: Any, x: Tensor, mask: Tensor | None, caught: dict[str, Any]) -> Tensor:
     """The block around ``nn.MultiheadAttention``: that takes masks of ``[B * H, n, n]`` only and shows no projections, so it is written out here."""
-    a = block.attn
+    a = _plain(block)
     caught["qkv"] = F.linear(block.ln_1(x), a.in_proj_weight, a.in_proj_bias)
     q, k, v = (_split(t, a.num_heads) for t in caught["qkv"].chunk(3, dim=-1))
     bias = None if mask is None else mask.to(q.dtype)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=a.dropout if a.training else 0.0)
-    return x + block.ls_1(a.out_proj(y.transpose(1, 2).flatten(2)))
+    return x + block.ls_1(F.linear(y.transpose(1, 2).flatten(2), a.out_proj.weight, a.out_proj.bias))  # as torch does: never called as a module
 
 
 def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -62,7 +69,7 @@ def _feed(block: Any, x: Tensor) -> Tensor:
 
 def _describe(visual: Any) -> Tower:
     blocks = list(visual.transformer.resblocks)
-    kinds = {type(b).__name__ for b in blocks}
+    kinds = {named(b, "ResidualAttentionBlock", "CustomResidualAttentionBlock") or type(b).__name__ for b in blocks}
     if len(kinds) > 1 or not kinds <= {"ResidualAttentionBlock", "CustomResidualAttentionBlock"} or not visual.transformer.batch_first:
         raise UnsupportedError(
             f"open_clip blocks {', '.join(sorted(kinds))} are not supported; there are ResidualAttentionBlock and CustomResidualAttentionBlock, batch first"
@@ -70,6 +77,13 @@ def _describe(visual: Any) -> Tower:
     custom = "CustomResidualAttentionBlock" in kinds
     if custom and blocks[0].attn.scaled_cosine:
         raise UnsupportedError("scaled cosine attention is not supported: it has no query and key whose product gives its logits")
+
+    def raster(pixels: Tensor) -> tuple[int, int]:
+        (rows, columns), fixed = (s // p for s, p in zip(pixels.shape[-2:], visual.patch_size, strict=True)), tuple(visual.grid_size)
+        if (rows, columns) != fixed:
+            raise UnsupportedError(f"an image of {rows} x {columns} patches for a model of {fixed[0]} x {fixed[1]}: open_clip's towers take images of one size")
+        return rows, columns
+
     return Tower(
         root=visual,
         blocks=blocks,
@@ -82,6 +96,7 @@ def _describe(visual: Any) -> Tower:
         project=_custom_project if custom else _project,
         pixels="x",
         width=visual.transformer.width,
+        raster=raster,
     )
 
 
@@ -115,14 +130,22 @@ class OpenClip(BareVit):
             for pool in (visual.attn_pool, None if cascade else visual.attn_pool_contrastive):
                 if pool is not None:
                     self.pooler(ledger, pool.attn, heads=pool.attn.num_heads, tokens=1)
-        elif visual.pool_type == "avg":
-            self.average(ledger, visual.transformer if visual.final_ln_after_pool else visual.ln_post)
+        pool = visual._global_pool
+
+        def read(x: Tensor) -> tuple[Tensor, Tensor]:
+            if visual.pool_type != "avg" or visual.attn_pool is not None:
+                return pool(x)
+            with self.engine.reading(x) as run:
+                return pool(self.weighed(run, x))[0], pool(x)[1]  # the tokens are handed out as they are
+
+        ledger.replace(visual, "_global_pool", read)
+        self.intermediates(ledger, visual)
 
 
 def bind(model: Any) -> BareVit:
     """open_clip's own tower, or the timm model inside ``TimmModel``."""
     visual = model.visual
-    kind = type(visual).__name__
+    kind = named(visual, "TimmModel", "VisionTransformer") or type(visual).__name__
     if kind == "TimmModel" and timm_vit.takes(visual.trunk):
         return timm_vit.TimmVit(visual.trunk, FAMILY)
     if kind == "VisionTransformer":

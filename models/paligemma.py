@@ -18,7 +18,7 @@ from . import _hf_vit
 from ._layout import Part
 from ._mllm import Mllm, tiny_build, tiny_prompts, tiny_text, tower_shapes
 from ._tower import TowerEngine
-from .base import ADAPTERS, AdapterInfo, PlannedCut
+from .base import ADAPTERS, AdapterInfo, PlannedCut, named
 
 
 class PaliGemma(Mllm):
@@ -99,7 +99,7 @@ ADAPTERS.register(
     AdapterInfo(
         name="paligemma",
         idea="PaliGemma and PaliGemma 2 on transformers: SigLIP tower, Gemma / Gemma 2 text, both directions within the prompt",
-        matches=lambda m: type(m).__name__ == "PaliGemmaForConditionalGeneration",
+        matches=lambda m: named(m, "PaliGemmaForConditionalGeneration") is not None,
         bind=PaliGemma,
         tiny={t: partial(_tiny, t) for t in ("gemma", "gemma2")},
     ),

@@ -20,7 +20,7 @@ from ..types import Geometry
 from ._layout import Part, Raster, per_sample
 from ._mllm import BEHIND, Mllm, tiny_build, tiny_prompts, tiny_text
 from ._scores import take
-from .base import ADAPTERS, AdapterInfo, PlannedCut
+from .base import ADAPTERS, AdapterInfo, PlannedCut, named
 
 FAMILIES = {
     "Qwen2VLForConditionalGeneration": "qwen2-vl",
@@ -36,7 +36,7 @@ class QwenVL(Mllm):
 
     def __init__(self, model: Any):
         core, config = model.model, model.config
-        v, family = config.vision_config, FAMILIES[type(model).__name__]
+        v, family = config.vision_config, FAMILIES[str(named(model, *FAMILIES))]
         self.fold = v.spatial_merge_size
         geometry = Geometry(
             family=family,
@@ -172,7 +172,7 @@ def _tiny(family: str, moving: bool) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _is(kind: str, model: nn.Module) -> bool:
-    return type(model).__name__ == kind
+    return named(model, *FAMILIES) == kind
 
 
 for _kind, _name in FAMILIES.items():

@@ -15,7 +15,7 @@ from torch import nn
 from ..types import Geometry
 from ._layout import Part
 from ._mllm import BEHIND, Mllm, tiny_build, tiny_prompts, tiny_text, tower_shapes
-from .base import ADAPTERS, AdapterInfo
+from .base import ADAPTERS, AdapterInfo, named
 
 CLASSES = {"SmolVLMForConditionalGeneration": "smolvlm", "Idefics3ForConditionalGeneration": "idefics3"}
 
@@ -29,7 +29,7 @@ class SmolVLM(Mllm):
         side = v.image_size // v.patch_size // fold
         geometry = Geometry(
             family="smolvlm",
-            arch=CLASSES[type(model).__name__],
+            arch=CLASSES[str(named(model, *CLASSES))],
             tokens=side * side,
             grid=(side, side),
             prefix=0,
@@ -79,7 +79,7 @@ ADAPTERS.register(
     AdapterInfo(
         name="smolvlm",
         idea="SmolVLM, SmolVLM2 and Idefics3 on transformers (tiles; behind the connector and in the language model), Llama text",
-        matches=lambda m: type(m).__name__ in CLASSES,
+        matches=lambda m: named(m, *CLASSES) is not None,
         bind=SmolVLM,
         tiny={k: partial(_tiny, k) for k in ("smolvlm", "idefics3")},
     ),

@@ -16,7 +16,10 @@ from ._cost import Shapes
 from ._hf_vit import randomise
 from ._tower import Tower, rotate
 from ._vit import BareVit, mlp_shape
-from .base import ADAPTERS, AdapterInfo, PlannedCut
+from .base import ADAPTERS, AdapterInfo, PlannedCut, named
+
+POOLS = ("", "token", "avg", "max", "map")
+MIXES = "global_pool={!r} mixes the tokens in a way that has no exact form with merged tokens"
 
 # ---------------------------------------------------------------------------------------------------------------- the standard block
 
@@ -82,7 +85,7 @@ def _eva_project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Te
 
 def _eva_sample(block: Any, n: int) -> Tensor:
     """A rotary table of ``n`` patches, ``[n, 2 d]``: sines, then cosines."""
-    p = block.attn.proj.weight
+    p = block.norm1.weight  # projections may be stored in integers
     angle = torch.arange(n * block.attn.head_dim, device=p.device, dtype=torch.float32).view(n, -1)
     return torch.cat([angle.sin(), angle.cos()], dim=-1).to(p.dtype)
 
@@ -91,7 +94,7 @@ def _eva_sample(block: Any, n: int) -> Tensor:
 
 
 def is_eva(model: Any) -> bool:
-    return any(c.__name__ == "Eva" for c in type(model).__mro__)
+    return named(model, "Eva") is not None
 
 
 def takes(model: Any) -> bool:
@@ -104,18 +107,28 @@ def describe(model: Any) -> Tower:
     block, eva = model.blocks[0], is_eva(model)
     parts = ("norm1", "attn", "norm2", "mlp", *(("gamma_1", "gamma_2") if eva else ("ls1", "ls2")))
     kinds = ("EvaAttention", "AttentionRope") if eva else ("Attention",)
-    if type(block).__name__ == "EvaBlockPostNorm" or not all(hasattr(block, name) for name in parts):
+    if named(block, "EvaBlockPostNorm") or not all(hasattr(block, name) for name in parts):
         raise UnsupportedError(
             f"timm blocks of type {type(block).__name__} are not supported; there are the pre-norm Block and EvaBlock: attention, then MLP, each on a residual"
         )
-    if not any(c.__name__ in kinds for c in type(block.attn).__mro__):
+    if named(block.attn, *kinds) is None:
         raise UnsupportedError(f"timm attention of type {type(block.attn).__name__} is not supported; there is {' and '.join(kinds)}")
-    if model.global_pool not in ("", "token", "avg", "max", "map"):
-        raise UnsupportedError(f"global_pool={model.global_pool!r} mixes the tokens in a way that has no exact form with merged tokens")
-    patch = model.patch_embed.patch_size
+    if model.global_pool not in POOLS:
+        raise UnsupportedError(MIXES.format(model.global_pool))
 
     def resize(pixels: Tensor, rows: int, columns: int) -> tuple[Tensor, dict[str, Any]]:
-        return F.interpolate(pixels, size=(rows * patch[0], columns * patch[1]), mode="bicubic", antialias=True, align_corners=False), {}
+        patch = model.patch_embed.patch_size
+        wide = pixels.to(torch.promote_types(pixels.dtype, torch.float32))  # torch has no kernel for 16 bits on every device
+        return F.interpolate(wide, size=(rows * patch[0], columns * patch[1]), mode="bicubic", antialias=True, align_corners=False).to(pixels.dtype), {}
+
+    def raster(pixels: Tensor) -> tuple[int, int]:
+        rows, columns = model.patch_embed.dynamic_feat_size(pixels.shape[-2:])
+        fixed = tuple(model.patch_embed.grid_size)
+        if not model.dynamic_img_size and (rows, columns) != fixed:
+            raise UnsupportedError(
+                f"an image of {rows} x {columns} patches for a model of {fixed[0]} x {fixed[1]}; dynamic_img_size=True or set_input_size() make it take others"
+            )
+        return rows, columns
 
     return Tower(
         root=model,
@@ -132,12 +145,15 @@ def describe(model: Any) -> Tower:
         width=model.embed_dim,
         rope="rope" if eva else None,
         sample=_eva_sample if eva else None,
+        raster=raster,
+        variable=model.dynamic_img_size,
     )
 
 
 class TimmVit(BareVit):
-    """One bound timm model. Where its head averages, every original token counts once, so sizes weigh the mean; ``forward_features`` gives the tokens that are
-    left, in a call of the model and alone. In ``Eva`` a merged token stands at the position of the token that absorbed the others."""
+    """One bound timm model. Where its head averages, every original token counts once, so sizes weigh the mean. ``forward_features`` gives the tokens that are
+    left, in a call of the model and alone, and ``forward_head`` takes them; ``forward_intermediates`` gives those behind each block, or feature maps.
+    In ``Eva`` a merged token stands at the position of the token that absorbed the others."""
 
     def __init__(self, model: Any, family: str = "timm-vit"):
         self.model = model
@@ -163,14 +179,32 @@ class TimmVit(BareVit):
     def install(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, per: str, seed: int) -> None:
         super().install(cuts, ledger, recorder, positions=positions, per=per, seed=seed)
         ledger.replace(self.model, "forward_features", self.engine.alone(self.model.forward_features))
+        if cuts and hasattr(self.model, "forward_intermediates"):
+            self.intermediates(ledger, self.model)
 
     def head(self, ledger: UndoLedger) -> None:
-        model, pool = self.model, self.model.global_pool
-        if pool == "avg":
-            self.average(ledger, model.norm, whole=getattr(model, "pool_include_prefix", False))
-        elif pool == "max":
-            self.maximum(ledger, model.norm)
-        elif pool == "map":
+        """What reads the tokens behind the last block. Which pooling that is is asked when it runs: ``reset_classifier`` may change it."""
+        model: Any = self.model
+        name = "pool" if hasattr(model, "pool") else "forward_head"
+        original = getattr(model, name)
+
+        def read(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            pool = (args[0] if args else kwargs.get("pool_type")) if name == "pool" else None
+            attends = getattr(model, "attn_pool", None) is not None
+            pool = "map" if attends else model.global_pool if pool is None else pool
+            if pool in ("", "token"):
+                return original(x, *args, **kwargs)
+            if pool not in POOLS:
+                raise UnsupportedError(MIXES.format(pool))
+            with self.engine.reading(x) as run:
+                if pool == "avg":
+                    x = self.weighed(run, x, whole=getattr(model, "pool_include_prefix", False))
+                elif pool == "max":
+                    x = self.highest(run, x)
+                return original(x, *args, **kwargs)
+
+        ledger.replace(model, name, read)
+        if getattr(model, "attn_pool", None) is not None:
             self.pooler(ledger, model.attn_pool)
 
 

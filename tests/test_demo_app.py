@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import json
+import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,25 +16,41 @@ from vtprune.types import VtpruneError
 gr = pytest.importorskip("gradio")
 
 
-def test_a_picture_is_read_only_from_the_folder_of_uploads(tmp_path):
+def test_files_are_read_only_from_the_folder_of_uploads(tmp_path):
+    from gradio.data_classes import FileData, ListFiles
     from vtprune.demos.app import own_upload
 
-    image = SimpleNamespace(GRADIO_CACHE=str(tmp_path / "uploads"))
-    mine = tmp_path / "uploads" / "a" / "cat.png"
-    assert own_upload(image, SimpleNamespace(path=str(mine))) == str(mine)
-    assert own_upload(image, None) is None and own_upload(image, SimpleNamespace(path=None)) is None
-    for path in ("/etc/passwd", str(tmp_path / "other.png"), str(tmp_path / "uploads" / ".." / "other.png")):
-        with pytest.raises(gr.Error, match="not uploaded"):
-            own_upload(image, SimpleNamespace(path=path))
+    field = SimpleNamespace(GRADIO_CACHE=str(tmp_path / "uploads"), file_types=[".json"])
+    mine = str(tmp_path / "uploads" / "a" / "cat.json")
+    assert own_upload(field, FileData(path=mine)) == mine and own_upload(field, ListFiles([FileData(path=mine)] * 2)) == [mine, mine]
+    assert own_upload(field, None) is None and own_upload(field, SimpleNamespace(path=None)) is None
+    for path in ("/etc/passwd.json", str(tmp_path / "other.json"), str(tmp_path / "uploads" / ".." / "other.json")):
+        for payload in (FileData(path=path), ListFiles([FileData(path=mine), FileData(path=path)])):
+            with pytest.raises(gr.Error, match="not uploaded"):
+                own_upload(field, payload)
+    with pytest.raises(gr.Error, match="takes json files"):
+        own_upload(field, FileData(path=mine.replace("json", "png")))
 
 
-def test_the_page_s_picture_has_that_check(tmp_path):
+def test_every_field_of_the_page_that_takes_files_has_that_check(tmp_path):
+    from gradio.data_classes import FileData, ListFiles
     from vtprune.demos import app
 
     page = app.build(SimpleNamespace(), tmp_path)
-    (image,) = [b for b in page.blocks.values() if getattr(b, "elem_id", None) == "picture"]
-    with pytest.raises(gr.Error, match="not uploaded"):
-        image.preprocess(SimpleNamespace(path="/etc/passwd"))
+    fields = [b for b in page.blocks.values() if isinstance(b, gr.Image | gr.File | gr.Video | gr.UploadButton | gr.Gallery)]
+    assert len(fields) == 5  # picture, video, two recipe files, result files
+    for field in fields:
+        for payload in (FileData(path="/etc/passwd"), ListFiles([FileData(path="/etc/hosts.json")])):
+            with pytest.raises(gr.Error, match="not uploaded"):
+                field.preprocess(payload)
+
+
+def test_choices_that_do_not_exist_are_not_repeated_as_html(tmp_path):
+    from vtprune.demos import app
+
+    page = app.build(SimpleNamespace(), tmp_path)
+    fields = [b for b in page.blocks.values() if isinstance(b, gr.Dropdown | gr.Radio | gr.CheckboxGroup)]
+    assert len(fields) == 6 and all(field.preprocess("<img src=x>") == "<img src=x>" for field in fields)
 
 
 def test_messages_name_files_without_their_folder():
@@ -40,6 +60,70 @@ def test_messages_name_files_without_their_folder():
         raise VtpruneError("/tmp/up/abc/cat.png is not an image")
 
     assert list(served(updates, "/tmp/up/abc/cat.png")) == [{"message": "cat.png is not an image"}]
+
+
+def test_messages_are_text_that_a_stream_can_carry(monkeypatch):
+    from vtprune.demos import app
+
+    assert app.why(VtpruneError("a\ud800b")).encode() == b"a\\ud800b"
+    assert len(app.why(VtpruneError("x" * 10**6))) < 1100
+    shown = []
+    monkeypatch.setattr(gr, "Warning", shown.append)
+    app.warn("<img src=x> & 'more'")
+    assert shown == ["&lt;img src=x&gt; &amp; &#x27;more&#x27;"]
+
+
+def files(tmp_path, **texts):
+    for name, text in texts.items():
+        (tmp_path / f"{name}.json").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def drawn(folder, uploaded=None, cost="tokens"):
+    """What the tab of results shows."""
+    from vtprune.demos import app
+
+    page = app.build(SimpleNamespace(), folder, results=folder)
+    (button,) = [b for b in page.blocks.values() if getattr(b, "elem_id", None) == "draw"]
+    (event,) = [f for f in page.fns.values() if (button._id, "click") in f.targets]
+    return event.fn(uploaded, 25, cost)
+
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"type": "vtprune.Bench", "version": 9}', '{"type": "vtprune.Bench", "version": 1}', "[" * 100_000])
+def test_the_tab_of_results_tells_no_path_of_the_server(tmp_path, monkeypatch, text):
+    shown = []
+    monkeypatch.setattr(gr, "Warning", shown.append)
+    folder = files(tmp_path, mine=text)
+    for uploaded in (None, [str(folder / "mine.json")]):
+        status, page = drawn(folder, uploaded)
+        assert page == "" and "/" not in status.replace("</div>", "").replace("time, ViT", ""), status
+        assert "/" not in shown[-1] and shown[-1] in status
+
+
+def test_a_page_of_results_tells_no_path_and_runs_nothing(tmp_path):
+    (source,) = (RESULTS / "fastv-layer-1").glob("*.json")
+    result = json.loads(source.read_text(encoding="utf-8"))
+    result["command"] = "vtprune bench --model /data/models/secret/llava-1.5 --results " + str(tmp_path)
+    status, frame = drawn(files(tmp_path, mine=json.dumps(result)))
+    assert "done" in status and " sandbox " in frame
+    inside = html.unescape(re.search('srcdoc="(.*)"', frame, re.S)[1])
+    assert "--model llava-1.5 --results" in inside and "secret" not in inside and str(tmp_path.parent) not in inside
+    assert inside.count("<img") == inside.count("data:image/svg+xml;base64,PHN2Zy") >= 2, "pictures stay whole"
+    assert "secret" in drawn(tmp_path, [str(tmp_path / "mine.json")])[1], "an uploaded file is the user's own"
+    assert "no such cost" in drawn(tmp_path, cost="<b>")[0]
+
+
+def test_an_empty_recipe_file_is_not_taken_for_none(tmp_path):
+    from vtprune.demos.app import _sent
+
+    empty, marked = tmp_path / "a.json", tmp_path / "b.json"
+    empty.touch()
+    marked.write_text("{}", encoding="utf-8-sig")
+    for path, text in ((empty, ""), (marked, "{}"), (None, None)):
+        assert _sent(["fastv", path and str(path), "own", 25, "", None])["file"] == text
 
 
 def test_a_model_s_process_that_has_ended_is_told():
@@ -60,6 +144,17 @@ def test_options_that_json_cannot_take_are_refused(text):
 
     with pytest.raises(VtpruneError, match="the options: not JSON"):
         _json(text, "the options")
+
+
+@pytest.mark.parametrize("number, says", [(9, "SIGKILL, perhaps for want of memory"), (15, "SIGTERM")])
+def test_how_a_model_s_process_ended(number, says):
+    from vtprune.demos.worker import Worker
+
+    worker = Worker("no/such/model", "cpu", "float32")
+    assert worker.state() == ""
+    os.kill(worker.process.pid, number)
+    assert worker.wait() == worker.state() == f"the model's process has ended ({says})"
+    worker.close()
 
 
 def test_sample_pictures_lie_in_the_given_folder(tmp_path):

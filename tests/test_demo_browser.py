@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import http.client
+import http.server
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,13 +60,33 @@ class Server:
                 return self
         raise AssertionError(f"the demo ended with code {self.process.wait()}")
 
-    def end(self) -> str:
+    def end(self, number: int = signal.SIGTERM) -> str:
         """What it said; it ends by itself when told to, and leaves nothing behind."""
-        self.process.terminate()
+        self.process.send_signal(number)
         told = self.process.communicate(timeout=30)[0]
         assert self.process.returncode == 0
-        assert [p.name for p in Path(self.folder.name).iterdir() if not p.name.startswith("torch")] == []  # torch keeps its compiler's cache there
+        self.left_nothing()
         return told
+
+    def left_nothing(self) -> None:
+        assert [p.name for p in Path(self.folder.name).iterdir() if not p.name.startswith("torch")] == []  # torch keeps its compiler's cache there
+
+    def request(self, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, bytes]:
+        """Status and body of a request that no browser makes."""
+        caller = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        caller.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+        answer = caller.getresponse()
+        return answer.status, answer.read()
+
+    def upload(self, name: str, data: bytes, **headers: str) -> tuple[int, bytes]:
+        body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="' + name.encode() + b'"\r\n\r\n' + data + b"\r\n--x--\r\n"
+        return self.request("POST", "/gradio_api/upload", body, **{"content_type": "multipart/form-data; boundary=x", **headers})
+
+    def child(self) -> int:
+        """The process that has the model."""
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        (found,) = {pid for task in tasks.iterdir() for pid in (task / "children").read_text(encoding="ascii").split()}
+        return int(found)
 
 
 @pytest.fixture(scope="session")
@@ -340,6 +364,137 @@ def test_stop_leaves_the_model_free(seat, pictures):
     one.page.locator("#ask").click()
     one.status("done")
     assert one.answer("a") == dense
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[tuple[str, list[str]]]:
+    """Another site: its address and what was asked of it."""
+    asked: list[str] = []
+
+    class Site(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site) as site:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{site.server_port}", asked
+        site.shutdown()
+
+
+def recipe_file(folder: Path, name: str, **fields: object) -> Path:
+    """A recipe file; ``fields`` of its one stage, or ``top`` level ones."""
+    path = folder / name
+    top = fields.pop("top", {})
+    path.write_text(json.dumps({"type": "vtprune.Recipe", "version": 1, "name": "mine", "stages": [{"method": "fastv", **fields}], **top}), encoding="utf-8")
+    return path
+
+
+def test_markup_in_names_stays_text(seat, pictures, elsewhere, tmp_path):
+    """Names of files, recipes, fields, methods and options that hold HTML are shown as they are, and ask nobody for anything."""
+    site, asked = elsewhere
+    evil = f"<img src={site}/x onerror=document.title='owned'><form action={site}/f><input name=password></form>"
+    path, question, _ = pictures[0]
+    one = seat()
+    shutil.copy(path, tmp_path / "<b>bold<img src=x>.png")
+    one.upload(tmp_path / "<b>bold<img src=x>.png")
+    one.question(question)
+    one.page.get_by_text("Options, seed, recipe file").last.click()
+    box = one.page.locator("#file-b")
+    files = [
+        recipe_file(tmp_path, "method.json", method=evil),
+        recipe_file(tmp_path, "field.json", **{evil: 1}),
+        recipe_file(tmp_path, "option.json", options={evil: 1}),
+        recipe_file(tmp_path, "top.json", top={evil: 1}),
+        recipe_file(tmp_path, "version.json", top={"version": evil}),
+        recipe_file(tmp_path, "value.json", options={"layer": evil}),
+    ]
+    for file in files:
+        box.locator("input[type=file]").set_input_files(file)
+        box.get_by_text(file.stem).first.wait_for()
+        one.page.locator("#ask").click()
+        one.status("B: .*<img src=")
+        toast = one.page.locator(".toast-body").last
+        toast.wait_for()
+        assert "<img src=" in toast.inner_text()
+        assert one.page.locator(".toast-body img[src^=http], .toast-body form, #status img, #status form").count() == 0
+        one.page.locator(".toast-close").first.click()
+        box.locator("button[aria-label='Clear'], button[aria-label='Remove this file']").first.click()
+    box.locator("input[type=file]").set_input_files(recipe_file(tmp_path, "good.json", top={"name": evil + "{{#each}} ${x}"}))
+    box.get_by_text("good").first.wait_for()
+    one.page.locator("#ask").click()
+    one.status("done")
+    assert evil + "{{#each}} ${x}" in one.page.locator(".vtp-metrics").inner_text()
+    assert evil in one.page.locator("vt-theatre").inner_text()
+    assert asked == [] and one.page.title() == "vtprune"
+
+
+def test_what_is_injected_reaches_nobody(seat, elsewhere):
+    """If something slipped through all the same: no picture from elsewhere, no script, no form, no frame."""
+    site, asked = elsewhere
+    one = seat()
+    blocked = one.page.evaluate(
+        """async (site) => {
+            const found = [];
+            document.addEventListener("securitypolicyviolation", (e) => found.push(e.effectiveDirective));
+            document.body.insertAdjacentHTML("beforeend", `<img src=${site}/img onerror="document.title='owned'"><iframe src=${site}/frame></iframe>
+                <form action=${site}/form target=_blank><button id=sign>sign in</button></form><link rel=stylesheet href=${site}/css>`);
+            document.getElementById("sign").click();
+            await fetch(`${site}/fetch`).catch(() => 0);
+            await new Promise((done) => setTimeout(done, 1000));
+            return found;
+        }""",
+        site,
+    )
+    assert {"img-src", "frame-src", "form-action", "style-src-elem", "connect-src", "script-src-attr"} <= set(blocked)
+    assert asked == [] and one.page.title() == "vtprune"
+    assert one.errors, "the browser tells what it blocked"
+    one.errors.clear()
+    one.elsewhere.clear()
+
+
+def test_other_sites_and_large_uploads_are_refused(server):
+    assert server.request("GET", "/")[0] == 200 and server.request("GET", "/gradio_api/startup-events")[0] == 200
+    assert server.upload("a.png", b"x")[0] == 200
+    for headers in ({"Host": f"evil.example:{server.port}"}, {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
+        for path in ("/", "/config", "/gradio_api/info", "/gradio_api/queue/data?session_hash=a", "/gradio_api/file=/etc/hostname"):
+            assert server.request("GET", path, **headers)[0] == 403, (path, headers)
+        assert server.upload("a.png", b"x", **headers)[0] == 403
+        assert server.request("POST", "/gradio_api/queue/join", b"{}", content_type="application/json", **headers)[0] == 403
+    assert server.upload("a.png", b"x", content_length="65000000")[0] == 413
+    assert server.request("POST", "/gradio_api/queue/join", b"x" * 1_000_001, content_type="application/json")[0] == 413
+
+
+def test_a_terminal_that_closes_leaves_no_uploads():
+    server = Server().ready()
+    status, body = server.upload("a.png", b"x")
+    assert status == 200 and Path(json.loads(body)[0]).is_file()
+    server.end(signal.SIGHUP)
+
+
+def test_a_model_s_process_that_dies_is_told_everywhere(chromium, pictures):
+    """On the terminal, on a page that asks, on one that does nothing, and by the command's code."""
+    server = Server().ready()
+    path, question, _ = pictures[0]
+    asking, idle = Seat(chromium, server), Seat(chromium, server)
+    asking.upload(path)
+    asking.question(question)
+    asking.page.get_by_role("tab", name="All methods").click()
+    asking.page.locator("#compare").click()
+    asking.page.locator(".vtp-cards li").first.wait_for()
+    os.kill(server.child(), signal.SIGKILL)
+    asking.status("process has ended; start vtprune demo again", "compare-status")
+    idle.page.get_by_role("alert").filter(has_text="the model's process has ended (SIGKILL").wait_for()
+    told = server.process.communicate(timeout=60)[0]
+    assert server.process.returncode == 1 and "the model's process has ended (SIGKILL" in told and "Traceback" not in told
+    server.left_nothing()
+    idle.page.get_by_role("alert").filter(has_text="vtprune demo has ended").wait_for()
+    for one in (asking, idle):
+        one.context.close()
 
 
 def first_answer(chromium, path: Path, question: str, expected: str) -> float:

@@ -269,9 +269,11 @@ def test_rounds_go_to_and_fro(long, monkeypatch):
         return (value, value + 1), side
 
     monkeypatch.setattr(long, "_first_token", first)
-    found = long.rounds([Side(), Side("fastv")], picture(), "a", limit_s=100)
+    found = long.rounds([Side(), Side("fastv")], picture(), "a", repeats=3, limit_s=100)
     assert turns == ["dense", "fastv", "fastv", "dense", "dense", "fastv"]
-    assert found.rounds == 3 and found.prefill_ms == (5000, 3000) and found.ttft_ms == (6000, 4000)
+    assert found.rounds == 3 and found.prefill_ms == ((4000, 2000), (5000, 4000), (9000, 3000)) and found.ttft_ms[2] == (10000, 4000)
+    assert demo.medians(found.prefill_ms) == (5000, 3000)
+    assert demo.ratios(found.prefill_ms) == (0.5, pytest.approx(1 / 3), 0.8), "of the rounds, not of the medians"
 
 
 def test_the_first_prefill_of_an_attachment_is_in_no_time(long, monkeypatch):
@@ -284,7 +286,7 @@ def test_the_first_prefill_of_an_attachment_is_in_no_time(long, monkeypatch):
 def test_rounds_keep_to_their_time(long):
     before = snapshot(long.model)
     found = long.rounds([Side(), Side("fastv", "effective", 0.5)], picture(), "a b", repeats=50, limit_s=0)
-    assert found.rounds == 1 and 0 < found.prefill_ms[0] < found.ttft_ms[0]
+    assert found.rounds == 1 and 0 < found.prefill_ms[0][0] < found.ttft_ms[0][0]
     assert long.rounds([Side("random", options={"positions": "compact"}), Side("random")], picture(), "a b", repeats=3, limit_s=60).rounds == 3
     assert snapshot(long.model) == before
     for sides, repeats in (([Side()], 3), ([Side(), Side()], 0)):
@@ -324,6 +326,35 @@ def test_a_comparison_notes_what_cannot_run_and_stops(long):
 
 
 # ---------------------------------------------------------------------------------------------------------------- limits
+
+
+def test_a_report_is_asked_for_where_the_model_ran(engine, monkeypatch):
+    """What a handle reports is what the asking thread ran last."""
+    threads: dict[str, set[int]] = {"generate": set(), "report": set()}
+    generate, report = type(engine.model).generate, vtprune.Handle.report
+
+    def noted(name, real):
+        def call(*args, **kwargs):
+            threads[name].add(threading.get_ident())
+            return real(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(engine.model, "generate", noted("generate", generate.__get__(engine.model)), raising=False)
+    monkeypatch.setattr(vtprune.Handle, "report", noted("report", report))
+    sample = samples(1)[0]
+    last(engine.stream(Side("fastv"), sample.image, sample.question, max_new_tokens=2))
+    engine.rounds([Side(), Side("fastv")], sample.image, sample.question, repeats=1)
+    list(engine.compare(sample.image, sample.question, 0.5, names=["fastv"]))
+    assert threads["report"] == threads["generate"] and len(threads["report"]) == 1 and threading.get_ident() not in threads["report"]
+
+
+def test_a_right_answer_has_limits(engine):
+    sample = samples(1)[0]
+    for truth, says in (("x" * 501, "the right answer has 501 characters; at most 500"), ("a\ud800", "the right answer holds half of a character")):
+        with pytest.raises(vtprune.VtpruneError, match=says):
+            engine.compare(sample.image, sample.question, 0.5, truth=truth)
+    assert list(engine.compare(sample.image, sample.question, 0.5, truth="x" * 500, names=[]))[0].right is False
 
 
 def test_questions_have_limits(engine):

@@ -66,19 +66,37 @@ def test_rows_hold_both_sides_and_their_difference():
     a, b = result("dense", None), result(ttft_ms=60.0, prefill_ms=40.0, token_ms=None)
     rows = [(r.first, r.second, r.difference, r.ratio) for r in shown.metrics(a, b)]
     assert rows == [
-        ("100.0", "60.0", "-40.0", "x 0.60"),
-        ("80.0", "40.0", "-40.0", "x 0.50"),
+        ("100.0", "60.0", "", ""),
+        ("80.0", "40.0", "", ""),
         ("10.0", "-", "", ""),
         ("16 x 4", "16 x 2, 4 x 2", "", ""),
         ("16.0", "10.0", "-6.0", "x 0.62"),
         ("2.000", "1.250", "-0.750", "x 0.62"),
         ("8.0", "5.0", "-3.0", "x 0.62"),
     ]
-    timed = shown.metrics(a, b, Rounds(3, (50.0, 30.0), (70.0, 40.0)))
-    assert [(r.first, r.second, r.difference, r.ratio) for r in timed[:2]] == [("70.0", "40.0", "-30.0", "x 0.57"), ("50.0", "30.0", "-20.0", "x 0.60")]
-    assert "median of 3 in turns" in timed[0].name and "turns" not in shown.metrics(a, b)[0].name
-    assert shown.metrics(b, a)[0].difference == "+40.0"
+    timed = shown.metrics(a, b, Rounds(((50, 30), (40, 20), (60, 30)), ((70, 40), (60, 39), (80, 40))))
+    assert [(r.first, r.second, r.difference, r.ratio) for r in timed[:2]] == [
+        ("70.0", "40.0", "-30.0", "x 0.57 (0.50 to 0.65)"),
+        ("50.0", "30.0", "-20.0", "x 0.50 (0.50 to 0.60)"),
+    ]
+    assert "median of 3 in turns" in timed[0].name and all("one run each" in r.name for r in (*shown.metrics(a, b)[:3], timed[2]))
     assert shown.figures_of(b)["effective_tokens"] == 10 and shown.figures_of(b)["layer_tokens"] == [16, 16, 4, 4]
+
+
+def test_a_ratio_is_told_with_what_it_is_worth():
+    """No bare number where noise explains it, or where it runs against the FLOPs; as a busy machine gives them."""
+    a, b = result("dense", None), result()
+
+    def told(*pairs, sides=(a, b)):
+        return next((r.difference, r.ratio) for r in shown.metrics(*sides, Rounds(pairs, pairs)) if r.name.startswith("prefill, ms"))
+
+    assert b.report.flops < a.report.flops
+    assert told((30, 60), (40, 73), (90, 80), (30, 55)) == ("", "x 1.83 (0.89 to 2.00): within noise")
+    assert told((30, 54), (30, 55), (30, 56)) == ("+25.0", "x 1.83 (1.80 to 1.87): against the FLOPs, so overhead decides here")
+    assert told((54, 30), (55, 30), (56, 30), sides=(b, a))[1].endswith("against the FLOPs, so overhead decides here")
+    assert told((30, 54), (30, 55), (30, 56), sides=(b, a)) == ("+25.0", "x 1.83 (1.80 to 1.87)")
+    assert told((30, 30), (30, 10), (30, 20)) == ("", "x 0.67 (0.33 to 1.00): within noise")
+    assert told((30, 55)) == ("", "too few rounds (1) to compare") and told((30, 55), (30, 55)) == ("", "too few rounds (2) to compare")
 
 
 def test_the_table_has_heads_and_no_foreign_markup():

@@ -63,6 +63,13 @@ def test_an_answer_comes_in_pieces_and_ends_with_everything(desk, sample):
         ({"options": "{]"}, "B: options: not JSON"),
         ({"options": "[1]"}, "B: options: a JSON object"),
         ({"file": "{"}, "B: recipe file: not JSON"),
+        ({"file": ""}, "B: the recipe file is empty"),
+        ({"file": " \n"}, "B: the recipe file is empty"),
+        ({"file": " " * 100_001}, "B: the recipe file is empty"),
+        ({"file": "[" + "1," * 60_000 + "1]"}, "B: recipe file has 120003 characters; at most 100000"),
+        ({"file": vtprune.Recipe(name="a\ud800", stages=(vtprune.Stage(method="tome"),)).to_json()}, "B: recipe file holds half of a character"),
+        ({"file": vtprune.Recipe(name="n" * 201, stages=(vtprune.Stage(method="tome"),)).to_json()}, "B: the recipe's name has 201 characters"),
+        ({"options": '{"\\ud800": 1}'}, "B: options holds half of a character"),
         ({"file": '{"name": "x"}'}, "B: "),
         ({"recipe": "dpvr-lf", "options": '{"weights": "/some/where.safetensors"}'}, "B: weights="),
         ({"file": vtprune.Recipe(name="x", stages=(vtprune.Stage(method="dpvr-lf", options={"weights": "y"}),)).to_json()}, "B: weights="),
@@ -73,6 +80,11 @@ def test_an_answer_comes_in_pieces_and_ends_with_everything(desk, sample):
 def test_what_a_side_may_not_say(desk, sample, change, says):
     with pytest.raises(vtprune.VtpruneError, match=says):
         list(desk.ask("page", sample[0], sample[1], [DENSE, {**DENSE, **change}], 4))
+
+
+def test_a_long_right_answer_is_refused_before_anything_is_compared(desk, sample):
+    with pytest.raises(vtprune.VtpruneError, match="at most 500"):
+        next(desk.compare("page", sample[0], sample[1], 0.25, "effective", 0, "word " * 1_000_000))
 
 
 def test_stopping_one_page_leaves_the_others(desk, sample):

@@ -183,3 +183,23 @@ except BaseException: undo(); raise
     assert sum(map(swallows_everything, found["bad"])) == 4
     assert not any(changes_foreign_objects(node) or swallows_everything(node) for node in found["good"])
     assert MACHINE_PATH.search(" /" + "home/me/model") and not MACHINE_PATH.search("build/work/x ../home/y")
+
+
+HOST = {
+    *("past_key_values", "get_seq_length", "get_mask_sizes", "is_compileable", "_attn_implementation", "mm_encoder_outputs", "deepstack_visual_embeds"),
+    *("_prefill", "_get_candidate_generator", "get_compiled_call", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+}
+
+
+def names(node: ast.AST) -> set[str]:
+    match node:
+        case ast.Attribute(attr=name) | ast.Name(id=name) | ast.Constant(value=str(name)) | ast.arg(arg=name) | ast.keyword(arg=str(name)):
+            return {name}
+    return set()
+
+
+def test_only_the_host_module_names_conventions_of_transformers():
+    """What a release renames is mended in one place."""
+    host = ROOT / "models" / "_host.py"
+    assert [f"{at(path, node)} {names(node) & HOST}" for path in sources(*SHIPPED) if path != host for node in nodes(path) if names(node) & HOST] == []
+    assert HOST <= {name for node in nodes(host) for name in names(node)}

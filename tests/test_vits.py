@@ -381,7 +381,7 @@ ATTENTIONS = {  # what the attention's mixed values [B, n, H d] enter
     "hf-vit/deit": lambda b: b.attention.o_proj,
     "hf-vit/siglip": lambda b: b.self_attn.out_proj,
     "open-clip/custom-avg": lambda b: b.attn.ln_inner,
-    "open-clip/clip": lambda b: b.attn.out_proj,
+    "open-clip/clip": lambda b: b.ls_1,  # its projection never runs as a module
 }
 
 
@@ -405,6 +405,8 @@ def test_projections_are_what_the_attention_mixes(tiny, name):
     got = seen["projections"]
     if "custom" in name:
         got = (got.unflatten(2, (2, -1)) * blocks[1].attn.head_scale[:, 0]).flatten(2)
+    if name == "open-clip/clip":
+        got = F.linear(got, blocks[1].attn.out_proj.weight, blocks[1].attn.out_proj.bias)
     same(got, seen["block"])
 
 
@@ -590,3 +592,22 @@ def test_open_clip_with_another_tower_says_why():
         model = oc.CLIP(embed_dim=24, vision_cfg={**vision, **options}, text_cfg=text).eval()
         with pytest.raises(vtprune.UnsupportedError, match=reason):
             vtprune.attach(model, "tome", r=2)
+
+
+# --------------------------------------------------------------------------------------------------------------------------- subclasses
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["hf-vit/clip", "hf-vit/dinov2-registers-classifier", "hf-vit/deit", "timm-vit/eva02", "open-clip/custom-avg"])
+def test_subclasses_are_taken_like_their_base(tiny, name):
+    """A user's subclass, and a class derived at run time as FSDP2 does: same tokens, same numbers."""
+    outs = []
+    for derive in (lambda c: c, lambda c: type("Mine", (c,), {}), lambda c: type(f"FSDP{c.__name__}", (type("FSDPModule", (), {}), c), {})):
+        model, inputs = tiny(*name.split("/"))
+        for part in {model, getattr(model, "visual", model), getattr(model, "dinov2_with_registers", model)}:
+            part.__class__ = derive(type(part))
+        with vtprune.attach(model, "tome", r=3) as handle:
+            out = model(**inputs)
+            report = handle.report()
+        outs.append((out if isinstance(out, Tensor) else out[0], torch.stack(report.stages[-1].kept)))
+    assert all(torch.equal(a, b) for other in outs[1:] for a, b in zip(other, outs[0], strict=True))

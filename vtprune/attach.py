@@ -15,6 +15,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 from . import cost
 from .ledger import UndoLedger, strip
 from .methods.base import OWN_BUDGETS, Cut, Method, make
+from .prove import prove
 from .recipe import Recipe, Stage, resolve
 from .recipes import RECIPES
 from .select import from_mask, gather, join, merged, subview
@@ -176,6 +177,7 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
             raise VtpruneError(f"parts of this model belong to a {other} that is attached already; call remove() on its handle first")
         strip(model)
         adapter = bind(model)
+        prove(adapter.geometry.family)
         if target:
             from .solve import solve
 
@@ -422,7 +424,7 @@ class Handle:
     def _report_vit(self, run: Run) -> Report:
         from vtprune.models._books import told
 
-        s, n = self._cost, self.geometry.tokens
+        s, n = self._cost, run.tokens
         per = list(zip(*run.layer_tokens, strict=True))  # per image, per block
         flops = sum(cost.vision(s, 1, self._patches(run), row, self._inside, float(run.valid[g].sum())) for g, row in enumerate(per))
         stages = tuple(self._stage(told(r, n)) for r in run.records)
@@ -435,7 +437,7 @@ class Handle:
             kv_bytes=0,
             dense_kv_bytes=0,
             recipe=self.recipe.key(),
-            grids=[[self.geometry.grid]] * run.images,
+            grids=[[run.grid or self.geometry.grid]] * run.images,
         )
 
     def _patches(self, run: Run) -> int:

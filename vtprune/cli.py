@@ -342,6 +342,12 @@ def cmd_verify(args: argparse.Namespace) -> int:
     return 0 if report.passed else 1
 
 
+def cmd_doctor(args: argparse.Namespace) -> int:
+    from . import doctor
+
+    return doctor.run(args)
+
+
 def cmd_train(args: argparse.Namespace) -> int:
     from .train import dpvr_lf
 
@@ -422,6 +428,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true")
     model_options(p)
     recipe_options(p)
+
+    from . import doctor
+
+    doctor.add_arguments(add("doctor", cmd_doctor, "say which releases are installed and tested, and which families pass; exit code 1 if something fails"))
 
     from .lmms import evaluate
     from .train import dpvr_lf

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .types import Selection, TokenView
+from .types import Selection, TokenView, extent
 
 
-def top(score: Tensor, keep: int | Tensor, valid: Tensor, protected: Tensor | None = None) -> Selection:
+def top(
+    score: Tensor, keep: int | Tensor, valid: Tensor, protected: Tensor | None = None, *, span: tuple[int, int] | None = None
+) -> Selection:
     """Keeps the ``keep`` best tokens of each image, positions ascending; ties go to the lower position.
 
     score ``[B, N]`` (higher is better) · keep: int or ``[B]`` · valid, protected ``[B, N]`` bool. Protected tokens come first whatever their score. NaN
-    ranks last.
+    ranks last. ``span``: the fewest and the most valid tokens of an image, if known (:attr:`TokenView.extent`): then the device need not be asked.
     """
     given = score
+    kept = (min(keep, span[0]), min(keep, span[1])) if span is not None and isinstance(keep, int) else None
     score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
     score = torch.where(torch.isnan(score), -torch.inf, score)
     if protected is not None:
@@ -32,24 +35,26 @@ def top(score: Tensor, keep: int | Tensor, valid: Tensor, protected: Tensor | No
     keep = torch.as_tensor(keep, device=score.device).expand(score.shape[0])
     keep = torch.minimum(keep, counts)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    return replace(from_mask(rank < keep[:, None]), score=given)
+    return replace(from_mask(rank < keep[:, None], kept), score=given)
 
 
-def from_mask(mask: Tensor) -> Selection:
-    """``[B, N]`` bool to a :class:`Selection`; rows with fewer tokens end in -1."""
+def from_mask(mask: Tensor, span: tuple[int, int] | None = None) -> Selection:
+    """``[B, N]`` bool to a :class:`Selection`; rows with fewer tokens end in -1. ``span``: the fewest and the most of a row, if known; else the device is
+    asked, once."""
     n = mask.shape[1]
-    width = int(mask.sum(1).max()) if mask.numel() else 0
+    span = extent(mask) if span is None else span
     position = torch.where(mask, torch.arange(n, device=mask.device), n)
-    kept = position.sort(dim=1).values[:, :width]
-    return Selection(torch.where(kept == n, -1, kept))
+    kept = position.sort(dim=1).values[:, : span[1]]
+    return Selection(kept if span[0] == span[1] else torch.where(kept == n, -1, kept), span=span)
 
 
-def merged(kept_mask: Tensor, destination: Tensor, weight: Tensor | None = None) -> Selection:
-    """A merge: ``kept_mask`` ``[B, N]``, ``destination`` ``[B, N]`` position of the token that absorbs each one (itself if kept, -1 if dropped)."""
-    plain = from_mask(kept_mask)
+def merged(kept_mask: Tensor, destination: Tensor, weight: Tensor | None = None, *, span: tuple[int, int] | None = None) -> Selection:
+    """A merge: ``kept_mask`` ``[B, N]``, ``destination`` ``[B, N]`` position of the token that absorbs each one (itself if kept, -1 if dropped); ``span`` as in
+    :func:`from_mask`."""
+    plain = from_mask(kept_mask, span)
     column = (kept_mask.long().cumsum(1) - 1).clamp_min(0)  # position -> column of kept
     target = torch.where(destination >= 0, column.gather(1, destination.clamp_min(0)), -1)
-    return Selection(plain.kept, target, weight)
+    return Selection(plain.kept, target, weight, span=plain.span)
 
 
 def gather(x: Tensor, kept: Tensor) -> Tensor:
@@ -117,6 +122,8 @@ def join(view: TokenView, parts: Sequence[tuple[Sequence[int], Selection | None]
         return None
     full = [(rows, from_mask(view.valid[list(rows)]) if s is None else s) for rows, s in parts]
     b, n = view.valid.shape
+    if len(full) == 1 and len(full[0][0]) == b:
+        return full[0][1]
     kept = torch.full((b, max(s.kept.shape[1] for _, s in full)), -1, device=view.valid.device)
     target, weight, layout, score = None, None, None, None
     if any(s.target is not None for _, s in full):

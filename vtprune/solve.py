@@ -90,7 +90,7 @@ def solve(model: Any, recipe: Any, *, effective_tokens: float | None = None, flo
     if not 0 < target < float("inf"):
         raise VtpruneError(f"the budget must be positive, got {target:g}")
     fraction = isinstance(effective_tokens if flops is None else flops, float) and target <= 1
-    if geometry.variable and inputs is None and not fraction:
+    if geometry.variable and geometry.llm_layers and inputs is None and not fraction:
         raise VtpruneError(f"images of {geometry.family} vary in size: give a fraction of the dense budget, or solve(..., inputs=) with a prompt of yours")
     if column == 0 and target > geometry.tokens:
         raise VtpruneError(f"effective_tokens={target:g} is above the {geometry.tokens} visual tokens of an image")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Seed = int | tuple[int, ...]  # for all samples of a batch, or one for each
@@ -69,7 +70,8 @@ class TokenView:
     ``size`` ``[B, N]`` tokens already merged into each · ``protected`` ``[B, N]`` bool, must be kept · ``grid`` rows and columns of the original raster ·
     ``prefix`` class / register / distillation tokens in front (not part of N) · ``layer`` and ``depth`` of the site · ``seed`` of the run, or one per image ·
     ``rasters`` per image the rasters it is made of, if they are not all one ``grid`` (the library then calls the method once per kind of image) ·
-    ``memory`` belongs to one method in one forward call (running averages) · ``sources`` lazily computed extras named by :attr:`MethodInfo.needs`.
+    ``memory`` belongs to one method in one forward call (running averages) · ``sources`` lazily computed extras named by :attr:`MethodInfo.needs` ·
+    ``known`` a mask and the fewest and most tokens of an image in it, where that is known without asking the device (see :attr:`extent`).
     """
 
     features: Tensor
@@ -85,6 +87,7 @@ class TokenView:
     memory: dict[str, Any] = field(default_factory=dict)
     sources: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     rasters: tuple[tuple[tuple[int, int], ...], ...] = ()
+    known: tuple[Tensor, int, int] | None = field(default=None, repr=False)
 
     def source(self, name: str, **kwargs: Any) -> Any:
         """An extra of the site, e.g. ``projections`` (:class:`Projections`) or ``query_attention`` (``[B, N]``). Raises :class:`UnsupportedError` if absent."""
@@ -97,6 +100,21 @@ class TokenView:
         """Real tokens per image, ``[B]``."""
         return self.valid.sum(1)
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The fewest and the most real tokens of an image. The device is asked only where they do not follow from what was decided before."""
+        if self.known is not None and self.known[0] is self.valid:
+            return self.known[1:]
+        return extent(self.valid)
+
+
+def extent(mask: Tensor) -> tuple[int, int]:
+    """The fewest and the most True of the rows of ``mask`` ``[B, N]``, read from the device at once; ``(0, 0)`` without rows."""
+    if not mask.shape[0]:
+        return 0, 0
+    least, most = torch.stack(mask.sum(1).aminmax()).tolist()
+    return least, most
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -106,6 +124,7 @@ class Selection:
     ``[B, N]``,
     its weight in that slot's mean (``None``: the tokens' sizes). ``layout`` ``[B, K]`` optionally permutes the columns of ``kept`` in the running sequence.
     ``score`` ``[B, N]`` is what the tokens were ranked by, higher stays, NaN where a token was not ranked; it explains, nothing is computed from it.
+    ``span`` the fewest and the most tokens kept of an image, where they are known without asking the device.
     """
 
     kept: Tensor
@@ -113,6 +132,7 @@ class Selection:
     weight: Tensor | None = None
     layout: Tensor | None = None
     score: Tensor | None = None
+    span: tuple[int, int] | None = None
 
     @property
     def counts(self) -> Tensor:

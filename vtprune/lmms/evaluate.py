@@ -18,6 +18,7 @@ from typing import Any
 from ..cli import folder, fractions, keep_value, key_value, model_options, output, positive, show, words
 from ..runs import RunError, alike, digest, read, slug, write
 from ..types import VtpruneError
+from ..versions import conflicts
 from .suites import NOTES, SUITES
 
 REFUSED, FAILED = "vtprune: refused: ", "vtprune: error: "  # how a run says that it never began, or broke off
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         for path in local.export(folder(args.export) or args.export, args.samples):
             print(path)
         return 0
+    usable()
     names = list(SUITES[args.suite] if args.suite else args.tasks)
     if not names:
         raise VtpruneError("no tasks: name them with --tasks, or a --suite")
@@ -112,6 +114,12 @@ def run(args: argparse.Namespace) -> int:
     if all("error" in r for r in table):
         raise VtpruneError("no recipe could be measured; the notes say why")
     return 0
+
+
+def usable() -> None:
+    """Raises :class:`VtpruneError` where an installed release is known to stop lmms-eval."""
+    if found := conflicts():
+        raise VtpruneError("; ".join(found))
 
 
 def plan(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from ..runs import FAILURES, Journal, RunError, digest, fingerprint
 from ..runs import write as write_file
 from ..types import VtpruneError
 from . import meter
-from .evaluate import FAILED, REFUSED
+from .evaluate import FAILED, REFUSED, usable
 
 GENERATION = ("max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "do_sample", "num_beams", "repetition_penalty", "length_penalty")
 LOADING: tuple[type[Exception], ...] = (*FAILURES, ImportError, SafetensorError)
@@ -110,6 +110,7 @@ class Chat(lmms):
         self._calls = 0
         self._ledger = UndoLedger()
         with fatal(exits, REFUSED), _plain():
+            usable()
             if not str(batch_size).isdecimal() or int(batch_size) < 1:
                 raise VtpruneError(f"batch_size={batch_size!r} is not a number of samples")
             self.batch_size = int(batch_size)

@@ -52,10 +52,10 @@ class FlowCut(Method):
 
     def select(self, view: TokenView, cut: Cut) -> Selection | None:
         target, remaining = cut.keep or 0, cut.data["remaining"]
-        counts = view.counts
-        if remaining == 0 and int(counts.max()) <= target:
-            return from_mask(view.valid)  # nothing to do, said in the report
-        if int(counts.max()) <= target:
+        counts, most = view.counts, view.extent[1]
+        if remaining == 0 and most <= target:
+            return from_mask(view.valid, view.extent)  # nothing to do, said in the report
+        if most <= target:
             return None
         attention, score = self._score(view, cut.data["query"])
         old = view.memory.get("score")
@@ -63,8 +63,8 @@ class FlowCut(Method):
         view.memory["score"] = running
         if remaining % self.every:
             return None
-        kept = torch.full_like(counts, target) if remaining == 0 else self._counts(attention, counts, target, remaining)
-        selection = top(running, kept, view.valid, view.protected)
+        kept = target if remaining == 0 else self._counts(attention, counts, target, remaining)
+        selection = top(running, kept, view.valid, view.protected, span=view.extent)
         view.memory["score"] = gather(running, selection.kept)
         return selection
 

@@ -94,7 +94,7 @@ class PiToMe(Method):
         )
 
     def select(self, view: TokenView, cut: Cut) -> Selection:
-        if not bool(view.valid.all()):
+        if view.extent[0] < view.valid.shape[1]:
             raise UnsupportedError("merging needs the same number of tokens in every image; the stage before it kept different numbers")
         metric = view.features if cut.data["metric"] == "hidden" else view.source("projections").k[:, :, view.prefix :].mean(1)
         r = view.features.shape[1] - (cut.keep or 0)
@@ -107,7 +107,7 @@ class PiToMe(Method):
         b, n, _ = metric.shape
         identity = torch.arange(n, device=metric.device).repeat(b, 1)
         if r <= 0:
-            return merged(torch.ones_like(identity, dtype=torch.bool), identity)
+            return merged(torch.ones_like(identity, dtype=torch.bool), identity, span=(n, n))
         energy = kernels.energy(metric, "elu" if self.energy == "elu" else "jump", margin=margin, alpha=self.alpha)  # self-similarity included: official code
         rank = energy.argsort(dim=1, descending=True, stable=True)
         if kind == "pitome":
@@ -120,7 +120,8 @@ class PiToMe(Method):
             source, target = a.gather(1, edge), d.gather(1, nearest.gather(1, edge))
             score = best.new_full(identity.shape, torch.nan).scatter(1, a, best.neg())
         kept = torch.ones_like(identity, dtype=torch.bool).scatter(1, source, False)
-        return replace(merged(kept, identity.scatter(1, source, target)), score=score)
+        left = n - source.shape[1]
+        return replace(merged(kept, identity.scatter(1, source, target), span=(left, left)), score=score)
 
 
 def falling(tokens: int, ratio: float, count: int, extra: Sequence[int] = ()) -> list[int]:

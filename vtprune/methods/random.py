@@ -39,4 +39,4 @@ class Random(Method):
             raise VtpruneError(f"{len(seeds)} seeds were given for {len(view.index)} images; inside the tower there must be one for each image or tile")
         draws = [torch.rand(view.grid[0] * view.grid[1], generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
         draw = torch.stack(draws).to(view.features.device).expand(len(view.index), -1)  # [B, tokens of the raster]
-        return top(draw.gather(1, view.index.clamp_min(0)), cut.keep or 0, view.valid, view.protected)
+        return top(draw.gather(1, view.index.clamp_min(0)), cut.keep or 0, view.valid, view.protected, span=view.extent)

@@ -85,24 +85,24 @@ def bipartite(metric: Tensor, view: TokenView, r: int, *, official: bool = False
 
     Positions alternate between A and B counting the prefix; every a finds its most similar b; the ``r`` most similar pairs merge.
     """
-    if not bool(view.valid.all()):
+    if view.extent[0] < view.valid.shape[1]:
         raise UnsupportedError("merging needs the same number of tokens in every image; the stage before it kept different numbers")
     b, n, _ = metric.shape
     first, second = (torch.arange((view.prefix + side) % 2, n, 2, device=metric.device) for side in (0, 1))
     identity = torch.arange(n, device=metric.device).repeat(b, 1)
     r = min(r, len(first) if len(second) else 0)
     if r <= 0:
-        return merged(torch.ones_like(identity, dtype=torch.bool), identity)
+        return merged(torch.ones_like(identity, dtype=torch.bool), identity, span=(n, n))
     best, partner = kernels.match(metric, first, second)  # [B, |A|]
     ranked = best.argsort(dim=1, descending=True, stable=True)
     source, stay = first[ranked[:, :r]], first[ranked[:, r:]]  # [B, r], [B, |A| - r]
     destination = identity.scatter(1, source, second[partner.gather(1, ranked[:, :r])])
     kept = torch.ones_like(identity, dtype=torch.bool).scatter(1, source, False)
-    chosen = merged(kept, destination)
+    chosen = merged(kept, destination, span=(n - r, n - r))
     score = best.new_full(identity.shape, torch.nan).scatter(1, first.expand(b, -1), best.neg())  # the B side is not ranked
     if not official:
         return replace(chosen, score=score)
     # The official order: unmerged A (by position with a class token, by falling similarity without), then B.
     rest = torch.cat([stay.sort(1).values if view.prefix else stay, second.expand(b, -1)], dim=1)
     column = kept.long().cumsum(1) - 1
-    return Selection(chosen.kept, chosen.target, chosen.weight, column.gather(1, rest), score)
+    return Selection(chosen.kept, chosen.target, chosen.weight, column.gather(1, rest), score, chosen.span)
