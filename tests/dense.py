@@ -22,8 +22,8 @@ class NoReference(Exception):
 
 @dataclass
 class Done:
-    """What an attached model said it did with one prompt of ``ids`` ``[B, T]``. ``stages``: those of the report; ``passes``: ``(run, row)`` per pass of the
-    tower; ``cuts``: ``(stage, Cut)``; ``rows``: which of the report's samples each row of the batch is; ``given``: rows that entered the language
+    """What an attached model said it did with one prompt of ``ids`` ``[B, T]``. ``stages``: those of the report; ``passes``: ``(run, row)`` per pass of
+    the tower; ``cuts``: ``(stage, Cut)``; ``rows``: which of the report's samples each row of the batch is; ``given``: rows that entered the language
     model, for towers that cannot be repeated."""
 
     ids: Tensor | None = None
@@ -40,8 +40,8 @@ class Done:
 
 
 class Dense:
-    """``with Dense(model, adapter, done) as d: model(...)``; ``d.present`` ``[B, T]`` are the rows of the prompt that are left at the end, ``d.scores`` what the
-    ranking methods in the language model should have ranked by: ``(number of the stage in the report, scores [B, T])``."""
+    """``with Dense(model, adapter, done) as d: model(...)``; ``d.present`` ``[B, T]`` are the rows of the prompt that are left at the end, ``d.scores`` what
+    the ranking methods in the language model should have ranked by: ``(number of the stage in the report, scores [B, T])``."""
 
     def __init__(self, model: Any, adapter: Any, done: Done):
         self.model, self.adapter, self.done = model, adapter, done
@@ -113,7 +113,7 @@ class Dense:
             embeds[:, : rows.shape[1]][take] = rows[take]
         planes = kwargs.get("deepstack_visual_embeds")
         for stage in self.done.stages:
-            if stage.site == "projector" and stage.assignment is not None:  # every slot is the plain mean of its members
+            if stage.site == "projector" and stage.method == "pool":  # every slot is the plain mean of its members
                 embeds = embeds.clone()
                 spread = [p.new_zeros(*embeds.shape[:2], p.shape[-1]) for p in planes or ()]
                 for s, p in zip(spread, planes or (), strict=True):

@@ -1,8 +1,9 @@
 """A fuzzer: random recipes in random models on random inputs, run in random ways, against the dense model made to compute the same (``dense.py``).
 
-``python tests/fuzz.py --seeds 0:10000 [--jobs 2] [--seconds N] [--family llava,qwen2-vl] [--way generate]``. A seed is one run and draws everything. It ends as
-ok (equal), refused (:class:`VtpruneError` from ``attach``), late (from a later call), host (the unpruned model does the same wrong thing), MISMATCH (another answer, without a word) or RAW (another
-exception). The last two are faults: each is printed with the line that repeats it, and the exit code is 1.
+``python tests/fuzz.py --seeds 0:10000 [--jobs 2] [--seconds N] [--family llava,qwen2-vl] [--way generate]``. A seed is one run and draws
+everything. It ends as ok (equal), refused (:class:`VtpruneError` from ``attach``), late (from a later call), host (the unpruned model does
+the same wrong thing), MISMATCH (another answer, without a word) or RAW (another exception, or a refusal in the words of a kernel). The last two are
+faults: each is printed with the line that repeats it, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from vtprune.types import VtpruneError
 LIMITS = {torch.float32: 5e-5, torch.float64: 1e-5, torch.bfloat16: 8e-2}  # relative to the largest value (at least 1)
 WORDS = range(8, 64)  # the tiny models' words; below are pad, start, end, placeholders
 FAULTS = ("MISMATCH", "RAW")
+KERNEL = re.compile(r"(match|energy|query_scores|flow_scores|merge|gather|maxmin|dpp): ")
 
 
 class Mismatch(Exception):
@@ -206,7 +208,8 @@ def collate(b: Bench, rows: list[dict[str, Tensor]], side: str) -> dict[str, Ten
         for k in names:
             like = b.example[k]
             row = [r.get(k, like[:1, :0]) for r in rows]
-            out[k] = torch.cat([torch.cat([x, torch.full((1, tiles - x.shape[1], *like.shape[2:]), 0 if k == "pixel_values" else 1, dtype=like.dtype)], 1) for x in row])
+            fill = [torch.full((1, tiles - x.shape[1], *like.shape[2:]), int(k != "pixel_values"), dtype=like.dtype) for x in row]
+            out[k] = torch.cat([torch.cat(pair, 1) for pair in zip(row, fill, strict=True)])
         return out
     return out | {k: torch.cat([r[k] for r in rows if k in r]) for k in names}
 
@@ -288,9 +291,9 @@ def options(draw: random.Random, b: Bench, name: str) -> dict[str, Any]:
     return out
 
 
-def keep(draw: random.Random, b: Bench, last: bool) -> int | float | None:
+def keep(draw: random.Random, b: Bench) -> int | float | None:
     n = b.adapter.geometry.tokens
-    kind = draw.choices(("default", "fraction", "count", "all", "one"), (2, 5, 4 if last else 1, 0.7, 0.7))[0]
+    kind = draw.choices(("default", "fraction", "count", "all", "one"), (2, 5, 4, 0.7, 0.7))[0]
     if kind == "default":
         return None
     if kind == "fraction":
@@ -310,7 +313,7 @@ def recipe(draw: random.Random, b: Bench) -> Recipe:
         info = METHODS.get(name)
         given = options(draw, b, name)
         own = any(k in given for k in ("r", "ratio", "ratios"))
-        stages.append(Stage(method=name, keep=None if own or not info.budgeted else keep(draw, b, True), options=given))
+        stages.append(Stage(method=name, keep=None if own or not info.budgeted else keep(draw, b), options=given))
 
     def place(s: Stage) -> tuple[int, int]:
         kind, _, number = str(s.options.get("site") or METHODS.get(s.method).kinds[0]).partition(".")
@@ -398,7 +401,7 @@ class Case:
             report = self.handle.report()
         except VtpruneError as e:
             raise Mismatch(f"it ran, and the report says: {e}") from e
-        self.check(report)
+        self.check(report, self._needed(labels, len(report.visual_tokens)))
         planned = plan(self.handle.geometry, self.handle.recipe)
         cuts = [(n, c) for n, (_, _, cs) in enumerate(planned) for c in cs]
         passes = list({(id(run), g): (run, g) for run, g in self.handle.passes}.values())
@@ -419,7 +422,20 @@ class Case:
             labels,
         )
 
-    def check(self, report: Any) -> None:
+    def _needed(self, labels: Tensor | None, rows: int) -> list[set[int]]:
+        """Per sample the visual tokens that stay whatever their score: what an answer follows at once."""
+        if not self.b.mllm:
+            return [set()] * rows
+        out = []
+        for b, ids in enumerate(self.ids):
+            columns = self.b.adapter.visual(ids).nonzero()[:, 0].tolist()
+            ends = {int(self.mask[b].nonzero()[-1])}
+            if labels is not None:
+                ends |= set(((labels[b, 1:] != -100) & (labels[b, :-1] == -100)).nonzero()[:, 0].tolist())
+            out += [{columns.index(e) for e in ends if e in columns}] * max(rows // len(self.ids), 1)
+        return out
+
+    def check(self, report: Any, needed: list[set[int]]) -> None:
         """What a report must say whatever was done: indices in order, the counts they have, the best kept where tokens were ranked; and it is plain data."""
         report.to_dict()
         for s in report.stages:
@@ -431,6 +447,8 @@ class Case:
                 score, unit = s.scores[i].nan_to_num(-math.inf, posinf=math.inf, neginf=-math.inf), s.units[i]
                 chosen = torch.zeros(len(score), dtype=torch.bool)
                 chosen[k] = True
+                unit = unit.clone()
+                unit[sorted(needed[i])] = -1
                 for u in unit[unit >= 0].unique().tolist():
                     left, gone = score[(unit == u) & chosen], score[(unit == u) & ~chosen]
                     if len(left) and len(gone) and float(left.min()) < float(gone.max()):
@@ -581,7 +599,8 @@ def training(c: Case) -> None:
         return
     checkpointing, reentrant = c.draw.random() < 0.6, c.draw.random() < 0.3
     model = c.model
-    parameters = {n: p for n, p in model.named_parameters() if n.endswith(("layers.0.self_attn.q_proj.weight", "layers.5.mlp.down_proj.weight", "linear_1.weight"))}
+    ends = ("layers.0.self_attn.q_proj.weight", "layers.5.mlp.down_proj.weight", "linear_1.weight")
+    parameters = {n: p for n, p in model.named_parameters() if n.endswith(ends)}
     model.train()
     c.residue = True  # transformers leaves what checkpointing needs
     try:
@@ -897,9 +916,15 @@ def _raise(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+BAD = (
+    *("short-mask", "long-mask", "no-mask", "bool-mask", "4d-mask"),
+    *("placeholder-less", "placeholder-more", "image-less", "half-pixels", "no-pixels"),
+)
+
+
 def bad_inputs(c: Case) -> None:
     """Inputs that are not quite right: refused by somebody, or right."""
-    kind = c.draw.choice(("short-mask", "long-mask", "placeholder-less", "placeholder-more", "image-less", "half-pixels", "no-mask", "bool-mask", "4d-mask", "no-pixels"))
+    kind = c.draw.choice(BAD)
     c.notes.append(kind)
     x = dict(c.inputs)
     if kind == "short-mask":
@@ -1053,7 +1078,8 @@ def tower_methods(c: Case) -> None:
                 c.equal(model.forward_head(model.forward_intermediates(images)[0]), whole, "forward_head(forward_intermediates)")
             else:
                 found = model.get_intermediate_layers(images, n=1)[0]
-                if c.on and c.handle.report().stages and found.shape[1] == c.b.adapter.geometry.tokens and len(c.handle.report().stages[-1].kept[0]) < found.shape[1]:
+                stages = c.handle.report().stages if c.on else ()
+                if stages and len(stages[-1].kept[0]) < found.shape[1] == c.b.adapter.geometry.tokens:
                     raise Mismatch("get_intermediate_layers: as many tokens as without pruning")
         elif hasattr(model, "encode_image"):
             c.equal(model.encode_image(images, normalize=True), whole, "encode_image")
@@ -1136,17 +1162,22 @@ def run(seed: int, families: tuple[str, ...] = (), ways: tuple[str, ...] = ()) -
                 kind, detail = "MISMATCH", "not restored: another answer than before"
     if kind in FAULTS or kind == "host":
         BENCHES.pop((family, variant, dtype, attention), None)  # it may be dirty
-    stages = " + ".join(f"{s.method}({', '.join([f'keep={s.keep}'] * (s.keep is not None) + [f'{k}={v!r}' for k, v in s.options.items()])})" for s in chosen.stages)
+    parts = [[*([f"keep={s.keep}"] if s.keep is not None else []), *(f"{k}={v!r}" for k, v in s.options.items())] for s in chosen.stages]
+    stages = " + ".join(f"{s.method}({', '.join(part)})" for s, part in zip(chosen.stages, parts, strict=True))
     told = f"{stages} {case.overrides or ''} {attention} {str(dtype)[6:]} {side} x{len(next(iter(inputs.values())))}"
     return Outcome(seed, kind, f"{family}/{variant}", " ".join([way, *case.notes]), told, detail)
 
 
 def _try(way: Callable[[Case], None], case: Case) -> tuple[str, str]:
+    if hasattr(case.model.base_model if case.b.mllm else None, "rope_deltas"):
+        case.model.base_model.rope_deltas = None  # the last prompt's, which a prompt of text alone would go by
     try:
         way(case)
     except NoReference as e:
         return "ok", f"no reference: {e}"
     except VtpruneError as e:
+        if KERNEL.match(str(e)):
+            return "RAW", f"refused in the words of a kernel: {e}"
         return "late" if case.attached else "refused", str(e)
     except Mismatch as e:
         return "MISMATCH", str(e)
@@ -1220,7 +1251,7 @@ def main() -> int:
     outcomes, began = [], time.time()
     for o in sweep(range(int(first), int(end or int(first) + 1)), jobs=given.jobs, seconds=given.seconds, **only):
         outcomes.append(o)
-        if o.kind in FAULTS or o.kind == "host" or given.seeds.endswith(f":{int(first) + 1}"):
+        if o.kind in FAULTS or given.seeds.endswith(f":{int(first) + 1}"):
             print(line(o, more), flush=True)
     print(table(outcomes))
     print(f"{len(outcomes)} seeds in {time.time() - began:.0f} s")

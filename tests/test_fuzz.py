@@ -1,0 +1,111 @@
+"""The fuzzer finds nothing here, and finds what is planted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vtprune.models import _books, _decoder, _tower
+
+import fuzz
+
+
+@pytest.fixture(autouse=True)
+def clean_benches():
+    yield
+    fuzz.BENCHES.clear()
+
+
+def _faults(seeds: range, **only) -> list[str]:
+    return [fuzz.line(o) for o in fuzz.sweep(seeds, **only) if o.kind in fuzz.FAULTS]
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_no_seed_answers_wrongly_or_raises_raw(part):
+    assert not _faults(range(40 * part, 40 * part + 40))
+
+
+@pytest.mark.slow
+def test_two_thousand_seeds():
+    assert not _faults(range(1000, 3000))
+
+
+def test_a_seed_is_the_same_run_each_time():
+    assert [fuzz.run(s) for s in range(5)] == [fuzz.run(s) for s in range(5)]
+
+
+def _late_row(right):
+    """Every row sees what the next one sees."""
+
+    def off(own, at, keys, x, cached, how, sliding):
+        mask = right(own, at, keys, x, cached, how, sliding)
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+            return mask
+        return torch.cat([mask[:, :, 1:], mask[:, :, -1:]], 2)
+
+    return off
+
+
+def _shifted(right):
+    """The books name the token behind the one that was kept."""
+
+    def off(x, kept):
+        return right(x, torch.where(kept >= 0, (kept + 1).clamp_max(x.shape[1] - 1), kept))
+
+    return off
+
+
+def _packed(right):
+    def off(first, mask, parent):
+        level, order = right(first, mask, parent)
+        return level, order.roll(1, 1)
+
+    return off
+
+
+def _blind(right):
+    def off(level, tail, length, q, columns, window, x, how):
+        mask = right(level, tail, length, q, columns, window, x, how)
+        if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+            mask = mask.clone()
+            mask[..., -1, level.valid.int().argmax(1).max()] = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return mask
+
+    return off
+
+
+def _swapped(right):
+    return lambda request: [list(reversed(found)) for found in right(request)]
+
+
+def _earlier(right):
+    def off(*args, **kwargs):
+        rows, weight = right(*args, **kwargs)
+        return (rows - 1).clamp_min(0), weight
+
+    return off
+
+
+def _unweighted(right):
+    return lambda x, selection, size: (right(x, selection, torch.ones_like(size))[0], right(x, selection, size)[1])
+
+
+PLANTS = {
+    "prefill mask off by one row": lambda m: m.setattr(_decoder, "prefill_mask", _late_row(_decoder.prefill_mask)),
+    "kept index shifted in the tower": lambda m: m.setattr(_tower, "gather", _shifted(_tower.gather)),
+    "columns of a cut shifted": lambda m: m.setattr(_decoder, "pack", _packed(_decoder.pack)),
+    "decoding mask without the prompt's first token": lambda m: m.setattr(_decoder, "decode_mask", _blind(_decoder.decode_mask)),
+    "passes of the tower in another order": lambda m: m.setattr(_books, "passes", _swapped(_books.passes)),
+    "scores of the wrong row": lambda m: m.setattr(_decoder, "query_rows", _earlier(_decoder.query_rows)),
+    "merged rows weighted wrongly": lambda m: m.setattr(_tower, "combine", _unweighted(_tower.combine)),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_planted_fault_is_found_within_two_hundred_seeds(monkeypatch, plant):
+    for seed in range(200):
+        with monkeypatch.context() as patched:
+            PLANTS[plant](patched)
+            found = fuzz.run(seed).kind in fuzz.FAULTS
+        if found and fuzz.run(seed).kind not in fuzz.FAULTS:  # the plant's, not one of our own
+            return
+    pytest.fail("200 seeds, and nothing was found")
