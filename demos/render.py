@@ -102,7 +102,8 @@ def _row(name: str, first: float, second: float, digits: int = 1) -> Row:
 
 def _single(name: str, first: float | None, second: float | None) -> Row:
     """One measurement each."""
-    return Row(f"{name}, one run each", *("-" if v is None else f"{v:.1f}" for v in (first, second)), "", "")
+    said = ["-" if v is None else f"{v:.1f}" for v in (first, second)]
+    return Row(f"{name}, one run each", said[0], said[1], "", "")
 
 
 def _paired(name: str, pairs: Sequence[tuple[float, float]], more_work: float) -> Row:
