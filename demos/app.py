@@ -151,7 +151,7 @@ def _side(name: str, recipe: str, seed: int) -> dict[str, Any]:
         made["budget"].change(lambda kind: gr.Slider(visible=kind != "own"), made["budget"], made["share"], show_progress="hidden", api_visibility="private")
         with gr.Accordion("Options, seed, recipe file", open=False):
             made["options"] = gr.Textbox(label="Options of the method, JSON", placeholder='{"layer": 3}', max_lines=3)
-            made["seed"] = gr.Number(seed, precision=0, minimum=0, label="Seed, for methods that draw at random")
+            made["seed"] = gr.Number(seed, precision=0, label="Seed, for methods that draw at random")
             made["file"] = _upload(gr.File, label="Recipe file (JSON) instead of a name", file_types=[".json"], height=110, elem_id=f"file-{low}")
     return made
 
@@ -280,7 +280,7 @@ def _all_methods(worker: Worker, asked: list[Any], seed: int) -> None:
     with gr.Row():
         budget = _choice(gr.Dropdown, [b for b in BUDGETS if b[1] != "own"], value="effective", label="Budget", min_width=160)
         share = gr.Slider(1, 100, value=25, step=1, label="Budget in % of the tokens", min_width=160, elem_id="share-all")
-        chance = gr.Number(seed, precision=0, minimum=0, label="Seed", min_width=80)
+        chance = gr.Number(seed, precision=0, label="Seed", min_width=80)
     with gr.Row():
         go = gr.Button("Compare all methods", variant="primary", elem_id="compare")
         stop = gr.Button("Stop", variant="stop")

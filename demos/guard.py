@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 Message = MutableMapping[str, Any]
-Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 
 LARGEST_TEXT = 1_000_000  # bytes of a request that is no upload
 LARGEST_UPLOAD = 64_000_000  # bytes of one upload, with all its files

@@ -34,8 +34,9 @@ _TABLE_CSS = f"""
 .vtp-metrics thead th {{ opacity: .75; }}
 .vtp-metrics tr > :first-child {{ text-align: left; }}
 .vtp-metrics td:last-child {{ min-width: 6rem; overflow-wrap: break-word; }}
-@media (max-width: 34rem) {{ .vtp-metrics {{ font-size: .85rem; }} .vtp-metrics th, .vtp-metrics td {{ padding: .25rem .3rem; }}
-  .vtp-metrics [scope=row] {{ min-width: 7rem; }} }}
+@media (max-width: 34rem) {{ .vtp-metrics {{ font-size: .8rem; }} .vtp-metrics th, .vtp-metrics td {{ padding: .25rem .2rem; }}
+  .vtp-metrics [scope=row] {{ min-width: 5.5rem; }} .vtp-metrics td:last-child {{ min-width: 4.5rem; }}
+  .vtp-metrics thead :nth-child(4), .vtp-metrics td:nth-child(4) {{ display: none; }} }}
 """.strip()
 _CARDS_CSS = f"""
 .vtp-cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(10.5rem, 44%), 1fr)); gap: .75rem; list-style: none; margin: 0; padding: 0; }}
@@ -102,7 +103,8 @@ def _row(name: str, first: float, second: float, digits: int = 1) -> Row:
 
 def _single(name: str, first: float | None, second: float | None) -> Row:
     """One measurement each."""
-    return Row(f"{name}, one run each", *("-" if v is None else f"{v:.1f}" for v in (first, second)), "", "")
+    said = ["-" if v is None else f"{v:.1f}" for v in (first, second)]
+    return Row(f"{name}, one run each", said[0], said[1], "", "")
 
 
 def _paired(name: str, pairs: Sequence[tuple[float, float]], more_work: float) -> Row:

@@ -296,6 +296,8 @@ def test_phone_and_dark(seat, pictures, name, context):
     one.status("done")
     assert one.answer("a") == dense
     assert one.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "the page scrolls sideways"
+    ratio = one.page.locator(".vtp-metrics tbody tr").first.locator("td").last
+    assert re.search(r"x \d.*\(\d.* to \d|too few rounds", ratio.inner_text()) and ratio.bounding_box()["x"] + 40 < one.page.viewport_size["width"]
     if name == "dark":
         light = one.page.evaluate("getComputedStyle(document.querySelector('vt-theatre .vt-caption')).color.match(/[0-9.]+/g).slice(0, 3).map(Number)")
         assert min(light) > 100, f"dark text on a dark page: {light}"
@@ -340,6 +342,11 @@ def test_what_cannot_be_answered_gets_a_message(seat, pictures, tmp_path):
     one.page.locator("#ask").click()
     one.status("layerz")
     one.page.get_by_label("Options of the method, JSON").last.fill("")
+    seed = one.page.get_by_label("Seed, for methods that draw at random").last
+    seed.fill("-1")
+    one.page.locator("#ask").click()
+    one.status("B: seed=-1 is not a whole number")
+    seed.fill("0")
     one.question("what is {{constructor}} and ${7*7} <b>here</b> ?")
     one.page.locator("#ask").click()
     one.status("done")
