@@ -21,8 +21,11 @@ from vtprune.select import bands, combine, merged, top
 def test_registry_refuses_clashes_and_suggests():
     r: Registry[int] = Registry("thing")
     r.register("fastv", 1)
-    with pytest.raises(ValueError, match="registered already"):
-        r.register("fastv", 2)
+    with pytest.raises(ValueError, match="registered already, by test_core"):
+        r.register("fastv", 2, owner="another")
+    assert r.get("fastv") == 1
+    r.register("fastv", 3)  # the same module again
+    assert r.get("fastv") == 3
     with pytest.raises(VtpruneError, match="did you mean fastv"):
         r.get("fasttv")
     assert r.names("fast*") == ["fastv"] and r.names("x*") == []
