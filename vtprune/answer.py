@@ -40,8 +40,8 @@ def open_image(path: str | Path) -> Image.Image:
     """The image file ``path``, upright and in RGB.
 
     Raises:
-        VtpruneError: the file is missing, is no image of :data:`RASTER`'s formats, is damaged, has more than :data:`MEGAPIXELS` million pixels (told from the header, before decoding), or
-            has values beyond 16 bits.
+        VtpruneError: the file is missing, is no image of :data:`RASTER`'s formats, is damaged, has more than :data:`MEGAPIXELS` million pixels (told from the
+            header, before decoding), or has values beyond 16 bits.
     """
     path = Path(path)
     if path.is_dir():
@@ -135,9 +135,10 @@ def prepare_chats(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> 
         raise VtpruneError(f"samples that show different kinds of things cannot share a batch: {' / '.join(', '.join(k) or 'text' for k in sorted(shown))}")
     for mark in marks(processor):
         if any(mark in text for chat in chats for text in _parts(chat, "text")):
-            raise VtpruneError(f"the text holds {mark!r}, a mark that this model's prompts set around or for pictures: leave it out, the pictures are put in anyway")
+            raise VtpruneError(f"the text holds {mark!r}, which stands for a picture in this model's prompts: leave it out, pictures are put in by themselves")
     with _told(f"the chat template of {type(processor).__name__}"):
-        texts = [processor.apply_chat_template([{**m, "content": [_bare(p) for p in m["content"]]} for m in chat], add_generation_prompt=True) for chat in chats]
+        bare = [[{**m, "content": [_bare(p) for p in m["content"]]} for m in chat] for chat in chats]
+        texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in bare]
     if not all(isinstance(t, str) for t in texts):
         raise VtpruneError(f"the chat template of {type(processor).__name__} gives no text")
     start = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
@@ -157,7 +158,7 @@ def prepare_chats(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> 
 
 
 def marks(processor: Any) -> set[str]:
-    """What stands for pictures and videos in a prompt: the words that the processor holds as ``..._token`` or ``..._tag``, and the word of the placeholder's id."""
+    """What stands for pictures and videos in a prompt: the words that the processor holds as ``..._token`` or ``..._tag``, and that of the placeholder."""
     found = {value for name, value in vars(processor).items() if name.endswith(("_token", "_tag"))}
     place = getattr(processor, "image_token_id", None)
     if isinstance(place, int):

@@ -28,8 +28,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..answer import open_image
 from ..attach import attach, bind
 from ..data import easyvqa, scenes
+from ..runs import read
 from ..types import UnsupportedError, VtpruneError
 
 if TYPE_CHECKING:
@@ -109,7 +111,6 @@ def scene_items(split: str, start: int, stop: int, per_ability: int) -> Iterator
 
 def easy_items(split: str, count: int) -> Iterator[Item]:
     """The first ``count`` images of easy-VQA, each with all of its questions."""
-    from PIL import Image
 
     if count == 0:
         return
@@ -122,7 +123,7 @@ def easy_items(split: str, count: int) -> Iterator[Item]:
         if q.image in grouped or len(grouped) < count:
             grouped.setdefault(q.image, []).append((EASY, q.text, q.answer))
     for path, rows in grouped.items():
-        yield Image.open(path).convert("RGB"), rows
+        yield open_image(path), rows
 
 
 def encode(model: Any, processor: Any, items: Iterable[Item], *, dtype: torch.dtype = torch.float32, size: int = 32) -> Questions:
@@ -284,11 +285,11 @@ def save(branch: nn.Module, path: Path, facts: dict[str, Any]) -> None:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """The facts beside a saved branch. Raises :class:`VtpruneError` if either file is missing."""
+    """The facts beside a saved branch. Raises :class:`VtpruneError` if either file is missing or is none."""
     for needed in (path, path.with_suffix(".json")):
         if not needed.is_file():
             raise VtpruneError(f"no such file {needed}; train first: vtprune train {METHOD} --out {path}")
-    return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    return read(path.with_suffix(".json"))
 
 
 # ------------------------------------------------------------------------------------------------------------ comparison
