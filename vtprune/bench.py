@@ -22,6 +22,7 @@ from PIL import Image
 from . import __version__, cost, timing
 from .answer import generate, open_image, prepare
 from .attach import ATTACH_OPTIONS, TARGETS, attach, bind, load_recipe
+from .figures import prefill_text
 from .ledger import stopwatch
 from .methods.base import METHODS, OWN_BUDGETS, make
 from .recipe import Recipe
@@ -684,14 +685,6 @@ def _costs(row: Mapping[str, Any]) -> list[str]:
 
 def _timer(result: Mapping[str, Any]) -> str:
     return "; prefill in one thread's CPU time" if result.get("timer") == "CPU" else ""
-
-
-def prefill_text(row: Mapping[str, Any]) -> str:
-    """The ratio of prefill times with its range; only the range, behind the verdict, where it tells nothing. Empty if there is none."""
-    if row.get("prefill_ratio") is None:
-        return ""
-    told = row.get("prefill_verdict") or f"{row['prefill_ratio']:.2f}"
-    return told + (f" [{row['prefill_range'][0]:.2f}, {row['prefill_range'][1]:.2f}]" if row.get("prefill_range") else "")
 
 
 def markdown(result: Mapping[str, Any]) -> str:
