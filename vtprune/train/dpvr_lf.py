@@ -427,6 +427,8 @@ def markdown(table: dict[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All options of ``vtprune train dpvr-lf``."""
+    from ..cli import seed_value
+
     add = parser.add_argument
     add("--out", type=Path, required=True, help="where the branch goes (.safetensors); FILE.json and FILE.compare.json are written beside it")
     add("--model", help="folder or hub id of a LLaVA (default: the bundled VLM)")
@@ -447,7 +449,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compare-only", action="store_true", help="no training: compare the branch that lies at --out")
     add("--device", default="cpu")
     add("--dtype", default="bfloat16", choices=tuple(DTYPES), help="arithmetic (default bfloat16; the branch's own weights are float32 while it is trained)")
-    add("--seed", type=int, default=0, help="order of the questions")
+    add("--seed", type=seed_value, default=0, help="order of the questions")
 
 
 def _check(args: argparse.Namespace) -> int | None:
