@@ -304,7 +304,7 @@ def prefill(model: Any, inputs: Any, recipe: Recipe | None, *, repeats: int = 5,
 
     Returns:
         ``prefill_ms`` and ``dense_prefill_ms``, medians in milliseconds; ``prefill_ratio`` the median of the rounds' ratios, ``prefill_range`` the smallest and
-        largest; ``prefill_verdict`` what they tell (:func:`vtprune.timing.verdict`).
+        largest; ``prefill_verdict`` what they tell (:func:`vtprune.timing.verdict`). Of ``recipe`` ``None`` the dense time alone.
     """
     with timing.cpu_time() if cpu_time else nullcontext():
         moments = timing.Moments(model)
@@ -315,16 +315,16 @@ def prefill(model: Any, inputs: Any, recipe: Recipe | None, *, repeats: int = 5,
         once()
         dense, pruned, own = [once()], [], []
         for _ in range(repeats):
-            if recipe is None:
-                pruned.append(dense[-1])
-                own.append(0.0)
-            else:
+            if recipe is not None:
                 with stopwatch(moments.now) as watch, attach(model, recipe, seed=seed, **extra):
                     once()
                     watch.laps.clear()
                     pruned.append(once())
                     own.append(moments.ms(watch.laps))
             dense.append(once())
+    if recipe is None:
+        alone = statistics.median(dense)
+        return {"prefill_ms": alone, "dense_prefill_ms": alone, "prefill_ratio": 1.0}
     both = [(a + b) / 2 for a, b in itertools.pairwise(dense)]
     ratios = [p / d for p, d in zip(pruned, both, strict=True)]
     rest = [(p - o) / d for p, o, d in zip(pruned, own, both, strict=True)]
