@@ -47,6 +47,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vtprune import cli
+from vtprune.answer import open_image
 from vtprune.attach import attach, bind, load_recipe
 from vtprune.bench import bootstrap, draws, environment, interval
 from vtprune.methods.base import METHODS
@@ -89,7 +90,7 @@ def photographs(crops: int) -> list[tuple[str, Image.Image]]:
     folder = Path(skimage.data.__file__).parent
     if lacking := [name for name in PICTURES if not (folder / name).is_file()]:
         raise VtpruneError(f"this scikit-image does not ship {', '.join(lacking)}; install another release")
-    whole = [(name.partition(".")[0], Image.open(folder / name).convert("RGB")) for name in PICTURES]
+    whole = [(name.partition(".")[0], open_image(folder / name)) for name in PICTURES]
     found = load_sample_images()
     whole += [(Path(name).stem, Image.fromarray(picture)) for name, picture in zip(found.filenames, found.images, strict=True)]
     return [(name, square(picture, *crop)) for crop in CROPS[:crops] for name, picture in whole]

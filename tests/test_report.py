@@ -457,6 +457,12 @@ def broken(**changes) -> dict:
         ({**bench(), "abilities": ["colour", "smell"]}, "no accuracy for smell"),
         (broken(average=...), "row 1: 'average' should be a number, it is missing"),
         (broken(average=float("nan")), "'average' should be a number"),
+        (broken(average=10**400), "'average' should be a number"),
+        (broken(average=1e308), "'average' should be a number"),
+        (broken(method="x" * 101), "'method' should be a name"),
+        (broken(method="a\nb"), "'method' should be a name"),
+        (broken(note="\ud800"), "not JSON"),
+        ("[" * 100_000, "not JSON"),
         (broken(budget="half"), "'budget' should be a number"),
         (broken(rows="many"), "'rows' should be a list of numbers"),
         (broken(group_a={"samples": 3}), "'group_a'"),
@@ -471,6 +477,59 @@ def test_a_broken_file_is_named(tmp_path, capsys, data, says):
     path.write_bytes(data.encode("utf-8", "surrogatepass") if isinstance(data, str) else json.dumps(data).encode())
     line = refused(capsys, str(tmp_path))
     assert says in line and "bad.json" in line and list(tmp_path.iterdir()) == [path]
+
+
+def test_names_with_dollars_are_names(tmp_path):
+    table = bench()
+    for entry in table["rows"]:
+        entry["method"] += "" if entry["method"] == "dense" else " $\\frac$ $$"
+    (tmp_path / "bench.json").write_text(json.dumps(table))
+    (tmp_path / "times.json").write_text(json.dumps({**times(), "rows": [{**r, "method": "$$"} for r in times()["rows"]]}))
+    assert len(report.write(tmp_path, tmp_path / "out")) > 5
+
+
+def test_a_budget_may_be_left_out(tmp_path):
+    table = bench()
+    del table["rows"][-1]["budget"]
+    (tmp_path / "bench.json").write_text(json.dumps(table))
+    assert "Own schedule" in report.page(tmp_path)
+
+
+def test_times_that_tell_nothing_are_not_printed_as_ratios(tmp_path):
+    table = bench()
+    table["rows"][1] |= {"prefill_ratio": 1.83, "prefill_range": [0.9, 1.95], "prefill_verdict": "noise"}
+    table["rows"][3] |= {"prefill_ratio": 0.71, "prefill_range": [0.7, 0.75], "prefill_verdict": ""}
+    (tmp_path / "bench.json").write_text(json.dumps(table))
+    page = report.page(tmp_path)
+    assert "1.83" not in page and "noise [0.90, 1.95]" in page and "0.71 [0.70, 0.75]" in page
+
+
+def test_figures_show_what_can_be_told_apart():
+    rows = [row(f"m{i}", j / 100, 0.3 + i / 400, 8.0) for i in range(80) for j in range(1, 51)]
+    table = {**bench(), "rows": [bench()["rows"][0], *rows]}
+    fewer, left_out = figures.fewer(table)
+    names = dict.fromkeys(r["method"] for r in figures.measured(fewer))
+    assert list(names) == [f"m{i}" for i in range(20, 80)] and len(fewer["rows"]) == 1 + 60 * 25 and left_out == 80 * 50 - 60 * 25
+    assert len(figures.stairs(fewer, figures.nearest(figures.measured(fewer), 0.25))) == figures.MOST_STAIRS
+    assert figures.fewer(bench()) == (bench(), 0)
+
+
+def test_tables_take_linear_time():
+    """Doubling the rows at most triples the looks at them."""
+    looks: list[int] = []
+    for n in (200, 400):
+        count = 0
+
+        class Row(dict):
+            def get(self, key, default=None):
+                nonlocal count
+                count += 1
+                return super().get(key, default)
+
+        rows = [Row(row("tome", (i + 1) / n, 0.5, 8.0)) for i in range(n)]
+        report.bench_html(report.Found("x", "vtprune.Bench", {**bench(), "rows": [bench()["rows"][0], *rows]}), [])
+        looks.append(count)
+    assert looks[1] < 3 * looks[0], looks
 
 
 def test_nothing_to_report(tmp_path, capsys):

@@ -198,6 +198,51 @@ def test_moments_on_a_gpu_are_events(monkeypatch):
     assert moments.ms([(1, moments.now(), moments.now())]) >= 0 and len(waits) == 4
 
 
+@pytest.mark.parametrize(
+    ("ratios", "noise", "rest", "says"),
+    [
+        ([0.7, 0.72, 0.8], [1.0, 1.1], [0.6, 0.6, 0.7], ""),
+        ([0.7, 0.9, 1.01], [1.0], [0.6, 0.6, 0.7], "noise"),  # on both sides
+        ([0.7, 0.72], [1.0], [0.6, 0.6], "noise"),  # too few rounds
+        ([1.2, 1.25, 1.3], [1.0, 1.01], [0.9, 1.0, 1.0], ""),  # the scorer costs more than the layers save
+        ([1.7, 1.83, 1.9], [1.0, 1.8], [1.6, 1.7, 1.8], "noise"),  # two dense runs differ as much
+        ([1.7, 1.83, 1.9], [1.0, 1.02], [1.6, 1.7, 1.8], "?"),  # slower for less work, and nothing says why
+    ],
+)
+def test_what_ratios_of_times_tell(ratios, noise, rest, says):
+    assert timing.verdict(ratios, noise, rest) == says
+    row = {"prefill_ratio": ratios[1], "prefill_range": [min(ratios), max(ratios)], "prefill_verdict": says}
+    text = bench.prefill_text(row)
+    assert text.startswith(says or f"{ratios[1]:.2f}") and f"[{min(ratios):.2f}, {max(ratios):.2f}]" in text
+
+
+def test_cpu_time_is_of_one_thread_and_ends(llava):
+    before, threads = timing.timer, torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), timing.cpu_time():
+        assert timing.timer is time.thread_time and torch.get_num_threads() == 1
+        1 / 0  # noqa: B018
+    assert timing.timer is before and torch.get_num_threads() == threads
+    model, inputs = llava
+    out = bench.prefill(model, inputs, vtprune.Recipe(name="u", stages=(vtprune.Stage(method="uniform", keep=2),)), repeats=3, cpu_time=True)
+    low, high = out["prefill_range"]
+    assert 0 < low <= out["prefill_ratio"] <= high and out["prefill_verdict"] in ("", "noise", "?") and timing.timer is before
+
+
+def test_every_pruned_prefill_stands_between_two_dense_ones(llava, monkeypatch):
+    """Work that grows steadily, as on a machine that gets busier, leaves no trace in the ratio."""
+    model, inputs = llava
+    seen, now = [], iter(range(1, 100))
+
+    def clock(call, device):
+        seen.append(bool(model._forward_hooks or any(m._forward_pre_hooks for m in model.modules())))
+        return float(next(now))
+
+    monkeypatch.setattr(timing, "clock", clock)
+    out = bench.prefill(model, inputs, vtprune.Recipe(name="u", stages=(vtprune.Stage(method="uniform", keep=2),)), repeats=3)
+    assert seen == [False, False, *[True, True, False] * 3]
+    assert out["prefill_ratio"] == pytest.approx(7 / 6.5)  # 4 / (2+5)/2, 7 / (5+8)/2, 10 / (8+11)/2
+
+
 def test_the_prefill_of_the_benchmark_keeps_its_ways(llava):
     model, inputs = llava
     out = bench.prefill(model, inputs, None, repeats=1)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
+import vtprune
 from vtprune.data import scenes
 from vtprune.train import demo_vlm as D
 
@@ -28,6 +31,25 @@ def _packed(tokenizer):
         pairs.append(data._pair(q.ability, q.text.split(), q.answer, {}))
     features = torch.randn(D.TOKENS, 384, generator=torch.Generator().manual_seed(1))
     return data.batch([(features, pairs, None)], shuffle=False), pairs, features
+
+
+def test_shards_run_no_code(small, tmp_path):
+    class Runs:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    tokenizer, _ = small
+    good = {"features": torch.ones(1, D.TOKENS, 384, dtype=torch.bfloat16), "rows": [[("text", "what ?", "red")]], "dense": torch.zeros(1, 2, D.TOKENS)}
+    torch.save(good, tmp_path / "val-000000.pt")
+    data = D.Packed([tmp_path / "val-000000.pt"], tokenizer, 0)
+    assert len(data.items) == 1 and data.batch(data.items)["features"].shape == (1, D.TOKENS, 384)
+    torch.save({**good, "rows": Runs()}, tmp_path / "val-000001.pt")
+    (tmp_path / "val-000002.pt").write_bytes(b"junk")
+    torch.save([1], tmp_path / "val-000003.pt")
+    for number in (1, 2, 3):
+        with pytest.raises(vtprune.VtpruneError, match="no shard of features"):
+            D.Packed([tmp_path / f"val-00000{number}.pt"], tokenizer, 0)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_packed_training_equals_the_stock_model(small):

@@ -68,6 +68,7 @@ def times(
     new_tokens: int = 8,
     repeats: int = 5,
     seed: int = 0,
+    options: Mapping[str, Any] | None = None,
     pictures: Callable[[int], Any] | None = None,
     question: str = "how many red shapes are there ?",
     command: str = "",
@@ -77,6 +78,7 @@ def times(
     """Every recipe at every budget (a fraction of the dense effective tokens), batch size and number of images per prompt.
 
     Args:
+        options: of ``attach`` and of the recipes' last methods, for all recipes.
         pictures: the i-th picture of a batch (default: generated scenes).
         saved: called with the result after every row, so that an interruption loses one row at most.
         progress: called with the name of every row before it is measured.
@@ -103,6 +105,7 @@ def times(
     timer = "CPU" if timing.timer is time.thread_time else "wall-clock"
     facts = {"type": "vtprune.Times", "version": 1, "command": command, **environment(model), "timer": timer, "new_tokens": new_tokens, "repeats": repeats}
     rows: list[dict[str, Any]] = []
+    how: dict[str, Any] = {"seed": seed, **(options or {})}
     each = len(chosen) * len(budgets)
     result: dict[str, Any] = {**facts, "planned": each * len(batches) * len(images), "rows": rows, "break_even": []}
 
@@ -128,7 +131,7 @@ def times(
                 progress(f"{recipe.name} {100 * budget:g} %, batch {batch}")
             row: dict[str, Any] = {"method": recipe.name, "budget": budget, **where}
             try:
-                row |= timing.measure(model, inputs, recipe, new_tokens=new_tokens, repeats=repeats, seed=seed, effective_tokens=float(budget))
+                row |= timing.measure(model, inputs, recipe, new_tokens=new_tokens, repeats=repeats, effective_tokens=float(budget), **how)
             except VtpruneError as e:
                 row["error"] = str(e)
             except torch.OutOfMemoryError:
@@ -276,7 +279,7 @@ def counts(text: str) -> list[int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All options of ``vtprune analyze``."""
-    from .cli import fractions, model_options, positive, words
+    from .cli import fractions, key_value, model_options, positive, words
 
     add = parser.add_argument
     add("--recipes", type=words, metavar="NAMES", help="names or files, with commas (default: every method)")
@@ -287,6 +290,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--new-tokens", type=positive, default=8, help="of the long generation (default 8)")
     add("--repeats", type=positive, default=5, help=f"rounds after the warm-up, at least {REPEATS} (default 5)")
     add("--cpu-time", action="store_true", help="one thread and its CPU time: for a CPU that others use as well")
+    what = "an option for all of them, or positions= or per=, value as JSON; repeatable"
+    add("--option", type=key_value, action="append", default=[], metavar="KEY=VALUE", help=what)
     add("--out", type=Path, action="append", default=[], metavar="FILE", help="the result, saved after every row: all as .json, tables as .md; repeatable")
     add("--json", action="store_true")
     model_options(parser)
@@ -300,11 +305,17 @@ def run(args: argparse.Namespace) -> int:
 
     from . import cli, timing
     from .answer import open_image
+    from .attach import ATTACH_OPTIONS
     from .bench import text
+    from .methods.base import make
 
     for path in args.out:
-        cli.output(path)
+        cli.output(path, ".json", ".md")
     recipes = check(vtprune.methods() if args.recipes is None else args.recipes, args.repeats)
+    options = cli.chosen_options(args.option, "seed", "budgets")
+    for recipe in recipes:
+        own = {k: v for k, v in options.items() if k not in ATTACH_OPTIONS}
+        make(recipe.stages[-1].method, {**recipe.stages[-1].options, **own})  # a wrong option is told before the long work
     picture = None if args.image is None else open_image(args.image)
     if args.cpu_time:
         timing.use_cpu_time(args.device)
@@ -318,7 +329,7 @@ def run(args: argparse.Namespace) -> int:
     with tqdm(total=len(recipes) * len(args.budgets) * len(args.batches) * len(args.images), unit="row", disable=None) as bar:
         result = times(
             model, processor, recipes, args.budgets, batches=args.batches, images=args.images, new_tokens=args.new_tokens, repeats=args.repeats,
-            seed=args.seed, pictures=None if picture is None else lambda i: picture, command="vtprune " + " ".join(args.argv), saved=saved,
+            seed=args.seed, options=options, pictures=None if picture is None else lambda i: picture, command="vtprune " + " ".join(args.argv), saved=saved,
             progress=bar.set_description,
         )  # fmt: skip
     verdicts = "\n".join(entry["verdict"] for entry in result["break_even"])

@@ -12,12 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from .ledger import UndoLedger
 from .types import VtpruneError
 
 MEGAPIXELS = 50
+# Formats that are pixels and nothing else: Pillow also reads PostScript (through Ghostscript), PDF-like containers and formats that nobody sends as a picture.
+RASTER = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
+# What a processor or its chat template raises on inputs that it does not take; templates are programs of the model's maker.
+PROCESSING = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, StopIteration, TypeError, ValueError, TemplateError)
 
 
 @contextmanager
@@ -35,25 +40,27 @@ def open_image(path: str | Path) -> Image.Image:
     """The image file ``path``, upright and in RGB.
 
     Raises:
-        VtpruneError: the file is missing, is no image, is damaged, has more than :data:`MEGAPIXELS` million pixels (told from the header, before decoding), or
-            has values beyond 16 bits.
+        VtpruneError: the file is missing, is no image of :data:`RASTER`'s formats, is damaged, has more than :data:`MEGAPIXELS` million pixels (told from the
+            header, before decoding), or has values beyond 16 bits.
     """
     path = Path(path)
     if path.is_dir():
         raise VtpruneError(f"{path} is a folder, not an image file")
     if not path.is_file():
         raise VtpruneError(f"no such image file: {path}")
+    Image.init()  # else only some formats are known yet
+    formats = [name for name in RASTER if name in Image.OPEN]  # AVIF, WEBP and JPEG2000 are not in every build
     with warnings.catch_warnings(), whole_pictures():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=formats) as image:
                 if image.width * image.height > MEGAPIXELS * 1_000_000:
                     raise VtpruneError(f"{path} has {image.width} x {image.height} pixels; the limit is {MEGAPIXELS} megapixels")
                 return _eight_bits(ImageOps.exif_transpose(image), path).convert("RGB")
         except VtpruneError:
             raise
         except UnidentifiedImageError as e:
-            raise VtpruneError(f"{path} is not an image that Pillow can read") from e
+            raise VtpruneError(f"{path} is not an image in a format that is read here ({', '.join(formats)})") from e
         except Image.DecompressionBombError as e:
             raise VtpruneError(f"{path} has far more than {MEGAPIXELS} megapixels") from e
         except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as e:
@@ -74,7 +81,7 @@ def prepare(processor: Any, images: Sequence[Image.Image | Sequence[Image.Image]
     """Left-padded model inputs for one question about each image, or about several: ``input_ids`` and ``attention_mask`` ``[B, T]``, ``pixel_values``
     ``[B, 3, H, W]``.
 
-    Raises :class:`VtpruneError` for lists of unequal or zero length and for a processor without chat template.
+    Raises :class:`VtpruneError` for lists of unequal or zero length and for what :func:`prepare_chats` refuses.
     """
     if not images or len(images) != len(questions):
         raise VtpruneError(f"give one question per image; got {len(images)} images and {len(questions)} questions")
@@ -119,13 +126,21 @@ def prepare_chats(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> 
         chats: per sample the messages, ``{"role": ..., "content": [part, ...]}`` with :func:`image_part`, :func:`video_part` and :func:`text_part`; all
             samples must show the same kinds of things (:func:`kinds`).
 
-    Raises :class:`VtpruneError` for a processor without chat template, for one that takes no videos, and for a mixture of kinds.
+    Raises :class:`VtpruneError` for a processor without chat template, for one that takes no videos, for a mixture of kinds, for text that holds the mark of an
+    image or video, and where the processor or its template fails.
     """
     if not getattr(processor, "chat_template", None):
         raise VtpruneError(f"{type(processor).__name__} has no chat template, so it cannot say how a question is put to the model")
     if len(shown := {kinds(chat) for chat in chats}) > 1:
         raise VtpruneError(f"samples that show different kinds of things cannot share a batch: {' / '.join(', '.join(k) or 'text' for k in sorted(shown))}")
-    texts = [processor.apply_chat_template([{**m, "content": [_bare(p) for p in m["content"]]} for m in chat], add_generation_prompt=True) for chat in chats]
+    for mark in marks(processor):
+        if any(mark in text for chat in chats for text in _parts(chat, "text")):
+            raise VtpruneError(f"the text holds {mark!r}, which stands for a picture in this model's prompts: leave it out, pictures are put in by themselves")
+    with _told(f"the chat template of {type(processor).__name__}"):
+        bare = [[{**m, "content": [_bare(p) for p in m["content"]]} for m in chat] for chat in chats]
+        texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in bare]
+    if not all(isinstance(t, str) for t in texts):
+        raise VtpruneError(f"the chat template of {type(processor).__name__} gives no text")
     start = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
     special = not (start and texts[0].startswith(start))  # a template that writes the start token itself must not get a second one
     given: dict[str, Any] = {"images": None}
@@ -138,7 +153,28 @@ def prepare_chats(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> 
         videos = [_parts(chat, "video") for chat in chats]
         given |= {"videos": [[v for v, _ in found] for found in videos], "video_metadata": [[m for _, m in found] for found in videos]}
         given["do_sample_frames"] = False
-    return processor(**given, text=texts, padding=True, padding_side="left", add_special_tokens=special, return_tensors="pt")
+    with _told(type(processor).__name__):
+        return processor(**given, text=texts, padding=True, padding_side="left", add_special_tokens=special, return_tensors="pt")
+
+
+def marks(processor: Any) -> set[str]:
+    """What stands for pictures and videos in a prompt: the words that the processor holds as ``..._token`` or ``..._tag``, and that of the placeholder."""
+    found = {value for name, value in vars(processor).items() if name.endswith(("_token", "_tag"))}
+    place = getattr(processor, "image_token_id", None)
+    if isinstance(place, int):
+        found.add(processor.tokenizer.convert_ids_to_tokens(place))
+    return {word for word in found if isinstance(word, str) and word}
+
+
+@contextmanager
+def _told(who: str) -> Iterator[None]:
+    """What ``who`` raises, as an error of ours in one line."""
+    try:
+        yield
+    except VtpruneError:
+        raise
+    except PROCESSING as e:
+        raise VtpruneError(f"{who} fails on this: {type(e).__name__}: {' '.join(str(e).split())[:300] or 'no reason given'}") from e
 
 
 def _parts(chat: Sequence[dict[str, Any]], kind: str) -> list[Any]:

@@ -9,6 +9,7 @@ import platform
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,13 +19,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import __version__, cost
+from . import __version__, cost, timing
 from .answer import generate, open_image, prepare
-from .attach import attach, bind, load_recipe
-from .methods.base import METHODS, make
+from .attach import ATTACH_OPTIONS, TARGETS, attach, bind, load_recipe
+from .figures import prefill_text
+from .ledger import stopwatch
+from .methods.base import METHODS, OWN_BUDGETS, make
 from .recipe import Recipe
 from .runs import Journal, RunError, alike, digest, fingerprint, read, slug, write
-from .timing import clock
 from .types import Report, VtpruneError
 
 TIMED = 4  # questions in the batch whose prefill is timed
@@ -165,9 +167,13 @@ def evaluate(
             handle.remove()
     out = {**_total(journal), **identity(used)}
     if timing:
-        extra = {k: v for k, v in overrides.items() if k == "positions"}
-        out |= prefill(model, _timed(model, processor, samples), used, repeats=timing, seed=seed, **extra)
+        out |= prefill(model, _timed(model, processor, samples), used, repeats=timing, seed=seed, **_placing(overrides))
     return out
+
+
+def _placing(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``attach`` has to be told again of a recipe whose budget is solved."""
+    return {k: v for k, v in overrides.items() if k in ATTACH_OPTIONS and k != "seed"}
 
 
 COSTS = ("flops", "dense_flops", "kv_bytes", "dense_kv_bytes")
@@ -289,26 +295,42 @@ def kept_places(report: Report, i: int) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 @torch.no_grad()
-def prefill(model: Any, inputs: Any, recipe: Recipe | None, *, repeats: int = 5, seed: int = 0, **extra: Any) -> dict[str, float]:
-    """Milliseconds of one prefill, ``prefill_ms`` and ``dense_prefill_ms``: medians over ``repeats`` after one warm-up, the two measured in turn so that a busy
-    machine slows both; ``prefill_ratio`` is their quotient. Attaching is not part of the time, what the first prefill behind it plans is
-    (:func:`vtprune.timing.measure` leaves that out as well)."""
-    dense, pruned = [], []
+def prefill(model: Any, inputs: Any, recipe: Recipe | None, *, repeats: int = 5, seed: int = 0, cpu_time: bool = False, **extra: Any) -> dict[str, Any]:
+    """Times of one prefill. Dense and pruned take turns, so that a busy machine slows both, and every pruned one stands between two dense ones: a round's ratio
+    is pruned over their mean. Attaching and the first prefill behind it, which plans for the pictures' sizes, are in no time.
 
-    def once() -> float:
-        return clock(lambda: model(**inputs, logits_to_keep=1, use_cache=True), model.device)
+    Args:
+        repeats: rounds, after one dense prefill that is thrown away. cpu_time: one thread's CPU time, for machines that others use as well.
 
-    for i in range(repeats + 1):
-        a = once()
-        b = a
-        if recipe is not None:
-            with attach(model, recipe, seed=seed, **extra):
-                b = once()
-        if i:
-            dense.append(a)
-            pruned.append(b)
-    out = {"prefill_ms": statistics.median(pruned), "dense_prefill_ms": statistics.median(dense)}
-    return {**out, "prefill_ratio": out["prefill_ms"] / out["dense_prefill_ms"]}
+    Returns:
+        ``prefill_ms`` and ``dense_prefill_ms``, medians in milliseconds; ``prefill_ratio`` the median of the rounds' ratios, ``prefill_range`` the smallest and
+        largest; ``prefill_verdict`` what they tell (:func:`vtprune.timing.verdict`). Of ``recipe`` ``None`` the dense time alone.
+    """
+    with timing.cpu_time() if cpu_time else nullcontext():
+        moments = timing.Moments(model)
+
+        def once() -> float:
+            return timing.clock(lambda: model(**inputs, logits_to_keep=1, use_cache=True), model.device)
+
+        once()
+        dense, pruned, own = [once()], [], []
+        for _ in range(repeats):
+            if recipe is not None:
+                with stopwatch(moments.now) as watch, attach(model, recipe, seed=seed, **extra):
+                    once()
+                    watch.laps.clear()
+                    pruned.append(once())
+                    own.append(moments.ms(watch.laps))
+            dense.append(once())
+    if recipe is None:
+        alone = statistics.median(dense)
+        return {"prefill_ms": alone, "dense_prefill_ms": alone, "prefill_ratio": 1.0}
+    both = [(a + b) / 2 for a, b in itertools.pairwise(dense)]
+    ratios = [p / d for p, d in zip(pruned, both, strict=True)]
+    rest = [(p - o) / d for p, o, d in zip(pruned, own, both, strict=True)]
+    out: dict[str, Any] = {"prefill_ms": statistics.median(pruned), "dense_prefill_ms": statistics.median(dense)}
+    out |= {"prefill_ratio": statistics.median(ratios), "prefill_range": [min(ratios), max(ratios)]}
+    return {**out, "prefill_verdict": timing.verdict(ratios, [b / a for a, b in itertools.pairwise(dense)], rest)}
 
 
 # ------------------------------------------------------------------------------------------------------------ statistics
@@ -418,7 +440,7 @@ def environment(model: Any) -> dict[str, Any]:
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        for line in info.read_text().splitlines():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -473,6 +495,7 @@ def table(
     seed: int = 0,
     batch: int = 16,
     timing: int = 5,
+    cpu_time: bool = False,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     labels: Mapping[str, str] | None = None,
     fixed: Sequence[tuple[Recipe, str]] = (),
@@ -485,7 +508,8 @@ def table(
 
     Args:
         methods: recipe names or recipes; those that draw at random are run with ``seeds`` seeds from ``seed`` on and averaged per sample.
-        options: method name -> its own options. labels: method name -> a remark for its rows.
+        timing: rounds of :func:`prefill`, 0 for none; cpu_time: see there.
+        options: method name -> its own options and those of ``attach``. labels: method name -> a remark for its rows.
         fixed: recipes with a remark, run once on their own schedule (their ``budget`` is ``None``).
         folder: where every run leaves ``<method>-<budget>-<seed>.json``, and ``.time.json`` with the measured times; runs that lie there are not done again,
             one that broke off goes on. ``None``: in memory.
@@ -503,7 +527,10 @@ def table(
     if not names or len({*names}) < len(names):
         raise VtpruneError(f"methods must be named, each once; got {', '.join(names) or 'none'}")
     for recipe in recipes:  # a wrong option is told before the long work
-        make(recipe.stages[-1].method, {**recipe.stages[-1].options, **options.get(recipe.name, {})})
+        own = {k: v for k, v in options.get(recipe.name, {}).items() if k not in ATTACH_OPTIONS}
+        if budget := {"keep", *TARGETS, *OWN_BUDGETS} & own.keys():
+            raise VtpruneError(f"{budget.pop()}= is a budget of its own; the table's are fractions of the dense effective tokens")
+        make(recipe.stages[-1].method, {**recipe.stages[-1].options, **own})
     if timing < 0 or seeds < 1:
         raise VtpruneError(f"timing={timing} must not be negative and seeds={seeds} must be at least 1")
     if not budgets or any(not 0 < b <= 1 for b in budgets):
@@ -529,11 +556,11 @@ def table(
         def clocked(journal: Journal) -> dict[str, Any]:
             with attach(model, recipe, seed=s, **extra) as handle:  # solved once, not in every turn
                 used = handle.recipe
-            positions = {k: v for k, v in extra.items() if k == "positions"}
             with journal.located("timing the prefill"):
-                return prefill(model, _timed(model, processor, samples), used, repeats=timing, seed=s, **positions)
+                return prefill(model, _timed(model, processor, samples), used, repeats=timing, seed=s, cpu_time=cpu_time, **_placing(extra))
 
-        return out | _kept_run(None if spot is None else Path(f"{spot}.time.json"), {**head, "repeats": timing}, clocked, lambda: None)
+        how = {"repeats": timing, **({"timer": "CPU"} if cpu_time else {})}
+        return out | _kept_run(None if spot is None else Path(f"{spot}.time.json"), {**head, **how}, clocked, lambda: None)
 
     if started is not None:
         started("dense")
@@ -559,7 +586,8 @@ def table(
                 progress(times * len(samples))
         rows.append(row)
     add_group_a(rows, samples)
-    facts = {"abilities": sorted({s.ability for s in samples}), "sets": sorted({s.set for s in samples}), "samples": len(samples), "batch": batch}
+    facts: dict[str, Any] = {"timer": "CPU" if cpu_time else "wall-clock"} if timing else {}
+    facts |= {"abilities": sorted({s.ability for s in samples}), "sets": sorted({s.set for s in samples}), "samples": len(samples), "batch": batch}
     asked = {"protocol": common["protocol"], "budgets": list(budgets), "seeds": seeds}
     asked["questions"] = [[s.source, s.ability, s.question, s.answer] for s in samples]
     return {"type": "vtprune.Bench", "version": 2, "command": command, **about, **facts, **asked, "rows": rows}
@@ -606,7 +634,7 @@ def _row(runs: list[dict[str, Any]], samples: Sequence[Sample], dense: list[floa
         "flops_share": first["flops"] / first["dense_flops"],
         "kv_bytes": first["kv_bytes"],
         "kv_share": first["kv_bytes"] / first["dense_kv_bytes"],
-        **{k: first[k] for k in ("prefill_ms", "dense_prefill_ms", "prefill_ratio") if k in first},
+        **{k: first[k] for k in ("prefill_ms", "dense_prefill_ms", "prefill_ratio", "prefill_range", "prefill_verdict") if k in first},
         **{name: _summed([r[name] for r in runs]) for name in ("rows", "columns")},
         "key": first["key"],
         "recipe": first["recipe"],
@@ -651,8 +679,12 @@ def _overall(row: Mapping[str, Any]) -> list[str]:
 
 def _costs(row: Mapping[str, Any]) -> list[str]:
     """What :data:`COLUMNS` names: nominal and effective tokens, FLOPs in percent, prefill time as a ratio, cache in percent."""
-    ratio = f"{row['prefill_ratio']:.2f}" if "prefill_ratio" in row else "1.00" if row["method"] == "dense" else "-"
+    ratio = prefill_text(row) or ("1.00" if row["method"] == "dense" else "-")
     return [f"{row['nominal_tokens']:.1f}", f"{row['effective_tokens']:.1f}", f"{100 * row['flops_share']:.1f}", ratio, f"{100 * row['kv_share']:.1f}"]
+
+
+def _timer(result: Mapping[str, Any]) -> str:
+    return "; prefill in one thread's CPU time" if result.get("timer") == "CPU" else ""
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -661,7 +693,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     by = {(r["method"], r["budget"]): r for r in result["rows"] if r["method"] != "dense"}
     names, budgets, dense = list(dict.fromkeys(m for m, _ in by)), result["budgets"], result["rows"][0]
     about, versions = result["device"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    out = [f"`{result['command']}`  ", f"{about['name']}, {about['threads']} threads, {about['dtype']}; {versions}"]
+    out = [f"`{result['command']}`  ", f"{about['name']}, {about['threads']} threads, {about['dtype']}; {versions}{_timer(result)}"]
     heads = [f"{100 * b:g} %" for b in budgets] + (["own schedule"] if any(b is None for _, b in by) else [])
 
     def cell(entry: Mapping[str, Any] | None, set_name: str) -> str:
@@ -691,7 +723,8 @@ def markdown(result: Mapping[str, Any]) -> str:
 LEGEND = (
     "Per ability, in percent. average, worst: over abilities; relative, worst rel.: the same as shares of dense; group A: questions that dense answers and",
     "plain down-sampling at the same budget does not (VTC-Bench, arXiv 2510.07143). kept: tokens behind the last cut; tokens: effective, the mean over",
-    "layers; prefill x: time of a prefill over dense in the same run.",
+    "layers; prefill x: time of a prefill over dense, in turns, with the least and most of its rounds; noise: they tell nothing; ?: slower for less work,",
+    "which neither the library's own code nor the spread of dense runs explains.",
 )
 
 

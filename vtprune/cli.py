@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from .types import VtpruneError
 
@@ -32,18 +33,33 @@ class Parser(argparse.ArgumentParser):
 
 
 def guarded(action: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Runs a command. What the user can put right becomes one line and code 1; ``--debug`` gives the traceback."""
+    """Runs a command. What goes wrong becomes one line and code 1; ``--debug`` gives the traceback."""
+    stream = sys.stdout
+    if isinstance(stream, io.TextIOWrapper):  # what the locale cannot show is no reason to lose an answer
+        stream.reconfigure(errors="backslashreplace")
     try:
-        return action(args)
+        code = action(args)
+        stream.flush()
+        return code
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute(stream)
         return 1
-    except (VtpruneError, OSError) as e:
-        if args.debug:
-            raise
-        return fail(e, 1)
+    except BaseException as e:
+        if isinstance(e, Exception) and not args.debug:
+            _mute(stream)
+            expected = isinstance(e, VtpruneError | OSError)
+            return fail(e if expected else f"unexpected {type(e).__name__}: {str(e)[:500] or 'no reason given'} (--debug shows where)", 1)
+        raise
+
+
+def _mute(stream: TextIO) -> None:
+    """What is left in ``stream`` goes nowhere if it cannot be written: Python would try again at its end and complain."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # --------------------------------------------------------------------------------------------------------------- options
@@ -68,7 +84,7 @@ def key_value(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
     try:
         return key, json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return key, value
 
 
@@ -80,7 +96,13 @@ def fractions(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of fractions such as 0.5,0.25") from None
     if any(not 0 < f <= 1 for f in found):
         raise argparse.ArgumentTypeError(f"budgets are fractions in (0, 1], got {text!r}")
-    return found
+    return list(dict.fromkeys(found))
+
+
+def seed_value(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
 
 
 def positive(text: str) -> int:
@@ -93,8 +115,10 @@ def words(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def output(path: Path | None) -> Path | None:
-    """``path`` if a file can be put there, told before the long work. Raises :class:`VtpruneError`."""
+def output(path: Path | None, *endings: str) -> Path | None:
+    """``path`` if a file can be put there, told before the long work, and its name ends in one of ``endings`` (none: anyhow). Raises :class:`VtpruneError`."""
+    if path is not None and endings and path.suffix.lower() not in endings:
+        raise VtpruneError(f"cannot write {path}: its name ends in {' or '.join(endings)}, which says what is written")
     if path is not None and (path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
         what = "is a folder" if path.is_dir() else "lies in a folder that cannot be written" if path.parent.is_dir() else "lies in a folder that does not exist"
         raise VtpruneError(f"cannot write {path}: it {what}")
@@ -119,19 +143,34 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="PATH_OR_ID", help="folder of a model and its processor, or a hub id (default: the bundled VLM, no network)")
     group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
     group.add_argument("--dtype", default="float32", choices=DTYPES)
-    group.add_argument("--seed", type=int, default=0, help="for methods that draw at random (default 0)")
+    group.add_argument("--seed", type=seed_value, default=0, help="for methods that draw at random (default 0)")
 
 
 def recipe_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("pruning").add_argument
     add("--recipe", default="pyramiddrop", metavar="NAME_OR_FILE", help="a name ('vtprune recipes') or a .json / .yaml file (default %(default)s)")
     add("--keep", type=keep_value, metavar="N_OR_FRACTION", help="visual tokens left after the last cut: 64, or 0.25")
-    add("--option", type=key_value, action="append", default=[], metavar="KEY=VALUE", help="an option of the last method, value as JSON; repeatable")
+    what = "an option of the last method, or positions= or per=, value as JSON; repeatable"
+    add("--option", type=key_value, action="append", default=[], metavar="KEY=VALUE", help=what)
+
+
+def chosen_options(given: Sequence[tuple[str, Any]], *own: str) -> dict[str, Any]:
+    """What ``--option`` gave, by name: options of methods, of recipes and of ``attach`` alike. Raises :class:`VtpruneError` for one that is given twice and for
+    those that are ``own`` options of the command."""
+    names = [name for name, _ in given]
+    for name in names:
+        if names.count(name) > 1:
+            raise VtpruneError(f"--option {name}= is given {names.count(name)} times")
+        if name in own:
+            raise VtpruneError(f"--option {name}=: this is --{name} here")
+        if name in ("model", "recipe", "self"):
+            raise VtpruneError(f"there is no option {name!r}")
+    return dict(given)
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """Keywords for ``attach``."""
-    return {**({} if args.keep is None else {"keep": args.keep}), **dict(args.option)}
+    return {"seed": args.seed, **({} if args.keep is None else {"keep": args.keep}), **chosen_options(args.option, *["keep"] * (args.keep is not None))}
 
 
 def is_local(model: str | None) -> bool:
@@ -157,19 +196,18 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise VtpruneError(f"device {args.device!r} is not available here; there are cpu and {torch.cuda.device_count()} CUDA devices")
     local = is_local(args.model)
-    from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
     if local:
         logging.disable_progress_bar()
     dtype = getattr(torch, args.dtype)
-    try:
-        if args.model is None:
-            return vtprune.load_demo_model(args.device, dtype)
-        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype, local_files_only=local)
-        return model.to(device).eval(), AutoProcessor.from_pretrained(args.model, local_files_only=local)
-    except (OSError, ValueError, KeyError) as e:
-        raise VtpruneError(f"cannot load {args.model or 'the bundled VLM'}: {str(e).strip().splitlines()[0]}") from e
+    if args.model is None:
+        return vtprune.load_demo_model(args.device, dtype)
+    from . import loading
+
+    model, processor = loading.load(args.model, dtype=dtype, local=local)
+    with loading.told(f"cannot move {args.model} to {device}"):
+        return model.to(device), processor
 
 
 def show(table: Sequence[Sequence[str]]) -> None:
@@ -209,9 +247,10 @@ def cmd_recipes(args: argparse.Namespace) -> int:
 
     from .recipes import RECIPES
 
-    found = [RECIPES.get(n) for n in vtprune.recipes(args.pattern)]
+    single = not set("*?[") & set(args.pattern)
+    found = [RECIPES.get(n) for n in ([args.pattern] if single else vtprune.recipes(args.pattern))]
     if args.json:
-        print(json.dumps([{**r.to_dict(), "key": r.key()} for r in found], indent=1))
+        print(found[0].to_json() if single else json.dumps([{**r.to_dict(), "key": r.key()} for r in found], indent=1))
         return 0
     show([["recipe", "stages", "source"], *([r.name, " + ".join(s.method for s in r.stages), r.source] for r in found)])
     return 0
@@ -221,7 +260,8 @@ def cmd_adapters(args: argparse.Namespace) -> int:
     import vtprune
     from vtprune.models.base import ADAPTERS
 
-    found = [(n, ADAPTERS.get(n).idea) for n in vtprune.adapters(args.pattern)]
+    names = vtprune.adapters(args.pattern) if set("*?[") & set(args.pattern) else [args.pattern]
+    found = [(n, ADAPTERS.get(n).idea) for n in names]
     if args.json:
         print(json.dumps([{"name": n, "idea": idea} for n, idea in found], indent=1))
         return 0
@@ -234,14 +274,14 @@ def cmd_run(args: argparse.Namespace) -> int:
 
     from . import render, theatre
     from .answer import generate, open_image, prepare
+    from .attach import load_recipe
 
-    image, picture = open_image(args.image), output(args.picture)
-    if picture is not None and picture.suffix.lower() not in (".png", ".html"):
-        raise VtpruneError(f"--picture {picture}: the name ends in .png for a strip of pictures or in .html for an interactive page")
+    recipe = load_recipe(args.recipe)
+    image, picture, options = open_image(args.image), output(args.picture, ".png", ".html"), overrides(args)
     model, processor = load(args)
     inputs = prepare(processor, [image], [args.question]).to(model.device, model.dtype)
     dense = generate(model, processor, inputs, args.max_new_tokens)[0]
-    with vtprune.attach(model, args.recipe, **{"seed": args.seed, **overrides(args)}) as handle:
+    with vtprune.attach(model, recipe, **options) as handle:
         pruned = generate(model, processor, inputs, args.max_new_tokens)[0]
         report = handle.report()
     views, missing = ([], "") if picture is None else render.views_or_blank(processor, inputs, report)
@@ -279,8 +319,9 @@ def cmd_bench(args: argparse.Namespace) -> int:
     from .attach import load_recipe
     from .models import _demo
 
-    for path in (*args.out, args.rows):
-        output(path)
+    for path in args.out:
+        output(path, ".json", ".md")
+    output(args.rows, ".png")
     unknown = [name for name in args.abilities if name not in bench.SETS]
     if unknown or not args.abilities:
         raise VtpruneError(f"unknown question set {', '.join(unknown) or '(none)'!r}; there are {', '.join(bench.SETS)}")
@@ -288,7 +329,9 @@ def cmd_bench(args: argparse.Namespace) -> int:
     methods = [load_recipe(n) for n in names]
     if not args.no_baselines:
         methods += [load_recipe(n) for n in bench.baselines() if n not in {m.name for m in methods}]
-    options = {n: dict(args.option) for n in (m.name for m in methods[: len(names)])}
+    options = dict.fromkeys((m.name for m in methods[: len(names)]), chosen_options(args.option, "seed", "budgets"))
+    if args.cpu_time and args.device != "cpu":
+        raise VtpruneError("--cpu-time is for --device cpu")
     runs = folder(args.results and args.results / "runs")
     trained = _demo.branch() if args.model is None and any(m.name == "dpvr-lf" for m in methods) else None
     fixed = [] if trained is None else [(trained, trained.source)]
@@ -296,8 +339,9 @@ def cmd_bench(args: argparse.Namespace) -> int:
     samples = [s for name in args.abilities for s in bench.SETS[name](args.samples)]
     with tqdm(total=len(samples) * bench.runs(methods, args.budgets, args.seeds, len(fixed)), unit="question", disable=None) as bar:
         result = bench.table(
-            model, processor, samples, methods, args.budgets, seeds=args.seeds, seed=args.seed, batch=args.batch, timing=args.timing, options=options,
-            fixed=fixed, folder=runs, progress=bar.update, started=bar.set_description, command="vtprune " + " ".join(args.argv),
+            model, processor, samples, methods, args.budgets, seeds=args.seeds, seed=args.seed, batch=args.batch, timing=args.timing,
+            cpu_time=args.cpu_time, options=options, fixed=fixed, folder=runs, progress=bar.update, started=bar.set_description,
+            command="vtprune " + " ".join(args.argv),
         )  # fmt: skip
     own = [args.results / f"bench.{kind}" for kind in ("json", "md")] if args.results else []
     for path in (*own, *args.out):
@@ -332,7 +376,7 @@ def cmd_verify(args: argparse.Namespace) -> int:
     images = [open_image(args.image)] * 2 if args.image else [Image.fromarray(scenes.scene(i, "test").image) for i in range(2)]
     model, processor = load(args)
     inputs = prepare(processor, images, [args.question, "what color is it ?"]).to(model.device, model.dtype)
-    report = vtprune.verify(model, recipe, dict(inputs), **{"seed": args.seed, **overrides(args)})
+    report = vtprune.verify(model, recipe, dict(inputs), **overrides(args))
     if args.json:
         print(json.dumps(report.to_dict(), indent=1))
     else:
@@ -387,8 +431,12 @@ def parser() -> argparse.ArgumentParser:
         found.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return found
 
-    lists = (("methods", cmd_methods, "list the methods; one name also lists its options"), ("recipes", cmd_recipes, "list the named recipes"))
-    for name, action, help in (*lists, ("adapters", cmd_adapters, "list the model families")):
+    lists = (
+        ("methods", cmd_methods, "list the methods; one name also lists its options"),
+        ("recipes", cmd_recipes, "list the named recipes; one name with --json prints a recipe file"),
+        ("adapters", cmd_adapters, "list the model families"),
+    )
+    for name, action, help in lists:
         p = add(name, action, help)
         p.add_argument("pattern", nargs="?", default="*", help="only names that match, e.g. 'py*'")
         p.add_argument("--json", action="store_true")
@@ -408,10 +456,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budgets", type=fractions, default=[0.75, 0.5, 0.25, 0.11], help="fractions of the dense effective tokens (default 0.75,0.5,0.25,0.11)")
     p.add_argument("--methods", type=words, metavar="NAMES", help="recipes, with commas (default: every method); the baselines are always added")
     p.add_argument("--no-baselines", action="store_true", help="leave the baselines out")
-    p.add_argument("--option", type=key_value, action="append", default=[], metavar="KEY=VALUE", help="an option for all of them, value as JSON; repeatable")
+    what = "an option for all of them, or positions= or per=, value as JSON; repeatable"
+    p.add_argument("--option", type=key_value, action="append", default=[], metavar="KEY=VALUE", help=what)
     p.add_argument("--seeds", type=positive, default=3, help="runs of random methods (default 3)")
     p.add_argument("--batch", type=positive, default=16)
     p.add_argument("--timing", type=int, default=5, help="repeats of the prefill measurement (default 5; 0: none)")
+    p.add_argument("--cpu-time", action="store_true", help="time the prefill in one thread's CPU time: for a CPU that others use as well")
     p.add_argument("--out", type=Path, action="append", default=[], metavar="FILE", help="the result: everything as .json, tables as .md; repeatable")
     p.add_argument("--results", type=Path, metavar="FOLDER", help="one JSON per run in FOLDER/runs, bench.json and bench.md; what is there is not done again")
     p.add_argument("--rows", type=Path, metavar="FILE.png", help="heat map of the image rows where tokens are kept, at the budget nearest to 25 %%")

@@ -44,6 +44,7 @@ RC = {
     "hatch.linewidth": 0.8,
     "legend.frameon": False,
     "text.color": INK,
+    "text.parse_math": False,  # a name with two $ is a name
     "xtick.color": LINE,
     "ytick.color": LINE,
     "xtick.labelcolor": MUTED,
@@ -155,6 +156,41 @@ def costs(bench: Mapping[str, Any], cost: str = "tokens") -> Callable[[Mapping[s
     """A row's cost as a fraction of dense: effective ``"tokens"`` or ``"flops"``."""
     base = dense_row(bench)["effective_tokens"]
     return (lambda row: row["flops_share"]) if cost == "flops" else (lambda row: row["effective_tokens"] / base)
+
+
+MOST_METHODS, MOST_POINTS, MOST_STAIRS = 60, 40, 36  # what a figure can show: lines that look apart, points on one of them, panels
+
+
+def fewer(bench: Mapping[str, Any]) -> tuple[Mapping[str, Any], int]:
+    """``bench`` with the rows that figures can show, the most accurate :data:`MOST_METHODS` methods at up to :data:`MOST_POINTS` budgets each, and how many
+    rows that leaves out."""
+    by: dict[str, list[Mapping[str, Any]]] = {}
+    for row in measured(bench):
+        by.setdefault(row["method"], []).append(row)
+    if len(by) <= MOST_METHODS and all(len(rows) <= MOST_POINTS for rows in by.values()):
+        return bench, 0
+    best = sorted(by, key=lambda name: -max(r["average"] for r in by[name]))[:MOST_METHODS]
+    shown = []
+    for name in (n for n in by if n in {*best}):
+        rows = sorted(by[name], key=lambda r: r["effective_tokens"])
+        step = max(1, -(-len(rows) // MOST_POINTS))
+        shown += rows[::step]
+    return {**bench, "rows": [dense_row(bench), *shown]}, len(measured(bench)) - len(shown)
+
+
+def stairs(bench: Mapping[str, Any], budget: float) -> list[Mapping[str, Any]]:
+    """The rows of :func:`staircase`: one per method, at most :data:`MOST_STAIRS` of them, the most accurate."""
+    mine = {r["method"]: r for r in at(measured(bench), budget) if r.get("layer_tokens")}
+    best = sorted(mine, key=lambda name: -mine[name]["average"])[:MOST_STAIRS]
+    return [mine[name] for name in looks(bench) if name in {*best}]
+
+
+def prefill_text(row: Mapping[str, Any]) -> str:
+    """The ratio of prefill times with its range; only the range, behind the verdict, where it tells nothing. Empty if there is none."""
+    if row.get("prefill_ratio") is None:
+        return ""
+    told = row.get("prefill_verdict") or f"{row['prefill_ratio']:.2f}"
+    return told + (f" [{row['prefill_range'][0]:.2f}, {row['prefill_range'][1]:.2f}]" if row.get("prefill_range") else "")
 
 
 def front(rows: Iterable[Mapping[str, Any]], cost: Callable[[Mapping[str, Any]], float], value: Callable[[Mapping[str, Any]], Any]) -> list[Any]:
@@ -352,8 +388,7 @@ def staircase(bench: Mapping[str, Any], budget: float) -> Figure | None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    look, mine = looks(bench), {r["method"]: r for r in at(measured(bench), budget) if r.get("layer_tokens")}
-    rows = [mine[name] for name in look if name in mine]
+    look, rows = looks(bench), stairs(bench, budget)
     if not rows:
         return None
     plain, base = baselines(bench), dense_row(bench)["visual_tokens"]

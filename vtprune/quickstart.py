@@ -79,11 +79,13 @@ def run(args: argparse.Namespace) -> int:
     print(f"{easy} easy-VQA questions and {len(samples) - easy} questions about {scenes} scenes; {passes} passes")
     with tqdm(total=len(samples) * passes, unit="question", disable=None) as bar:
         result = bench.table(
-            model, processor, samples, methods, args.budgets, seeds=args.seeds, seed=args.seed, batch=32, timing=3, fixed=fixed,
-            progress=bar.update, started=bar.set_description, command=f"python -m vtprune.quickstart --samples {easy} --scenes {scenes}",
+            model, processor, samples, methods, args.budgets, seeds=args.seeds, seed=args.seed, batch=32, timing=3,
+            cpu_time=model.device.type == "cpu", fixed=fixed, progress=bar.update, started=bar.set_description,
+            command=f"python -m vtprune.quickstart --samples {easy} --scenes {scenes}",
         )  # fmt: skip
     cells = bench.cells(result, abilities=False)
     show(cells)
+    print("prefill x: pruned over dense in turns [least, most of the rounds]; noise: they tell nothing; ?: slower for less work, unexplained")
     own = {"dpvr-lf": trained.stages[-1].options} if trained is not None else {}
     chosen = [m for m in SHOWN if m in methods]
     busy = max((s for s in samples if s.set == "scenes" and s.ability in ("attribute", "location")), key=lambda s: s.question.count("sign") + len(s.boxes))
@@ -92,7 +94,9 @@ def run(args: argparse.Namespace) -> int:
     figures = [("Where tokens are kept: image rows, all questions", render.row_bias_figure(kept))] if kept else []
     about, versions = result["device"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     facts = f"{result['command']} | {about['name']}, {about['threads']} threads, {about['dtype']} | {versions}"
-    intro = "Every method at equal effective tokens (the mean over language-model layers). Prefill x: time of a prefill divided by dense, in the same run."
+    timer = "CPU time of one thread" if result["timer"] == "CPU" else "time"
+    intro = f"Every method at equal effective tokens (the mean over language-model layers). Prefill x: {timer} of a prefill divided by dense, in turns, "
+    intro += "with the least and most of its rounds; noise: they tell nothing; ?: slower for less work, which neither own code nor noise explains."
     bench.save(result, data)
     render.write(sheet, render.contact_sheet(drawn))
     render.html_report(cells, [*figures, *drawn], page, title="vtprune quickstart", intro=intro, facts=facts)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import reprlib
+import unicodedata
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +16,8 @@ from typing import Any
 from .types import VtpruneError
 
 VERSION = 1
+LARGEST = 100_000  # bytes of a recipe file
+MOST = 100  # stages
 
 
 def resolve(keep: int | float, tokens: int) -> int:
@@ -84,57 +88,88 @@ class Recipe:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Recipe:
-        """Inverse of :meth:`to_dict`. Unknown fields, a wrong type or a newer version raise :class:`VtpruneError`."""
+        """Inverse of :meth:`to_dict`; a ``key``, as tables of recipes have, must be that of the stages. Unknown fields, values of another type, names that JSON
+        cannot hold and a newer version raise :class:`VtpruneError`."""
         if not isinstance(data, Mapping) or data.get("type") != "vtprune.Recipe":
             raise VtpruneError("not a recipe: it needs 'type': 'vtprune.Recipe'")
-        if data.get("version") != VERSION:
-            raise VtpruneError(f"recipe version {data.get('version')!r} is not known here (this is version {VERSION})")
-        _only(data, {"type", "version", "name", "source", "stages"}, "recipe")
+        if type(data.get("version")) is not int or data["version"] != VERSION:  # True is 1 as well
+            raise VtpruneError(f"recipe version {_short(data.get('version'))} is not known here (this is version {VERSION})")
+        _only(data, {"type", "version", "name", "source", "stages", "key"}, "recipe")
+        name, source, entries = data.get("name", "recipe"), data.get("source", ""), data.get("stages")
+        for field_, value in (("name", name), ("source", source)):
+            if not isinstance(value, str) or not _printable(value if field_ == "name" else " ".join(value.split())):
+                raise VtpruneError(f"the {field_} of a recipe is text{' on one line' * (field_ == 'name')}, got {_short(value)}")
+        if not isinstance(entries, list | tuple) or len(entries) > MOST:
+            raise VtpruneError(f"a recipe needs 'stages', a list of at most {MOST}, got {_short(entries)}")
         stages = []
-        if not isinstance(data.get("stages"), list | tuple):
-            raise VtpruneError("a recipe needs 'stages', a list")
-        for entry in data["stages"]:
+        for entry in entries:
             if not isinstance(entry, Mapping) or not isinstance(entry.get("method"), str):
                 raise VtpruneError("every stage of a recipe needs 'method', a name")
-            if not isinstance(entry.get("options") or {}, Mapping):
-                raise VtpruneError(f"the options of stage {entry['method']!r} must be names with values")
-            _only(entry, {"method", "keep", "options"}, f"stage {entry['method']!r}")
-            stages.append(Stage(method=entry["method"], keep=entry.get("keep"), options=entry.get("options") or {}))
-        return Recipe(name=data.get("name", "recipe"), stages=tuple(stages), source=data.get("source", ""))
+            method, keep, options = _short(entry["method"]), entry.get("keep"), entry.get("options")
+            options = {} if options is None else options
+            if not isinstance(options, Mapping) or not all(isinstance(k, str) for k in options):
+                raise VtpruneError(f"the options of stage {method} must be names with values")
+            _only(entry, {"method", "keep", "options"}, f"stage {method}")
+            if keep is not None and not _number(keep):
+                raise VtpruneError(f"keep of stage {method} must be an int (tokens per image) or a float in (0, 1], got {_short(keep)}")
+            for key, value in options.items():
+                if not all(v is None or isinstance(v, bool | str) or _number(v) for v in (value if isinstance(value, list | tuple) else [value])):
+                    raise VtpruneError(f"option {_short(key)} of stage {method} must be a number, a word, true, false or a list of such, got {_short(value)}")
+            stages.append(Stage(method=entry["method"], keep=keep, options=options))
+        out = Recipe(name=name, stages=tuple(stages), source=source)
+        if data.get("key", out.key()) != out.key():
+            raise VtpruneError(f"the key {_short(data['key'])} is not that of the stages, {out.key()!r}: leave it out after a change")
+        return out
 
     @staticmethod
     def load(path: str | Path) -> Recipe:
-        """Reads a ``.json``, ``.yaml`` or ``.yml`` file. Raises :class:`VtpruneError` if it is missing or malformed."""
+        """Reads a ``.json``, ``.yaml`` or ``.yml`` file in UTF-8. Raises :class:`VtpruneError` if it is missing, larger than :data:`LARGEST` bytes or
+        malformed."""
         path = Path(path)
         try:
-            text = path.read_text()
+            if path.is_file() and path.stat().st_size > LARGEST:
+                raise VtpruneError(f"{path} is no recipe: it has more than {LARGEST} bytes")
+            text = path.read_text(encoding="utf-8-sig")
         except OSError as e:
             raise VtpruneError(f"cannot read recipe {path}: {e.strerror}") from e
-        except UnicodeDecodeError as e:
-            raise VtpruneError(f"cannot read recipe {path}: it is not text") from e
+        except ValueError as e:  # not UTF-8, or a name that no file can have
+            raise VtpruneError(f"cannot read recipe {path}: it is not text in UTF-8") from e
         if path.suffix == ".json":
             try:
-                data = json.loads(text)
-            except json.JSONDecodeError as e:
+                data = json.loads(text, object_pairs_hook=_once)
+            except RecursionError as e:
+                raise VtpruneError(f"{path} is not a recipe: it is nested too deeply") from e
+            except VtpruneError as e:
+                raise VtpruneError(f"{path} is {e}") from e
+            except ValueError as e:  # also whole numbers of thousands of digits
                 raise VtpruneError(f"{path} is not JSON: {e}") from e
         else:
             import yaml
 
             try:
-                data = yaml.safe_load(text)
-            except yaml.YAMLError as e:
-                raise VtpruneError(f"{path} is not YAML: {e}") from e
-        return Recipe.from_dict(data)
+                if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+                    raise VtpruneError("not a recipe: it uses YAML's aliases (*name), which no recipe needs")
+                data = yaml.load(text, Loader=_loader())
+            except RecursionError as e:
+                raise VtpruneError(f"{path} is not a recipe: it is nested too deeply") from e
+            except VtpruneError as e:
+                raise VtpruneError(f"{path} is {e}") from e
+            except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as e:  # the latter for values that YAML's types cannot hold
+                raise VtpruneError(f"{path} is not YAML: {' '.join(str(e).split())[:300]}") from e
+        try:
+            return Recipe.from_dict(data)
+        except VtpruneError as e:
+            raise VtpruneError(f"{path}: {e}") from e
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON or, by the file's ending, YAML."""
+        """Writes JSON or, by the file's ending, YAML, in UTF-8."""
         path = Path(path)
         if path.suffix == ".json":
-            path.write_text(self.to_json() + "\n")
+            path.write_text(self.to_json() + "\n", encoding="utf-8")
         else:
             import yaml
 
-            path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+            path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
@@ -143,7 +178,47 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
-def _only(data: Mapping[str, Any], known: set[str], what: str) -> None:
-    unknown = set(data) - known
+def _number(value: Any) -> bool:
+    """A number that a computer's integer or float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _printable(text: str) -> bool:
+    """Without control characters and halves of surrogate pairs, which break tables, file names and JSON readers."""
+    return not any(unicodedata.category(c) in ("Cc", "Cs") for c in text)
+
+
+def _short(value: Any) -> str:
+    """A value for a message, however large it is."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return f"a {type(value).__name__} too large to print"
+
+
+def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A mapping whose keys differ: of two values under one name nobody knows which is meant."""
+    listed = list(pairs)
+    out = dict(listed)
+    if len(out) < len(listed):
+        seen: set[Any] = set()
+        twice = next(k for k, _ in listed if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise VtpruneError(f"not a recipe: {_short(twice)} is there twice")
+    return out
+
+
+def _loader() -> Any:
+    """YAML's plain types, every key once."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, lambda loader, node: _once(loader.construct_pairs(node, deep=True)))
+    return Loader
+
+
+def _only(data: Mapping[Any, Any], known: set[str], what: str) -> None:
+    unknown = [key for key in data if key not in known]
     if unknown:
-        raise VtpruneError(f"unknown field {sorted(unknown)[0]!r} in {what}; there are {', '.join(sorted(known))}")
+        raise VtpruneError(f"unknown field {_short(unknown[0])} in {what}; there are {', '.join(sorted(known))}")

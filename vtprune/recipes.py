@@ -1,4 +1,4 @@
-"""Named recipes. Every method registers one of its own name with the paper's defaults; the presets below are published settings, as data with their source."""
+"""Named recipes. Every method has one of its own name with the paper's defaults; the presets below are published settings, as data with their source."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from .recipe import Recipe, Stage
 from .registry import Registry
 
 
-def _load() -> None:
-    for name in METHODS:
-        info = METHODS.get(name)
-        RECIPES.register(name, Recipe(name=name, stages=(Stage(method=name),), source=info.paper))
-    for name, source, *stages in PRESETS:
-        RECIPES.register(name, Recipe(name=name, stages=tuple(Stage(method=m, keep=k, options=o) for m, k, o in stages), source=source))
+class Recipes(Registry[Recipe]):
+    """The recipes registered here, and for every method, whenever it was registered, one of its name."""
+
+    def reserve(self, name: str, owner: str, what: str) -> None:
+        METHODS.reserve(name, owner, what)  # so that no method takes the name, nor this recipe a method's
+        super().reserve(name, owner, what)
+
+    def _ready(self) -> dict[str, Recipe]:
+        own = {n: Recipe(name=n, stages=(Stage(method=n),), source=METHODS.get(n).paper) for n in METHODS}
+        return {**own, **super()._ready()}
 
 
-RECIPES: Registry[Recipe] = Registry("recipe", _load)
+RECIPES = Recipes("recipe")
 
 # (name, source, (method, keep, options) ...)
 PRESETS: tuple = (
@@ -25,3 +29,5 @@ PRESETS: tuple = (
     ("pitome-llava-7b", "arXiv 2405.16148, LLaVA-1.5-7B at ratio 0.9", ("pitome", None, {"ratio": 0.9, "variant": "hf-clip"})),
     ("flowcut-then-fastv", "vtprune: a vision stage and a language-model stage together", ("flowcut", 0.5, {}), ("fastv", 0.25, {})),
 )
+for _name, _source, *_stages in PRESETS:
+    RECIPES.register(_name, Recipe(name=_name, stages=tuple(Stage(method=m, keep=k, options=o) for m, k, o in _stages), source=_source))

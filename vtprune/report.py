@@ -7,7 +7,7 @@ import base64
 import functools
 import html
 import json
-import math
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 READS = {"vtprune.Bench": (1, 2), "vtprune.Times": (1,), "vtprune.Vit": (1,)}
 OVERHEAD = "overhead"  # what benchmarks/overhead.py writes, which has no type
 NONE = "–"
+LONGEST = 100  # characters of a name in tables and figures
+LARGEST = 1e30  # of any number in a result: far beyond every count, and far from where floats end
 
 # ------------------------------------------------------------------------------------------------------------------ data
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that can be drawn: finite, and its percentage as well."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _numbers(value: Any) -> bool:
@@ -46,10 +49,6 @@ def _set(value: Any) -> bool:
     return pairs and _number(value.get("accuracy")) and ("difference_interval" not in value or _number(value.get("difference")))
 
 
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, str) for v in value)
-
-
 def _recipe(value: Any) -> bool:
     stages = value.get("stages") if isinstance(value, dict) else None
     return isinstance(stages, list) and all(isinstance(s, dict) and isinstance(s.get("method"), str) for s in stages)
@@ -60,7 +59,13 @@ def _group(value: Any) -> bool:
     return good and (value.get("interval") is None or _pair(value["interval"]))
 
 
+def _name(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= LONGEST and not any(unicodedata.category(c) == "Cc" for c in value)
+
+
 KINDS: dict[str, Callable[[Any], bool]] = {
+    "a name": _name,
+    "a list of names": lambda value: isinstance(value, list) and all(map(_name, value)),
     "a text": lambda value: isinstance(value, str),
     "a number": _number,
     "a list": lambda value: isinstance(value, list),
@@ -71,10 +76,9 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "intervals by name": _by_name(_pair),
     "accuracies by name": _by_name(_set),
     "an accuracy with its interval": _group,
-    "a list of texts": _texts,
     "a recipe": _recipe,
 }
-BENCH = {"abilities": "a list of texts", "sets": "a list of texts", "rows": "a list"}
+BENCH = {"abilities": "a list of names", "sets": "a list of names", "rows": "a list"}
 BENCH_ROW = {
     **{k: "a number" for k in ("average", "worst", "effective_tokens", "visual_tokens", "flops_share", "kv_share")},
     "worst_ability": "a text", "abilities": "numbers by name", "sets": "accuracies by name",
@@ -82,6 +86,7 @@ BENCH_ROW = {
 BENCH_EXTRA = {
     **{k: "a list of numbers" for k in ("rows", "columns", "layer_tokens")},
     **{k: "a number" for k in ("nominal_tokens", "relative_average", "relative_worst", "prefill_ratio")},
+    "prefill_range": "two numbers", "prefill_verdict": "a text",
     "ability_intervals": "intervals by name", "average_interval": "two numbers", "group_a": "an accuracy with its interval",
     "note": "a text", "recipe": "a recipe",
 }  # fmt: skip
@@ -94,7 +99,7 @@ EVEN_EXTRA = {
     "ratios": "a list of numbers",
     "pays_below": "a number",
 }
-OVERHEAD_ROW = {"method": "a text", "limit_ms": "a number", "pruned_ms": "a number"}
+OVERHEAD_ROW = {"method": "a name", "limit_ms": "a number", "pruned_ms": "a number"}
 
 
 def _check(entry: Any, where: str, needed: Mapping[str, str], extra: Mapping[str, str] | None = None) -> None:
@@ -112,7 +117,7 @@ def _check_bench(bench: Mapping[str, Any], where: str) -> None:
     _check(bench, where, BENCH)
     for i, row in enumerate(bench["rows"]):
         here = f"{where}: row {i}"
-        _check(row, here, {"method": "a text"}, {"budget": "a number", "error": "a text"})
+        _check(row, here, {"method": "a name"}, {"budget": "a number", "error": "a text"})
         if row.get("error") is None:
             _check(row, here, BENCH_ROW, BENCH_EXTRA)
             if missing := [a for a in bench["abilities"] if a not in row["abilities"]]:
@@ -166,11 +171,11 @@ def _vit_row(row: Any) -> Any:
 def _check_times(times: Mapping[str, Any], where: str) -> None:
     _check(times, where, {"rows": "a list"}, {"break_even": "a list"})
     for i, row in enumerate(times["rows"]):
-        _check(row, f"{where}: row {i}", {"method": "a text", "dense": "a table", "pruned": "a table"}, TIMES_EXTRA)
+        _check(row, f"{where}: row {i}", {"method": "a name", "dense": "a table", "pruned": "a table"}, TIMES_EXTRA)
         for kind in ("dense", "pruned"):
             _check(row[kind], f"{where}: row {i}: {kind}", {}, dict.fromkeys((*TIMED, "scorer_ms"), "a number"))
     for i, row in enumerate(times.get("break_even") or []):
-        _check(row, f"{where}: break-even {i}", {"method": "a text"}, EVEN_EXTRA)
+        _check(row, f"{where}: break-even {i}", {"method": "a name"}, EVEN_EXTRA)
 
 
 def _check_overhead(result: Mapping[str, Any], where: str) -> None:
@@ -201,6 +206,9 @@ def load(folder: Path) -> tuple[list[Found], list[str]]:
     for path in sorted(p for p in folder.glob("*.json") if p.is_file()):
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
+            json.dumps(data, ensure_ascii=False).encode()  # halves of surrogate pairs, which no page can hold
+        except OSError as e:
+            raise VtpruneError(f"cannot read {path}: {e.strerror or e}") from e
         except (ValueError, RecursionError) as e:
             raise VtpruneError(f"{path} is not JSON: {e}") from e
         kind = data.get("type") if isinstance(data, dict) else None
@@ -355,7 +363,11 @@ def _get(key: str) -> Callable[[Mapping[str, Any]], Any]:
 
 
 def _ratio(row: Mapping[str, Any]) -> str:
-    return f"{row['prefill_ratio']:.2f}" if row.get("prefill_ratio") is not None else "1.00" if row["method"] == "dense" else NONE
+    return figures.prefill_text(row) or ("1.00" if row["method"] == "dense" else NONE)
+
+
+def _told_ratio(row: Mapping[str, Any]) -> float | None:
+    return None if row.get("prefill_verdict") else row.get("prefill_ratio")
 
 
 COLUMNS = [
@@ -367,16 +379,21 @@ COLUMNS = [
     Column("effective tokens", _count("effective_tokens"), _get("effective_tokens")),
     Column("FLOPs %", lambda row: percent(row["flops_share"]), _get("flops_share"), -1),
     Column("KV %", lambda row: percent(row["kv_share"]), _get("kv_share"), -1),
-    Column("prefill x", _ratio, _get("prefill_ratio"), -1),
+    Column("prefill x", _ratio, _told_ratio, -1),
     Column("note", lambda row: row.get("note") or "", lambda row: None),
 ]
 
 
-def main_table(bench: Mapping[str, Any], budget: float | None) -> Table:
-    """Rows at ``budget`` by average, dense first; the best of each column is marked by its shown digits, so that equal looks are marked alike."""
+def known_columns(bench: Mapping[str, Any]) -> list[Column]:
+    """The columns of the main tables, the same at every budget: those that some row has."""
+    return [c for c in COLUMNS if c.name in ("note", "prefill x") or any(c.value(r) is not None for r in figures.measured(bench))]
+
+
+def main_table(bench: Mapping[str, Any], budget: float | None, columns: Sequence[Column]) -> Table:
+    """The rows of ``bench``, all at ``budget``, by average, dense first; the best of each column is marked by its shown digits, so that equal looks are marked
+    alike."""
     base, plain = figures.dense_row(bench), figures.baselines(bench)
-    rows = sorted(figures.at(figures.measured(bench), budget), key=lambda r: -r["average"])
-    columns = [c for c in COLUMNS if c.name in ("note", "prefill x") or any(c.value(r) is not None for r in figures.measured(bench))]
+    rows = sorted(figures.measured(bench), key=lambda r: -r["average"])
     first: dict[str, str] = {}
     for c in columns:
         if known := [r for r in rows if c.value(r) is not None] if c.better and len(rows) > 1 else []:
@@ -393,9 +410,9 @@ def main_table(bench: Mapping[str, Any], budget: float | None) -> Table:
 
 
 def ability_table(bench: Mapping[str, Any], budget: float | None) -> Table:
-    """Accuracy per ability with its interval, and the difference to dense per question set with its paired interval."""
+    """The rows of ``bench``, all at ``budget``: accuracy per ability with its interval, per question set the difference to dense with its paired interval."""
     kinds, sets = bench["abilities"], bench["sets"]
-    rows = [figures.dense_row(bench), *sorted(figures.at(figures.measured(bench), budget), key=lambda r: -r["average"])]
+    rows = [figures.dense_row(bench), *sorted(figures.measured(bench), key=lambda r: -r["average"])]
 
     def gap(entry: Mapping[str, Any] | None) -> str:
         if entry is None or "difference" not in entry:
@@ -534,15 +551,17 @@ def drawings(found: Found, budget: float, cost: str) -> list[Drawing]:
 
 def bench_drawings(found: Found, budget: float, cost: str) -> list[Drawing]:
     """The overview, accuracy against cost, where tokens are kept and how many each layer sees, as far as the rows tell."""
-    bench, rows = found.data, figures.measured(found.data)
+    bench, left_out = figures.fewer(found.data)
+    rows = figures.measured(bench)
     if not rows:
         return []
+    less = f" Drawn are {len(rows)} of {len(rows) + left_out} rows, those of the most accurate methods." if left_out else ""
     x, axis, panels = figures.costs(bench, cost), figures.COST[cost], figures.panels(bench)
     best = figures.front(rows, x, lambda r: r["average"])
     reached = ", ".join(f"{r['method']} {percent(r['average'])} % at {100 * x(r):.0f} %" for r in best)
     line = f"Average accuracy against {axis}, a line per method. Pareto front: {reached}; dense {percent(figures.dense_row(bench)['average'])} %."
     band = " The band is the front's 95 % interval." if any(p.interval(r) for p in panels for r in best) else ""
-    text = f"Accuracy against {axis}, at every budget. Baselines are grey. Ringed: no other is more accurate for as little.{band}"
+    text = f"Accuracy against {axis}, at every budget. Baselines are grey. Ringed: no other is more accurate for as little.{band}{less}"
     alt = f"Panels: {', '.join(p.title for p in panels)}. {line}"
     pareto = Drawing(f"{found.stem}-pareto", text, alt, functools.partial(figures.pareto, bench, cost))
     near = figures.nearest(rows, budget)
@@ -559,7 +578,7 @@ def bench_drawings(found: Found, budget: float, cost: str) -> list[Drawing]:
         text = f"Where tokens are kept at {at}: blue, fewer than an even spread gives; orange, more. FEATHER (arXiv 2412.13180) found a bias to the bottom."
         alt = f"Heat map of kept tokens at {at}. Share in the bottom {low} of {size} image rows: {shares}; even: {100 * low / size:.0f} %."
         out.append(Drawing(f"{found.stem}-kept", text, alt, functools.partial(figures.kept, bench, near)))
-    layered = [r for r in figures.at(rows, near) if r.get("layer_tokens")]
+    layered = figures.stairs(bench, near)
     if layered:
         ends = ", ".join(f"{r['method']} {r['layer_tokens'][0]:.0f} to {r['layer_tokens'][-1]:.0f}" for r in layered)
         text = f"Visual tokens in each layer of the language model at {at}. The areas are alike: that is what equal effective tokens means."
@@ -597,7 +616,9 @@ HOW = {
     "relative": "Of dense %: each ability's accuracy over the dense model's, then averaged.",
     "group": "Group A (VTC-Bench, arXiv 2510.07143): the questions that the dense model answers and plain down-sampling at the same budget does not. "
     "Only they tell whether choosing tokens helps; dense has 100 % there and down-sampling 0 % by definition.",
-    "prefill": "Prefill x: time of a prefill, tower included, over dense in the same run. FLOPs and KV are shares of the dense prefill and its cache.",
+    "prefill": "Prefill x: time of a prefill, tower included, over dense in turns, with the least and most of its rounds; noise: they tell nothing; "
+    "?: slower for less work, which neither the library's own code nor the spread of dense runs explains. "
+    "FLOPs and KV are shares of the dense prefill and its cache.",
     "marks": "Rows are sorted by average; the best of a column is bold on green, baselines are in italics.",
 }
 
@@ -612,13 +633,15 @@ def how_html(found: Sequence[Found]) -> str:
 
 def bench_html(found: Found, pictures: Sequence[str]) -> str:
     """Tables per budget, then the figures; the first, the overview, comes before the tables."""
-    bench = found.data
-    budgets = [*sorted({r["budget"] for r in figures.measured(bench) if r["budget"] is not None}, reverse=True)]
+    bench, columns = found.data, known_columns(found.data)
+    at: dict[float | None, list[Any]] = {}
+    for row in figures.measured(bench):
+        at.setdefault(row.get("budget"), []).append(row)
     out = [facts_html(bench), *pictures[:1]]
-    for budget in [*budgets, *([None] if any(r["budget"] is None for r in figures.measured(bench)) else [])]:
-        table = main_table(bench, budget)
-        out += [f"<h3>{esc('Own schedule' if budget is None else f'Budget {share(budget)}')}</h3>", table_html(table)]
-        out.append(f"<details><summary>Per ability, {esc(share(budget))}</summary>{table_html(ability_table(bench, budget))}</details>")
+    for budget in sorted(at, key=lambda b: -1 if b is None else b, reverse=True):
+        part = {**bench, "rows": [figures.dense_row(bench), *at[budget]]}
+        out += [f"<h3>{esc('Own schedule' if budget is None else f'Budget {share(budget)}')}</h3>", table_html(main_table(part, budget, columns))]
+        out.append(f"<details><summary>Per ability, {esc(share(budget))}</summary>{table_html(ability_table(part, budget))}</details>")
     return "\n".join([*out, *pictures[1:]])
 
 

@@ -59,7 +59,7 @@ def read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise RunError(f"cannot read {path}: {e.strerror or e}") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise RunError(f"{path} is not a result: {e}") from e
     if not isinstance(found, dict):
         raise RunError(f"{path} is not a result: it holds a {type(found).__name__}")
@@ -169,9 +169,10 @@ def _whole(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        return json.loads(line)
-    except ValueError:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def _lock(file: Any, path: Path) -> None:

@@ -116,8 +116,9 @@ def readme(text: str) -> str:
 
 def main() -> int:
     root = Path(__file__).resolve().parent.parent
-    (root / "docs" / "support.md").write_text(document())
-    (root / "README.md").write_text(readme((root / "README.md").read_text()))
+    (root / "docs" / "support.md").write_text(document(), encoding="utf-8")
+    page = root / "README.md"
+    page.write_text(readme(page.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"written: {root / 'docs' / 'support.md'} and the table in {root / 'README.md'}")
     return 0
 

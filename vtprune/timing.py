@@ -34,6 +34,20 @@ def use_cpu_time(device: torch.device | str) -> None:
     timer = time.thread_time
 
 
+@contextmanager
+def cpu_time() -> Iterator[None]:
+    """Inside, one thread and its CPU time (:func:`use_cpu_time`); as before afterwards."""
+    global timer
+    before, threads = timer, torch.get_num_threads()
+    torch.set_num_threads(1)
+    timer = time.thread_time
+    try:
+        yield
+    finally:
+        timer = before
+        torch.set_num_threads(threads)
+
+
 def clock(call: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
     """Milliseconds of one of ``calls`` calls in a row, the device's queue empty before and after."""
     if device.type == "cuda":
@@ -50,6 +64,21 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     """``median``, ``p20`` and ``p80`` (20th and 80th percentile) of at least one value."""
     cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else list(values) * 4
     return {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3]}
+
+
+FEWEST = 3  # rounds that can tell a ratio from noise
+ODD = 0.05  # what kernels may take longer on shorter, odd lengths
+
+
+def verdict(ratios: Sequence[float], noise: Sequence[float], rest: Sequence[float]) -> str:
+    """What ``ratios``, pruned over dense time in each round, tell: ``""`` that pruned is faster, or slower for the library's own code; ``"noise"`` nothing, for
+    they lie on both sides of 1, are fewer than :data:`FEWEST`, or two dense runs differ as much; ``"?"`` that a run which computes less took longer, and
+    neither own code nor noise explains it. ``noise``: dense over the dense before it; ``rest``: the ratios without the library's own code."""
+    if len(ratios) < FEWEST or min(ratios) <= 1 <= max(ratios):
+        return "noise"
+    if max(ratios) < 1 or (left := statistics.median(rest) - 1) <= ODD:
+        return ""
+    return "noise" if left <= max(abs(1 - n) for n in noise) else "?"
 
 
 def rounds(

@@ -350,7 +350,13 @@ def test_trained_weights_load(tmp_path: Path) -> None:
         assert torch.equal(B.final(model, inputs)[0], want)
     save_file(module.state_dict(), tmp_path / "told.safetensors", metadata={"split": "4"})
     (tmp_path / "words.safetensors").write_text("hello, these are words")
-    for name, reason in (("told", "trained for split=4"), ("words", "not a safetensors file")):
+    save_file(module.state_dict(), tmp_path / "odd.safetensors", metadata={"split": "three"})
+    broken = {k: v.clone() for k, v in module.state_dict().items()}
+    next(iter(broken.values())).view(-1)[0] = float("nan")
+    save_file(broken, tmp_path / "nan.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "branch.safetensors").read_bytes()[:-100])
+    reasons = {"told": "trained for split=4", "words": "not a safetensors file", "odd": "trained for split=three", "nan": "no finite numbers"}
+    for name, reason in {**reasons, "cut": "not a safetensors file"}.items():
         with pytest.raises(vtprune.VtpruneError, match=reason):
             vtprune.attach(model, "dpvr-lf", split=3, weights=str(tmp_path / f"{name}.safetensors"))
     with pytest.raises(vtprune.VtpruneError, match="no such file"):

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..cli import folder, fractions, keep_value, key_value, model_options, output, positive, show, words
+from ..cli import folder, fractions, is_local, keep_value, key_value, model_options, output, positive, show, words
 from ..runs import RunError, alike, digest, read, slug, write
 from ..types import VtpruneError
 from ..versions import conflicts
@@ -85,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     names = list(SUITES[args.suite] if args.suite else args.tasks)
     if not names:
         raise VtpruneError("no tasks: name them with --tasks, or a --suite")
+    jobs = plan(args)  # what is wrong with recipes and options is told first
+    is_local(args.model)
     runs = args.results / "runs" if args.dry_run else folder(args.results / "runs")
     assert runs is not None
     include = [args.include_path] if args.include_path else []
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             local.export(folder(place) or place, args.samples, wanted)
         include = [place]
     table = []
-    for job in plan(args):
+    for job in jobs:
         command = line(args, job, names, include, runs)
         if args.dry_run:
             print(" ".join([*(f"{k}={v}" for k, v in surroundings(args).items()), shlex.join(command)]))

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from .. import loading
 from ..answer import image_part, kinds, open_image, prepare_chats, text_part, video_part, whole_pictures
 from ..attach import ATTACH_OPTIONS, TARGETS, attach, load_recipe
 from ..bench import dense_report, environment, identity, sample_seed
@@ -148,18 +149,12 @@ class Chat(lmms):
         self._device = torch.device(name)
 
     def _load(self, pretrained: str, dtype: str | None, attention: str | None, trust: bool) -> tuple[Any, Any]:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
         if not pretrained:
             raise VtpruneError("say which model: pretrained=FOLDER_OR_ID")
         kind = dtype or ("auto" if self._device.type == "cuda" else "float32")
         extra = {"attn_implementation": attention} if attention else {}
-        try:
-            model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=kind, trust_remote_code=trust, **extra)
-            processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=trust)
-            return model.to(self._device).eval(), processor
-        except (OSError, ValueError, KeyError, ImportError) as e:
-            raise VtpruneError(f"cannot load {pretrained}: {str(e).strip().splitlines()[0]}") from e
+        model, processor = loading.load(pretrained, dtype=kind, local=Path(pretrained).is_dir(), trust_remote_code=trust, **extra)
+        return model.to(self._device), processor
 
     def _wrap(self, base: str, arguments: dict[str, Any]) -> None:
         """Builds the lmms-eval model ``base`` and listens to its model's ``generate``."""

@@ -114,7 +114,8 @@ M = TypeVar("M", bound=type[Method])
 
 
 def register(info: MethodInfo) -> Callable[[M], M]:
-    """Class decorator. A method without at least two cases or without a paper id (or the word "baseline") is refused."""
+    """Class decorator. A method without at least two cases or without a paper id (or the word "baseline") is refused, and a name that a class of another name
+    or module has; the same class again, as a notebook's cell makes it, replaces itself."""
     if len(info.cases) < 2:
         raise ValueError(f"method {info.name!r} needs at least two cases, a mild and an aggressive one")
     if not info.paper:
@@ -122,8 +123,8 @@ def register(info: MethodInfo) -> Callable[[M], M]:
 
     def wrap(cls: M) -> M:
         record = dataclasses.replace(info, cls=cls)
+        METHODS.register(info.name, record, owner=f"{cls.__module__}.{cls.__qualname__}")
         cls.info = record
-        METHODS.register(info.name, record)
         return cls
 
     return wrap

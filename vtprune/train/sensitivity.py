@@ -109,7 +109,7 @@ def main() -> None:
     print(markdown(result))
     print(json.dumps(result["easy_vqa"]))
     if a.out is not None:
-        a.out.write_text(json.dumps(result, indent=1) + "\n")
+        a.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
