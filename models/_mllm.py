@@ -38,7 +38,8 @@ TEXT = {
 }
 
 
-BEHIND = {"projector": frozenset[str](), "llm": frozenset({"query_attention", "layers"})}  # what a family without stages in its tower provides
+LLM = frozenset({"query_attention", "queried"})  # what methods may ask of a site in the language model
+BEHIND = {"projector": frozenset[str](), "llm": LLM}  # what a family without stages in its tower provides
 
 
 class Mllm:
