@@ -582,17 +582,19 @@ class DecoderEngine:
         assert request is not None and level is not None
         made = self.branch(call, cut, stash)
         alone = stash.alone
-        tables = self._serve_prefill(call, alone, number, kwargs, x)["position_embeddings"]
+        if self.positions == "compact":  # the text keeps the places it has among the visual tokens
+            old = self._serve_prefill(call, stash.level, number, kwargs, stash.hidden)
+            tables = tuple(take(t, stash.rows.clamp_min(0)) for t in old["position_embeddings"])
+        else:
+            tables = self._serve_prefill(call, alone, number, kwargs, x)["position_embeddings"]
         if stash.joined is None:
             rows, valid = (torch.cat([getattr(alone, n), getattr(level, n)], 1) for n in ("rows", "valid"))
             keys = Level(number, rows, valid, torch.cat([alone.valid, level.visual], 1), alone.shift)
             serving: dict[str, Any] = dict(self._serve_prefill(call, level, number, kwargs, x, keys))
-            if self.positions == "compact":  # the text keeps the places it has among the visual tokens
-                old = self._serve_prefill(call, stash.level, number, kwargs, stash.hidden)
+            if self.positions == "compact":
                 here = within(stash.level, level)
                 serving["position_embeddings"] = tuple(take(t, here) for t in old["position_embeddings"])
                 serving["position_ids"] = take(old["position_ids"], here) if old.get("position_ids") is not None else None
-                tables = tuple(take(t, stash.rows.clamp_min(0)) for t in old["position_embeddings"])
                 keys.shift = stash.level.shift.clone()
             stash.joined = keys, serving
             self._record_return(request, cut, stash.level)

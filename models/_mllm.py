@@ -41,7 +41,8 @@ TEXT = {
 
 
 ADAPTED = ("peft.", "bitsandbytes.", "torchao.", "torch.ao.", "auto_gptq.", "awq.", "gptqmodel.", "optimum.")  # whose modules are not a layer's own
-BEHIND = {"projector": frozenset[str](), "llm": frozenset({"query_attention", "layers"})}  # what a family without stages in its tower provides
+LLM = frozenset({"query_attention", "queried"})  # what methods may ask of a site in the language model
+BEHIND = {"projector": frozenset[str](), "llm": LLM}  # what a family without stages in its tower provides
 
 
 class Mllm:

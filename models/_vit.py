@@ -26,7 +26,6 @@ class BareVit:
         """``class_readout``: the output depends on the last tokens through the class token only."""
         self.tower, self.cost, self.class_readout = tower, cost, class_readout
         self.tower_mask = tower.mask  # the blocks' own keyword, for the masked dense model
-        provides = frozenset({"projections", "prefix"} | ({"class_token"} if class_token else set()))
         self.geometry = Geometry(
             family=family,
             arch=arch,
@@ -36,7 +35,8 @@ class BareVit:
             vision_layers=len(tower.blocks),
             vision_depth=len(tower.blocks),
             llm_layers=0,
-            provides={"vision": provides, **({"pixels": frozenset()} if tower.resize else {})},
+            provides={"vision": frozenset({"projections", "prefix"}), **({"pixels": frozenset()} if tower.resize else {})},
+            traits=frozenset({"class_token"} if class_token else ()),
             variable=tower.variable,
         )
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..types import Geometry, UnsupportedError
 from ._layout import Part
-from ._mllm import Mllm, tiny_model, tiny_text
+from ._mllm import LLM, Mllm, tiny_model, tiny_text
 from ._probe import probe, probe_queries
 from .base import ADAPTERS, AdapterInfo
 
@@ -58,8 +58,9 @@ class Generic(Mllm):
             vision_layers=0,
             vision_depth=0,
             llm_layers=len(lm.layers),
-            provides={"projector": frozenset(), "llm": frozenset({"query_attention"})},
+            provides={"projector": frozenset(), "llm": LLM},
             refuses={"vision": unknown, "pixels": unknown, "layers": "copies of its layers have not been tried"},
+            traits=frozenset(),
             variable=True,
             raster=False,
         )
@@ -71,7 +72,7 @@ class Generic(Mllm):
         try:
             probe_queries(self.describe())
         except UnsupportedError as e:
-            without = {**self.geometry.provides, "llm": frozenset()}
+            without = {**self.geometry.provides, "llm": frozenset({"queried"})}
             self.geometry = replace(self.geometry, provides=without, refuses={**self.geometry.refuses, "query_attention": str(e)})
         probe(self.describe())
 

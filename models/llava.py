@@ -10,7 +10,7 @@ from torch import nn
 from ..ledger import UndoLedger
 from ..types import Geometry, UnsupportedError
 from . import _hf_vit
-from ._mllm import Mllm, tiny_model, tiny_text
+from ._mllm import LLM, Mllm, tiny_model, tiny_text
 from ._tower import TowerEngine
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
 
@@ -39,7 +39,7 @@ class Llava(Mllm):
                 "gives the language model something else than the patches"
             )
         self.tower_mask = _hf_vit.mask_name(self.tower)
-        tower = frozenset({"projections", "prefix"} | ({"class_token"} if prefix else set()))
+        tower = frozenset({"projections", "prefix"})
         geometry = Geometry(
             family=self.family,
             arch=arch,
@@ -53,8 +53,9 @@ class Llava(Mllm):
                 "pixels": frozenset(),
                 **({"vision": tower} if self.used else {}),
                 "projector": frozenset(),
-                "llm": frozenset({"query_attention", "layers"}),
+                "llm": LLM,
             },
+            traits=frozenset({"layers", "class_token"} if prefix else {"layers"}),
             per=self.per,
             variable="tile" in self.per,
         )

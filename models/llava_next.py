@@ -7,12 +7,14 @@ per raster (``per="tile"``) or per sample; stages inside the tower see single ti
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..types import Recent
 from ._layout import Part, Raster, per_sample
 from ._mllm import tiny_build, tiny_prompts, tiny_text
 from .base import ADAPTERS, AdapterInfo, named
@@ -27,7 +29,17 @@ class LlavaNext(Llava):
 
     def __init__(self, model: Any):
         super().__init__(model)
-        self.known: dict[tuple[int, int, bool], Tensor] = {}
+        self.known: Recent[tuple[int, int, bool], Tensor] = Recent(256)
+        self.geometry = replace(self.geometry, unmade=self._unmade())
+
+    def _unmade(self) -> float:
+        """The largest share of new-line tokens among the shapes that images are cut into: one behind each row."""
+        rows, columns = self.geometry.grid
+        side, shares = self.model.config.vision_config.image_size, [0.0]
+        for height, width in self.model.config.image_grid_pinpoints:
+            lines = rows * (height // side)
+            shares.append(lines / (rows * columns + lines * (1 + columns * (width // side))))
+        return max(shares)
 
     def pack(self, features: Tensor, size: Tensor) -> Tensor:
         """The model's own packing of one image's ``features`` ``[tiles, N, 1]``, with -1 for new-line tokens: ``[n, 1]``."""
@@ -43,31 +55,41 @@ class LlavaNext(Llava):
         """For each visual token of an image of ``size`` (height, width) the tower's token that it is, counted over its tiles (-1: new line): ``[n]``."""
         key = (int(size[0]), int(size[1]), tiled)
         if key not in self.known:
-            from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-            config, n = self.model.config, self.geometry.tokens
-            count = image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) if tiled else 1
+            count, n = 1 + self.cuts(size, tiled), self.geometry.tokens
             self.known[key] = self.pack(torch.arange(count * n, dtype=torch.float64).view(count, n, 1), size)[:, 0]
         return self.known[key]
+
+    def cuts(self, size: Tensor, tiled: bool) -> int:
+        """Into how many tiles an image of ``size`` (height, width) is cut."""
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        config = self.model.config
+        return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) - 1 if tiled else 0
 
     def images(self, inputs: dict[str, Any]) -> Iterator[list[Raster]]:
         n = self.geometry.tokens
         for size, tiled in self.tiles(inputs):
-            rest = self.packed(size, tiled)[n:]
+            rest, count = self.packed(size, tiled)[n:], self.cuts(size, tiled)
             rows = int((rest == -1).sum())
-            count = int(self.packed(size, tiled).max().ceil()) // n if tiled else 0
-            yield [Raster(self.geometry.grid), Raster((rows, len(rest) // rows), (n,) * count)]
+            if rows:
+                yield [Raster(self.geometry.grid), Raster((rows, len(rest) // rows), (n,) * count)]
+            else:  # so long and thin that the padding took all rows of the tiles; the tower has read them nevertheless
+                yield [Raster(self.geometry.grid, (n,) * (1 + count))]
 
     def sources(self, inputs: dict[str, Any], found: list[list[Part]]) -> list[Tensor]:
-        maps, n, out = iter([self.packed(size, tiled) for size, tiled in self.tiles(self.noted(inputs))]), self.geometry.tokens, []
-        for sample in found:
+        known, n, out = [self.packed(size, tiled) for size, tiled in self.tiles(self.noted(inputs))], self.geometry.tokens, []
+        images = sum(per_sample(found))
+        # Beam search repeats every prompt, but not the sizes of its images.
+        copies = images // len(known) if known and images % len(known) == 0 else 1
+        maps = iter(known)
+        for sample in found[::copies]:
             start, rows = 0, []
             for image in sorted({p.image for p in sample}):
                 origin = next(maps).long()
                 rows.append(torch.where(origin >= 0, origin + start, -1))
                 start += n * sum(len(p.passes) for p in sample if p.image == image)
             out.append(torch.cat(rows) if rows else torch.empty(0, dtype=torch.long))
-        return out
+        return [rows for rows in out for _ in range(copies)]
 
     def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
         counts = per_sample(found)

@@ -16,7 +16,7 @@ from ..ledger import UndoLedger
 from ..types import Geometry, UnsupportedError
 from . import _hf_vit
 from ._layout import Part
-from ._mllm import Mllm, tiny_build, tiny_prompts, tiny_text, tower_shapes
+from ._mllm import LLM, Mllm, tiny_build, tiny_prompts, tiny_text, tower_shapes
 from ._tower import TowerEngine
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
 
@@ -47,7 +47,7 @@ class PaliGemma(Mllm):
                 "pixels": frozenset(),
                 "vision": frozenset({"projections", "prefix"}),
                 "projector": frozenset(),
-                "llm": frozenset({"query_attention", "layers"}),
+                "llm": LLM,
             },
         )
         vision = tower_shapes(v)

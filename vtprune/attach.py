@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from .prove import prove
 from .recipe import Recipe, Stage, resolve
 from .recipes import RECIPES
 from .select import from_mask, gather, join, merged, subview
-from .types import Geometry, Report, Selection, StageReport, TokenView, UnsupportedError, VtpruneError
+from .types import Geometry, Recent, Report, Selection, StageReport, TokenView, UnsupportedError, VtpruneError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,14 +86,26 @@ def load_recipe(recipe: str | os.PathLike | Recipe) -> Recipe:
     """A registered name, a path to a JSON / YAML file, or a recipe as it is."""
     if isinstance(recipe, Recipe):
         return recipe
+    if not isinstance(recipe, str | os.PathLike):
+        raise VtpruneError(f"a recipe is a registered name, a path or a vtprune.Recipe, not {recipe!r}")
     text = os.fspath(recipe)
     if Path(text).suffix in (".json", ".yaml", ".yml"):
         return Recipe.load(text)
     return RECIPES.get(text)
 
 
-def plan(geometry: Geometry, recipe: Recipe) -> list[tuple[Stage, Method, tuple[Cut, ...]]]:
-    """Every stage with its method and cuts, in execution order. Raises for unknown options, impossible budgets and needs that the model does not meet."""
+def for_units(geometry: Geometry, per: str | None) -> Geometry:
+    """``geometry`` as budgets see it: where several rasters may share one, the size of none of them bounds it."""
+    several = per in ("sample", "video") or ((per or geometry.per[0]) == "image" and "tile" in geometry.per)
+    return replace(geometry, variable=True) if several else geometry
+
+
+Planned = tuple[Stage, Method, tuple[Cut, ...]]
+
+
+def plan(geometry: Geometry, recipe: Recipe) -> list[Planned]:
+    """Every stage with its method and cuts, in execution order. Raises for unknown options, impossible budgets, needs that the model does not meet and stages
+    that cannot follow each other."""
     out = []
     for stage in recipe.stages:
         method = make(stage.method, stage.options)
@@ -109,7 +122,9 @@ def plan(geometry: Geometry, recipe: Recipe) -> list[tuple[Stage, Method, tuple[
             raise VtpruneError(f"{info.name} takes no keep= (its options: {', '.join(info.options) or 'none'})")
         cuts = method.plan(geometry, budget(geometry, stage, method))
         for cut in cuts:
-            missing = info.needs.get(cut.kind, frozenset()) - geometry.provides.get(cut.kind, frozenset())
+            if cut.kind not in info.kinds:
+                raise UnsupportedError(f"{info.name} works at {' / '.join(info.kinds)}, not at {cut.site}")
+            missing = info.needs.get(cut.kind, frozenset()) - geometry.provides.get(cut.kind, frozenset()) - geometry.traits
             if cut.kind not in geometry.provides or missing:
                 lacks = ", ".join(sorted(missing)) or f"{cut.kind} sites"
                 why = "".join(f" ({geometry.refuses[n]})" for n in sorted(missing) if n in geometry.refuses)
@@ -121,7 +136,81 @@ def plan(geometry: Geometry, recipe: Recipe) -> list[tuple[Stage, Method, tuple[
         raise VtpruneError(f"recipe {recipe.name!r}: stages must be listed in execution order (pixels, vision, projector, llm; then by layer)")
     if any(a[0] == b[0] == 0 for a, b in zip(flat, flat[1:], strict=False)):
         raise VtpruneError(f"recipe {recipe.name!r} resizes the pixels twice")
+    compose(geometry, out)
     return out
+
+
+def compose(geometry: Geometry, stages: Sequence[Planned]) -> list[str]:
+    """Follows the tokens of an image through all cuts. Answers with a sentence for every stage that changes nothing; raises :class:`VtpruneError` for stages
+    that cannot follow each other: one that finds no tokens, needs the whole raster, equal counts or the attention in front of its cut behind a stage that
+    leaves none of these, remembers tokens that are merged meanwhile, or cuts while others are put aside."""
+
+    def when(at: tuple[int, int]) -> tuple[int, int, bool]:  # within a block what is inside comes first, within a decoder layer what is context last
+        cut = stages[at[0]][2][at[1]]
+        return _ORDER[cut.kind], cut.layer, cut.context or (cut.kind == "vision" and not cut.inside)
+
+    order = sorted(((s, i) for s, (*_, cuts) in enumerate(stages) for i in range(len(cuts))), key=when)
+    first, last = {s: n for n, (s, _) in reversed(list(enumerate(order)))}, {s: n for n, (s, _) in enumerate(order)}
+    names = [method.info.name for _, method, _ in stages]
+    most = least = full = geometry.tokens  # an image has so many when a cut decides
+    reducer, merger, aside, idle = "", -1, 0, dict.fromkeys(first, 0)
+    ints = False  # budgets of whole tokens in the tower: one of its passes need not be what a budget behind it applies to
+    for n, (s, i) in enumerate(order):
+        stage, method, cuts = stages[s]
+        cut, info = cuts[i], method.info
+        if cut.kind in ("projector", "llm") and ints and geometry.variable:
+            most, ints = full, False
+        busy = next((t for t in first if t != s and stages[t][1].info.routes and first[t] < n <= last[t]), None)
+        if busy is not None:
+            where = "in front of all its sites or behind them"
+            raise VtpruneError(f"{info.name} cuts at {cut.site}, where {names[busy]} has put the visual tokens aside: place it {where}")
+        if most == 0 and n == first[s]:
+            raise VtpruneError(f"{info.name} at {cut.site} finds no visual tokens: {reducer} has taken them all")
+        if info.whole and reducer:
+            raise VtpruneError(f"{info.name} needs the whole raster; it cannot follow {reducer}, which drops or merges tokens")
+        if info.even and least < most:
+            raise VtpruneError(f"{info.name} needs the same number of tokens in every image; {reducer} keeps different numbers in front of {cut.site}")
+        if info.carries and first[s] < merger < n and order[merger][0] != s:
+            raise VtpruneError(f"{info.name} averages each token's score over the blocks, which {names[order[merger][0]]} in between would merge")
+        if cut.observe and n and stages[order[n - 1][0]][2][order[n - 1][1]].site == cut.site:
+            raise VtpruneError(
+                f"{names[order[n - 1][0]]} and {info.name} both cut at {cut.site}; the second cannot use the attention of the layer before: move one of them"
+            )
+        before = most
+        if cut.restore or cut.context:
+            most = least = aside
+            continue
+        if cut.stash:
+            aside = most
+        if cut.keep is None:
+            continue
+        least = min(least, cut.keep)
+        most = most if cut.adaptive else min(most, cut.keep)
+        idle[s] += cut.keep >= before
+        wanted = info.keep if stage.keep is None else stage.keep
+        ints |= cut.kind in ("pixels", "vision") and isinstance(wanted, int)
+        if not (isinstance(wanted, float) and wanted == 1 if geometry.variable else cut.keep >= full):
+            reducer = info.name
+            merger = n if info.merges else merger
+    return [_idle(geometry, stages, s) for s, count in idle.items() if count == len(stages[s][2]) and _wants(geometry, stages[s])]
+
+
+def _wants(geometry: Geometry, planned: Planned) -> bool:
+    """Whether a stage's budget is less than everything."""
+    stage, method, cuts = planned
+    wanted = method.info.keep if stage.keep is None else stage.keep
+    if geometry.variable:  # tokens of one image, of which there may be more or larger ones: only fractions compare
+        return isinstance(wanted, float) and wanted < 1
+    return any(c.keep is not None and c.keep < geometry.tokens for c in cuts)
+
+
+def _idle(geometry: Geometry, stages: Sequence[Planned], s: int) -> str:
+    stage, method, cuts = stages[s]
+    keep = cuts[-1].keep
+    return (
+        f"{method.info.name} changes nothing: its budget is {keep} of an image's {geometry.tokens} visual tokens, and no more than that are left in front of it"
+        " (a fraction keep= counts from the original tokens)"
+    )
 
 
 def budget(geometry: Geometry, stage: Stage, method: Method) -> int | None:
@@ -140,6 +229,19 @@ def check_seed(seed: Any) -> None:
     """Raises :class:`VtpruneError` for anything but a whole number from 0 to 2**63 - 1."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise VtpruneError(f"seed={seed!r} is not a whole number from 0 to 2**63 - 1")
+
+
+def check_options(geometry: Geometry, *, positions: Any = "original", seed: Any = 0, per: Any = None) -> None:
+    """Raises :class:`VtpruneError` for values of :data:`ATTACH_OPTIONS` that a model of this ``geometry`` does not take."""
+    if positions not in ("original", "compact"):
+        raise VtpruneError(f"positions={positions!r} is not one of 'original', 'compact'")
+    if positions != "original" and geometry.llm_layers == 0:
+        raise VtpruneError("positions= is for models with a language model")
+    if positions != "original" and geometry.mrope:
+        raise UnsupportedError(f"{geometry.family} places visual tokens by time, row and column; renumbering them is not defined: positions='original'")
+    check_seed(seed)
+    if per is not None and per not in geometry.per:
+        raise VtpruneError(f"per={per!r}: {geometry.family} takes {', '.join(map(repr, geometry.per))}")
 
 
 def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: Any) -> Handle:
@@ -167,7 +269,6 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
         raise VtpruneError(f"give one budget, not {' and '.join(f'{n}=' for n in budgets)}")
     if any(isinstance(v, bool) or not isinstance(v, int | float) for v in target.values()):
         raise VtpruneError(f"{next(iter(target))}={next(iter(target.values()))!r} is not a number")
-    check_seed(extra.get("seed", 0))
     if overrides:
         chosen = chosen.override(**overrides)
     with _attaching:
@@ -177,11 +278,15 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
             raise VtpruneError(f"parts of this model belong to a {other} that is attached already; call remove() on its handle first")
         strip(model)
         adapter = bind(model)
+        check_options(adapter.geometry, **extra)
         prove(adapter.geometry.family)
         if target:
             from .solve import solve
 
-            chosen = solve(model, chosen, **target)
+            chosen = solve(model, chosen, **target, **extra)
+        geometry = for_units(adapter.geometry, extra.get("per"))
+        for told in compose(geometry, plan(geometry, chosen)):
+            warnings.warn(told, stacklevel=2)
         return Handle(model, chosen, adapter, **extra)
 
 
@@ -191,82 +296,105 @@ class _Decider:
 
     def __init__(self, geometry: Geometry, stage: Stage, method: Method, cuts: tuple[Cut, ...], number: int):
         self.geometry, self.stage, self.method, self.cuts, self.number = geometry, stage, method, cuts, number
-        self.plans: dict[Rasters, Cut] = {(geometry.grid,): cuts[number]}
+        self.plans: Recent[Rasters, Cut] = Recent(256)
+        self.plans[(geometry.grid,)] = cuts[number]
 
     def __call__(self, view: TokenView) -> Selection | None:
         import torch
 
+        promised = self.geometry.provides.get(self.cuts[self.number].kind, frozenset())
+        view = replace(view, sources={name: source for name, source in view.sources.items() if name in promised})
         with torch.no_grad():
             if not view.rasters:
                 return self.method.select(view, self.cuts[self.number])
-            groups: dict[Rasters, list[int]] = {}
+            kinds: dict[Rasters, list[int]] = {}
             for g, rasters in enumerate(view.rasters):
-                groups.setdefault(rasters, []).append(g)
+                kinds.setdefault(rasters, []).append(g)
+            groups: dict[tuple[Rasters, tuple[int, ...]], list[int]] = {}
+            for rasters, rows in kinds.items():
+                left = self._left(view, rasters, rows) if self.method.info.raster and len(rasters) > 1 else [()] * len(rows)
+                for row, counts in zip(rows, left, strict=True):
+                    groups.setdefault((rasters, counts), []).append(row)
             shared: dict[Any, Any] = {}
             parts = []
-            for rasters, rows in groups.items():
+            for (rasters, counts), rows in groups.items():
                 cut, whole = self._cut(rasters), len(rasters) == 1
                 part = subview(view, rows, rasters[0] if whole else (sum(r * c for r, c in rasters), 1), shared)
-                parts.append((rows, self.method.select(part, cut) if whole or not self.method.info.raster else self._rasters(part, cut, rasters)))
+                if not whole:
+                    part = replace(part, rasters=(rasters,) * len(rows))
+                parts.append((rows, self._rasters(part, cut, rasters, counts) if counts else self.method.select(part, cut)))
             return join(view, parts)
 
     def _cut(self, rasters: Rasters) -> Cut:
         """The cut as planned for a unit made of ``rasters``."""
         if rasters not in self.plans:
             n = sum(r * c for r, c in rasters)
-            geometry = replace(self.geometry, tokens=n, grid=rasters[0] if len(rasters) == 1 else (n, 1), variable=True)
+            one = len(rasters) == 1
+            geometry = replace(self.geometry, tokens=n, grid=rasters[0] if one else (n, 1), rasters=() if one else rasters, variable=True)
             cuts = self.method.plan(geometry, budget(geometry, self.stage, self.method))
             if [c.site for c in cuts] != [c.site for c in self.cuts]:
                 raise UnsupportedError(f"{self.method.info.name} would cut elsewhere for an image of {n} tokens than for one of {self.geometry.tokens}")
             self.plans[rasters] = cuts[self.number]
         return self.plans[rasters]
 
-    def _rasters(self, view: TokenView, cut: Cut, rasters: Rasters) -> Selection:
-        """A method of the image plane on units of several rasters: each raster has its share of the budget (largest remainders)."""
+    @staticmethod
+    def _left(view: TokenView, rasters: Rasters, rows: list[int]) -> list[tuple[int, ...]]:
+        """How many tokens are left in each of the ``rasters`` of the units ``rows``."""
         import torch
 
+        at = torch.tensor(rows, device=view.index.device)
+        ends = torch.tensor([r * c for r, c in rasters], device=at.device).cumsum(0)
+        valid = view.valid[at]
+        number = torch.bucketize(torch.where(valid, view.index[at], 0), ends, right=True)
+        counts = torch.zeros(len(rows), len(rasters), dtype=torch.long, device=at.device).scatter_add_(1, number, valid.long())
+        return [tuple(row) for row in counts.tolist()]
+
+    def _rasters(self, view: TokenView, cut: Cut, rasters: Rasters, left: tuple[int, ...]) -> Selection:
+        """A method of the image plane on units of several rasters, of which ``left`` tokens are there: each raster's share of the budget is that of its tokens
+        (largest remainders)."""
+        import torch
+
+        b, n = view.index.shape
         sizes = [r * c for r, c in rasters]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        exact = [(cut.keep or 0) * n / sum(sizes) for n in sizes]
+        budget = min(cut.keep or 0, sum(left))
+        exact = [budget * m / max(sum(left), 1) for m in left]
         shares = [int(x) for x in exact]
-        for i in sorted(range(len(sizes)), key=lambda i: shares[i] - exact[i])[: (cut.keep or 0) - sum(shares)]:
+        for i in sorted(range(len(sizes)), key=lambda i: shares[i] - exact[i])[: budget - sum(shares)]:
             shares[i] += 1
-        keep = torch.zeros_like(view.valid)
+        keep = torch.zeros(b, n + 1, dtype=torch.bool, device=view.valid.device)  # the last column takes the padding
         target, weight, merges = torch.full_like(view.index, -1), view.size.clone(), False
         score: Tensor | None = None
-        for grid, n, start, share in zip(rasters, sizes, starts, shares, strict=True):
-            mine = view.valid & (view.index >= start) & (view.index < start + n)
-            count = mine.sum(1)
-            if not share or not int(count.max()):
+        for grid, m, start, share in zip(rasters, left, starts, shares, strict=True):
+            if not share:
                 continue
-            at = torch.where(mine, torch.arange(mine.shape[1], device=mine.device), mine.shape[1]).sort(1).values[:, : int(count.max())]
-            real, at = at < mine.shape[1], at.clamp_max(mine.shape[1] - 1)
+            at = (view.valid & (view.index >= start) & (view.index < start + grid[0] * grid[1])).nonzero()[:, 1].view(b, m)
             small = replace(
                 view,
                 features=gather(view.features, at),
-                valid=real,
-                index=torch.where(real, view.index.gather(1, at) - start, -1),
+                valid=torch.ones_like(at, dtype=torch.bool),
+                index=view.index.gather(1, at) - start,
                 size=view.size.gather(1, at),
                 protected=view.protected.gather(1, at),
                 grid=grid,
+                rasters=(),
                 memory=view.memory.setdefault(f"raster {start}", {}),
                 sources={},
             )
             found = self.method.select(small, replace(cut, keep=share))
-            if found is None:
-                keep |= mine
-                continue
-            chosen = at.gather(1, found.kept.clamp_min(0))
-            keep.scatter_(1, chosen, keep.gather(1, chosen) | (found.kept >= 0))
-            if found.score is not None:
+            chosen = at if found is None else torch.where(found.kept >= 0, at.gather(1, found.kept.clamp_min(0)), n)
+            keep.scatter_(1, chosen, True)
+            if found is not None and found.score is not None:
                 score = torch.full(view.valid.shape, torch.nan, dtype=torch.float64, device=keep.device) if score is None else score
-                score.scatter_(1, at, torch.where(real, found.score.double(), score.gather(1, at)))
-            if found.target is not None:
-                merges = True
-                absorber = chosen.gather(1, found.target.clamp_min(0))
-                target.scatter_(1, at, torch.where(real & (found.target >= 0), absorber, target.gather(1, at)))
-                if found.weight is not None:
-                    weight.scatter_(1, at, torch.where(real, found.weight, weight.gather(1, at)))
+                score.scatter_(1, at, found.score.double())
+            if found is None or found.target is None:  # what stays is its own slot
+                target.scatter_(1, at, torch.where(keep.gather(1, at), at, -1))
+                continue
+            merges = True
+            target.scatter_(1, at, torch.where(found.target >= 0, chosen.gather(1, found.target.clamp_min(0)), -1))
+            if found.weight is not None:
+                weight.scatter_(1, at, found.weight)
+        keep = keep[:, :n]
         return replace(merged(keep, target, weight) if merges else from_mask(keep), score=score)
 
 
@@ -278,18 +406,8 @@ class Handle:
         from vtprune.models.base import PlannedCut
 
         self.recipe, self.geometry, self._cost, self.adapter = recipe, adapter.geometry, adapter.cost, adapter
-        # More than one image may share a budget: then no single image's size bounds it.
-        stages = plan(replace(adapter.geometry, variable=True) if per in ("sample", "video") else adapter.geometry, recipe)
-        if positions not in ("original", "compact"):
-            raise VtpruneError(f"positions={positions!r} is not one of 'original', 'compact'")
-        if positions != "original" and adapter.geometry.llm_layers == 0:
-            raise VtpruneError("positions= is for models with a language model")
-        if positions != "original" and adapter.geometry.mrope:
-            raise UnsupportedError(
-                f"{adapter.geometry.family} places visual tokens by time, row and column; renumbering them is not defined: positions='original'"
-            )
-        if per is not None and per not in adapter.geometry.per:
-            raise VtpruneError(f"per={per!r}: {adapter.geometry.family} takes {', '.join(map(repr, adapter.geometry.per))}")
+        stages = plan(for_units(adapter.geometry, per), recipe)
+        check_options(adapter.geometry, positions=positions, seed=seed, per=per)
         for stage, method, cuts in stages:
             inside = any(c.kind in ("pixels", "vision") for c in cuts)
             if inside and isinstance(stage.keep, int) and (per or adapter.geometry.per[0]) != "tile" and "tile" in adapter.geometry.per:
@@ -298,13 +416,15 @@ class Handle:
                 )
         self._ledger = UndoLedger()
         self._methods: list[Method] = []
-        self.modules: dict[str, Any] = {}
+        self.modules: dict[str, Any] = {}  # by method; behind the first of one method, by method and number of the stage
+        self._modules: dict[int, Any] = {}  # by number of the stage
         planned: list[PlannedCut] = []
         self._inside = False
         for number, (stage, method, cuts) in enumerate(stages):
             module = method.build(adapter.branch, adapter.geometry) if method.info.routes else None
             if module is not None:
-                self.modules[stage.method] = module
+                self._modules[number] = module
+                self.modules[stage.method if stage.method not in self.modules else f"{stage.method}.{number}"] = module
             for i, cut in enumerate(cuts):
                 self._methods.append(method)
                 self._inside |= cut.inside
@@ -474,7 +594,7 @@ class Handle:
         real = [[c + text[b] for c in layers[b]] for b in range(samples)]  # whose keys and values the layer holds
         whole = [[c - request.keys_only.get(i, [0] * samples)[b] for i, c in enumerate(real[b])] for b in range(samples)]  # that pass through it
         for stage, counts in request.branched.items():  # a routing method's side branch
-            flops += sum(len(self.modules[self._names[stage]]) * cost.decoder_layer(s, n) for n in counts)
+            flops += sum(len(self._modules[stage]) * cost.decoder_layer(s, n) for n in counts)
         return Report(
             visual_tokens=total,
             stages=tuple(stages),

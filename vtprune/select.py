@@ -77,9 +77,9 @@ def bands(rows: int, columns: int, keep: int) -> Tensor:
     if not 1 <= keep <= rows * columns:
         raise ValueError(f"keep must be in 1..{rows * columns}, got {keep}")
     count = min(max(round(math.sqrt(keep * rows / columns)), -(-keep // columns)), rows, keep)
-    shares = [keep * (b + 1) // count - keep * b // count for b in range(count)]
-    first = [sum(shares[:b]) for b in range(count)]
-    return torch.tensor([first[b] + c * shares[b] // columns for b in (r * count // rows for r in range(rows)) for c in range(columns)])
+    first = torch.arange(count + 1) * keep // count  # the first cell of each band
+    band = torch.arange(rows) * count // rows
+    return (first[band][:, None] + torch.arange(columns)[None] * first.diff()[band][:, None] // columns).flatten()
 
 
 def subview(view: TokenView, rows: Sequence[int], grid: tuple[int, int], shared: dict[Any, Any]) -> TokenView:

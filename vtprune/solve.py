@@ -7,27 +7,31 @@ from dataclasses import replace
 from typing import Any
 
 from . import cost
-from .methods.base import METHODS, OWN_BUDGETS
+from .methods.base import METHODS, OWN_BUDGETS, Cut
 from .recipe import Recipe
 from .types import Geometry, VtpruneError
 
 
-def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int) -> tuple[float, int]:
-    """Effective tokens and FLOPs that the planned cuts give for one image (adaptive cuts count as no cut until their hard one)."""
+def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes: int = 1) -> tuple[float, int]:
+    """Effective tokens and FLOPs that the planned cuts give for one image (adaptive cuts count as no cut until their hard one), of which the tower makes its
+    share in ``passes`` equal passes."""
     from .attach import plan
 
     n = geometry.tokens
-    tower, llm, through_llm, now, aside = [], [], [], n, n
-    cuts = [c for *_, cs in plan(geometry, recipe) for c in cs]
+    tower: list[float] = []
+    llm: list[float] = []
+    through_llm: list[float] = []
+    stages = plan(geometry, recipe)
+    cuts = [c for *_, cs in stages for c in cs]
     pixels = [c for c in cuts if c.kind == "pixels"]
-    patches = now = (pixels[0].keep or n) if pixels else n
+    patches = (pixels[0].keep or n) if pixels else n
+    now, aside = float(patches), float(n)
     inside = any(c.inside for c in cuts)
 
-    def outcome(c: Any, now: int) -> int:
+    def outcome(c: Cut, now: float) -> float:
         if c.restore:
             return aside
-        adaptive = c.data.get("remaining", 0) > 0
-        return now if c.keep is None or adaptive else min(c.keep, now)
+        return now if c.keep is None or c.adaptive else min(float(c.keep), now)
 
     for i in range(geometry.vision_layers):
         tower.append(now)
@@ -35,6 +39,7 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int) -> tupl
             if c.site == f"vision.{i}":
                 now = outcome(c, now)
     through = now
+    now += (n - now) * geometry.unmade  # what the tower does not make it cannot drop
     for c in cuts:
         if c.kind == "projector":
             now = outcome(c, now)
@@ -46,15 +51,27 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int) -> tupl
         through_llm.append(now)
         llm.append(aside if any(c.context and c.site == f"llm.{i}" for c in cuts) else now)
     rows = llm or tower
-    flops = cost.vision(shapes, 1, patches, tower, inside, through)
+    flops = passes * cost.vision(shapes, 1, patches / passes, [t / passes for t in tower], inside, through / passes)
     if llm:
         flops += cost.prefill(shapes, [k + text for k in through_llm], [k + text for k in llm])
-        if any(c.restore or c.context for c in cuts):  # the side branch of the last, routing stage
-            flops += recipe.stages[-1].options.get("branch_layers", 1) * cost.decoder_layer(shapes, aside)
-    return sum(rows) / len(rows), flops
+        for stage, _, own in stages:  # the side branches of routing stages
+            if any(c.restore or c.context for c in own):
+                flops += stage.options.get("branch_layers", 1) * cost.decoder_layer(shapes, aside)
+    return sum(rows) / len(rows), int(flops)
 
 
-def solve(model: Any, recipe: Any, *, effective_tokens: float | None = None, flops: float | None = None, inputs: dict[str, Any] | None = None) -> Recipe:
+def solve(
+    model: Any,
+    recipe: Any,
+    *,
+    effective_tokens: float | None = None,
+    flops: float | None = None,
+    inputs: dict[str, Any] | None = None,
+    positions: str = "original",
+    seed: int = 0,
+    per: str | None = None,
+    **overrides: Any,
+) -> Recipe:
     """A recipe like ``recipe`` whose last stage meets a budget as closely as whole tokens (or layers, for methods without ``keep``) allow, without passing it.
 
     A budget below what the method's default layers can reach moves its cuts to half their depth, again if need be; layers that the recipe states stay.
@@ -66,30 +83,37 @@ def solve(model: Any, recipe: Any, *, effective_tokens: float | None = None, flo
             (1.0 all of them, the integer 1 one token).
         flops: tower, projector and prefill of one image; a float in (0, 1] is a fraction of the dense model's.
         inputs: a prompt, for the number of text tokens that ``flops`` counts (default: 32) and, in families whose images vary in size, of visual ones.
+        positions, seed, per, **overrides: as for :func:`attach`, which takes the recipe that comes out with the same ``positions``, ``seed`` and ``per``.
 
-    There the schedule keeps fractions, so that it serves other images too; without ``inputs`` budgets are fractions as well.
+    There the schedule keeps fractions, so that it serves other images too; without ``inputs`` budgets are fractions as well. New-line tokens, which stages in
+    the tower cannot drop, are counted in ``inputs``; without, as many as the shapes that the model's configuration names have at most.
 
     Raises:
-        VtpruneError: not exactly one target, or none of the schedules meets it (the smallest reachable budget is named).
+        VtpruneError: not exactly one target, or none of the schedules meets it (the smallest reachable budget is named, or why there is none).
     """
-    from .attach import bind, load_recipe
+    from .attach import bind, check_options, for_units, load_recipe
 
     if (effective_tokens is None) == (flops is None):
         raise VtpruneError("give exactly one of effective_tokens= and flops=")
     adapter, chosen = bind(model), load_recipe(recipe)
-    geometry, shapes = adapter.geometry, adapter.cost
-    text = 32
+    check_options(adapter.geometry, positions=positions, seed=seed, per=per)
+    chosen = chosen.override(**overrides) if overrides else chosen
+    geometry, shapes = for_units(adapter.geometry, per), adapter.cost
+    text, passes = 32, 1
     if inputs is not None and geometry.llm_layers:
-        first = sum(len(p.columns) for p in adapter.parts(inputs["input_ids"], inputs)[0])
+        found = adapter.parts(inputs["input_ids"], inputs)
+        first = sum(len(p.columns) for p in found[0])
         length = inputs["attention_mask"][0].sum() if inputs.get("attention_mask") is not None else inputs["input_ids"].shape[1]
         text = int(length) - first
-        if geometry.variable:
-            geometry = replace(geometry, tokens=first, grid=(first, 1))
+        if geometry.variable and first:
+            passes = max(sum(len(p.passes) for p in found[0]), 1)
+            geometry = replace(geometry, tokens=first, grid=(first, 1), unmade=_unmade(adapter, chosen, inputs, found))
     column = 0 if flops is None else 1
-    target = float(effective_tokens if flops is None else flops)  # type: ignore[arg-type]
-    if not 0 < target < float("inf"):
-        raise VtpruneError(f"the budget must be positive, got {target:g}")
-    fraction = isinstance(effective_tokens if flops is None else flops, float) and target <= 1
+    wanted: Any = effective_tokens if flops is None else flops
+    if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not 0 < wanted < float("inf"):
+        raise VtpruneError(f"the budget must be a positive number, got {wanted!r}")
+    target = float(wanted)
+    fraction = isinstance(wanted, float) and target <= 1
     if geometry.variable and geometry.llm_layers and inputs is None and not fraction:
         raise VtpruneError(f"images of {geometry.family} vary in size: give a fraction of the dense budget, or solve(..., inputs=) with a prompt of yours")
     if column == 0 and target > geometry.tokens:
@@ -97,26 +121,51 @@ def solve(model: Any, recipe: Any, *, effective_tokens: float | None = None, flo
     if fraction:
         dense = (
             float(geometry.tokens),
-            cost.vision(shapes, 1, geometry.tokens, []) + (cost.prefill(shapes, [geometry.tokens + text] * geometry.llm_layers) if geometry.llm_layers else 0),
+            passes * cost.vision(shapes, 1, geometry.tokens / passes, [geometry.tokens / passes] * geometry.vision_depth)
+            + (cost.prefill(shapes, [geometry.tokens + text] * geometry.llm_layers) if geometry.llm_layers else 0),
         )
         target *= dense[column]
-    best: tuple[float, Recipe] | None = None
-    smallest = float("inf")
+    smallest, why = float("inf"), ""
     for start in _schedules(geometry, chosen):
-        for candidate in _candidates(geometry, start):
+        best: tuple[float, Recipe] | None = None
+        candidates = _candidates(geometry, start)
+        low, high = 0, len(candidates) - 1
+        while low <= high:  # more tokens, or a later layer, cost more; a budget that cannot be planned is too small for its method
+            middle = (low + high) // 2
             try:
-                value = _predict(geometry, shapes, candidate, text)[column]
-            except VtpruneError:  # a budget that this method cannot plan, e.g. more merges than its blocks allow
+                value = _predict(geometry, shapes, candidates[middle], text, passes)[column]
+            except VtpruneError as e:
+                low, why = middle + 1, str(e)
                 continue
             smallest = min(smallest, value)
-            if value <= target * (1 + 1e-9) and (best is None or value > best[0]):
-                best = value, candidate
+            if value <= target * (1 + 1e-9):
+                best, low = (value, candidates[middle]), middle + 1
+            else:
+                high = middle - 1
         if best is not None:
-            break
-    if best is None:
-        what = "effective tokens" if column == 0 else "FLOPs"
-        raise VtpruneError(f"{chosen.name} cannot reach {target:.4g} {what} here; its smallest schedule has {smallest:.4g}")
-    return best[1]
+            return best[1]
+    if smallest == float("inf"):
+        raise VtpruneError(why)
+    what = "effective tokens" if column == 0 else "FLOPs"
+    also = (
+        " (new-line tokens, which no stage in the tower can drop, among them)"
+        if geometry.unmade
+        and METHODS.get(chosen.stages[-1].method).kinds[0]
+        in (
+            "pixels",
+            "vision",
+        )
+        else ""
+    )
+    raise VtpruneError(f"{chosen.name} cannot reach {target:.4g} {what} here; its smallest schedule has {smallest:.4g}{also}")
+
+
+def _unmade(adapter: Any, recipe: Recipe, inputs: dict[str, Any], found: Any) -> float:
+    """The share of the first sample's visual tokens that no pass of the tower has made; 0 for recipes without a stage in the tower."""
+    if not any({"pixels", "vision"} & set(METHODS.get(s.method).kinds) for s in recipe.stages) or not adapter.geometry.unmade:
+        return 0.0
+    sources = adapter.sources(inputs, found)[0]
+    return float((sources < 0).sum()) / max(len(sources), 1)
 
 
 def _schedules(geometry: Geometry, recipe: Recipe) -> list[Recipe]:

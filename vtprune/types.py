@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,15 +21,34 @@ class UnsupportedError(VtpruneError):
     """A method needs something that the model (or one of its sites) does not provide."""
 
 
+K, V = TypeVar("K"), TypeVar("V")
+
+
+class Recent(dict[K, V]):
+    """A table that forgets its oldest entries beyond ``most``."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.most = most
+
+    def __setitem__(self, key: K, value: V) -> None:
+        super().__setitem__(key, value)
+        while len(self) > self.most:
+            self.pop(next(iter(self)), None)
+
+
 @dataclass(frozen=True)
 class Geometry:
     """What a plan needs to know of a model.
 
     ``tokens`` visual tokens per image on ``grid`` (``variable``: only typical ones, they follow the image's size) · ``vision_layers`` blocks whose output is
     used (0-based sites ``vision.0`` .. ``vision.<vision_layers - 1>``), ``vision_depth`` all blocks · ``llm_layers`` decoder layers (0 for a bare ViT) ·
-    ``prefix`` tokens in front of the patches · ``provides`` site kind -> the names that :meth:`TokenView.source` answers there · ``arch`` the tower's
-    architecture name · ``per`` what a budget may apply to, the default first · ``refuses`` what is not offered -> why · ``overview`` the raster of an image
-    that shows all of it (0 the first, -1 the last) · ``raster`` whether the image plane is known · ``mrope`` whether rotary positions have three axes.
+    ``prefix`` tokens in front of the patches · ``provides`` site kind -> the names that :meth:`TokenView.source` answers there · ``traits`` what else
+    methods may need (``class_token`` in front of the patches, decoder ``layers`` that can be copied) · ``arch`` the tower's architecture name · ``per`` what
+    a budget may apply to, the default first · ``refuses`` what is not offered -> why · ``overview`` the raster of an image that shows all of it (0 the
+    first, -1 the last) · ``raster`` whether the image plane is known · ``mrope`` whether rotary positions have three axes · ``rasters`` those that one unit
+    of a budget is made of, if it has several (``tokens`` counts them all) · ``unmade`` the largest share of an image's visual tokens that the tower does not
+    make (new-line tokens), so that no stage in it can drop them.
     """
 
     family: str
@@ -47,6 +66,9 @@ class Geometry:
     raster: bool = True
     mrope: bool = False
     refuses: Mapping[str, str] = field(default_factory=dict)
+    traits: frozenset[str] = frozenset({"layers"})
+    rasters: tuple[tuple[int, int], ...] = ()
+    unmade: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +91,8 @@ class TokenView:
     padding) ·
     ``size`` ``[B, N]`` tokens already merged into each · ``protected`` ``[B, N]`` bool, must be kept · ``grid`` rows and columns of the original raster ·
     ``prefix`` class / register / distillation tokens in front (not part of N) · ``layer`` and ``depth`` of the site · ``seed`` of the run, or one per image ·
-    ``rasters`` per image the rasters it is made of, if they are not all one ``grid`` (the library then calls the method once per kind of image) ·
+    ``rasters`` per image the rasters (tiles, rows with new-line tokens, frames of a video) it is made of, if they are not one ``grid`` (the library calls the
+    method once per kind of image) ·
     ``memory`` belongs to one method in one forward call (running averages) · ``sources`` lazily computed extras named by :attr:`MethodInfo.needs` ·
     ``known`` a mask and the fewest and most tokens of an image in it, where that is known without asking the device (see :attr:`extent`).
     """

@@ -404,7 +404,7 @@ def verify(model: nn.Module, recipe: Any, inputs: dict[str, Any], **options: Any
         from .solve import solve
 
         attached = {name: options.pop(name) for name in ATTACH_OPTIONS if name in options}
-        chosen, options = solve(model, chosen.override(**options) if options else chosen, **target), attached
+        chosen, options = solve(model, chosen, **target, **attached, **options), attached
     checks = tuple(check(name, model, chosen, inputs, **options) for name in CHECKS)
     return VerifyReport(chosen.name, checks)
 
@@ -495,7 +495,34 @@ def _masks(c: _Case, report: Report, passes: list[tuple[Any, int]]) -> tuple[lis
                 lost = columns(stage.kept)
         hidden.append(lost)
     hide_in_decoder(ledger, c.adapter.decoder_layers(), hidden)
+    if c.options.get("positions") == "compact":
+        _renumber(ledger, c, [padding.bool() & ~h if bool(h.any()) else None for h in hidden])
     return hidden, padding.bool() & ~hidden[-1], ledger
+
+
+def _renumber(ledger: UndoLedger, c: _Case, present: list[Tensor | None]) -> None:
+    """Hooks that give the columns ``present[i]`` ``[B, T]`` of layer i the positions 0, 1, 2 ..., and what is decoded the ones behind; ``None``: its own."""
+    kinds = c.adapter.kinds()
+    fallen: dict[int, Tensor] = {}  # per layer [B, 1], by how much the prompt's last position fell
+
+    def make(number: int, there: Tensor) -> Callable:
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            x = args[0] if args else kwargs["hidden_states"]
+            mine = there.to(x.device)
+            own = kwargs["position_ids"].to(x.device).expand(len(mine), -1)
+            if x.shape[1] == mine.shape[1]:  # the prompt
+                ids = (mine.long().cumsum(1) - 1).clamp_min(0)
+                last = torch.where(mine, torch.arange(mine.shape[1], device=x.device), -1).argmax(1, keepdim=True)
+                fallen[number] = own.gather(1, last) - ids.gather(1, last)
+            else:
+                ids = own - fallen[number]
+            return args, {**kwargs, "position_ids": ids, "position_embeddings": c.adapter.rotary(x, ids, kinds[number])}
+
+        return enter
+
+    for i, (layer, there) in enumerate(zip(c.adapter.decoder_layers(), present, strict=True)):
+        if there is not None:
+            ledger.before(layer, make(i, there))
 
 
 def _generate(c: _Case) -> tuple[Tensor, Tensor]:

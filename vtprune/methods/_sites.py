@@ -20,7 +20,7 @@ def place(name: str, geometry: Geometry, site: str | None) -> str:
         raise VtpruneError(f"{name}: site={site!r} does not exist here; there are {', '.join(k for k in geometry.provides if k != 'pixels')}")
     if kind == "projector" and not number:
         return site
-    if not number.isdigit() or int(number) >= count:
+    if number not in map(str, range(count)):
         raise VtpruneError(f"{name}: site={site!r} does not exist here; {kind} has layers 0..{count - 1}")
     return site
 
@@ -29,9 +29,12 @@ def place(name: str, geometry: Geometry, site: str | None) -> str:
 def cells(rows: int, columns: int, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
     """``kept`` ``[N]`` bool marks each cell's central token, ``destination`` ``[N]`` the central token of every token's cell. Made once: read only."""
     cell = bands(rows, columns, keep)
-    at = torch.stack([torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns], 1).double()
-    destination = torch.empty(rows * columns, dtype=torch.long)
-    for c in range(keep):
-        members = (cell == c).nonzero()[:, 0]
-        destination[members] = members[(at[members] - at[members].mean(0)).norm(dim=1).argmin()]
-    return destination == torch.arange(rows * columns), destination
+    at = torch.stack([torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns], 1)
+    n = torch.arange(rows * columns)
+    # Means are compared as whole numbers, times the cell's size: ties are true ties, and go to the first token.
+    size = torch.zeros(keep, dtype=torch.long).index_add_(0, cell, torch.ones_like(n))
+    total = torch.zeros(keep, 2, dtype=torch.long).index_add_(0, cell, at)
+    far = (at * size[cell][:, None] - total[cell]).square().sum(1)
+    nearest = torch.full((keep,), torch.iinfo(torch.long).max).scatter_reduce_(0, cell, far, "amin")
+    centre = torch.full((keep,), len(n)).scatter_reduce_(0, cell, torch.where(far == nearest[cell], n, len(n)), "amin")
+    return centre[cell] == n, centre[cell]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import UnionType
@@ -17,6 +18,7 @@ from ..types import Geometry, Selection, TokenView, UnsupportedError, VtpruneErr
 @dataclass(frozen=True, kw_only=True)
 class Cut:
     """One planned decision: ``site`` (``"vision.3"``, ``"projector"``, ``"llm.8"``, ``"pixels"``), ``keep`` tokens per image (``None``: the method decides),
+    ``adaptive`` it decides image by image and ``keep`` is only the least it leaves,
     ``inside`` the decision falls between attention and MLP of that block, ``restore`` the cut brings routed tokens back instead of dropping any, ``stash``
     it puts them aside first, ``context`` the tokens put aside give this layer keys and values and nothing else,
     ``proportional`` the tower adds the log of the merged sizes to its attention logits from here on (ToMe, arXiv 2210.09461, eq. 1), ``observe`` decoder
@@ -30,6 +32,7 @@ class Cut:
     context: bool = False
     proportional: bool = False
     observe: tuple[int, ...] = ()
+    adaptive: bool = False
     data: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -46,7 +49,8 @@ class MethodInfo:
     """The registered facts of a method. ``needs`` maps a site kind to the sources it uses there; ``cases`` are (mild, aggressive) keyword sets for the
     generated tests;
     ``exact`` tells whether an integer ``keep`` is met exactly; ``budgeted`` whether ``keep`` means anything to it; ``draws`` whether the seed does;
-    ``raster`` whether it looks at the image plane, so that an image of several rasters is decided raster by raster;
+    ``raster`` whether it looks at the image plane, so that an image of several rasters is decided raster by raster; ``whole`` it needs every token of the
+    raster, ``even`` as many in every image, ``carries`` it remembers something of each token from cut to cut, which a merge in between would blur;
     ``elsewhere`` options that make it work where its defaults are refused; ``score`` what its tokens are ranked by, in words (higher stays; empty: it does not
     rank)."""
 
@@ -63,6 +67,9 @@ class MethodInfo:
     draws: bool = False
     budgeted: bool = True
     raster: bool = False
+    whole: bool = False
+    even: bool = False
+    carries: bool = False
     elsewhere: Mapping[str, Any] = field(default_factory=dict)
     score: str = ""
     cls: type[Method] | None = None
@@ -131,7 +138,8 @@ def register(info: MethodInfo) -> Callable[[M], M]:
 
 
 def make(name: str, options: Mapping[str, Any]) -> Method:
-    """The method ``name`` with ``options``; an unknown option raises and lists the known ones, so does a value of another type than annotated."""
+    """The method ``name`` with ``options``; an unknown option raises and lists the known ones, so does a value of another type than annotated or outside of
+    what :func:`option` declares."""
     info = METHODS.get(name)
     unknown = set(options) - set(info.options)
     if unknown:
@@ -139,10 +147,32 @@ def make(name: str, options: Mapping[str, Any]) -> Method:
         raise VtpruneError(f"{name} has no option {sorted(unknown)[0]!r}; its options: {known}")
     assert info.cls is not None
     hints = get_type_hints(info.cls)
+    declared = {f.name: f.metadata for f in dataclasses.fields(info.cls)}
     for key, value in options.items():
         if not _fits(value, hints[key]):
             raise VtpruneError(f"{name}: {key}={value!r}: expected {_spoken(hints[key])}")
+        _check(f"{name}: {key}", value, declared[key])
     return info.cls(**options)
+
+
+def _check(what: str, value: Any, declared: Mapping[str, Any]) -> None:
+    """Raises :class:`VtpruneError` unless ``value``, or each of a list that is not empty, is what :func:`option` allows."""
+    if isinstance(value, tuple | list):
+        if not value:
+            raise VtpruneError(f"{what}: the list is empty")
+        for v in value:
+            _check(what, v, declared)
+        return
+    if (choices := declared.get("choices")) is not None:
+        choice(what, value, choices)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    least, most, below = (declared.get(n) for n in ("least", "most", "below"))
+    limits = [f"{word} {limit:g}" for word, limit in (("at least", least), ("at most", most), ("below", below)) if limit is not None]
+    # Whole numbers of more than 63 bits fit nowhere; NaN compares with nothing.
+    finite = -(2**63) <= value < 2**63 if isinstance(value, int) else -math.inf < value < math.inf
+    if not (finite and (least is None or value >= least) and (most is None or value <= most) and (below is None or value < below)):
+        raise VtpruneError(f"{what}={value!r} must be {' and '.join(limits) or 'a finite number'}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -165,9 +195,12 @@ def _spoken(hint: Any) -> str:
     return {int: "integer", float: "number", str: "word", bool: "true or false"}.get(hint, str(hint))
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its help text."""
-    return field(default=default, metadata={"help": help})
+def option(
+    default: Any, help: str, *, choices: tuple[Any, ...] | None = None, least: float | None = None, most: float | None = None, below: float | None = None
+) -> Any:
+    """A dataclass field with its help text and the values that it may have: one of ``choices``, or numbers from ``least`` to ``most``, ``below`` a limit.
+    The same holds for each number of a list, which must not be empty."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most, "below": below})
 
 
 def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

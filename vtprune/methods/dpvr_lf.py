@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..select import from_mask
 from ..types import Geometry, Selection, TokenView, VtpruneError
-from .base import Cut, Method, MethodInfo, choice, layers, option, register
+from .base import Cut, Method, MethodInfo, layers, option, register
 
 
 @register(
@@ -35,23 +35,30 @@ class DpvrLf(Method):
     Train with ``vtprune train dpvr-lf``; the branch is ``handle.modules["dpvr-lf"]``."""
 
     split: int | None = option(None, "s: first layer without visual tokens (default: round(0.5625 * depth), 18 of 32)")
-    fusion: int = option(1, "K: last layers that see text and visual tokens")
-    branch_layers: int = option(1, "d_v: layers in the side branch")
-    init: str = option("copy", "side branch before training: 'copy' of layer s, 'identity' (outputs zeroed) or 'random'")
-    fusion_rows: str = option("full", "visual rows in the last layer: 'full', or 'keys': keys and values only; the text is the same, the work less (fusion=1)")
-    variant: str = option("lf", "'lf' late fusion; 'pc': every deep layer gets B's output as visual rows (no saving); 'kv': as their keys and values only")
+    fusion: int = option(1, "K: last layers that see text and visual tokens", least=0)
+    branch_layers: int = option(1, "d_v: layers in the side branch", least=1)
+    init: str = option(
+        "copy", "side branch before training: 'copy' of layer s, 'identity' (outputs zeroed) or 'random'", choices=("copy", "identity", "random")
+    )
+    fusion_rows: str = option(
+        "full",
+        "visual rows in the last layer: 'full', or 'keys': keys and values only; the text is the same, the work less (fusion=1)",
+        choices=("full", "keys"),
+    )
+    variant: str = option(
+        "lf",
+        "'lf' late fusion; 'pc': every deep layer gets B's output as visual rows (no saving); 'kv': as their keys and values only",
+        choices=("lf", "pc", "kv"),
+    )
     weights: str | None = option(None, "a trained branch (safetensors)")
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
-        choice("init", self.init, ("copy", "identity", "random"))
-        choice("variant", self.variant, ("lf", "pc", "kv"))
-        choice("fusion_rows", self.fusion_rows, ("full", "keys"))
         depth = geometry.llm_layers
         (s,) = layers("dpvr-lf", self.split, geometry, (max(1, round(0.5625 * depth)),))
-        if self.fusion < 0 or s + self.fusion > depth:
+        if s + self.fusion > depth:
             raise VtpruneError(f"dpvr-lf: split={s} and fusion={self.fusion} do not fit into {depth} layers")
-        if self.branch_layers < 1:
-            raise VtpruneError(f"dpvr-lf: branch_layers={self.branch_layers} must be at least 1")
+        if self.branch_layers > depth:
+            raise VtpruneError(f"dpvr-lf: branch_layers={self.branch_layers} is more than the {depth} layers of this model")
         if self.variant == "pc":
             return (Cut(site=f"llm.{s}", stash=True), *(Cut(site=f"llm.{i}", restore=True) for i in range(s, depth)))
         away = Cut(site=f"llm.{s}", keep=0, stash=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..select import top
 from ..types import Geometry, Selection, TokenView, VtpruneError
-from .base import Cut, Method, MethodInfo, choice, layers, option, register
+from .base import Cut, Method, MethodInfo, layers, option, register
 
 
 @register(
@@ -25,13 +25,13 @@ class FastV(Method):
     """``s_j`` = mean over heads of layer ``K - 1``'s attention to visual token j (section 4.1); the cut falls before layer ``K``."""
 
     layer: int = option(2, "K: first layer with the short sequence; layer K-1 ranks (>= 1)")
-    query: str = option("last", "'last': the last prompt token, as the official code; 'all': mean over all text and visual rows, as the paper words it")
-    keys: str = option("all", "softmax over 'all' causal keys (official) or 'visual' keys only")
+    query: str = option(
+        "last", "'last': the last prompt token, as the official code; 'all': mean over all text and visual rows, as the paper words it", choices=("last", "all")
+    )
+    keys: str = option("all", "softmax over 'all' causal keys (official) or 'visual' keys only", choices=("all", "visual"))
     rope: bool = option(True, "use rotary positions in the score; False is FEATHER's correction (arXiv 2412.13180)")
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
-        choice("query", self.query, ("last", "all"))
-        choice("keys", self.keys, ("all", "visual"))
         (layer,) = layers("fastv", self.layer, geometry, ())
         if layer < 1:
             raise VtpruneError("fastv: layer=0 has no attention in front of it; use layer >= 1 (or the method 'random')")

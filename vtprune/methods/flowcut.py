@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..select import from_mask, gather, top
+from ..select import from_mask, top
 from ..types import Geometry, Selection, TokenView, UnsupportedError
-from .base import Cut, Method, MethodInfo, choice, option, register
+from .base import Cut, Method, MethodInfo, option, register
 
 
 @register(
@@ -21,6 +21,7 @@ from .base import Cut, Method, MethodInfo, choice, option, register
         kinds=("vision",),
         needs={"vision": frozenset({"projections"})},
         keep=128 / 576,
+        carries=True,
         score="running average over blocks of class attention + value similarity, times the L1 norm of the mean value",
         cases=({"keep": 0.75}, {"keep": 2}),
     )
@@ -32,23 +33,26 @@ class FlowCut(Method):
     over blocks decides; every second block prunes by the entropy of the class attention, the last decision is a hard cut to ``keep``."""
 
     batch: str = option(
-        "image", "'image': every image prunes by its own entropy, so results do not depend on the batch; 'max': the batch maximum (official code)"
+        "image",
+        "'image': every image prunes by its own entropy, so results do not depend on the batch; 'max': the batch maximum (official code)",
+        choices=("image", "max"),
     )
-    every: int = option(2, "blocks between two prunings")
-    ema: float = option(0.5, "weight of the old value in the running average")
-    query: str = option("auto", "global token: 'class', 'mean' (mean query and value, for towers without one), 'auto'")
-    semantic: str = option("code", "'code': softmax of raw value products over all tokens; 'paper': scaled by 1/sqrt(d), over patches only (appendix)")
+    every: int = option(2, "blocks between two prunings", least=1)
+    ema: float = option(0.5, "weight of the old value in the running average", least=0, below=1)
+    query: str = option("auto", "global token: 'class', 'mean' (mean query and value, for towers without one), 'auto'", choices=("auto", "class", "mean"))
+    semantic: str = option(
+        "code",
+        "'code': softmax of raw value products over all tokens; 'paper': scaled by 1/sqrt(d), over patches only (appendix)",
+        choices=("code", "paper"),
+    )
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
-        choice("batch", self.batch, ("image", "max"))
-        choice("query", self.query, ("auto", "class", "mean"))
-        choice("semantic", self.semantic, ("code", "paper"))
-        has_class = "class_token" in geometry.provides["vision"]
+        has_class = "class_token" in geometry.traits
         if self.query == "class" and not has_class:
             raise UnsupportedError(f"flowcut: query='class' needs a class token and a {geometry.arch} tower has none; use query='mean'")
         chosen = "class" if self.query != "mean" and has_class else "mean"
         last = max(geometry.vision_layers - 2, 0)  # the output of the block behind it is what the model reads
-        return tuple(Cut(site=f"vision.{i}", keep=keep, data={"remaining": last - i, "query": chosen}) for i in range(last + 1))
+        return tuple(Cut(site=f"vision.{i}", keep=keep, adaptive=i < last, data={"remaining": last - i, "query": chosen}) for i in range(last + 1))
 
     def select(self, view: TokenView, cut: Cut) -> Selection | None:
         target, remaining = cut.keep or 0, cut.data["remaining"]
@@ -58,15 +62,15 @@ class FlowCut(Method):
         if most <= target:
             return None
         attention, score = self._score(view, cut.data["query"])
-        old = view.memory.get("score")
-        running = score if old is None else self.ema * old + (1 - self.ema) * score
-        view.memory["score"] = running
+        running = score
+        if "score" in view.memory:  # by original index: other stages may have dropped tokens since
+            running = self.ema * view.memory["score"].gather(1, view.index.clamp_min(0)) + (1 - self.ema) * score
+        table = running.new_zeros(len(running), view.grid[0] * view.grid[1] + 1).scatter_(1, view.index % (view.grid[0] * view.grid[1] + 1), running)
+        view.memory["score"] = table
         if remaining % self.every:
             return None
         kept = target if remaining == 0 else self._counts(attention, counts, target, remaining)
-        selection = top(running, kept, view.valid, view.protected, span=view.extent)
-        view.memory["score"] = gather(running, selection.kept)
-        return selection
+        return top(running, kept, view.valid, view.protected, span=view.extent)
 
     def _counts(self, attention: Tensor, counts: Tensor, target: int, remaining: int) -> Tensor:
         """``n' = max(n - P, T)`` with ``P = round((n - T) / sqrt(rho) * (1 - (H / ln n)^2))`` (eq. 8); ``0 ln 0 := 0``."""

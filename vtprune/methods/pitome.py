@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import kernels
 from ..select import merged
 from ..types import Geometry, Selection, TokenView, UnsupportedError, VtpruneError
-from .base import Cut, Method, MethodInfo, choice, option, register
+from .base import Cut, Method, MethodInfo, option, register
 from .tome import bipartite
 
 
@@ -48,6 +48,7 @@ _BY_ARCH = {"clip": "hf-clip"}
         kinds=("vision",),
         needs={"vision": frozenset({"projections"})},
         merges=True,
+        even=True,
         score="minus the energy (mean similarity to all); in blocks that match by similarity (bsm, tome), minus that to the nearest of the other half",
         cases=({"keep": 0.8}, {"keep": 0.25}),
     )
@@ -58,24 +59,25 @@ class PiToMe(Method):
     (algorithm 1)."""
 
     variant: str = option(
-        "auto", f"placement, metric and margins of one official wrapper: {', '.join(VARIANTS)}; 'auto': hf-clip for CLIP towers of an MLLM, else deit"
+        "auto",
+        f"placement, metric and margins of one official wrapper: {', '.join(VARIANTS)}; 'auto': hf-clip for CLIP towers of an MLLM, else deit",
+        choices=("auto", *VARIANTS),
     )
-    ratio: float | None = option(None, "tokens kept per block, the paper's rho; replaces keep=")
-    matching: str | None = option(None, "'pitome', 'bsm' (energy-rank parity, then ToMe's rule) or 'tome' in every block instead of the variant's mixture")
-    alpha: float = option(1.0, "scale of the energy's negative branch (eq. 4)")
-    energy: str = option("elu", "'elu': ELU(x - m), the official code; 'paper': x above the margin, alpha (exp(x - m) - 1) below it")
+    ratio: float | None = option(None, "tokens kept per block, the paper's rho; replaces keep= (a block merges at most half)", least=0.5, most=1)
+    matching: str | None = option(
+        None,
+        "'pitome', 'bsm' (energy-rank parity, then ToMe's rule) or 'tome' in every block instead of the variant's mixture",
+        choices=(None, "pitome", "bsm", "tome"),
+    )
+    alpha: float = option(1.0, "scale of the energy's negative branch (eq. 4)", least=0)
+    energy: str = option("elu", "'elu': ELU(x - m), the official code; 'paper': x above the margin, alpha (exp(x - m) - 1) below it", choices=("elu", "paper"))
     proportional: bool | None = option(None, "add the log of the sizes to the attention logits; default: as the variant")
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
-        choice("variant", self.variant, ("auto", *VARIANTS))
-        choice("matching", self.matching, (None, "pitome", "bsm", "tome"))
-        choice("energy", self.energy, ("elu", "paper"))
         name = self.variant if self.variant != "auto" else _BY_ARCH.get(geometry.arch, "deit") if geometry.llm_layers else "deit"
         v = VARIANTS[name]
         depth, count = geometry.vision_depth, geometry.vision_layers
         if self.ratio is not None:
-            if not 0.5 <= self.ratio <= 1:
-                raise VtpruneError(f"pitome: ratio={self.ratio} must lie in [0.5, 1]: a block can merge at most half of its tokens")
             # Plain ToMe blocks count the prefix tokens as well (official code).
             counts = falling(geometry.tokens, self.ratio, count, [geometry.prefix * ((self.matching or v.kind(i, depth)) == "tome") for i in range(count)])
         else:

@@ -20,6 +20,7 @@ from .base import Cut, Method, MethodInfo, option, register
         kinds=("projector", "vision"),
         merges=True,
         raster=True,
+        whole=True,
         cases=({"keep": 0.75}, {"keep": 2}),
     )
 )

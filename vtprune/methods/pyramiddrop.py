@@ -9,7 +9,7 @@ import torch
 
 from ..select import top
 from ..types import Geometry, Selection, TokenView, VtpruneError
-from .base import Cut, Method, MethodInfo, choice, layers, option, register
+from .base import Cut, Method, MethodInfo, layers, option, register
 
 
 @register(
@@ -32,14 +32,16 @@ class PyramidDrop(Method):
     kept."""
 
     layers: tuple[int, ...] | None = option(None, "first layer of each shortened stage (default: a quarter, half and three quarters of the depth)")
-    ratios: tuple[float, ...] | None = option(None, "tokens left after each cut as fractions of the original number; replaces keep=")
-    score_layer: str = option("next", "'next': projections of the layer behind the cut (official code); 'previous': attention of the layer before it (paper)")
-    keys: str = option("all", "softmax over 'all' causal keys (official) or 'visual' keys only")
+    ratios: tuple[float, ...] | None = option(None, "tokens left after each cut as fractions of the original number; replaces keep=", most=1)
+    score_layer: str = option(
+        "next",
+        "'next': projections of the layer behind the cut (official code); 'previous': attention of the layer before it (paper)",
+        choices=("next", "previous"),
+    )
+    keys: str = option("all", "softmax over 'all' causal keys (official) or 'visual' keys only", choices=("all", "visual"))
     rope: bool = option(True, "use rotary positions in the score")
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
-        choice("score_layer", self.score_layer, ("next", "previous"))
-        choice("keys", self.keys, ("all", "visual"))
         t, n = geometry.llm_layers, geometry.tokens
         cuts = layers("pyramiddrop", self.layers, geometry, tuple(sorted({t // 4, t // 2, 3 * t // 4})))
         if self.score_layer == "previous" and cuts[0] == 0:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import kernels
 from ..select import merged
 from ..types import Geometry, Selection, TokenView, UnsupportedError, VtpruneError
-from .base import Cut, Method, MethodInfo, choice, option, register
+from .base import Cut, Method, MethodInfo, option, register
 
 
 @register(
@@ -21,6 +21,7 @@ from .base import Cut, Method, MethodInfo, choice, option, register
         kinds=("vision",),
         needs={"vision": frozenset({"projections"})},
         merges=True,
+        even=True,
         score="minus the cosine similarity to the nearest token of the other half; that half is not ranked",
         cases=({"keep": 0.8}, {"keep": 0.25}),
     )
@@ -29,15 +30,18 @@ from .base import Cut, Method, MethodInfo, choice, option, register
 class ToMe(Method):
     """Section 3: between attention and MLP of every block; metric = keys, mean over heads; size-weighted mean; proportional attention (eq. 1)."""
 
-    r: int | tuple[int, ...] | None = option(None, "tokens merged per block: an int, or a list with one entry per block; replaces keep=")
-    inflect: float = option(0.0, "with an int r: -1 merges most in the first blocks, 1 in the last (the official (r, inflect) schedule)")
+    r: int | tuple[int, ...] | None = option(None, "tokens merged per block: an int, or a list with one entry per block; replaces keep=", least=0)
+    inflect: float = option(0.0, "with an int r: -1 merges most in the first blocks, 1 in the last (the official (r, inflect) schedule)", least=-1, most=1)
     proportional: bool = option(True, "add the log of the sizes to the attention logits (eq. 1)")
     order: str = option(
-        "position", "'position': tokens stay in raster order; 'official': [unmerged A, all B] as the official code, which changes later matchings"
+        "position",
+        "'position': tokens stay in raster order; 'official': [unmerged A, all B] as the official code, which changes later matchings",
+        choices=("position", "official"),
     )
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
-        choice("order", self.order, ("position", "official"))
+        if self.inflect and not isinstance(self.r, int):
+            raise VtpruneError(f"tome: inflect={self.inflect:g} spreads an integer r=; it says nothing here")
         count, n = geometry.vision_layers, geometry.tokens
         if self.r is None:
             assert keep is not None
@@ -46,7 +50,7 @@ class ToMe(Method):
             wish = schedule(self.r, self.inflect, count)
         cuts = []
         for i, r in enumerate(wish):
-            n -= min(max(r, 0), n // 2)
+            n -= min(r, n // 2)
             cuts.append(Cut(site=f"vision.{i}", keep=n, inside=True, proportional=self.proportional))
         return tuple(cuts)
 
@@ -61,8 +65,6 @@ def schedule(r: int | tuple[int, ...], inflect: float, count: int) -> list[int]:
         if len(r) != count:
             raise VtpruneError(f"tome: r has {len(r)} entries, the tower has {count} blocks that count")
         return list(r)
-    if r < 0:
-        raise VtpruneError(f"tome: r={r} must not be negative")
     low = int(r * (1.0 - inflect))
     high = 2 * r - low
     return [int(low + (high - low) * i / max(count - 1, 1)) for i in range(count)]
