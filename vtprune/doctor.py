@@ -38,19 +38,20 @@ def verified(family: str) -> str | None:
     from .verify import verify
 
     model, inputs = next(iter(ADAPTERS.get(family).tiny.values()))()
-    ran = False
+    ran, why = False, ""
     for method in (*PROOFS, ELSE):
         if method == ELSE and ran:
             break
         try:
             report = verify(model, method, inputs, **METHODS.get(method).cases[0])
-        except UnsupportedError:
+        except UnsupportedError as e:
+            why = str(e)
             continue
         ran = True
         for check in report.checks:
             if check.passed is False:
                 return f"{method}: {check.name}: {check.detail}"
-    return None if ran else f"takes none of {', '.join((*PROOFS, ELSE))}"
+    return None if ran else f"takes none of {', '.join((*PROOFS, ELSE))}: {why}"
 
 
 def families(
