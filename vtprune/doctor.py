@@ -127,6 +127,6 @@ def run(args: argparse.Namespace) -> int:
     print("".join(f"\nconflict: {said}" for said in found["conflicts"]))
     state = {True: "ok", False: "FAILED", None: "-"}
     show([["family", "result", "detail"], *([f["family"], state[f["passed"]], f["detail"]] for f in found["families"])])
-    failed = sum(f["passed"] is False for f in found["families"])
-    print(f"\n{'everything is sound' if found['passed'] else f'NOT sound: {failed} families fail' if failed else 'NOT sound: see the packages'}")
+    failed = [f["family"] for f in found["families"] if f["passed"] is False]
+    print("\neverything is sound" if found["passed"] else f"\nNOT sound: {', '.join(failed)} failed" if failed else "\nNOT sound: see the packages")
     return 0 if found["passed"] else 1
