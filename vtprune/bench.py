@@ -528,8 +528,8 @@ def table(
         raise VtpruneError(f"methods must be named, each once; got {', '.join(names) or 'none'}")
     for recipe in recipes:  # a wrong option is told before the long work
         own = {k: v for k, v in options.get(recipe.name, {}).items() if k not in ATTACH_OPTIONS}
-        if budget := {"keep", *TARGETS, *OWN_BUDGETS} & own.keys():
-            raise VtpruneError(f"{budget.pop()}= is a budget of its own; the table's are fractions of the dense effective tokens")
+        if doubled := {"keep", *TARGETS, *OWN_BUDGETS} & own.keys():
+            raise VtpruneError(f"{doubled.pop()}= is a budget of its own; the table's are fractions of the dense effective tokens")
         make(recipe.stages[-1].method, {**recipe.stages[-1].options, **own})
     if timing < 0 or seeds < 1:
         raise VtpruneError(f"timing={timing} must not be negative and seeds={seeds} must be at least 1")

@@ -49,7 +49,7 @@ class Registry(Generic[T]):
         """All entries, a copy."""
         if not self._loaded:
             with self._loading:
-                if not self._begun:  # else: a look-up from inside the loading itself
+                if not self._loaded and not self._begun:  # else another thread has done it, or this is a look-up from inside the loading
                     self._begun = True
                     try:
                         self._load()

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import random
+import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,7 +223,7 @@ class Packed:
             try:
                 shard = torch.load(path, weights_only=True)  # tensors, lists and words: no file of the cache runs code
                 shard["features"], shard["dense"], shard["rows"]
-            except (OSError, RuntimeError, EOFError, TypeError, LookupError, UnpicklingError) as e:
+            except (OSError, RuntimeError, EOFError, TypeError, LookupError, UnpicklingError, struct.error) as e:
                 raise VtpruneError(f"{path} is no shard of features; delete it and make it anew with 'cache'") from e
             dense = shard["dense"]
             split, _, first = path.stem.rpartition("-")
