@@ -110,7 +110,7 @@ def _recipe(*stages: tuple) -> Recipe:
 
 REFUSED = [
     ((("tome", 12, {}), ("flowcut", 6, {})), "both cut at vision"),
-    ((("flowcut", 12, {}), ("pitome", 8, {})), "both cut at vision"),
+    ((("flowcut", 12, {}), ("pitome", 8, {})), "same number of tokens in every image"),
     ((("flowcut", 12, {}), ("pool", 6, {"site": "vision.2"}), ("fastv", 4, {})), "whole raster"),
     ((("flowcut", 6, {}), ("pool", 4, {"site": "vision.1"})), "whole raster"),
     ((("random", 0.5, {}), ("pool", 0.25, {})), "whole raster"),
@@ -122,7 +122,7 @@ REFUSED = [
     ((("drop-all", None, {"layer": 1}), ("dpvr-lf", None, {"split": 2})), "finds no visual tokens"),
     ((("dpvr-lf", None, {"split": 2, "fusion": 0}), ("random", 0.5, {"site": "llm.4"})), "put the visual tokens aside|finds no visual tokens"),
     ((("drop-all", None, {"layer": 1}), ("drop-all", None, {"layer": 2})), "finds no visual tokens"),
-    ((("random", 0.5, {"site": "llm.2"}), ("fastv", 0.25, {})), "attention that the first has shortened"),
+    ((("random", 0.5, {"site": "llm.2"}), ("fastv", 0.25, {})), "attention from before the first"),
     ((("flowcut", 12, {}), ("flowcut", 6, {})), "both cut at vision"),
     ((("random", 0.5, {"site": "vision.0"}), ("flowcut", 6, {})), "both cut at vision.0"),
     ((("tome", 12, {}), ("pitome", 6, {"variant": "deit"})), "both cut at vision.0"),

@@ -140,7 +140,7 @@ def compose(geometry: Geometry, stages: Sequence[Planned]) -> list[str]:
         looks = cut.observe or "projections" in info.needs.get(cut.kind, ())
         if looks and n and stages[order[n - 1][0]][2][order[n - 1][1]].site == cut.site:
             raise VtpruneError(
-                f"{names[order[n - 1][0]]} and {info.name} both cut at {cut.site}; the second cannot use attention that the first has shortened: move one of them"
+                f"{names[order[n - 1][0]]} and {info.name} both cut at {cut.site}; the second cannot use attention from before the first: move one"
             )
         before = most
         if cut.restore or cut.context:
