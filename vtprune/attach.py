@@ -172,9 +172,10 @@ def compose(geometry: Geometry, stages: Sequence[Planned]) -> list[str]:
             raise VtpruneError(f"{info.name} needs the same number of tokens in every image; {reducer} keeps different numbers in front of {cut.site}")
         if info.carries and first[s] < merger < n and order[merger][0] != s:
             raise VtpruneError(f"{info.name} averages each token's score over the blocks, which {names[order[merger][0]]} in between would merge")
-        if cut.observe and n and stages[order[n - 1][0]][2][order[n - 1][1]].site == cut.site:
+        looks = cut.observe or "projections" in info.needs.get(cut.kind, ())
+        if looks and n and stages[order[n - 1][0]][2][order[n - 1][1]].site == cut.site:
             raise VtpruneError(
-                f"{names[order[n - 1][0]]} and {info.name} both cut at {cut.site}; the second cannot use the attention of the layer before: move one of them"
+                f"{names[order[n - 1][0]]} and {info.name} both cut at {cut.site}; the second cannot use attention from before the first: move one"
             )
         before = most
         if cut.restore or cut.context:

@@ -91,7 +91,7 @@ def solve(
     Raises:
         VtpruneError: not exactly one target, or none of the schedules meets it (the smallest reachable budget is named, or why there is none).
     """
-    from .attach import bind, check_options, for_units, load_recipe
+    from .attach import bind, check_options, for_units, load_recipe, plan
 
     if (effective_tokens is None) == (flops is None):
         raise VtpruneError("give exactly one of effective_tokens= and flops=")
@@ -110,7 +110,7 @@ def solve(
             geometry = replace(geometry, tokens=first, grid=(first, 1), unmade=_unmade(adapter, chosen, inputs, found))
     column = 0 if flops is None else 1
     wanted: Any = effective_tokens if flops is None else flops
-    if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not 0 < wanted < float("inf"):
+    if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not 0 < wanted < 1e300:
         raise VtpruneError(f"the budget must be a positive number, got {wanted!r}")
     target = float(wanted)
     fraction = isinstance(wanted, float) and target <= 1
@@ -147,16 +147,8 @@ def solve(
     if smallest == float("inf"):
         raise VtpruneError(why)
     what = "effective tokens" if column == 0 else "FLOPs"
-    also = (
-        " (new-line tokens, which no stage in the tower can drop, among them)"
-        if geometry.unmade
-        and METHODS.get(chosen.stages[-1].method).kinds[0]
-        in (
-            "pixels",
-            "vision",
-        )
-        else ""
-    )
+    inside = any(c.kind in ("pixels", "vision") for *_, cuts in plan(geometry, candidates[-1]) for c in cuts)
+    also = " (new-line tokens, which no stage in the tower can drop, among them)" if geometry.unmade and inside else ""
     raise VtpruneError(f"{chosen.name} cannot reach {target:.4g} {what} here; its smallest schedule has {smallest:.4g}{also}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import UnionType
@@ -167,12 +168,19 @@ def _check(what: str, value: Any, declared: Mapping[str, Any]) -> None:
         choice(what, value, choices)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    least, most, below = (declared.get(n) for n in ("least", "most", "below"))
-    limits = [f"{word} {limit:g}" for word, limit in (("at least", least), ("at most", most), ("below", below)) if limit is not None]
+    limits = [(word, declared[name], holds) for name, word, holds in _LIMITS if declared.get(name) is not None]
     # Whole numbers of more than 63 bits fit nowhere; NaN compares with nothing.
     finite = -(2**63) <= value < 2**63 if isinstance(value, int) else -math.inf < value < math.inf
-    if not (finite and (least is None or value >= least) and (most is None or value <= most) and (below is None or value < below)):
-        raise VtpruneError(f"{what}={value!r} must be {' and '.join(limits) or 'a finite number'}")
+    if not (finite and all(holds(value, limit) for _, limit, holds in limits)):
+        raise VtpruneError(f"{what}={value!r} must be {' and '.join(f'{word} {limit:g}' for word, limit, _ in limits) or 'a finite number'}")
+
+
+_LIMITS: tuple[tuple[str, str, Callable[[Any, Any], bool]], ...] = (
+    ("least", "at least", operator.ge),
+    ("above", "above", operator.gt),
+    ("most", "at most", operator.le),
+    ("below", "below", operator.lt),
+)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -196,11 +204,18 @@ def _spoken(hint: Any) -> str:
 
 
 def option(
-    default: Any, help: str, *, choices: tuple[Any, ...] | None = None, least: float | None = None, most: float | None = None, below: float | None = None
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[Any, ...] | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
 ) -> Any:
-    """A dataclass field with its help text and the values that it may have: one of ``choices``, or numbers from ``least`` to ``most``, ``below`` a limit.
-    The same holds for each number of a list, which must not be empty."""
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most, "below": below})
+    """A dataclass field with its help text and the values that it may have: one of ``choices``, or numbers from ``least`` to ``most``, ``above`` or ``below``
+    a limit. The same holds for each number of a list, which must not be empty."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most, "above": above, "below": below})
 
 
 def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -69,7 +69,7 @@ class PiToMe(Method):
         "'pitome', 'bsm' (energy-rank parity, then ToMe's rule) or 'tome' in every block instead of the variant's mixture",
         choices=(None, "pitome", "bsm", "tome"),
     )
-    alpha: float = option(1.0, "scale of the energy's negative branch (eq. 4)", least=0)
+    alpha: float = option(1.0, "scale of the energy's negative branch (eq. 4)", above=0)
     energy: str = option("elu", "'elu': ELU(x - m), the official code; 'paper': x above the margin, alpha (exp(x - m) - 1) below it", choices=("elu", "paper"))
     proportional: bool | None = option(None, "add the log of the sizes to the attention logits; default: as the variant")
 
