@@ -2,11 +2,13 @@
 
 Nothing is believed: at ``attach`` the language model is probed, with nothing dropped against itself and pruned against the dense model under masks. What the
 tower does is not known, so stages work behind it, methods of the image plane are refused, a run of placeholders counts as one image, and reports count the
-FLOPs of the language model alone.
+FLOPs of the language model alone. A model that reads its images in another way, or whose layers keep more of a token than its keys and values, is refused
+with the reason: by its name (:data:`REFUSED`) or by how it is built (:func:`hindrance`).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
@@ -15,10 +17,42 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..types import Geometry, UnsupportedError
+from . import _host
 from ._layout import Part
 from ._mllm import LLM, Mllm, tiny_model, tiny_text
 from ._probe import probe, probe_queries
-from .base import ADAPTERS, AdapterInfo
+from .base import ADAPTERS, AdapterInfo, named
+
+CROSS = "its language model reads the image through cross-attention layers, at every position, so no visual tokens stand in the sequence that could be dropped"
+CODED = "it is an encoder-decoder: the image is read by the encoder, and the decoder, through cross-attention, sees no visual tokens of its own"
+ALONE = "its generate() runs the language model by itself, past the model's forward, where pruned tokens could not be told from others"
+STATE = "carry a state from token to token, in which a token that was read stays; dropping it later, or hiding it by a mask, is not what the model computes"
+QWEN = f"three of four layers of its language model (gated linear attention) {STATE}"
+LFM = f"the convolution layers of its language model {STATE}"
+
+# Families that were looked at: class name -> why they are not pruned. What is built alike under another name is found by `hindrance`.
+REFUSED = {
+    "MllamaForConditionalGeneration": CROSS,
+    "IdeficsForVisionText2Text": CROSS,
+    "Florence2ForConditionalGeneration": CODED,
+    "Blip2ForConditionalGeneration": ALONE,
+    "InstructBlipForConditionalGeneration": ALONE,
+    "InstructBlipVideoForConditionalGeneration": ALONE,
+    "Qwen3_5ForConditionalGeneration": QWEN,
+    "Qwen3_5MoeForConditionalGeneration": QWEN,
+    "MiniCPMV4_6ForConditionalGeneration": f"its language model is Qwen3.5: {QWEN}",
+    "MiniCPMV4_7ForConditionalGeneration": f"its language model is Qwen3.5: {QWEN}",
+    "Lfm2VlForConditionalGeneration": LFM,
+    "Lfm3VlForConditionalGeneration": LFM,
+    "Gemma3nForConditionalGeneration": "its layers work on four streams of hidden states (AltUp), take inputs of their own per layer and token, and the last "
+    "ones read keys and values of earlier layers: a cut would have to shorten all of them",
+    "Llama4ForConditionalGeneration": "it attends in chunks that are counted in cached tokens, of which pruning leaves fewer, and scales the queries of layers "
+    "without rotary positions by that count",
+}
+
+KINDS = ("full_attention", "sliding_attention")
+TAKES = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache", "cache_position", *_host.CACHES}
+MORE = {"output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"}  # what a forward may take and does not read
 
 
 def _stacks(model: nn.Module) -> list[Any]:
@@ -30,9 +64,62 @@ def _image_token(model: Any) -> int | None:
     return next((found for n in ("image_token_id", "image_token_index") if (found := getattr(config, n, None)) is not None), None)
 
 
+def hindrance(model: Any) -> str | None:
+    """Why a multimodal model is not of the shape that is pruned here, ``None`` if nothing speaks against it: what stands in the way is found in how it is
+    built, since a toy prompt without an image does not show it."""
+    known = named(model, *REFUSED)
+    if known is not None:
+        return REFUSED[known]
+    if getattr(model.config, "is_encoder_decoder", False) or getattr(model.config.get_text_config(), "is_encoder_decoder", False):
+        return CODED
+    owner = next(c for c in type(model).__mro__ if "generate" in vars(c))
+    if owner.__module__.startswith("transformers.models."):
+        return ALONE
+    stacks = _stacks(model)
+    if len(stacks) != 1:
+        return f"it has {len(stacks) or 'no'} stacks of decoder layers with embed_tokens and rotary_emb, where one has to read the prompt"
+    lm = stacks[0]
+    if any(_crosses(name, m) for name, m in lm.named_modules()):
+        return CROSS
+    if lm.embed_tokens is not model.get_input_embeddings():
+        return f"its stack of decoder layers, {type(lm).__name__}, is not what reads the prompt: the model's own embeddings are others"
+    if hasattr(model.base_model, "get_rope_index") or "mrope_section" in (getattr(lm.config, "rope_parameters", None) or {}):
+        return "it places visual tokens by time, row and column, in a way that needs an adapter of its own"
+    return _layers(lm)
+
+
+def _crosses(name: str, module: nn.Module) -> bool:
+    """Whether a module is cross-attention, by the names that it goes by."""
+    said = f"{name.rsplit('.', 1)[-1]} {' '.join(c.__name__ for c in type(module).__mro__)}".lower()
+    return any(word in said for word in ("cross_attn", "crossattn", "cross_attention", "crossattention", "encoder_attn", "encoder_attention"))
+
+
+def _layers(lm: Any) -> str | None:
+    """What a decoder stack does besides attention over the tokens that it is given."""
+    text, name = lm.config, type(lm).__name__
+    more = sorted(set(inspect.signature(lm.forward).parameters) - TAKES - MORE - {"kwargs", "args"})
+    if getattr(text, "hidden_size_per_layer_input", None):
+        return f"the layers of its language model ({name}) take an input of their own per token, which a cut would have to shorten with it"
+    if more and (more != ["per_layer_inputs"] or getattr(text, "hidden_size_per_layer_input", None) is None):
+        return f"its language model ({name}) also takes {', '.join(more)}, of which is not known how to shorten it with the sequence"
+    if getattr(text, "num_kv_shared_layers", 0):
+        return (
+            f"the last {text.num_kv_shared_layers} layers of its language model ({name}) read keys and values of earlier layers, also of tokens dropped since"
+        )
+    kinds = sorted(set(getattr(text, "layer_types", None) or KINDS[:1]) - set(KINDS))
+    state = sorted({type(m).__name__ for layer in lm.layers for m in layer.modules() if isinstance(m, nn.Conv1d) or hasattr(m, "A_log")})
+    bare = [i for i, layer in enumerate(lm.layers) if not hasattr(layer, "self_attn")]
+    if kinds and "chunked_attention" in kinds:
+        return f"its language model ({name}) attends in chunks that are counted in cached tokens, of which pruning leaves fewer"
+    if state or kinds or bare:
+        what = ", ".join(kinds or state) or f"no self_attn in layers {', '.join(map(str, bare[:4]))}"
+        return f"layers of its language model ({name}: {what}) {STATE}"
+    return None
+
+
 def matches(model: nn.Module) -> bool:
-    """A transformers model that generates, has one decoder stack and says which token stands for an image, and that no other adapter takes."""
-    mine = hasattr(model, "generate") and hasattr(model, "base_model") and _image_token(model) is not None and len(_stacks(model)) == 1
+    """A transformers model that generates and says which token stands for an image, or one that is known and refused, and that no other adapter takes."""
+    mine = hasattr(model, "generate") and hasattr(model, "base_model") and (_image_token(model) is not None or named(model, *REFUSED) is not None)
     return mine and not any(ADAPTERS.get(n).matches(model) for n in ADAPTERS if n != "generic")
 
 
@@ -42,12 +129,11 @@ class Generic(Mllm):
     tested: ClassVar[Collection[str]] = ()
 
     def __init__(self, model: Any):
+        name, why = type(model).__name__, hindrance(model)
+        if why is not None:
+            raise UnsupportedError(f"{name} cannot be pruned: {why}")
         lm, image = _stacks(model)[0], _image_token(model)
         assert image is not None
-        text = lm.config
-        name = type(model).__name__
-        if "mrope_section" in (getattr(text, "rope_parameters", None) or {}):
-            raise UnsupportedError(f"{name} places visual tokens by time, row and column, in a way that needs an adapter of its own")
         unknown = "the tower of this model is not known"
         geometry = Geometry(
             family="generic",
@@ -65,7 +151,8 @@ class Generic(Mllm):
             raster=False,
         )
         nothing = dict.fromkeys(("vd", "vf", "vheads", "vdepth", "patch", "prefix"), 0)
-        super().__init__(model, geometry=geometry, projector=nn.Identity(), lm=lm, image_token=image, vision=nothing)
+        video = getattr(model.config, "video_token_id", None)
+        super().__init__(model, geometry=geometry, projector=nn.Identity(), lm=lm, image_token=image, video_token=video, vision=nothing)
 
     def probe(self) -> None:
         """Attention that cannot be recomputed takes away the methods that rank by it, anything else all of them."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from vtprune.models import _decoder
+from vtprune.models import _decoder, generic
 from vtprune.models.base import ADAPTERS
 
 import vtprune
@@ -102,3 +102,39 @@ def test_the_probe_sees_a_wrong_engine(monkeypatch):
     monkeypatch.setattr(_decoder, "take", lambda table, rows: right(table, (rows + 1).clamp_max(table.shape[1] - 1)))
     with pytest.raises(UnsupportedError, match="off the dense model"):
         vtprune.attach(model, "random", keep=3)
+
+
+def test_cross_attention_is_refused_with_the_reason_whatever_the_class_is_called():
+    import transformers as hf
+    from vtprune.models._mllm import tiny_build, tiny_text
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2, "image_size": 32}
+    vision = {**sizes, "patch_size": 8, "vision_output_dim": 64, "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]], "max_num_tiles": 1}
+    config = hf.MllamaConfig(text_config={**tiny_text(), "cross_attention_layers": [2]}, vision_config=vision, image_token_index=3)
+    model = tiny_build(hf.MllamaForConditionalGeneration, config)
+    for options in ({"keep": 0.25}, {"keep": 3}):
+        with pytest.raises(UnsupportedError, match="cross-attention"):
+            vtprune.attach(model, "random", **options)
+    generic.REFUSED, known = {}, generic.REFUSED  # found by how it is built, not by its name
+    try:
+        with pytest.raises(UnsupportedError, match="cross-attention"):
+            vtprune.attach(model, "random", keep=3)
+    finally:
+        generic.REFUSED = known
+
+
+@pytest.mark.parametrize(("family", "variant"), [("llava", "clip-llama"), ("qwen3-vl", "images"), ("smolvlm", "smolvlm"), ("mistral3", "pixtral")])
+def test_a_subclass_is_taken_like_its_base(family, variant):
+    model, _ = ADAPTERS.get(family).tiny[variant]()
+    model.__class__ = type("Mine", (type(model),), {})
+    assert bind(model).geometry.family == family
+
+
+def test_the_bundled_processor_pads_on_the_left_and_stays_so(tmp_path):
+    import transformers as hf
+
+    _, processor = vtprune.load_demo_model()
+    processor.save_pretrained(tmp_path)
+    for one in (processor, hf.AutoProcessor.from_pretrained(tmp_path, local_files_only=True)):
+        mask = one.tokenizer(["what color is the square ?", "red ?"], padding=True, return_tensors="pt")["attention_mask"]
+        assert mask[:, -1].tolist() == [1, 1] and mask[1, 0] == 0
