@@ -144,8 +144,8 @@ class Entry:
         found = []
         for row, mask in zip(ids.cpu(), real.cpu(), strict=True):
             column = mask.nonzero()[:, 0]
-            length = self._answered(tuple(row[column].tolist()))
-            found.append(ids.shape[1] if length is None else int(column[length - 1]) + 1)
+            answered = self._answered(tuple(row[column].tolist()))
+            found.append(ids.shape[1] if answered is None else int(column[answered - 1]) + 1)
         return None if all(n == ids.shape[1] for n in found) else torch.tensor(found, device=ids.device)
 
     def _answered(self, tokens: tuple[int, ...]) -> int | None:

@@ -35,7 +35,7 @@ def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
 
 
 @functools.cache
-def _cache_name(kind: type) -> str:
+def _cache_name(kind: Any) -> str:
     names = [n for n in CACHES if n in _parameters(kind.forward)]
     if len(names) != 1:
         raise UnsupportedError(
@@ -47,7 +47,8 @@ def _cache_name(kind: type) -> str:
 
 def cache_name(module: Any) -> str:
     """The keyword under which ``module`` takes its key-value cache. Raises :class:`UnsupportedError` where it is none of :data:`CACHES`."""
-    return _cache_name(type(module))
+    kind: Any = type(module)
+    return _cache_name(kind)
 
 
 def cached(module: Any, cache: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ._mllm import BEHIND, Mllm, tiny_build, tiny_prompts, tiny_text, tower_shap
 from .base import ADAPTERS, AdapterInfo, named
 
 
-def matches(model: nn.Module) -> bool:
+def matches(model: Any) -> bool:
     """Mistral 3, or a LLaVA whose tower is Pixtral's."""
     name = named(model, "Mistral3ForConditionalGeneration", "LlavaForConditionalGeneration")
     return name == "Mistral3ForConditionalGeneration" or (name is not None and named(model.model.vision_tower, "PixtralVisionModel") is not None)

@@ -123,7 +123,7 @@ class UndoLedger:
         """Sets an attribute of a module (neither a parameter nor a sub-module), or of any other object that has a ``__dict__``. Where somebody else has put
         something of his own around it by the time it is taken back, that stays and finds what was there before."""
         before = module.__dict__.get(name, _ABSENT)
-        fallback = getattr(module, name, None)
+        fallback: Any = getattr(module, name, None)
         own = Own(value, before) if callable(value) else value
 
         def undo() -> None:

@@ -51,12 +51,12 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes:
         through_llm.append(now)
         llm.append(aside if any(c.context and c.site == f"llm.{i}" for c in cuts) else now)
     rows = llm or tower
-    flops = passes * cost.vision(shapes, 1, patches / passes, [t / passes for t in tower], inside, through / passes)
+    flops = passes * cost.vision(shapes, 1, round(patches / passes), [t / passes for t in tower], inside, through / passes)
     if llm:
-        flops += cost.prefill(shapes, [k + text for k in through_llm], [k + text for k in llm])
+        flops += cost.prefill(shapes, [round(k) + text for k in through_llm], [round(k) + text for k in llm])
         for stage, _, own in stages:  # the side branches of routing stages
             if any(c.restore or c.context for c in own):
-                flops += stage.options.get("branch_layers", 1) * cost.decoder_layer(shapes, aside)
+                flops += stage.options.get("branch_layers", 1) * cost.decoder_layer(shapes, round(aside))
     return sum(rows) / len(rows), int(flops)
 
 
@@ -121,7 +121,7 @@ def solve(
     if fraction:
         dense = (
             float(geometry.tokens),
-            passes * cost.vision(shapes, 1, geometry.tokens / passes, [geometry.tokens / passes] * geometry.vision_depth)
+            passes * cost.vision(shapes, 1, round(geometry.tokens / passes), [geometry.tokens / passes] * geometry.vision_depth)
             + (cost.prefill(shapes, [geometry.tokens + text] * geometry.llm_layers) if geometry.llm_layers else 0),
         )
         target *= dense[column]

@@ -21,7 +21,8 @@ class UnsupportedError(VtpruneError):
     """A method needs something that the model (or one of its sites) does not provide."""
 
 
-K, V = TypeVar("K"), TypeVar("V")
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class Recent(dict[K, V]):
