@@ -34,7 +34,7 @@ def _dpp(
             n = (n0 + tl.arange(0, BN)).to(tl.int64)
             g = tl.load(gain + n, mask=n < N, other=float("-inf"))
             r = tl.load(relevance + n, mask=n < N, other=0.0)
-            rank = tl.where(g > NONE * r * r, g, -1.0 / tl.maximum(r * r, 1.1754944e-38))
+            rank = tl.where(g > r * r * NONE, g, -1.0 / tl.maximum(r * r, 1.1754944e-38))
             rank = tl.where(g == float("-inf"), float("-inf"), rank)
             top = tl.max(rank, axis=0)
             better = top > best
@@ -43,7 +43,7 @@ def _dpp(
         tl.store(out + b * KEEP + step, pick)
         chosen = tl.maximum(pick, 0)
         length, r_pick, g_pick = tl.load(inverse + chosen), tl.load(relevance + chosen), tl.load(gain + chosen)
-        useful = g_pick > NONE * r_pick * r_pick
+        useful = g_pick > r_pick * r_pick * NONE  # the constant last: triton 3.8 makes a constant of the product otherwise
         root = tl.sqrt(tl.where(useful, g_pick, 1.0))
         tl.debug_barrier()  # everybody has read the gain before it changes
         for n0 in range(0, N, BN):

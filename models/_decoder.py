@@ -294,7 +294,7 @@ class DecoderEngine:
         total = held + kwargs["inputs_embeds"].shape[1]
         ragged = len({_host.held(cache, i) for i in range(len(self.d.layers))}) > 1
         longer = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != total
-        if held and (ragged or longer or (ids is not None and int(ids.max()) >= total + self.d.first_position)):
+        if held and (ragged or longer or (ids is not None and ids.numel() > 0 and int(ids.max()) >= total + self.d.first_position)):
             raise UnsupportedError("this cache looks like a copy of a pruned one; only the cache object that the prompt was read into can be continued")
 
     def _enter_decode(self, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..types import UnsupportedError
 
@@ -62,7 +62,11 @@ def cache_in(kwargs: Mapping[str, Any]) -> Any:
 
 
 def cache_of(output: Any) -> Any:
-    """The cache that an output carries, or ``None``; :class:`UnsupportedError` where its class has no field for one."""
+    """The cache that an output carries (also a tuple, ``return_dict=False``), or ``None``; :class:`UnsupportedError` where its class has no field for one."""
+    if isinstance(output, tuple):
+        return next((part for part in output if hasattr(part, "get_seq_length")), None)
+    if isinstance(output, Tensor):
+        return None
     names = [n for n in CACHES if n in getattr(output, "__dataclass_fields__", ())]
     if not names:
         raise UnsupportedError(

@@ -259,13 +259,14 @@ def pyramiddrop_oracle(
     ratios: Sequence[float],
     query_positions: Sequence[int],
     renumber: bool = False,
+    stays: Sequence[int] = (),
 ) -> dict:
     """PyramidDrop (arXiv 2410.17247) in a Llama / Mistral / Qwen2 decoder, batch 1 without padding.
 
     Before layer L = layers[s]: s_j = mean over query rows and heads of the softmax over all causal keys, with layer L's own input norm, q and k on x^L;
     the int(N0 * ratios[s]) best image tokens stay. Positions stay original unless ``renumber`` (0..len-1 after each cut, as released).
     Returns ``kept`` (per cut, ascending original sequence positions of the image tokens) and ``hidden`` [1, n', D] after the final norm.
-    Without query rows nothing is pruned.
+    Without query rows nothing is pruned. Image tokens at the positions ``stays`` come before all others (a row that ranks is not dropped).
     """
     _check_lm(lm, inputs_embeds)
     if attention_mask is not None and not bool((attention_mask != 0).all()):
@@ -290,6 +291,7 @@ def pyramiddrop_oracle(
                     for c in range(len(candidates)):
                         if candidates[c] <= t:  # later keys have probability 0
                             score[c] += row[candidates[c]] / len(query_positions)
+                score = [float("inf") if original[c] in stays else s for s, c in zip(score, candidates, strict=True)]
                 chosen = [candidates[c] for c in _top(score, count)]
                 rows = [i for i in range(len(original)) if i not in candidates or i in chosen]
                 x = torch.stack([x[i] for i in rows])

@@ -182,7 +182,8 @@ def answered(engine, side, asked) -> Result:
     return turn.result
 
 
-MINE = vtprune.Recipe(name=EVIL, stages=(Stage(method="flowcut", keep=0.5), Stage(method="fastv", keep=20, options={"layer": 3})), source=EVIL)
+STAGES = (Stage(method="flowcut", keep=0.5), Stage(method="fastv", keep=20, options={"layer": 3}))
+MINE = vtprune.Recipe(name=EVIL.replace("\n", " "), stages=STAGES, source=EVIL)
 SIDES = [
     Side("pyramiddrop", "effective", 0.3),
     Side("tome", "keep", 0.25),

@@ -558,7 +558,8 @@ def test_eval_says_what_is_wrong(capsys, tmp_path):
     (tmp_path / "mine").mkdir()
     assert "--export" in refused(capsys, "--tasks", "scenes", "--include-path", str(tmp_path / "mine"), *out)
     assert "no tasks" in refused(capsys, "--tasks", ",", *out)
-    assert "commas" in refused(capsys, "--model", "a,b", *out)
+    (tmp_path / "a,b").mkdir()
+    assert "no such model folder" in refused(capsys, "--model", "a,b", *out)
     assert cli.main(["eval", "--list-suites"]) == 0 and "mmvet" in capsys.readouterr().out
     out = ["--results", str(tmp_path / "dry")]
     words = ["--dry-run", "--recipes", "pyramiddrop", "--option", "layers=[4,8]", "--processes", "2", "--system-prompt", "a, b"]

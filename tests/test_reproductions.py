@@ -133,7 +133,8 @@ def from_cli(words: list[str]) -> Run:
     parser.add_argument("--system-prompt")
     args = parser.parse_args(words[2:])
     given = cli.overrides(args)
-    rest = {key: given.pop(key) for key in ATTACH_OPTIONS if key in given} | {"dtype": args.dtype, "device": args.device}
+    own = {key: given.pop(key) for key in ATTACH_OPTIONS if key in given}
+    rest = {key: value for key, value in own.items() if (key, value) != ("seed", 0)} | {"dtype": args.dtype, "device": args.device}
     rest |= {} if args.system_prompt is None else {"system_prompt": args.system_prompt}
     return Run(args.model, recipe_of(args.recipe, given), tuple(args.tasks), rest)
 

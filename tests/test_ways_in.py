@@ -95,12 +95,18 @@ def test_the_core_is_pruned_like_the_model(family, variant, recipe):
         assert [k.tolist() for k in handle.report().stages[-1].kept] == kept
         real = inputs["attention_mask"][:, -1].bool()
         assert off(model.lm_head(hidden)[real, -1], want.logits[real, -1]) < 1e-5
+        assert torch.equal(model(**inputs, return_dict=False)[0], want.logits)
         with pytest.raises(vtprune.UnsupportedError, match="called by itself"):
             model.model.language_model(inputs_embeds=hidden)
 
 
-@pytest.mark.parametrize("how", ["torch.compile", "model.compile", "layer.compile"])
-@pytest.mark.parametrize("warm", [False, True])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("how", "warm"),
+    [("layer.compile", True), *(pytest.param(h, w, marks=SLOW) for h in ("torch.compile", "model.compile") for w in (True, False))],
+)
 def test_what_was_compiled_before_is_pruned_and_what_is_removed_is_dense(how, warm):
     model, one = alone()
     run = model

@@ -28,12 +28,11 @@ def prompts(processor: Any, pictures: Callable[[int], Any], batch: int, images: 
     shown = [[pictures(b * images + i) for i in range(images)] for b in range(batch)]
     try:
         return prepare(processor, [s[0] for s in shown] if images == 1 else shown, [question] * batch)
-    except VtpruneError:
-        raise
-    except (ValueError, TypeError, IndexError, KeyError) as e:
-        if images == 1:
+    except VtpruneError as e:
+        if images == 1 or e.__cause__ is None:  # a refusal of ours is told as it is
             raise
-        raise UnsupportedError(f"{type(processor).__name__} does not take {images} images in one prompt: {' '.join(str(e).split())[:200]}") from e
+        cause = " ".join(str(e.__cause__).split())[:200]
+        raise UnsupportedError(f"{type(processor).__name__} does not take {images} images in one prompt: {cause}") from e
 
 
 def _seen(adapter: Any, inputs: Any, images: int) -> None:

@@ -520,7 +520,8 @@ class Handle:
         """What a prefill did: the calling thread's most recent one, or that of the request which the key-value cache ``of`` belongs to (as the model or
         ``generate`` returned it). Raises :class:`VtpruneError` where there was none."""
         if of is not None:
-            request = self.adapter.decoder.requests.get(of) if self.geometry.llm_layers else None
+            known = self.adapter.decoder.requests.items() if self.geometry.llm_layers else ()
+            request = next((request for cache, request in list(known) if cache is of), None)
             if request is None:
                 raise VtpruneError("no prompt with visual tokens was read into this cache by this attachment")
             return self._report_mllm(request)

@@ -43,15 +43,16 @@ def verified(family: str, checks: Sequence[str] | None = None) -> str | None:
     for method in (*PROOFS, ELSE):
         if method == ELSE and ran:
             break
+        taken = False
         for name in checks or CHECKS:
             try:
                 found = check(name, model, method, inputs, **METHODS.get(method).cases[0])
             except UnsupportedError as e:
-                if ran:  # the method is taken here, this check of it is refused
+                if taken:  # the method is, and this check of it is refused
                     raise
                 why = str(e)
                 break
-            ran = True
+            ran = taken = True
             if found.passed is False:
                 return f"{method}: {found.name}: {found.detail}"
     return None if ran else f"takes none of {', '.join((*PROOFS, ELSE))}: {why}"

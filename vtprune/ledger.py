@@ -83,8 +83,8 @@ class Own:
     """A function that the library has put into a foreign module. It does not travel: copies of the module refuse, pickles do."""
 
     def __init__(self, function: Callable[..., Any], before: Any = _ABSENT):
-        self.function, self.before, self.retired = function, before, False
-        functools.update_wrapper(self, function)
+        functools.update_wrapper(self, function)  # first: it copies the attributes of what it wraps, which may be one of these
+        self.function, self.before = function, before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)

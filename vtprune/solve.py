@@ -125,7 +125,7 @@ def solve(
             + (cost.prefill(shapes, [geometry.tokens + text] * geometry.llm_layers) if geometry.llm_layers else 0),
         )
         target *= dense[column]
-    smallest, why = float("inf"), ""
+    smallest, why, sound = float("inf"), "", chosen
     for start in _schedules(geometry, chosen):
         best: tuple[float, Recipe] | None = None
         candidates = _candidates(geometry, start)
@@ -137,7 +137,7 @@ def solve(
             except VtpruneError as e:
                 low, why = middle + 1, str(e)
                 continue
-            smallest = min(smallest, value)
+            smallest, sound = min(smallest, value), candidates[middle]
             if value <= target * (1 + 1e-9):
                 best, low = (value, candidates[middle]), middle + 1
             else:
@@ -147,7 +147,7 @@ def solve(
     if smallest == float("inf"):
         raise VtpruneError(why)
     what = "effective tokens" if column == 0 else "FLOPs"
-    inside = any(c.kind in ("pixels", "vision") for *_, cuts in plan(geometry, candidates[-1]) for c in cuts)
+    inside = any(c.kind in ("pixels", "vision") for *_, cuts in plan(geometry, sound) for c in cuts)
     also = " (new-line tokens, which no stage in the tower can drop, among them)" if geometry.unmade and inside else ""
     raise VtpruneError(f"{chosen.name} cannot reach {target:.4g} {what} here; its smallest schedule has {smallest:.4g}{also}")
 

@@ -170,15 +170,14 @@ def test_training_in_a_padded_batch() -> None:
 
 
 def test_predictions_of_dropped_rows_leave_the_loss() -> None:
-    """The label right behind the image is predicted by the last visual token; once that is dropped the label does not count."""
+    """The label right behind the image is predicted by the last visual token, which therefore stays, whatever its rank; other answers count as they do."""
     model = B.llava()
     model.loss_function = double_loss
-    cases = set()
-    for seed in range(12):
+    for seed in range(4):
         inputs = B.prompts([[4, 9]], seed=seed)
         labels = turns(inputs, (1, 4), (40, 49))
         (x,), at = B.embeddings(model, inputs), B.visual_positions(inputs, 0)
-        want = O.pyramiddrop_oracle(model.model.language_model, x[None], None, at, (2,), (0.6,), [0, 39])
+        want = O.pyramiddrop_oracle(model.model.language_model, x[None], None, at, (2,), (0.6,), [0, 39], stays=[39])
         with vtprune.attach(model, "pyramiddrop", layers=(2,), ratios=(0.6,)) as handle:
             given = labels.clone()
             out = model(**inputs, labels=given)
@@ -186,10 +185,7 @@ def test_predictions_of_dropped_rows_leave_the_loss() -> None:
         assert torch.equal(given, labels)
         rows = sorted({*range(len(x))} - {*at.tolist()} | {*want["kept"][0].tolist()})
         B.close(out.loss, by_hand(model, want["hidden"][0], rows, labels))
-        cases.add(39 in rows)
-        if len(cases) == 2:
-            break
-    assert cases == {True, False}
+        assert 39 in rows
 
 
 def test_without_an_answer_nothing_is_pruned_in_training() -> None:
