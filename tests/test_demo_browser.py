@@ -477,7 +477,11 @@ def test_other_sites_and_large_uploads_are_refused(server):
 
 
 def test_a_terminal_that_closes_leaves_no_uploads():
-    server = Server().ready()
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, also by what is started, which the demo respects
+    try:
+        server = Server().ready()
+    finally:
+        signal.signal(signal.SIGHUP, inherited)
     status, body = server.upload("a.png", b"x")
     assert status == 200 and Path(json.loads(body)[0]).is_file()
     server.end(signal.SIGHUP)
