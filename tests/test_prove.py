@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from vtprune.models import _host, _level
+from vtprune.models import _decoder, _host
 from vtprune.models.base import ADAPTERS
 
 import vtprune
@@ -42,11 +42,9 @@ def test_a_new_release_proves_itself_once(future, monkeypatch):
 
 
 def test_a_release_that_computes_otherwise_is_refused_by_name(future, monkeypatch):
-    real = _level.decode_mask
-    monkeypatch.setattr("vtprune.models._decoder.decode_mask", lambda level, tail, length, *rest: real(level, tail, length + 1, *rest))
-    monkeypatch.setattr("vtprune.models._decoder._host.held", lambda cache, layer=0: int(cache.get_seq_length(layer)))
+    real = _decoder.put
+    monkeypatch.setattr(_decoder, "put", lambda x, rows, values: real(x, rows, 1.1 * values))
     model, _ = ADAPTERS.get("internvl").tiny["qwen3"]()
-    monkeypatch.setattr("vtprune.models._level.allowed", lambda mask, rows, keys: None)  # padding and windows are no longer read off the model's masks
     with pytest.raises(vtprune.UnsupportedError, match=r"transformers 99\.1\.0 is newer than .* internvl does not come out exact"):
         vtprune.attach(model, "random", keep=3)
     assert not future.exists()
