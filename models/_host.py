@@ -113,14 +113,6 @@ def backend(config: Any) -> str:
     return getattr(config, "_attn_implementation", None) or "eager"
 
 
-def attention_table() -> Any:
-    """transformers' registry of attention functions, ``None`` if transformers has not been imported."""
-    import sys
-
-    modules = sys.modules.get("transformers.modeling_utils")
-    return None if modules is None else modules.ALL_ATTENTION_FUNCTIONS
-
-
 def checkpointed(module: nn.Module) -> bool:
     """Whether ``module`` is a layer whose checkpoints run its hooks again in the backward pass, as in transformers up to 5.17."""
     return module.training and getattr(module, "gradient_checkpointing", False) and type(module).__call__ is not nn.Module.__call__
