@@ -48,24 +48,12 @@ class Dense:
         self.hooks: list[Any] = []
         self.kept_inputs: dict[int, tuple[Tensor, dict[str, Any], Tensor]] = {}
         self.scores: list[tuple[int, Tensor]] = []
-        self.branch: Tensor | None = None
+        self.made: dict[int, Tensor] = {}  # routing stage -> what its side branch made
         depth = adapter.geometry.llm_layers
         self.routed = next((m for m in done.methods if m.info.routes), None)
         if depth and done.ids is not None:
             self.visual = adapter.visual(done.ids)
-            self.before = self._lost()
-            self.lost = [self.before[i + 1] for i in range(depth)]
-            variant = getattr(self.routed, "variant", "lf")
-            self.split = min((cut.layer for _, cut in done.cuts if cut.stash), default=depth)
-            if self.routed is not None:
-                later = [c for _, c in done.cuts if c.kind == "llm" and c.layer >= self.split and not (c.stash or c.restore or c.context)]
-                if later:
-                    raise NoReference("cuts among the routed layers")
-                self.back = [c.layer for _, c in done.cuts if c.restore or c.context]
-                for i in range(self.split, depth):
-                    held = self.before[self.split]
-                    returned = i in self.back or (variant == "lf" and any(c.restore and c.layer <= i for _, c in done.cuts))
-                    self.lost[i] = held if returned else self.visual
+            self._follow()
             self.present = ~self.lost[-1]
         found = self._tower()
         for block, hook, kind in [f for f in found if f[2] == "before"] + [f for f in reversed(found) if f[2] == "after"]:
@@ -87,16 +75,39 @@ class Dense:
 
     # ------------------------------------------------------------------------------------------------------------ language model
 
-    def _lost(self) -> list[Tensor]:
-        """``[i]``: columns gone in front of layer i's own cuts (``[depth]``: at the end)."""
-        out, now = [], torch.zeros_like(self.visual)
-        for i in range(self.adapter.geometry.llm_layers + 1):
-            here = [s for s in self.done.stages if (i == 0 and not s.site.startswith("llm."))]
-            now = self._columns(here[-1].kept) if here else now
-            out.append(now)
-            cuts = [s for s in self.done.stages if s.site == f"llm.{i}"]
-            now = self._columns(cuts[-1].kept) if cuts else now
-        return out
+    def _follow(self) -> None:
+        """Layer by layer, cut by cut: ``lost[i]`` columns gone in layer i, ``steps[i]`` what its cuts do, in their order; ``gone`` columns gone in front of a
+        reported stage."""
+        self.lost: list[Tensor] = []
+        self.steps: list[list[tuple[str, int, Tensor]]] = []
+        self.gone: dict[int, Tensor] = {}
+        self.owner: dict[int, Any] = {}
+        told = list(enumerate(self.done.stages))
+        entry = [s for s in self.done.stages if not s.site.startswith("llm.")]
+        now = self._columns(entry[-1].kept) if entry else torch.zeros_like(self.visual)
+        held: dict[int, Tensor] = {}
+        for i in range(self.adapter.geometry.llm_layers):
+            steps, aside = [], None
+            for stage, cut in self.done.cuts:
+                if cut.site != f"llm.{i}":
+                    continue
+                if cut.restore or cut.context:
+                    steps.append(("back", stage, held[stage]))
+                    now, aside = (held[stage], aside) if cut.restore else (now, held[stage])
+                    continue
+                if cut.stash:
+                    steps.append(("stash", stage, now))
+                    held[stage] = now
+                elif held and any(bool((h != now).any()) for h in held.values()):
+                    raise NoReference("cuts among the routed layers")
+                name = self.done.methods[stage].info.name
+                place = next((n for n, s in told if s.site == cut.site and s.method == name and n not in self.gone), None)
+                if place is not None:
+                    steps.append(("rank", place, now))
+                    self.gone[place], self.owner[place] = now, self.done.methods[stage]
+                    now = self._columns(self.done.stages[place].kept)
+            self.steps.append(steps)
+            self.lost.append(now if aside is None else aside)
 
     def _columns(self, kept: Sequence[Tensor]) -> Tensor:
         out = self.visual.clone()
@@ -140,21 +151,28 @@ class Dense:
             seen = torch.ones(t, t, dtype=torch.bool).tril()[None, None] if own is None else own if own.dtype == torch.bool else own == 0
             seen = seen.expand(len(x), -1, -1, -1)[:, :1]
             kwargs = dict(kwargs)
-            for i, stage in enumerate(self.done.stages):
-                if stage.site == f"llm.{number}" and stage.scores is not None and stage.method in ("fastv", "pyramiddrop"):
-                    self._rank(i, stage, number, module, x, kwargs, seen)
-            if number == self.split and self.routed is not None:
-                self.branch = self._branched(x, kwargs, seen)
-            if self.branch is not None and number in self.back and (self.routed.variant != "lf" or number == min(self.back)):
-                x = torch.where(self._wide(self.visual, t)[..., None], self.branch, x)
+            for what, which, gone in self.steps[number]:
+                here = {**kwargs, "position_embeddings": self._tables(kwargs, gone, kind, x)}
+                if what == "stash":
+                    self.made[which] = self._branched(which, x, here, seen, gone)
+                elif what == "back":
+                    x = torch.where(self._wide(self.visual & ~gone, t)[..., None], self.made[which], x)
+                elif self.done.stages[which].scores is not None and self.done.stages[which].method in ("fastv", "pyramiddrop"):
+                    self._rank(which, number, module, x, here, seen)
             lost = self._wide(self.lost[number], t)
-            if self.done.positions == "compact":
-                kwargs["position_embeddings"] = self.adapter.rotary(x, ((self._real(t) & ~lost).long().cumsum(1) - 1).clamp_min(0), kind)
+            kwargs["position_embeddings"] = self._tables(kwargs, self.lost[number], kind, x)
             kwargs["attention_mask"] = self._additive(seen & ~lost[:, None, None], eye, x)
             self.kept_inputs[number] = (x, kwargs, seen & ~lost[:, None, None])
             return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
         return enter
+
+    def _tables(self, kwargs: dict, lost: Tensor, kind: str, x: Tensor) -> Any:
+        """Rotary tables with ``lost`` columns gone: the model's own, or of positions without gaps."""
+        if self.done.positions != "compact" or not bool(lost.any()):
+            return kwargs["position_embeddings"]
+        there = self._real(x.shape[1]) & ~self._wide(lost, x.shape[1])
+        return self.adapter.rotary(x, (there.long().cumsum(1) - 1).clamp_min(0), kind)
 
     @staticmethod
     def _wide(mask: Tensor, t: int) -> Tensor:
@@ -169,21 +187,22 @@ class Dense:
         mask = torch.ones_like(self.visual) if self.done.mask is None else self.done.mask.bool()
         return nn.functional.pad(mask[:, :t], (0, max(t - mask.shape[1], 0)), value=True)
 
-    def _branched(self, x: Tensor, kwargs: dict, seen: Tensor) -> Tensor:
+    def _branched(self, stage: int, x: Tensor, kwargs: dict, seen: Tensor, gone: Tensor) -> Tensor:
         """The side branch: its layers over the visual rows, which see each other alone."""
         t = x.shape[1]
-        visual = self._wide(self.visual & ~self.before[self.split], t)
+        visual = self._wide(self.visual & ~gone, t)
         mask = self._additive(seen & visual[:, None, None], torch.eye(t, dtype=torch.bool), x)
         out = x
-        for layer in self.done.modules[self.routed.info.name]:
+        name = self.done.methods[stage].info.name
+        for layer in self.done.modules.get(f"{name}.{stage}", self.done.modules[name]):
             made = layer(out, attention_mask=mask, position_embeddings=kwargs["position_embeddings"])
             out = made[0] if isinstance(made, tuple) else made
         return out
 
-    def _rank(self, place: int, stage: Any, number: int, module: Any, x: Tensor, kwargs: dict, seen: Tensor) -> None:
+    def _rank(self, place: int, number: int, module: Any, x: Tensor, kwargs: dict, seen: Tensor) -> None:
         """Attention of the query rows, mean over heads and rows, from the definitions."""
-        method = next(m for s, c in self.done.cuts if c.site == stage.site and (m := self.done.methods[s]).info.name == stage.method)
-        layer, seen_by = module, seen & ~self._wide(self.before[number], x.shape[1])[:, None, None]
+        stage, method, gone = self.done.stages[place], self.owner[place], self._wide(self.gone[place], x.shape[1])
+        layer, seen_by = module, seen & ~gone[:, None, None]
         if stage.method == "fastv" or method.score_layer == "previous":
             if number - 1 not in self.kept_inputs:
                 return
@@ -217,7 +236,7 @@ class Dense:
         real = self._real(t)
         out = torch.full(x.shape[:2], torch.nan, dtype=torch.float64)
         for b in range(len(x)):
-            there = real[b] & ~self._wide(self.before[number], t)[b]
+            there = real[b] & ~gone[b]
             rows = there[:prompt].nonzero()[-1:, 0]
             if getattr(method, "query", "last") == "all":
                 if self.done.labels is not None:
