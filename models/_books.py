@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ._layout import present
 from ._request import Request
 from ._tower import Record, Run
 
@@ -79,9 +80,9 @@ def tower_record(request: Request, number: int) -> Record:
     merges = ranks = False
     first: Record | None = None
     assert request.vision is not None
-    for rows, there, columns, sources in zip(request.vision, passes(request), order(request), request.sources, strict=True):
-        keep, into, was = sources < 0, torch.full((len(columns),), -1), sources < 0
-        into[keep] = keep.nonzero()[:, 0]
+    books = zip(request.parts, request.vision, passes(request), order(request), request.sources, strict=True)
+    for b, (parts, rows, there, columns, sources) in enumerate(books):
+        keep, was, into = torch.zeros(len(columns), dtype=torch.bool), torch.zeros(len(columns), dtype=torch.bool), torch.full((len(columns),), -1)
         score, owner = torch.full((len(columns),), torch.nan, dtype=torch.float64), torch.full((len(columns),), -1)
         for i, ((run, g), (n, token, index)) in enumerate(zip(rows, there, strict=True)):
             record = first = run.records[number]
@@ -96,6 +97,10 @@ def tower_record(request: Request, number: int) -> Record:
                 into[index] = torch.where(slot >= 0, at[record.kept[g][slot.clamp_min(0)]], -1)
             ranks |= record.ranked is not None
             score[index], owner[index] = record.scored(g, n)[token], i
+        held = None if request.held is None else request.held[b].cpu()[columns]
+        keep, was = present(parts, sources, keep, held), present(parts, sources, was, held)
+        lines = (keep & (sources < 0)).nonzero()[:, 0]
+        into[lines] = lines
         scores.append(score)
         owners.append(torch.where(score.isnan(), -1, owner))
         kept.append(keep.nonzero()[:, 0])

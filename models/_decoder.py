@@ -23,7 +23,7 @@ from ..select import combine
 from ..types import Seed, TokenView, UnsupportedError, VtpruneError
 from . import _host
 from ._entry import Entry
-from ._layout import Part, units
+from ._layout import Part, present, units
 from ._level import Level, backend, decode_mask, dense_level, pack, packed, prefill_mask, within
 from ._request import Call, Encoded, Request, Stash
 from ._scores import answer_starts, attention_to, heads, query_rows, take
@@ -230,7 +230,7 @@ class DecoderEngine:
         call.request, call.level = request, level
         call.question = _question(call, level)
         held = call.question & level.visual
-        call.held = held if bool(held.any()) else None
+        call.held = request.held = held if bool(held.any()) else None
         if not self.tower and not self.entry:
             return args, kwargs
         gone = torch.zeros_like(visual)
@@ -820,7 +820,7 @@ def assign(request: Request, encoded: dict[str, Encoded]) -> list[list[tuple[Run
 
 
 def arrived(request: Request, visual: Tensor) -> Tensor:
-    """``[B, T]``: the visual tokens that the tower handed over."""
+    """``[B, T]``: the visual tokens that the tower handed over, and the new-line tokens of rows that have one left."""
     assert request.vision is not None
     live: dict[int, Tensor] = {}
     for run, _ in (p for rows in request.vision for p in rows):
@@ -828,11 +828,11 @@ def arrived(request: Request, visual: Tensor) -> Tensor:
             index = torch.where(run.index >= 0, run.index, run.tokens)
             live[id(run)] = torch.zeros(run.images, run.tokens + 1, dtype=torch.bool, device=index.device).scatter_(1, index, True)[:, :-1]
     there = []
-    for rows, sources in zip(request.vision, request.sources, strict=True):
+    for b, (parts, rows, sources) in enumerate(zip(request.parts, request.vision, request.sources, strict=True)):
         if len(sources):
             mine = torch.cat([live[id(run)][g] for run, g in rows] or [torch.zeros(1, dtype=torch.bool, device=visual.device)]).to(visual.device)
-            sources = sources.to(visual.device)
-            there.append((sources < 0) | mine[sources.clamp_min(0)])
+            held = None if request.held is None else request.held[b][visual[b]]
+            there.append(present(parts, sources, mine[sources.to(visual.device).clamp_min(0)], held))
     return torch.zeros_like(visual).masked_scatter(visual, torch.cat(there)) if there else torch.zeros_like(visual)
 
 

@@ -99,6 +99,24 @@ def units(found: list[list[Part]], per: str, segments: Tensor | None = None) -> 
     return out
 
 
+def present(sample: list[Part], sources: Tensor, alive: Tensor, held: Tensor | None = None) -> Tensor:
+    """Which of a sample's visual tokens are left, ``[n]`` bool: those ``alive`` ``[n]`` of the ones that the tower made (``sources`` ``[n]``, -1: it did not).
+    A new-line token ends a row and leaves with the row's last token, unless it is ``held`` ``[n]``; one that has no row of its own stays."""
+    out, at = alive.clone(), 0
+    for part in sample:
+        here = slice(at, at := at + len(part.columns))
+        lines = (sources[here] < 0).view(part.grid)
+        if not bool(lines.any()):
+            continue
+        bare = lines.all(1, keepdim=True).to(alive.device)
+        lines, rows = lines.to(alive.device), alive[here].view(part.grid)
+        stays = (rows & ~lines).any(1, keepdim=True) | bare
+        if held is not None:
+            stays = stays | held[here].view(part.grid)
+        out[here] = torch.where(lines, stays, rows).flatten()
+    return out
+
+
 def per_sample(found: list[list[Part]], *, videos: bool = False) -> list[int]:
     """Images (without the frames of videos), or videos, in each sample."""
     return [len({p.video if videos else p.image for p in sample if (p.video >= 0) == videos}) for sample in found]

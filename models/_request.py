@@ -45,6 +45,7 @@ class Request:
     cached: dict[int, Level] = field(default_factory=dict)  # layers whose cache holds more rows than pass through them
     keys_only: dict[int, list[int]] = field(default_factory=dict)  # layer -> per sample, visual tokens that gave it keys and values only
     arrived: Tensor | None = None  # [B, T] visual tokens that the tower handed over; None: no stage there
+    held: Tensor | None = None  # [B, T] visual tokens that must not go; None: none
     entry: Run | None = None  # the books of the stages behind the projector
     sources: list[Tensor] = field(default_factory=list)  # per sample, per visual token: which token of its passes of the tower (-1: none)
     vision: list[list[tuple[Run, int]]] | None = None  # per sample, per pass of the tower: where its books are; None: no stage there

@@ -32,14 +32,14 @@ class LlavaNext(Llava):
         self.known: Recent[tuple[int, int, bool], Tensor] = Recent(256)
         self.geometry = replace(self.geometry, unmade=self._unmade())
 
-    def _unmade(self) -> float:
-        """The largest share of new-line tokens among the shapes that images are cut into: one behind each row."""
+    def _unmade(self) -> tuple[tuple[float, float], ...]:
+        """Of the shapes that images are cut into, the share of new-line tokens, one behind each row, and the patches in a row."""
         rows, columns = self.geometry.grid
-        side, shares = self.model.config.vision_config.image_size, [0.0]
+        side, out = self.model.config.vision_config.image_size, []
         for height, width in self.model.config.image_grid_pinpoints:
-            lines = rows * (height // side)
-            shares.append(lines / (rows * columns + lines * (1 + columns * (width // side))))
-        return max(shares)
+            lines, patches = rows * (height // side), columns * (width // side)
+            out.append((lines / (rows * columns + lines * (1 + patches)), float(patches)))
+        return tuple(out)
 
     def pack(self, features: Tensor, size: Tensor) -> Tensor:
         """The model's own packing of one image's ``features`` ``[tiles, N, 1]``, with -1 for new-line tokens: ``[n, 1]``."""

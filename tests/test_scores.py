@@ -47,9 +47,7 @@ def test_scores_explain_what_was_kept(tiny, family, method_name, case):
                     continue
                 shares = info.raster and len(report.grids[b]) > 1  # a raster whose share is nothing goes unranked
                 unranked = set(before.tolist()) - set(ranked.tolist())  # new-line tokens, which no tower sees
-                assert shares or unranked <= set(stage.kept[b].tolist()) and (not unranked or family in ("llava-next", "llava-onevision")), (
-                    f"{stage.site} did not rank every token"
-                )
+                assert shares or not unranked or family in ("llava-next", "llava-onevision"), f"{stage.site} did not rank every token"
                 kept = torch.zeros(len(score), dtype=torch.bool)
                 kept[stage.kept[b]] = True
                 for u in unit.unique():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -39,7 +40,8 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes:
             if c.site == f"vision.{i}":
                 now = outcome(c, now)
     through = now
-    now += (n - now) * geometry.unmade  # what the tower does not make it cannot drop
+    if geometry.unmade:  # every patch that is left may keep the new-line token of its row
+        now = sum(now * (1 - share) + n * share * min(1.0, width * now / n) for share, width in geometry.unmade) / len(geometry.unmade)
     for c in cuts:
         if c.kind == "projector":
             now = outcome(c, now)
@@ -85,8 +87,9 @@ def solve(
         inputs: a prompt, for the number of text tokens that ``flops`` counts (default: 32) and, in families whose images vary in size, of visual ones.
         positions, seed, per, **overrides: as for :func:`attach`, which takes the recipe that comes out with the same ``positions``, ``seed`` and ``per``.
 
-    There the schedule keeps fractions, so that it serves other images too; without ``inputs`` budgets are fractions as well. New-line tokens, which stages in
-    the tower cannot drop, are counted in ``inputs``; without, as many as the shapes that the model's configuration names have at most.
+    There the schedule keeps fractions, so that it serves other images too; without ``inputs`` budgets are fractions as well. A stage in the tower leaves
+    the new-line tokens of rows that keep a patch: with ``inputs`` the most that can be of them; without, of the mean over the shapes that the model's
+    configuration names, which a single image may pass.
 
     Raises:
         VtpruneError: not exactly one target, or none of the schedules meets it (the smallest reachable budget is named, or why there is none).
@@ -148,16 +151,20 @@ def solve(
         raise VtpruneError(why)
     what = "effective tokens" if column == 0 else "FLOPs"
     inside = any(c.kind in ("pixels", "vision") for *_, cuts in plan(geometry, sound) for c in cuts)
-    also = " (new-line tokens, which no stage in the tower can drop, among them)" if geometry.unmade and inside else ""
+    also = " (new-line tokens among them, which stay while their row has a patch)" if geometry.unmade and inside else ""
     raise VtpruneError(f"{chosen.name} cannot reach {target:.4g} {what} here; its smallest schedule has {smallest:.4g}{also}")
 
 
-def _unmade(adapter: Any, recipe: Recipe, inputs: dict[str, Any], found: Any) -> float:
-    """The share of the first sample's visual tokens that no pass of the tower has made; 0 for recipes without a stage in the tower."""
+def _unmade(adapter: Any, recipe: Recipe, inputs: dict[str, Any], found: Any) -> tuple[tuple[float, float], ...]:
+    """:attr:`Geometry.unmade` of the first sample; nothing for recipes without a stage in the tower."""
     if not any({"pixels", "vision"} & set(METHODS.get(s.method).kinds) for s in recipe.stages) or not adapter.geometry.unmade:
-        return 0.0
-    sources = adapter.sources(inputs, found)[0]
-    return float((sources < 0).sum()) / max(len(sources), 1)
+        return ()
+    sources, lines, patches, at = adapter.sources(inputs, found)[0], 0, 0.0, 0
+    for part in found[0]:
+        mine = int((sources[at : (at := at + len(part.columns))] < 0).sum())
+        bare = mine == len(part.columns)  # one that ends a whole image always stays
+        lines, patches = lines + mine, patches + (math.inf if bare else len(part.columns) - mine if mine else 0)
+    return ((lines / len(sources), patches / lines),) if lines else ()
 
 
 def _schedules(geometry: Geometry, recipe: Recipe) -> list[Recipe]:

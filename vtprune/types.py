@@ -48,8 +48,8 @@ class Geometry:
     methods may need (``class_token`` in front of the patches, decoder ``layers`` that can be copied) · ``arch`` the tower's architecture name · ``per`` what
     a budget may apply to, the default first · ``refuses`` what is not offered -> why · ``overview`` the raster of an image that shows all of it (0 the
     first, -1 the last) · ``raster`` whether the image plane is known · ``mrope`` whether rotary positions have three axes · ``rasters`` those that one unit
-    of a budget is made of, if it has several (``tokens`` counts them all) · ``unmade`` the largest share of an image's visual tokens that the tower does not
-    make (new-line tokens), so that no stage in it can drop them.
+    of a budget is made of, if it has several (``tokens`` counts them all) · ``unmade`` for each shape an image may have, the share of new-line tokens among
+    its visual tokens and how many patches each of them stands behind: a stage in the tower cannot drop them, they leave with the last patch of their row.
     """
 
     family: str
@@ -69,7 +69,7 @@ class Geometry:
     refuses: Mapping[str, str] = field(default_factory=dict)
     traits: frozenset[str] = frozenset({"layers"})
     rasters: tuple[tuple[int, int], ...] = ()
-    unmade: float = 0.0
+    unmade: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
