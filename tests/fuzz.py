@@ -552,8 +552,11 @@ def forward(c: Case) -> None:
 def _lengths(c: Case, cache: Any) -> None:
     report = c.handle.report()
     text = (c.mask.sum(1) - torch.tensor(report.visual_tokens)).tolist()
+    beside = {cut.layer for *_, cuts in plan(c.handle.geometry, c.handle.recipe) for cut in cuts if cut.context}
     for i, held in enumerate(cache.layers):
         want = max(t + row[i] for t, row in zip(text, report.layer_tokens, strict=True))
+        if i in beside:  # rows of visual tokens beside rows of text, each as wide as its widest sample
+            want = max(text) + max(row[i] for row in report.layer_tokens)
         if not getattr(held, "is_sliding", False) and held.get_seq_length() not in (want, c.ids.shape[1]):
             raise Mismatch(f"layer {i} caches {held.get_seq_length()} tokens, the report says {want}")
 
