@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels.base import rotate
-from ..ledger import MARK, UndoLedger, close, mark
+from ..ledger import MARK, UndoLedger, close, follow, mark
 from ..select import combine
 from ..types import Seed, TokenView, UnsupportedError, VtpruneError
 from . import _host
@@ -98,8 +98,10 @@ class DecoderEngine:
         self.local = self.entrance.local
         ledger.before(decoder.lm, self._enter)
         ledger.after(decoder.lm, self._leave)
+        self.depth, self.watched = len(decoder.layers), dict[int, Any]()
         for i, layer in enumerate(decoder.layers):
             if i >= first or i in self.observed:
+                self.watched[i] = layer
                 ledger.before(layer, self._layer(i, [c for c in cuts if c.layer == i]))
 
     # ------------------------------------------------------------------------------------------------------------- calls
@@ -182,6 +184,7 @@ class DecoderEngine:
         if cache is not None:
             self.requests[cache] = request
             mark(cache, any(not level.dense for level in request.levels))
+            follow(cache, {name: getattr(request, how) for name, how in _host.MOVES.items()})
         self._tell(request)
 
     def _tell(self, request: Request) -> None:
@@ -211,7 +214,17 @@ class DecoderEngine:
                 self.whole.add(call.cache)
             return None
         backend(self.d.lm.config)
+        self._check_layers(module.layers)
         return self._enter_prefill(call, args, kwargs) if call.prefill else self._enter_decode(call, args, kwargs)
+
+    def _check_layers(self, layers: Any) -> None:
+        """Layers that took the places of those that are watched have no hooks; wrappers around the same ones have."""
+        for i, layer in self.watched.items():
+            now = layers[i] if i < len(layers) else None
+            if now is not layer and (now is None or all(m is not layer for m in now.modules())):
+                raise UnsupportedError(f"layer {i} was taken out or replaced since attach(), what stands there now is not watched: remove() and attach again")
+        if len(layers) != self.depth:
+            raise UnsupportedError(f"there are {len(layers)} layers, and {self.depth} at attach(): remove() and attach again")
 
     def _enter_prefill(self, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         assert call.visual is not None
@@ -302,6 +315,8 @@ class DecoderEngine:
         assert request is not None
         call.level = base = request.at[0]
         b, q = embeds.shape[:2]
+        if b != len(base.rows):
+            raise UnsupportedError(f"this cache holds {len(base.rows)} prompts, and {b} rows of new tokens were given: one row belongs to each")
         held = _host.held(call.cache)
         new = held - base.width + q  # tokens behind the prompt, these included
         two = isinstance(mask, Tensor) and mask.ndim == 2
@@ -336,7 +351,13 @@ class DecoderEngine:
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Puts the final hidden states back to the caller's length, dropped positions zero, and takes their predictions out of the labels."""
         call = self.call
-        if call is None or call.request is None or not call.prefill or call.level is None or call.level.dense:
+        if call is None or call.request is None:
+            return None
+        if call.ran != len(self.watched):
+            raise UnsupportedError(
+                f"{call.ran} of the {len(self.watched)} layers ran that this attachment watches in {type(module).__name__}: layers were skipped, or run twice"
+            )
+        if not call.prefill or call.level is None or call.level.dense:
             return None
         level, length = call.level.on(output.last_hidden_state.device), call.request.length
         hidden = output.last_hidden_state
@@ -361,6 +382,7 @@ class DecoderEngine:
                 return None if again is None else self._again(again, number, args, kwargs)
             if call.request is None:
                 return None
+            call.ran += 1
             if not call.prefill:
                 # What is easy needs nothing, unless the model made a mask after all (compiled, of another length).
                 if number not in call.serve and (number not in call.request.pruned or kwargs.get("attention_mask") is None):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ledger import UndoLedger
+from ..ledger import UndoLedger, live
 from ..types import UnsupportedError
 from . import _host
 from ._request import Call
@@ -93,6 +93,7 @@ class Entry:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.stack:  # the core, called by the model
                 return original(*args, **kwargs)
+            live()
             given = _host.arguments(root, args, kwargs)
             call, output = Call(), None
             self.stack.append(call)

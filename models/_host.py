@@ -18,10 +18,11 @@ from ..types import UnsupportedError
 CACHES = ("cache", "past_key_values")  # the key-value cache: 5.24 and later, before
 PIXELS = "pixel_values"  # what names of raw pictures and videos begin with
 ENCODED = "mm_encoder_outputs"  # what generate() encoded before the forward (5.18 and later)
+MOVES = {"reorder_cache": "move", "batch_select_indices": "move", "batch_repeat_interleave": "repeat"}  # a cache's methods that move its samples, and ours
 ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
 PLANES = "deepstack_visual_embeds"  # what DeepStack adds to early layers
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # flash attention: where the sequences of a packed row begin
-PRIVATE = {"assistant": "_get_candidate_generator", "prefill": "_prefill", "compiled": "get_compiled_call"}
+PRIVATE = {"assistant": "_get_candidate_generator", "prefill": "_prefill"}
 
 
 def release() -> str:
@@ -83,7 +84,9 @@ def new_cache() -> Any:
 
 
 def held(cache: Any, layer: int = 0) -> int:
-    """Tokens that layer ``layer`` of ``cache`` holds."""
+    """Tokens that layer ``layer`` of ``cache`` holds. Raises :class:`UnsupportedError` for caches that hold several requests (continuous batching)."""
+    if not hasattr(cache, "get_seq_length"):
+        raise UnsupportedError(f"a {type(cache).__name__} does not tell how many tokens it holds for which prompt: use generate(), one prompt per row")
     return int(cache.get_seq_length(layer))
 
 

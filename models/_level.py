@@ -35,6 +35,15 @@ class Level:
             self.elsewhere[device] = replace(self, elsewhere={}, **tensors)
         return self.elsewhere[device]
 
+    def move(self, index: Tensor) -> None:
+        """The samples ``index`` ``[B']`` of this level take the places of all."""
+        for f in fields(self):
+            if isinstance(value := getattr(self, f.name), Tensor):
+                setattr(self, f.name, value[index.to(value.device)])
+        self.elsewhere.clear()
+        for name in ("counts", "whole"):
+            self.__dict__.pop(name, None)
+
     @property
     def width(self) -> int:
         return self.rows.shape[1]

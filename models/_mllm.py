@@ -71,6 +71,7 @@ class Mllm:
         self.image_token, self.video_token = image_token, video_token
         self.notes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # an encoder's output -> how it was made
         self.encoding = threading.local()  # the call of an encoder that this thread is in
+        self.passes = threading.local()  # the tower's pass that the projector's call belongs to
         try:
             heads, window = text.num_attention_heads, getattr(text, "sliding_window", None)
             self.cost = Shapes(
@@ -173,7 +174,7 @@ class Mllm:
             original = getattr(core, name)
 
             @functools.wraps(original)
-            def noted(*args: Any, __original: Any = original, __kind: str = kind, **kwargs: Any) -> Any:
+            def noted(*args: Any, __original: Any = original, __kind: str = kind, __name: str = name, **kwargs: Any) -> Any:
                 given = dict(inspect.signature(__original).bind(*args, **kwargs).arguments)
                 given |= given.pop("kwargs", {})
                 # Pixels are remembered by their shape alone.
@@ -183,6 +184,12 @@ class Mllm:
                     output = __original(*args, **kwargs)
                 finally:
                     self.encoding.now = outer
+                    run, self.passes.last = getattr(self.passes, "last", None), None
+                if run is not None:
+                    raise UnsupportedError(
+                        f"{__name}() did not hand the tower's output to the {type(self.projector).__name__} that was there at attach(): it was replaced since; "
+                        "remove() and attach again"
+                    )
                 if hasattr(output, "__dataclass_fields__"):
                     self.notes[output] = known
                 call = self.decoder.call
@@ -275,16 +282,14 @@ class Mllm:
     def _install_tower(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, seed: int) -> TowerEngine:
         """The tower's stages. What they leave is put back to its placeholders behind the projector, with zeros in between: which rows those are is known from
         the books of the passes, never from the values."""
-        passes = threading.local()  # the tower's pass that the projector's call belongs to
-
         def passed(run: Run) -> None:
-            passes.last = run
+            self.passes.last = run
 
         engine = self.tower_engine(cuts, ledger, seed=seed, done=passed)
         assert engine is not None
 
         def expand(module: nn.Module, args: tuple, kwargs: dict, features: Tensor) -> Tensor | None:
-            run, passes.last = getattr(passes, "last", None), None
+            run, self.passes.last = getattr(self.passes, "last", None), None
             if run is None:
                 return None
             recorder.vision(run)

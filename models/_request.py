@@ -73,6 +73,16 @@ class Request:
         """The sample of every unit, ``[G]``."""
         return torch.tensor([u.sample for u in self.units], dtype=torch.long).to(self.real.device)
 
+    def move(self, index: Tensor) -> None:
+        """The cache's samples ``index`` ``[B']`` take the places of all."""
+        self.next = self.next[index.to(self.next.device)]
+        for level in {id(level): level for level in (*self.levels, *self.at)}.values():
+            level.move(index)
+
+    def repeat(self, times: int) -> None:
+        """Every sample of the cache stands there ``times`` times."""
+        self.move(torch.arange(len(self.next)).repeat_interleave(times))
+
     def level_at(self, number: int) -> Level:
         if number in self.cached:
             return self.cached[number]
@@ -126,6 +136,7 @@ class Call:
     serve: frozenset[int] = frozenset()  # decoding: layers that need a mask or positions of their own
     gone: Tensor | None = None  # [B, T] visual tokens dropped before layer 0
     level: Level | None = None
+    ran: int = 0  # layers that came by
     done: dict[int, tuple[Tensor | None, Level]] = field(default_factory=dict)  # layer -> what its cut took, for checkpoints that run it again
     dense: dict[str, dict[str, Any]] = field(default_factory=dict)  # attention type -> what the model made for the whole sequence
     served: dict[Any, dict[str, Any]] = field(default_factory=dict)

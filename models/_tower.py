@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..ledger import UndoLedger
+from ..ledger import UndoLedger, live
 from ..select import combine, gather
 from ..types import Projections, Seed, Selection, TokenView, UnsupportedError, extent
 from .base import PlannedCut
@@ -299,6 +299,7 @@ class TowerEngine:
 
     def _open(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self.local.run = None
+        live()
         pixels = args[0] if args else kwargs.get(self.tower.pixels)
         if not isinstance(pixels, Tensor) or pixels.ndim != 4:
             return None  # the model's own message is the better one

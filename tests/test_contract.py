@@ -87,9 +87,17 @@ def _with_text(inputs):
 FAMILIES = [name for name in ADAPTERS if name not in ("hf-vit", "timm-vit", "open-clip")]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("method", ["pyramiddrop", "fastv", "random", "uniform", "flowcut"])
-@pytest.mark.parametrize("family", FAMILIES)
+MIXED = ("pyramiddrop", "fastv", "random", "uniform", "flowcut")
+# Every method with either attention by turns; the other half is slow.
+TURNS = [
+    pytest.param(family, method, attention, marks=() if (f + m + a) % 2 == 0 else pytest.mark.slow, id=f"{family}-{method}-{attention}")
+    for f, family in enumerate(FAMILIES)
+    for m, method in enumerate(MIXED)
+    for a, attention in enumerate(("sdpa", "eager"))
+]
+
+
+@pytest.mark.parametrize(("family", "method", "attention"), TURNS)
 def test_mixed_batches_and_single_samples_equal_the_masked_dense_model(tiny, family, method, attention):
     """Every multimodal family, in the language model, behind the projector and in the tower: samples with several images, one and none in one padded batch,
     and the first alone; prefill and cached generation within 1e-5 of the dense model under masks, batches equal to single samples, text untouched."""

@@ -572,3 +572,111 @@ def test_masks_and_positions_of_another_length_are_refused():
                 with pytest.raises((vtprune.UnsupportedError, RuntimeError, ValueError)) as caught:
                     model(**{**given, "attention_mask": torch.ones(1, length, dtype=torch.long)})
                 assert isinstance(caught.value, vtprune.VtpruneError)
+
+
+# --------------------------------------------------------------------------------------------------------------- parts replaced since
+
+MULTIMODAL = [name for name in ADAPTERS if name not in ("hf-vit", "timm-vit", "open-clip")]
+
+
+class Wrapped(nn.Module):
+    """A layer that somebody has put his own around (FSDP, activation checkpointing)."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "layer" else getattr(super().__getattr__("layer"), name)
+
+    def forward(self, *args, **kwargs):
+        return self.layer(*args, **kwargs)
+
+
+@pytest.mark.parametrize("how", ["one", "fewer", "skipped", "wrapped"])
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_layers_that_were_replaced_since_are_noticed(family, how):
+    """Hooks do not move to a layer that takes another's place: the prompt, and a step behind a prompt that was pruned, are refused."""
+    variant = next(iter(ADAPTERS.get(family).tiny))
+    (model, one), (other, _) = alone(family, variant), tiny(family, variant)
+    if how == "skipped" and family.startswith("qwen"):
+        pytest.skip("the stack runs all its layers, whatever the configuration says")
+    step = {"input_ids": torch.full((1, 1), 9), "attention_mask": torch.ones(1, one["input_ids"].shape[1] + 1, dtype=torch.long)}
+    step |= {k: torch.zeros(1, 1, dtype=one[k].dtype) for k in ("token_type_ids",) if k in one}
+    with torch.no_grad(), vtprune.attach(model, "keep-last", keep=2, site="llm.2") as handle:
+        cache = cache_of(model(**one, use_cache=True))
+        lm, fresh = handle.adapter.lm, handle.adapter.lm.layers.__class__
+        spare = vtprune.attach(other, "keep-last", keep=2, site="llm.2")
+        layers = spare.adapter.lm.layers
+        spare.remove()
+        if how == "one":
+            lm.layers[3] = layers[3]
+        elif how == "fewer":
+            lm.layers = fresh(list(lm.layers)[:-1])
+        elif how == "wrapped":
+            want = model(**one).logits
+            lm.layers[3] = Wrapped(lm.layers[3])
+            assert torch.equal(model(**one).logits, want)
+            return
+        else:
+            lm.config.num_hidden_layers -= 1  # stacks run as many layers as it says
+        for given in (one, {**step, **cached(model, cache)}):
+            with pytest.raises(vtprune.UnsupportedError, match="replaced|skipped|layers, and"):
+                model(**given)
+
+
+def test_a_projector_that_was_replaced_since_is_noticed():
+    (model, inputs), (other, _) = tiny(), tiny()
+    with torch.no_grad(), vtprune.attach(model, "flowcut", keep=3):
+        model.model.multi_modal_projector = other.model.multi_modal_projector
+        with pytest.raises(vtprune.UnsupportedError, match="Projector"):
+            model(**inputs)
+
+
+@pytest.mark.parametrize("recipe, options", [("fastv", {"keep": 3}), ("flowcut", {"keep": 3}), ("dpvr-lf", {"variant": "kv"})])
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_a_cache_whose_samples_move_goes_on(recipe, options, positions):
+    """What reorders, selects or repeats the samples of a cache moves what is known of them; rows that fit no sample are refused."""
+    model, inputs = tiny()
+    ids, mask = torch.tensor([[9], [11]]), torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    place = mask.sum(1, keepdim=True) - 1
+    swap = torch.tensor([1, 0])
+    with torch.no_grad(), vtprune.attach(model, recipe, positions=positions, **options):
+
+        def read():
+            given = {**inputs, "position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)}
+            return cache_of(model(**given, use_cache=True))
+
+        def step(cache, rows):
+            return model(input_ids=ids[rows], attention_mask=mask[rows], position_ids=place[rows], **cached(model, cache)).logits
+
+        want = step(read(), torch.arange(2))
+        for move, rows in (
+            (lambda c: c.reorder_cache(swap), swap),
+            (lambda c: c.batch_select_indices(torch.tensor([1])), torch.tensor([1])),
+            (lambda c: c.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1])),
+        ):
+            cache = read()
+            move(cache)
+            assert off(step(cache, rows), want[rows]) < 1e-5
+        with pytest.raises(vtprune.UnsupportedError, match="2 prompts"):
+            step(read(), torch.tensor([0, 1, 1]))
+        cache = read()
+        twin = copy.deepcopy(cache)
+        with pytest.raises(vtprune.UnsupportedError, match="copy"):
+            twin.reorder_cache(swap)
+        assert off(step(cache, torch.arange(2)), want) < 1e-5, "what moves in a copy stays there"
+
+
+def test_recordings_are_refused():
+    """A trace or an export would repeat the choice made for one prompt."""
+    model, inputs = tiny()
+    tower, images = tiny("timm-vit", next(iter(ADAPTERS.get("timm-vit").tiny)))
+    pixels = next(iter(images.values()))
+    with torch.no_grad(), vtprune.attach(model, "random", keep=3), vtprune.attach(tower, "random", keep=3, site="vision.1"):
+        with pytest.raises(vtprune.UnsupportedError, match="traced or exported"):
+            torch.export.export(model, (), inputs, strict=False)
+        with pytest.raises(vtprune.UnsupportedError, match="traced or exported"):
+            torch.export.export(tower, (pixels,), strict=False)
+        with pytest.raises(vtprune.UnsupportedError, match="traced or exported"):
+            torch.jit.trace(tower, (pixels,), check_trace=False)

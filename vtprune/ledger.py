@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -86,7 +87,13 @@ class Own:
         functools.update_wrapper(self, function)  # first: it copies the attributes of what it wraps, which may be one of these
         self.function, self.before = function, before
 
+    @property
+    def __code__(self) -> Any:  # torch.export looks for the names of a forward's arguments there
+        return inspect.unwrap(self.function).__code__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting():
+            live()
         return self.function(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Refusal:
@@ -181,16 +188,49 @@ def mark(cache: Any, pruned: bool) -> None:
     if pruned:
         setattr(cache, MARK, _Mark(cache))
     else:
-        cache.__dict__.pop(MARK, None)
+        for name in [n for n, v in cache.__dict__.items() if n == MARK or isinstance(v, _Follower)]:
+            del cache.__dict__[name]
+
+
+class _Follower:
+    """A method of one pruned cache that moves its rows, and what else has to move with them. It belongs to that cache alone."""
+
+    def __init__(self, function: Callable[..., Any], then: Callable[[Any], None]):
+        self.function, self.then = function, then
+
+    def __call__(self, index: Any, *args: Any, **kwargs: Any) -> Any:
+        out = self.function(index, *args, **kwargs)
+        self.then(index)
+        return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        return functools.partial(_refuse, "this cache is a copy of a pruned one: only the one that the prompt was read into goes on")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedError("the cache of a pruned prompt cannot be pickled: what tells which tokens it holds would stay behind")
+
+
+def _refuse(why: str, *args: Any, **kwargs: Any) -> Any:
+    raise UnsupportedError(why)
+
+
+def follow(cache: Any, methods: Mapping[str, Callable[[Any], None]]) -> None:
+    """After each of ``methods`` of ``cache``, called with an index or a number, the function beside it is called with the same."""
+    for name, then in methods.items():
+        function = getattr(cache, name, None)
+        if function is not None and not isinstance(function, _Follower):
+            cache.__dict__[name] = _Follower(function, then)
+
+
+def live() -> None:
+    """Refuses recordings: what is dropped differs from prompt to prompt, and a recorded program would repeat the choice of one."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise UnsupportedError("an attached model cannot be traced or exported: it would repeat the choice made for one prompt; remove() the attachment first")
 
 
 def close(cache: Any, why: str) -> None:
     """From now on nothing can be added to ``cache``: a model that tries gets an :class:`UnsupportedError` with the reason."""
-
-    def update(*args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedError(why)
-
-    cache.__dict__["update"] = update
+    cache.__dict__["update"] = functools.partial(_refuse, why)
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
