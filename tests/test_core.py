@@ -529,3 +529,10 @@ def test_damaged_recipe_files_are_refused(tmp_path):
     path.write_bytes(bytes(range(256)))
     with pytest.raises(VtpruneError, match="not text"):
         Recipe.load(path)
+
+
+@pytest.mark.parametrize("model", [None, "llava", [1], torch.zeros(2)])
+def test_what_is_no_model_is_refused_in_words(model):
+    for call in (vtprune.attach, lambda *a: vtprune.solve(*a, effective_tokens=0.5), lambda *a: vtprune.verify(*a, {})):
+        with pytest.raises(vtprune.UnsupportedError, match="a model is"):
+            call(model, "random")

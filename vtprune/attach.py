@@ -41,6 +41,7 @@ def bind(model: nn.Module) -> Any:
     """The adapter for ``model``, or :class:`UnsupportedError` naming the families there are."""
     from vtprune.models.base import ADAPTERS
 
+    check_model(model)
     for name in ADAPTERS:
         info = ADAPTERS.get(name)
         if info.matches(model):
@@ -56,9 +57,16 @@ REPLICATING = {
 }
 
 
+def check_model(model: Any) -> None:
+    """Raises :class:`UnsupportedError` for what is no module at all."""
+    if not hasattr(type(model), "named_modules"):
+        raise UnsupportedError(f"a model is a torch.nn.Module that has been loaded, got {type(model).__name__} {str(model)[:60]!r}")
+
+
 def unwrap(model: Any) -> Any:
     """The model inside a ``PeftModel``, a compiled model or ``DistributedDataParallel``: they call it with everything that is hooked into it. Raises
     :class:`UnsupportedError` for wrappers that call something else."""
+    check_model(model)
     while True:
         kinds = [k.__name__ for k in type(model).__mro__]
         for name, why in REPLICATING.items():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import ATTACH_OPTIONS, TARGETS, attach, bind, load_recipe
+from .attach import ATTACH_OPTIONS, TARGETS, attach, bind, check_model, load_recipe
 from .ledger import UndoLedger, snapshot
 from .methods.base import METHODS, OWN_BUDGETS
 from .recipe import Recipe
@@ -396,6 +396,7 @@ def verify(model: nn.Module, recipe: Any, inputs: dict[str, Any], **options: Any
     Raises:
         VtpruneError: the recipe does not fit the model at all, or the model is in training mode.
     """
+    check_model(model)
     if model.training:
         raise VtpruneError("verify needs the model in evaluation mode: model.eval()")
     chosen = load_recipe(recipe)
