@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..ledger import UndoLedger
 from ..types import Geometry, Seed, UnsupportedError
 from . import _host
-from ._cost import Shapes
+from ._cost import Layer, Shapes, attention
 from ._decoder import Decoder, DecoderEngine, put
 from ._hf_vit import randomise
 from ._layout import Part, Raster, parts
@@ -37,6 +37,7 @@ TEXT = {
     "Qwen2VLTextModel": "Qwen2-VL",
     "Qwen2_5_VLTextModel": "Qwen2.5-VL",
     "Qwen3VLTextModel": "Qwen3-VL",
+    "Qwen3VLMoeTextModel": "Qwen3-VL-MoE",
 }
 
 
@@ -72,17 +73,13 @@ class Mllm:
         self.notes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # an encoder's output -> how it was made
         self.encoding = threading.local()  # the call of an encoder that this thread is in
         try:
-            heads, window = text.num_attention_heads, getattr(text, "sliding_window", None)
+            window = getattr(text, "sliding_window", None)
             self.cost = Shapes(
                 **vision,
                 proj=sum(m.weight.numel() for m in projector.modules() if isinstance(m, nn.Linear)),
                 d=text.hidden_size,
-                heads=heads,
-                hd=getattr(text, "head_dim", None) or text.hidden_size // heads,
-                kv=getattr(text, "num_key_value_heads", None) or heads,
-                f=text.intermediate_size,
-                depth=text.num_hidden_layers,
                 vocab=text.vocab_size,
+                layers=self.costs(),
                 held=tuple(window - 1 if window and kind == "sliding_attention" else 0 for kind in self.kinds()),
                 bytes=next(lm.parameters()).element_size(),
             )
@@ -96,7 +93,18 @@ class Mllm:
         probe(self.describe())
         probe_queries(self.describe())
 
+    def costs(self) -> tuple[Layer, ...]:
+        """What each decoder layer does with a token, by the configuration."""
+        text = self.lm.config
+        d, heads = text.hidden_size, text.num_attention_heads
+        hd, kv = getattr(text, "head_dim", None) or d // heads, getattr(text, "num_key_value_heads", None) or heads
+        return tuple(attention(d, heads, hd, kv, self.mlp(layer)) for layer in self.lm.layers)
+
     # ------------------------------------------------------------------------------------------------- what families override
+
+    def mlp(self, layer: Any) -> int:
+        """Multiply-adds per token of a decoder layer's MLP; by default a gated one."""
+        return 3 * self.lm.config.hidden_size * self.lm.config.intermediate_size
 
     def images(self, inputs: dict[str, Any]) -> Iterator[list[Raster]]:
         """The rasters of every image of the batch, in order; by default images of one size without end."""
