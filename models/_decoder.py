@@ -583,6 +583,7 @@ class DecoderEngine:
         out = put(padded, place, x)[:, :-1]
         old = stash.level
         call.level = Level(number, old.rows, old.valid, old.visual, old.shift.clone())
+        call.done.pop(number, None)  # what was taken before counts other columns
         request.levels.append(call.level)
         self._record_return(request, cut, old)
         return out

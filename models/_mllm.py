@@ -17,11 +17,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..ledger import UndoLedger
 from ..types import Geometry, Seed, UnsupportedError
 from . import _host
-from ._cost import Shapes
+from ._cost import Layer, Shapes, attention
 from ._decoder import Decoder, DecoderEngine, put
 from ._hf_vit import randomise
 from ._layout import Part, Raster, parts
-from ._probe import probe, probe_queries
+from ._probe import ADAPTED, count, probe, probe_queries
 from ._request import Encoded, Request
 from ._tower import Run, TowerEngine
 from .base import PlannedCut, named
@@ -37,10 +37,10 @@ TEXT = {
     "Qwen2VLTextModel": "Qwen2-VL",
     "Qwen2_5_VLTextModel": "Qwen2.5-VL",
     "Qwen3VLTextModel": "Qwen3-VL",
+    "Qwen3VLMoeTextModel": "Qwen3-VL-MoE",
 }
 
 
-ADAPTED = ("peft.", "bitsandbytes.", "torchao.", "torch.ao.", "auto_gptq.", "awq.", "gptqmodel.", "optimum.")  # whose modules are not a layer's own
 LLM = frozenset({"query_attention", "queried"})  # what methods may ask of a site in the language model
 BEHIND = {"projector": frozenset[str](), "llm": LLM}  # what a family without stages in its tower provides
 
@@ -69,35 +69,53 @@ class Mllm:
         text = lm.config
         self.model, self.geometry, self.projector, self.lm = model, geometry, projector, lm
         self.image_token, self.video_token = image_token, video_token
+        self.unspoken = tuple(t for t in (image_token, video_token) if t is not None)  # tokens that no answer holds
         self.notes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # an encoder's output -> how it was made
         self.encoding = threading.local()  # the call of an encoder that this thread is in
         self.passes = threading.local()  # the tower's pass that the projector's call belongs to
+        known = named(lm, *self.tested) is not None
+        if not known:
+            self.probe()
         try:
-            heads, window = text.num_attention_heads, getattr(text, "sliding_window", None)
+            layers, held = self.costs() if known else count(self.describe(), self._said())
             self.cost = Shapes(
                 **vision,
                 proj=sum(m.weight.numel() for m in projector.modules() if isinstance(m, nn.Linear)),
                 d=text.hidden_size,
-                heads=heads,
-                hd=getattr(text, "head_dim", None) or text.hidden_size // heads,
-                kv=getattr(text, "num_key_value_heads", None) or heads,
-                f=text.intermediate_size,
-                depth=text.num_hidden_layers,
                 vocab=text.vocab_size,
-                held=tuple(window - 1 if window and kind == "sliding_attention" else 0 for kind in self.kinds()),
+                layers=layers,
+                held=held,
                 bytes=next(lm.parameters()).element_size(),
             )
         except AttributeError as e:
             raise UnsupportedError(f"{type(lm).__name__} is not shaped like the decoders this library knows: its configuration has no {e.name}") from e
-        if named(lm, *self.tested) is None:
-            self.probe()
 
     def probe(self) -> None:
         """A language model that nobody has tested here must show that it can be pruned."""
         probe(self.describe())
         probe_queries(self.describe())
 
+    def _said(self) -> tuple[Layer, ...] | None:
+        """What the configuration says of the layers of an unknown language model, if it does."""
+        try:
+            return self.costs()[0]
+        except (AttributeError, TypeError):
+            return None
+
+    def costs(self) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
+        """What each decoder layer does with a token, and the tokens that its cache keeps at most (0: all), by the configuration."""
+        text = self.lm.config
+        d, heads = text.hidden_size, text.num_attention_heads
+        hd, kv = getattr(text, "head_dim", None) or d // heads, getattr(text, "num_key_value_heads", None) or heads
+        window = getattr(text, "sliding_window", None)
+        held = tuple(window - 1 if window and kind == "sliding_attention" else 0 for kind in self.kinds())
+        return tuple(attention(d, heads, hd, kv, self.mlp(layer)) for layer in self.lm.layers), held
+
     # ------------------------------------------------------------------------------------------------- what families override
+
+    def mlp(self, layer: Any) -> int:
+        """Multiply-adds per token of a decoder layer's MLP; by default a gated one."""
+        return 3 * self.lm.config.hidden_size * self.lm.config.intermediate_size
 
     def images(self, inputs: dict[str, Any]) -> Iterator[list[Raster]]:
         """The rasters of every image of the batch, in order; by default images of one size without end."""
@@ -115,7 +133,7 @@ class Mllm:
         """The pixels of sample ``b`` as keywords; by default one row per pass of the tower."""
         passes = [sum(len(p.passes) for p in sample) for sample in found]
         at = sum(passes[:b])
-        return {"pixel_values": inputs["pixel_values"][at : at + passes[b]]} if passes[b] else {}
+        return {"pixel_values": inputs["pixel_values"][at : at + passes[b]]} if passes[b] and inputs.get("pixel_values") is not None else {}
 
     def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> TowerEngine | None:
         """Serves ``cuts`` inside the tower (and before it); ``None`` for a family that offers none there."""
@@ -356,8 +374,9 @@ def tiny_prompts(samples: list[list[tuple[int, int]]], between: int = 1, opening
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
-def tiny_model(kind: Any, config: Any, *, image_token: int, tokens: int, images: tuple[int, ...] = (1, 1), side: int = 32) -> tuple[nn.Module, dict[str, Any]]:
-    """A random model of class ``kind`` and inputs: ``images`` images of ``tokens`` visual tokens in each prompt, pixels ``[n, 3, side, side]``."""
-    prompts = tiny_prompts([[(image_token, tokens)] * n for n in images])
-    pixels = torch.randn(sum(images), 3, side, side, generator=torch.Generator().manual_seed(3))
-    return tiny_build(kind, config), {**prompts, "pixel_values": pixels}
+def tiny_model(kind: Any, config: Any, *, image_token: int, tokens: int, images: tuple[int, ...] = (1, 1), **prompts: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A random model of class ``kind`` and inputs: ``images`` images of ``tokens`` visual tokens in each prompt, pixels ``[n, 3, 32, 32]``; ``prompts`` as
+    in :func:`tiny_prompts`."""
+    inputs = tiny_prompts([[(image_token, tokens)] * n for n in images], **prompts)
+    pixels = torch.randn(sum(images), 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    return tiny_build(kind, config), {**inputs, "pixel_values": pixels}

@@ -17,6 +17,8 @@ from ..select import from_mask
 from ..types import Selection, TokenView, UnsupportedError, VtpruneError
 from . import _host
 from ._books import carry
+from ._cost import Layer
+from ._count import Products, fit
 from ._decoder import Decoder, DecoderEngine
 from ._layout import Part
 from ._level import dense_level
@@ -25,6 +27,7 @@ from ._scores import heads, question, take, visible
 from .base import PlannedCut
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+ADAPTED = ("peft.", "bitsandbytes.", "torchao.", "torch.ao.", "auto_gptq.", "awq.", "gptqmodel.", "optimum.")  # whose modules are not a layer's own
 TEXT, IMAGE = 5, 6  # tokens in front of the toy image, and of it
 
 
@@ -193,6 +196,58 @@ def probe_queries(decoder: Decoder) -> None:
             error = float((mixed - seen["mixed"][:, -1:]).abs().max() / seen["mixed"].abs().max())
             if not error <= toy.limit:
                 raise UnsupportedError(f"{toy.name}: layer {number}'s attention is not what its projections and rotary table give in the usual layout")
+
+
+def count(decoder: Decoder, said: tuple[Layer, ...] | None) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
+    """What each layer does with a token, and the tokens that its cache keeps at most (0: all): counted on toy prompts. ``said`` by the configuration, ``None``
+    where it does not tell: it holds where the count agrees, and where quantised or adapted modules do work that cannot be counted.
+
+    Raises:
+        UnsupportedError: the work cannot be told.
+    """
+    lm, name = decoder.lm, type(decoder.lm).__name__
+    with _toy(decoder, "work") as toy:
+        if toy is None:
+            return _counted[lm]
+        foreign = sorted({type(m).__name__ for m in lm.modules() if type(m).__module__.startswith(ADAPTED)})
+        if foreign and (said is None or not all(_plain(layer) for layer in decoder.layers)):
+            raise UnsupportedError(f"{name} with {', '.join(foreign)}: what its layers do with a token cannot be counted; attach to the model as it was before")
+        work: list[list[tuple[int, int]]] = [[] for _ in decoder.layers]
+        for n in (3, 6, 11):
+            ledger, mode = UndoLedger(), Products()
+            for i, layer in enumerate(decoder.layers):
+                ledger.before(layer, lambda m, a, k, i=i, n=n, mode=mode: work[i].append((n, -mode.total)))
+                ledger.after(layer, lambda m, a, k, o, i=i, n=n, mode=mode: work[i].append((n, work[i].pop()[1] + mode.total)))
+            try:
+                with mode:
+                    cache = _host.cache_of(toy.root(toy.ids[:1, :n], attention_mask=torch.ones_like(toy.ids[:1, :n])))
+            finally:
+                ledger.undo()
+        layers, held = [], []
+        for i, runs in enumerate(work):
+            key, value, most = _host.stored(cache, i)
+            held.append(most)
+            if foreign and said is not None:
+                layers.append(replace(said[i], kept=key + value))
+                continue
+            row, pair = fit(name, i, runs)
+            if mode.blind:  # every query head meets keys and values of the width that the cache has
+                heads = lm.config.num_attention_heads
+                pair = (key + value) * heads // (getattr(lm.config, "num_key_value_heads", None) or heads)
+            known = None if said is None else said[i]
+            agrees = known is not None and (known.row + known.key, known.pair, known.kept) == (row, pair, key + value)
+            layers.append(known if known is not None and agrees else Layer(row, 0, pair, key + value))
+        _counted[lm] = tuple(layers), tuple(held)
+    return _counted[lm]
+
+
+_counted: WeakKeyDictionary[Any, tuple[tuple[Layer, ...], tuple[int, ...]]] = WeakKeyDictionary()
+
+
+def _plain(layer: Any) -> bool:
+    """Whether a decoder layer is made of the projections that the usual configuration names."""
+    parts = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+    return all(hasattr(getattr(layer, part, None), name) for part, names in parts.items() for name in names)
 
 
 def _run(toy: _Toy) -> Tensor:

@@ -12,14 +12,16 @@ import inspect
 from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..types import Geometry, UnsupportedError
 from . import _host
 from ._layout import Part
-from ._mllm import LLM, Mllm, tiny_model, tiny_text
+from ._mllm import LLM, Mllm, tiny_build, tiny_model, tiny_prompts, tiny_text
 from ._probe import probe, probe_queries
 from .base import ADAPTERS, AdapterInfo, named
 
@@ -51,6 +53,7 @@ REFUSED = {
 }
 
 KINDS = ("full_attention", "sliding_attention")
+RECURRENT = ("linear", "conv", "mamba", "recurrent", "hybrid")  # in the names of layers that carry a state
 TAKES = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache", "cache_position", *_host.CACHES}
 MORE = {"output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"}  # what a forward may take and does not read
 
@@ -59,9 +62,10 @@ def _stacks(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(getattr(m, "layers", None), nn.ModuleList) and hasattr(m, "embed_tokens") and hasattr(m, "rotary_emb")]
 
 
-def _image_token(model: Any) -> int | None:
+def _token(model: Any, kind: str) -> int | None:
+    """The placeholder of an ``"image"`` or a ``"video"``, by the names that configurations have for it."""
     config = getattr(model, "config", None)
-    return next((found for n in ("image_token_id", "image_token_index") if (found := getattr(config, n, None)) is not None), None)
+    return next((found for n in (f"{kind}_token_id", f"{kind}_token_index") if (found := getattr(config, n, None)) is not None), None)
 
 
 def hindrance(model: Any) -> str | None:
@@ -111,6 +115,9 @@ def _layers(lm: Any) -> str | None:
     bare = [i for i, layer in enumerate(lm.layers) if not hasattr(layer, "self_attn")]
     if kinds and "chunked_attention" in kinds:
         return f"its language model ({name}) attends in chunks that are counted in cached tokens, of which pruning leaves fewer"
+    other = [k for k in kinds if not any(word in k for word in RECURRENT)]
+    if other and not state and not bare:
+        return f"layers of its language model ({name}) attend in a way that is not known here ({', '.join(other)})"
     if state or kinds or bare:
         what = ", ".join(kinds or state) or f"no self_attn in layers {', '.join(map(str, bare[:4]))}"
         return f"layers of its language model ({name}: {what}) {STATE}"
@@ -119,7 +126,7 @@ def _layers(lm: Any) -> str | None:
 
 def matches(model: nn.Module) -> bool:
     """A transformers model that generates and says which token stands for an image, or one that is known and refused, and that no other adapter takes."""
-    mine = hasattr(model, "generate") and hasattr(model, "base_model") and (_image_token(model) is not None or named(model, *REFUSED) is not None)
+    mine = hasattr(model, "generate") and hasattr(model, "base_model") and (_token(model, "image") is not None or named(model, *REFUSED) is not None)
     return mine and not any(ADAPTERS.get(n).matches(model) for n in ADAPTERS if n != "generic")
 
 
@@ -127,12 +134,13 @@ class Generic(Mllm):
     """One bound model of an unknown family."""
 
     tested: ClassVar[Collection[str]] = ()
+    follows: ClassVar[dict[str, int]] = {"token_type_ids": 0, "mm_token_type_ids": 0}
 
     def __init__(self, model: Any):
         name, why = type(model).__name__, hindrance(model)
         if why is not None:
             raise UnsupportedError(f"{name} cannot be pruned: {why}")
-        lm, image = _stacks(model)[0], _image_token(model)
+        lm, image = _stacks(model)[0], _token(model, "image")
         assert image is not None
         unknown = "the tower of this model is not known"
         geometry = Geometry(
@@ -151,8 +159,9 @@ class Generic(Mllm):
             raster=False,
         )
         nothing = dict.fromkeys(("vd", "vf", "vheads", "vdepth", "patch", "prefix"), 0)
-        video = getattr(model.config, "video_token_id", None)
+        video = _token(model, "video")
         super().__init__(model, geometry=geometry, projector=nn.Identity(), lm=lm, image_token=image, video_token=video, vision=nothing)
+        self.unspoken += tuple(getattr(model.config, "visual_indicator_token_ids", None) or ())  # Ovis
 
     def probe(self) -> None:
         """Attention that cannot be recomputed takes away the methods that rank by it, anything else all of them."""
@@ -171,15 +180,30 @@ class Generic(Mllm):
             out.append([Part(c, (len(c), 1), i, -1, (len(c),)) for i, c in enumerate(runs) if len(c)])
         return out
 
+    def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
+        """One row of pixels per run of placeholders, or one row per patch where sizes in patches come along."""
+        grids = inputs.get("image_grid_thw")
+        if grids is None:
+            return super().slice_(inputs, found, b)
+        first, count = sum(len(sample) for sample in found[:b]), len(found[b])
+        rows = [0, *accumulate(grids.prod(-1).tolist())]
+        pixels = inputs["pixel_values"][rows[first] : rows[first + count]]
+        return {"image_grid_thw": grids[first : first + count], "pixel_values": pixels} if count else {}
+
 
 def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Families that have no adapter here, with 16 visual tokens an image. Cohere's attention rotates neighbouring pairs: methods cannot rank by it."""
+    """Families that have no adapter here, most with 16 visual tokens an image. Cohere's attention rotates neighbouring pairs, and Kimi's is latent: methods
+    cannot rank by it. Kimi's layers send tokens to experts; Ovis adds embeddings of its own around each image."""
     from transformers import (
         AyaVisionConfig,
         AyaVisionForConditionalGeneration,
         CLIPVisionConfig,
         Cohere2Config,
+        Kimi_K25Config,
+        Kimi_K25ForConditionalGeneration,
         LlamaConfig,
+        Ovis2Config,
+        Ovis2ForConditionalGeneration,
         SiglipVisionConfig,
         VipLlavaConfig,
         VipLlavaForConditionalGeneration,
@@ -192,6 +216,23 @@ def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
         words = Cohere2Config(**tiny_text(sliding_window=24))
         aya = AyaVisionConfig(vision_config=tower, text_config=words, image_token_index=3, vision_feature_layer=-1, vision_feature_select_strategy="full")
         return tiny_model(AyaVisionForConditionalGeneration, aya, image_token=3, tokens=16, images=(2, 1))
+    if kind == "ovis2":
+        sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8, "intermediate_size": 64}
+        words = {"model_type": "qwen2", **tiny_text()}
+        sizes |= {"vocab_size": 40, "num_visual_indicator_tokens": 4}
+        ovis = Ovis2Config(vision_config=sizes, text_config=words, image_token_id=3, visual_indicator_token_ids=[4, 5, 6, 7], vocab_size=64, hidden_size=48)
+        return tiny_model(Ovis2ForConditionalGeneration, ovis, image_token=3, tokens=16, images=(2, 1), opening=4)
+    if kind == "kimi-k2.5":
+        tower = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "patch_size": 4, "intermediate_size": 64}
+        latent = {"q_lora_rank": 20, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 6, "v_head_dim": 10, "head_dim": 8}
+        experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 2, "n_group": 2, "topk_group": 1}
+        words = {"model_type": "deepseek_v3", **tiny_text(num_key_value_heads=4), **latent, **experts}
+        places = {"pos_emb_height": 8, "pos_emb_width": 8}
+        kimi = Kimi_K25Config(vision_config={**tower, **places}, text_config=words, image_token_id=3, video_token_id=4, projection_hidden_size=32)
+        inputs = tiny_prompts([[(3, 16), (3, 8)], [(3, 12)]])
+        inputs["image_grid_thw"] = torch.tensor([[1, 8, 8], [1, 4, 8], [1, 4, 12]])
+        inputs["pixel_values"] = torch.randn(144, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+        return tiny_build(Kimi_K25ForConditionalGeneration, kimi), inputs
     vision = CLIPVisionConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=4, image_size=32, patch_size=8, intermediate_size=64)
     config = VipLlavaConfig(vision_config=vision, text_config=LlamaConfig(**tiny_text()), image_token_index=3, vision_feature_layers=[-2, -1])
     return tiny_model(VipLlavaForConditionalGeneration, config, image_token=3, tokens=16, images=(2, 1))
@@ -204,6 +245,6 @@ ADAPTERS.register(
         idea="any other decoder-shaped multimodal transformers model that passes a probe: behind the projector and in the language model",
         matches=matches,
         bind=Generic,
-        tiny={k: partial(_tiny, k) for k in ("vipllava", "aya-vision")},
+        tiny={k: partial(_tiny, k) for k in ("vipllava", "aya-vision", "ovis2", "kimi-k2.5")},
     ),
 )

@@ -1,4 +1,5 @@
-"""Hugging Face Qwen2-VL, Qwen2.5-VL and Qwen3-VL (dense): images and video frames of any size, 2 x 2 merger, positions with three axes (M-RoPE), DeepStack.
+"""Hugging Face Qwen2-VL, Qwen2.5-VL and Qwen3-VL (dense, or with experts): images and video frames of any size, 2 x 2 merger, positions with three axes
+(M-RoPE), DeepStack.
 
 Stages work on merged tokens, behind the merger and in the language model: single patches that are dropped in front of it would regroup wrongly. Rotary
 positions are those of the surviving tokens. DeepStack (Qwen3-VL) adds features of earlier vision blocks to the visual rows behind the first decoder layers;
@@ -26,11 +27,12 @@ FAMILIES = {
     "Qwen2VLForConditionalGeneration": "qwen2-vl",
     "Qwen2_5_VLForConditionalGeneration": "qwen2.5-vl",
     "Qwen3VLForConditionalGeneration": "qwen3-vl",
+    "Qwen3VLMoeForConditionalGeneration": "qwen3-vl-moe",
 }
 
 
 class QwenVL(Mllm):
-    """One bound model of the three families."""
+    """One bound model of these families."""
 
     follows: ClassVar[dict[str, int]] = {"mm_token_type_ids": 0}
 
@@ -75,6 +77,13 @@ class QwenVL(Mllm):
             video_token=config.video_token_id,
             vision=vision,
         )
+
+    def mlp(self, layer: Any) -> int:
+        """A layer of experts sends each token to some of them, chosen by a matrix (Qwen3-VL-MoE); layers between may be dense."""
+        text = self.lm.config
+        if not hasattr(layer.mlp, "experts"):
+            return super().mlp(layer)
+        return text.hidden_size * (3 * text.moe_intermediate_size * text.num_experts_per_tok + text.num_experts)
 
     def images(self, inputs: dict[str, Any]) -> Iterator[list[Raster]]:
         return self._rasters(inputs.get("image_grid_thw"))
@@ -127,7 +136,6 @@ def _tiny(family: str, moving: bool) -> tuple[nn.Module, dict[str, Any]]:
     import transformers as hf
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
-    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig, Qwen3VLVisionConfig
 
     rope = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 10000.0}
     text = tiny_text(rope_parameters=rope)
@@ -147,24 +155,22 @@ def _tiny(family: str, moving: bool) -> tuple[nn.Module, dict[str, Any]]:
             **tokens,
         )
         kind = hf.Qwen2_5_VLForConditionalGeneration
-    else:
-        config = hf.Qwen3VLConfig(
-            vision_config=Qwen3VLVisionConfig(
-                **vision, hidden_size=32, intermediate_size=64, out_hidden_size=48, num_position_embeddings=16, deepstack_visual_indexes=[0, 1]
-            ).to_dict(),
-            text_config=Qwen3VLTextConfig(**{**text, "head_dim": 12}).to_dict(),
-            **tokens,
-        )
-        kind = hf.Qwen3VLForConditionalGeneration
-    frame = 4 if family == "qwen3-vl" else 8  # Qwen3-VL puts a time stamp between the frames of a video
-    video = [(4, frame)] * (8 // frame) * 2 if family == "qwen3-vl" else [(4, 16)]
+    else:  # of the layers with experts, one in between is dense
+        experts = {"moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 2, "mlp_only_layers": [3]} if family == "qwen3-vl-moe" else {}
+        tower = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 48, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+        name = "Qwen3VLMoe" if experts else "Qwen3VL"
+        config = getattr(hf, f"{name}Config")(vision_config={**vision, **tower}, text_config={**text, "head_dim": 12, **experts}, **tokens)
+        kind = getattr(hf, f"{name}ForConditionalGeneration")
+    stamped = family.startswith("qwen3")  # a time stamp stands between the frames of a video
+    frame = 4 if stamped else 8
+    video = [(4, frame)] * 4 if stamped else [(4, 16)]
     samples = [[*video, (3, 16)], [(3, 8)]] if moving else [[(3, 16), (3, 8)], [(3, 12)]]
     inputs: dict[str, Any] = tiny_prompts(samples, opening=5)
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == 3).int() + 2 * (inputs["input_ids"] == 4).int()
     generator = torch.Generator().manual_seed(3)
     grids = {"pixel_values": [[1, 8, 8], [1, 4, 8]] if moving else [[1, 8, 8], [1, 4, 8], [1, 4, 12]]}
     if moving:
-        grids["pixel_values_videos"] = [[4, 4, 4]] if family == "qwen3-vl" else [[2, 8, 4]]
+        grids["pixel_values_videos"] = [[4, 4, 4]] if stamped else [[2, 8, 4]]
     for name, thw in grids.items():
         inputs["video_grid_thw" if name.endswith("videos") else "image_grid_thw"] = torch.tensor(thw)
         inputs[name] = torch.randn(sum(t * h * w for t, h, w in thw), 3 * 2 * 16, generator=generator)
@@ -176,11 +182,12 @@ def _is(kind: str, model: nn.Module) -> bool:
 
 
 for _kind, _name in FAMILIES.items():
+    _said = _name.replace("qwen", "Qwen").replace("-vl", "-VL").replace("-moe", "-MoE")
     ADAPTERS.register(
         _name,
         AdapterInfo(
             name=_name,
-            idea=f"{_name.replace('qwen', 'Qwen').replace('-vl', '-VL')} on transformers: images and video of any size; behind the merger, language model",
+            idea=f"{_said} on transformers: images and video of any size; behind the merger, language model",
             matches=partial(_is, _kind),
             bind=QwenVL,
             tiny={"images": partial(_tiny, _name, False), "video": partial(_tiny, _name, True)},

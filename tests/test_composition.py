@@ -307,6 +307,27 @@ def test_routed_variants_give_the_same_text(tiny, positions, split):
     assert torch.allclose(*found, atol=1e-5 * float(found[0].abs().max()))
 
 
+def test_two_routing_stages_meet_at_one_layer(tiny):
+    """The second takes out what the first has just brought back: other columns than were taken before."""
+    model, inputs = tiny("qwen3-vl", "images")
+    recipe = _recipe(("dpvr-lf", None, {"split": 5}), ("dpvr-lf", None, {"split": 5, "variant": "kv"}))
+    names = ("decode_is_masked_dense", "cached_is_uncached", "batch_is_singles", "interleaved_is_solo", "counts_are_true")
+    results = [check(name, model, recipe, inputs) for name in names]
+    assert all(r.passed is not False for r in results) and sum(r.passed is True for r in results) >= 4, results
+
+
+@pytest.mark.parametrize("init", ["identity", "random"])
+def test_a_branch_of_experts_begins_as_asked(tiny, init):
+    model, inputs = tiny("qwen3-vl-moe", "images")
+    with torch.no_grad(), vtprune.attach(model, "dpvr-lf", split=2, init=init) as handle:
+        model(**inputs)
+        (layer,) = handle.modules["dpvr-lf"]
+        found, x = layer.mlp.experts.down_proj.detach(), torch.randn(1, 3, 48)
+        tables = torch.ones(1, 3, 12), torch.zeros(1, 3, 12)
+        same = torch.equal(layer(x, position_embeddings=tables), x)
+    assert same == (init == "identity") and (0.01 < float(found.std()) < 0.03) == (init == "random")
+
+
 def test_each_routing_stage_has_a_module(tiny):
     model, inputs = tiny("llava", "clip-llama")
     stages = (("dpvr-lf", None, {"split": 1, "fusion": 3, "branch_layers": 2}), ("dpvr-lf", None, {"split": 4}))

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from vtprune.models._host import cache_of
+from vtprune.models.base import ADAPTERS
 
 import vtprune
+from vtprune import cost
+from vtprune.attach import bind
 
 METHODS = [
     ("random", {"keep": 1.0}),
@@ -44,6 +47,34 @@ def test_llava_flops_equal_the_counter(tiny, variant, method, options):
     # ToMe's own matching is counted by torch and not by the report; fused attention in a composed block (DINOv2 on transformers 5.17) the other way round.
     slack = 0.02 if method == "tome" else 3e-3
     assert report.flops == pytest.approx(real, rel=slack)
+
+
+LANGUAGE = [(f, v) for f in ADAPTERS if f not in ("hf-vit", "timm-vit", "open-clip") for v in ADAPTERS.get(f).tiny]
+ALONE = ("generic", "mistral3")  # of an unknown model the tower is not known, and Pixtral's masks in each image what all of them cost
+
+
+@pytest.mark.parametrize(("family", "variant"), LANGUAGE)
+def test_every_familys_flops_and_cache_equal_the_counter(tiny, family, variant):
+    """The whole model, tower and experts included, and what its cache holds: the formulas know each layer of each family."""
+    model, inputs = tiny(family, variant)
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")  # torch does not count grouped products
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])  # padding is not reported
+    with FlopCounterMode(display=False, depth=99) as counter, torch.no_grad():
+        cache = cache_of(model(**inputs, use_cache=True, logits_to_keep=1))
+    with vtprune.attach(model, "random", keep=0.5) as handle, torch.no_grad():
+        model(**inputs, use_cache=True)
+        report, adapter = handle.report(), bind(model)
+    found = counter.get_flop_counts()
+    if family in ALONE:
+        name = next(n for n, m in model.named_modules() if m is adapter.lm)
+        rows, length = inputs["input_ids"].shape
+        layers = sum(cost.decoder_layer(adapter.cost, i, length) for i in range(adapter.cost.depth))
+        assert rows * layers == pytest.approx(sum(found[f"{type(model).__name__}.{name}"].values()), rel=3e-4)  # 5.17 makes rotary tables by a product
+    else:
+        assert report.dense_flops == pytest.approx(sum(found["Global"].values()), rel=3e-4)
+    assert report.dense_kv_bytes == sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+    assert report.flops < report.dense_flops
 
 
 @pytest.mark.parametrize("variant", ["class", "layerscale-registers", "avg-pool", "eva02", "dinov3"])

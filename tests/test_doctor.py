@@ -52,9 +52,7 @@ def test_an_optional_package_may_be_absent(monkeypatch):
 def test_filelock_4_is_a_conflict_only_with_the_lmms_eval_that_needs_it(monkeypatch, lmms, there, told):
     pretend(monkeypatch, lmms_eval=lmms, filelock="4.3.1")
     monkeypatch.setattr(versions, "find_spec", lambda name: object() if there else None)
-    assert versions.conflicts() == (
-        [f"lmms-eval {lmms} imports filelock._api, which filelock 4.3.1 does not have: pip install 'filelock<4'"] if told else []
-    )
+    assert versions.conflicts() == ([f"lmms-eval {lmms} imports filelock._api, which filelock 4.3.1 does not have: pip install 'filelock<4'"] if told else [])
 
 
 @pytest.mark.parametrize("families", [("generic", "llava", "timm-vit"), pytest.param((), marks=pytest.mark.slow)], ids=["three", "all"])

@@ -185,7 +185,7 @@ def test_deepstack_planes_follow_their_rows(tiny, monkeypatch):
     assert check("prefill_is_masked_dense", model, "random", inputs, keep=4).passed is False
 
 
-@pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
+@pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe"])
 def test_merging_equals_the_language_model_on_the_short_sequence(tiny, family):
     """Independent of the engine: merged features, M-RoPE positions and DeepStack planes of the kept tokens, given to the language model alone."""
     model, inputs = tiny(family, "images")
@@ -210,7 +210,7 @@ def test_merging_equals_the_language_model_on_the_short_sequence(tiny, family):
         embeds[visual[kept]] = mean(encoded.pooler_output[0])
         places, _ = model.model.get_rope_index(one["input_ids"], mm_token_type_ids=one["mm_token_type_ids"], image_grid_thw=one["image_grid_thw"])
         planes = {}
-        if family == "qwen3-vl":
+        if family.startswith("qwen3-vl"):
             marks = torch.zeros_like(stay)
             marks[visual[kept]] = True
             planes = {

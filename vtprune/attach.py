@@ -427,6 +427,7 @@ class Handle:
         self._methods: list[Method] = []
         self.modules: dict[str, Any] = {}  # by method; behind the first of one method, by method and number of the stage
         self._modules: dict[int, Any] = {}  # by number of the stage
+        self._splits = {n: cut.layer for n, (_, _, cuts) in enumerate(stages) for cut in cuts if cut.stash}  # which layer side branches are copies of
         planned: list[PlannedCut] = []
         self._inside = False
         for number, (stage, method, cuts) in enumerate(stages):
@@ -604,7 +605,7 @@ class Handle:
         real = [[c + text[b] for c in layers[b]] for b in range(samples)]  # whose keys and values the layer holds
         whole = [[c - request.keys_only.get(i, [0] * samples)[b] for i, c in enumerate(real[b])] for b in range(samples)]  # that pass through it
         for stage, counts in request.branched.items():  # a routing method's side branch
-            flops += sum(len(self._modules[stage]) * cost.decoder_layer(s, n) for n in counts)
+            flops += sum(len(self._modules[stage]) * cost.decoder_layer(s, self._splits[stage], n) for n in counts)
         return Report(
             visual_tokens=total,
             stages=tuple(stages),

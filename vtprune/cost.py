@@ -35,17 +35,19 @@ def vision(s: Shapes, images: int, patches: int, per_block: Sequence[float], ins
     return images * total
 
 
-def decoder_layer(s: Shapes, n: int, keys: int | None = None) -> int:
-    """One decoder layer over ``n`` tokens: projections, the full attention, gated MLP. ``keys`` (default ``n``) counts the tokens with keys and values."""
-    width, kv, seen = s.heads * s.hd, s.kv * s.hd, n if keys is None else keys
-    return 2 * (n * s.d * 2 * width + seen * s.d * 2 * kv + 2 * n * seen * width + 3 * n * s.d * s.f)
+def decoder_layer(s: Shapes, layer: int, n: int, keys: int | None = None) -> int:
+    """Decoder layer ``layer`` over ``n`` tokens: projections, the full attention, the MLP (of experts those that a token is sent to). ``keys`` (default ``n``)
+    counts the tokens with keys and values."""
+    at, seen = s.layers[layer], n if keys is None else keys
+    return 2 * (n * at.row + seen * at.key + n * seen * at.pair)
 
 
 def prefill(s: Shapes, per_layer: Sequence[int], keys: Sequence[int] | None = None) -> int:
     """Decoder layers over ``per_layer`` tokens (text and visual) and the head for one position; ``keys`` as for :func:`decoder_layer`."""
-    return sum(decoder_layer(s, n, k) for n, k in zip(per_layer, keys or per_layer, strict=True)) + 2 * s.d * s.vocab
+    return sum(decoder_layer(s, i, n, k) for i, (n, k) in enumerate(zip(per_layer, keys or per_layer, strict=True))) + 2 * s.d * s.vocab
 
 
 def kv_bytes(s: Shapes, per_layer: Sequence[int]) -> int:
     """Bytes of keys and values that the prefill leaves behind; a sliding window's cache keeps the last of them only."""
-    return sum(2 * (min(n, most) if most else n) * s.kv * s.hd * s.bytes for n, most in zip(per_layer, s.held or [0] * len(per_layer), strict=True))
+    held = s.held or [0] * len(per_layer)
+    return sum((min(n, most) if most else n) * at.kept * s.bytes for at, n, most in zip(s.layers, per_layer, held, strict=True))

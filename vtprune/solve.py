@@ -58,7 +58,8 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes:
         flops += cost.prefill(shapes, [round(k) + text for k in through_llm], [round(k) + text for k in llm])
         for stage, _, own in stages:  # the side branches of routing stages
             if any(c.restore or c.context for c in own):
-                flops += stage.options.get("branch_layers", 1) * cost.decoder_layer(shapes, round(aside))
+                split = next(c.layer for c in own if c.stash)
+                flops += stage.options.get("branch_layers", 1) * cost.decoder_layer(shapes, split, round(aside))
     return sum(rows) / len(rows), int(flops)
 
 

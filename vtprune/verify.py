@@ -532,7 +532,7 @@ def _generate(c: _Case) -> tuple[Tensor, Tensor]:
         "max_new_tokens": STEPS,
         "min_new_tokens": STEPS,
         "do_sample": False,
-        "suppress_tokens": [t for t in (c.adapter.image_token, c.adapter.video_token) if t is not None],
+        "suppress_tokens": list(c.adapter.unspoken),
     }
     model: Any = c.model
     with torch.no_grad():

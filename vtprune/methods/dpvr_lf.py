@@ -82,11 +82,12 @@ class DpvrLf(Method):
         with torch.no_grad():
             for layer in copies:
                 if self.init == "identity":
-                    layer.self_attn.o_proj.weight.zero_()
-                    layer.mlp.down_proj.weight.zero_()
+                    for name, p in layer.named_parameters():
+                        if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):  # the last: all experts in one
+                            p.zero_()
                 elif self.init == "random":
                     for name, p in layer.named_parameters():
-                        if p.ndim == 2:
+                        if p.ndim >= 2:
                             p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
                         else:
                             p.fill_(0.0 if name.endswith("bias") else 1.0)
