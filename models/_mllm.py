@@ -101,7 +101,7 @@ class Mllm:
         """What the configuration says of the layers of an unknown language model, if it does."""
         try:
             return self.costs()[0]
-        except (AttributeError, TypeError):
+        except (AttributeError, TypeError, RuntimeError):  # the last: values that differ from layer to layer (Gemma 4)
             return None
 
     def costs(self) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
