@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..kernels.base import rotate
 from ..ledger import MARK, UndoLedger, close, follow, mark
 from ..select import combine
 from ..types import Seed, TokenView, UnsupportedError, VtpruneError
@@ -26,7 +25,7 @@ from ._entry import Entry
 from ._layout import Part, present, units
 from ._level import Level, backend, decode_mask, dense_level, pack, packed, prefill_mask, within
 from ._request import Call, Encoded, Request, Stash
-from ._scores import answer_starts, attention_to, heads, query_rows, take
+from ._scores import answer_starts, attention_to, heads, query_rows, take, turn
 from ._tower import Record, Run
 from .base import PlannedCut
 
@@ -37,7 +36,8 @@ class Decoder:
     (``None``: there is none); ``lm`` is the decoder stack that it calls; ``layers`` those of the stack; ``visual(input_ids)`` a bool mask of the placeholders
     ``[B, T]``; ``parts(input_ids, inputs)`` what they stand for; ``sources(inputs, parts)`` which of the tower's tokens each was made of; ``encoded(inputs)``
     what the encoders did for the forward, by modality; ``kinds`` each layer's attention type; ``window`` of the sliding ones; ``rotary(x, ids, kind)`` the
-    rotary table of other positions; ``mrope`` positions have three axes; ``first_position`` of a prompt's first token."""
+    rotary table of other positions, ``pairs`` whether it turns each channel with its neighbour; ``mrope`` positions have three axes; ``first_position`` of a
+    prompt's first token."""
 
     root: Any
     lm: Any
@@ -49,6 +49,7 @@ class Decoder:
     window: int | None
     rotary: Callable[[Tensor, Tensor, str], tuple[Tensor, Tensor]]
     mrope: bool
+    pairs: bool = False
     first_position: int = 0
     core: Any = None
     encoded: Callable[[dict[str, Any]], dict[str, Encoded]] = lambda inputs: {}
@@ -463,9 +464,9 @@ class DecoderEngine:
             ids = self._compact(level, full.to(x.device).expand(len(level.rows), -1).gather(1, level.rows))
             rope = self.d.rotary(x, ids, self.d.kinds[number])
         else:
-            given = [t.to(level.rows.device) for t in (*rope, *(() if ids is None else (ids,)))]
-            cos, sin, *more = kernels.gather(level.rows, *given)
-            rope, ids = (cos, sin), more[0] if more else None
+            flat = () if ids is None else tuple(ids) if ids.ndim == 3 else (ids,)  # three axes each for themselves (GLM-4.5V)
+            cos, sin, *more = kernels.gather(level.rows, *(t.to(level.rows.device) for t in (*rope, *flat)))
+            rope, ids = (cos, sin), None if ids is None else torch.stack(more) if ids.ndim == 3 else more[0]
         out = {"position_embeddings": rope, "position_ids": ids}
         cached = self._columns(call, number, x.shape[1])[0]
         sliding, how = self.d.window_of(number) is not None, backend(self.d.lm.config)
@@ -629,7 +630,7 @@ class DecoderEngine:
         key, value = heads(attention, "k", hidden), heads(attention, "v", hidden)
         cache = _host.cache_in(kwargs)
         cache = _host.new_cache() if cache is None else cache
-        cache.update(rotate(key, *tables), value, number)
+        cache.update(turn(key, tables[0], tables[1], self.d.pairs), value, number)
         return {**serving, **_host.cached(module, cache)}
 
     def _branch(self, call: Call, cut: PlannedCut, stash: Stash) -> Tensor:
@@ -701,7 +702,7 @@ class DecoderEngine:
             mine = asking if part is None else asking & (segments == part)
             one = query == "last" and call.labels is None
             rows, weight = query_rows(mine, 1 if one else None)  # [B, R] each
-            score = attention_to(self.d.layers[number], x, rows, weight, level, rotary, dense.get("attention_mask"), keys, segments)
+            score = attention_to(self.d.layers[number], x, rows, weight, level, rotary, dense.get("attention_mask"), keys, segments, self.d.pairs)
             score = score.to(where.device)[owner[:, None], where.clamp_min(0)]
             out = score if part is None else torch.where(self._part(call, owner)[:, None] == part, score.to(out.dtype), out)
         return out.masked_fill(where < 0, -torch.inf)

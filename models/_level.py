@@ -37,9 +37,9 @@ class Level:
 
     def move(self, index: Tensor) -> None:
         """The samples ``index`` ``[B']`` of this level take the places of all."""
-        for f in fields(self):
-            if isinstance(value := getattr(self, f.name), Tensor):
-                setattr(self, f.name, value[index.to(value.device)])
+        index = index.to(self.rows.device)
+        self.rows, self.valid, self.visual = self.rows[index], self.valid[index], self.visual[index]
+        self.shift = self.shift[index]
         self.elsewhere.clear()
         for name in ("counts", "whole"):
             self.__dict__.pop(name, None)

@@ -38,6 +38,8 @@ TEXT = {
     "Qwen2_5_VLTextModel": "Qwen2.5-VL",
     "Qwen3VLTextModel": "Qwen3-VL",
     "Qwen3VLMoeTextModel": "Qwen3-VL-MoE",
+    "Glm4vTextModel": "GLM-4V",
+    "Glm4vMoeTextModel": "GLM-4.5V",
 }
 
 
@@ -54,6 +56,7 @@ class Mllm:
     runs = False  # tiles that follow each other without a token between them are one image
     follows: ClassVar[dict[str, int]] = {}  # inputs with one entry per token, and what a generated token has there
     first_position = 0  # of a prompt's first token
+    pairs = False  # rotary tables turn each channel with its neighbour
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class Mllm:
         """What the configuration says of the layers of an unknown language model, if it does."""
         try:
             return self.costs()[0]
-        except (AttributeError, TypeError):
+        except (AttributeError, TypeError, RuntimeError):  # the last: values that differ from layer to layer (Gemma 4)
             return None
 
     def costs(self) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
@@ -145,6 +148,10 @@ class Mllm:
     def rotary(self, x: Tensor, ids: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         return self.lm.rotary_emb(x, position_ids=ids)
 
+    def moving(self, inputs: dict[str, Any]) -> int | None:
+        """The token that stands for videos in a prompt of these inputs, ``None``: there are none."""
+        return self.video_token
+
     # ---------------------------------------------------------------------------------------------------------- what is shared
 
     def visual(self, ids: Tensor) -> Tensor:
@@ -164,7 +171,7 @@ class Mllm:
             if not torch.equal(marks[::copies].repeat_interleave(copies, 0), marks):
                 copies = 1
         # Beam search repeats every prompt, but not the sizes of its images.
-        found = parts(ids[::copies], self.visual(ids[::copies]), self.video_token, images, videos, runs=self.runs)
+        found = parts(ids[::copies], self.visual(ids[::copies]), self.moving(inputs), images, videos, runs=self.runs)
         return [sample for sample in found for _ in range(copies)]
 
     def noted(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -242,6 +249,7 @@ class Mllm:
             window=getattr(self.lm.config, "sliding_window", None),
             rotary=self.rotary,
             mrope=self.geometry.mrope,
+            pairs=self.pairs,
             first_position=self.first_position,
             core=None if self.model.base_model is self.model else self.model.base_model,
             encoded=self.encoded,

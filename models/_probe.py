@@ -186,7 +186,7 @@ def probe_queries(decoder: Decoder) -> None:
             rows = torch.full((len(toy.ids), 1), toy.ids.shape[1] - 1, device=toy.ids.device)
             rotary = kwargs.get("position_embeddings")
             tables = None if rotary is None else (take(rotary[0], level.rows), take(rotary[1], level.rows))
-            q, k, how = question(block, x, rows, tables)
+            q, k, how = question(block, x, rows, tables, decoder.pairs)
             seen_keys = visible(level, rows, kwargs.get("attention_mask"), "all")
             group = q.shape[1] // k.shape[1]
             each = [kernels.query_scores(q[:, i : i + 1], k[:, i // group : i // group + 1], seen=seen_keys, **how) for i in range(q.shape[1])]

@@ -26,12 +26,41 @@ def take(table: Tensor, rows: Tensor) -> Tensor:
     return kernels.gather(rows, table.to(rows.device))[0]
 
 
-def question(block: Any, x: Tensor, rows: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def turn(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
+    """``x`` ``[B, H, M, d]`` rotated as its model does it: the first channels that the tables ``[B or 1, M, r]`` have, half against half, or, ``pairs``, each
+    with its neighbour (GLM-4V)."""
+    r = cos.shape[-1]
+    if not pairs:
+        return torch.cat([rotate(x[..., :r], cos, sin), x[..., r:]], -1) if r < x.shape[-1] else rotate(x, cos, sin)
+    even, odd = x[..., :r:2], x[..., 1:r:2]
+    c, s = (t[:, None].to(x.dtype) for t in (cos, sin))
+    return torch.cat([x[..., :r] * c + torch.stack((-odd, even), -1).flatten(-2) * s, x[..., r:]], -1)
+
+
+def fold(x: Tensor, r: int, pairs: bool) -> Tensor:
+    """Channels ``[..., d]`` in another order, in which :func:`turn` is a rotation of half against half: products of queries and keys are the same."""
+    a, b = (x[..., :r:2], x[..., 1:r:2]) if pairs else x[..., :r].chunk(2, -1)
+    c, d = x[..., r:].chunk(2, -1)
+    return torch.cat([a, c, b, d], -1)
+
+
+def folded(cos: Tensor, sin: Tensor, d: int, pairs: bool) -> tuple[Tensor, Tensor]:
+    """The tables ``[B or 1, M, r]`` for channels in that order, ``[B or 1, M, d]``."""
+    r = cos.shape[-1]
+    halves = [t[..., ::2] if pairs else t[..., : r // 2] for t in (cos, sin)]
+    c, s = (nn.functional.pad(t, (0, (d - r) // 2), value=still) for t, still in zip(halves, (1.0, 0.0), strict=True))
+    return torch.cat([c, c], -1), torch.cat([s, s], -1)
+
+
+def question(block: Any, x: Tensor, rows: Tensor, rotary: tuple[Tensor, Tensor] | None, pairs: bool = False) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """What :func:`vtprune.kernels.query_scores` needs to know of a layer that reads ``x`` ``[B, M, C]``: the rotated queries of ``rows`` ``[B, R]``, all keys,
-    and how its logits are made; ``rotary`` tables ``[B or 1, M, d]`` of x."""
+    and how its logits are made; ``rotary`` tables ``[B or 1, M, r]`` of x, ``pairs`` as for :func:`turn`."""
     attention = block.self_attn
     h = block.input_layernorm(x)
     q, k = heads(attention, "q", take(h, rows)), heads(attention, "k", h)
+    if rotary is not None and (pairs or rotary[0].shape[-1] < q.shape[-1]):
+        r, d = rotary[0].shape[-1], q.shape[-1]
+        q, k, rotary = fold(q, r, pairs), fold(k, r, pairs), folded(*rotary, d, pairs)
     if rotary is not None:
         q = rotate(q, *(take(t, rows) for t in rotary))
     cap = getattr(attention, "attn_logit_softcapping", None)  # Gemma 2
@@ -60,10 +89,11 @@ def attention_to(
     own: Any,
     keys: str,
     segments: Tensor | None = None,
+    pairs: bool = False,
 ) -> Tensor:
     """Attention of ``rows`` ``[B, R]``, weighted by ``weight`` ``[B, R]`` and averaged over heads, to each of the level's M tokens: ``[B, M]``. A few rows at
     a time meet the keys, never a full map."""
-    q, k, how = question(block, x, rows, rotary)
+    q, k, how = question(block, x, rows, rotary, pairs)
     parts = []
     for i in range(0, rows.shape[1], ROWS):
         some = rows[:, i : i + ROWS]

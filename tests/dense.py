@@ -223,8 +223,14 @@ class Dense:
             cos, sin = (a[:, None] for a in kwargs["position_embeddings"])
 
             def turn(y: Tensor) -> Tensor:
-                a, b = y.chunk(2, -1)
-                return y * cos + torch.cat([-b, a], -1) * sin
+                first, rest = y[..., : cos.shape[-1]], y[..., cos.shape[-1] :]
+                if self.adapter.pairs:  # neighbouring channels are a complex number
+                    by = torch.complex(cos[..., ::2].double(), sin[..., ::2].double())
+                    first = torch.view_as_real(torch.view_as_complex(first.double().unflatten(-1, (-1, 2)).contiguous()) * by).flatten(-2).to(y.dtype)
+                else:
+                    a, b = first.chunk(2, -1)
+                    first = first * cos + torch.cat([-b, a], -1) * sin
+                return torch.cat([first, rest], -1)
 
             q, k = turn(q), turn(k)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)

@@ -135,7 +135,7 @@ def test_public_look_ups():
     assert set(vtprune.methods()) <= set(vtprune.recipes())
     towers = {"hf-vit", "timm-vit", "open-clip"}
     tiled = {"llava", "llava-next", "llava-onevision", "internvl", "smolvlm", "gemma3", "paligemma", "mistral3"}
-    assert set(vtprune.adapters()) == towers | tiled | {"qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "generic"}
+    assert set(vtprune.adapters()) == towers | tiled | {"qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "glm4v", "generic"}
     info = vtprune.describe("flowcut")
     assert info.paper == "arXiv 2505.19536" and info.options["ema"] == 0.5 and all(info.option_help.values())
 

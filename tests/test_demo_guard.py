@@ -5,12 +5,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from vtprune.demos import guard
 from vtprune.demos.guard import Guard, name_of, names, policy
 
 PAGE = b"<html><script>one()</script><script src=a.js></script><SCRIPT data-x>\ntwo()\n</SCRIPT></html>"
+
+
+def run(coroutine):
+    """In a thread of its own: a browser's tests may have left a loop running in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
 
 
 def call(app, method="GET", body=(), **headers):
@@ -25,7 +32,7 @@ def call(app, method="GET", body=(), **headers):
         sent.append(message)
 
     found = [(k.replace("_", "-").encode(), v.encode()) for k, v in {"host": "localhost:7860", **headers}.items()]
-    asyncio.run(app({"type": "http", "method": method, "path": "/", "headers": found}, receive, send))
+    run(app({"type": "http", "method": method, "path": "/", "headers": found}, receive, send))
     start, *rest = sent
     return start["status"], dict(start["headers"]), b"".join(m.get("body", b"") for m in rest)
 
@@ -113,7 +120,7 @@ def test_sockets_are_closed(app, inner):
     async def send(message):
         sent.append(message["type"])
 
-    asyncio.run(app({"type": "websocket", "path": "/", "headers": [(b"host", b"localhost")]}, receive, send))
+    run(app({"type": "websocket", "path": "/", "headers": [(b"host", b"localhost")]}, receive, send))
     assert sent == ["websocket.close"] and inner.calls == 0
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
 from vtprune.models import _decoder
 from vtprune.models._host import cache_of, cached
 from vtprune.models._level import shaped
+from vtprune.models._probe import probe_queries
 from vtprune.models.base import ADAPTERS
 
 import vtprune
@@ -174,6 +176,16 @@ def test_the_solver_serves_images_of_any_size(tiny):
     assert handle.report().effective_tokens == 5
 
 
+def test_glm_takes_images_or_videos(tiny):
+    """Both stand at the image token: a batch with both cannot be told apart, by the model neither."""
+    model, inputs = tiny("glm4v", "video")
+    with vtprune.attach(model, "random", keep=2, per="video") as handle, torch.no_grad():
+        model(**inputs)
+        assert handle.report().grids == [[(2, 2)] * 4, [(2, 3)] * 2] and handle.report().stages[-1].tokens_out == [2, 2]
+        with pytest.raises(UnsupportedError, match="images or videos"):
+            model(**inputs, image_grid_thw=torch.tensor([[1, 4, 4]]), pixel_values=torch.zeros(16, 96))
+
+
 def test_deepstack_planes_follow_their_rows(tiny, monkeypatch):
     """The planes that Qwen3-VL adds behind its first layers are cut like the rows: shifted by one row the contract fails."""
     from vtprune.models import qwen_vl
@@ -223,8 +235,20 @@ def test_merging_equals_the_language_model_on_the_short_sequence(tiny, family):
     assert len(kept) == 4 and slot.unique().tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("variant", ["dense", "experts"])
+def test_rotations_of_a_part_of_each_head_are_recomputed(tiny, variant):
+    """GLM-4.1V turns neighbouring channels, GLM-4.5V halves, both in the first part of each head only; the wrong one of the two is noticed."""
+    model, _ = tiny("glm4v", variant)
+    adapter = bind(model)
+    described = adapter.describe()
+    assert adapter.pairs == (variant == "dense")
+    with pytest.raises(UnsupportedError, match="attention is not what"):
+        probe_queries(replace(described, pairs=not adapter.pairs))
+    probe_queries(described)
+
+
 @pytest.mark.parametrize("method", ["fastv", "random", "drop-all"])
-@pytest.mark.parametrize("family", ["qwen2-vl", "qwen3-vl", "paligemma", "llava"])
+@pytest.mark.parametrize("family", ["qwen2-vl", "qwen3-vl", "glm4v", "paligemma", "llava"])
 def test_decoding_by_hand_without_positions_is_what_generate_does(tiny, family, method):
     """A caller who passes only the new token and the cache gets the positions behind the whole prompt, however little of it the cache holds."""
     variant = next(iter(ADAPTERS.get(family).tiny))

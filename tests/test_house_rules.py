@@ -225,7 +225,7 @@ except BaseException: undo(); raise
 
 HOST = {
     *("past_key_values", "get_seq_length", "get_mask_sizes", "is_compileable", "_attn_implementation", "mm_encoder_outputs", "deepstack_visual_embeds"),
-    *("_prefill", "_get_candidate_generator", "get_compiled_call", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+    *("_prefill", "_get_candidate_generator", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
 }
 
 
