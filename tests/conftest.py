@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes that tests start share the cores too: two threads each that wait for one another take several times as long
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not torch.cuda.is_available():  # before anything imports triton: its kernels run in the interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -33,12 +33,17 @@ class Entry:
 
 
 @functools.cache
-def tried(family: str, variant: str, method: str) -> Entry:
-    """One method on one tiny model: attached and run, with its defaults or with the options it names for such cases."""
+def _tiny(family: str, variant: str) -> Any:
+    """A tiny model and its inputs, built once: an attachment leaves it as it was."""
     from vtprune.models.base import ADAPTERS
 
-    model, inputs = ADAPTERS.get(family).tiny[variant]()
-    info = METHODS.get(method)
+    return ADAPTERS.get(family).tiny[variant]()
+
+
+@functools.cache
+def tried(family: str, variant: str, method: str) -> Entry:
+    """One method on one tiny model: attached and run, with its defaults or with the options it names for such cases."""
+    (model, inputs), info = _tiny(family, variant), METHODS.get(method)
     reason = ""
     for options in ({}, info.elsewhere):
         try:
