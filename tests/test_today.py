@@ -134,9 +134,9 @@ def _build(name: str) -> Any:
     kind, arguments = BUILT.get(name, (name, {}))
     try:  # what a configuration of other sizes than its authors thought of may answer
         config = CONFIG_MAPPING[kind](**arguments) if arguments else _shrink(CONFIG_MAPPING[kind]())
-        for token, what in ((IMAGE, "image"), (VIDEO, "video")):
+        for token, what in ((VIDEO, "video"), (IMAGE, "image")):  # Molmo has one for both
             for place in (f"{what}_token_id", f"{what}_token_index"):
-                if isinstance(getattr(config, place, None), int) and getattr(config, "image_token_id", None) != IMAGE:
+                if isinstance(getattr(config, place, None), int):
                     setattr(config, place, token)
         torch.manual_seed(0)
         model = getattr(transformers, NAMES[kind])(config).eval()
