@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from vtprune.models._count import fit
 from vtprune.models._host import cache_of
 from vtprune.models.base import ADAPTERS
 
 import vtprune
 from vtprune import cost
 from vtprune.attach import bind
+from vtprune.types import UnsupportedError
 
 METHODS = [
     ("random", {"keep": 1.0}),
@@ -75,6 +77,14 @@ def test_every_familys_flops_and_cache_equal_the_counter(tiny, family, variant):
         assert report.dense_flops == pytest.approx(sum(found["Global"].values()), rel=3e-4)
     assert report.dense_kv_bytes == sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
     assert report.flops < report.dense_flops
+
+
+def test_work_that_does_not_go_by_tokens_is_refused():
+    """Counted on three prompts: so much per token and so much per pair, in whole numbers, or no report could be right."""
+    assert fit("Toy", 0, [(n, 7 * n + 2 * n * n) for n in (3, 6, 11)]) == (7, 2)
+    for work in ([(3, 9), (6, 18), (11, 34)], [(3, 10), (6, 21), (11, 40)], [(n, 7 * n + 8) for n in (3, 6, 11)]):
+        with pytest.raises(UnsupportedError, match="layer 4 is not so much per token"):
+            fit("Toy", 4, work)
 
 
 @pytest.mark.parametrize("variant", ["class", "layerscale-registers", "avg-pool", "eva02", "dinov3"])
