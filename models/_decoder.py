@@ -698,11 +698,13 @@ class DecoderEngine:
         asking = self._asking(call, level, query)
         segments = None if call.segments is None else call.segments.to(x.device).gather(1, level.rows)
         out = torch.empty_like(where, dtype=torch.float32)
+        block = self.d.layers[number]
         for part in (None,) if segments is None else range(int(segments.max()) + 1):
             mine = asking if part is None else asking & (segments == part)
             one = query == "last" and call.labels is None
             rows, weight = query_rows(mine, 1 if one else None)  # [B, R] each
-            score = attention_to(self.d.layers[number], x, rows, weight, level, rotary, dense.get("attention_mask"), keys, segments, self.d.pairs)
+            with _host.gathered(block):
+                score = attention_to(block, x, rows, weight, level, rotary, dense.get("attention_mask"), keys, segments, self.d.pairs)
             score = score.to(where.device)[owner[:, None], where.clamp_min(0)]
             out = score if part is None else torch.where(self._part(call, owner)[:, None] == part, score.to(out.dtype), out)
         return out.masked_fill(where < 0, -torch.inf)

@@ -53,6 +53,7 @@ class Entry:
         self.answers: OrderedDict[tuple[int, ...], int] = OrderedDict()  # a whole sequence -> how much of it is the prompt
         self.lock = threading.Lock()
         for root in roots:
+            ledger.before(root, _only(root))
             ledger.replace(root, "forward", self._forward(root))
         model: Any = roots[0]
         if hasattr(model, "generate"):
@@ -171,6 +172,18 @@ class Entry:
 
 
 REMOVED = "the attachment was removed while this forward ran; run it again"
+
+
+def _only(root: nn.Module) -> Callable:
+    """Refuses replicas: what is hooked into them would compute with the weights of ``root``."""
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if module is not root:
+            raise UnsupportedError(
+                f"this {type(module).__name__} is a replica of the one that was attached (nn.DataParallel makes one per device); use one process per device"
+            )
+
+    return enter
 
 
 def _whole_prompts(prefill: Callable) -> Callable:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -137,6 +138,27 @@ def features(output: Any) -> Any:
 def private(model: Any, what: str) -> Callable | None:
     """A private method of ``generate`` (a key of :data:`PRIVATE`), ``None`` where this release has none of the name."""
     return getattr(model, PRIVATE[what], None)
+
+
+def _sharded(module: nn.Module) -> bool:
+    return any(hasattr(p, "full_tensor") for p in module.parameters())
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within it, ``module`` holds whole weights, also where FSDP2 (``fully_shard``) has shared them out and does not gather them now."""
+    opened: list[Any] = []
+    try:
+        for part in reversed(list(module.modules())):  # the inner ones first: what is then left of an outer one is its own
+            if hasattr(part, "unshard") and _sharded(part):
+                part.unshard()
+                opened.append(part)
+        if _sharded(module):
+            raise UnsupportedError(f"the weights of a {type(module).__name__} are sharded, and it has no unshard() of its own: they cannot be read here")
+        yield
+    finally:
+        for part in opened:
+            part.reshard()
 
 
 def forget_compiled() -> None:

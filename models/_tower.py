@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..ledger import UndoLedger, live
 from ..select import combine, gather
 from ..types import Projections, Seed, Selection, TokenView, UnsupportedError, extent
+from . import _host
 from .base import PlannedCut
 
 ONE_SIZE = "images must have the size that the model's configuration names, and patch dropout must be off"
@@ -558,10 +559,10 @@ class TowerEngine:
         modes = {m: m.training for m in block.modules()}
         try:
             block.eval()
-            with torch.no_grad():
-                want = block(noise, **given)
+            with torch.no_grad(), _host.gathered(block):
+                want = block.forward(noise, **given)
                 self.ledger.replace(block, "forward", self._composed(block, cuts))
-                got = block(noise, **given)
+                got = block.forward(noise, **given)
         finally:
             for module, mode in modes.items():
                 module.training = mode

@@ -633,6 +633,57 @@ def test_a_projector_that_was_replaced_since_is_noticed():
             model(**inputs)
 
 
+def test_replicas_are_refused():
+    """``nn.DataParallel`` calls shallow copies, whose hooks are those of the original."""
+    model, inputs = tiny()
+    with torch.no_grad(), vtprune.attach(model, "fastv", keep=3):
+        for module, given in ((model, inputs), (model.model, {k: inputs[k] for k in ("input_ids", "attention_mask", "pixel_values")})):
+            replica = module._replicate_for_data_parallel()
+            replica._modules = dict(module._modules)  # as they are given to it, one after the other
+            with pytest.raises(vtprune.UnsupportedError, match="replica"):
+                replica(**given)
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """``fully_shard`` of a model layer by layer, block by block, over one process."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+
+    def sharded(model, *lists):
+        for part in [part for parts in lists for part in parts]:
+            fully_shard(part, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+    yield sharded
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "recipe, options", [("fastv", {}), ("pyramiddrop", {"score_layer": "previous"}), ("pyramiddrop", {}), ("flowcut", {}), ("tome", {}), ("dpvr-lf", {})]
+)
+@pytest.mark.parametrize("first", ["attached", "sharded"])
+def test_sharded_models_are_pruned_alike(shard, recipe, options, first):
+    """FSDP2: layers whose weights are shared out between their forwards, also where one's attention is read later; copies of layers need whole ones."""
+    (model, inputs), (whole, _) = tiny(), tiny()
+    with torch.no_grad(), vtprune.attach(whole, recipe, **options) as handle:
+        want, sites = whole(**inputs).logits, [s.site for s in handle.report().stages]
+    parts = model.model.language_model.layers, model.model.vision_tower.encoder.layers
+    if first == "sharded":
+        shard(model, *parts)
+        if recipe == "dpvr-lf":
+            with pytest.raises(vtprune.UnsupportedError, match="sharded"):
+                vtprune.attach(model, recipe, **options)
+            return
+    with torch.no_grad(), vtprune.attach(model, recipe, **options) as handle:
+        if first == "attached":
+            shard(model, *parts)
+        assert torch.equal(model(**inputs).logits, want) and [s.site for s in handle.report().stages] == sites
+
+
 @pytest.mark.parametrize("recipe, options", [("fastv", {"keep": 3}), ("flowcut", {"keep": 3}), ("dpvr-lf", {"variant": "kv"})])
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_a_cache_whose_samples_move_goes_on(recipe, options, positions):
