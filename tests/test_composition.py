@@ -440,6 +440,24 @@ def test_a_new_line_token_leaves_with_its_row(tiny):
     assert gone and left and [row[0] for row in report.layer_tokens] == [len(k) for k in stage.kept]
 
 
+def test_a_prompt_may_end_with_a_new_line_token(tiny):
+    """It is what the answer follows, so it stays although its row is empty."""
+    model, x = tiny("llava-next", "clip-llama")
+    ids = x["input_ids"][1:]
+    ids = ids[:, x["attention_mask"][1].bool()]
+    ids = ids[:, : int((ids[0] == model.config.image_token_id).nonzero()[-1]) + 1]
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": x["pixel_values"][2:], "image_sizes": x["image_sizes"][2:]}
+    with torch.no_grad(), vtprune.attach(model, "downsample", keep=1, per="tile") as handle:
+        logits = model(**given).logits
+        report = handle.report()
+        (part,) = handle.adapter.parts(ids, given)[0][1:]
+    mine = torch.zeros(report.visual_tokens[0], dtype=torch.bool)
+    mine[report.stages[0].kept[0]] = True
+    rows = mine[-len(part.columns) :].view(part.grid)
+    assert not rows[-1, :-1].any() and rows[-1, -1], "the last row is empty, and its new-line token is there"
+    assert bool((logits[0, -1] != 0).any())
+
+
 @pytest.mark.parametrize("family", ["llava-next", "llava-onevision"])
 @pytest.mark.parametrize("size", [(8, 90), (90, 8), (4, 90), (200, 3)])
 def test_long_thin_images(tiny, family, size):

@@ -91,9 +91,11 @@ FAMILIES = [name for name in ADAPTERS if name not in ("hf-vit", "timm-vit", "ope
 
 
 MIXED = ("pyramiddrop", "fastv", "random", "uniform", "flowcut")
-# Every method with either attention by turns; the other half is slow.
+# Two methods and the one inside the tower for each family, with either attention by turns; the rest is slow.
 TURNS = [
-    pytest.param(family, method, attention, marks=() if (f + m + a) % 2 == 0 else pytest.mark.slow, id=f"{family}-{method}-{attention}")
+    pytest.param(
+        family, method, attention, marks=() if (f + m + a) % (2 if method == "flowcut" else 4) == 0 else pytest.mark.slow, id=f"{family}-{method}-{attention}"
+    )
     for f, family in enumerate(FAMILIES)
     for m, method in enumerate(MIXED)
     for a, attention in enumerate(("sdpa", "eager"))
