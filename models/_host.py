@@ -149,6 +149,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
     """Within it, ``module`` holds whole weights, also where FSDP2 (``fully_shard``) has shared them out and does not gather them now."""
     opened: list[Any] = []
     try:
+        part: Any
         for part in reversed(list(module.modules())):  # the inner ones first: what is then left of an outer one is its own
             if hasattr(part, "unshard") and _sharded(part):
                 part.unshard()
