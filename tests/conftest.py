@@ -59,6 +59,7 @@ def tiny():
     return build
 
 
+SOME = ("downsample", "dpvr-lf", "flowcut", "pitome", "pool", "pyramiddrop", "random")  # of every kind; with the bundled model the others are slow
 THOROUGH = ("llava", "qwen2.5-vl", "gemma3", "timm-vit")  # families of different kinds, in every case of every method
 
 
@@ -86,6 +87,9 @@ def covering(pair: tuple[str, str, str, int]) -> bool:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "some_method" in metafunc.fixturenames:
+        names = [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in vtprune.methods()]
+        metafunc.parametrize("some_method", names)
     if "method_name" in metafunc.fixturenames:
         metafunc.parametrize("method_name", vtprune.methods())
     if "pair" in metafunc.fixturenames:

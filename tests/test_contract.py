@@ -217,13 +217,13 @@ def bundled():
     return model, dict(prepare(processor, [Image.fromarray(s.image) for s in found], questions))
 
 
-def test_bundled_model_meets_the_contract(bundled, method_name):
+def test_bundled_model_meets_the_contract(bundled, some_method):
     """Pruned equals masked dense to 1e-5 on the trained model, prefill and cached generation."""
     model, inputs = bundled
-    info = vtprune.describe(method_name)
-    options = {"layer": 3} if method_name == "drop-all" else {} if not info.budgeted else {"keep": 36}
+    info = vtprune.describe(some_method)
+    options = {"layer": 3} if some_method == "drop-all" else {} if not info.budgeted else {"keep": 36}
     names = ("prefill_is_masked_dense", "decode_is_masked_dense", "cached_is_uncached", "batch_is_singles", "restored", "counts_are_true")
-    results = [check(name, model, method_name, inputs, **options) for name in names]
+    results = [check(name, model, some_method, inputs, **options) for name in names]
     assert all(r.passed is not False for r in results), results
     assert sum(r.passed is True for r in results) >= 4
 

@@ -206,7 +206,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny, method, reentrant
     ("method", "cache"),
     [("fastv", "static"), pytest.param("fastv", "dynamic", marks=pytest.mark.slow), pytest.param("random", "static", marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("padded", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_compiled_decode_step_gives_the_same_answer(tiny, method, cache, padded):
     """``torch.compile`` of the decoding steps, as ``generate`` does it with a static cache; the second answer compiles nothing."""
     model, inputs = tiny("llava", "clip-llama")

@@ -106,12 +106,12 @@ def test_exported_tasks_ask_what_the_benchmark_asks(exported, manager):
 # ------------------------------------------------------------------------------------------------- equal to the benchmark
 
 
-def test_every_recipe_answers_as_the_benchmark_does(bundled, manager, method_name):
-    lm = plugin(bundled, recipe=method_name, effective_tokens=0.25, batch_size=3)
+def test_every_recipe_answers_as_the_benchmark_does(bundled, manager, some_method):
+    lm = plugin(bundled, recipe=some_method, effective_tokens=0.25, batch_size=3)
     out, answers = evaluated(lm, manager, ["easy_vqa", "scenes"], limit=9)
     for name in ("easy_vqa", "scenes"):
         part = questions(name)[:9]
-        expected = bench.evaluate(*bundled, part, method_name, effective_tokens=0.25)
+        expected = bench.evaluate(*bundled, part, some_method, effective_tokens=0.25)
         assert answers[name] == dict(enumerate(expected["answers"]))
         assert out["results"][name]["accuracy,none"] == pytest.approx(sum(expected["correct"]) / len(part))
     assert out["throughput"]["avg_effective_tokens"] == pytest.approx(expected["effective_tokens"])

@@ -231,9 +231,9 @@ def bundled():
     return model, processor, [*bench.easy_vqa_samples(8), *bench.scenes_samples(1)[:8]]
 
 
-def test_batches_do_not_change_an_answer(bundled, method_name):
+def test_batches_do_not_change_an_answer(bundled, some_method):
     model, processor, part = bundled
-    runs = [bench.evaluate(model, processor, part, method_name, batch=b, effective_tokens=0.25) for b in (1, 4, 16)]
+    runs = [bench.evaluate(model, processor, part, some_method, batch=b, effective_tokens=0.25) for b in (1, 4, 16)]
     for name in ("answers", "correct", "effective_tokens", "nominal_tokens", "flops", "kv_bytes", "key"):
         assert runs[0][name] == runs[1][name] == runs[2][name], name
 
