@@ -184,8 +184,10 @@ class DecoderEngine:
         cache = call.cache if cache is None else cache
         if cache is not None:
             self.requests[cache] = request
-            mark(cache, any(not level.dense for level in request.levels))
-            follow(cache, {name: getattr(request, how) for name, how in _host.MOVES.items()})
+            pruned = any(not level.dense for level in request.levels)
+            mark(cache, pruned)
+            if pruned:
+                follow(cache, {name: getattr(request, how) for name, how in _host.MOVES.items()})
         self._tell(request)
 
     def _tell(self, request: Request) -> None:
@@ -316,6 +318,8 @@ class DecoderEngine:
         assert request is not None
         call.level = base = request.at[0]
         b, q = embeds.shape[:2]
+        if b != len(base.rows) and not request.pruned:  # nothing was dropped: the cache is as any other
+            return None
         if b != len(base.rows):
             raise UnsupportedError(f"this cache holds {len(base.rows)} prompts, and {b} rows of new tokens were given: one row belongs to each")
         held = _host.held(call.cache)

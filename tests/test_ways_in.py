@@ -721,6 +721,54 @@ def test_a_cache_whose_samples_move_goes_on(recipe, options, positions):
         assert off(step(cache, torch.arange(2)), want) < 1e-5, "what moves in a copy stays there"
 
 
+def test_a_cache_in_which_nothing_was_dropped_is_as_any_other():
+    """It may be copied, and its samples repeated, as without an attachment."""
+    model, inputs = tiny()
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1).repeat_interleave(2, 0)
+    step = {"input_ids": torch.full((4, 1), 9), "attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
+
+    def repeated():
+        cache = copy.deepcopy(cache_of(model(**inputs, use_cache=True)))
+        cache.batch_repeat_interleave(2)
+        return model(**step, **cached(model, cache)).logits
+
+    def in_place():
+        cache = cache_of(model(**inputs, use_cache=True))
+        cache.batch_repeat_interleave(2)
+        return model(**step, **cached(model, cache)).logits
+
+    with torch.no_grad():
+        want = repeated()
+        with vtprune.attach(model, "fastv", keep=1.0):
+            assert off(in_place(), want) < 1e-6 and off(repeated(), want) < 1e-6
+
+
+def test_a_static_cache_that_is_used_again_follows_its_new_prompt():
+    """Emptied, read into by another attachment, reordered: what is moved is the new prompt's."""
+    from transformers import StaticCache
+
+    model, inputs = tiny()
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    place, ids, swap = mask.sum(1, keepdim=True) - 1, torch.tensor([[9], [11]]), torch.tensor([1, 0])
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+
+    def read(into):
+        given = {**inputs, "position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)}
+        return cache_of(model(**given, use_cache=True, **({} if into is None else cached(model, into))))
+
+    with torch.no_grad(), vtprune.attach(model, "fastv", keep=3) as handle:
+        read(cache)
+        handle.remove()
+    cache.__dict__.pop("update")  # what remove() closed is opened again by hand
+    cache.reset()
+    with torch.no_grad(), vtprune.attach(model, "pyramiddrop", keep=2):
+        want = model(input_ids=ids, attention_mask=mask, position_ids=place, **cached(model, read(None))).logits[swap]
+        read(cache)
+        cache.reorder_cache(swap)
+        got = model(input_ids=ids[swap], attention_mask=mask[swap], position_ids=place[swap], **cached(model, cache)).logits
+    assert off(got, want) < 1e-5
+
+
 def test_recordings_are_refused():
     """A trace or an export would repeat the choice made for one prompt."""
     model, inputs = tiny()

@@ -218,7 +218,9 @@ def follow(cache: Any, methods: Mapping[str, Callable[[Any], None]]) -> None:
     """After each of ``methods`` of ``cache``, called with an index or a number, the function beside it is called with the same."""
     for name, then in methods.items():
         function = getattr(cache, name, None)
-        if function is not None and not isinstance(function, _Follower):
+        if isinstance(function, _Follower):  # of a prompt that was read into it before
+            function = function.function
+        if function is not None:
             cache.__dict__[name] = _Follower(function, then)
 
 
