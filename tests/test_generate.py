@@ -192,7 +192,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny, method, reentrant
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the name until 5.22
         enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
-        if method in ("dpvr-lf", "flowcut") and GradientCheckpointingLayer.__call__ is not torch.nn.Module.__call__:
+        if method == "dpvr-lf" and GradientCheckpointingLayer.__call__ is not torch.nn.Module.__call__:
             with pytest.raises(UnsupportedError, match="gradient_checkpointing_disable"):
                 gradients()
             return

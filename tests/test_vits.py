@@ -838,7 +838,10 @@ def test_a_size_other_than_the_configured_one(method, options):
     pixels = torch.randn(2, 3, 48, 32, generator=torch.Generator().manual_seed(3))
     outs, weights = [], None
     for size in (128, (48, 32)):
-        model: Any = DINOv3ViTModel(DINOv3ViTConfig(**shape, image_size=size, num_register_tokens=4)).eval()
+        try:
+            model: Any = DINOv3ViTModel(DINOv3ViTConfig(**shape, image_size=size, num_register_tokens=4)).eval()
+        except TypeError:
+            pytest.skip("this transformers configures DINOv3 for square images alone: there is nothing to compare with")
         weights = weights or {k: torch.randn(v.shape, generator=torch.Generator().manual_seed(1)) * 0.2 for k, v in model.state_dict().items()}
         model.load_state_dict(weights)
         with vtprune.attach(model, method, **options) as handle:
