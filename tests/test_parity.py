@@ -482,10 +482,20 @@ def test_a_mode_that_changes_is_seen(monkeypatch):
     assert [outcome("llava", m, "pyramiddrop")[0] for m in ("forward", "greedy", "training")] == ["DIFFERENT"] * 3
 
 
+def _mixes_pictures() -> bool:
+    """Releases whose ``generate`` encodes pictures after it has repeated prompts, picture by picture: beams of a prompt with two see one twice."""
+    from transformers import LlavaForConditionalGeneration
+    from vtprune.models._host import ENCODED
+
+    return ENCODED not in inspect.signature(LlavaForConditionalGeneration.forward).parameters
+
+
 def _check(family: str, recipe: str, names: list[str]) -> None:
     bad = []
     for name in names:
         kind, detail = outcome(family, name, recipe)
+        if kind == "refused" and "not whole images" in detail and _mixes_pictures():
+            continue
         if kind in ("DIFFERENT", "RAW") or (kind == "refused" and (name not in MAY_REFUSE or MAY_REFUSE[name] not in detail)):
             bad.append(f"{name}: {kind} {detail}")
     assert not bad, "\n".join(bad)
