@@ -582,6 +582,7 @@ def _labels(c: Case) -> Tensor:
             stop = start + c.draw.randint(1, 5)
             labels[b, start:stop] = torch.where(c.mask[b, start:stop].bool(), c.ids[b, start:stop], -100)
         labels[b, c.b.adapter.visual(c.ids)[b]] = -100
+        labels[b, int(c.mask[b].nonzero()[0])] = -100  # in front of the first token is padding, which predicts nothing
     return labels
 
 
