@@ -246,7 +246,7 @@ class DecoderEngine:
         call.request, call.level = request, level
         call.question = _question(call, level)
         held = call.question & level.visual
-        call.held = request.held = held if bool(held.any()) else None
+        request.held = held if bool(held.any()) else None
         if not self.tower and not self.entry:
             return args, kwargs
         gone = torch.zeros_like(visual)
@@ -318,9 +318,9 @@ class DecoderEngine:
         assert request is not None
         call.level = base = request.at[0]
         b, q = embeds.shape[:2]
-        if b != len(base.rows) and not request.pruned:  # nothing was dropped: the cache is as any other
-            return None
         if b != len(base.rows):
+            if not request.pruned:  # nothing was dropped: the cache is as any other
+                return None
             raise UnsupportedError(f"this cache holds {len(base.rows)} prompts, and {b} rows of new tokens were given: one row belongs to each")
         held = _host.held(call.cache)
         new = held - base.width + q  # tokens behind the prompt, these included
@@ -703,14 +703,14 @@ class DecoderEngine:
         segments = None if call.segments is None else call.segments.to(x.device).gather(1, level.rows)
         out = torch.empty_like(where, dtype=torch.float32)
         block = self.d.layers[number]
-        for part in (None,) if segments is None else range(int(segments.max()) + 1):
-            mine = asking if part is None else asking & (segments == part)
-            one = query == "last" and call.labels is None
-            rows, weight = query_rows(mine, 1 if one else None)  # [B, R] each
-            with _host.gathered(block):
+        with _host.gathered(block):
+            for part in (None,) if segments is None else range(int(segments.max()) + 1):
+                mine = asking if part is None else asking & (segments == part)
+                one = query == "last" and call.labels is None
+                rows, weight = query_rows(mine, 1 if one else None)  # [B, R] each
                 score = attention_to(block, x, rows, weight, level, rotary, dense.get("attention_mask"), keys, segments, self.d.pairs)
-            score = score.to(where.device)[owner[:, None], where.clamp_min(0)]
-            out = score if part is None else torch.where(self._part(call, owner)[:, None] == part, score.to(out.dtype), out)
+                score = score.to(where.device)[owner[:, None], where.clamp_min(0)]
+                out = score if part is None else torch.where(self._part(call, owner)[:, None] == part, score.to(out.dtype), out)
         return out.masked_fill(where < 0, -torch.inf)
 
     def _asking(self, call: Call, level: Level, query: str) -> Tensor:

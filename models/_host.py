@@ -140,7 +140,8 @@ def private(model: Any, what: str) -> Callable | None:
     return getattr(model, PRIVATE[what], None)
 
 
-def _sharded(module: nn.Module) -> bool:
+def sharded(module: nn.Module) -> bool:
+    """Whether weights of ``module`` are shared out among processes, and not gathered now."""
     return any(hasattr(p, "full_tensor") for p in module.parameters())
 
 
@@ -151,10 +152,10 @@ def gathered(module: nn.Module) -> Iterator[None]:
     try:
         part: Any
         for part in reversed(list(module.modules())):  # the inner ones first: what is then left of an outer one is its own
-            if hasattr(part, "unshard") and _sharded(part):
+            if hasattr(part, "unshard") and sharded(part):
                 part.unshard()
                 opened.append(part)
-        if _sharded(module):
+        if sharded(module):
             raise UnsupportedError(f"the weights of a {type(module).__name__} are sharded, and it has no unshard() of its own: they cannot be read here")
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -115,6 +116,12 @@ def present(sample: list[Part], sources: Tensor, alive: Tensor, held: Tensor | N
             stays = stays | held[here].view(part.grid)
         out[here] = torch.where(lines, stays, rows).flatten()
     return out
+
+
+def some(grids: Tensor, pixels: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """``count`` images from ``first`` on of those whose sizes in patches are ``grids`` ``[n, 3]``: theirs, and their rows of ``pixels``, one per patch."""
+    rows = [0, *accumulate(grids.prod(-1).tolist())]
+    return grids[first : first + count], pixels[rows[first] : rows[first + count]]
 
 
 def per_sample(found: list[list[Part]], *, videos: bool = False) -> list[int]:

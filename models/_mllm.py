@@ -270,7 +270,7 @@ class Mllm:
         with torch.random.fork_rng(devices=[]):  # the throw-away initialisation must not move the user's random numbers
             fresh = type(source)(self.lm.config, layer_idx=layer).to(parameter.device, parameter.dtype)
         state = source.state_dict()
-        if any(hasattr(t, "full_tensor") for t in state.values()):
+        if _host.sharded(source):
             raise UnsupportedError(f"decoder layer {layer} cannot be copied: its weights are sharded; attach before fully_shard()")
         odd = sorted(set(state) ^ set(fresh.state_dict())) or [n for n, t in state.items() if type(t) is not Tensor or not t.is_floating_point()]
         if odd:

@@ -130,7 +130,6 @@ class Call:
     prompt: Tensor | None = None  # [B] columns of the prompt where more follows; None: all of them
     segments: Tensor | None = None  # [B, T] which of several prompts packed into a row each token belongs to; None: one prompt a row
     question: Tensor | None = None  # [B, T] the rows that ask: the last of the prompt, those in front of answers
-    held: Tensor | None = None  # [B, T] visual tokens that must not go; None: none
     ids: Tensor | None = None  # decoding: positions of the new tokens
     tail: Tensor | None = None  # decoding: which tokens behind the prompt are real
     serve: frozenset[int] = frozenset()  # decoding: layers that need a mask or positions of their own
@@ -142,6 +141,11 @@ class Call:
     served: dict[Any, dict[str, Any]] = field(default_factory=dict)
     inputs: dict[int, tuple[Tensor, Level]] = field(default_factory=dict)
     stash: dict[int, Stash] = field(default_factory=dict)
+
+    @property
+    def held(self) -> Tensor | None:
+        """``[B, T]`` visual tokens that must not go; ``None``: there are none."""
+        return None if self.request is None else self.request.held
 
     @property
     def placed(self) -> bool:

@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from ..types import Geometry, UnsupportedError
 from . import _host
-from ._layout import Part
+from ._layout import Part, some
 from ._mllm import LLM, Mllm, tiny_build, tiny_model, tiny_prompts, tiny_text
 from ._probe import probe, probe_queries
 from .base import ADAPTERS, AdapterInfo, named
@@ -186,9 +185,7 @@ class Generic(Mllm):
         if grids is None:
             return super().slice_(inputs, found, b)
         first, count = sum(len(sample) for sample in found[:b]), len(found[b])
-        rows = [0, *accumulate(grids.prod(-1).tolist())]
-        pixels = inputs["pixel_values"][rows[first] : rows[first + count]]
-        return {"image_grid_thw": grids[first : first + count], "pixel_values": pixels} if count else {}
+        return dict(zip(("image_grid_thw", "pixel_values"), some(grids, inputs["pixel_values"], first, count), strict=True)) if count else {}
 
 
 def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:

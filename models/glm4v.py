@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..types import Geometry, UnsupportedError
-from ._mllm import BEHIND, Mllm, tiny_build, tiny_prompts, tiny_text
+from ..types import UnsupportedError
+from ._mllm import Mllm, tiny_build, tiny_prompts, tiny_text
 from .base import ADAPTERS, AdapterInfo, named
-from .qwen_vl import QwenVL
+from .qwen_vl import QwenVL, folded
 
 CLASSES = ("Glm4vForConditionalGeneration", "Glm4vMoeForConditionalGeneration", "Glm46VForConditionalGeneration")
 
@@ -29,21 +29,6 @@ class Glm4V(QwenVL):
         v = config.vision_config
         self.fold = v.spatial_merge_size
         self.pairs = named(core.language_model, "Glm4vTextModel") is not None
-        geometry = Geometry(
-            family="glm4v",
-            arch="glm4v",
-            tokens=256,  # a typical picture, 448 x 448 pixels in patches of 14
-            grid=(16, 16),
-            prefix=0,
-            vision_layers=0,
-            vision_depth=v.depth,
-            llm_layers=config.text_config.num_hidden_layers,
-            provides=BEHIND,
-            refuses={"vision": "the merger would fold the wrong patches together", "pixels": "the processor chooses the image's size: set its max_pixels"},
-            per=("image", "video", "sample"),
-            variable=True,
-            mrope=True,
-        )
         tower = core.visual
         vision = {
             "vd": v.hidden_size,
@@ -55,7 +40,15 @@ class Glm4V(QwenVL):
             "prefix": 0,
             "group": self.fold**2,
         }
-        Mllm.__init__(self, model, geometry=geometry, projector=tower.merger, lm=core.language_model, image_token=config.image_token_id, vision=vision)
+        Mllm.__init__(
+            self,
+            model,
+            geometry=folded("glm4v", config),
+            projector=tower.merger,
+            lm=core.language_model,
+            image_token=config.image_token_id,
+            vision=vision,
+        )
         self.cost = replace(self.cost, proj=self.cost.proj + tower.downsample.weight.numel())
 
     def mlp(self, layer: Any) -> int:

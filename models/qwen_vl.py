@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from ..ledger import UndoLedger
 from ..types import Geometry
-from ._layout import Part, Raster, per_sample
+from ._layout import Part, Raster, per_sample, some
 from ._mllm import BEHIND, Mllm, tiny_build, tiny_prompts, tiny_text
 from ._scores import take
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
@@ -31,6 +30,25 @@ FAMILIES = {
 }
 
 
+def folded(family: str, config: Any) -> Geometry:
+    """Of a family whose merger folds patches together and whose positions have three axes."""
+    return Geometry(
+        family=family,
+        arch=family,
+        tokens=256,  # a typical picture, 448 x 448 pixels in patches of 14
+        grid=(16, 16),
+        prefix=0,
+        vision_layers=0,
+        vision_depth=config.vision_config.depth,
+        llm_layers=config.text_config.num_hidden_layers,
+        provides=BEHIND,
+        refuses={"vision": "the merger would fold the wrong patches together", "pixels": "the processor chooses the image's size: set its max_pixels"},
+        per=("image", "video", "sample"),
+        variable=True,
+        mrope=True,
+    )
+
+
 class QwenVL(Mllm):
     """One bound model of these families."""
 
@@ -40,21 +58,6 @@ class QwenVL(Mllm):
         core, config = model.model, model.config
         v, family = config.vision_config, FAMILIES[str(named(model, *FAMILIES))]
         self.fold = v.spatial_merge_size
-        geometry = Geometry(
-            family=family,
-            arch=family,
-            tokens=256,  # a typical picture, 448 x 448 pixels in patches of 14
-            grid=(16, 16),
-            prefix=0,
-            vision_layers=0,
-            vision_depth=v.depth,
-            llm_layers=config.text_config.num_hidden_layers,
-            provides=BEHIND,
-            refuses={"vision": "the merger would fold the wrong patches together", "pixels": "the processor chooses the image's size: set its max_pixels"},
-            per=("image", "video", "sample"),
-            variable=True,
-            mrope=True,
-        )
         width = v.embed_dim if family == "qwen2-vl" else v.hidden_size
         vision: dict[str, Any] = {
             "vd": width,
@@ -70,7 +73,7 @@ class QwenVL(Mllm):
         projector = nn.ModuleList([core.visual.merger, *getattr(core.visual, "deepstack_merger_list", [])])
         super().__init__(
             model,
-            geometry=geometry,
+            geometry=folded(family, config),
             projector=projector,
             lm=core.language_model,
             image_token=config.image_token_id,
@@ -103,9 +106,7 @@ class QwenVL(Mllm):
             if not counts[b]:
                 continue
             first = sum(counts[:b])
-            rows = [0, *accumulate(inputs[grid].prod(-1).tolist())]
-            out[grid] = inputs[grid][first : first + counts[b]]
-            out[pixels] = inputs[pixels][rows[first] : rows[first + counts[b]]]
+            out[grid], out[pixels] = some(inputs[grid], inputs[pixels], first, counts[b])
             if moving and inputs.get("second_per_grid_ts") is not None:
                 out["second_per_grid_ts"] = inputs["second_per_grid_ts"][first : first + counts[b]]
         return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import vtprune
@@ -14,3 +15,11 @@ def case_options(model: Any, method: str, number: int) -> dict[str, Any]:
     info = vtprune.describe(method)
     tiled = "tile" in per[1:] and bool({"pixels", "vision"} & set(info.kinds)) and "projector" not in info.kinds
     return {**info.cases[number], **({"per": "tile"} if tiled else {})}
+
+
+def mixes_pictures() -> bool:
+    """Releases whose ``generate`` encodes pictures after it has repeated prompts, picture by picture: beams of a prompt with two see one twice."""
+    from transformers import LlavaForConditionalGeneration
+    from vtprune.models._host import ENCODED
+
+    return ENCODED not in inspect.signature(LlavaForConditionalGeneration.forward).parameters

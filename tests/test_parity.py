@@ -23,6 +23,7 @@ from torch import Tensor
 from vtprune.models.base import ADAPTERS
 
 import vtprune
+from cases import mixes_pictures
 from vtprune.types import VtpruneError
 
 FAMILIES = {
@@ -482,19 +483,11 @@ def test_a_mode_that_changes_is_seen(monkeypatch):
     assert [outcome("llava", m, "pyramiddrop")[0] for m in ("forward", "greedy", "training")] == ["DIFFERENT"] * 3
 
 
-def _mixes_pictures() -> bool:
-    """Releases whose ``generate`` encodes pictures after it has repeated prompts, picture by picture: beams of a prompt with two see one twice."""
-    from transformers import LlavaForConditionalGeneration
-    from vtprune.models._host import ENCODED
-
-    return ENCODED not in inspect.signature(LlavaForConditionalGeneration.forward).parameters
-
-
 def _check(family: str, recipe: str, names: list[str]) -> None:
     bad = []
     for name in names:
         kind, detail = outcome(family, name, recipe)
-        if kind == "refused" and "not whole images" in detail and _mixes_pictures():
+        if kind == "refused" and "not whole images" in detail and mixes_pictures():
             continue
         if kind in ("DIFFERENT", "RAW") or (kind == "refused" and (name not in MAY_REFUSE or MAY_REFUSE[name] not in detail)):
             bad.append(f"{name}: {kind} {detail}")
