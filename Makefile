@@ -69,7 +69,7 @@ lock:
 	@$(call resolve,oldest,oldest)
 
 resolve = build/lock/bin/python $(VERSIONS) $(1) > build/lock/$(1).txt && build/lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
-	--prerelease disallow --no-annotate --no-emit-index-url --custom-compile-command "make lock" --extra dev --constraint build/lock/$(1).txt \
+	--prerelease disallow --no-annotate --custom-compile-command "make lock" --extra dev --constraint build/lock/$(1).txt \
 	--output-file requirements/$(2).txt pyproject.toml && echo "written: requirements/$(2).txt"
 
 # The table of methods and families in docs/support.md and README.md.
