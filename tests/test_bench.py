@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 import vtprune
-from fake import FakeProcessor, picture, tiny
+from fake import IMAGE, FakeProcessor, picture, tiny
 from vtprune import bench
 from vtprune.answer import ask, open_image, prepare
 from vtprune.bench import Sample
@@ -42,6 +43,23 @@ def test_prepare_says_what_is_wrong():
     processor.chat_template = ""
     with pytest.raises(vtprune.VtpruneError, match="chat template"):
         prepare(processor, [picture()], ["a"])
+
+
+def test_a_prompt_without_a_place_for_the_picture_is_refused():
+    """Not every processor counts: with some releases such a prompt ends in the middle of the model."""
+    processor = FakeProcessor()
+    processor.image_token, processor.tokenizer = "<image>", SimpleNamespace(convert_tokens_to_ids=["", "", "", "<image>"].index, unk_token_id=2)
+    assert len(prepare(processor, [picture()] * 2, ["a", "b c"])["input_ids"]) == 2
+
+    class Forgets(FakeProcessor):
+        def __call__(self, **given):
+            inputs = super().__call__(**given)
+            inputs["input_ids"][1][inputs["input_ids"][1] == IMAGE] = 5
+            return inputs
+
+    processor.__class__ = Forgets
+    with pytest.raises(vtprune.VtpruneError, match="chat template of Forgets leaves no place for the image"):
+        prepare(processor, [picture()] * 2, ["a", "b c"])
 
 
 def bad_files(folder):

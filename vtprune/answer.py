@@ -127,7 +127,7 @@ def prepare_chats(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> 
             samples must show the same kinds of things (:func:`kinds`).
 
     Raises :class:`VtpruneError` for a processor without chat template, for one that takes no videos, for a mixture of kinds, for text that holds the mark of an
-    image or video, and where the processor or its template fails.
+    image or video, for a template that leaves no place for them, and where the processor or its template fails.
     """
     if not getattr(processor, "chat_template", None):
         raise VtpruneError(f"{type(processor).__name__} has no chat template, so it cannot say how a question is put to the model")
@@ -154,7 +154,20 @@ def prepare_chats(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> 
         given |= {"videos": [[v for v, _ in found] for found in videos], "video_metadata": [[m for _, m in found] for found in videos]}
         given["do_sample_frames"] = False
     with _told(type(processor).__name__):
-        return processor(**given, text=texts, padding=True, padding_side="left", add_special_tokens=special, return_tensors="pt")
+        inputs = processor(**given, text=texts, padding=True, padding_side="left", add_special_tokens=special, return_tensors="pt")
+    _check_places(processor, inputs["input_ids"], seen)
+    return inputs
+
+
+def _check_places(processor: Any, ids: torch.Tensor, seen: tuple[str, ...]) -> None:
+    """``ids`` ``[B, T]`` hold a place for what is seen: a template that forgets it leaves the model to guess, and not every processor counts."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    if not seen or tokenizer is None:
+        return
+    known = {number for number in map(tokenizer.convert_tokens_to_ids, marks(processor)) if isinstance(number, int)} - {tokenizer.unk_token_id}
+    places = torch.tensor(sorted(known), device=ids.device)
+    if known and not torch.isin(ids, places).any(1).all():
+        raise VtpruneError(f"the chat template of {type(processor).__name__} leaves no place for the {seen[0]} in the prompt")
 
 
 def marks(processor: Any) -> set[str]:
