@@ -92,6 +92,7 @@ lint: style typecheck
 
 style: .venv
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 # mypy does not follow package-dir: show it the packages as they are imported, through links.
 typecheck: .venv

@@ -1,18 +1,20 @@
 """Every registered kernel against plain torch with the full matrix, and against the floor of the machine.
 
-``python benchmarks/kernels.py [--device D] [--ops a,b] [--sizes N,N] [--batch B,B] [--dtype T] [--repeats N] [--limit GB] [--cpu-time] [--json F] [--table F]
-[--save]``
+``python benchmarks/kernels.py [--device D] [--ops a,b] [--sizes N,N] [--batch B,B] [--dtype T] [--repeats N] [--limit
+GB] [--cpu-time] [--json F] [--table F] [--save]``
 
-First the op's own tests run, in a process of their own; an op whose tests fail gets no number, and the exit code is 1. There is no way around that.
+First the op's own tests run, in a process of their own; an op whose tests fail gets no number, and the exit code is 1.
+There is no way around that.
 
-A row is one op at one shape. Its sides are ``plain`` (``info.plain``), ``reference`` (``info.reference``) and on CUDA ``triton`` (what the op's dispatch
-runs). They take turns, in blocks of calls that last at least :data:`BLOCK`; times are medians over the rounds with 20th and 80th percentiles, and a ratio is
-the median of the ratios within a round. *Ours* is Triton on CUDA and the reference elsewhere. The floor is the larger of bytes / bandwidth and operations /
-matmul rate, from ``info.work``; both speeds are measured here: a large copy (bytes read plus bytes written) and a large square matmul of the same dtype. Small
-inputs stay in the caches, which are faster than the copy.
+A row is one op at one shape. Its sides are ``plain`` (``info.plain``), ``reference`` (``info.reference``) and on CUDA
+``triton`` (what the op's dispatch runs). They take turns, in blocks of calls that last at least :data:`BLOCK`; times
+are medians over the rounds with 20th and 80th percentiles, and a ratio is the median of the ratios within a round.
+*Ours* is Triton on CUDA and the reference elsewhere. The floor is the larger of bytes / bandwidth and operations /
+matmul rate, from ``info.work``; both speeds are measured here: a large copy (bytes read plus bytes written) and a large
+square matmul of the same dtype. Small inputs stay in the caches, which are faster than the copy.
 
-Memory is the peak of what the call allocates beyond what was there before, results included. Plain torch is left out where, by its use at two small sizes, it
-would need more than ``--limit``.
+Memory is the peak of what the call allocates beyond what was there before, results included. Plain torch is left out
+where, by its use at two small sizes, it would need more than ``--limit``.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ BLOCK = 0.002  # seconds
 PATIENCE = 6.0  # seconds for one row's rounds, of which there are at least three
 KEEP = 64  # what maxmin and dpp choose
 
-# Heads and channels of one head, or 1 and the channels of a token: tower keys, hidden states, a 7B model's layer, CLIP-L's layer.
+# Heads and channels of one head, or 1 and the channels of a token: tower keys, hidden states, a 7B model's layer,
+# CLIP-L's layer.
 SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "match": ((1, 64), (1, 1024)),
     "energy": ((1, 64), (1, 1024)),
@@ -66,7 +69,9 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
 NARROWER = {("maxmin", "cpu"): ((1, 1024),), ("dpp", "cpu"): ((1, 1024),)}
 
 
-def arguments(info: KernelInfo, shape: tuple[int, int] | None, batch: int, n: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+def arguments(
+    info: KernelInfo, shape: tuple[int, int] | None, batch: int, n: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, ...]:
     """What ``info.reference`` takes, random, at a realistic width; without ``shape`` the op's own example."""
     if shape is None:
         example = info.example(info.cases[0], n, dtype, torch.Generator().manual_seed(n))
@@ -88,7 +93,17 @@ def arguments(info: KernelInfo, shape: tuple[int, int] | None, batch: int, n: in
             return random(batch, n, width), "elu", 0.4, 1.0, 1, None, True
         case "query_scores":
             weight = torch.ones(batch, 1, device=device)
-            return random(batch, heads, 1, width), random(batch, heads, n, width), width**-0.5, weight, None, None, None, None, None
+            return (
+                random(batch, heads, 1, width),
+                random(batch, heads, n, width),
+                width**-0.5,
+                weight,
+                None,
+                None,
+                None,
+                None,
+                None,
+            )
         case "flow_scores":
             query, value, k, v = (random(batch, heads, *m, width) for m in ((), (), (n,), (n,)))
             return query, value, k, v, width**-0.5, 1.0, None, None
@@ -105,24 +120,32 @@ def arguments(info: KernelInfo, shape: tuple[int, int] | None, batch: int, n: in
     raise KeyError(f"SHAPES names {info.name!r}, and nothing here makes its arguments")
 
 
-# --------------------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------------------------------
+# measuring
 
 
 def tests_pass(op: str, device: torch.device) -> bool:
-    """Whether the op's tests pass in this environment: on CUDA those of the GPU, elsewhere Triton's in its interpreter."""
+    """Whether the op's tests pass in this environment: on CUDA those of the GPU, elsewhere Triton's in its
+    interpreter."""
     env = {**os.environ, "PYTHONSAFEPATH": "1"}  # the installed package, as here
     env.pop("TRITON_INTERPRET", None)
     if device.type != "cuda":
         env["TRITON_INTERPRET"] = "1"
-    done = subprocess.run([sys.executable, "-m", "pytest", "tests/test_kernels.py", "-q", "-k", op], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/test_kernels.py", "-q", "-k", op],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         print(done.stdout[-2000:] + done.stderr[-2000:], file=sys.stderr)
     return done.returncode == 0
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes that ``call`` holds at once beyond what was there before, its result included, by the records of torch's allocator: also what operators
-    take inside themselves, but not the buffers of MKL."""
+    """The most bytes that ``call`` holds at once beyond what was there before, its result included, by the records of
+    torch's allocator: also what operators take inside themselves, but not the buffers of MKL."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -133,16 +156,23 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     with torch.autograd.profiler.profile(profile_memory=True) as seen:
         result = call()  # noqa: F841  (lives until the profile ends)
     live = peak = 0
-    for event in sorted((e for e in seen.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in seen.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
         live += event.nbytes()
         peak = max(peak, live)
     return peak
 
 
-def foreseen_bytes(info: KernelInfo, shape: tuple[int, int] | None, batch: int, n: int, device: torch.device, dtype: torch.dtype) -> float:
+def foreseen_bytes(
+    info: KernelInfo, shape: tuple[int, int] | None, batch: int, n: int, device: torch.device, dtype: torch.dtype
+) -> float:
     """The peak of ``info.plain`` at n tokens, by ``a n + b n^2`` through two small sizes."""
     small = 128
-    one, two = (peak_bytes(partial(info.plain, *arguments(info, shape, batch, m, device, dtype)), device) for m in (small, 2 * small))
+    one, two = (
+        peak_bytes(partial(info.plain, *arguments(info, shape, batch, m, device, dtype)), device)
+        for m in (small, 2 * small)
+    )
     square = max(0.0, (two - 2 * one) / (2 * small**2))
     return (one / small - square * small) * n + square * n**2
 
@@ -160,15 +190,23 @@ def speeds(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     size, side = (1 << 30, 8192) if device.type == "cuda" else (1 << 28, 2048)
     source, a = torch.ones(size, dtype=torch.uint8, device=device), torch.ones(side, side, dtype=dtype, device=device)
     target = torch.empty_like(source)
-    copies, products = (min(timing.clock(call, device) for _ in range(12)) / 1000 for call in (lambda: target.copy_(source), lambda: a @ a))
+    copies, products = (
+        min(timing.clock(call, device) for _ in range(12)) / 1000
+        for call in (lambda: target.copy_(source), lambda: a @ a)
+    )
     return {"bytes_per_s": 2 * size / copies, "flops_per_s": 2 * side**3 / products}
 
 
-def row(info: KernelInfo, shape: tuple[int, int] | None, batch: int, n: int, setup: dict[str, Any], repeats: int) -> dict[str, Any]:
+def row(
+    info: KernelInfo, shape: tuple[int, int] | None, batch: int, n: int, setup: dict[str, Any], repeats: int
+) -> dict[str, Any]:
     """One line of the table: milliseconds and bytes; a side that does not fit has ``None``."""
     device, dtype, speed = setup["device"], setup["dtype"], setup["speeds"]
     given = arguments(info, shape, batch, n, device, dtype)
-    sides: dict[str, Callable[[], Any]] = {"plain": partial(info.plain, *given), "reference": partial(info.reference, *given)}
+    sides: dict[str, Callable[[], Any]] = {
+        "plain": partial(info.plain, *given),
+        "reference": partial(info.reference, *given),
+    }
     if device.type == "cuda":
         sides["triton"] = partial(run, info.name, None, *given)
     ours = list(sides)[-1]
@@ -185,7 +223,11 @@ def row(info: KernelInfo, shape: tuple[int, int] | None, batch: int, n: int, set
     times = turns(sides, repeats, device)
     moved, flops = info.work(given)
     floor = 1000 * max(moved / speed["bytes_per_s"], flops / speed["flops_per_s"])
-    ratio = timing.spread([p / o for p, o in zip(times["plain"], times[ours], strict=True)]) if "plain" in sides and ours in sides else None
+    ratio = (
+        timing.spread([p / o for p, o in zip(times["plain"], times[ours], strict=True)])
+        if "plain" in sides and ours in sides
+        else None
+    )
     return {
         "op": info.name,
         "heads": shape and shape[0],
@@ -205,22 +247,39 @@ def row(info: KernelInfo, shape: tuple[int, int] | None, batch: int, n: int, set
 
 
 def growth(info: KernelInfo, setup: dict[str, Any]) -> dict[str, Any]:
-    """Peak bytes of the reference at :data:`GROWTH` tokens of narrow keys, and the slope of their logarithms over the last three sizes."""
+    """Peak bytes of the reference at :data:`GROWTH` tokens of narrow keys, and the slope of their logarithms over the
+    last three sizes."""
     shape = ((16, 64) if SHAPES[info.name][0][0] > 1 else (1, 64)) if info.name in SHAPES else None
     found = []
     for n in GROWTH:
         given = arguments(info, shape, 1, n, setup["device"], setup["dtype"])
         found.append(peak_bytes(partial(info.reference, *given), setup["device"]))
     slope = math.log(found[-1] / found[-3]) / math.log(GROWTH[-1] / GROWTH[-3])
-    return {"op": info.name, "heads": shape and shape[0], "width": shape and shape[1], "tokens": list(GROWTH), "peak_bytes": found, "slope": slope}
+    return {
+        "op": info.name,
+        "heads": shape and shape[0],
+        "width": shape and shape[1],
+        "tokens": list(GROWTH),
+        "peak_bytes": found,
+        "slope": slope,
+    }
 
 
 def measure(
-    ops: Sequence[str], sizes: Sequence[int], batches: Sequence[int], repeats: int, device: torch.device, dtype: torch.dtype, limit: float
+    ops: Sequence[str],
+    sizes: Sequence[int],
+    batches: Sequence[int],
+    repeats: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    limit: float,
 ) -> dict[str, Any]:
     """All tables, JSON-safe. ``refused``: the ops whose tests fail, of which nothing is measured."""
     about = environment(torch.nn.Linear(1, 1, device=device, dtype=dtype))
-    about["versions"] = {**{k: v for k, v in about["versions"].items() if k != "transformers"}, "triton": version("triton")}
+    about["versions"] = {
+        **{k: v for k, v in about["versions"].items() if k != "transformers"},
+        "triton": version("triton"),
+    }
     refused = []
     for op in ops:
         print(f"testing {op}", file=sys.stderr, flush=True)
@@ -248,7 +307,8 @@ def measure(
     }
 
 
-# ------------------------------------------------------------------------------------------------------------------- table
+# -------------------------------------------------------------------------------------------------------------------
+# table
 
 
 def megabytes(value: float | None) -> str:
@@ -257,14 +317,29 @@ def megabytes(value: float | None) -> str:
 
 def form(shape: dict[str, Any]) -> str:
     """Heads and width in words."""
-    return "as tested" if shape["width"] is None else f"{shape['heads']} x {shape['width']}" if shape["heads"] > 1 else str(shape["width"])
+    return (
+        "as tested"
+        if shape["width"] is None
+        else f"{shape['heads']} x {shape['width']}"
+        if shape["heads"] > 1
+        else str(shape["width"])
+    )
 
 
 def cells(r: dict[str, Any]) -> list[str]:
     times = ["–" if t is None else f"{t['median']:.3g} [{t['p20']:.3g}, {t['p80']:.3g}]" for t in r["ms"].values()]
     ratio, over = r["plain_over_ours"], r["ours_over_floor"]
     ratios = ["–" if ratio is None else f"{ratio['median']:.2f}", "–" if over is None else f"{over:.1f}"]
-    return [r["op"], form(r), str(r["batch"]), str(r["tokens"]), *times, f"{r['floor_ms']:.3g}", *ratios, *map(megabytes, r["peak_bytes"].values())]
+    return [
+        r["op"],
+        form(r),
+        str(r["batch"]),
+        str(r["tokens"]),
+        *times,
+        f"{r['floor_ms']:.3g}",
+        *ratios,
+        *map(megabytes, r["peak_bytes"].values()),
+    ]
 
 
 def lines(heads: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -277,22 +352,37 @@ def markdown(result: dict[str, Any]) -> str:
     about, speed = result["device"], result["speeds"]
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     sides = ["plain", "reference", *(["triton"] if about["type"] == "cuda" else [])]
-    heads = ["op", "width", "batch", "tokens", *(f"{s} ms" for s in sides), "floor ms", "plain / ours", "ours / floor", *(f"{s} MB" for s in sides)]
+    heads = [
+        "op",
+        "width",
+        "batch",
+        "tokens",
+        *(f"{s} ms" for s in sides),
+        "floor ms",
+        "plain / ours",
+        "ours / floor",
+        *(f"{s} MB" for s in sides),
+    ]
     missing = [[op, "refused: its tests fail", *["–"] * (len(heads) - 2)] for op in result["refused"]]
     out = [
         f"`{result['command']}`  ",
-        f"{about['name']}, {about['threads']} thread{'s' * (about['threads'] > 1)}, {about['dtype']}; {versions}; {result['date']}; time: {result['timer']}  ",
-        f"Measured for the floor: copy {speed['bytes_per_s'] / 1e9:.1f} GB/s, matmul {speed['flops_per_s'] / 1e9:.0f} GFLOP/s",
+        f"{about['name']}, {about['threads']} thread{'s' * (about['threads'] > 1)}, {about['dtype']}; {versions}; "
+        f"{result['date']}; time: {result['timer']}  ",
+        f"Measured for the floor: copy {speed['bytes_per_s'] / 1e9:.1f} GB/s, matmul {speed['flops_per_s'] / 1e9:.0f} "
+        "GFLOP/s",
         "",
-        f"Time per call: median [20th, 80th percentile] of up to {result['repeats']} rounds; ours: {sides[-1]}; MB (10^6): peak beyond the inputs, results",
-        f"included; –: plain torch would need more than {result['limit_bytes'] / 1e9:.0f} GB, or the side ran out of memory",
+        f"Time per call: median [20th, 80th percentile] of up to {result['repeats']} rounds; ours: {sides[-1]}; MB "
+        "(10^6): peak beyond the inputs, results",
+        f"included; –: plain torch would need more than {result['limit_bytes'] / 1e9:.0f} GB, or the side ran out of "
+        "memory",
         "",
         *lines(heads, [*map(cells, result["rows"]), *missing]),
         "",
         "## Memory of scoring",
         "",
         "MB that a reference allocates at its peak, by tokens; slope of log MB over log tokens between"
-        f" {GROWTH[-3]} and {GROWTH[-1]}: 1 is linear, a full matrix has 2, less than 1 a tile of fixed size that still outweighs the rest",
+        f" {GROWTH[-3]} and {GROWTH[-1]}: 1 is linear, a full matrix has 2, less than 1 a tile of fixed size that "
+        "still outweighs the rest",
         "",
     ]
     body = [[g["op"], form(g), *map(megabytes, g["peak_bytes"]), f"{g['slope']:.2f}"] for g in result["growth"]]
@@ -303,19 +393,30 @@ def markdown(result: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 where an op is refused."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description="Time and memory of the kernels, of plain torch and of the machine's floor; refused where tests fail.")
+    parser = argparse.ArgumentParser(
+        description="Time and memory of the kernels, of plain torch and of the machine's floor; refused where tests fail."  # noqa: E501
+    )
 
     def listed(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
 
-    parser.add_argument("--ops", type=lambda text: text.split(","), default=list(KERNELS), help="comma-separated; default: all registered")
+    parser.add_argument(
+        "--ops",
+        type=lambda text: text.split(","),
+        default=list(KERNELS),
+        help="comma-separated; default: all registered",
+    )
     parser.add_argument("--sizes", type=listed, default=SIZES, help="tokens, comma-separated")
     parser.add_argument("--batch", type=listed, help="images, comma-separated; default: 1, on CUDA 1,8,32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="default: float32, on CUDA bfloat16")
     parser.add_argument("--repeats", type=int, default=30, help="rounds, of which a slow row does fewer")
-    parser.add_argument("--limit", type=float, help="GB that plain torch may take; default: 6, on CUDA nine tenths of what is free")
-    parser.add_argument("--cpu-time", action="store_true", help="one thread and its CPU time: for machines that others use as well")
+    parser.add_argument(
+        "--limit", type=float, help="GB that plain torch may take; default: 6, on CUDA nine tenths of what is free"
+    )
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread and its CPU time: for machines that others use as well"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path)
     parser.add_argument("--save", action="store_true", help="both, into benchmarks/results/kernels-<device>")
@@ -339,7 +440,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.save:
         RESULTS.mkdir(exist_ok=True)
         name = "-".join(result["device"]["name"].lower().split()) if cuda else "cpu"
-        args.json, args.table = args.json or RESULTS / f"kernels-{name}.json", args.table or RESULTS / f"kernels-{name}.md"
+        args.json, args.table = (
+            args.json or RESULTS / f"kernels-{name}.json",
+            args.table or RESULTS / f"kernels-{name}.md",
+        )
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.table:

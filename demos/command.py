@@ -26,7 +26,9 @@ from vtprune.types import VtpruneError
 
 SETTINGS = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # read when gradio is imported
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows knows no SIGHUP
+ENDS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]  # Windows knows no SIGHUP
 
 
 def port_number(text: str) -> int:
@@ -39,14 +41,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``vtprune demo`` that no other command has."""
     add = parser.add_argument
     add("--port", type=port_number, metavar="N", help="default: the first free one from 7860 on")
-    add("--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine only); 0.0.0.0 lets everybody in who reaches it")
-    add("--allow-host", action="append", default=[], metavar="NAME", help="a further name under which browsers reach the demo, of a proxy say; repeatable")
-    add("--recipe", default="pyramiddrop", metavar="NAME", help="of the right side, to begin with (default %(default)s; 'vtprune recipes')")
-    add("--results", type=Path, metavar="FOLDER", help="result files (.json of bench, analyze ...) for the tab that draws them; they can be uploaded as well")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default %(default)s: this machine only); 0.0.0.0 lets everybody in who reaches it",
+    )
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name under which browsers reach the demo, of a proxy say; repeatable",
+    )
+    add(
+        "--recipe",
+        default="pyramiddrop",
+        metavar="NAME",
+        help="of the right side, to begin with (default %(default)s; 'vtprune recipes')",
+    )
+    add(
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="result files (.json of bench, analyze ...) for the tab that draws them; they can be uploaded as well",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command until it is interrupted: 0. Raises :class:`VtpruneError` for what the user can put right, and when the model's process has ended."""
+    """Runs the command until it is interrupted: 0. Raises :class:`VtpruneError` for what the user can put right, and
+    when the model's process has ended."""
     if find_spec("gradio") is None:
         raise VtpruneError("the demo needs gradio: pip install 'vtprune[demo]'")
     if args.results is not None and not args.results.is_dir():
@@ -63,9 +86,11 @@ def run(args: argparse.Namespace) -> int:
     worker = Worker(args.model, args.device, args.dtype)
     for number in ENDS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
-            signal.signal(number, signal.default_int_handler)  # tidies up as Ctrl-C does; not in the worker, forked above
+            # tidies up as Ctrl-C does; not in the worker, forked above
+            signal.signal(number, signal.default_int_handler)
     folder = tempfile.TemporaryDirectory(prefix="vtprune-demo-")
-    os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder.name) / "uploads"))  # nobody else reads it, and it goes with the demo
+    # nobody else reads it, and it goes with the demo
+    os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder.name) / "uploads"))
     try:
         with without_stubs():
             from . import app
@@ -96,7 +121,8 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def without_stubs() -> Iterator[None]:
-    """Gradio parses its components' sources to write .pyi stubs whenever it is imported, half of its time; it leaves out classes without a source file."""
+    """Gradio parses its components' sources to write .pyi stubs whenever it is imported, half of its time; it leaves
+    out classes without a source file."""
 
     def getfile(thing: Any) -> str:
         if getattr(thing, "__module__", "").partition(".")[0] == "gradio":

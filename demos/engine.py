@@ -1,7 +1,9 @@
-"""Questions to one model by many users, dense or with a recipe: streamed answers, times measured in turns, every recipe at one budget. Knows no Gradio.
+"""Questions to one model by many users, dense or with a recipe: streamed answers, times measured in turns, every recipe
+at one budget. Knows no Gradio.
 
-All work on the model runs in one thread of the engine's own, request after request: a model carries one attachment at a time. A consumer that is slow, goes
-away or never comes back holds nothing up, because attaching and removing happen in that thread.
+All work on the model runs in one thread of the engine's own, request after request: a model carries one attachment at a
+time. A consumer that is slow, goes away or never comes back holds nothing up, because attaching and removing happen in
+that thread.
 """
 
 from __future__ import annotations
@@ -47,9 +49,10 @@ Shown = Image.Image | str | os.PathLike  # a picture, or the path of a picture o
 class Side:
     """What runs on one side of a comparison.
 
-    ``recipe``: ``None`` is the dense model; else a registered name, ``"dpvr-lf (trained)"``, a :class:`vtprune.Recipe` or a path to its file · ``budget``:
-    ``"own"`` as the recipe says, ``"keep"`` the ``share`` of tokens behind the last cut, ``"effective"`` the ``share`` of the dense model's effective tokens,
-    for the solver · ``share`` in (0, 1], unused with ``"own"`` · ``options`` of the last stage's method, and ``positions`` and ``per`` of
+    ``recipe``: ``None`` is the dense model; else a registered name, ``"dpvr-lf (trained)"``, a :class:`vtprune.Recipe`
+    or a path to its file · ``budget``: ``"own"`` as the recipe says, ``"keep"`` the ``share`` of tokens behind the last
+    cut, ``"effective"`` the ``share`` of the dense model's effective tokens, for the solver · ``share`` in (0, 1],
+    unused with ``"own"`` · ``options`` of the last stage's method, and ``positions`` and ``per`` of
     :func:`vtprune.attach` · ``seed`` for methods that draw at random. Raises :class:`VtpruneError` for anything else.
     """
 
@@ -67,7 +70,9 @@ class Side:
         if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share <= 1:
             raise VtpruneError(f"the share of tokens lies above 0 and is at most 1, got {self.share!r}")
         check_seed(self.seed)
-        if not isinstance(self.options, Mapping) or not all(isinstance(name, str) and name.isidentifier() for name in self.options):
+        if not isinstance(self.options, Mapping) or not all(
+            isinstance(name, str) and name.isidentifier() for name in self.options
+        ):
             raise VtpruneError(f"options={self.options!r} are not names with values")
         taken = sorted({"keep", "seed", *TARGETS} & set(self.options))
         if taken:
@@ -75,24 +80,33 @@ class Side:
 
     def attach_options(self) -> dict[str, Any]:
         """The keywords for :func:`vtprune.attach`."""
-        given = {"own": {}, "keep": {"keep": float(self.share)}, "effective": {"effective_tokens": float(self.share)}}[self.budget]
+        given = {"own": {}, "keep": {"keep": float(self.share)}, "effective": {"effective_tokens": float(self.share)}}[
+            self.budget
+        ]
         return {**given, **self.options, "seed": self.seed}
 
     @property
     def name(self) -> str:
-        return "dense" if self.recipe is None else self.recipe.name if isinstance(self.recipe, Recipe) else os.fspath(self.recipe)
+        return (
+            "dense"
+            if self.recipe is None
+            else self.recipe.name
+            if isinstance(self.recipe, Recipe)
+            else os.fspath(self.recipe)
+        )
 
 
 @dataclass(frozen=True)
 class Result:
     """What one side did with one question.
 
-    ``name`` of the recipe (of an uploaded file the one inside) · ``recipe`` as it ran, behind the solver (``None``: dense) · ``report`` of its prefill ·
-    ``views`` one picture for each raster of ``report.grids[0]`` (plain grey where none can be matched: ``note`` says why), ``overview`` the number of the one
-    that shows the whole image · milliseconds, with the
-    device's queue empty: ``ttft_ms`` from the question to the first token, with the preparation of the picture and without attaching and waiting for others;
-    ``prefill_ms`` from the start of ``generate`` to the first token; ``token_ms`` per later token (``None``: there is none); ``total_ms`` from the question to
-    the last token · ``new_tokens`` with the end token.
+    ``name`` of the recipe (of an uploaded file the one inside) · ``recipe`` as it ran, behind the solver (``None``:
+    dense) · ``report`` of its prefill · ``views`` one picture for each raster of ``report.grids[0]`` (plain grey where
+    none can be matched: ``note`` says why), ``overview`` the number of the one that shows the whole image ·
+    milliseconds, with the device's queue empty: ``ttft_ms`` from the question to the first token, with the preparation
+    of the picture and without attaching and waiting for others; ``prefill_ms`` from the start of ``generate`` to the
+    first token; ``token_ms`` per later token (``None``: there is none); ``total_ms`` from the question to the last
+    token · ``new_tokens`` with the end token.
     """
 
     side: Side
@@ -114,7 +128,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Turn:
-    """One step of a streamed answer: all of its text so far. The last one is ``done`` and carries ``result`` (``None``: stopped before the model began)."""
+    """One step of a streamed answer: all of its text so far. The last one is ``done`` and carries ``result`` (``None``:
+    stopped before the model began)."""
 
     text: str
     done: bool = False
@@ -123,8 +138,9 @@ class Turn:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Times of two sides measured in turns, milliseconds: ``(first, second)`` of every round. Both of a round saw the same machine, so their ratio means more
-    than that of two medians, and the spread of the ratios tells how far to believe it."""
+    """Times of two sides measured in turns, milliseconds: ``(first, second)`` of every round. Both of a round saw the
+    same machine, so their ratio means more than that of two medians, and the spread of the ratios tells how far to
+    believe it."""
 
     prefill_ms: tuple[tuple[float, float], ...]
     ttft_ms: tuple[tuple[float, float], ...]
@@ -155,8 +171,9 @@ class Offer:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a comparison. ``result`` is ``None`` where the recipe cannot run at the budget: ``note`` says why. ``right``: ``None`` where no right answer
-    is known. ``prefill_ms`` is one prefill behind a warm-up; :meth:`Engine.rounds` compares times properly."""
+    """One line of a comparison. ``result`` is ``None`` where the recipe cannot run at the budget: ``note`` says why.
+    ``right``: ``None`` where no right answer is known. ``prefill_ms`` is one prefill behind a warm-up;
+    :meth:`Engine.rounds` compares times properly."""
 
     name: str
     result: Result | None = None
@@ -187,7 +204,8 @@ class Entry:
         return None if self.result is None else self.result.report.kv_bytes / self.result.report.dense_kv_bytes
 
 
-# ---------------------------------------------------------------------------------------------------------------- inputs
+# ----------------------------------------------------------------------------------------------------------------
+# inputs
 
 
 def short(text: str, what: str, most: int) -> None:
@@ -206,13 +224,18 @@ def proper(text: str, what: str) -> None:
 
 
 def checked_question(text: str | None, processor: Any) -> str:
-    """``text`` without spaces around it. Raises :class:`VtpruneError` if it is empty, too long, no proper text, or holds a token with a meaning of its own."""
+    """``text`` without spaces around it. Raises :class:`VtpruneError` if it is empty, too long, no proper text, or
+    holds a token with a meaning of its own."""
     question = (text or "").strip()
     if not question:
         raise VtpruneError("type a question")
     short(question, "the question", LONGEST_QUESTION)
     tokenizer = getattr(processor, "tokenizer", None)
-    special = [getattr(processor, "image_token", None), getattr(processor, "video_token", None), *getattr(tokenizer, "all_special_tokens", ())]
+    special = [
+        getattr(processor, "image_token", None),
+        getattr(processor, "video_token", None),
+        *getattr(tokenizer, "all_special_tokens", ()),
+    ]
     found = [token for token in special if token and token in question]
     if found:
         raise VtpruneError(f"the question must not contain {found[0]}: it means something else to this model")
@@ -225,15 +248,18 @@ def is_video(path: str | os.PathLike) -> bool:
 
 
 def part_of(shown: Shown | None, processor: Any) -> dict[str, Any]:
-    """A message part for :func:`vtprune.answer.prepare_chats`; pictures are upright, in RGB and at most :data:`LARGEST_SIDE` pixels long.
+    """A message part for :func:`vtprune.answer.prepare_chats`; pictures are upright, in RGB and at most
+    :data:`LARGEST_SIDE` pixels long.
 
-    Raises :class:`VtpruneError` for ``None``, for files that cannot be read (:func:`vtprune.answer.open_image`, :func:`vtprune.answer.video_part`) and for a
-    video where the processor takes none."""
+    Raises :class:`VtpruneError` for ``None``, for files that cannot be read (:func:`vtprune.answer.open_image`,
+    :func:`vtprune.answer.video_part`) and for a video where the processor takes none."""
     if shown is None:
         raise VtpruneError("choose a picture")
     if isinstance(shown, Image.Image):
         if shown.width * shown.height > answer.MEGAPIXELS * 1_000_000:
-            raise VtpruneError(f"the picture has {shown.width} x {shown.height} pixels; the limit is {answer.MEGAPIXELS} megapixels")
+            raise VtpruneError(
+                f"the picture has {shown.width} x {shown.height} pixels; the limit is {answer.MEGAPIXELS} megapixels"
+            )
         image = ImageOps.exif_transpose(shown).convert("RGB")
     elif is_video(shown):
         if getattr(processor, "video_processor", None) is None:  # told before the video is decoded
@@ -245,7 +271,8 @@ def part_of(shown: Shown | None, processor: Any) -> dict[str, Any]:
     return answer.image_part(image)
 
 
-# ---------------------------------------------------------------------------------------------------------------- engine
+# ----------------------------------------------------------------------------------------------------------------
+# engine
 
 
 class _Tell(BaseStreamer):
@@ -275,7 +302,8 @@ class _Halt(StoppingCriteria):
 
 
 class Engine:
-    """One model with its processor, shared by many users: requests are served one after the other, in the order in which they came."""
+    """One model with its processor, shared by many users: requests are served one after the other, in the order in
+    which they came."""
 
     def __init__(self, model: Any, processor: Any):
         """Raises :class:`UnsupportedError` for a model that no adapter takes or that has no language model."""
@@ -293,7 +321,8 @@ class Engine:
         """Ends the engine's thread; requests that wait are cancelled."""
         self._worker.shutdown(cancel_futures=True)
 
-    # -- the one thread ----------------------------------------------------------------------------------------------------
+    # -- the one thread
+    # ----------------------------------------------------------------------------------------------------
 
     def _submit(self, job: Callable[[], T]) -> Future[T]:
         def work() -> T:
@@ -303,7 +332,8 @@ class Engine:
         return self._worker.submit(work)
 
     def _settle(self, future: Future) -> None:
-        """Returns when ``future`` is over or will never begin. The garbage collector may call this from the working thread, which cannot wait for itself."""
+        """Returns when ``future`` is over or will never begin. The garbage collector may call this from the working
+        thread, which cannot wait for itself."""
         if not future.cancel() and threading.get_ident() != self._worker_id:
             wait([future])
 
@@ -333,10 +363,12 @@ class Engine:
         assert side.recipe is not None
         return load_recipe(side.recipe)
 
-    # -- what there is -----------------------------------------------------------------------------------------------------
+    # -- what there is
+    # -----------------------------------------------------------------------------------------------------
 
     def recipes(self) -> list[Offer]:
-        """Every registered recipe, and the bundled model's trained one, with the reason why this model refuses it if it does; found out once, by trying."""
+        """Every registered recipe, and the bundled model's trained one, with the reason why this model refuses it if it
+        does; found out once, by trying."""
         if self._offers is None:  # once known, nobody has to wait for the model
             self._do(self._try_all, None)
         assert self._offers is not None
@@ -354,35 +386,53 @@ class Engine:
         except VtpruneError as e:
             return str(e)
 
-    # -- answers -----------------------------------------------------------------------------------------------------------
+    # -- answers
+    # -----------------------------------------------------------------------------------------------------------
 
-    def stream(self, side: Side, shown: Shown | None, question: str, *, max_new_tokens: int = 32, stop: threading.Event | None = None) -> Iterator[Turn]:
+    def stream(
+        self,
+        side: Side,
+        shown: Shown | None,
+        question: str,
+        *,
+        max_new_tokens: int = 32,
+        stop: threading.Event | None = None,
+    ) -> Iterator[Turn]:
         """The greedy answer as it grows, one :class:`Turn` per token and a last one with the full :class:`Result`.
 
         Args:
             shown: a picture, or the path of a picture or a video.
             max_new_tokens: 1 to :data:`MOST_NEW_TOKENS`.
-            stop: ends the answer behind the token at hand, or takes the request out of the queue. Closing or dropping the iterator does the same.
+            stop: ends the answer behind the token at hand, or takes the request out of the queue. Closing or dropping
+                the iterator does the same.
 
         The model is free and unpatched again when the iterator has ended, however it ended.
 
         Raises:
-            VtpruneError: at once for a question, picture or number that is not taken; while iterating, whatever :func:`vtprune.attach` and the processor
-                refuse. Exceptions of the model come as they are.
+            VtpruneError: at once for a question, picture or number that is not taken; while iterating, whatever
+                :func:`vtprune.attach` and the processor refuse. Exceptions of the model come as they are.
         """
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
+        if (
+            isinstance(max_new_tokens, bool)
+            or not isinstance(max_new_tokens, int)
+            or not 1 <= max_new_tokens <= MOST_NEW_TOKENS
+        ):
             raise VtpruneError(f"max_new_tokens={max_new_tokens!r} is not a whole number from 1 to {MOST_NEW_TOKENS}")
         asked, part = checked_question(question, self.processor), part_of(shown, self.processor)
         return self._stream(side, part, asked, max_new_tokens, threading.Event() if stop is None else stop)
 
-    def _stream(self, side: Side, part: dict[str, Any], question: str, max_new_tokens: int, stop: threading.Event) -> Iterator[Turn]:
+    def _stream(
+        self, side: Side, part: dict[str, Any], question: str, max_new_tokens: int, stop: threading.Event
+    ) -> Iterator[Turn]:
         told: SimpleQueue[str | None] = SimpleQueue()
         gone, tell = threading.Event(), told.put  # the job must not hold this generator: dropping it has to end it
 
         def halted() -> bool:
             return stop.is_set() or gone.is_set()
 
-        future = self._submit(lambda: None if halted() else self._answer(side, part, question, max_new_tokens, halted, tell))
+        future = self._submit(
+            lambda: None if halted() else self._answer(side, part, question, max_new_tokens, halted, tell)
+        )
         future.add_done_callback(lambda _: tell(None))
         try:
             while True:
@@ -402,14 +452,22 @@ class Engine:
             self._settle(future)
 
     def _answer(
-        self, side: Side, part: dict[str, Any], question: str, max_new_tokens: int, halted: Callable[[], bool], tell: Callable[[str], object]
+        self,
+        side: Side,
+        part: dict[str, Any],
+        question: str,
+        max_new_tokens: int,
+        halted: Callable[[], bool],
+        tell: Callable[[str], object],
     ) -> Result:
         """One question, in the engine's thread."""
         with self._attached(side) as handle:
             asked = meter.clock(self.model.device)()
             inputs = self._inputs(part, question)
             halt = _Halt(halted)
-            out, cost = self._generate(inputs, asked, handle, max_new_tokens, streamer=_Tell(self._text, tell), stopping_criteria=[halt])
+            out, cost = self._generate(
+                inputs, asked, handle, max_new_tokens, streamer=_Tell(self._text, tell), stopping_criteria=[halt]
+            )
             report = self._report(inputs, handle)
             views, note = render.views_or_blank(self.processor, inputs, report)
         later = cost["new_tokens"] - 1
@@ -433,7 +491,9 @@ class Engine:
 
     def _inputs(self, part: dict[str, Any], question: str) -> Any:
         try:
-            inputs = answer.prepare_chats(self.processor, [[{"role": "user", "content": [part, answer.text_part(question)]}]])
+            inputs = answer.prepare_chats(
+                self.processor, [[{"role": "user", "content": [part, answer.text_part(question)]}]]
+            )
         except VtpruneError:
             raise
         except ValueError as e:  # e.g. a picture that is too long and narrow for this processor
@@ -443,15 +503,25 @@ class Engine:
     def _report(self, inputs: Any, handle: Handle | None) -> Report:
         return bench.dense_report(self.model, inputs) if handle is None else handle.report()
 
-    def _generate(self, inputs: Any, asked: float, handle: Handle | None, max_new_tokens: int, **extra: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    def _generate(
+        self, inputs: Any, asked: float, handle: Handle | None, max_new_tokens: int, **extra: Any
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         return meter.generate(
-            self.model, inputs, lambda: self._report(inputs, handle), asked, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **extra
+            self.model,
+            inputs,
+            lambda: self._report(inputs, handle),
+            asked,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            **extra,
         )
 
     def _text(self, tokens: list[int]) -> str:
         return self.processor.batch_decode(torch.tensor([tokens]), skip_special_tokens=True)[0].strip()
 
-    # -- comparisons -------------------------------------------------------------------------------------------------------
+    # -- comparisons
+    # -------------------------------------------------------------------------------------------------------
 
     def rounds(
         self,
@@ -463,21 +533,38 @@ class Engine:
         limit_s: float = 5.0,
         stop: threading.Event | None = None,
     ) -> Rounds | None:
-        """Prefill and time to the first token of two sides in turns, A B, B A, A B ...: up to ``repeats`` rounds, as many as fit into ``limit_s`` seconds but
-        at least one. Attaching, and the first prefill of an attachment, which plans for the picture's size, are in no time. ``None`` if ``stop`` came before a
-        round was complete.
+        """Prefill and time to the first token of two sides in turns, A B, B A, A B ...: up to ``repeats`` rounds, as
+        many as fit into ``limit_s`` seconds but at least one. Attaching, and the first prefill of an attachment, which
+        plans for the picture's size, are in no time. ``None`` if ``stop`` came before a round was complete.
 
         Raises :class:`VtpruneError` for anything but two sides and one repeat or more, and as :meth:`stream` does.
         """
         if len(sides) != 2 or repeats < 1:
-            raise VtpruneError(f"two sides and at least one repeat are compared, got {len(sides)} sides and {repeats} repeats")
+            raise VtpruneError(
+                f"two sides and at least one repeat are compared, got {len(sides)} sides and {repeats} repeats"
+            )
         asked, part = checked_question(question, self.processor), part_of(shown, self.processor)
-        return self._do(lambda: self._rounds(list(sides), part, asked, repeats, limit_s, threading.Event() if stop is None else stop), stop)
+        return self._do(
+            lambda: self._rounds(
+                list(sides), part, asked, repeats, limit_s, threading.Event() if stop is None else stop
+            ),
+            stop,
+        )
 
-    def _rounds(self, sides: list[Side], part: dict[str, Any], question: str, repeats: int, limit_s: float, stop: threading.Event) -> Rounds | None:
+    def _rounds(
+        self,
+        sides: list[Side],
+        part: dict[str, Any],
+        question: str,
+        repeats: int,
+        limit_s: float,
+        stop: threading.Event,
+    ) -> Rounds | None:
         found: list[list[tuple[float, float]]] = []  # per round, per side: (prefill, ttft)
         begin = time.perf_counter()
-        while len(found) < repeats and (not found or (time.perf_counter() - begin) * (len(found) + 1) / len(found) <= limit_s):
+        while len(found) < repeats and (
+            not found or (time.perf_counter() - begin) * (len(found) + 1) / len(found) <= limit_s
+        ):
             turn: list[tuple[float, float]] = [(0.0, 0.0)] * 2
             for i in (0, 1) if len(found) % 2 == 0 else (1, 0):
                 if stop.is_set():
@@ -511,8 +598,9 @@ class Engine:
         names: Sequence[str] | None = None,
         stop: threading.Event | None = None,
     ) -> Iterator[Entry]:
-        """The dense model and then every recipe (or ``names``) at one budget, one :class:`Entry` as soon as it is there. Other users' questions are served in
-        between. What cannot run is an entry with a note. The trained branch knows one schedule and runs at its own budget, as in ``vtprune bench``.
+        """The dense model and then every recipe (or ``names``) at one budget, one :class:`Entry` as soon as it is
+        there. Other users' questions are served in between. What cannot run is an entry with a note. The trained branch
+        knows one schedule and runs at its own budget, as in ``vtprune bench``.
 
         Args:
             truth: the right answer, if known; judged as ``vtprune bench`` does.
@@ -523,18 +611,34 @@ class Engine:
         short(truth or "", "the right answer", LONGEST_TRUTH)
         asked, part = checked_question(question, self.processor), part_of(shown, self.processor)
         Side(None, budget, share, seed=seed)  # says now what is wrong
-        return self._compare(part, asked, share, truth, budget, seed, names, threading.Event() if stop is None else stop)
+        return self._compare(
+            part, asked, share, truth, budget, seed, names, threading.Event() if stop is None else stop
+        )
 
     def _compare(
-        self, part: dict[str, Any], question: str, share: float, truth: str | None, budget: str, seed: int, names: Sequence[str] | None, stop: threading.Event
+        self,
+        part: dict[str, Any],
+        question: str,
+        share: float,
+        truth: str | None,
+        budget: str,
+        seed: int,
+        names: Sequence[str] | None,
+        stop: threading.Event,
     ) -> Iterator[Entry]:
         for name in (None, *([o.name for o in self.recipes()] if names is None else names)):
             own = name is None or (name == TRAINED and self.trained is not None)
             side = Side(name, "own" if own else budget, share, seed=seed)
-            entry = None if stop.is_set() else self._do(lambda side=side: self._entry(side, part, question, truth), stop)  # type: ignore[misc]
+            entry = (
+                None if stop.is_set() else self._do(lambda side=side: self._entry(side, part, question, truth), stop)
+            )  # type: ignore[misc]
             if entry is None:
                 return
-            yield replace(entry, note="at its own budget: the branch is trained for one layer") if own and name and entry.result else entry
+            yield (
+                replace(entry, note="at its own budget: the branch is trained for one layer")
+                if own and name and entry.result
+                else entry
+            )
 
     def _entry(self, side: Side, part: dict[str, Any], question: str, truth: str | None) -> Entry:
         try:

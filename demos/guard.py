@@ -1,5 +1,5 @@
-"""Which requests the demo serves, and what browsers may do with its answers: no other site's page may use it, uploads are bounded, pages load nothing from
-elsewhere. Knows no Gradio."""
+"""Which requests the demo serves, and what browsers may do with its answers: no other site's page may use it, uploads
+are bounded, pages load nothing from elsewhere. Knows no Gradio."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ class TooLarge(Exception):
 
 
 def names(host: str, more: Iterable[str] = ()) -> Callable[[str], bool]:
-    """Whether a name (without port) is one under which a server that listens on ``host`` is asked for: a page of another site whose name was made to point here
-    (DNS rebinding) asks under its own. ``more``: further names, of a proxy for instance."""
+    """Whether a name (without port) is one under which a server that listens on ``host`` is asked for: a page of
+    another site whose name was made to point here (DNS rebinding) asks under its own. ``more``: further names, of a
+    proxy for instance."""
     known = {n.lower() for n in (host, *more)}
     if host in (*LOCAL, *ANY):
         known |= {*LOCAL}
@@ -66,7 +67,8 @@ def name_of(authority: str) -> str:
 
 
 def policy(hashes: Iterable[str] = ()) -> str:
-    """The content security policy: everything from here, pictures also as data, inline scripts only with one of ``hashes``."""
+    """The content security policy: everything from here, pictures also as data, inline scripts only with one of
+    ``hashes``."""
     scripts = " ".join(["'self' 'unsafe-eval'", *(f"'sha256-{h}'" for h in hashes)])
     return "; ".join(
         [
@@ -105,9 +107,9 @@ def used(folder: Path) -> int:
 
 
 class Guard:
-    """ASGI middleware. Refused with 403: a ``Host`` that is not ``taken``, an ``Origin`` that is not the host asked for, and what another site's page loads
-    from here. Refused with 413: more than :data:`LARGEST_TEXT` bytes, of an upload more than :data:`LARGEST_UPLOAD`, and more than :data:`UPLOADS` in the
-    folder ``uploads``."""
+    """ASGI middleware. Refused with 403: a ``Host`` that is not ``taken``, an ``Origin`` that is not the host asked
+    for, and what another site's page loads from here. Refused with 413: more than :data:`LARGEST_TEXT` bytes, of an
+    upload more than :data:`LARGEST_UPLOAD`, and more than :data:`UPLOADS` in the folder ``uploads``."""
 
     def __init__(self, app: Any, taken: Callable[[str], bool], uploads: Path, scripts: Sequence[str] = ()):
         """``scripts``: hashes of inline scripts that the page inserts later."""
@@ -135,7 +137,11 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}"):
             return "this request comes from another site's page"
-        visit = method in ("GET", "HEAD") and headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+        visit = (
+            method in ("GET", "HEAD")
+            and headers.get("sec-fetch-mode") == "navigate"
+            and headers.get("sec-fetch-dest") == "document"
+        )
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not visit:
             return "this request comes from another site's page"
         return ""
@@ -177,7 +183,8 @@ class Guard:
             self.arriving -= share if upload else 0
 
     def _careful(self, send: Send) -> Send:
-        """``send``, with the headers that tell browsers to be careful. A page is held back until it is whole: the policy names its scripts."""
+        """``send``, with the headers that tell browsers to be careful. A page is held back until it is whole: the
+        policy names its scripts."""
         start: Message | None = None
         body = b""
 
@@ -194,7 +201,9 @@ class Guard:
             else:
                 body += message.get("body", b"")
                 if not message.get("more_body", False):
-                    await send({**start, "headers": _replaced(start["headers"], policy([*self.scripts, *hashes(body)]))})
+                    await send(
+                        {**start, "headers": _replaced(start["headers"], policy([*self.scripts, *hashes(body)]))}
+                    )
                     await send({**message, "body": body})
 
         return out

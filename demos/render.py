@@ -1,4 +1,5 @@
-"""What the demo shows of results: figures and their differences, cards, pictures to keep, and a recipe file and a program that repeat it. Knows no Gradio."""
+"""What the demo shows of results: figures and their differences, cards, pictures to keep, and a recipe file and a
+program that repeat it. Knows no Gradio."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ _TABLE_CSS = f"""
 @media (max-width: 34rem) {{ .vtp-metrics {{ font-size: .8rem; }} .vtp-metrics th, .vtp-metrics td {{ padding: .25rem .2rem; }}
   .vtp-metrics [scope=row] {{ min-width: 5.5rem; }} .vtp-metrics td:last-child {{ min-width: 4.5rem; }}
   .vtp-metrics thead :nth-child(4), .vtp-metrics td:nth-child(4) {{ display: none; }} }}
-""".strip()
+""".strip()  # noqa: E501
 _CARDS_CSS = f"""
 .vtp-cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(10.5rem, 44%), 1fr)); gap: .75rem; list-style: none; margin: 0; padding: 0; }}
 .vtp-cards li {{ border: 1px solid {_LINE}; border-radius: .4rem; padding: .6rem; margin: 0; color: {_INK}; overflow-wrap: anywhere; }}
@@ -45,19 +46,26 @@ _CARDS_CSS = f"""
 .vtp-cards li > h3 {{ font-size: 1rem; font-weight: 600; margin: 0 0 .4rem; color: {_INK}; }}
 .vtp-cards p {{ margin: .3rem 0 0; color: {_INK}; }}
 .vtp-cards .vtp-small {{ font-size: .85rem; opacity: .75; }}
-""".strip()
+""".strip()  # noqa: E501
 
 
-# --------------------------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------------------------
+# figures
 
 
 def figures_of(result: Result) -> dict[str, Any]:
-    """The numbers of one side: ``ttft_ms``, ``prefill_ms``, ``token_ms``, ``total_ms``, ``new_tokens``, ``visual_tokens``, ``layer_tokens`` per language-model
-    layer, ``effective_tokens`` their mean, ``flops`` and ``dense_flops``, ``kv_bytes`` and ``dense_kv_bytes``."""
+    """The numbers of one side: ``ttft_ms``, ``prefill_ms``, ``token_ms``, ``total_ms``, ``new_tokens``,
+    ``visual_tokens``, ``layer_tokens`` per language-model layer, ``effective_tokens`` their mean, ``flops`` and
+    ``dense_flops``, ``kv_bytes`` and ``dense_kv_bytes``."""
     report = result.report
-    out: dict[str, Any] = {name: getattr(result, name) for name in ("ttft_ms", "prefill_ms", "token_ms", "total_ms", "new_tokens")}
+    out: dict[str, Any] = {
+        name: getattr(result, name) for name in ("ttft_ms", "prefill_ms", "token_ms", "total_ms", "new_tokens")
+    }
     out |= {"visual_tokens": report.visual_tokens[0], "layer_tokens": list(report.layer_tokens[0])}
-    return out | {name: getattr(report, name) for name in ("effective_tokens", "flops", "dense_flops", "kv_bytes", "dense_kv_bytes")}
+    return out | {
+        name: getattr(report, name)
+        for name in ("effective_tokens", "flops", "dense_flops", "kv_bytes", "dense_kv_bytes")
+    }
 
 
 def layers_text(layer_tokens: Sequence[int]) -> str:
@@ -68,7 +76,8 @@ def layers_text(layer_tokens: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the comparison, all text: the figure's ``name`` with its unit, both sides, and ``second`` minus and over ``first`` (empty: no such)."""
+    """One line of the comparison, all text: the figure's ``name`` with its unit, both sides, and ``second`` minus and
+    over ``first`` (empty: no such)."""
 
     name: str
     first: str
@@ -78,8 +87,9 @@ class Row:
 
 
 def metrics(a: Result, b: Result, rounds: Rounds | None = None) -> list[Row]:
-    """The comparison of two sides. The first two times are those of ``rounds``; single measurements (the later tokens; all without ``rounds``) stand side by
-    side without a difference, because nobody knows how far they can be trusted."""
+    """The comparison of two sides. The first two times are those of ``rounds``; single measurements (the later tokens;
+    all without ``rounds``) stand side by side without a difference, because nobody knows how far they can be
+    trusted."""
     x, y = figures_of(a), figures_of(b)
     names = {"ttft_ms": "time to first token, ms", "prefill_ms": "prefill, ms"}
     if rounds is None:
@@ -108,25 +118,37 @@ def _single(name: str, first: float | None, second: float | None) -> Row:
 
 
 def _paired(name: str, pairs: Sequence[tuple[float, float]], more_work: float) -> Row:
-    """Times in turns: medians, and the median of the rounds' ratios with the lowest and highest. What noise explains is said to be noise, and a difference
-    against the FLOPs (``more_work``: second minus first) is said to be one."""
+    """Times in turns: medians, and the median of the rounds' ratios with the lowest and highest. What noise explains is
+    said to be noise, and a difference against the FLOPs (``more_work``: second minus first) is said to be one."""
     first, second = medians(pairs)
     if len(pairs) < ENOUGH:
-        return Row(f"{name}, in turns", f"{first:.1f}", f"{second:.1f}", "", f"too few rounds ({len(pairs)}) to compare")
+        return Row(
+            f"{name}, in turns", f"{first:.1f}", f"{second:.1f}", "", f"too few rounds ({len(pairs)}) to compare"
+        )
     middle, low, high = ratios(pairs)
     noise = low <= 1 <= high
     against = not noise and (more_work < 0 < middle - 1 or more_work > 0 > middle - 1)
     remark = ": within noise" if noise else ": against the FLOPs, so overhead decides here" if against else ""
     ratio = f"x {middle:.2f} ({low:.2f} to {high:.2f}){remark}"
-    return Row(f"{name}, median of {len(pairs)} in turns", f"{first:.1f}", f"{second:.1f}", "" if noise else f"{second - first:+.1f}", ratio)
+    return Row(
+        f"{name}, median of {len(pairs)} in turns",
+        f"{first:.1f}",
+        f"{second:.1f}",
+        "" if noise else f"{second - first:+.1f}",
+        ratio,
+    )
 
 
 def metrics_html(rows: Sequence[Row], first: str = "first", second: str = "second") -> str:
-    """``rows`` as a table with heads for its columns (``first``, ``second``: the sides' names) and lines, in the colours of Gradio's theme."""
+    """``rows`` as a table with heads for its columns (``first``, ``second``: the sides' names) and lines, in the
+    colours of Gradio's theme."""
     esc = html.escape
     head = "".join(f'<th scope="col">{esc(c)}</th>' for c in ("figure", first, second, "difference", "ratio"))
     body = "\n".join(
-        f'<tr><th scope="row">{esc(r.name)}</th>' + "".join(f"<td>{esc(c)}</td>" for c in (r.first, r.second, r.difference, r.ratio)) + "</tr>" for r in rows
+        f'<tr><th scope="row">{esc(r.name)}</th>'
+        + "".join(f"<td>{esc(c)}</td>" for c in (r.first, r.second, r.difference, r.ratio))
+        + "</tr>"
+        for r in rows
     )
     return f"""<style>{_TABLE_CSS}</style>
 <div class="vtp-scroll" role="region" tabindex="0" aria-label="figures of both sides"><table class="vtp-metrics">
@@ -137,7 +159,8 @@ def metrics_html(rows: Sequence[Row], first: str = "first", second: str = "secon
 </table></div>"""
 
 
-# ----------------------------------------------------------------------------------------------------------------- cards
+# -----------------------------------------------------------------------------------------------------------------
+# cards
 
 
 def thumb(result: Result, panel: int = THUMB) -> Image.Image:
@@ -150,7 +173,11 @@ def _told(entry: Entry) -> list[str]:
     assert entry.report is not None and entry.flops_share is not None
     layers = entry.report.layer_tokens[0]
     differ = [f"layers: {layers_text(layers)}"] if len(set(layers)) > 1 else []
-    return [f"{entry.effective_tokens:.1f} of {entry.report.visual_tokens[0]} tokens", *differ, f"{100 * entry.flops_share:.0f} % of dense FLOPs"]
+    return [
+        f"{entry.effective_tokens:.1f} of {entry.report.visual_tokens[0]} tokens",
+        *differ,
+        f"{100 * entry.flops_share:.0f} % of dense FLOPs",
+    ]
 
 
 def cards_html(cards: Sequence[str]) -> str:
@@ -159,7 +186,8 @@ def cards_html(cards: Sequence[str]) -> str:
 
 
 def card(entry: Entry) -> str:
-    """An entry as HTML: the tokens that were left, the answer, right or wrong, tokens and FLOPs; or why it cannot run."""
+    """An entry as HTML: the tokens that were left, the answer, right or wrong, tokens and FLOPs; or why it cannot
+    run."""
     esc = html.escape
     note = f'<p class="vtp-small">{esc(entry.note)}</p>' if entry.note else ""
     if entry.result is None:
@@ -169,10 +197,11 @@ def card(entry: Entry) -> str:
     small = "<br>".join(map(esc, told))
     mark = "" if entry.right is None else f" <strong>{MARKS[entry.right]}</strong>"
     picture = f'<img alt="{alt}" src="{render.data_url(thumb(entry.result))}">'
-    return f'<li><h3>{esc(entry.name)}</h3>{picture}<p>{esc(entry.result.answer)}{mark}</p><p class="vtp-small">{small}</p>{note}</li>'
+    return f'<li><h3>{esc(entry.name)}</h3>{picture}<p>{esc(entry.result.answer)}{mark}</p><p class="vtp-small">{small}</p>{note}</li>'  # noqa: E501
 
 
-# -------------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------------------
+# pictures
 
 
 def _lines(text: str, width: int, size: int, most: int) -> list[str]:
@@ -212,7 +241,12 @@ def sheet(entries: Sequence[Entry], question: str, *, truth: str | None = None) 
         if picture_ is not None:
             out.paste(picture_, (x, y + LINE))
         for k, line in enumerate(lines):
-            draw.text((x, y + LINE + (0 if picture_ is None else high + 4) + k * LINE), line, fill=render.MUTED if k else render.INK, font=render.font(13))
+            draw.text(
+                (x, y + LINE + (0 if picture_ is None else high + 4) + k * LINE),
+                line,
+                fill=render.MUTED if k else render.INK,
+                font=render.font(13),
+            )
     return out
 
 
@@ -222,24 +256,50 @@ def _card_lines(entry: Entry, width: int) -> list[str]:
         return ["not run", *_lines(entry.note, width, 13, 8)]
     mark = "" if entry.right is None else "  (right)" if entry.right else "  (wrong)"
     told = [*_told(entry), *([entry.note] if entry.note else [])]
-    return [*_lines(entry.result.answer + mark, width, 13, 2), *itertools.chain.from_iterable(_lines(t, width, 13, 4) for t in told)]
+    return [
+        *_lines(entry.result.answer + mark, width, 13, 2),
+        *itertools.chain.from_iterable(_lines(t, width, 13, 4) for t in told),
+    ]
 
 
 def picture(question: str, *results: Result) -> Image.Image:
-    """The sides below each other: name, answer, key figures and the tokens of every stage. Raises :class:`VtpruneError` without sides."""
+    """The sides below each other: name, answer, key figures and the tokens of every stage. Raises :class:`VtpruneError`
+    without sides."""
     if not results:
         raise VtpruneError("a picture needs at least one side")
     strips = [render.token_picture(r.views[r.overview], r.report, 0, number=r.overview) for r in results]
     width = max(640, *(s.width for s in strips))
-    text: list[tuple[str, int, Any]] = [(line, 17, render.INK) for line in _lines(question, width - 2 * render.GAP, 17, 6)]
+    text: list[tuple[str, int, Any]] = [
+        (line, 17, render.INK) for line in _lines(question, width - 2 * render.GAP, 17, 6)
+    ]
     blocks: list[tuple[list[tuple[str, int, Any]], Image.Image | None]] = [(text, None)]
     for result, strip in zip(results, strips, strict=True):
         n = figures_of(result)
-        facts = f"{n['effective_tokens']:.1f} of {n['visual_tokens']} effective tokens, {n['flops'] / 1e9:.3f} of {n['dense_flops'] / 1e9:.3f} GFLOPs, "
-        facts += f"{n['kv_bytes'] / 1024:.1f} of {n['dense_kv_bytes'] / 1024:.1f} KiB cache, first token after {n['ttft_ms']:.0f} ms"
-        answer = _lines(f"{result.name}: {result.answer}{' (stopped)' if result.stopped else ''}", width - 2 * render.GAP, 16, 8)
-        blocks.append(([*((a, 16, render.INK) for a in answer), *((f, 13, render.MUTED) for f in _lines(facts, width - 2 * render.GAP, 13, 3))], strip))
-    out = Image.new("RGB", (width, sum(24 * len(lines) + (s.height if s else 0) + render.GAP for lines, s in blocks) + render.GAP), render.PAPER)
+        facts = (
+            f"{n['effective_tokens']:.1f} of {n['visual_tokens']} effective tokens, {n['flops'] / 1e9:.3f} of "
+            f"{n['dense_flops'] / 1e9:.3f} GFLOPs, "
+        )
+        facts += (
+            f"{n['kv_bytes'] / 1024:.1f} of {n['dense_kv_bytes'] / 1024:.1f} KiB cache, first token after "
+            f"{n['ttft_ms']:.0f} ms"
+        )
+        answer = _lines(
+            f"{result.name}: {result.answer}{' (stopped)' if result.stopped else ''}", width - 2 * render.GAP, 16, 8
+        )
+        blocks.append(
+            (
+                [
+                    *((a, 16, render.INK) for a in answer),
+                    *((f, 13, render.MUTED) for f in _lines(facts, width - 2 * render.GAP, 13, 3)),
+                ],
+                strip,
+            )
+        )
+    out = Image.new(
+        "RGB",
+        (width, sum(24 * len(lines) + (s.height if s else 0) + render.GAP for lines, s in blocks) + render.GAP),
+        render.PAPER,
+    )
     draw, y = ImageDraw.Draw(out), render.GAP
     for lines, strip_ in blocks:
         for line, size, color in lines:
@@ -252,12 +312,14 @@ def picture(question: str, *results: Result) -> Image.Image:
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------- repeating
+# -------------------------------------------------------------------------------------------------------------
+# repeating
 
 
 def recipe_json(result: Result) -> str:
-    """A recipe file of exactly what ran, the solver's schedule in it, for :meth:`vtprune.Recipe.load` and ``vtprune run --recipe FILE``. A seed that matters is
-    named in ``source``, for ``--seed``; a trained branch is named by its path on this machine. Raises :class:`VtpruneError` for the dense model."""
+    """A recipe file of exactly what ran, the solver's schedule in it, for :meth:`vtprune.Recipe.load` and ``vtprune run
+    --recipe FILE``. A seed that matters is named in ``source``, for ``--seed``; a trained branch is named by its path
+    on this machine. Raises :class:`VtpruneError` for the dense model."""
     if result.recipe is None:
         raise VtpruneError("the dense model has no recipe to save")
     recipe = result.recipe
@@ -277,7 +339,8 @@ def snippet(
     device: str = "cpu",
     dtype: str = "float32",
 ) -> str:
-    """A program that repeats ``sides`` with the public interface; run, it leaves ``results``, a list of ``(answer, report)``.
+    """A program that repeats ``sides`` with the public interface; run, it leaves ``results``, a list of ``(answer,
+    report)``.
 
     Args:
         model_path: folder or hub id, ``None`` for the bundled model. image_name: of a picture file.
@@ -286,10 +349,13 @@ def snippet(
     Raises :class:`VtpruneError` for the trained branch without ``trained`` and for a recipe file that cannot be read.
     """
     if model_path is None:
-        load = [f"model, processor = vtprune.load_demo_model({_quoted(device)}{'' if dtype == 'float32' else f', torch.{dtype}'})"]
+        load = [
+            f"model, processor = vtprune.load_demo_model({_quoted(device)}{'' if dtype == 'float32' else f', torch.{dtype}'})"  # noqa: E501
+        ]
     else:
         load = [
-            f"model = AutoModelForImageTextToText.from_pretrained({_quoted(model_path)}, dtype=torch.{dtype}).to({_quoted(device)}).eval()",
+            f"model = AutoModelForImageTextToText.from_pretrained({_quoted(model_path)}, "
+            f"dtype=torch.{dtype}).to({_quoted(device)}).eval()",
             f"processor = AutoProcessor.from_pretrained({_quoted(model_path)})",
         ]
     runs = "\n".join(_run(side, trained) for side in sides)
@@ -324,7 +390,7 @@ results = []
 
 for answer, report in results:
     print(answer, f"({{report.effective_tokens:.1f}} effective tokens, {{report.flops / 1e9:.3f}} GFLOPs)")
-"""
+"""  # noqa: E501
 
 
 def _quoted(text: str) -> str:

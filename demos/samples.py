@@ -13,8 +13,8 @@ from vtprune.types import VtpruneError
 
 
 def samples(n: int) -> list[bench.Sample]:
-    """``n`` generated test pictures with one question each and its right answer, abilities in turn; always the same. Raises :class:`VtpruneError` for
-    ``n < 1``."""
+    """``n`` generated test pictures with one question each and its right answer, abilities in turn; always the same.
+    Raises :class:`VtpruneError` for ``n < 1``."""
     if n < 1:
         raise VtpruneError(f"the number of samples must be at least 1, got {n}")
     order = ("attribute", "counting", "text", "location", "relation", "existence")
@@ -22,7 +22,9 @@ def samples(n: int) -> list[bench.Sample]:
     for index in itertools.count():
         scene, ability = scenes.scene(index, "test"), order[len(out) % len(order)]
         for q in [q for q in scene.questions if q.ability == ability][:1]:
-            out.append(bench.Sample(Image.fromarray(scene.image), q.text, q.answer, ability, q.boxes, f"scenes/{index}"))
+            out.append(
+                bench.Sample(Image.fromarray(scene.image), q.text, q.answer, ability, q.boxes, f"scenes/{index}")
+            )
         if len(out) == n:
             return out
     raise AssertionError("there is always another scene")

@@ -1,5 +1,5 @@
-"""The model in a process of its own, and what the page asks of it. Both start at the same time, the page stays quick while the model computes, and everything
-that crosses between the two is plain data."""
+"""The model in a process of its own, and what the page asks of it. Both start at the same time, the page stays quick
+while the model computes, and everything that crosses between the two is plain data."""
 
 from __future__ import annotations
 
@@ -38,24 +38,30 @@ class Desk:
         self._lock = threading.Lock()
 
     def load(self, model: str | None, device: str, dtype: str) -> None:
-        """Loads ``model`` (folder or hub id, ``None``: the bundled one). Raises :class:`VtpruneError` as :func:`vtprune.cli.load` does."""
+        """Loads ``model`` (folder or hub id, ``None``: the bundled one). Raises :class:`VtpruneError` as
+        :func:`vtprune.cli.load` does."""
         import torch
         from vtprune.demos.engine import Engine
 
         from vtprune import cli
 
         gc.enable()
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # the page needs a core as well; threads that wait for each other take it away
+        # the page needs a core as well; threads that wait for each other take it away
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
         self.path, self.device, self.dtype = model, device, dtype
         self.engine = Engine(*cli.load(argparse.Namespace(model=model, device=device, dtype=dtype)))
 
     def about(self) -> dict[str, Any]:
-        """``model`` in words, ``recipes`` that it takes, ``refused`` ``[name, why]``, and whether it takes ``videos``."""
+        """``model`` in words, ``recipes`` that it takes, ``refused`` ``[name, why]``, and whether it takes
+        ``videos``."""
         import vtprune
 
         offers, geometry = self.engine.recipes(), self.engine.geometry
         name = Path(self.path).name if self.path else "the bundled VLM"
-        about = f"{name}: {type(self.engine.model).__name__}, {'about ' if geometry.variable else ''}{geometry.tokens} visual tokens per image, "
+        about = (
+            f"{name}: {type(self.engine.model).__name__}, {'about ' if geometry.variable else ''}{geometry.tokens} "
+            "visual tokens per image, "
+        )
         about += f"{geometry.llm_layers} layers, {self.device}, {self.dtype} - vtprune {vtprune.__version__}, "
         about += f"torch {version('torch')}, transformers {version('transformers')}"
         videos = getattr(self.engine.processor, "video_processor", None) is not None
@@ -72,9 +78,16 @@ class Desk:
             for event in self._running.get(token, ()):
                 event.set()
 
-    def ask(self, token: str, shown: str | None, question: str | None, sides: Sequence[Mapping[str, Any]], max_new_tokens: int) -> Iterator[dict[str, Any]]:
-        """Two sides' answers to one question as they grow: dicts with ``side`` (0, 1) and ``text``, or ``status``; the last one has ``answers``, as HTML
-        ``metrics`` and ``theatre``, and ``files`` name -> bytes.
+    def ask(
+        self,
+        token: str,
+        shown: str | None,
+        question: str | None,
+        sides: Sequence[Mapping[str, Any]],
+        max_new_tokens: int,
+    ) -> Iterator[dict[str, Any]]:
+        """Two sides' answers to one question as they grow: dicts with ``side`` (0, 1) and ``text``, or ``status``; the
+        last one has ``answers``, as HTML ``metrics`` and ``theatre``, and ``files`` name -> bytes.
 
         Args:
             shown: path of a picture or a video. sides: two, each as :meth:`side` takes it.
@@ -106,9 +119,21 @@ class Desk:
                 return
         a, b = results
         heads = [f"{name}: {r.name}" for name, r in zip(NAMES, results, strict=True)]
-        scenes = [theatre.scene(r.report, r.views, title=f"{head}: {r.answer}") for head, r in zip(heads, results, strict=True)]
-        facts = json.dumps({"question": a.question, **{head: r.report.recipe or "dense" for head, r in zip(heads, results, strict=True)}})
-        files = {f"recipe-{name.lower()}.json": render.recipe_json(r).encode() for name, r in zip(NAMES, results, strict=True) if r.recipe is not None}
+        scenes = [
+            theatre.scene(r.report, r.views, title=f"{head}: {r.answer}")
+            for head, r in zip(heads, results, strict=True)
+        ]
+        facts = json.dumps(
+            {
+                "question": a.question,
+                **{head: r.report.recipe or "dense" for head, r in zip(heads, results, strict=True)},
+            }
+        )
+        files = {
+            f"recipe-{name.lower()}.json": render.recipe_json(r).encode()
+            for name, r in zip(NAMES, results, strict=True)
+            if r.recipe is not None
+        }
         yield {
             "status": f"done: {outcome(a, b)}",
             "answers": [r.answer for r in results],
@@ -122,8 +147,18 @@ class Desk:
             },
         }
 
-    def compare(self, token: str, shown: str | None, question: str | None, share: float, budget: str, seed: int, truth: str | None) -> Iterator[dict[str, Any]]:
-        """Every recipe at one budget: dicts with ``cards`` (HTML of what is done), ``done`` and ``of``; the last one has ``files`` name -> bytes as well."""
+    def compare(
+        self,
+        token: str,
+        shown: str | None,
+        question: str | None,
+        share: float,
+        budget: str,
+        seed: int,
+        truth: str | None,
+    ) -> Iterator[dict[str, Any]]:
+        """Every recipe at one budget: dicts with ``cards`` (HTML of what is done), ``done`` and ``of``; the last one
+        has ``files`` name -> bytes as well."""
         from vtprune.demos import render
         from vtprune.demos.engine import Side
 
@@ -135,12 +170,25 @@ class Desk:
         with self._registered(token) as stop:
             names = [o.name for o in self.engine.recipes() if not o.reason]
             of = 1 + len(names)
-            for entry in self.engine.compare(shown, question or "", share, truth=truth, budget=budget, seed=seed, names=names, stop=stop):
+            for entry in self.engine.compare(
+                shown, question or "", share, truth=truth, budget=budget, seed=seed, names=names, stop=stop
+            ):
                 entries.append(entry)
                 cards.append(render.card(entry))
-                yield {"status": f"{entry.name} is done", "cards": render.cards_html(cards), "done": len(entries), "of": of}
+                yield {
+                    "status": f"{entry.name} is done",
+                    "cards": render.cards_html(cards),
+                    "done": len(entries),
+                    "of": of,
+                }
             if stop.is_set():
-                yield {"status": "stopped", "stopped": True, "done": len(entries), "of": of, "cards": render.cards_html(cards)}
+                yield {
+                    "status": "stopped",
+                    "stopped": True,
+                    "done": len(entries),
+                    "of": of,
+                    "cards": render.cards_html(cards),
+                }
                 return
         sides = [Side(None) if e.name == "dense" else e.result.side for e in entries if e.result is not None]
         yield {
@@ -155,8 +203,9 @@ class Desk:
         }
 
     def side(self, given: Mapping[str, Any], name: str) -> Any:
-        """A :class:`vtprune.demos.engine.Side` from what the page sends: ``recipe`` (a name; ``"dense"``), ``file`` (a recipe's JSON text instead), ``budget``,
-        ``share``, ``options`` (JSON text) and ``seed``. Raises :class:`VtpruneError` that says which side and what is wrong."""
+        """A :class:`vtprune.demos.engine.Side` from what the page sends: ``recipe`` (a name; ``"dense"``), ``file`` (a
+        recipe's JSON text instead), ``budget``, ``share``, ``options`` (JSON text) and ``seed``. Raises
+        :class:`VtpruneError` that says which side and what is wrong."""
         from vtprune.demos.engine import Side, short
         from vtprune.models import _demo
 
@@ -175,7 +224,9 @@ class Desk:
             stages = recipe.stages if isinstance(recipe, Recipe) else ()
             weights = [o["weights"] for o in (options, *(s.options for s in stages)) if o.get("weights")]
             if any(Path(str(w)).parent != _demo.FOLDER for w in weights):
-                raise VtpruneError("weights= names a file of the machine that runs the demo; give it on the command line")
+                raise VtpruneError(
+                    "weights= names a file of the machine that runs the demo; give it on the command line"
+                )
             return Side(recipe, given.get("budget", "own"), given.get("share", 0.5), options, given.get("seed", 0))
         except VtpruneError as e:
             raise VtpruneError(f"{name}: {e}") from e
@@ -187,7 +238,12 @@ class Desk:
 
         if shown is None or is_video(shown):
             return {}
-        how = {"trained": self.engine.trained, "max_new_tokens": max_new_tokens, "device": self.device, "dtype": self.dtype}
+        how = {
+            "trained": self.engine.trained,
+            "max_new_tokens": max_new_tokens,
+            "device": self.device,
+            "dtype": self.dtype,
+        }
         return {"repeat.py": render.snippet(sides, question, self.path, Path(shown).name, **how).encode()}
 
     def _registered(self, token: str) -> _Registered:
@@ -196,7 +252,11 @@ class Desk:
 
 def outcome(a: Any, b: Any) -> str:
     """Two results in a sentence."""
-    work = f"B reads {100 * b.report.effective_tokens / a.report.effective_tokens:.0f} % of A's visual tokens" if a.report.effective_tokens else ""
+    work = (
+        f"B reads {100 * b.report.effective_tokens / a.report.effective_tokens:.0f} % of A's visual tokens"
+        if a.report.effective_tokens
+        else ""
+    )
     same = "the same answer" if a.answer == b.answer else "another answer"
     return ", ".join(part for part in (work, same, a.note and f"patches are drawn on grey ({a.note})") if part)
 
@@ -243,14 +303,20 @@ def _json(text: str, what: str) -> dict[str, Any]:
     return found
 
 
-# --------------------------------------------------------------------------------------------------------------- process
+# ---------------------------------------------------------------------------------------------------------------
+# process
 
 
 class _Manager(BaseManager):
     """Serves a :class:`Desk`, one thread per caller."""
 
 
-_Manager.register("Desk", Desk, exposed=("load", "about", "ask", "compare", "stop"), method_to_typeid={"ask": "Iterator", "compare": "Iterator"})
+_Manager.register(
+    "Desk",
+    Desk,
+    exposed=("load", "about", "ask", "compare", "stop"),
+    method_to_typeid={"ask": "Iterator", "compare": "Iterator"},
+)
 _Manager.register("Iterator", proxytype=IteratorProxy, create_method=False)
 
 
@@ -272,9 +338,11 @@ class Worker:
     """A :class:`Desk` in another process. :attr:`desk` waits until the model is there."""
 
     def __init__(self, model: str | None, device: str, dtype: str):
-        # A forked process keeps the torch that is imported here already; elsewhere, or once CUDA is in use, it starts anew.
+        # A forked process keeps the torch that is imported here already; elsewhere, or once CUDA is in use, it starts
+        # anew.
         self._manager = _Manager(ctx=multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn"))
-        util.get_temp_dir()  # of the socket between the two: made here, it goes with this process, however the other one ends
+        # of the socket between the two: made here, it goes with this process, however the other one ends
+        util.get_temp_dir()
         before = multiprocessing.active_children()
         self._manager.start(_begin)
         (self.process,) = [p for p in multiprocessing.active_children() if p not in before]
@@ -291,7 +359,11 @@ class Worker:
         """Why the process has ended; empty while it lives."""
         if (code := self.process.exitcode) is None:
             return ""
-        how = f"code {code}" if code >= 0 else f"{signal.Signals(-code).name}{', perhaps for want of memory' if -code == KILL else ''}"
+        how = (
+            f"code {code}"
+            if code >= 0
+            else f"{signal.Signals(-code).name}{', perhaps for want of memory' if -code == KILL else ''}"
+        )
         return f"the model's process has ended ({how})"
 
     def wait(self) -> str:

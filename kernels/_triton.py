@@ -1,4 +1,5 @@
-"""What the Triton kernels share: registration, launching, and the tile of cosines. Loads of other than tl.dot's operands are widened to float32."""
+"""What the Triton kernels share: registration, launching, and the tile of cosines. Loads of other than tl.dot's
+operands are widened to float32."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ SIZES = {"BM": 256, "BN": 256, "BC": 256}
 
 
 def op(name: str) -> Callable[[Callable], Callable]:
-    """Registers a launcher as ``vtprune::<name>``, so that torch.compile sees it; the interpreter's kernels cannot be traced, and stay plain functions."""
+    """Registers a launcher as ``vtprune::<name>``, so that torch.compile sees it; the interpreter's kernels cannot be
+    traced, and stay plain functions."""
 
     def wrap(function: Callable) -> Callable:
         return function if INTERPRETED else torch.library.triton_op(f"vtprune::{name}", function, mutates_args=())
@@ -37,17 +39,27 @@ def op(name: str) -> Callable[[Callable], Callable]:
 
 
 def tuned(configs: Sequence[tuple[dict[str, int], int, int]], key: Sequence[str]) -> Callable[[Any], Any]:
-    """Autotunes over ``(sizes, warps, stages)`` for every value of ``key``; the interpreter takes the sizes that :func:`launch` is given."""
+    """Autotunes over ``(sizes, warps, stages)`` for every value of ``key``; the interpreter takes the sizes that
+    :func:`launch` is given."""
 
     def wrap(kernel: Any) -> Any:
         if INTERPRETED:
             return kernel
-        return triton.autotune([triton.Config(sizes, num_warps=warps, num_stages=stages) for sizes, warps, stages in configs], key=list(key))(kernel)
+        return triton.autotune(
+            [triton.Config(sizes, num_warps=warps, num_stages=stages) for sizes, warps, stages in configs],
+            key=list(key),
+        )(kernel)
 
     return wrap
 
 
-def launch(kernel: Any, grid: Callable[[dict[str, int]], tuple[int, ...]] | tuple[int, ...], *arguments: Any, sizes: dict[str, int], **constants: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: Callable[[dict[str, int]], tuple[int, ...]] | tuple[int, ...],
+    *arguments: Any,
+    sizes: dict[str, int],
+    **constants: Any,
+) -> None:
     """Runs ``kernel``; ``sizes`` are the autotuned ones, for the interpreter."""
     if not INTERPRETED:
         torch.library.wrap_triton(kernel)[grid](*arguments, **constants)
@@ -67,16 +79,18 @@ def bucket(n: int) -> int:
 
 
 def upcast(x: Tensor) -> bool:
-    """Whether tiles of ``x`` become float32 before tl.dot: products of 16-bit floats are exact there anyway, but the interpreter has no bf16 arithmetic."""
+    """Whether tiles of ``x`` become float32 before tl.dot: products of 16-bit floats are exact there anyway, but the
+    interpreter has no bf16 arithmetic."""
     return INTERPRETED or x.dtype == torch.float32
 
 
 @triton.jit
 def cosine_tile(
-    x, inverse, i, i_ok, i_length, j, j_ok, C, stride_n, stride_c, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, UPCAST: tl.constexpr
+    x, inverse, i, i_ok, i_length, j, j_ok, C, stride_n, stride_c,
+    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
-    """Cosines of rows ``i`` ``[BM]`` and ``j`` ``[BN]`` of ``x`` ``[N, C]``: ``[BM, BN]`` float32. ``inverse`` ``[N]`` and, of the rows i, ``i_length`` are
-    :func:`inverse_lengths`."""
+    """Cosines of rows ``i`` ``[BM]`` and ``j`` ``[BN]`` of ``x`` ``[N, C]``: ``[BM, BN]`` float32. ``inverse`` ``[N]``
+    and, of the rows i, ``i_length`` are :func:`inverse_lengths`."""
     total = tl.zeros((BM, BN), dtype=tl.float32)
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
@@ -97,7 +111,11 @@ def _lengths(x, out, N, C, stride_b, stride_n, stride_c, BN: tl.constexpr, BC: t
     total = tl.zeros((BN,), dtype=tl.float32)
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
-        a = tl.load(x + b * stride_b + n[:, None].to(tl.int64) * stride_n + c[None, :] * stride_c, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
+        a = tl.load(
+            x + b * stride_b + n[:, None].to(tl.int64) * stride_n + c[None, :] * stride_c,
+            mask=(n < N)[:, None] & (c < C)[None, :],
+            other=0.0,
+        )
         a = a.to(tl.float32)
         total += tl.sum(a * a, axis=1)
     tl.store(out + b * N + n, tl.where(total > 0, 1.0 / tl.sqrt(total), 0.0), mask=n < N)

@@ -18,17 +18,20 @@ from ..registry import Registry
 from ..types import VtpruneError
 
 BACKENDS = ("triton", "reference")
-CHUNK = 1 << 20  # elements of the largest similarity tile that a reference makes at once: 4 MB, which stays in a CPU's cache
+# elements of the largest similarity tile that a reference makes at once: 4 MB, which stays in a CPU's cache
+CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelInfo:
     """The registered facts of an op, from which its tests and its benchmark are generated.
 
-    ``function`` what users call; ``reference`` the same without ``backend``, positional; the Triton launcher has the name and the parameters of ``reference``
-    and lies in ``<name>_triton.py``. ``example(case, n, dtype, generator)`` makes the positional arguments of a test with n tokens on the CPU, for each of
-    ``cases``; ``close(arguments, got, want)`` asserts that two results agree: indices by the score of what was chosen. ``plain`` is the straightforward torch
-    implementation with the full matrix, ``work(arguments)`` the bytes that have to be moved and the floating-point operations (2 per multiply-add)."""
+    ``function`` what users call; ``reference`` the same without ``backend``, positional; the Triton launcher has the
+    name and the parameters of ``reference`` and lies in ``<name>_triton.py``. ``example(case, n, dtype, generator)``
+    makes the positional arguments of a test with n tokens on the CPU, for each of ``cases``; ``close(arguments, got,
+    want)`` asserts that two results agree: indices by the score of what was chosen. ``plain`` is the straightforward
+    torch implementation with the full matrix, ``work(arguments)`` the bytes that have to be moved and the
+    floating-point operations (2 per multiply-add)."""
 
     name: str
     source: str
@@ -55,7 +58,8 @@ _forced: ContextVar[str | None] = ContextVar("backend", default=None)
 
 @contextmanager
 def use(backend: str | None) -> Iterator[None]:
-    """Within the block every op runs on ``backend``: ``"triton"``, ``"reference"`` or ``None`` (by device). Raises :class:`VtpruneError` for other words."""
+    """Within the block every op runs on ``backend``: ``"triton"``, ``"reference"`` or ``None`` (by device). Raises
+    :class:`VtpruneError` for other words."""
     if backend is not None:
         _known(backend)
     token = _forced.set(backend)
@@ -73,7 +77,8 @@ def register(info: KernelInfo) -> None:
 
 
 def run(name: str, backend: str | None, *arguments: Any) -> Any:
-    """Runs op ``name``. By device: Triton for CUDA tensors of at most 32 bits that need no gradient, else the reference.
+    """Runs op ``name``. By device: Triton for CUDA tensors of at most 32 bits that need no gradient, else the
+    reference.
 
     Raises:
         VtpruneError: ``backend`` is unknown, or ``"triton"`` and cannot run here.
@@ -109,7 +114,10 @@ def _not_triton(tensors: list[Tensor], differentiable: bool) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     if any(t.device.type != "cuda" for t in tensors) and not interpreted():
-        return f"the tensors are on {tensors[0].device} and Triton needs CUDA (or TRITON_INTERPRET=1, set before triton is imported, which is slow)"
+        return (
+            f"the tensors are on {tensors[0].device} and Triton needs CUDA (or TRITON_INTERPRET=1, set before triton "
+            "is imported, which is slow)"
+        )
     if any(t.dtype == torch.float64 for t in tensors):
         return "it computes in 32 bits and there are 64-bit floats"
     if differentiable and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -128,7 +136,8 @@ def _known(backend: str) -> str:
     return backend
 
 
-# ------------------------------------------------------------------------------------------------- what references share
+# ------------------------------------------------------------------------------------------------- what references
+# share
 
 
 def wide(x: Tensor) -> Tensor:
@@ -137,15 +146,16 @@ def wide(x: Tensor) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows ``[..., C]`` at length 1, at least 32 bits; zero rows stay zero, and rows that are not finite become zero: similar to nothing."""
+    """Rows ``[..., C]`` at length 1, at least 32 bits; zero rows stay zero, and rows that are not finite become zero:
+    similar to nothing."""
     x = wide(x)
     length = x.norm(dim=-1, keepdim=True)
     return (x / length.clamp_min(torch.finfo(x.dtype).tiny)).masked_fill_(~length.isfinite(), 0)
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` ``[B, K]`` (-1: row 0) of ``x`` ``[B or 1, N, ...]``: ``[B, K, ...]``. Whole rows are copied, which on a CPU takes a tenth of the time of
-    torch.gather with an expanded index."""
+    """Rows ``index`` ``[B, K]`` (-1: row 0) of ``x`` ``[B or 1, N, ...]``: ``[B, K, ...]``. Whole rows are copied,
+    which on a CPU takes a tenth of the time of torch.gather with an expanded index."""
     index = index.clamp_min(0)
     image = torch.arange(len(index), device=index.device)[:, None] if len(x) > 1 else 0
     if not x.is_contiguous():
@@ -154,7 +164,8 @@ def rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in the half-split layout of Llama, Mistral, Qwen and Gemma: x ``[B, H, R, d]``, tables ``[B or 1, R, d]``."""
+    """RoPE in the half-split layout of Llama, Mistral, Qwen and Gemma: x ``[B, H, R, d]``, tables ``[B or 1, R,
+    d]``."""
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-b, a], dim=-1) * sin
@@ -166,9 +177,12 @@ def per_image(index: Tensor, batch: int) -> Tensor:
 
 
 def check(name: str, x: Tensor, **shaped: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """Raises :class:`VtpruneError` unless ``x`` is ``[B, N, C]`` of floats and every other tensor has the shape it should have."""
+    """Raises :class:`VtpruneError` unless ``x`` is ``[B, N, C]`` of floats and every other tensor has the shape it
+    should have."""
     if x.ndim != 3 or not x.is_floating_point():
-        raise VtpruneError(f"{name}: the tokens must be floats [B, N, C], got {str(x.dtype).removeprefix('torch.')} {list(x.shape)}")
+        raise VtpruneError(
+            f"{name}: the tokens must be floats [B, N, C], got {str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+        )
     for what, (tensor, shape) in shaped.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise VtpruneError(f"{name}: {what} must be {list(shape)}, got {list(tensor.shape)}")
@@ -178,11 +192,15 @@ def kinds(name: str, dtype: torch.dtype, **tensors: Tensor | None) -> None:
     """Raises :class:`VtpruneError` unless every tensor has ``dtype``: a mask is bool, a position int64."""
     for what, tensor in tensors.items():
         if tensor is not None and tensor.dtype != dtype:
-            raise VtpruneError(f"{name}: {what} must be {str(dtype).removeprefix('torch.')}, got {str(tensor.dtype).removeprefix('torch.')}")
+            raise VtpruneError(
+                f"{name}: {what} must be {str(dtype).removeprefix('torch.')}, got "
+                f"{str(tensor.dtype).removeprefix('torch.')}"
+            )
 
 
 def below(name: str, what: str, index: Tensor, limit: int) -> None:
-    """Raises :class:`VtpruneError` for positions beyond the end: on a CPU, where looking is free; kernels drop them. Read as an array, which is no operator."""
+    """Raises :class:`VtpruneError` for positions beyond the end: on a CPU, where looking is free; kernels drop them.
+    Read as an array, which is no operator."""
     if index.device.type != "cpu" or not index.numel() or torch.compiler.is_compiling():
         return
     largest = int(index.max() if torch._C._functorch.is_functorch_wrapped_tensor(index) else index.numpy().max())
@@ -191,7 +209,8 @@ def below(name: str, what: str, index: Tensor, limit: int) -> None:
 
 
 def tokens(batch: int, n: int, width: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Random tokens ``[B, n, width]`` for examples, of a few directions plus noise, as image patches are: similarities spread over the whole range."""
+    """Random tokens ``[B, n, width]`` for examples, of a few directions plus noise, as image patches are: similarities
+    spread over the whole range."""
     centres = torch.randn(batch, 7, width, generator=generator)
     which = torch.randint(7, (batch, n), generator=generator)
     noise = torch.randn(batch, n, width, generator=generator)

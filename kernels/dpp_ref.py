@@ -1,4 +1,5 @@
-"""dpp: greedy MAP of a conditional determinantal point process (CDPruner, arXiv 2506.10967, section 3; the incremental Cholesky form of arXiv 1709.05135)."""
+"""dpp: greedy MAP of a conditional determinantal point process (CDPruner, arXiv 2506.10967, section 3; the incremental
+Cholesky form of arXiv 1709.05135)."""
 
 from __future__ import annotations
 
@@ -11,8 +12,11 @@ from .maxmin_ref import asked, small
 LEAST = 1e-6  # a gain below this is rounding noise: the token adds nothing to the volume
 
 
-def dpp(x: Tensor, keep: int, *, relevance: Tensor | None = None, valid: Tensor | None = None, backend: str | None = None) -> Tensor:
-    """Chooses ``keep`` tokens of each image that greedily maximise the determinant of ``L_ij = r_i cos(x_i, x_j) r_j``; ties go to the lower position.
+def dpp(
+    x: Tensor, keep: int, *, relevance: Tensor | None = None, valid: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """Chooses ``keep`` tokens of each image that greedily maximise the determinant of ``L_ij = r_i cos(x_i, x_j) r_j``;
+    ties go to the lower position.
 
     Args:
         x: tokens ``[B, N, C]``.
@@ -22,7 +26,8 @@ def dpp(x: Tensor, keep: int, *, relevance: Tensor | None = None, valid: Tensor 
         backend: ``"triton"``, ``"reference"`` or ``None``: by device.
 
     Returns:
-        positions ``[B, K]`` in the order of their choice, -1 behind the last token of an image that has fewer. No gradient.
+        positions ``[B, K]`` in the order of their choice, -1 behind the last token of an image that has fewer. No
+        gradient.
 
     Raises:
         VtpruneError: ``keep`` is negative, a wrong shape, or a backend that cannot run here.
@@ -43,7 +48,8 @@ def reference(x: Tensor, keep: int, relevance: Tensor | None, valid: Tensor | No
     gram = torch.bmm(u, u.transpose(1, 2)) if small(n, c) else None
     real = torch.full((b,), n, device=x.device) if valid is None else valid.sum(1)
     gain, floor = r.square(), LEAST * r.square()  # d^2 of every token, and what counts as none
-    last = -1 / gain.clamp_min(torch.finfo(gain.dtype).tiny)  # ranks tokens without a gain behind all others, by relevance
+    # ranks tokens without a gain behind all others, by relevance
+    last = -1 / gain.clamp_min(torch.finfo(gain.dtype).tiny)
     if valid is not None:
         gain, last = gain.masked_fill(~valid, 0), last.masked_fill(~valid, -torch.inf)
     factor = u.new_zeros(b, min(keep, n), n)  # rows of the Cholesky factor
@@ -51,9 +57,15 @@ def reference(x: Tensor, keep: int, relevance: Tensor | None, valid: Tensor | No
     for step in range(min(keep, n)):
         best, pick = torch.where(gain > floor, gain, last).max(1, keepdim=True)  # [B, 1]; negative without a gain
         picks.append(pick)
-        line = gram.gather(1, pick[..., None].expand(b, 1, n)) if gram is not None else torch.bmm(rows(u, pick), u.transpose(1, 2))  # [B, 1, N]
+        line = (
+            gram.gather(1, pick[..., None].expand(b, 1, n))
+            if gram is not None
+            else torch.bmm(rows(u, pick), u.transpose(1, 2))
+        )  # [B, 1, N]
         known = factor[:, :step]
-        line = torch.baddbmm(line, known.gather(2, pick[:, None].expand(b, step, 1)).transpose(1, 2), known, alpha=-1)[:, 0]
+        line = torch.baddbmm(line, known.gather(2, pick[:, None].expand(b, step, 1)).transpose(1, 2), known, alpha=-1)[
+            :, 0
+        ]
         line = line.mul_(torch.where(best > 0, best.rsqrt(), 0))
         factor[:, step] = line
         gain = gain.addcmul_(line, line, value=-1).scatter_(1, pick, 0)
@@ -107,7 +119,8 @@ def example(case: str, n: int, dtype: torch.dtype, generator: torch.Generator) -
 
 
 def close(arguments: tuple, got: Tensor, want: Tensor) -> None:
-    """Every choice must gain as much as the best one at its turn, given the choices before it; log-determinants in float64."""
+    """Every choice must gain as much as the best one at its turn, given the choices before it; log-determinants in
+    float64."""
     x, _, relevance, valid = arguments
     u = unit(x.double())
     if relevance is not None:

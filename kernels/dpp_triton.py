@@ -16,10 +16,12 @@ NONE = tl.constexpr(LEAST)
 
 @triton.jit
 def _dpp(
-    x, inverse, gram, relevance, gain, factor, out, N, C, KEEP, stride_b, stride_n, stride_c, MADE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    x, inverse, gram, relevance, gain, factor, out, N, C, KEEP, stride_b, stride_n,
+    stride_c, MADE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
     BT: tl.constexpr,
 ):  # fmt: skip
-    """``gain`` ``[B, N]``: what each token adds to the volume, -inf for what is chosen or no token; ``factor`` ``[B, K, N]``: rows of the Cholesky factor."""
+    """``gain`` ``[B, N]``: what each token adds to the volume, -inf for what is chosen or no token; ``factor`` ``[B, K,
+    N]``: rows of the Cholesky factor."""
     b = tl.program_id(0).to(tl.int64)
     x += b * stride_b
     inverse += b * N
@@ -43,17 +45,22 @@ def _dpp(
         tl.store(out + b * KEEP + step, pick)
         chosen = tl.maximum(pick, 0)
         length, r_pick, g_pick = tl.load(inverse + chosen), tl.load(relevance + chosen), tl.load(gain + chosen)
-        useful = g_pick > r_pick * r_pick * NONE  # the constant last: triton 3.8 makes a constant of the product otherwise
+        # the constant last: triton 3.8 makes a constant of the product otherwise
+        useful = g_pick > r_pick * r_pick * NONE
         root = tl.sqrt(tl.where(useful, g_pick, 1.0))
         tl.debug_barrier()  # everybody has read the gain before it changes
         for n0 in range(0, N, BN):
             n = (n0 + tl.arange(0, BN)).to(tl.int64)
             r = tl.load(relevance + n, mask=n < N, other=0.0)
-            line = cosines(x, inverse, gram, n, n < N, chosen, length, N, C, stride_n, stride_c, BN, BC, MADE) * r * r_pick
+            line = (
+                cosines(x, inverse, gram, n, n < N, chosen, length, N, C, stride_n, stride_c, BN, BC, MADE) * r * r_pick
+            )
             for t0 in range(0, step, BT):
                 t = (t0 + tl.arange(0, BT)).to(tl.int64)
                 mine = tl.load(factor + t * N + chosen, mask=t < step, other=0.0)
-                theirs = tl.load(factor + t[:, None] * N + n[None, :], mask=(t < step)[:, None] & (n < N)[None, :], other=0.0)
+                theirs = tl.load(
+                    factor + t[:, None] * N + n[None, :], mask=(t < step)[:, None] & (n < N)[None, :], other=0.0
+                )
                 line -= tl.sum(mine[:, None] * theirs, axis=0)
             line = tl.where(useful, line / root, 0.0)
             tl.store(factor + step * N + n, line, mask=n < N)
@@ -79,7 +86,8 @@ def dpp(x: Tensor, keep: int, relevance: Tensor | None, valid: Tensor | None) ->
     made = gram is not None
     factor = empty(x, b, keep, n)
     launch(
-        _dpp, (b,), x, inverse, inverse if gram is None else gram, r, gain, factor, out, n, c, keep, *x.stride(), MADE=made,
+        _dpp, (b,), x, inverse, inverse if gram is None else gram, r, gain,
+        factor, out, n, c, keep, *x.stride(), MADE=made,
         **steps(made), BT=8, sizes={},
     )  # fmt: skip
     return out

@@ -1,5 +1,5 @@
-"""energy: a row reduction of a function of the cosine similarity of all pairs. PiToMe's energy (arXiv 2405.16148, eq. 4), votes, densities and
-nearest-neighbour similarities."""
+"""energy: a row reduction of a function of the cosine similarity of all pairs. PiToMe's energy (arXiv 2405.16148, eq.
+4), votes, densities and nearest-neighbour similarities."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ def energy(
 
     Args:
         x: tokens ``[B, N, C]``.
-        function: ``"elu"`` the mean of ``ELU_alpha(cos - margin)`` (PiToMe's official code); ``"jump"`` the mean of cos where it reaches the margin and of
-            ``alpha (exp(cos - margin) - 1)`` below it (PiToMe, eq. 4); ``"above"`` the number of j with ``cos >= margin`` (votes); ``"exp"`` the mean of
-            ``exp((cos - margin) / alpha)`` (a density: with margin 1, a Gaussian kernel of variance alpha over the distance of unit vectors);
+        function: ``"elu"`` the mean of ``ELU_alpha(cos - margin)`` (PiToMe's official code); ``"jump"`` the mean of cos
+            where it reaches the margin and of ``alpha (exp(cos - margin) - 1)`` below it (PiToMe, eq. 4); ``"above"``
+            the number of j with ``cos >= margin`` (votes); ``"exp"`` the mean of ``exp((cos - margin) / alpha)`` (a
+            density: with margin 1, a Gaussian kernel of variance alpha over the distance of unit vectors);
             ``"nearest"`` the mean of the ``nearest`` largest cosines, of all where there are fewer.
         nearest: 1 to 16.
         valid: ``[B, N]`` bool, False for padding, which counts for nobody and gets 0.
@@ -53,7 +54,9 @@ def energy(
 
 
 @torch.no_grad()
-def reference(x: Tensor, function: str, margin: float, alpha: float, nearest: int, valid: Tensor | None, itself: bool) -> Tensor:
+def reference(
+    x: Tensor, function: str, margin: float, alpha: float, nearest: int, valid: Tensor | None, itself: bool
+) -> Tensor:
     u = unit(x)
     b, n, _ = u.shape
     out, t = u.new_empty(b, n), u.transpose(1, 2)
@@ -89,7 +92,9 @@ def reference(x: Tensor, function: str, margin: float, alpha: float, nearest: in
     return out.masked_fill(~real, 0)
 
 
-def plain(x: Tensor, function: str, margin: float, alpha: float, nearest: int, valid: Tensor | None, itself: bool) -> Tensor:
+def plain(
+    x: Tensor, function: str, margin: float, alpha: float, nearest: int, valid: Tensor | None, itself: bool
+) -> Tensor:
     u = F.normalize(x, dim=-1)
     return F.elu(u @ u.transpose(1, 2) - margin, alpha=alpha).mean(-1)
 
@@ -104,11 +109,20 @@ def example(case: str, n: int, dtype: torch.dtype, generator: torch.Generator) -
         x = x.transpose(1, 2).contiguous().transpose(1, 2)
     function = case if case in FUNCTIONS else "nearest" if case in ("others", "knn") else "elu"
     margin = 0.123456 if case == "above" else 1.0 if case == "exp" else 0.4
-    return x, function, margin, 0.7 if case in ("exp", "jump") else 1.0, 5 if case == "knn" else 1, valid, case not in ("others", "knn")
+    return (
+        x,
+        function,
+        margin,
+        0.7 if case in ("exp", "jump") else 1.0,
+        5 if case == "knn" else 1,
+        valid,
+        case not in ("others", "knn"),
+    )
 
 
 def close(arguments: tuple, got: Tensor, want: Tensor) -> None:
-    """Equal within rounding; votes may differ where a similarity falls on the margin, and eq. 4 jumps by the margin there."""
+    """Equal within rounding; votes may differ where a similarity falls on the margin, and eq. 4 jumps by the margin
+    there."""
     x, function, margin, _, _, valid, _ = arguments
     slack = torch.zeros_like(want)
     if function in ("above", "jump") and x.shape[1]:

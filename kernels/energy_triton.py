@@ -17,7 +17,8 @@ ELU, JUMP, ABOVE, EXP, NEAREST = (tl.constexpr(i) for i in range(len(FUNCTIONS))
 @triton.jit
 def _energy(
     x, inverse, valid, out, N, C, stride_b, stride_n, stride_c, margin, alpha,
-    LENGTH, FUNCTION: tl.constexpr, VALID: tl.constexpr, ITSELF: tl.constexpr, TOP: tl.constexpr, SLOTS: tl.constexpr, UPCAST: tl.constexpr,
+    LENGTH, FUNCTION: tl.constexpr, VALID: tl.constexpr, ITSELF: tl.constexpr,
+    TOP: tl.constexpr, SLOTS: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
@@ -62,7 +63,9 @@ def _energy(
     if FUNCTION == NEAREST:
         found = (best > float("-inf")) & (slot < TOP)[None, :]
         count = tl.sum(tl.where(found, 1.0, 0.0), axis=1)
-        total = tl.where(count > 0, tl.sum(tl.where(found, best, 0.0), axis=1) / tl.where(count > 0, count, 1.0), float("-inf"))
+        total = tl.where(
+            count > 0, tl.sum(tl.where(found, best, 0.0), axis=1) / tl.where(count > 0, count, 1.0), float("-inf")
+        )
     elif FUNCTION != ABOVE:
         total = total / tl.where(count > 0, count, 1.0)
     if VALID:
@@ -71,14 +74,18 @@ def _energy(
 
 
 @op("energy")
-def energy(x: Tensor, function: str, margin: float, alpha: float, nearest: int, valid: Tensor | None, itself: bool) -> Tensor:
+def energy(
+    x: Tensor, function: str, margin: float, alpha: float, nearest: int, valid: Tensor | None, itself: bool
+) -> Tensor:
     b, n, c = x.shape
     out = empty(x, b, n)
     if b and n:
         marks = None if valid is None else valid.contiguous().view(torch.uint8)
         launch(
-            _energy, lambda meta: (triton.cdiv(n, meta["BM"]), b), x, inverse_lengths(x), marks, out, n, c, *x.stride(), margin, alpha, bucket(n),
-            FUNCTION=FUNCTIONS.index(function), VALID=marks is not None, ITSELF=itself, TOP=nearest, SLOTS=triton.next_power_of_2(nearest),
+            _energy, lambda meta: (triton.cdiv(n, meta["BM"]), b), x, inverse_lengths(x),
+            marks, out, n, c, *x.stride(), margin, alpha, bucket(n),
+            FUNCTION=FUNCTIONS.index(function), VALID=marks is not None, ITSELF=itself,
+            TOP=nearest, SLOTS=triton.next_power_of_2(nearest),
             UPCAST=upcast(x), sizes=SIZES,
         )  # fmt: skip
     return out

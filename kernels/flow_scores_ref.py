@@ -1,5 +1,5 @@
-"""flow_scores: attention of a global token, similarity of its value to all values, and the strength of the values, in one pass (FlowCut, arXiv 2505.19536,
-section 3.3)."""
+"""flow_scores: attention of a global token, similarity of its value to all values, and the strength of the values, in
+one pass (FlowCut, arXiv 2505.19536, section 3.3)."""
 
 from __future__ import annotations
 
@@ -33,16 +33,23 @@ def flow_scores(
         backend: ``"triton"``, ``"reference"`` or ``None``: by device.
 
     Returns:
-        attention ``mean_h softmax_j(query . k_j scale)``, similarity ``mean_h softmax_j(value . v_j value_scale)`` and strength ``|mean_h v_j|_1``, each
-        ``[B, N]`` float32 (float64 for float64). No gradient.
+        attention ``mean_h softmax_j(query . k_j scale)``, similarity ``mean_h softmax_j(value . v_j value_scale)`` and
+        strength ``|mean_h v_j|_1``, each ``[B, N]`` float32 (float64 for float64). No gradient.
 
     Raises:
         VtpruneError: wrong shapes, or a backend that cannot run here.
     """
     b, h, n, d = k.shape if k.ndim == 4 else (0, 0, 0, 0)
-    for what, tensor, shape in (("query", query, (b, h, d)), ("value", value, (b, h, d)), ("v", v, (b, h, n, d)), ("k", k, (b, h, n, d))):
+    for what, tensor, shape in (
+        ("query", query, (b, h, d)),
+        ("value", value, (b, h, d)),
+        ("v", v, (b, h, n, d)),
+        ("k", k, (b, h, n, d)),
+    ):
         if tuple(tensor.shape) != shape:
-            raise VtpruneError(f"flow_scores: {what} must be {list(shape)} as k [B, H, N, d] is, got {list(tensor.shape)}")
+            raise VtpruneError(
+                f"flow_scores: {what} must be {list(shape)} as k [B, H, N, d] is, got {list(tensor.shape)}"
+            )
     for what, mask in (("bias", bias), ("value_seen", value_seen)):
         if mask is not None and tuple(mask.shape) != (b, n):
             raise VtpruneError(f"flow_scores: {what} must be {[b, n]}, got {list(mask.shape)}")
@@ -52,7 +59,14 @@ def flow_scores(
 
 @torch.no_grad()
 def reference(
-    query: Tensor, value: Tensor, k: Tensor, v: Tensor, scale: float, value_scale: float, bias: Tensor | None, value_seen: Tensor | None
+    query: Tensor,
+    value: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    value_scale: float,
+    bias: Tensor | None,
+    value_seen: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     v = wide(v)
     attention = _row(wide(query), wide(k), scale, bias)
@@ -68,12 +82,23 @@ def _row(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
 
 
 def plain(
-    query: Tensor, value: Tensor, k: Tensor, v: Tensor, scale: float, value_scale: float, bias: Tensor | None, value_seen: Tensor | None
+    query: Tensor,
+    value: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    value_scale: float,
+    bias: Tensor | None,
+    value_seen: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The whole attention map and the whole map of values, of which one row each is read."""
     every, values = torch.cat([query[:, :, None], k[:, :, 1:]], 2), torch.cat([value[:, :, None], v[:, :, 1:]], 2)
     attention = ((every @ k.transpose(2, 3)) * scale).float().softmax(-1)[:, :, 0].mean(1)
-    return attention, ((values @ v.transpose(2, 3)) * value_scale).float().softmax(-1)[:, :, 0].mean(1), v.float().mean(1).abs().sum(-1)
+    return (
+        attention,
+        ((values @ v.transpose(2, 3)) * value_scale).float().softmax(-1)[:, :, 0].mean(1),
+        v.float().mean(1).abs().sum(-1),
+    )
 
 
 def example(case: str, n: int, dtype: torch.dtype, generator: torch.Generator) -> tuple:

@@ -14,8 +14,11 @@ CONFIGS = [({"BN": 32}, 4, 2), ({"BN": 64}, 4, 2), ({"BN": 128}, 4, 2)]
 
 @triton.jit
 def _logits(x, vector, mark, n, n_ok, d, d_ok, scale, stride_n, stride_d, BIAS: tl.constexpr, SEEN: tl.constexpr):
-    """``x_n . vector * scale`` ``[BN]`` and the rows ``[BN, BD]``; ``mark`` is added (BIAS) or says what is seen (SEEN)."""
-    rows = tl.load(x + n[:, None] * stride_n + d[None, :] * stride_d, mask=n_ok[:, None] & d_ok[None, :], other=0.0).to(tl.float32)
+    """``x_n . vector * scale`` ``[BN]`` and the rows ``[BN, BD]``; ``mark`` is added (BIAS) or says what is seen
+    (SEEN)."""
+    rows = tl.load(x + n[:, None] * stride_n + d[None, :] * stride_d, mask=n_ok[:, None] & d_ok[None, :], other=0.0).to(
+        tl.float32
+    )
     s = tl.sum(rows * vector[None, :], axis=1) * scale
     ok = n_ok
     if BIAS:
@@ -52,7 +55,9 @@ def _sums(
         n = (n0 + tl.arange(0, BN)).to(tl.int64)
         s, _ = _logits(k + b * kb + h * kh, q_row, bias + b * N, n, n < N, d, d_ok, scale, kn, kd, BIAS, False)
         high, sum_ = _online(s, high, sum_)
-        s, _ = _logits(v + b * vb + h * vh, v_row, value_seen + b * N, n, n < N, d, d_ok, value_scale, vn, vd, False, VALUE_SEEN)
+        s, _ = _logits(
+            v + b * vb + h * vh, v_row, value_seen + b * N, n, n < N, d, d_ok, value_scale, vn, vd, False, VALUE_SEEN
+        )
         v_high, v_sum = _online(s, v_high, v_sum)
     at = sums + (b * H + h) * 4
     tl.store(at, tl.where(high == float("-inf"), 0.0, high))
@@ -64,7 +69,8 @@ def _sums(
 @tuned(CONFIGS, key=["LENGTH", "D"])
 @triton.jit
 def _scores(
-    query, value, k, v, bias, value_seen, sums, attention, similarity, strength, H, N, D, scale, value_scale, kb, kh, kn, kd, vb, vh, vn, vd,
+    query, value, k, v, bias, value_seen, sums, attention, similarity, strength,
+    H, N, D, scale, value_scale, kb, kh, kn, kd, vb, vh, vn, vd,
     LENGTH, BIAS: tl.constexpr, VALUE_SEEN: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
@@ -80,7 +86,9 @@ def _scores(
         at = sums + (b * H + h) * 4
         s, _ = _logits(k + b * kb + h * kh, q_row, bias + b * N, n, n < N, d, d_ok, scale, kn, kd, BIAS, False)
         attended += tl.exp(s - tl.load(at)) / tl.load(at + 1)
-        s, rows = _logits(v + b * vb + h * vh, v_row, value_seen + b * N, n, n < N, d, d_ok, value_scale, vn, vd, False, VALUE_SEEN)
+        s, rows = _logits(
+            v + b * vb + h * vh, v_row, value_seen + b * N, n, n < N, d, d_ok, value_scale, vn, vd, False, VALUE_SEEN
+        )
         similar += tl.exp(s - tl.load(at + 2)) / tl.load(at + 3)
         mean += rows
     tl.store(attention + b * N + n, attended / H, mask=n < N)
@@ -90,18 +98,34 @@ def _scores(
 
 @op("flow_scores")
 def flow_scores(
-    query: Tensor, value: Tensor, k: Tensor, v: Tensor, scale: float, value_scale: float, bias: Tensor | None, value_seen: Tensor | None
+    query: Tensor,
+    value: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    value_scale: float,
+    bias: Tensor | None,
+    value_seen: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     b, h, n, d = k.shape
     attention, similarity, strength = (empty(k, b, n) for _ in range(3))
     if b and n:
         query, value = query.contiguous(), value.contiguous()
-        marks = [query if bias is None else bias.contiguous(), query if value_seen is None else value_seen.contiguous().view(torch.uint8)]
+        marks = [
+            query if bias is None else bias.contiguous(),
+            query if value_seen is None else value_seen.contiguous().view(torch.uint8),
+        ]
         sums = empty(k, b, h, 4)
         tail = (h, n, d, scale, value_scale, *k.stride(), *v.stride(), bucket(n))
-        flags = dict(BIAS=bias is not None, VALUE_SEEN=value_seen is not None, BD=max(16, triton.next_power_of_2(d)), sizes={"BN": 128})
+        flags = dict(
+            BIAS=bias is not None,
+            VALUE_SEEN=value_seen is not None,
+            BD=max(16, triton.next_power_of_2(d)),
+            sizes={"BN": 128},
+        )
         launch(_sums, (h, b), query, value, k, v, *marks, sums, *tail, **flags)
         launch(
-            _scores, lambda meta: (triton.cdiv(n, meta["BN"]), b), query, value, k, v, *marks, sums, attention, similarity, strength, *tail, **flags
+            _scores, lambda meta: (triton.cdiv(n, meta["BN"]), b), query, value, k, v, *marks,
+            sums, attention, similarity, strength, *tail, **flags
         )  # fmt: skip
     return attention, similarity, strength

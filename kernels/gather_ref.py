@@ -1,4 +1,5 @@
-"""gather: the same rows of several tensors, in one pass: hidden states, rotary tables, position ids, masks of one sequence."""
+"""gather: the same rows of several tensors, in one pass: hidden states, rotary tables, position ids, masks of one
+sequence."""
 
 from __future__ import annotations
 
@@ -10,15 +11,18 @@ from .base import KernelInfo, below, kinds, register, rows, run, tokens
 
 
 def gather(index: Tensor, *tensors: Tensor, backend: str | None = None) -> tuple[Tensor, ...]:
-    """Rows ``index`` ``[B, K]`` (-1: zeros) of every tensor ``[B or 1, N, ...]``, each ``[B, K, ...]`` of its own dtype. The reference carries gradients, and
-    runs where one is wanted.
+    """Rows ``index`` ``[B, K]`` (-1: zeros) of every tensor ``[B or 1, N, ...]``, each ``[B, K, ...]`` of its own
+    dtype. The reference carries gradients, and runs where one is wanted.
 
     Raises:
         VtpruneError: wrong shapes, or a backend that cannot run here.
     """
     lengths = {t.shape[1] for t in tensors if t.ndim > 1}
     if index.ndim != 2 or len(lengths) != 1 or any(t.ndim < 2 or t.shape[0] not in (1, len(index)) for t in tensors):
-        raise VtpruneError(f"gather: index [B, K] and tensors [B or 1, N, ...] are needed, got {list(index.shape)} and {[list(t.shape) for t in tensors]}")
+        raise VtpruneError(
+            f"gather: index [B, K] and tensors [B or 1, N, ...] are needed, got {list(index.shape)} and "
+            f"{[list(t.shape) for t in tensors]}"
+        )
     kinds("gather", torch.int64, index=index)
     below("gather", "index", index, lengths.pop())
     return tuple(run("gather", backend, index, list(tensors)))
@@ -31,7 +35,13 @@ def reference(index: Tensor, tensors: list[Tensor]) -> list[Tensor]:
 
 def plain(index: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     where = torch.arange(len(index), device=index.device)[:, None]
-    return [(t.expand(len(index), *t.shape[1:])[where, index.clamp_min(0)] * (index >= 0).reshape(*index.shape, *[1] * (t.ndim - 2))) for t in tensors]
+    return [
+        (
+            t.expand(len(index), *t.shape[1:])[where, index.clamp_min(0)]
+            * (index >= 0).reshape(*index.shape, *[1] * (t.ndim - 2))
+        )
+        for t in tensors
+    ]
 
 
 def example(case: str, n: int, dtype: torch.dtype, generator: torch.Generator) -> tuple:

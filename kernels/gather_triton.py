@@ -15,13 +15,18 @@ def _copy(x, out, b, rows, k, ok, W, K, N, stride_b, stride_n, stride_w, BW: tl.
     for w0 in range(0, W, BW):
         w = w0 + tl.arange(0, BW)
         w_ok = (w < W)[None, :]
-        row = tl.load(x + b * stride_b + rows[:, None] * stride_n + w[None, :] * stride_w, mask=(ok & (rows >= 0) & (rows < N))[:, None] & w_ok, other=0)
+        row = tl.load(
+            x + b * stride_b + rows[:, None] * stride_n + w[None, :] * stride_w,
+            mask=(ok & (rows >= 0) & (rows < N))[:, None] & w_ok,
+            other=0,
+        )
         tl.store(out + (b * K + k)[:, None] * W + w[None, :], row, mask=ok[:, None] & w_ok)
 
 
 @triton.jit
 def _gather(
-    index, x0, x1, x2, x3, out0, out1, out2, out3, K, N, W0, W1, W2, W3, b0, n0, w0, b1, n1, w1, b2, n2, w2, b3, n3, w3, COUNT: tl.constexpr, BK: tl.constexpr,
+    index, x0, x1, x2, x3, out0, out1, out2, out3, K, N, W0, W1, W2, W3, b0, n0, w0,
+    b1, n1, w1, b2, n2, w2, b3, n3, w3, COUNT: tl.constexpr, BK: tl.constexpr,
     BW: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)

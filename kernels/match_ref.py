@@ -1,5 +1,6 @@
-"""match: every source token's most similar target, by cosine. Steps 3 and 4 of ToMe's bipartite matching (arXiv 2210.09461, section 3), PiToMe's algorithm 1
-(arXiv 2405.16148), Turbo's penalised edges (arXiv 2407.11717) and VisionZip's assignment of context tokens (arXiv 2412.04467)."""
+"""match: every source token's most similar target, by cosine. Steps 3 and 4 of ToMe's bipartite matching (arXiv
+2210.09461, section 3), PiToMe's algorithm 1 (arXiv 2405.16148), Turbo's penalised edges (arXiv 2407.11717) and
+VisionZip's assignment of context tokens (arXiv 2412.04467)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ BLOCK = 32  # targets whose maximum is taken without its index: on a CPU a searc
 
 
 def match(
-    x: Tensor, sources: Tensor, targets: Tensor, *, protected: Tensor | None = None, penalty: Tensor | None = None, backend: str | None = None
+    x: Tensor,
+    sources: Tensor,
+    targets: Tensor,
+    *,
+    protected: Tensor | None = None,
+    penalty: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The most similar target of every source, ``max_j cos(x_i, x_j) - penalty_j``.
 
@@ -26,8 +33,9 @@ def match(
         backend: ``"triton"``, ``"reference"`` or ``None``: by device.
 
     Returns:
-        score ``[B, M]`` (float32, float64 for float64) and index ``[B, M]`` into ``targets``; ties go to the lower one. -inf and -1 for padding, for protected
-        sources and where there is no target. A token that is not finite has similarity 0 with everything. No gradient.
+        score ``[B, M]`` (float32, float64 for float64) and index ``[B, M]`` into ``targets``; ties go to the lower one.
+        -inf and -1 for padding, for protected sources and where there is no target. A token that is not finite has
+        similarity 0 with everything. No gradient.
 
     Raises:
         VtpruneError: wrong shapes, or a backend that cannot run here.
@@ -41,19 +49,26 @@ def match(
 
 
 @torch.no_grad()
-def reference(x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | None, penalty: Tensor | None, padded: bool) -> tuple[Tensor, Tensor]:
+def reference(
+    x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | None, penalty: Tensor | None, padded: bool
+) -> tuple[Tensor, Tensor]:
     b, m, k = len(x), sources.shape[1], targets.shape[1]
     if not b * m * k:
         return wide(x).new_full((b, m), -torch.inf), torch.full((b, m), -1, device=x.device)
     index = torch.cat([sources, targets], 1)
     if short := -k % BLOCK:
-        index, penalty, k = F.pad(index, (0, short), value=-1), None if penalty is None else F.pad(penalty, (0, short)), k + short
+        index, penalty, k = (
+            F.pad(index, (0, short), value=-1),
+            None if penalty is None else F.pad(penalty, (0, short)),
+            k + short,
+        )
     free = not (padded or short) and protected is None  # every position is a token that may merge
     both = wide(rows(x, index))
     a, t = both[:, :m], both[:, m:].transpose(1, 2)  # [B, M, C], [B, C, K]
     norm = both.norm(dim=-1)
     both.masked_fill_(~norm.isfinite()[..., None], 0)  # similar to nothing
-    inverse = norm.clamp_min(torch.finfo(both.dtype).tiny).reciprocal().nan_to_num_(0)  # products are divided by the lengths, not tokens: less to write
+    # products are divided by the lengths, not tokens: less to write
+    inverse = norm.clamp_min(torch.finfo(both.dtype).tiny).reciprocal().nan_to_num_(0)
     length, scale = inverse[:, :m], inverse[:, None, m:]
     closed = offset = None
     if not free:
@@ -83,7 +98,9 @@ def _best(s: Tensor) -> tuple[Tensor, Tensor]:
     return score.view(b, m), (place + BLOCK * block).view(b, m)
 
 
-def plain(x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | None, penalty: Tensor | None, padded: bool) -> tuple[Tensor, Tensor]:
+def plain(
+    x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | None, penalty: Tensor | None, padded: bool
+) -> tuple[Tensor, Tensor]:
     u = torch.nn.functional.normalize(x, dim=-1)
     s = rows(u, sources) @ rows(u, targets).transpose(1, 2)
     if penalty is not None:

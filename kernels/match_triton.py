@@ -14,7 +14,8 @@ from ._triton import SIZES, TILES, bucket, cosine_tile, empty, inverse_lengths, 
 @triton.jit
 def _match(
     x, inverse, sources, targets, protected, penalty, score, index, N, M, K, C, stride_b, stride_n, stride_c,
-    LENGTH, PROTECTED: tl.constexpr, PENALTY: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    LENGTH, PROTECTED: tl.constexpr, PENALTY: tl.constexpr, UPCAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     x += b * stride_b
@@ -47,7 +48,9 @@ def _match(
 
 
 @op("match")
-def match(x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | None, penalty: Tensor | None, padded: bool) -> tuple[Tensor, Tensor]:
+def match(
+    x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | None, penalty: Tensor | None, padded: bool
+) -> tuple[Tensor, Tensor]:
     b, n, c = x.shape
     sources, targets = sources.contiguous(), targets.contiguous()
     m, k = sources.shape[1], targets.shape[1]
@@ -56,7 +59,8 @@ def match(x: Tensor, sources: Tensor, targets: Tensor, protected: Tensor | None,
         marks = None if protected is None else protected.contiguous().view(torch.uint8)
         extra = None if penalty is None else penalty.contiguous()
         launch(
-            _match, lambda meta: (triton.cdiv(m, meta["BM"]), b), x, inverse_lengths(x), sources, targets, marks, extra, score, index, n, m, k, c, *x.stride(),
+            _match, lambda meta: (triton.cdiv(m, meta["BM"]), b), x, inverse_lengths(x), sources,
+            targets, marks, extra, score, index, n, m, k, c, *x.stride(),
             bucket(max(m, k)), PROTECTED=marks is not None, PENALTY=extra is not None, UPCAST=upcast(x), sizes=SIZES,
         )  # fmt: skip
     return score, index

@@ -1,4 +1,5 @@
-"""maxmin: greedy max-min diversity (DivPrune, arXiv 2503.02175, section 3: the token farthest from what is chosen, again and again)."""
+"""maxmin: greedy max-min diversity (DivPrune, arXiv 2503.02175, section 3: the token farthest from what is chosen,
+again and again)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ GRAM = 2048
 
 
 def small(n: int, c: int) -> bool:
-    """Whether all similarities of n tokens of c channels are made at once: up to a size, and while they take no more room than the tokens themselves."""
+    """Whether all similarities of n tokens of c channels are made at once: up to a size, and while they take no more
+    room than the tokens themselves."""
     return n <= min(c, GRAM)
 
 
@@ -27,8 +29,8 @@ def asked(name: str, x: Tensor, keep: int, valid: Tensor | None, relevance: Tens
 
 
 def maxmin(x: Tensor, keep: int, *, valid: Tensor | None = None, backend: str | None = None) -> Tensor:
-    """Chooses ``keep`` tokens of each image: first the one farthest from its nearest neighbour, then the one farthest from its nearest chosen token, by
-    ``1 - cos``; ties go to the lower position.
+    """Chooses ``keep`` tokens of each image: first the one farthest from its nearest neighbour, then the one farthest
+    from its nearest chosen token, by ``1 - cos``; ties go to the lower position.
 
     Args:
         x: tokens ``[B, N, C]``.
@@ -37,7 +39,8 @@ def maxmin(x: Tensor, keep: int, *, valid: Tensor | None = None, backend: str | 
         backend: ``"triton"``, ``"reference"`` or ``None``: by device.
 
     Returns:
-        positions ``[B, K]`` in the order of their choice, -1 behind the last token of an image that has fewer. No gradient.
+        positions ``[B, K]`` in the order of their choice, -1 behind the last token of an image that has fewer. No
+        gradient.
 
     Raises:
         VtpruneError: ``keep`` is negative, a wrong shape, or a backend that cannot run here.
@@ -60,7 +63,8 @@ def reference(x: Tensor, keep: int, valid: Tensor | None) -> Tensor:
         gram.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
         nearest = (gram if valid is None else gram.masked_fill(~valid[:, None], -torch.inf)).amax(-1)
     real = torch.full((b,), n, device=x.device) if valid is None else valid.sum(1)
-    closed = torch.zeros(b, n, dtype=torch.bool, device=x.device) if valid is None else valid.logical_not()  # chosen, or no token
+    # chosen, or no token
+    closed = torch.zeros(b, n, dtype=torch.bool, device=x.device) if valid is None else valid.logical_not()
     near = u.new_full((b, n), -torch.inf)  # similarity with the nearest chosen token
     image = torch.arange(b, device=x.device)
     for step in range(min(keep, n)):
@@ -103,13 +107,18 @@ def example(case: str, n: int, dtype: torch.dtype, generator: torch.Generator) -
 
 
 def close(arguments: tuple, got: Tensor, want: Tensor) -> None:
-    """Every choice must be as good as the best one at its turn, given the choices before it; computed here in float64."""
+    """Every choice must be as good as the best one at its turn, given the choices before it; computed here in
+    float64."""
     x, keep, valid = arguments
     u = unit(x.double())
     assert torch.equal(got >= 0, want >= 0)
     for image in range(len(x)):
         real = torch.ones(x.shape[1], dtype=torch.bool) if valid is None else valid[image]
-        s = (u[image] @ u[image].T).masked_fill(torch.eye(len(real), dtype=torch.bool), -torch.inf).masked_fill(~real, -torch.inf)
+        s = (
+            (u[image] @ u[image].T)
+            .masked_fill(torch.eye(len(real), dtype=torch.bool), -torch.inf)
+            .masked_fill(~real, -torch.inf)
+        )
         near, free = s.amax(-1), real.clone()
         for step, pick in enumerate(got[image][got[image] >= 0].tolist()):
             assert free[pick] and near[pick] <= near[free].min() + 1e-5

@@ -1,4 +1,5 @@
-"""maxmin on a GPU: one program an image runs all steps. Up to a size all similarities are made before; beyond, each step makes its own."""
+"""maxmin on a GPU: one program an image runs all steps. Up to a size all similarities are made before; beyond, each
+step makes its own."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from .maxmin_ref import small
 
 
 @triton.jit
-def _gram(x, inverse, out, N, C, stride_b, stride_n, stride_c, UPCAST: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+def _gram(
+    x, inverse, out, N, C, stride_b, stride_n, stride_c, UPCAST: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr
+):
     b = tl.program_id(2).to(tl.int64)
     i = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     j = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -30,12 +33,40 @@ def similarities(x: Tensor, inverse: Tensor) -> Tensor | None:
         return None
     out = empty(x, b, n, n)
     block, depth = (256, 256) if INTERPRETED else (64, 64)
-    launch(_gram, (triton.cdiv(n, block), triton.cdiv(n, block), b), x, inverse, out, n, c, *x.stride(), UPCAST=upcast(x), BM=block, BC=depth, sizes={})
+    launch(
+        _gram,
+        (triton.cdiv(n, block), triton.cdiv(n, block), b),
+        x,
+        inverse,
+        out,
+        n,
+        c,
+        *x.stride(),
+        UPCAST=upcast(x),
+        BM=block,
+        BC=depth,
+        sizes={},
+    )
     return out
 
 
 @triton.jit
-def cosines(x, inverse, gram, n, n_ok, pick, length, N, C, stride_n, stride_c, BN: tl.constexpr, BC: tl.constexpr, MADE: tl.constexpr):
+def cosines(
+    x,
+    inverse,
+    gram,
+    n,
+    n_ok,
+    pick,
+    length,
+    N,
+    C,
+    stride_n,
+    stride_c,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+    MADE: tl.constexpr,
+):
     """Similarities of tokens ``n`` ``[BN]`` with token ``pick``, from the matrix or made here."""
     if MADE:
         return tl.load(gram + pick * N + n, mask=n_ok, other=0.0)
@@ -43,7 +74,9 @@ def cosines(x, inverse, gram, n, n_ok, pick, length, N, C, stride_n, stride_c, B
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
         row = tl.load(x + pick * stride_n + c * stride_c, mask=c < C, other=0.0).to(tl.float32)
-        tile = tl.load(x + n[:, None] * stride_n + c[None, :] * stride_c, mask=n_ok[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+        tile = tl.load(
+            x + n[:, None] * stride_n + c[None, :] * stride_c, mask=n_ok[:, None] & (c < C)[None, :], other=0.0
+        ).to(tl.float32)
         s += tl.sum(tile * row[None, :], axis=1)
     s *= length * tl.load(inverse + n, mask=n_ok, other=0.0)
     return tl.where(s == s, s, 0.0)
@@ -51,7 +84,8 @@ def cosines(x, inverse, gram, n, n_ok, pick, length, N, C, stride_n, stride_c, B
 
 @triton.jit
 def _maxmin(
-    x, inverse, gram, nearest, near, out, N, C, KEEP, stride_b, stride_n, stride_c, MADE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
+    x, inverse, gram, nearest, near, out, N, C, KEEP,
+    stride_b, stride_n, stride_c, MADE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip
     """``near`` ``[B, N]``: similarity with the nearest chosen token, +inf for what is chosen or no token."""
     b = tl.program_id(0).to(tl.int64)
@@ -111,7 +145,8 @@ def maxmin(x: Tensor, keep: int, valid: Tensor | None) -> Tensor:
     gram = similarities(x, inverse)
     made = gram is not None
     launch(
-        _maxmin, (b,), x, inverse, inverse if gram is None else gram, nearest, near, out, n, c, keep, *x.stride(), MADE=made,
+        _maxmin, (b,), x, inverse, inverse if gram is None else gram, nearest,
+        near, out, n, c, keep, *x.stride(), MADE=made,
         **steps(made), sizes={},
     )  # fmt: skip
     return out

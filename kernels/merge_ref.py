@@ -1,4 +1,5 @@
-"""merge: the weighted mean of the tokens of each slot, and the slot's size (ToMe, arXiv 2210.09461, section 3: tokens are averaged by size)."""
+"""merge: the weighted mean of the tokens of each slot, and the slot's size (ToMe, arXiv 2210.09461, section 3: tokens
+are averaged by size)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,13 @@ from .base import KernelInfo, below, check, kinds, register, run, tokens, wide
 
 
 def merge(
-    x: Tensor, target: Tensor, slots: int, *, weight: Tensor | None = None, size: Tensor | None = None, backend: str | None = None
+    x: Tensor,
+    target: Tensor,
+    slots: int,
+    *,
+    weight: Tensor | None = None,
+    size: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens with the same target become one.
 
@@ -22,8 +29,8 @@ def merge(
         backend: ``"triton"``, ``"reference"`` or ``None``: by device.
 
     Returns:
-        means ``[B, K, C]`` of x's dtype (summed in at least 32 bits; 0 for a slot without weight) and sizes ``[B, K]`` of ``size``'s dtype. The reference
-        carries gradients to x, and runs where one is wanted.
+        means ``[B, K, C]`` of x's dtype (summed in at least 32 bits; 0 for a slot without weight) and sizes ``[B, K]``
+        of ``size``'s dtype. The reference carries gradients to x, and runs where one is wanted.
 
     Raises:
         VtpruneError: wrong shapes, or a backend that cannot run here.
@@ -41,8 +48,12 @@ def reference(x: Tensor, target: Tensor, slots: int, weight: Tensor, size: Tenso
     y = wide(x)
     b, _, c = y.shape
     image = torch.arange(b, device=x.device)[:, None]
-    place = torch.where((target >= 0) & (target < slots), target, slots) + image * (slots + 1)  # the extra slot takes what is dropped
-    total = y.new_zeros(b * (slots + 1), c).index_add_(0, place.flatten(), (y * weight.to(y.dtype)[..., None]).flatten(0, 1))
+    place = torch.where((target >= 0) & (target < slots), target, slots) + image * (
+        slots + 1
+    )  # the extra slot takes what is dropped
+    total = y.new_zeros(b * (slots + 1), c).index_add_(
+        0, place.flatten(), (y * weight.to(y.dtype)[..., None]).flatten(0, 1)
+    )
     mass = y.new_zeros(b * (slots + 1)).index_add_(0, place.flatten(), weight.to(y.dtype).flatten())
     sizes = size.new_zeros(b * (slots + 1)).index_add_(0, place.flatten(), size.flatten())
     mean = total / mass.clamp_min(torch.finfo(y.dtype).tiny)[:, None]

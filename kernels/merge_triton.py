@@ -1,4 +1,5 @@
-"""merge on a GPU: tokens sorted by slot, one program per block of slots; no atomics, so that the sum is the same each time."""
+"""merge on a GPU: tokens sorted by slot, one program per block of slots; no atomics, so that the sum is the same each
+time."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from ._triton import INTERPRETED, launch, op
 
 
 @triton.jit
-def _merge(x, order, start, weight, size, out, sizes, N, K, C, stride_b, stride_n, stride_c, BK: tl.constexpr, BC: tl.constexpr):
+def _merge(
+    x, order, start, weight, size, out, sizes, N, K, C, stride_b, stride_n, stride_c, BK: tl.constexpr, BC: tl.constexpr
+):
     b = tl.program_id(2).to(tl.int64)
     k = tl.program_id(0) * BK + tl.arange(0, BK)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -27,7 +30,11 @@ def _merge(x, order, start, weight, size, out, sizes, N, K, C, stride_b, stride_
         w = tl.load(weight + b * N + n, mask=member, other=0.0).to(tl.float32)
         mass += w
         held += tl.load(size + b * N + n, mask=member, other=0.0).to(tl.float32)
-        rows = tl.load(x + b * stride_b + n[:, None] * stride_n + c[None, :] * stride_c, mask=member[:, None] & (c < C)[None, :], other=0.0)
+        rows = tl.load(
+            x + b * stride_b + n[:, None] * stride_n + c[None, :] * stride_c,
+            mask=member[:, None] & (c < C)[None, :],
+            other=0.0,
+        )
         total += rows.to(tl.float32) * w[:, None]
     mean = total * tl.where(mass > 0, 1.0 / tl.where(mass > 0, mass, 1.0), 0.0)[:, None]
     at = (b * K + k).to(tl.int64)
@@ -46,7 +53,8 @@ def merge(x: Tensor, target: Tensor, slots: int, weight: Tensor, size: Tensor) -
         start = torch.searchsorted(ordered, torch.arange(slots + 1, device=x.device).expand(b, -1).contiguous())
         block, width = (128, 256) if INTERPRETED else (8, 128)
         launch(
-            _merge, (triton.cdiv(slots, block), triton.cdiv(c, width), b), x, order, start, weight.contiguous(), size.contiguous(), out, sizes, n, slots, c,
+            _merge, (triton.cdiv(slots, block), triton.cdiv(c, width), b), x, order, start,
+            weight.contiguous(), size.contiguous(), out, sizes, n, slots, c,
             *x.stride(), BK=block, BC=width, sizes={},
         )  # fmt: skip
     return out, sizes

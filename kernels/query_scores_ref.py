@@ -1,5 +1,6 @@
-"""query_scores: the attention of a few query rows to many keys, averaged over heads and rows, without the map. What FastV (arXiv 2403.06764, section 4.1),
-PyramidDrop (arXiv 2410.17247, section 3.2) and every other method that reads one row of attention needs."""
+"""query_scores: the attention of a few query rows to many keys, averaged over heads and rows, without the map. What
+FastV (arXiv 2403.06764, section 4.1), PyramidDrop (arXiv 2410.17247, section 3.2) and every other method that reads one
+row of attention needs."""
 
 from __future__ import annotations
 
@@ -29,9 +30,11 @@ def query_scores(
         k: keys ``[B, G, N, d]``; head h looks at key head ``h * G // H`` (grouped-query attention).
         scale: default ``d ** -0.5``.
         weight: of each row, ``[B, R]``; default ``1 / R``.
-        seen: ``[B, R or 1, N]`` bool, the keys that a row's softmax runs over: causality, padding, a subset. Default: all. A row that sees none gives nothing.
+        seen: ``[B, R or 1, N]`` bool, the keys that a row's softmax runs over: causality, padding, a subset. Default:
+            all. A row that sees none gives nothing.
         bias: ``[B, N]`` added to the logits (proportional attention).
-        rotary: cosines and sines ``[B or 1, N, d]`` that rotate the keys, coordinate i paired with i + d / 2; default: k is rotated already, or not at all.
+        rotary: cosines and sines ``[B or 1, N, d]`` that rotate the keys, coordinate i paired with i + d / 2; default:
+            k is rotated already, or not at all.
         cap: ``tanh(logit / cap) * cap`` (Gemma 2).
         backend: ``"triton"``, ``"reference"`` or ``None``: by device.
 
@@ -41,8 +44,17 @@ def query_scores(
     Raises:
         VtpruneError: wrong shapes, or a backend that cannot run here.
     """
-    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % max(k.shape[1], 1):
-        raise VtpruneError(f"query_scores: q [B, H, R, d] and k [B, G, N, d] with G a divisor of H are needed, got {list(q.shape)} and {list(k.shape)}")
+    if (
+        q.ndim != 4
+        or k.ndim != 4
+        or q.shape[0] != k.shape[0]
+        or q.shape[3] != k.shape[3]
+        or q.shape[1] % max(k.shape[1], 1)
+    ):
+        raise VtpruneError(
+            f"query_scores: q [B, H, R, d] and k [B, G, N, d] with G a divisor of H are needed, got {list(q.shape)} "
+            f"and {list(k.shape)}"
+        )
     b, _, r, d = q.shape
     n = k.shape[2]
     table: list[tuple[int, ...]] = [(b, n, d), (1, n, d)]
@@ -54,7 +66,9 @@ def query_scores(
     ]
     for what, tensor, shapes in given:
         if tensor is not None and tuple(tensor.shape) not in shapes:
-            raise VtpruneError(f"query_scores: {what} must be {' or '.join(str(list(s)) for s in shapes)}, got {list(tensor.shape)}")
+            raise VtpruneError(
+                f"query_scores: {what} must be {' or '.join(str(list(s)) for s in shapes)}, got {list(tensor.shape)}"
+            )
     kinds("query_scores", torch.bool, seen=seen)
     if weight is None:
         weight = torch.full((b, r), 1 / max(r, 1), device=q.device)
@@ -64,7 +78,15 @@ def query_scores(
 
 @torch.no_grad()
 def reference(
-    q: Tensor, k: Tensor, scale: float, weight: Tensor, seen: Tensor | None, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None, cap: float | None
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    weight: Tensor,
+    seen: Tensor | None,
+    bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    cap: float | None,
 ) -> Tensor:
     q, k = wide(q), wide(k)
     b, h, r, d = q.shape
@@ -90,7 +112,15 @@ def reference(
 
 
 def plain(
-    q: Tensor, k: Tensor, scale: float, weight: Tensor, seen: Tensor | None, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None, cap: float | None
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    weight: Tensor,
+    seen: Tensor | None,
+    bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    cap: float | None,
 ) -> Tensor:
     """What the field's codes do: the whole layer's attention map, of which one row is read."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
@@ -98,7 +128,8 @@ def plain(
     if cos is not None and sin is not None:
         first, second = k.chunk(2, dim=-1)
         k = k * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
-    every = torch.cat([k[:, :, : n - q.shape[2]], q], dim=2)  # queries of all positions, of which the last are the asked ones
+    # queries of all positions, of which the last are the asked ones
+    every = torch.cat([k[:, :, : n - q.shape[2]], q], dim=2)
     return ((every @ k.transpose(2, 3)) * scale).float().softmax(-1)[:, :, -1].mean(1)
 
 

@@ -1,4 +1,5 @@
-"""Whose visual tokens are whose: passes of the tower matched with the images of a prompt, and what a stage kept told per sample."""
+"""Whose visual tokens are whose: passes of the tower matched with the images of a prompt, and what a stage kept told
+per sample."""
 
 from __future__ import annotations
 
@@ -17,11 +18,15 @@ Pass = tuple[Run, int]  # one image's row in one pass of the tower
 
 def order(request: Request) -> list[Tensor]:
     """Per sample the columns of its visual tokens, ascending: a token's place there is its index in reports."""
-    return [torch.cat([p.columns for p in parts]).cpu() if parts else torch.empty(0, dtype=torch.long) for parts in request.parts]
+    return [
+        torch.cat([p.columns for p in parts]).cpu() if parts else torch.empty(0, dtype=torch.long)
+        for parts in request.parts
+    ]
 
 
 def passes(request: Request) -> list[list[tuple[int, Tensor, Tensor]]]:
-    """Per sample and pass of the tower: its number of tokens, which of them are in the prompt ``[v]``, and their visual indices ``[v]``."""
+    """Per sample and pass of the tower: its number of tokens, which of them are in the prompt ``[v]``, and their visual
+    indices ``[v]``."""
     out = []
     for parts, sources in zip(request.parts, request.sources, strict=True):
         start, found = 0, []
@@ -40,7 +45,8 @@ def _present(run: Run, g: int) -> Tensor:
 
 
 def carry(request: Request) -> Run:
-    """The books of the stages behind the projector, begun with what the tower has dropped and merged: one row per unit."""
+    """The books of the stages behind the projector, begun with what the tower has dropped and merged: one row per
+    unit."""
     found = request.units
     counts = [len(u.columns) for u in found]
     device = request.real.device
@@ -82,7 +88,11 @@ def tower_record(request: Request, number: int) -> Record:
     assert request.vision is not None
     books = zip(request.parts, request.vision, passes(request), order(request), request.sources, strict=True)
     for b, (parts, rows, there, columns, sources) in enumerate(books):
-        keep, was, into = torch.zeros(len(columns), dtype=torch.bool), torch.zeros(len(columns), dtype=torch.bool), torch.full((len(columns),), -1)
+        keep, was, into = (
+            torch.zeros(len(columns), dtype=torch.bool),
+            torch.zeros(len(columns), dtype=torch.bool),
+            torch.full((len(columns),), -1),
+        )
         score, owner = torch.full((len(columns),), torch.nan, dtype=torch.float64), torch.full((len(columns),), -1)
         for i, ((run, g), (n, token, index)) in enumerate(zip(rows, there, strict=True)):
             record = first = run.records[number]
@@ -114,11 +124,16 @@ def tower_record(request: Request, number: int) -> Record:
 
 def _slots(into: Tensor, kept: Tensor) -> Tensor:
     """The absorbing tokens ``into`` ``[n]`` (-1: none) as places in ``kept``."""
-    return torch.where(into >= 0, torch.searchsorted(kept, into.clamp_min(0)), -1) if len(kept) else torch.full_like(into, -1)
+    return (
+        torch.where(into >= 0, torch.searchsorted(kept, into.clamp_min(0)), -1)
+        if len(kept)
+        else torch.full_like(into, -1)
+    )
 
 
 def by_sample(request: Request, record: Record, rasters: bool = False) -> Record:
-    """A record told per unit, told per sample. ``rasters``: each raster of a unit had a share of its budget, and its tokens were ranked among themselves."""
+    """A record told per unit, told per sample. ``rasters``: each raster of a unit had a share of its budget, and its
+    tokens were ranked among themselves."""
     columns = order(request)
     samples = len(columns)
     kept: list[list[Tensor]] = [[] for _ in range(samples)]
@@ -144,7 +159,16 @@ def by_sample(request: Request, record: Record, rasters: bool = False) -> Record
     merged = [torch.cat(k).sort().values if k else torch.empty(0, dtype=torch.long) for k in kept]
     assignment = None if record.assignment is None else [_slots(i, k) for i, k in zip(into, merged, strict=True)]
     ranking = (scores, owners) if record.ranked is not None else (None, None)
-    return Record(record.site, record.stage, _add(request, record.tokens_in), _add(request, record.tokens_out), merged, assignment, None, *ranking)
+    return Record(
+        record.site,
+        record.stage,
+        _add(request, record.tokens_in),
+        _add(request, record.tokens_out),
+        merged,
+        assignment,
+        None,
+        *ranking,
+    )
 
 
 def told(record: Record, tokens: int) -> Record:

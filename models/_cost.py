@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Layer:
-    """What one decoder layer does with a token: ``row`` multiply-adds if it passes through (queries, output projection, MLP, router), ``key`` for its keys and
-    values, ``pair`` per query and key, ``kept`` numbers in the cache."""
+    """What one decoder layer does with a token: ``row`` multiply-adds if it passes through (queries, output projection,
+    MLP, router), ``key`` for its keys and values, ``pair`` per query and key, ``kept`` numbers in the cache."""
 
     row: int
     key: int
@@ -20,10 +20,11 @@ class Layer:
 class Shapes:
     """Widths of a model.
 
-    Vision: ``vd`` width, ``vf`` MLP width, ``vdepth`` blocks run, ``vmlp`` matrices in its MLP (2, gated 3), ``patch`` multiply-adds per patch of the patch
-    embedding, ``group`` patches that one visual token stands for (merger, pixel shuffle), ``window`` patches that a block's attention spans at most except
-    in the blocks ``whole``. Projector: ``proj`` multiply-adds per token. Language model: ``d`` width, ``vocab``, ``layers``, ``held`` tokens that each layer's
-    cache keeps at most (0: all).
+    Vision: ``vd`` width, ``vf`` MLP width, ``vdepth`` blocks run, ``vmlp`` matrices in its MLP (2, gated 3), ``patch``
+    multiply-adds per patch of the patch embedding, ``group`` patches that one visual token stands for (merger, pixel
+    shuffle), ``window`` patches that a block's attention spans at most except in the blocks ``whole``. Projector:
+    ``proj`` multiply-adds per token. Language model: ``d`` width, ``vocab``, ``layers``, ``held`` tokens that each
+    layer's cache keeps at most (0: all).
     """
 
     vd: int
@@ -50,5 +51,6 @@ class Shapes:
 
 
 def attention(d: int, heads: int, hd: int, kv: int, mlp: int) -> Layer:
-    """A layer of width ``d`` with ``heads`` x ``hd`` queries, ``kv`` x ``hd`` keys and values, and ``mlp`` multiply-adds per token behind them."""
+    """A layer of width ``d`` with ``heads`` x ``hd`` queries, ``kv`` x ``hd`` keys and values, and ``mlp``
+    multiply-adds per token behind them."""
     return Layer(row=2 * d * heads * hd + mlp, key=2 * d * kv * hd, pair=2 * heads * hd, kept=2 * kv * hd)

@@ -1,4 +1,5 @@
-"""Counts the matrix products that really run: for language models whose configuration does not say what a token costs (experts, latent attention)."""
+"""Counts the matrix products that really run: for language models whose configuration does not say what a token costs
+(experts, latent attention)."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ PRODUCTS = {  # which arguments are multiplied
 
 
 class Products(TorchDispatchMode):
-    """Counts the multiply-adds of matrix products in ``total``, of this thread alone; grouped products of experts too, which torch's own counter leaves out.
-    ``blind``: attention ran in a kernel that is not known here."""
+    """Counts the multiply-adds of matrix products in ``total``, of this thread alone; grouped products of experts too,
+    which torch's own counter leaves out. ``blind``: attention ran in a kernel that is not known here."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +49,8 @@ class Products(TorchDispatchMode):
 
 
 def fit(name: str, number: int, work: list[tuple[int, int]]) -> tuple[int, int]:
-    """Multiply-adds per token, and per query and key, of layer ``number``. ``work``: tokens and multiply-adds of three prompts.
+    """Multiply-adds per token, and per query and key, of layer ``number``. ``work``: tokens and multiply-adds of three
+    prompts.
 
     Raises:
         UnsupportedError: they are not a whole number per token and one per pair of tokens.
@@ -58,7 +60,8 @@ def fit(name: str, number: int, work: list[tuple[int, int]]) -> tuple[int, int]:
     row, rest = divmod(f - pair * n * n, n)
     if left or rest or h != row * p + pair * p * p:
         raise UnsupportedError(
-            f"{name}: the work of layer {number} is not so much per token and so much per pair of tokens ({f:,}, {g:,} and {h:,} multiply-adds for "
+            f"{name}: the work of layer {number} is not so much per token and so much per pair of tokens ({f:,}, {g:,} "
+            f"and {h:,} multiply-adds for "
             f"{n}, {m} and {p} tokens), so that what pruning saves could not be told"
         )
     return row, pair

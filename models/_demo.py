@@ -1,4 +1,5 @@
-"""The bundled VLM: loading only. How it was trained: ``vtprune/train/demo_vlm.py``; what it is and can do: ``demo_vlm/README.md``."""
+"""The bundled VLM: loading only. How it was trained: ``vtprune/train/demo_vlm.py``; what it is and can do:
+``demo_vlm/README.md``."""
 
 from __future__ import annotations
 
@@ -16,12 +17,17 @@ def load(device: str = "cpu", dtype: Any = None) -> tuple[Any, Any]:
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(FOLDER, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False)
-    return model.to(device).eval(), AutoProcessor.from_pretrained(FOLDER, local_files_only=True, trust_remote_code=False)
+    model = LlavaForConditionalGeneration.from_pretrained(
+        FOLDER, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    return model.to(device).eval(), AutoProcessor.from_pretrained(
+        FOLDER, local_files_only=True, trust_remote_code=False
+    )
 
 
 def branch(folder: Path = FOLDER) -> Recipe | None:
-    """DPVR-LF with the side branch that ``vtprune train dpvr-lf`` left in ``folder``, ``None`` if there is none. :class:`VtpruneError` for a damaged one."""
+    """DPVR-LF with the side branch that ``vtprune train dpvr-lf`` left in ``folder``, ``None`` if there is none.
+    :class:`VtpruneError` for a damaged one."""
     weights, facts = folder / "dpvr_lf.safetensors", folder / "dpvr_lf.json"
     if not weights.is_file():
         return None
@@ -30,7 +36,9 @@ def branch(folder: Path = FOLDER) -> Recipe | None:
     except (OSError, ValueError, RecursionError) as e:
         raise VtpruneError(f"{facts}, the description of the trained branch, cannot be read: {e}") from e
     if not isinstance(told, dict):
-        raise VtpruneError(f"{facts}, the description of the trained branch, cannot be read: it holds a {type(told).__name__}")
+        raise VtpruneError(
+            f"{facts}, the description of the trained branch, cannot be read: it holds a {type(told).__name__}"
+        )
     options = {k: told[k] for k in ("split", "fusion", "branch_layers", "variant") if k in told}
     stage = Stage(method="dpvr-lf", options={"weights": str(weights), **options})
     return Recipe(name="dpvr-lf (trained)", stages=(stage,), source="trained side branch")

@@ -1,9 +1,10 @@
-"""Every way into an attached language model: the model's forward, that of its core, and ``generate``. A forward that is left by an error or by Ctrl-C leaves
-nothing behind; what is open is open in its own thread.
+"""Every way into an attached language model: the model's forward, that of its core, and ``generate``. A forward that is
+left by an error or by Ctrl-C leaves nothing behind; what is open is open in its own thread.
 
-What the prompt is, is decided here. A forward reads a prompt up to its last token; with labels a prompt ends in front of every answer; inside ``generate`` it
-is what ``generate`` was given, also where nothing is cached and everything is read again for every token; and a sequence that ``generate`` returned is read
-as the prompt and the answer that it was (log-likelihoods of a model's own answers, without labels).
+What the prompt is, is decided here. A forward reads a prompt up to its last token; with labels a prompt ends in front
+of every answer; inside ``generate`` it is what ``generate`` was given, also where nothing is cached and everything is
+read again for every token; and a sequence that ``generate`` returned is read as the prompt and the answer that it was
+(log-likelihoods of a model's own answers, without labels).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ REMEMBERED = 256  # answers of generate that are known again
 
 @dataclass(eq=False)
 class Generation:
-    """One call of ``generate``: the ids ``[B, T]`` of the prompt, which of them are real, whether its prefill has been reported."""
+    """One call of ``generate``: the ids ``[B, T]`` of the prompt, which of them are real, whether its prefill has been
+    reported."""
 
     prompt: Tensor | None = None
     real: Tensor | None = None
@@ -36,8 +38,8 @@ class Generation:
 
 
 class Entry:
-    """Wraps the forwards of ``roots`` (the first takes labels and generates). ``opens(call, given)`` answers with what the forward is called with, ``closes(
-    call, output)`` sees what it returned."""
+    """Wraps the forwards of ``roots`` (the first takes labels and generates). ``opens(call, given)`` answers with what
+    the forward is called with, ``closes( call, output)`` sees what it returned."""
 
     def __init__(
         self,
@@ -50,7 +52,8 @@ class Entry:
     ):
         self.ledger, self.opens, self.closes, self.continues = ledger, opens, closes, continues
         self.local = threading.local()
-        self.answers: OrderedDict[tuple[int, ...], int] = OrderedDict()  # a whole sequence -> how much of it is the prompt
+        # a whole sequence -> how much of it is the prompt
+        self.answers: OrderedDict[tuple[int, ...], int] = OrderedDict()
         self.lock = threading.Lock()
         for root in roots:
             ledger.before(root, _only(root))
@@ -127,10 +130,12 @@ class Entry:
 
         return generate
 
-    # ------------------------------------------------------------------------------------------------------------ the prompt
+    # ------------------------------------------------------------------------------------------------------------ the
+    # prompt
 
     def prompt(self, ids: Tensor, real: Tensor) -> Tensor | None:
-        """How many columns of ``ids`` ``[B, T]`` are the prompt, ``[B]``; ``None``: all of them. ``real`` ``[B, T]`` is no padding."""
+        """How many columns of ``ids`` ``[B, T]`` are the prompt, ``[B]``; ``None``: all of them. ``real`` ``[B, T]`` is
+        no padding."""
         running = self.generation
         if running is not None:
             known = running.prompt
@@ -138,7 +143,11 @@ class Entry:
                 running.prompt, running.real = ids, real
                 return None
             length = known.shape[1]
-            if ids.shape[1] > length and len(ids) == len(known) and torch.equal(ids[:, :length].to(known.device), known):
+            if (
+                ids.shape[1] > length
+                and len(ids) == len(known)
+                and torch.equal(ids[:, :length].to(known.device), known)
+            ):
                 return torch.full((len(ids),), length, device=ids.device)
             return None
         if not self.answers:
@@ -151,9 +160,14 @@ class Entry:
         return None if all(n == ids.shape[1] for n in found) else torch.tensor(found, device=ids.device)
 
     def _answered(self, tokens: tuple[int, ...]) -> int | None:
-        """The length of the prompt if ``tokens`` are a prompt and (the beginning of) an answer that ``generate`` gave to it."""
+        """The length of the prompt if ``tokens`` are a prompt and (the beginning of) an answer that ``generate`` gave
+        to it."""
         with self.lock:
-            fits = [n for whole, n in self.answers.items() if n < len(tokens) <= len(whole) and whole[: len(tokens)] == tokens]
+            fits = [
+                n
+                for whole, n in self.answers.items()
+                if n < len(tokens) <= len(whole) and whole[: len(tokens)] == tokens
+            ]
         return fits[-1] if fits else None
 
     def _remember(self, generation: Generation, output: Any) -> None:
@@ -180,14 +194,16 @@ def _only(root: nn.Module) -> Callable:
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
         if module is not root:
             raise UnsupportedError(
-                f"this {type(module).__name__} is a replica of the one that was attached (nn.DataParallel makes one per device); use one process per device"
+                f"this {type(module).__name__} is a replica of the one that was attached (nn.DataParallel makes one "
+                "per device); use one process per device"
             )
 
     return enter
 
 
 def _whole_prompts(prefill: Callable) -> Callable:
-    """``generate``'s reading of the prompt, which must not come in chunks: the last token of each would choose the visual tokens."""
+    """``generate``'s reading of the prompt, which must not come in chunks: the last token of each would choose the
+    visual tokens."""
 
     @functools.wraps(prefill)
     def whole(input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -202,7 +218,8 @@ def _refuse_assistant(original: Callable) -> Callable:
     @functools.wraps(original)
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise UnsupportedError(
-            "assisted decoding reads the prompt together with guessed tokens, which would choose other visual tokens; generate without an assistant"
+            "assisted decoding reads the prompt together with guessed tokens, which would choose other visual tokens; "
+            "generate without an assistant"
         )
 
     return refuse

@@ -1,4 +1,5 @@
-"""Descriptions of the Hugging Face vision towers: CLIP, SigLIP, ViT, DeiT, DINOv2 and DINOv3 blocks, shared by the bare-ViT adapter and the MLLM adapters."""
+"""Descriptions of the Hugging Face vision towers: CLIP, SigLIP, ViT, DeiT, DINOv2 and DINOv3 blocks, shared by the
+bare-ViT adapter and the MLLM adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ from torch import Tensor, nn
 from ._tower import Tower, rotate
 from .base import named
 
-CLASSES = {"CLIPVisionModel": "clip", "CLIPVisionModelWithProjection": "clip", "SiglipVisionModel": "siglip", "Dinov2Model": "dinov2"}  # towers of MLLMs too
+CLASSES = {
+    "CLIPVisionModel": "clip",
+    "CLIPVisionModelWithProjection": "clip",
+    "SiglipVisionModel": "siglip",
+    "Dinov2Model": "dinov2",
+}  # towers of MLLMs too
 BARE = {
     **CLASSES,
     "ViTModel": "vit",
@@ -42,7 +48,9 @@ def core(model: Any) -> Any:
 
 def layers(model: Any) -> list[nn.Module]:
     inner = core(model)
-    encoder = inner.encoder if hasattr(inner, "encoder") else inner.model if hasattr(inner, "rope_embeddings") else inner  # DINOv3: model; ViT, DeiT: itself
+    encoder = (
+        inner.encoder if hasattr(inner, "encoder") else inner.model if hasattr(inner, "rope_embeddings") else inner
+    )  # DINOv3: model; ViT, DeiT: itself
     return list(encoder.layer if hasattr(encoder, "layer") else encoder.layers)
 
 
@@ -86,7 +94,11 @@ def _feed(block: Any, x: Tensor) -> Tensor:
 
 def _capture(block: Any) -> dict[str, nn.Module]:
     a = _attention(block)
-    return {"q": a.attention.query, "k": a.attention.key, "v": a.attention.value} if _nested(block) else {"q": a.q_proj, "k": a.k_proj, "v": a.v_proj}
+    return (
+        {"q": a.attention.query, "k": a.attention.key, "v": a.attention.value}
+        if _nested(block)
+        else {"q": a.q_proj, "k": a.k_proj, "v": a.v_proj}
+    )
 
 
 def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -112,7 +124,11 @@ def prefix(model: Any) -> int:
     kind = BARE.get(named(model, *BARE) or "")
     if kind == "siglip":
         return 0
-    return 2 if kind == "deit" else 1 + (getattr(model.config, "num_register_tokens", 0) if kind in ("dinov2-registers", "dinov3") else 0)
+    return (
+        2
+        if kind == "deit"
+        else 1 + (getattr(model.config, "num_register_tokens", 0) if kind in ("dinov2-registers", "dinov3") else 0)
+    )
 
 
 def grid(config: Any) -> tuple[int, int]:
@@ -122,8 +138,8 @@ def grid(config: Any) -> tuple[int, int]:
 
 
 def describe(model: Any, used: int, root: nn.Module | None = None, *, bare: bool = False) -> Tower:
-    """The :class:`Tower` of ``model`` with its first ``used`` blocks. ``bare``: no model behind it counts on one number of tokens, so that images may have any
-    size that the tower itself takes."""
+    """The :class:`Tower` of ``model`` with its first ``used`` blocks. ``bare``: no model behind it counts on one number
+    of tokens, so that images may have any size that the tower itself takes."""
     config = model.config
     patch = (config.patch_size,) * 2 if isinstance(config.patch_size, int) else tuple(config.patch_size)
     rotary = hasattr(core(model), "rope_embeddings")
@@ -131,7 +147,9 @@ def describe(model: Any, used: int, root: nn.Module | None = None, *, bare: bool
 
     def resize(pixels: Tensor, rows: int, columns: int) -> tuple[Tensor, dict[str, Any]]:
         size = (rows * patch[0], columns * patch[1])
-        small = F.interpolate(pixels.float(), size=size, mode="bicubic", antialias=True, align_corners=False).to(pixels.dtype)
+        small = F.interpolate(pixels.float(), size=size, mode="bicubic", antialias=True, align_corners=False).to(
+            pixels.dtype
+        )
         return small, {"interpolate_pos_encoding": True} if fixed else {}
 
     return Tower(
@@ -154,7 +172,8 @@ def describe(model: Any, used: int, root: nn.Module | None = None, *, bare: bool
 
 
 def randomise(model: Any, seed: int) -> None:
-    """Moves norms, biases, scales and position tables away from their initial ones and zeros, so that an identity test can see a part that was left out."""
+    """Moves norms, biases, scales and position tables away from their initial ones and zeros, so that an identity test
+    can see a part that was left out."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():

@@ -1,4 +1,5 @@
-"""Where a prompt's visual tokens are: parts (one raster each) of images and videos, and the units that budgets apply to."""
+"""Where a prompt's visual tokens are: parts (one raster each) of images and videos, and the units that budgets apply
+to."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Raster:
-    """``grid`` rows and columns of visual tokens; ``passes`` the tokens that each pass of the tower behind it makes (default: the raster is one pass);
-    ``joins``: it belongs to the frame before it."""
+    """``grid`` rows and columns of visual tokens; ``passes`` the tokens that each pass of the tower behind it makes
+    (default: the raster is one pass); ``joins``: it belongs to the frame before it."""
 
     grid: Grid
     passes: tuple[int, ...] = (-1,)
@@ -30,7 +31,8 @@ class Raster:
 
 @dataclass(frozen=True)
 class Part:
-    """One raster in a sample: ``columns`` ``[n]`` its placeholders' positions in the sequence; ``image`` and ``video`` (-1: none) count within the sample."""
+    """One raster in a sample: ``columns`` ``[n]`` its placeholders' positions in the sequence; ``image`` and ``video``
+    (-1: none) count within the sample."""
 
     columns: Tensor
     grid: Grid
@@ -49,9 +51,16 @@ class Unit:
 
 
 def parts(
-    ids: Tensor, visual: Tensor, video_token: int | None, images: Iterator[list[Raster]], videos: Iterator[list[Raster]], *, runs: bool
+    ids: Tensor,
+    visual: Tensor,
+    video_token: int | None,
+    images: Iterator[list[Raster]],
+    videos: Iterator[list[Raster]],
+    *,
+    runs: bool,
 ) -> list[list[Part]]:
-    """Gives the placeholders ``visual`` ``[B, T]`` of ``ids`` to images and videos in order. An image is a list of rasters, a video one of frames.
+    """Gives the placeholders ``visual`` ``[B, T]`` of ``ids`` to images and videos in order. An image is a list of
+    rasters, a video one of frames.
 
     ``runs``: images that follow each other without a token between them are tiles of one image.
 
@@ -70,12 +79,18 @@ def parts(
             rasters = next(videos if moving else images, None)
             if rasters is None:
                 kind = "video" if moving else "image"
-                raise VtpruneError(f"the prompt has more {kind} placeholders than the inputs have {kind}s; pass the sizes that the processor returns along")
+                raise VtpruneError(
+                    f"the prompt has more {kind} placeholders than the inputs have {kind}s; pass the sizes that the "
+                    "processor returns along"
+                )
             video += moving
             for i, raster in enumerate(rasters):
                 n = raster.tokens
                 if len(places) < at + n or kinds[at : at + n].count(kinds[at]) < n:
-                    raise VtpruneError(f"the prompt's visual tokens are not whole images: the next one has {raster.grid[0]} x {raster.grid[1]} of them")
+                    raise VtpruneError(
+                        f"the prompt's visual tokens are not whole images: the next one has {raster.grid[0]} x "
+                        f"{raster.grid[1]} of them"
+                    )
                 joined = runs and not moving and found and int(found[-1].columns[-1]) == places[at] - 1
                 image += not raster.joins and (moving or (i == 0 and not joined))
                 passes = tuple(n if p < 0 else p for p in raster.passes)
@@ -86,8 +101,9 @@ def parts(
 
 
 def units(found: list[list[Part]], per: str, segments: Tensor | None = None) -> list[Unit]:
-    """Parts joined by ``per``: ``"tile"`` every raster alone, ``"image"`` an image (a video's frame), ``"video"`` also all frames of a video, ``"sample"``
-    everything in a sample, or in each of the prompts that are packed into a row (``segments`` ``[B, T]``)."""
+    """Parts joined by ``per``: ``"tile"`` every raster alone, ``"image"`` an image (a video's frame), ``"video"`` also
+    all frames of a video, ``"sample"`` everything in a sample, or in each of the prompts that are packed into a row
+    (``segments`` ``[B, T]``)."""
     out: list[Unit] = []
     for b, sample in enumerate(found):
         groups: dict[object, list[Part]] = {}
@@ -101,8 +117,9 @@ def units(found: list[list[Part]], per: str, segments: Tensor | None = None) -> 
 
 
 def present(sample: list[Part], sources: Tensor, alive: Tensor, held: Tensor | None = None) -> Tensor:
-    """Which of a sample's visual tokens are left, ``[n]`` bool: those ``alive`` ``[n]`` of the ones that the tower made (``sources`` ``[n]``, -1: it did not).
-    A new-line token ends a row and leaves with the row's last token, unless it is ``held`` ``[n]``; one that has no row of its own stays."""
+    """Which of a sample's visual tokens are left, ``[n]`` bool: those ``alive`` ``[n]`` of the ones that the tower made
+    (``sources`` ``[n]``, -1: it did not). A new-line token ends a row and leaves with the row's last token, unless it
+    is ``held`` ``[n]``; one that has no row of its own stays."""
     out, at = alive.clone(), 0
     for part in sample:
         here = slice(at, at := at + len(part.columns))
@@ -119,7 +136,8 @@ def present(sample: list[Part], sources: Tensor, alive: Tensor, held: Tensor | N
 
 
 def some(grids: Tensor, pixels: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """``count`` images from ``first`` on of those whose sizes in patches are ``grids`` ``[n, 3]``: theirs, and their rows of ``pixels``, one per patch."""
+    """``count`` images from ``first`` on of those whose sizes in patches are ``grids`` ``[n, 3]``: theirs, and their
+    rows of ``pixels``, one per patch."""
     rows = [0, *accumulate(grids.prod(-1).tolist())]
     return grids[first : first + count], pixels[rows[first] : rows[first + count]]
 

@@ -15,8 +15,9 @@ from . import _host
 
 @dataclass(eq=False)
 class Level:
-    """One sequence length. ``rows`` ``[B, M]`` positions in the caller's sequence, ascending among ``valid`` ``[B, M]``; ``visual`` ``[B, M]`` marks visual
-    tokens; ``shift`` ``[B]`` by how much compact positions fall behind at the end of the prompt. ``first`` the layer it begins with."""
+    """One sequence length. ``rows`` ``[B, M]`` positions in the caller's sequence, ascending among ``valid`` ``[B,
+    M]``; ``visual`` ``[B, M]`` marks visual tokens; ``shift`` ``[B]`` by how much compact positions fall behind at the
+    end of the prompt. ``first`` the layer it begins with."""
 
     first: int
     rows: Tensor
@@ -31,7 +32,11 @@ class Level:
         if self.rows.device == device:
             return self
         if device not in self.elsewhere:
-            tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+            tensors = {
+                f.name: getattr(self, f.name).to(device)
+                for f in fields(self)
+                if isinstance(getattr(self, f.name), Tensor)
+            }
             self.elsewhere[device] = replace(self, elsewhere={}, **tensors)
         return self.elsewhere[device]
 
@@ -67,7 +72,8 @@ def dense_level(real: Tensor, visual: Tensor) -> Level:
 
 
 def pack(first: int, mask: Tensor, parent: Level) -> tuple[Level, Tensor]:
-    """The level that keeps ``mask`` ``[B, M]`` of ``parent``, aligned to the side on which the prompt ends, and the columns ``[B, K]`` it takes."""
+    """The level that keeps ``mask`` ``[B, M]`` of ``parent``, aligned to the side on which the prompt ends, and the
+    columns ``[B, K]`` it takes."""
     width, m = max(int(mask.sum(1).max()), 1), mask.shape[1]
     right = bool(parent.valid[:, -1].all())
     position = torch.where(mask, torch.arange(m, device=mask.device), -1 if right else m)
@@ -89,13 +95,17 @@ def within(level: Level, fresh: Level) -> Tensor:
 
 
 def backend(config: Any) -> str:
-    """``"eager"``, ``"sdpa"`` or ``"flash"``. Raises :class:`UnsupportedError` for backends whose masks cannot be shortened."""
+    """``"eager"``, ``"sdpa"`` or ``"flash"``. Raises :class:`UnsupportedError` for backends whose masks cannot be
+    shortened."""
     name = _host.backend(config)
     if name in ("eager", "sdpa"):
         return name
     if name.startswith("flash"):
         return "flash"
-    raise UnsupportedError(f"attention backend {name!r} takes masks that cannot be shortened; load the model with sdpa, eager or flash attention")
+    raise UnsupportedError(
+        f"attention backend {name!r} takes masks that cannot be shortened; load the model with sdpa, eager or flash "
+        "attention"
+    )
 
 
 def shaped(seen: Tensor, how: str, dtype: torch.dtype) -> Tensor:
@@ -106,7 +116,8 @@ def shaped(seen: Tensor, how: str, dtype: torch.dtype) -> Tensor:
 
 
 def packed(segments: Tensor) -> dict[str, Any]:
-    """What flash attention needs to know of several prompts in one row. ``segments`` ``[1, M]``: which of them each token belongs to."""
+    """What flash attention needs to know of several prompts in one row. ``segments`` ``[1, M]``: which of them each
+    token belongs to."""
     if len(segments) != 1:
         raise UnsupportedError("sequences packed into one row are known to flash attention; these are several rows")
     counts = segments[0].unique_consecutive(return_counts=True)[1]
@@ -116,7 +127,8 @@ def packed(segments: Tensor) -> dict[str, Any]:
 
 
 def allowed(mask: Any, rows: Tensor, keys: Tensor) -> Tensor | None:
-    """Entries ``rows`` ``[B, Q]`` x ``keys`` ``[B, K]`` of the model's own mask (4-D, bool or additive): ``[B, Q, K]`` bool; ``None``: it is plain causal."""
+    """Entries ``rows`` ``[B, Q]`` x ``keys`` ``[B, K]`` of the model's own mask (4-D, bool or additive): ``[B, Q, K]``
+    bool; ``None``: it is plain causal."""
     if mask is None or mask.ndim == 2:
         return None
     if mask.ndim != 4:
@@ -128,32 +140,46 @@ def allowed(mask: Any, rows: Tensor, keys: Tensor) -> Tensor | None:
 
 
 def prefill_mask(own: Any, level: Level, keys: Level, x: Tensor, cached: int, how: str, sliding: bool) -> Any:
-    """The mask of ``level``'s rows over those of ``keys``, made from the dense model's ``own`` mask of that layer; ``cached`` columns if the cache has a
-    fixed size."""
+    """The mask of ``level``'s rows over those of ``keys``, made from the dense model's ``own`` mask of that layer;
+    ``cached`` columns if the cache has a fixed size."""
     if own is not None and not isinstance(own, Tensor):
-        raise UnsupportedError(f"attention masks of type {type(own).__name__} cannot be shortened; use sdpa, eager or flash attention")
+        raise UnsupportedError(
+            f"attention masks of type {type(own).__name__} cannot be shortened; use sdpa, eager or flash attention"
+        )
     m, k = level.width, keys.width
     if how == "flash":
         if keys is not level:
-            raise UnsupportedError("visual tokens that give only keys and values need a mask that flash attention does not take; use sdpa or eager attention")
+            raise UnsupportedError(
+                "visual tokens that give only keys and values need a mask that flash attention does not take; use sdpa "
+                "or eager attention"
+            )
         if sliding:
-            raise UnsupportedError("flash attention counts its sliding window in rows, of which pruning leaves fewer; use sdpa or eager attention")
-        return level.valid.long()  # always a mask: without one the gaps in the positions look like the seams of packed sequences
+            raise UnsupportedError(
+                "flash attention counts its sliding window in rows, of which pruning leaves fewer; use sdpa or eager "
+                "attention"
+            )
+        # always a mask: without one the gaps in the positions look like the seams of packed sequences
+        return level.valid.long()
     seen = allowed(own, level.rows, keys.rows)
     if seen is None:
         if keys is level and cached <= m and level.whole and how == "sdpa":
             return None
         seen = keys.rows[:, None] <= level.rows[..., None]
     own_column = torch.nn.functional.pad(torch.eye(m, dtype=torch.bool, device=x.device), (k - m, 0))
-    seen = seen & keys.valid[:, None] | own_column & ~level.valid[..., None]  # a padding row sees itself, so no row is empty
+    # a padding row sees itself, so no row is empty
+    seen = seen & keys.valid[:, None] | own_column & ~level.valid[..., None]
     return shaped(torch.nn.functional.pad(seen, (0, max(cached - k, 0))), how, x.dtype)
 
 
-def decode_mask(level: Level, tail: Tensor, length: int, q: int, columns: tuple[int, int], window: int | None, x: Tensor, how: str) -> Any:
-    """The mask of ``q`` new tokens. ``tail`` ``[B, new]``: which tokens behind the prompt of ``length`` are real, these included; ``columns`` number of the
-    cache's and the first one's place in what the layer has seen; ``window`` tokens that a sliding layer looks back on, in the caller's positions."""
+def decode_mask(
+    level: Level, tail: Tensor, length: int, q: int, columns: tuple[int, int], window: int | None, x: Tensor, how: str
+) -> Any:
+    """The mask of ``q`` new tokens. ``tail`` ``[B, new]``: which tokens behind the prompt of ``length`` are real, these
+    included; ``columns`` number of the cache's and the first one's place in what the layer has seen; ``window`` tokens
+    that a sliding layer looks back on, in the caller's positions."""
     b, new = tail.shape
-    place = torch.arange(columns[0], device=x.device) + columns[1]  # what each column of the cache holds: level rows, then new tokens, then nothing
+    # what each column of the cache holds: level rows, then new tokens, then nothing
+    place = torch.arange(columns[0], device=x.device) + columns[1]
     width = level.width
     rows = torch.cat([level.rows, torch.arange(length, length + new, device=x.device).expand(b, -1)], dim=1)
     real = torch.cat([level.valid, tail], dim=1)
@@ -164,7 +190,10 @@ def decode_mask(level: Level, tail: Tensor, length: int, q: int, columns: tuple[
     seen = real[:, None] & (rows[:, None] <= query[:, None])
     if window is not None:
         if how == "flash" and not level.dense:
-            raise UnsupportedError("flash attention counts its sliding window in rows, of which pruning leaves fewer; use sdpa or eager attention")
+            raise UnsupportedError(
+                "flash attention counts its sliding window in rows, of which pruning leaves fewer; use sdpa or eager "
+                "attention"
+            )
         seen = seen & (rows[:, None] > query[:, None] - window)
     if how == "flash":
         return real.long()

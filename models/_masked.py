@@ -1,4 +1,5 @@
-"""The dense model under the masks that a pruned run is equal to: the reference of the correctness contract. Nothing is dropped, columns are only hidden."""
+"""The dense model under the masks that a pruned run is equal to: the reference of the correctness contract. Nothing is
+dropped, columns are only hidden."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from . import _host
 
 
 def hide_in_decoder(ledger: UndoLedger, layers: Sequence[nn.Module], hidden: Sequence[Tensor]) -> None:
-    """Layer i hides the prompt columns ``hidden[i]`` ``[B, T]`` (bool) from every other query, on top of the model's own mask. Works at prefill and, by the
-    cache's length, at decoding."""
+    """Layer i hides the prompt columns ``hidden[i]`` ``[B, T]`` (bool) from every other query, on top of the model's
+    own mask. Works at prefill and, by the cache's length, at decoding."""
 
     def make(number: int) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -26,7 +27,9 @@ def hide_in_decoder(ledger: UndoLedger, layers: Sequence[nn.Module], hidden: Seq
                 past = _host.held(cache, number)
             place = torch.arange(size, device=x.device) + offset  # the position of each of the cache's columns
             query = torch.arange(past, past + q, device=x.device)
-            prompt = nn.functional.pad(hidden[number].to(x.device), (0, max(int(place[-1]) + 1 - hidden[number].shape[1], 0)))
+            prompt = nn.functional.pad(
+                hidden[number].to(x.device), (0, max(int(place[-1]) + 1 - hidden[number].shape[1], 0))
+            )
             lost = prompt[:, place][:, None] & (place != query[:, None])  # every row sees itself
             if own is None:
                 own = (place <= query[:, None])[None, None]
@@ -43,16 +46,24 @@ def hide_in_decoder(ledger: UndoLedger, layers: Sequence[nn.Module], hidden: Seq
 
 
 def hide_in_tower(
-    ledger: UndoLedger, blocks: Sequence[nn.Module], name: str, prefix: int, hidden: Sequence[Tensor], form: Callable[[Tensor], Tensor] | None = None
+    ledger: UndoLedger,
+    blocks: Sequence[nn.Module],
+    name: str,
+    prefix: int,
+    hidden: Sequence[Tensor],
+    form: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Block i hides the patches ``hidden[i]`` ``[G, N]`` (bool); ``form`` makes of a mask ``[G, 1, 1, P + N]`` what the blocks take."""
+    """Block i hides the patches ``hidden[i]`` ``[G, N]`` (bool); ``form`` makes of a mask ``[G, 1, 1, P + N]`` what the
+    blocks take."""
 
     def make(number: int) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             if not bool(hidden[number].any()):
                 return None
             x = args[0] if args else kwargs["hidden_states"]
-            mask = torch.zeros(hidden[number].shape, dtype=x.dtype, device=x.device).masked_fill(hidden[number], -torch.inf)
+            mask = torch.zeros(hidden[number].shape, dtype=x.dtype, device=x.device).masked_fill(
+                hidden[number], -torch.inf
+            )
             mask = nn.functional.pad(mask, (prefix, 0))[:, None, None]
             mask = mask if form is None else form(mask)
             rest: Any = (args[0], mask, *args[2:]) if len(args) > 1 else args

@@ -1,4 +1,5 @@
-"""What the adapters of multimodal models share: where the visual tokens are, the decoder engine, copies of decoder layers, the language model's shapes."""
+"""What the adapters of multimodal models share: where the visual tokens are, the decoder engine, copies of decoder
+layers, the language model's shapes."""
 
 from __future__ import annotations
 
@@ -48,8 +49,9 @@ BEHIND = {"projector": frozenset[str](), "llm": LLM}  # what a family without st
 
 
 class Mllm:
-    """One bound model. A family says where its parts are and overrides what differs: :meth:`images` (rasters of each image), :meth:`videos`,
-    :meth:`slice_` (one sample's inputs), :meth:`sources` (which of the tower's tokens become which placeholders)."""
+    """One bound model. A family says where its parts are and overrides what differs: :meth:`images` (rasters of each
+    image), :meth:`videos`, :meth:`slice_` (one sample's inputs), :meth:`sources` (which of the tower's tokens become
+    which placeholders)."""
 
     tested: ClassVar[Collection[str]] = TEXT  # language models that are not probed
     tower_mask: str | None = None
@@ -91,7 +93,10 @@ class Mllm:
                 bytes=next(lm.parameters()).element_size(),
             )
         except AttributeError as e:
-            raise UnsupportedError(f"{type(lm).__name__} is not shaped like the decoders this library knows: its configuration has no {e.name}") from e
+            raise UnsupportedError(
+                f"{type(lm).__name__} is not shaped like the decoders this library knows: its configuration has no "
+                f"{e.name}"
+            ) from e
 
     def probe(self) -> None:
         """A language model that nobody has tested here must show that it can be pruned."""
@@ -106,7 +111,8 @@ class Mllm:
             return None
 
     def costs(self) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
-        """What each decoder layer does with a token, and the tokens that its cache keeps at most (0: all), by the configuration."""
+        """What each decoder layer does with a token, and the tokens that its cache keeps at most (0: all), by the
+        configuration."""
         text = self.lm.config
         d, heads = text.hidden_size, text.num_attention_heads
         hd, kv = getattr(text, "head_dim", None) or d // heads, getattr(text, "num_key_value_heads", None) or heads
@@ -114,7 +120,8 @@ class Mllm:
         held = tuple(window - 1 if window and kind == "sliding_attention" else 0 for kind in self.kinds())
         return tuple(attention(d, heads, hd, kv, self.mlp(layer)) for layer in self.lm.layers), held
 
-    # ------------------------------------------------------------------------------------------------- what families override
+    # ------------------------------------------------------------------------------------------------- what families
+    # override
 
     def mlp(self, layer: Any) -> int:
         """Multiply-adds per token of a decoder layer's MLP; by default a gated one."""
@@ -129,14 +136,19 @@ class Mllm:
         return iter(())
 
     def sources(self, inputs: dict[str, Any], found: list[list[Part]]) -> list[Tensor]:
-        """Per sample, for each of its visual tokens ``[n]``, the tower's token it was made of, counted over the sample's passes (-1: none)."""
+        """Per sample, for each of its visual tokens ``[n]``, the tower's token it was made of, counted over the
+        sample's passes (-1: none)."""
         return [torch.arange(sum(len(p.columns) for p in sample)) for sample in found]
 
     def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
         """The pixels of sample ``b`` as keywords; by default one row per pass of the tower."""
         passes = [sum(len(p.passes) for p in sample) for sample in found]
         at = sum(passes[:b])
-        return {"pixel_values": inputs["pixel_values"][at : at + passes[b]]} if passes[b] and inputs.get("pixel_values") is not None else {}
+        return (
+            {"pixel_values": inputs["pixel_values"][at : at + passes[b]]}
+            if passes[b] and inputs.get("pixel_values") is not None
+            else {}
+        )
 
     def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> TowerEngine | None:
         """Serves ``cuts`` inside the tower (and before it); ``None`` for a family that offers none there."""
@@ -152,7 +164,8 @@ class Mllm:
         """The token that stands for videos in a prompt of these inputs, ``None``: there are none."""
         return self.video_token
 
-    # ---------------------------------------------------------------------------------------------------------- what is shared
+    # -------------------------------------------------------------------------------------------------------- what is
+    # shared
 
     def visual(self, ids: Tensor) -> Tensor:
         """Placeholders of images and videos, bool as ``ids``."""
@@ -181,17 +194,19 @@ class Mllm:
         return inputs
 
     def encoded(self, inputs: dict[str, Any]) -> dict[str, Encoded]:
-        """What the encoders did for a forward: those that ran before it and whose outputs it is given, then those that ran in it."""
+        """What the encoders did for a forward: those that ran before it and whose outputs it is given, then those that
+        ran in it."""
         given = (inputs.get(_host.ENCODED) or {}).items()
         return {kind: known for kind, output in given if (known := self.notes.get(output)) is not None}
 
     def encoders(self) -> list[str]:
-        """The methods of the model's core that turn pixels into rows of the prompt: tower, projector, and packing where there is some."""
+        """The methods of the model's core that turn pixels into rows of the prompt: tower, projector, and packing where
+        there is some."""
         return [name for name in _host.ENCODERS.values() if hasattr(self.model.base_model, name)]
 
     def _note_inputs(self, ledger: UndoLedger) -> None:
-        """``generate`` encodes images before the forward and does not hand their sizes on; so it is noted what the encoders' outputs were made from, and by
-        which passes of the tower."""
+        """``generate`` encodes images before the forward and does not hand their sizes on; so it is noted what the
+        encoders' outputs were made from, and by which passes of the tower."""
         core = self.model.base_model
         for kind, name in _host.ENCODERS.items():
             if not hasattr(core, name):
@@ -199,11 +214,19 @@ class Mllm:
             original = getattr(core, name)
 
             @functools.wraps(original)
-            def noted(*args: Any, __original: Any = original, __kind: str = kind, __name: str = name, **kwargs: Any) -> Any:
+            def noted(
+                *args: Any, __original: Any = original, __kind: str = kind, __name: str = name, **kwargs: Any
+            ) -> Any:
                 given = dict(inspect.signature(__original).bind(*args, **kwargs).arguments)
                 given |= given.pop("kwargs", {})
                 # Pixels are remembered by their shape alone.
-                known = Encoded({k: v.to("meta") if k.startswith("pixel") and isinstance(v, Tensor) else v for k, v in given.items() if v is not None})
+                known = Encoded(
+                    {
+                        k: v.to("meta") if k.startswith("pixel") and isinstance(v, Tensor) else v
+                        for k, v in given.items()
+                        if v is not None
+                    }
+                )
                 outer, self.encoding.now = getattr(self.encoding, "now", None), known
                 try:
                     output = __original(*args, **kwargs)
@@ -212,7 +235,8 @@ class Mllm:
                     run, self.passes.last = getattr(self.passes, "last", None), None
                 if run is not None:
                     raise UnsupportedError(
-                        f"{__name}() did not hand the tower's output to the {type(self.projector).__name__} that was there at attach(): it was replaced since; "
+                        f"{__name}() did not hand the tower's output to the {type(self.projector).__name__} that was "
+                        "there at attach(): it was replaced since; "
                         "remove() and attach again"
                     )
                 if hasattr(output, "__dataclass_fields__"):
@@ -233,7 +257,9 @@ class Mllm:
     def kinds(self) -> tuple[str, ...]:
         """Each decoder layer's attention type."""
         config = self.lm.config
-        everywhere = "sliding_attention" if named(self.lm, "MistralModel") and config.sliding_window else "full_attention"
+        everywhere = (
+            "sliding_attention" if named(self.lm, "MistralModel") and config.sliding_window else "full_attention"
+        )
         return tuple(getattr(config, "layer_types", None) or [everywhere] * config.num_hidden_layers)
 
     def describe(self) -> Decoder:
@@ -260,21 +286,32 @@ class Mllm:
         source = self.lm.layers[layer]
         parameter = next(source.parameters())
         if parameter.is_meta and any(hasattr(m, "_hf_hook") for m in source.modules()):
-            raise UnsupportedError(f"decoder layer {layer} cannot be copied: its weights are offloaded; give the model a device_map that keeps it in memory")
+            raise UnsupportedError(
+                f"decoder layer {layer} cannot be copied: its weights are offloaded; give the model a device_map that "
+                "keeps it in memory"
+            )
         foreign = sorted({type(m).__name__ for m in source.modules() if type(m).__module__.startswith(ADAPTED)})
         if foreign:
             raise UnsupportedError(
-                f"decoder layer {layer} cannot be copied: it holds {', '.join(foreign)}; merge adapters into the weights, or attach to the model as it was "
+                f"decoder layer {layer} cannot be copied: it holds {', '.join(foreign)}; merge adapters into the "
+                "weights, or attach to the model as it was "
                 "before they were added or it was quantised"
             )
         with torch.random.fork_rng(devices=[]):  # the throw-away initialisation must not move the user's random numbers
             fresh = type(source)(self.lm.config, layer_idx=layer).to(parameter.device, parameter.dtype)
         state = source.state_dict()
         if _host.sharded(source):
-            raise UnsupportedError(f"decoder layer {layer} cannot be copied: its weights are sharded; attach before fully_shard()")
-        odd = sorted(set(state) ^ set(fresh.state_dict())) or [n for n, t in state.items() if type(t) is not Tensor or not t.is_floating_point()]
+            raise UnsupportedError(
+                f"decoder layer {layer} cannot be copied: its weights are sharded; attach before fully_shard()"
+            )
+        odd = sorted(set(state) ^ set(fresh.state_dict())) or [
+            n for n, t in state.items() if type(t) is not Tensor or not t.is_floating_point()
+        ]
         if odd:
-            raise UnsupportedError(f"decoder layer {layer} cannot be copied: its weights are not those of a {type(source).__name__} ({odd[0]})")
+            raise UnsupportedError(
+                f"decoder layer {layer} cannot be copied: its weights are not those of a {type(source).__name__} "
+                f"({odd[0]})"
+            )
         fresh.load_state_dict(state)
         return copy.deepcopy(fresh).train(source.training)
 
@@ -283,7 +320,9 @@ class Mllm:
         for engine in self.engines:
             engine.seed = seed
 
-    def install(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, per: str, seed: int) -> None:
+    def install(
+        self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, per: str, seed: int
+    ) -> None:
         self._note_inputs(ledger)
         tower = [c for c in cuts if c.site == "pixels" or c.site.startswith("vision.")]
         engine = self._install_tower(tower, ledger, recorder, seed) if tower else None
@@ -308,8 +347,9 @@ class Mllm:
         self.decoder = decoder
 
     def _install_tower(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, seed: int) -> TowerEngine:
-        """The tower's stages. What they leave is put back to its placeholders behind the projector, with zeros in between: which rows those are is known from
-        the books of the passes, never from the values."""
+        """The tower's stages. What they leave is put back to its placeholders behind the projector, with zeros in
+        between: which rows those are is known from the books of the passes, never from the values."""
+
         def passed(run: Run) -> None:
             self.passes.last = run
 
@@ -327,7 +367,9 @@ class Mllm:
             if features.shape[1] == run.tokens and run.slot is run.raster:
                 return None
             where = torch.where(run.valid, run.index, run.tokens)
-            return put(features.new_zeros(run.images, run.tokens + 1, features.shape[2]), where, features)[:, : run.tokens]
+            return put(features.new_zeros(run.images, run.tokens + 1, features.shape[2]), where, features)[
+                :, : run.tokens
+            ]
 
         ledger.after(self.projector, expand)
         return engine
@@ -346,13 +388,29 @@ def tower_shapes(config: Any, **more: Any) -> dict[str, Any]:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------- tiny models
+# ----------------------------------------------------------------------------------------------------------- tiny
+# models
 
 
 def tiny_text(layers: int = 6, **more: Any) -> dict[str, Any]:
-    """Keywords of a Llama-like configuration of a few thousand parameters; grouped keys, 64 words, no sliding window."""
-    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return {"vocab_size": 64, **sizes, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **more}
+    """Keywords of a Llama-like configuration of a few thousand parameters; grouped keys, 64 words, no sliding
+    window."""
+    sizes = {
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return {
+        "vocab_size": 64,
+        **sizes,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **more,
+    }
 
 
 def tiny_build(kind: Any, config: Any) -> Any:
@@ -367,11 +425,16 @@ def tiny_build(kind: Any, config: Any) -> Any:
     return model
 
 
-def tiny_prompts(samples: list[list[tuple[int, int]]], between: int = 1, opening: int | None = None) -> dict[str, Tensor]:
-    """Left-padded prompts of unequal length. Each sample lists its images as ``(token, count)``; three words ahead, ``between`` words between images, the last
-    word before each being ``opening``."""
+def tiny_prompts(
+    samples: list[list[tuple[int, int]]], between: int = 1, opening: int | None = None
+) -> dict[str, Tensor]:
+    """Left-padded prompts of unequal length. Each sample lists its images as ``(token, count)``; three words ahead,
+    ``between`` words between images, the last word before each being ``opening``."""
     generator = torch.Generator().manual_seed(2)
-    lengths = [14 - 5 * b % 13 + sum(n for _, n in images) + between * max(len(images) - 1, 0) for b, images in enumerate(samples)]
+    lengths = [
+        14 - 5 * b % 13 + sum(n for _, n in images) + between * max(len(images) - 1, 0)
+        for b, images in enumerate(samples)
+    ]
     ids = torch.zeros(len(samples), max(lengths), dtype=torch.long)
     for b, (length, images) in enumerate(zip(lengths, samples, strict=True)):
         start = max(lengths) - length
@@ -384,9 +447,11 @@ def tiny_prompts(samples: list[list[tuple[int, int]]], between: int = 1, opening
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
-def tiny_model(kind: Any, config: Any, *, image_token: int, tokens: int, images: tuple[int, ...] = (1, 1), **prompts: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """A random model of class ``kind`` and inputs: ``images`` images of ``tokens`` visual tokens in each prompt, pixels ``[n, 3, 32, 32]``; ``prompts`` as
-    in :func:`tiny_prompts`."""
+def tiny_model(
+    kind: Any, config: Any, *, image_token: int, tokens: int, images: tuple[int, ...] = (1, 1), **prompts: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A random model of class ``kind`` and inputs: ``images`` images of ``tokens`` visual tokens in each prompt, pixels
+    ``[n, 3, 32, 32]``; ``prompts`` as in :func:`tiny_prompts`."""
     inputs = tiny_prompts([[(image_token, tokens)] * n for n in images], **prompts)
     pixels = torch.randn(sum(images), 3, 32, 32, generator=torch.Generator().manual_seed(3))
     return tiny_build(kind, config), {**inputs, "pixel_values": pixels}

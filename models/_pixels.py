@@ -1,4 +1,5 @@
-"""What lies under each raster of visual tokens, read back from the pixels that a processor made: whole images, tiles, unpadded tiles, video frames."""
+"""What lies under each raster of visual tokens, read back from the pixels that a processor made: whole images, tiles,
+unpadded tiles, video frames."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def numbers(values: Any) -> np.ndarray:
 
 
 def picture(part: Any, pixels: np.ndarray) -> Image.Image:
-    """Normalised ``pixels`` ``[3, H, W]`` as the picture they were; ``part`` is the image or video processor that made them."""
+    """Normalised ``pixels`` ``[3, H, W]`` as the picture they were; ``part`` is the image or video processor that made
+    them."""
     if getattr(part, "do_normalize", True):
         mean, std = (np.asarray(getattr(part, f"image_{n}"), dtype=np.float32)[:, None, None] for n in ("mean", "std"))
         pixels = pixels * std + mean
@@ -45,13 +47,22 @@ def rasters(processor: Any, inputs: Mapping[str, Any], report: Report) -> list[l
         VtpruneError: the rasters of this family, or of this report, cannot be matched with the pixels.
     """
     moving = _moving(processor, inputs, report)
-    first = next((g for grids, moves in zip(report.grids, moving, strict=True) for g, m in zip(grids, moves, strict=True) if not m), (1, 1))
+    first = next(
+        (
+            g
+            for grids, moves in zip(report.grids, moving, strict=True)
+            for g, m in zip(grids, moves, strict=True)
+            if not m
+        ),
+        (1, 1),
+    )
     images, videos = list(_images(processor, inputs, first[0])), list(_videos(processor, inputs))
     flat = [m for sample in moving for m in sample]
     want, have = (flat.count(False), flat.count(True)), (len(images), len(videos))
     if want != have:
         raise VtpruneError(
-            f"the report has {want[0]} rasters of images and {want[1]} of videos, but the inputs hold {have[0]} and {have[1]} pictures: "
+            f"the report has {want[0]} rasters of images and {want[1]} of videos, but the inputs hold {have[0]} and "
+            f"{have[1]} pictures: "
             "these are not the inputs of this report, or this family's rasters cannot be matched with pictures"
         )
     still, frames = iter(images), iter(videos)
@@ -60,8 +71,15 @@ def rasters(processor: Any, inputs: Mapping[str, Any], report: Report) -> list[l
         for grid, piece in zip(grids, pieces, strict=True):
             skew = math.log(grid[0] * piece.picture.width / (grid[1] * piece.picture.height))
             if tuple(grid) != piece.grid if piece.grid is not None else abs(skew) > math.log(1.5):
-                size = f"{piece.picture.width} x {piece.picture.height} pixels" if piece.grid is None else f"{piece.grid[0]} x {piece.grid[1]} patches"
-                raise VtpruneError(f"a raster of {grid[0]} x {grid[1]} visual tokens does not lie on a picture of {size}; there is nothing true to draw")
+                size = (
+                    f"{piece.picture.width} x {piece.picture.height} pixels"
+                    if piece.grid is None
+                    else f"{piece.grid[0]} x {piece.grid[1]} patches"
+                )
+                raise VtpruneError(
+                    f"a raster of {grid[0]} x {grid[1]} visual tokens does not lie on a picture of {size}; there is "
+                    "nothing true to draw"
+                )
     return out
 
 
@@ -72,7 +90,9 @@ def _moving(processor: Any, inputs: Mapping[str, Any], report: Report) -> list[l
         return [[film] * len(grids) for grids in report.grids]
     image, video = (getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video"))
     if image is None or video is None:
-        raise VtpruneError(f"{type(processor).__name__} does not say which placeholders stand for images and which for videos")
+        raise VtpruneError(
+            f"{type(processor).__name__} does not say which placeholders stand for images and which for videos"
+        )
     out = []
     for ids, grids in zip(inputs["input_ids"].tolist(), report.grids, strict=True):
         marks = [i == video for i in ids if i in (image, video)]
@@ -94,16 +114,25 @@ def _images(processor: Any, inputs: Mapping[str, Any], rows: int) -> Iterator[Pi
             alone = [n == 1 for n in inputs["batch_num_images"].tolist() for _ in range(n)]
         for tiles, size, tiled in zip(pixels, sizes.tolist(), alone, strict=True):
             yield Piece("overview", picture(part, tiles[0]))
-            yield _unpadded(processor, tiles[1:], size, rows) if tiled else Piece("new line", Image.new("RGB", (8, 8), WHITE), (1, 1))
+            yield (
+                _unpadded(processor, tiles[1:], size, rows)
+                if tiled
+                else Piece("new line", Image.new("RGB", (8, 8), WHITE), (1, 1))
+            )
     elif pixels.ndim == 5:  # SmolVLM: tiles of zeros only fill up
         yield from (Piece("tile", picture(part, tile)) for sample in pixels for tile in sample if tile.any())
     elif pixels.ndim == 4 and sizes is not None:  # Mistral 3: padded on the right and below
-        yield from (Piece("image", picture(part, tile[:, : int(h)][..., : int(w)])) for tile, (h, w) in zip(pixels, sizes.tolist(), strict=True))
+        yield from (
+            Piece("image", picture(part, tile[:, : int(h)][..., : int(w)]))
+            for tile, (h, w) in zip(pixels, sizes.tolist(), strict=True)
+        )
     elif pixels.ndim == 4:
         noun = "tile" if hasattr(part, "crop_to_patches") else "image"
         yield from (Piece(noun, picture(part, tile)) for tile in pixels)
     else:
-        raise VtpruneError(f"{type(part).__name__} gives pixels of {pixels.ndim} dimensions, which cannot be matched with rasters")
+        raise VtpruneError(
+            f"{type(part).__name__} gives pixels of {pixels.ndim} dimensions, which cannot be matched with rasters"
+        )
 
 
 def _videos(processor: Any, inputs: Mapping[str, Any]) -> Iterator[Piece]:
@@ -117,27 +146,37 @@ def _videos(processor: Any, inputs: Mapping[str, Any]) -> Iterator[Piece]:
             yield from (Piece("frame", picture(part, frame)) for frame in video)
             yield Piece("new line", Image.new("RGB", (8, 8), WHITE), (1, 1))
     else:
-        raise VtpruneError(f"{type(part).__name__} gives pixels of {pixels.ndim} dimensions, which cannot be matched with rasters")
+        raise VtpruneError(
+            f"{type(part).__name__} gives pixels of {pixels.ndim} dimensions, which cannot be matched with rasters"
+        )
 
 
 def _patches(noun: str, part: Any, pixels: np.ndarray, grids: Any) -> Iterator[Piece]:
-    """Qwen: rows of ``pixels`` are patches ``[channel, time, y, x]``, in blocks of ``merge_size`` squared; of frames that share a step the first is shown."""
+    """Qwen: rows of ``pixels`` are patches ``[channel, time, y, x]``, in blocks of ``merge_size`` squared; of frames
+    that share a step the first is shown."""
     at, m, p = 0, part.merge_size, part.patch_size
     for t, h, w in grids.tolist():
-        steps = pixels[at : at + t * h * w].reshape(t, h // m, w // m, m, m, -1, part.temporal_patch_size, p, p)[:, ..., 0, :, :]
+        steps = pixels[at : at + t * h * w].reshape(t, h // m, w // m, m, m, -1, part.temporal_patch_size, p, p)[
+            :, ..., 0, :, :
+        ]
         for step in steps.transpose(0, 5, 1, 3, 6, 2, 4, 7).reshape(t, -1, h * p, w * p):
             yield Piece(noun, picture(part, step), (h // m, w // m))
         at += t * h * w
 
 
 def _unpadded(processor: Any, tiles: np.ndarray, size: list[int], n: int) -> Piece:
-    """LLaVA-NeXT, LLaVA-OneVision: ``tiles`` (``n`` x ``n`` patches each) of an image of ``size`` (height, width) put together, cut where the model cuts its
-    features, and a blank column for the new-line tokens."""
+    """LLaVA-NeXT, LLaVA-OneVision: ``tiles`` (``n`` x ``n`` patches each) of an image of ``size`` (height, width) put
+    together, cut where the model cuts its features, and a blank column for the new-line tokens."""
     from transformers.image_processing_utils import select_best_resolution
 
     part, side = processor.image_processor, tiles.shape[-1]
     high, wide = (length // side for length in select_best_resolution(tuple(size), part.image_grid_pinpoints))
-    whole = tiles[: high * wide].reshape(high, wide, -1, side, side).transpose(2, 0, 3, 1, 4).reshape(-1, high * side, wide * side)
+    whole = (
+        tiles[: high * wide]
+        .reshape(high, wide, -1, side, side)
+        .transpose(2, 0, 3, 1, 4)
+        .reshape(-1, high * side, wide * side)
+    )
     rows, columns, above, left = high * n, wide * n, 0, 0
     if size[1] / size[0] > wide / high:
         above = (rows - int(round(size[0] * columns / size[1], 7))) // 2

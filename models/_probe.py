@@ -1,4 +1,5 @@
-"""The probe for language models that nobody has tested here: what the engine does to them is compared with the dense model under masks, on a toy prompt."""
+"""The probe for language models that nobody has tested here: what the engine does to them is compared with the dense
+model under masks, on a toy prompt."""
 
 from __future__ import annotations
 
@@ -27,7 +28,16 @@ from ._scores import heads, question, take, visible
 from .base import PlannedCut
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
-ADAPTED = ("peft.", "bitsandbytes.", "torchao.", "torch.ao.", "auto_gptq.", "awq.", "gptqmodel.", "optimum.")  # whose modules are not a layer's own
+ADAPTED = (
+    "peft.",
+    "bitsandbytes.",
+    "torchao.",
+    "torch.ao.",
+    "auto_gptq.",
+    "awq.",
+    "gptqmodel.",
+    "optimum.",
+)  # whose modules are not a layer's own
 TEXT, IMAGE = 5, 6  # tokens in front of the toy image, and of it
 
 
@@ -89,7 +99,9 @@ def _toy(decoder: Decoder, what: str) -> Iterator[_Toy | None]:
     lm, name = decoder.lm, type(decoder.lm).__name__
     lacks = [n for n in ("layers", "rotary_emb", "norm") if not hasattr(lm, n)]
     if lacks:
-        raise UnsupportedError(f"{name} is not shaped like the decoders this library knows: it has no {', '.join(lacks)}")
+        raise UnsupportedError(
+            f"{name} is not shaped like the decoders this library knows: it has no {', '.join(lacks)}"
+        )
     weight = next(p for p in lm.parameters() if p.ndim == 2)
     if weight.is_meta:
         raise UnsupportedError(f"{name} is not known here and cannot be probed while its weights are offloaded")
@@ -97,7 +109,9 @@ def _toy(decoder: Decoder, what: str) -> Iterator[_Toy | None]:
     if key in _passed.setdefault(lm, set()):
         yield None
         return
-    ids = torch.randint(1, lm.get_input_embeddings().num_embeddings, (2, TEXT + IMAGE + 4), generator=torch.Generator().manual_seed(0)).to(weight.device)
+    ids = torch.randint(
+        1, lm.get_input_embeddings().num_embeddings, (2, TEXT + IMAGE + 4), generator=torch.Generator().manual_seed(0)
+    ).to(weight.device)
     mask, marks = torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool)
     mask[1, :3] = 0
     marks[:, TEXT : TEXT + IMAGE] = True
@@ -120,7 +134,14 @@ def _toy(decoder: Decoder, what: str) -> Iterator[_Toy | None]:
             yield _Toy(root, toy, ids, mask, marks, TOLERANCE[weight.dtype])
     except VtpruneError:
         raise
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:  # what a model that is built otherwise may answer to a probe
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as e:  # what a model that is built otherwise may answer to a probe
         raise UnsupportedError(f"{name} cannot be probed, so it cannot be pruned: {type(e).__name__}: {e}") from e
     finally:
         for module, mode in modes.items():
@@ -141,7 +162,9 @@ def probe(decoder: Decoder) -> None:
         middle = count // 2
         dense = _run(toy)
         if not torch.equal(_pruned(toy, [_cut(0, 0, 0), _cut(middle, 1, 0)]), dense):
-            raise UnsupportedError(f"{toy.name}: with nothing dropped the hooks change its output, so it cannot be pruned here")
+            raise UnsupportedError(
+                f"{toy.name}: with nothing dropped the hooks change its output, so it cannot be pruned here"
+            )
         got = _pruned(toy, [_cut(0, 0, 1), _cut(middle, 1, 1)])
         ledger, hidden = UndoLedger(), []
         for i in range(count):
@@ -156,11 +179,15 @@ def probe(decoder: Decoder) -> None:
         there = torch.cat([toy.mask.bool() & ~hidden[-1], torch.ones_like(toy.mask[:, :2], dtype=torch.bool)], 1)
         error = float((got - want)[there].abs().max() / want[there].abs().max())
         if not error <= toy.limit:
-            raise UnsupportedError(f"{toy.name}: pruned on a toy prompt it is {error:.1e} off the dense model under the same masks: it cannot be pruned here")
+            raise UnsupportedError(
+                f"{toy.name}: pruned on a toy prompt it is {error:.1e} off the dense model under the same masks: it "
+                "cannot be pruned here"
+            )
 
 
 def probe_queries(decoder: Decoder) -> None:
-    """The attention that methods rank by, recomputed and times the values, must be what each layer gives to its own output projection.
+    """The attention that methods rank by, recomputed and times the values, must be what each layer gives to its own
+    output projection.
 
     Raises:
         UnsupportedError: it is not, or the projections have other names.
@@ -170,9 +197,13 @@ def probe_queries(decoder: Decoder) -> None:
             return
         for number, block in enumerate(decoder.layers):
             attention: Any = getattr(block, "self_attn", None)
-            lacks = [n for n in ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling") if not hasattr(attention, n)]
+            lacks = [
+                n for n in ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling") if not hasattr(attention, n)
+            ]
             if lacks or not hasattr(block, "input_layernorm"):
-                raise UnsupportedError(f"{toy.name}: its attention has no {', '.join(lacks) or 'input_layernorm'} under the usual names")
+                raise UnsupportedError(
+                    f"{toy.name}: its attention has no {', '.join(lacks) or 'input_layernorm'} under the usual names"
+                )
             seen: dict[str, Any] = {}
             ledger = UndoLedger()
             ledger.before(block, lambda m, a, k, seen=seen: seen.update(x=a[0] if a else k["hidden_states"], kwargs=k))
@@ -189,18 +220,25 @@ def probe_queries(decoder: Decoder) -> None:
             q, k, how = question(block, x, rows, tables, decoder.pairs)
             seen_keys = visible(level, rows, kwargs.get("attention_mask"), "all")
             group = q.shape[1] // k.shape[1]
-            each = [kernels.query_scores(q[:, i : i + 1], k[:, i // group : i // group + 1], seen=seen_keys, **how) for i in range(q.shape[1])]
+            each = [
+                kernels.query_scores(q[:, i : i + 1], k[:, i // group : i // group + 1], seen=seen_keys, **how)
+                for i in range(q.shape[1])
+            ]
             p = torch.stack(each, 1)[:, :, None]  # [B, H, 1, M]
             v = heads(attention, "v", block.input_layernorm(x))
             mixed = (p.to(v.dtype) @ v.repeat_interleave(p.shape[1] // v.shape[1], 1)).transpose(1, 2).flatten(2)
             error = float((mixed - seen["mixed"][:, -1:]).abs().max() / seen["mixed"].abs().max())
             if not error <= toy.limit:
-                raise UnsupportedError(f"{toy.name}: layer {number}'s attention is not what its projections and rotary table give in the usual layout")
+                raise UnsupportedError(
+                    f"{toy.name}: layer {number}'s attention is not what its projections and rotary table give in the "
+                    "usual layout"
+                )
 
 
 def count(decoder: Decoder, said: tuple[Layer, ...] | None) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
-    """What each layer does with a token, and the tokens that its cache keeps at most (0: all): counted on toy prompts. ``said`` by the configuration, ``None``
-    where it does not tell: it holds where the count agrees, and where quantised or adapted modules do work that cannot be counted.
+    """What each layer does with a token, and the tokens that its cache keeps at most (0: all): counted on toy prompts.
+    ``said`` by the configuration, ``None`` where it does not tell: it holds where the count agrees, and where quantised
+    or adapted modules do work that cannot be counted.
 
     Raises:
         UnsupportedError: the work cannot be told.
@@ -211,13 +249,18 @@ def count(decoder: Decoder, said: tuple[Layer, ...] | None) -> tuple[tuple[Layer
             return _counted[lm]
         foreign = sorted({type(m).__name__ for m in lm.modules() if type(m).__module__.startswith(ADAPTED)})
         if foreign and (said is None or not all(_plain(layer) for layer in decoder.layers)):
-            raise UnsupportedError(f"{name} with {', '.join(foreign)}: what its layers do with a token cannot be counted; attach to the model as it was before")
+            raise UnsupportedError(
+                f"{name} with {', '.join(foreign)}: what its layers do with a token cannot be counted; attach to the "
+                "model as it was before"
+            )
         work: list[list[tuple[int, int]]] = [[] for _ in decoder.layers]
         for n in (3, 6, 11):
             ledger, mode = UndoLedger(), Products()
             for i, layer in enumerate(decoder.layers):
                 ledger.before(layer, lambda m, a, k, i=i, n=n, mode=mode: work[i].append((n, -mode.total)))
-                ledger.after(layer, lambda m, a, k, o, i=i, n=n, mode=mode: work[i].append((n, work[i].pop()[1] + mode.total)))
+                ledger.after(
+                    layer, lambda m, a, k, o, i=i, n=n, mode=mode: work[i].append((n, work[i].pop()[1] + mode.total))
+                )
             try:
                 with mode:
                     cache = _host.cache_of(toy.root(toy.ids[:1, :n], attention_mask=torch.ones_like(toy.ids[:1, :n])))
@@ -258,7 +301,12 @@ def _run(toy: _Toy) -> Tensor:
     for step in range(2):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         places = mask.shape[1] - 1 + torch.zeros_like(mask[:, :1])
-        out = toy.root(toy.ids[:, step : step + 1], attention_mask=mask, position_ids=places, **_host.cached(toy.decoder.lm, _host.cache_of(out)))
+        out = toy.root(
+            toy.ids[:, step : step + 1],
+            attention_mask=mask,
+            position_ids=places,
+            **_host.cached(toy.decoder.lm, _host.cache_of(out)),
+        )
         rows.append(out.last_hidden_state)
     return torch.cat(rows, 1).double()
 

@@ -17,7 +17,8 @@ from ._tower import Record, Run
 
 @dataclass(eq=False)
 class Encoded:
-    """One call of an encoder: what it was given, pixels by their shape alone, and the tower's passes that it made, row by row."""
+    """One call of an encoder: what it was given, pixels by their shape alone, and the tower's passes that it made, row
+    by row."""
 
     inputs: dict[str, Any]
     runs: list[Run] = field(default_factory=list)
@@ -37,23 +38,30 @@ class Request:
     real: Tensor  # [B, T]
     next: Tensor  # [B] position behind the prompt
     levels: list[Level] = field(default_factory=list)
-    notes: list[Record | Callable[[], Record]] = field(default_factory=list)  # what was decided, told when somebody asks
+    # what was decided, told when somebody asks
+    notes: list[Record | Callable[[], Record]] = field(default_factory=list)
     layer_tokens: list[list[int]] = field(default_factory=list)  # per layer, per sample
     text_tokens: list[int] = field(default_factory=list)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
-    branched: dict[int, list[int]] = field(default_factory=dict)  # stage -> per sample, visual tokens that its side branch ran over
+    # stage -> per sample, visual tokens that its side branch ran over
+    branched: dict[int, list[int]] = field(default_factory=dict)
     cached: dict[int, Level] = field(default_factory=dict)  # layers whose cache holds more rows than pass through them
-    keys_only: dict[int, list[int]] = field(default_factory=dict)  # layer -> per sample, visual tokens that gave it keys and values only
+    # layer -> per sample, visual tokens that gave it keys and values only
+    keys_only: dict[int, list[int]] = field(default_factory=dict)
     arrived: Tensor | None = None  # [B, T] visual tokens that the tower handed over; None: no stage there
     held: Tensor | None = None  # [B, T] visual tokens that must not go; None: none
     entry: Run | None = None  # the books of the stages behind the projector
-    sources: list[Tensor] = field(default_factory=list)  # per sample, per visual token: which token of its passes of the tower (-1: none)
-    vision: list[list[tuple[Run, int]]] | None = None  # per sample, per pass of the tower: where its books are; None: no stage there
+    # per sample, per visual token: which token of its passes of the tower (-1: none)
+    sources: list[Tensor] = field(default_factory=list)
+    vision: list[list[tuple[Run, int]]] | None = (
+        None  # per sample, per pass of the tower: where its books are; None: no stage there
+    )
     packed: bool = False  # several prompts in one row
     at: tuple[Level, ...] = ()  # per layer what its cache holds, once the prompt has been read
     first: dict[tuple[int, str], int] = field(default_factory=dict)  # the first layer of each level and attention type
     pruned: frozenset[int] = frozenset()  # layers whose cache is shorter than the prompt
-    uneven: frozenset[int] = frozenset()  # those of them that need a mask at every step: samples of different lengths, sliding windows
+    # those of them that need a mask at every step: samples of different lengths, sliding windows
+    uneven: frozenset[int] = frozenset()
 
     @property
     def records(self) -> list[Record]:
@@ -66,7 +74,9 @@ class Request:
         """The columns of every unit's placeholders, ``[G, N]``, padded with -1."""
         if not self.units:
             return torch.empty(0, 1, dtype=torch.long, device=self.real.device)
-        return nn.utils.rnn.pad_sequence([u.columns for u in self.units], batch_first=True, padding_value=-1).to(self.real.device)
+        return nn.utils.rnn.pad_sequence([u.columns for u in self.units], batch_first=True, padding_value=-1).to(
+            self.real.device
+        )
 
     @cached_property
     def owner(self) -> Tensor:
@@ -91,8 +101,9 @@ class Request:
 
 @dataclass
 class Stash:
-    """The rows that a routing method takes out of the stack: ``hidden`` ``[B, M, C]`` of ``level``; ``out`` what its side branch made of them; ``joined`` what
-    a layer that they give only keys and values caches, and its mask and rotary table."""
+    """The rows that a routing method takes out of the stack: ``hidden`` ``[B, M, C]`` of ``level``; ``out`` what its
+    side branch made of them; ``joined`` what a layer that they give only keys and values caches, and its mask and
+    rotary table."""
 
     hidden: Tensor
     level: Level
@@ -128,7 +139,9 @@ class Call:
     mask: Any = None
     positions: Any = None  # the caller's
     prompt: Tensor | None = None  # [B] columns of the prompt where more follows; None: all of them
-    segments: Tensor | None = None  # [B, T] which of several prompts packed into a row each token belongs to; None: one prompt a row
+    segments: Tensor | None = (
+        None  # [B, T] which of several prompts packed into a row each token belongs to; None: one prompt a row
+    )
     question: Tensor | None = None  # [B, T] the rows that ask: the last of the prompt, those in front of answers
     ids: Tensor | None = None  # decoding: positions of the new tokens
     tail: Tensor | None = None  # decoding: which tokens behind the prompt are real
@@ -136,8 +149,10 @@ class Call:
     gone: Tensor | None = None  # [B, T] visual tokens dropped before layer 0
     level: Level | None = None
     ran: int = 0  # layers that came by
-    done: dict[int, tuple[Tensor | None, Level]] = field(default_factory=dict)  # layer -> what its cut took, for checkpoints that run it again
-    dense: dict[str, dict[str, Any]] = field(default_factory=dict)  # attention type -> what the model made for the whole sequence
+    # layer -> what its cut took, for checkpoints that run it again
+    done: dict[int, tuple[Tensor | None, Level]] = field(default_factory=dict)
+    # attention type -> what the model made for the whole sequence
+    dense: dict[str, dict[str, Any]] = field(default_factory=dict)
     served: dict[Any, dict[str, Any]] = field(default_factory=dict)
     inputs: dict[int, tuple[Tensor, Level]] = field(default_factory=dict)
     stash: dict[int, Stash] = field(default_factory=dict)

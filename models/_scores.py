@@ -1,4 +1,5 @@
-"""Scores from a few query rows and the keys of one decoder layer, recomputed from the layer's own projections: any attention backend will do."""
+"""Scores from a few query rows and the keys of one decoder layer, recomputed from the layer's own projections: any
+attention backend will do."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ ROWS = 64  # query rows whose masks are made at once
 
 
 def heads(attention: Any, name: str, x: Tensor) -> Tensor:
-    """Projection ``name`` (q, k, v) of ``x`` ``[B, M, C]`` with the norm per head that Qwen3 and Gemma 3 have: ``[B, H, M, d]``."""
+    """Projection ``name`` (q, k, v) of ``x`` ``[B, M, C]`` with the norm per head that Qwen3 and Gemma 3 have: ``[B, H,
+    M, d]``."""
     out = getattr(attention, f"{name}_proj")(x).view(*x.shape[:2], -1, attention.head_dim)
     norm = getattr(attention, f"{name}_norm", None)
     return (out if norm is None else norm(out)).transpose(1, 2)
@@ -27,8 +29,8 @@ def take(table: Tensor, rows: Tensor) -> Tensor:
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
-    """``x`` ``[B, H, M, d]`` rotated as its model does it: the first channels that the tables ``[B or 1, M, r]`` have, half against half, or, ``pairs``, each
-    with its neighbour (GLM-4V)."""
+    """``x`` ``[B, H, M, d]`` rotated as its model does it: the first channels that the tables ``[B or 1, M, r]`` have,
+    half against half, or, ``pairs``, each with its neighbour (GLM-4V)."""
     r = cos.shape[-1]
     if not pairs:
         return torch.cat([rotate(x[..., :r], cos, sin), x[..., r:]], -1) if r < x.shape[-1] else rotate(x, cos, sin)
@@ -38,7 +40,8 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
 
 
 def fold(x: Tensor, r: int, pairs: bool) -> Tensor:
-    """Channels ``[..., d]`` in another order, in which :func:`turn` is a rotation of half against half: products of queries and keys are the same."""
+    """Channels ``[..., d]`` in another order, in which :func:`turn` is a rotation of half against half: products of
+    queries and keys are the same."""
     a, b = (x[..., :r:2], x[..., 1:r:2]) if pairs else x[..., :r].chunk(2, -1)
     c, d = x[..., r:].chunk(2, -1)
     return torch.cat([a, c, b, d], -1)
@@ -52,9 +55,12 @@ def folded(cos: Tensor, sin: Tensor, d: int, pairs: bool) -> tuple[Tensor, Tenso
     return torch.cat([c, c], -1), torch.cat([s, s], -1)
 
 
-def question(block: Any, x: Tensor, rows: Tensor, rotary: tuple[Tensor, Tensor] | None, pairs: bool = False) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """What :func:`vtprune.kernels.query_scores` needs to know of a layer that reads ``x`` ``[B, M, C]``: the rotated queries of ``rows`` ``[B, R]``, all keys,
-    and how its logits are made; ``rotary`` tables ``[B or 1, M, r]`` of x, ``pairs`` as for :func:`turn`."""
+def question(
+    block: Any, x: Tensor, rows: Tensor, rotary: tuple[Tensor, Tensor] | None, pairs: bool = False
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """What :func:`vtprune.kernels.query_scores` needs to know of a layer that reads ``x`` ``[B, M, C]``: the rotated
+    queries of ``rows`` ``[B, R]``, all keys, and how its logits are made; ``rotary`` tables ``[B or 1, M, r]`` of x,
+    ``pairs`` as for :func:`turn`."""
     attention = block.self_attn
     h = block.input_layernorm(x)
     q, k = heads(attention, "q", take(h, rows)), heads(attention, "k", h)
@@ -64,12 +70,17 @@ def question(block: Any, x: Tensor, rows: Tensor, rotary: tuple[Tensor, Tensor] 
     if rotary is not None:
         q = rotate(q, *(take(t, rows) for t in rotary))
     cap = getattr(attention, "attn_logit_softcapping", None)  # Gemma 2
-    return q, k, {"scale": attention.scaling, "rotary": rotary, "cap": None if backend(attention.config) == "sdpa" else cap}  # sdpa leaves the cap out
+    return (
+        q,
+        k,
+        {"scale": attention.scaling, "rotary": rotary, "cap": None if backend(attention.config) == "sdpa" else cap},
+    )  # sdpa leaves the cap out
 
 
 def visible(level: Level, rows: Tensor, own: Any, keys: str, segments: Tensor | None = None) -> Tensor:
-    """``[B, R, M]`` bool: what ``rows`` ``[B, R]`` see of the level's M tokens under the model's ``own`` mask, and of their own prompt among several packed
-    into a row (``segments`` ``[B, M]``); ``keys="visual"``: of the visual ones."""
+    """``[B, R, M]`` bool: what ``rows`` ``[B, R]`` see of the level's M tokens under the model's ``own`` mask, and of
+    their own prompt among several packed into a row (``segments`` ``[B, M]``); ``keys="visual"``: of the visual
+    ones."""
     seen = allowed(own, level.rows.gather(1, rows), level.rows)
     if seen is None:
         seen = torch.arange(level.width, device=rows.device) <= rows[..., None]
@@ -91,8 +102,8 @@ def attention_to(
     segments: Tensor | None = None,
     pairs: bool = False,
 ) -> Tensor:
-    """Attention of ``rows`` ``[B, R]``, weighted by ``weight`` ``[B, R]`` and averaged over heads, to each of the level's M tokens: ``[B, M]``. A few rows at
-    a time meet the keys, never a full map."""
+    """Attention of ``rows`` ``[B, R]``, weighted by ``weight`` ``[B, R]`` and averaged over heads, to each of the
+    level's M tokens: ``[B, M]``. A few rows at a time meet the keys, never a full map."""
     q, k, how = question(block, x, rows, rotary, pairs)
     parts = []
     for i in range(0, rows.shape[1], ROWS):
@@ -103,14 +114,16 @@ def attention_to(
 
 
 def answer_starts(labels: Tensor, level: Level) -> Tensor:
-    """The rows in front of each answer, ``[B, T]`` bool. ``labels`` ``[B, T]``; ``level`` the whole sequence. A placeholder is no part of an answer, whatever
-    its label says: where everything is supervised, the answer is what follows the image."""
+    """The rows in front of each answer, ``[B, T]`` bool. ``labels`` ``[B, T]``; ``level`` the whole sequence. A
+    placeholder is no part of an answer, whatever its label says: where everything is supervised, the answer is what
+    follows the image."""
     answer = (labels != -100) & ~level.visual
     return nn.functional.pad(~answer[:, :-1] & answer[:, 1:], (0, 1)) & level.valid
 
 
 def query_rows(asking: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """The columns that ``asking`` ``[B, M]`` marks, ``[B, R]`` with zeros behind, and their weights, which sum to one. ``most`` of them, if that is known."""
+    """The columns that ``asking`` ``[B, M]`` marks, ``[B, R]`` with zeros behind, and their weights, which sum to one.
+    ``most`` of them, if that is known."""
     m = asking.shape[1]
     most = max(int(asking.sum(1).max()), 1) if most is None else most
     rows = torch.where(asking, torch.arange(m, device=asking.device), m).sort(1).values[:, :most]

@@ -1,4 +1,5 @@
-"""The engine for vision towers: shared by every ViT family. It hooks a stack of residual blocks and applies selections behind a block or inside it."""
+"""The engine for vision towers: shared by every ViT family. It hooks a stack of residual blocks and applies selections
+behind a block or inside it."""
 
 from __future__ import annotations
 
@@ -28,20 +29,23 @@ REPLAYS = 64  # passes whose blocks may still be run again by gradient checkpoin
 
 @dataclass(frozen=True, kw_only=True)
 class Tower:
-    """A family's description of its tower. ``root`` the module whose call is one pass; ``blocks`` those whose output is used; ``attend(block, x, mask,
-    caught)`` and ``feed(block, x)`` the two residual halves made of the block's own children; ``capture(block)`` modules whose outputs :attr:`project`
-    turns into q, k, v (``[B, H, n, d]`` each, as the attention uses them, rotated if it rotates) and a scale; ``mask`` the block's keyword for an additive
-    mask (``None``: it takes none of the shape ``[B, 1, 1, n]``, so that every block has to be composed of its halves); ``resize(pixels, rows, columns)``
-    fewer pixels in, as call keywords; ``pixels`` the root's keyword for them; ``width`` of the residual stream (``None``: that of the block's first norm);
-    ``raster(pixels)`` the rows and columns of patches that the root makes of them (``None``: always ``grid``), it raises for images that the root cannot take;
+    """A family's description of its tower. ``root`` the module whose call is one pass; ``blocks`` those whose output is
+    used; ``attend(block, x, mask, caught)`` and ``feed(block, x)`` the two residual halves made of the block's own
+    children; ``capture(block)`` modules whose outputs :attr:`project` turns into q, k, v (``[B, H, n, d]`` each, as the
+    attention uses them, rotated if it rotates) and a scale; ``mask`` the block's keyword for an additive mask
+    (``None``: it takes none of the shape ``[B, 1, 1, n]``, so that every block has to be composed of its halves);
+    ``resize(pixels, rows, columns)`` fewer pixels in, as call keywords; ``pixels`` the root's keyword for them;
+    ``width`` of the residual stream (``None``: that of the block's first norm); ``raster(pixels)`` the rows and columns
+    of patches that the root makes of them (``None``: always ``grid``), it raises for images that the root cannot take;
     ``variable`` whether it takes images of any size.
 
-    ``rope`` is the block's keyword for a rotary table with one row per patch (:func:`rotary_rows` says in which shapes); prefix tokens are not rotated.
-    Behind a cut every block gets the rows of the tokens that are left, image by image; a merged token stands at the position of the token that absorbed
-    the others. ``sample(block, n)`` makes a table for ``n`` patches, so that rotary blocks can be probed.
+    ``rope`` is the block's keyword for a rotary table with one row per patch (:func:`rotary_rows` says in which
+    shapes); prefix tokens are not rotated. Behind a cut every block gets the rows of the tokens that are left, image by
+    image; a merged token stands at the position of the token that absorbed the others. ``sample(block, n)`` makes a
+    table for ``n`` patches, so that rotary blocks can be probed.
 
-    ``caught`` is what one call of a block leaves for :attr:`project`: the block's input under ``"x"``, its rotary table under ``"rope"`` (None without), the
-    captured outputs under their names; ``attend`` may add to it."""
+    ``caught`` is what one call of a block leaves for :attr:`project`: the block's input under ``"x"``, its rotary table
+    under ``"rope"`` (None without), the captured outputs under their names; ``attend`` may add to it."""
 
     root: nn.Module
     blocks: Sequence[nn.Module]
@@ -63,8 +67,9 @@ class Tower:
 
 @dataclass
 class Record:
-    """One applied decision: per image the original indices kept (ascending) and, for merges, the slot of every original token. ``ranked`` the original index
-    and the score of each token ``[G, n]``; told per sample, ``scores`` and ``units`` as in :class:`vtprune.types.StageReport`."""
+    """One applied decision: per image the original indices kept (ascending) and, for merges, the slot of every original
+    token. ``ranked`` the original index and the score of each token ``[G, n]``; told per sample, ``scores`` and
+    ``units`` as in :class:`vtprune.types.StageReport`."""
 
     site: str
     stage: int
@@ -88,10 +93,11 @@ class Record:
 
 @dataclass
 class Run:
-    """One pass of G images. ``index`` ``[G, n]`` original index of each running token (-1 padding), ``size`` ``[G, n]``, ``slot`` ``[G, N]`` running
-    position of every original token (-1 dropped), ``raster`` ``[G, N]`` that position where the blocks begin (other than 0 .. N - 1 if the pixels were
-    reduced), ``grid`` the original rows and columns, ``cells`` those where the blocks begin, ``early`` whether it may end in front of the last block,
-    ``again`` whether gradient checkpointing runs a block of it once more (``decided``: what was decided the first time)."""
+    """One pass of G images. ``index`` ``[G, n]`` original index of each running token (-1 padding), ``size`` ``[G,
+    n]``, ``slot`` ``[G, N]`` running position of every original token (-1 dropped), ``raster`` ``[G, N]`` that position
+    where the blocks begin (other than 0 .. N - 1 if the pixels were reduced), ``grid`` the original rows and columns,
+    ``cells`` those where the blocks begin, ``early`` whether it may end in front of the last block, ``again`` whether
+    gradient checkpointing runs a block of it once more (``decided``: what was decided the first time)."""
 
     images: int
     tokens: int
@@ -108,7 +114,9 @@ class Run:
     again: bool = False
     decided: dict[int, Selection | None] | None = None
     rotary: tuple[Any, Tensor, Any] | None = None  # the last table, for which tokens, and its rows
-    present: tuple[Tensor, Tensor, int, int] | None = None  # an index, which of it is a token, the fewest and most tokens of an image
+    present: tuple[Tensor, Tensor, int, int] | None = (
+        None  # an index, which of it is a token, the fewest and most tokens of an image
+    )
     counts: list[Tensor] = field(default_factory=list)  # per block, its index: lengths are read when somebody asks
     slots: list[Tensor] = field(default_factory=list)  # per block, ``slot`` behind it
     notes: list[Callable[[], Record]] = field(default_factory=list)  # what was decided, likewise
@@ -214,26 +222,31 @@ class Run:
 
     def note(self, cut: PlannedCut, before: Tensor, score: Tensor | None = None) -> None:
         """Keeps the present state, and the index ``before`` with its ``score``, as the outcome of ``cut``."""
-        self.notes.append(partial(_record, cut.site, cut.stage, self.tokens, before, self.index, self.slot, self.merges, score))
+        self.notes.append(
+            partial(_record, cut.site, cut.stage, self.tokens, before, self.index, self.slot, self.merges, score)
+        )
 
     def weights(self) -> Tensor | None:
-        """``[G, n]``, ``None`` while all are 1: how often each running token counts in a mean. Every original token that is still represented counts once
-        (ToMe, arXiv 2210.09461, MAE pooling: sum of size times token over N), padding does not."""
+        """``[G, n]``, ``None`` while all are 1: how often each running token counts in a mean. Every original token
+        that is still represented counts once (ToMe, arXiv 2210.09461, MAE pooling: sum of size times token over N),
+        padding does not."""
         if not self.merges and self.whole:
             return None
         return (self.size if self.merges else torch.ones_like(self.size)) * self.valid
 
     def positions(self, block: int) -> Tensor:
-        """``[G, cells]``: for every cell of the raster at which the blocks begin, where the token that holds it stands behind ``block`` (-1: dropped)."""
+        """``[G, cells]``: for every cell of the raster at which the blocks begin, where the token that holds it stands
+        behind ``block`` (-1: dropped)."""
         assert self.raster is not None and self.cells is not None
-        # Original tokens of one cell share their fate, so any of them tells; those that have no cell write to a place that is cut off.
+        # Original tokens of one cell share their fate, so any of them tells; those that have no cell write to a place
+        # that is cut off.
         n = self.cells[0] * self.cells[1]
         where = torch.where(self.raster >= 0, self.raster, n)
         return self.slots[block].new_full((self.images, n + 1), -1).scatter_(1, where, self.slots[block])[:, :n]
 
     def maps(self, block: int, x: Tensor) -> Tensor:
-        """Patches ``x`` ``[G, n, C]`` behind ``block`` as feature maps ``[G, C, rows, columns]``: every cell holds the token that stands for it, its own or the
-        one that absorbed it, and zeros where it was dropped."""
+        """Patches ``x`` ``[G, n, C]`` behind ``block`` as feature maps ``[G, C, rows, columns]``: every cell holds the
+        token that stands for it, its own or the one that absorbed it, and zeros where it was dropped."""
         assert self.cells is not None
         return gather(x, self.positions(block)).unflatten(1, self.cells).permute(0, 3, 1, 2).contiguous()
 
@@ -245,7 +258,9 @@ class Run:
         return self.rotary[2]
 
 
-def _record(site: str, stage: int, tokens: int, before: Tensor, index: Tensor, slots: Tensor, merges: bool, score: Tensor | None) -> Record:
+def _record(
+    site: str, stage: int, tokens: int, before: Tensor, index: Tensor, slots: Tensor, merges: bool, score: Tensor | None
+) -> Record:
     kept, assignment = [], []
     for row, slot in zip(index.cpu(), slots.cpu(), strict=True):
         order = torch.where(row >= 0, row, tokens).argsort(stable=True)
@@ -253,7 +268,9 @@ def _record(site: str, stage: int, tokens: int, before: Tensor, index: Tensor, s
         rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
         assignment.append(torch.where(slot >= 0, rank[slot.clamp_min(0)], -1))
     ranked = None if score is None else (before, score)
-    return Record(site, stage, (before >= 0).sum(1).tolist(), [len(k) for k in kept], kept, assignment if merges else None, ranked)
+    return Record(
+        site, stage, (before >= 0).sum(1).tolist(), [len(k) for k in kept], kept, assignment if merges else None, ranked
+    )
 
 
 def _in_backward() -> bool:
@@ -264,15 +281,26 @@ def _in_backward() -> bool:
 class TowerEngine:
     """Hooks one tower. ``done(run)`` is called at the end of each pass."""
 
-    def __init__(self, tower: Tower, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Callable[[Run], None], tokens: int):
+    def __init__(
+        self,
+        tower: Tower,
+        cuts: list[PlannedCut],
+        ledger: UndoLedger,
+        *,
+        seed: int,
+        done: Callable[[Run], None],
+        tokens: int,
+    ):
         self.tower, self.done, self.tokens, self.ledger, self.cuts = tower, done, tokens, ledger, cuts
         self.seed: Seed = seed
         self.local = threading.local()
         self.decide = ledger.timed(self._decide)  # also called from within blocks, outside of any hook
         self.pixels = [c for c in cuts if c.site == "pixels"]
         self.proportional = any(c.proportional for c in cuts)
-        self.made: WeakIdKeyDictionary = WeakIdKeyDictionary()  # features that were handed out, and the pass that made them
-        self.replays: OrderedDict[Any, tuple[Run, tuple]] = OrderedDict()  # what a block found when it ran, by the place of its input
+        # features that were handed out, and the pass that made them
+        self.made: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        # what a block found when it ran, by the place of its input
+        self.replays: OrderedDict[Any, tuple[Run, tuple]] = OrderedDict()
         self.names = list(inspect.signature(type(tower.blocks[0]).forward).parameters)[1:] if tower.blocks else []
         own = (n for n in ("attn_mask", "attention_mask") if n in self.names)
         self.mask = tower.mask or next(own, "attention_mask")  # a composed block takes any name
@@ -296,7 +324,8 @@ class TowerEngine:
         run = getattr(self.local, "run", None)
         return None if run is not None and run.again and not _in_backward() else run
 
-    # the pass ------------------------------------------------------------------------------------------------------------
+    # the pass
+    # ------------------------------------------------------------------------------------------------------------
 
     def _open(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self.local.run = None
@@ -342,9 +371,11 @@ class TowerEngine:
         """Images of another size than the typical one are planned for as they are."""
         return () if run.grid == self.tower.grid else ((run.grid,),) * run.images
 
-    def alone(self, function: Callable[..., Any], *, early: bool = False, finish: Callable[[Run, Any], Any] | None = None) -> Callable:
-        """A method of the root that runs the blocks but is no call of the root: as a pass of its own unless it is part of one. ``early``: it may leave out the
-        last blocks; ``finish(run, output)`` makes the output."""
+    def alone(
+        self, function: Callable[..., Any], *, early: bool = False, finish: Callable[[Run, Any], Any] | None = None
+    ) -> Callable:
+        """A method of the root that runs the blocks but is no call of the root: as a pass of its own unless it is part
+        of one. ``early``: it may leave out the last blocks; ``finish(run, output)`` makes the output."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             outer, output = self.run, None
@@ -366,21 +397,29 @@ class TowerEngine:
 
     def _remember(self, run: Run, output: Any) -> Any:
         """Notes whose tokens the features in ``output`` are, for a head that reads them later."""
-        features = output.get("image_features") if isinstance(output, dict) else output[0] if isinstance(output, tuple) else output
+        features = (
+            output.get("image_features")
+            if isinstance(output, dict)
+            else output[0]
+            if isinstance(output, tuple)
+            else output
+        )
         if isinstance(features, Tensor):
             self.made[features] = run
         return output
 
     @contextmanager
     def reading(self, x: Tensor) -> Iterator[Run]:
-        """The pass that made the tokens ``x`` ``[G, P + n, C]``, as the one that this thread is in. Raises :class:`UnsupportedError` if it is not known."""
+        """The pass that made the tokens ``x`` ``[G, P + n, C]``, as the one that this thread is in. Raises
+        :class:`UnsupportedError` if it is not known."""
         outer = self.run
         run = self.made.get(x)
         if run is None and outer is not None and x.shape[1] == self.tower.prefix + outer.index.shape[1]:
             run = outer
         if run is None:
             raise UnsupportedError(
-                "this head weighs tokens by what was merged into them, and these are not the tokens that forward_features or forward_intermediates returned "
+                "this head weighs tokens by what was merged into them, and these are not the tokens that "
+                "forward_features or forward_intermediates returned "
                 "since attach(): hand it their output as it is, or call the model"
             )
         self.local.run = run
@@ -399,18 +438,23 @@ class TowerEngine:
         ran, there = len(run.counts), len(self.tower.blocks)
         if self.cuts and ran != there and not (run.early and ran < there):
             raise UnsupportedError(
-                f"{ran} of the {there} blocks ran that the tower had at attach(): blocks were taken out, replaced or skipped since; remove() and attach again"
+                f"{ran} of the {there} blocks ran that the tower had at attach(): blocks were taken out, replaced or "
+                "skipped since; remove() and attach again"
             )
         self.done(run)
 
-    # one block -----------------------------------------------------------------------------------------------------------
+    # one block
+    # -----------------------------------------------------------------------------------------------------------
 
     def _catch(self, block: nn.Module, caught: list[nn.Module]) -> None:
-        """Hooks the modules whose outputs are captured; those that took their places since (adapters, quantised layers) too."""
+        """Hooks the modules whose outputs are captured; those that took their places since (adapters, quantised layers)
+        too."""
         try:
             found = self.tower.capture(block)
         except AttributeError as e:
-            raise UnsupportedError(f"the attention of a {type(block).__name__} was replaced by something this adapter does not know: {e}") from e
+            raise UnsupportedError(
+                f"the attention of a {type(block).__name__} was replaced by something this adapter does not know: {e}"
+            ) from e
         for name, module in found.items():
             if not any(module is m for m in caught):
                 self.ledger.after(module, self._catcher(name))
@@ -422,7 +466,11 @@ class TowerEngine:
 
     def _put(self, args: tuple, kwargs: dict, name: str, value: Any) -> tuple[tuple, dict]:
         place = self.names.index(name) if name in self.names else len(args)
-        return ((*args[:place], value, *args[place + 1 :]), kwargs) if place < len(args) else (args, {**kwargs, name: value})
+        return (
+            ((*args[:place], value, *args[place + 1 :]), kwargs)
+            if place < len(args)
+            else (args, {**kwargs, name: value})
+        )
 
     def _enterer(self, number: int, block: nn.Module, caught: list[nn.Module] | None) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -440,7 +488,10 @@ class TowerEngine:
             if caught is not None:
                 self._catch(block, caught)
             if self.cuts and (self._find(args, kwargs, self.mask) is not None or kwargs.get("is_causal")):
-                raise UnsupportedError("the tower was given an attention mask of its own; pruning and merging inside it need unmasked images")
+                raise UnsupportedError(
+                    "the tower was given an attention mask of its own; pruning and merging inside it need unmasked "
+                    "images"
+                )
             if self.tower.rope is not None:
                 table = self._find(args, kwargs, self.tower.rope)  # None: this model has no rotary positions
                 if table is not None and run.slot is not run.raster:
@@ -453,21 +504,34 @@ class TowerEngine:
         return enter
 
     def _current(self, number: int, x: Tensor) -> Run:
-        """The pass that block ``number`` with the input ``x`` belongs to, which may be one that gradient checkpointing goes through again."""
+        """The pass that block ``number`` with the input ``x`` belongs to, which may be one that gradient checkpointing
+        goes through again."""
         run = self.run
         if run is None or run.again:
             found = self.replays.get(_place(number, x)) if _in_backward() else None
             if found is None:
                 raise UnsupportedError(_FORGOTTEN if _in_backward() else _BY_ITSELF)
             first, (index, size, slot, merges, present) = found
-            run = Run(first.images, first.tokens, index, size, slot, merges=merges, raster=first.raster, decided=first.decided, present=present, again=True)
+            run = Run(
+                first.images,
+                first.tokens,
+                index,
+                size,
+                slot,
+                merges=merges,
+                raster=first.raster,
+                decided=first.decided,
+                present=present,
+                again=True,
+            )
             self.local.run = run
         if run.decided is not None:
             self._expect(number, x, run)
         return run
 
     def _expect(self, number: int, x: Tensor, run: Run) -> None:
-        """Keeps what block ``number`` finds: a checkpoint runs it again in the backward pass with the same input, which it holds until then."""
+        """Keeps what block ``number`` finds: a checkpoint runs it again in the backward pass with the same input, which
+        it holds until then."""
         place = _place(number, x)
         if place is not None:
             self.replays[place] = (run, (run.index, run.size, run.slot, run.merges, run.present))
@@ -476,7 +540,8 @@ class TowerEngine:
                 self.replays.popitem(last=False)
 
     def bias(self, x: Tensor) -> Tensor | None:
-        """``[G, 1, 1, P + n]`` added to the logits: log sizes (proportional attention) and -inf on padding; ``None`` while it would be zero."""
+        """``[G, 1, 1, P + n]`` added to the logits: log sizes (proportional attention) and -inf on padding; ``None``
+        while it would be zero."""
         run = self.run
         assert run is not None
         sizes = self.proportional and run.merges
@@ -503,7 +568,11 @@ class TowerEngine:
             if run.again and run.decided is not None:
                 selection = run.decided[id(cut)]
                 if selection is not None:
-                    x = torch.cat([x[:, :p], run.apply(x[:, p:], selection, cut)], dim=1) if p else run.apply(x, selection, cut)
+                    x = (
+                        torch.cat([x[:, :p], run.apply(x[:, p:], selection, cut)], dim=1)
+                        if p
+                        else run.apply(x, selection, cut)
+                    )
                 continue
 
             def projections(run: Run = run, x: Tensor = x) -> Projections:
@@ -524,7 +593,11 @@ class TowerEngine:
             if run.decided is not None:
                 run.decided[id(cut)] = selection
             if selection is not None:
-                x = torch.cat([x[:, :p], run.apply(x[:, p:], selection, cut)], dim=1) if p else run.apply(x, selection, cut)
+                x = (
+                    torch.cat([x[:, :p], run.apply(x[:, p:], selection, cut)], dim=1)
+                    if p
+                    else run.apply(x, selection, cut)
+                )
         return x
 
     def _leaver(self, number: int, block: Any, cuts: list[PlannedCut]) -> Callable:
@@ -545,12 +618,15 @@ class TowerEngine:
         return leave
 
     def _compose(self, block: Any, number: int, cuts: list[PlannedCut]) -> None:
-        """Gives ``block`` a forward made of its own children, with a decision between its halves. It must equal the original; anything that it does not know
-        (another norm order, a scale, a gate) shows here, at attach time."""
+        """Gives ``block`` a forward made of its own children, with a decision between its halves. It must equal the
+        original; anything that it does not know (another norm order, a scale, a gate) shows here, at attach time."""
         sizes = [p for p in block.parameters() if p.ndim == 2]
-        dtype = next(p.dtype for p in (*sizes, *block.parameters()) if p.is_floating_point())  # matrices may be stored in integers: then the norms'
+        # matrices may be stored in integers: then the norms'
+        dtype = next(p.dtype for p in (*sizes, *block.parameters()) if p.is_floating_point())
         width = self.tower.width or next(m.normalized_shape[0] for m in block.modules() if isinstance(m, nn.LayerNorm))
-        noise = torch.randn(2, self.tower.prefix + 7, width, generator=torch.Generator().manual_seed(0)).to(sizes[0].device, dtype)
+        noise = torch.randn(2, self.tower.prefix + 7, width, generator=torch.Generator().manual_seed(0)).to(
+            sizes[0].device, dtype
+        )
         given: dict[str, Any] = {} if self.tower.mask is None else {self.tower.mask: None}
         if self.tower.rope is not None:
             assert self.tower.sample is not None
@@ -571,7 +647,8 @@ class TowerEngine:
         exact = noise.dtype in (torch.float32, torch.float64) and all(p.is_floating_point() for p in sizes)
         if not error <= (1e-5 if exact else 2e-2):
             raise UnsupportedError(
-                f"block {number} ({type(block).__name__}) is not the pre-norm residual block this adapter knows: its parts give a result {error:.1e} off"
+                f"block {number} ({type(block).__name__}) is not the pre-norm residual block this adapter knows: its "
+                f"parts give a result {error:.1e} off"
             )
 
     def _composed(self, block: Any, cuts: list[PlannedCut]) -> Callable:
@@ -579,16 +656,22 @@ class TowerEngine:
             x = args[0] if args else kwargs[self.names[0]]
             rotary = {} if self.tower.rope is None else {"rope": self._find(args, kwargs, self.tower.rope)}
             run = self.run
-            x = self.tower.attend(block, x, self._find(args, kwargs, self.mask), rotary if run is None else run.captured)
+            x = self.tower.attend(
+                block, x, self._find(args, kwargs, self.mask), rotary if run is None else run.captured
+            )
             return self.tower.feed(block, self.decide(block, cuts, x))
 
         return forward
 
 
 _FORGOTTEN = f"gradient checkpointing runs a block again whose pass is not known any more (the last {REPLAYS} are)"
-_BY_ITSELF = "a block of the attached tower was called by itself; blocks and encoders are pruned within a call of the tower only: call the model, or remove()"
+_BY_ITSELF = (
+    "a block of the attached tower was called by itself; blocks and encoders are pruned within a call of the tower "
+    "only: call the model, or remove()"
+)
 _COPY = (
-    "this is a copy of the tower that was attached (nn.DataParallel makes one per device): its blocks would compute with the original's weights; "
+    "this is a copy of the tower that was attached (nn.DataParallel makes one per device): its blocks would compute "
+    "with the original's weights; "
     "attach to the copy itself, or use one process per device"
 )
 
@@ -601,8 +684,8 @@ def _place(number: int, x: Tensor) -> tuple | None:
 
 
 def rotary_rows(table: Any, rows: Tensor) -> Any:
-    """Rows ``[G, n]`` of a rotary table, image by image: ``[N, d]`` becomes ``[G, 1, n, d]``, ``[H, N, d]`` and ``[G or 1, H, N, d]`` become
-    ``[G, H, n, d]``; a tuple of tables is taken one by one."""
+    """Rows ``[G, n]`` of a rotary table, image by image: ``[N, d]`` becomes ``[G, 1, n, d]``, ``[H, N, d]`` and ``[G or
+    1, H, N, d]`` become ``[G, H, n, d]``; a tuple of tables is taken one by one."""
     if isinstance(table, tuple):
         return tuple(rotary_rows(t, rows) for t in table)
     if table.ndim == 2:
@@ -612,8 +695,8 @@ def rotary_rows(table: Any, rows: Tensor) -> Any:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, prefix: int, half: bool) -> Tensor:
-    """``x`` ``[B, H, P + n, d]`` with its last n rows rotated by tables of n rows that broadcast over ``[B, H, n, d]``. ``half``: coordinate i pairs with
-    i + d / 2, else 2i with 2i + 1."""
+    """``x`` ``[B, H, P + n, d]`` with its last n rows rotated by tables of n rows that broadcast over ``[B, H, n, d]``.
+    ``half``: coordinate i pairs with i + d / 2, else 2i with 2i + 1."""
     front, x = x[:, :, :prefix], x[:, :, prefix:]
     if half:
         first, second = x.chunk(2, dim=-1)

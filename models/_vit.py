@@ -1,4 +1,5 @@
-"""What the adapters of bare vision transformers share: one tower, no language model, and a head that may read every token that is left."""
+"""What the adapters of bare vision transformers share: one tower, no language model, and a head that may read every
+token that is left."""
 
 from __future__ import annotations
 
@@ -18,11 +19,14 @@ from .base import PlannedCut
 
 
 class BareVit:
-    """One bound vision transformer. A family describes its tower and, in :meth:`head`, says what reads the tokens behind the last block."""
+    """One bound vision transformer. A family describes its tower and, in :meth:`head`, says what reads the tokens
+    behind the last block."""
 
     engine: TowerEngine
 
-    def __init__(self, tower: Tower, *, family: str, arch: str, class_token: bool, cost: Shapes, class_readout: bool = True):
+    def __init__(
+        self, tower: Tower, *, family: str, arch: str, class_token: bool, cost: Shapes, class_readout: bool = True
+    ):
         """``class_readout``: the output depends on the last tokens through the class token only."""
         self.tower, self.cost, self.class_readout = tower, cost, class_readout
         self.tower_mask = tower.mask  # the blocks' own keyword, for the masked dense model
@@ -35,7 +39,10 @@ class BareVit:
             vision_layers=len(tower.blocks),
             vision_depth=len(tower.blocks),
             llm_layers=0,
-            provides={"vision": frozenset({"projections", "prefix"}), **({"pixels": frozenset()} if tower.resize else {})},
+            provides={
+                "vision": frozenset({"projections", "prefix"}),
+                **({"pixels": frozenset()} if tower.resize else {}),
+            },
             traits=frozenset({"class_token"} if class_token else ()),
             variable=tower.variable,
         )
@@ -55,8 +62,12 @@ class BareVit:
     def reseed(self, seed: Seed) -> None:
         self.engine.seed = seed
 
-    def install(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, per: str, seed: int) -> None:
-        self.engine = TowerEngine(self.tower, cuts, ledger, seed=seed, done=recorder.vision, tokens=self.geometry.tokens)
+    def install(
+        self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, per: str, seed: int
+    ) -> None:
+        self.engine = TowerEngine(
+            self.tower, cuts, ledger, seed=seed, done=recorder.vision, tokens=self.geometry.tokens
+        )
         if cuts:
             self.head(ledger)
 
@@ -64,8 +75,9 @@ class BareVit:
         """Hooks what reads all tokens; a head that reads the class token needs nothing."""
 
     def weighed(self, run: Run, x: Tensor, *, whole: bool = False) -> Tensor:
-        """Tokens ``x`` ``[G, P + n, C]`` scaled so that their plain mean over the patches (``whole``: over all of them) counts every original token that is
-        still represented once: merged tokens count with their sizes, padding does not count."""
+        """Tokens ``x`` ``[G, P + n, C]`` scaled so that their plain mean over the patches (``whole``: over all of them)
+        counts every original token that is still represented once: merged tokens count with their sizes, padding does
+        not count."""
         weight = run.weights()
         if weight is None:
             return x
@@ -79,11 +91,15 @@ class BareVit:
 
     def highest(self, run: Run, x: Tensor) -> Tensor:
         """Tokens ``x`` whose maximum is taken: padding never is one."""
-        return x if run.whole else x.masked_fill(~F.pad(run.valid, (self.tower.prefix, 0), value=True)[..., None], -torch.inf)
+        return (
+            x
+            if run.whole
+            else x.masked_fill(~F.pad(run.valid, (self.tower.prefix, 0), value=True)[..., None], -torch.inf)
+        )
 
     def intermediates(self, ledger: UndoLedger, module: Any, name: str = "forward_intermediates") -> None:
-        """A method of the root that gives what chosen blocks return: tokens (``NLC``) are those that are left behind each, feature maps (``NCHW``) have the
-        token that stands for every cell, zeros where it was dropped."""
+        """A method of the root that gives what chosen blocks return: tokens (``NLC``) are those that are left behind
+        each, feature maps (``NCHW``) have the token that stands for every cell, zeros where it was dropped."""
         original = getattr(module, name)
         signature = inspect.signature(original)
 
@@ -108,8 +124,9 @@ class BareVit:
         ledger.replace(module, name, run_blocks)
 
     def pooler(self, ledger: UndoLedger, module: nn.Module, *, heads: int | None = None, tokens: int = 0) -> None:
-        """``module`` attends with learned queries to the tokens: it sees what a block sees, no padding and, with proportional attention, the log sizes.
-        ``heads``: it is a ``nn.MultiheadAttention``, whose masks are ``[B * heads, queries, n]``; ``tokens`` which argument holds the tokens."""
+        """``module`` attends with learned queries to the tokens: it sees what a block sees, no padding and, with
+        proportional attention, the log sizes. ``heads``: it is a ``nn.MultiheadAttention``, whose masks are ``[B *
+        heads, queries, n]``; ``tokens`` which argument holds the tokens."""
 
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             run = self.engine.run
@@ -126,14 +143,16 @@ class BareVit:
 
 
 def mlp_shape(mlp: nn.Module, width: int) -> dict[str, Any]:
-    """``vf`` and ``vmlp`` of :class:`Shapes`, told by the matrices, however they are stored; the last one leads back to ``width``."""
+    """``vf`` and ``vmlp`` of :class:`Shapes`, told by the matrices, however they are stored; the last one leads back to
+    ``width``."""
     shapes = list(_matrices(mlp))
     wide = shapes[-1][0]
     return {"vf": wide, "vmlp": sum(i * o for i, o in shapes) // (width * wide)}
 
 
 def _matrices(module: Any) -> Iterator[tuple[int, int]]:
-    """Inputs and outputs of the linear layers in ``module``; what is inside of one (its base, an adapter's factors) is part of it."""
+    """Inputs and outputs of the linear layers in ``module``; what is inside of one (its base, an adapter's factors) is
+    part of it."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         yield module.in_features, module.out_features
     else:

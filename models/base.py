@@ -1,5 +1,5 @@
-"""What an adapter is: for one model family, named sites, what each provides, where the visual tokens are, how a selection is applied, and a tiny random
-model."""
+"""What an adapter is: for one model family, named sites, what each provides, where the visual tokens are, how a
+selection is applied, and a tiny random model."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterInfo:
-    """``matches`` tells whether the adapter takes a model; ``tiny`` builds random models without network: variant name -> ``(model, inputs)`` builder;
-    ``package`` the module of an optional package that building them needs."""
+    """``matches`` tells whether the adapter takes a model; ``tiny`` builds random models without network: variant name
+    -> ``(model, inputs)`` builder; ``package`` the module of an optional package that building them needs."""
 
     name: str
     idea: str
@@ -56,13 +56,15 @@ class AdapterInfo:
 
 
 class Adapter(Protocol):
-    """One model, bound. ``geometry`` is what methods plan with, ``cost`` the shapes the cost model needs; with a language model also ``image_token``, the
-    id that holds a visual token's place in ``input_ids``."""
+    """One model, bound. ``geometry`` is what methods plan with, ``cost`` the shapes the cost model needs; with a
+    language model also ``image_token``, the id that holds a visual token's place in ``input_ids``."""
 
     geometry: Any
     cost: Any
 
-    def install(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Recorder, *, positions: str, per: str, seed: int) -> None: ...
+    def install(
+        self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Recorder, *, positions: str, per: str, seed: int
+    ) -> None: ...
 
     def reseed(self, seed: Seed) -> None: ...
 
@@ -70,8 +72,8 @@ class Adapter(Protocol):
 
 
 def named(module: object, *names: str) -> str | None:
-    """The first class in ``type(module).__mro__`` whose name is among ``names``, ``None`` if there is none: subclasses, and classes that a wrapper derives
-    from a model's own (FSDP2), are taken like their base."""
+    """The first class in ``type(module).__mro__`` whose name is among ``names``, ``None`` if there is none: subclasses,
+    and classes that a wrapper derives from a model's own (FSDP2), are taken like their base."""
     return next((c.__name__ for c in type(module).__mro__ if c.__name__ in names), None)
 
 

@@ -1,8 +1,9 @@
-"""Hugging Face Gemma 3: ``Gemma3ForConditionalGeneration``, a SigLIP tower whose patches are averaged into 256 visual tokens an image; sliding and full layers.
+"""Hugging Face Gemma 3: ``Gemma3ForConditionalGeneration``, a SigLIP tower whose patches are averaged into 256 visual
+tokens an image; sliding and full layers.
 
-The image's tokens see each other in both directions where ``token_type_ids`` says so; that, like the windows, is in the model's own masks, of which rows and
-columns are taken. Pan-and-scan crops are images of their own. Averaging mixes neighbouring patches, so stages work behind the projector and in the language
-model, never on single patches.
+The image's tokens see each other in both directions where ``token_type_ids`` says so; that, like the windows, is in the
+model's own masks, of which rows and columns are taken. Pan-and-scan crops are images of their own. Averaging mixes
+neighbouring patches, so stages work behind the projector and in the language model, never on single patches.
 """
 
 from __future__ import annotations
@@ -39,27 +40,50 @@ class Gemma3(Mllm):
             vision_depth=v.num_hidden_layers,
             llm_layers=text.num_hidden_layers,
             provides=BEHIND,
-            refuses={"vision": "average pooling mixes neighbouring patches", "pixels": "average pooling needs the whole raster"},
+            refuses={
+                "vision": "average pooling mixes neighbouring patches",
+                "pixels": "average pooling needs the whole raster",
+            },
         )
         vision = tower_shapes(v, group=projector.kernel_size**2)
-        super().__init__(model, geometry=geometry, projector=projector, lm=core.language_model, image_token=config.image_token_id, vision=vision)
-        self.cost = replace(self.cost, proj=projector.mm_input_projection_weight.numel())  # a bare matrix, not a linear layer
+        super().__init__(
+            model,
+            geometry=geometry,
+            projector=projector,
+            lm=core.language_model,
+            image_token=config.image_token_id,
+            vision=vision,
+        )
+        # a bare matrix, not a linear layer
+        self.cost = replace(self.cost, proj=projector.mm_input_projection_weight.numel())
 
     def rotary(self, x: Tensor, ids: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         return self.lm.rotary_emb(x, ids, kind)  # sliding and full layers turn by other angles
 
 
 def _tiny() -> tuple[nn.Module, dict[str, Any]]:
-    """Random; 16 visual tokens an image, more than the sliding window's 12: one prompt with two images, one with a single one, left-padded."""
+    """Random; 16 visual tokens an image, more than the sliding window's 12: one prompt with two images, one with a
+    single one, left-padded."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
     slide, full = "sliding_attention", "full_attention"
     config = Gemma3Config(
         vision_config=SiglipVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4, vision_use_head=False
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=4,
+            vision_use_head=False,
         ),
         text_config=Gemma3TextConfig(
-            **tiny_text(head_dim=12, query_pre_attn_scalar=16, sliding_window=12, layer_types=[slide, full, slide, slide, slide, full])
+            **tiny_text(
+                head_dim=12,
+                query_pre_attn_scalar=16,
+                sliding_window=12,
+                layer_types=[slide, full, slide, slide, slide, full],
+            )
         ),
         mm_tokens_per_image=16,
         image_token_index=3,
@@ -76,7 +100,10 @@ ADAPTERS.register(
     "gemma3",
     AdapterInfo(
         name="gemma3",
-        idea="Gemma 3 on transformers (behind the projector and in the language model; sliding windows, both directions within an image)",
+        idea=(
+            "Gemma 3 on transformers (behind the projector and in the language model; sliding windows, both directions "
+            "within an image)"
+        ),
         matches=lambda m: named(m, "Gemma3ForConditionalGeneration") is not None,
         bind=Gemma3,
         tiny={"sliding": _tiny},

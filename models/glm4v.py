@@ -1,7 +1,9 @@
-"""Hugging Face GLM-4.1V, GLM-4.5V and GLM-4.6V: images and videos of any size, 2 x 2 merger, positions with three axes (M-RoPE), dense or with experts.
+"""Hugging Face GLM-4.1V, GLM-4.5V and GLM-4.6V: images and videos of any size, 2 x 2 merger, positions with three axes
+(M-RoPE), dense or with experts.
 
-A video's frames are marked by the image token too, and come without images beside them. Rotary tables turn a part of each head only, in the dense language
-model every channel with its neighbour. Stages work behind the merger and in the language model.
+A video's frames are marked by the image token too, and come without images beside them. Rotary tables turn a part of
+each head only, in the dense language model every channel with its neighbour. Stages work behind the merger and in the
+language model.
 """
 
 from __future__ import annotations
@@ -56,31 +58,59 @@ class Glm4V(QwenVL):
         text = self.lm.config
         if not hasattr(layer.mlp, "experts"):
             return Mllm.mlp(self, layer)
-        return text.hidden_size * (3 * text.moe_intermediate_size * (text.num_experts_per_tok + text.n_shared_experts) + text.n_routed_experts)
+        return text.hidden_size * (
+            3 * text.moe_intermediate_size * (text.num_experts_per_tok + text.n_shared_experts) + text.n_routed_experts
+        )
 
     def moving(self, inputs: dict[str, Any]) -> int | None:
         if inputs.get("video_grid_thw") is None:
             return None
         if inputs.get("image_grid_thw") is not None:
-            raise UnsupportedError("GLM-4V marks the frames of videos like images: pass images or videos, not both in one batch")
+            raise UnsupportedError(
+                "GLM-4V marks the frames of videos like images: pass images or videos, not both in one batch"
+            )
         return self.image_token
 
 
 def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Random. Images: three of 16, 8 and 12 tokens in two left-padded prompts; video: one of 4 x 4 tokens with a word between its frames in the first, one of
-    2 x 6 in the second."""
+    """Random. Images: three of 16, 8 and 12 tokens in two left-padded prompts; video: one of 4 x 4 tokens with a word
+    between its frames in the first, one of 2 x 6 in the second."""
     import transformers as hf
 
     name = {"dense": "Glm4v", "experts": "Glm4vMoe", "video": "Glm46V"}[kind]
     rope = {"rope_type": "default", "mrope_section": [1, 1, 1], "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     text = tiny_text(rope_parameters=rope)
     if kind == "experts":  # behind a dense layer
-        text |= {"head_dim": 12, "moe_intermediate_size": 24, "n_routed_experts": 6, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
-    vision = {"depth": 3, "num_heads": 2, "patch_size": 4, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 48, "image_size": 32}
-    tokens = {"image_token_id": 3, "video_token_id": 4, "image_start_token_id": 5, "image_end_token_id": 6, "video_start_token_id": 7, "video_end_token_id": 8}
+        text |= {
+            "head_dim": 12,
+            "moe_intermediate_size": 24,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+        }
+    vision = {
+        "depth": 3,
+        "num_heads": 2,
+        "patch_size": 4,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "out_hidden_size": 48,
+        "image_size": 32,
+    }
+    tokens = {
+        "image_token_id": 3,
+        "video_token_id": 4,
+        "image_start_token_id": 5,
+        "image_end_token_id": 6,
+        "video_start_token_id": 7,
+        "video_end_token_id": 8,
+    }
     config = getattr(hf, f"{name}Config")(vision_config=vision, text_config=text, **tokens)
     moving = kind == "video"
-    inputs: dict[str, Any] = tiny_prompts([[(3, 4)] * 4, [(3, 6)] * 2] if moving else [[(3, 16), (3, 8)], [(3, 12)]], opening=5)
+    inputs: dict[str, Any] = tiny_prompts(
+        [[(3, 4)] * 4, [(3, 6)] * 2] if moving else [[(3, 16), (3, 8)], [(3, 12)]], opening=5
+    )
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == 3).int() * (2 if moving else 1)
     thw = [[4, 4, 4], [2, 4, 6]] if moving else [[1, 8, 8], [1, 4, 8], [1, 4, 12]]
     inputs["video_grid_thw" if moving else "image_grid_thw"] = torch.tensor(thw)
@@ -94,7 +124,10 @@ ADAPTERS.register(
     "glm4v",
     AdapterInfo(
         name="glm4v",
-        idea="GLM-4.1V, GLM-4.5V (experts) and GLM-4.6V on transformers: images and video of any size; behind the merger, language model",
+        idea=(
+            "GLM-4.1V, GLM-4.5V (experts) and GLM-4.6V on transformers: images and video of any size; behind the "
+            "merger, language model"
+        ),
         matches=lambda m: named(m, *CLASSES) is not None,
         bind=Glm4V,
         tiny={k: partial(_tiny, k) for k in ("dense", "experts", "video")},

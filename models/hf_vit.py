@@ -1,5 +1,5 @@
-"""Bare Hugging Face vision towers and classifiers: ``CLIPVisionModel``, ``CLIPVisionModelWithProjection``, ``SiglipVisionModel``, ViT, DeiT, DINOv2 (with
-registers) and DINOv3."""
+"""Bare Hugging Face vision towers and classifiers: ``CLIPVisionModel``, ``CLIPVisionModelWithProjection``,
+``SiglipVisionModel``, ViT, DeiT, DINOv2 (with registers) and DINOv3."""
 
 from __future__ import annotations
 
@@ -18,20 +18,25 @@ from ._vit import BareVit, mlp_shape
 from .base import ADAPTERS, AdapterInfo, named
 
 # Accepted only to say why not.
-_MAPS = "a {0}Backbone hands out whole feature maps, with a place for every patch; load the checkpoint as {0}Model, whose output holds the tokens that are left"
+_MAPS = (
+    "a {0}Backbone hands out whole feature maps, with a place for every patch; load the checkpoint as {0}Model, whose "
+    "output holds the tokens that are left"
+)
 REFUSED = {
     "Dinov2Backbone": _MAPS.format("Dinov2"),
     "Dinov2WithRegistersBackbone": _MAPS.format("Dinov2WithRegisters"),
     "DINOv3ViTBackbone": _MAPS.format("DINOv3ViT"),
-    "Siglip2VisionModel": "Siglip2 (NaFlex) gives every image a raster and a padding of its own, and recipes are planned for one raster; the SigLIP 2 "
+    "Siglip2VisionModel": "Siglip2 (NaFlex) gives every image a raster and a padding of its own, and recipes are planned for one raster; "  # noqa: E501
+    "the SigLIP 2 "
     "checkpoints of one resolution load as SiglipVisionModel and are supported",
 }
 KNOWN = (*_hf_vit.BARE, *_hf_vit.CLASSIFIERS, *REFUSED)
 
 
 class HfVit(BareVit):
-    """One bound tower. Its output holds the surviving tokens only, ``[B, prefix + K, C]``; a classifier that averages the patches counts every original token
-    that is still represented once. In DINOv3 a merged token stands at the position of the token that absorbed the others."""
+    """One bound tower. Its output holds the surviving tokens only, ``[B, prefix + K, C]``; a classifier that averages
+    the patches counts every original token that is still represented once. In DINOv3 a merged token stands at the
+    position of the token that absorbed the others."""
 
     def __init__(self, model: Any):
         name = named(model, *KNOWN)
@@ -53,7 +58,9 @@ class HfVit(BareVit):
             **mlp_shape(block.mlp, config.hidden_size),
         )
         arch = _hf_vit.BARE[str(named(self.base, *_hf_vit.BARE))]
-        super().__init__(tower, family="hf-vit", arch=arch, class_token=tower.prefix > 0, cost=cost, class_readout=not self.averages)
+        super().__init__(
+            tower, family="hf-vit", arch=arch, class_token=tower.prefix > 0, cost=cost, class_readout=not self.averages
+        )
 
     def head(self, ledger: UndoLedger) -> None:
         if self.tower.mask is None:
@@ -65,7 +72,8 @@ class HfVit(BareVit):
             self.pooler(ledger, pool.attention, heads=pool.attention.num_heads, tokens=1)
 
     def _average(self, ledger: UndoLedger) -> None:
-        """The classifier takes a plain mean of what its tower returns; whoever calls the tower itself gets the tokens as they are."""
+        """The classifier takes a plain mean of what its tower returns; whoever calls the tower itself gets the tokens
+        as they are."""
         reading = threading.local()
 
         def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -86,7 +94,10 @@ class HfVit(BareVit):
 def _no_maps(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Blocks that take no mask are composed of their halves, which make no attention maps."""
     if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
-        raise UnsupportedError("attention maps of this tower need a newer transformers than 5.17 while it is attached; leave out output_attentions")
+        raise UnsupportedError(
+            "attention maps of this tower need a newer transformers than 5.17 while it is attached; leave out "
+            "output_attentions"
+        )
 
 
 def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -96,7 +107,11 @@ def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
         "clip": (hf.CLIPVisionConfig, hf.CLIPVisionModel, {"intermediate_size": 64}),
         "siglip": (hf.SiglipVisionConfig, hf.SiglipVisionModel, {"intermediate_size": 64}),
         "dinov2": (hf.Dinov2Config, hf.Dinov2Model, {}),
-        "dinov3": (hf.DINOv3ViTConfig, hf.DINOv3ViTModel, {"intermediate_size": 64, "num_register_tokens": 4, "use_gated_mlp": True}),
+        "dinov3": (
+            hf.DINOv3ViTConfig,
+            hf.DINOv3ViTModel,
+            {"intermediate_size": 64, "num_register_tokens": 4, "use_gated_mlp": True},
+        ),
         "vit-classifier": (hf.ViTConfig, hf.ViTForImageClassification, {"intermediate_size": 64, "num_labels": 5}),
         "deit": (hf.DeiTConfig, hf.DeiTModel, {"intermediate_size": 64}),
         "dinov2-registers-classifier": (
@@ -107,7 +122,9 @@ def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
     }[kind]
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    config = config_class(hidden_size=32, num_attention_heads=2, num_hidden_layers=4, image_size=32, patch_size=8, **extra)
+    config = config_class(
+        hidden_size=32, num_attention_heads=2, num_hidden_layers=4, image_size=32, patch_size=8, **extra
+    )
     model: Any = model_class(config).eval()
     torch.random.set_rng_state(state)
     _hf_vit.randomise(model, 1)
@@ -118,9 +135,15 @@ ADAPTERS.register(
     "hf-vit",
     AdapterInfo(
         name="hf-vit",
-        idea="bare transformers towers and classifiers: CLIP (also with projection), SigLIP, ViT, DeiT, DINOv2 (with registers), DINOv3",
+        idea=(
+            "bare transformers towers and classifiers: CLIP (also with projection), SigLIP, ViT, DeiT, DINOv2 (with "
+            "registers), DINOv3"
+        ),
         matches=lambda m: named(m, *KNOWN) is not None,
         bind=HfVit,
-        tiny={k: partial(_tiny, k) for k in ("clip", "siglip", "dinov2", "dinov3", "vit-classifier", "deit", "dinov2-registers-classifier")},
+        tiny={
+            k: partial(_tiny, k)
+            for k in ("clip", "siglip", "dinov2", "dinov3", "vit-classifier", "deit", "dinov2-registers-classifier")
+        },
     ),
 )

@@ -1,7 +1,9 @@
-"""Hugging Face InternVL (InternVL 2.5, 3, 3.5): ``InternVLForConditionalGeneration``, tiles of one size, pixel shuffle, Qwen2, Qwen3 or Llama text.
+"""Hugging Face InternVL (InternVL 2.5, 3, 3.5): ``InternVLForConditionalGeneration``, tiles of one size, pixel shuffle,
+Qwen2, Qwen3 or Llama text.
 
-The tiles of an image follow each other in the prompt, so budgets are per image or per tile. Pixel shuffle folds 2 x 2 patches into one visual token, so stages
-work behind the projector and in the language model, never on single patches that would be folded wrongly.
+The tiles of an image follow each other in the prompt, so budgets are per image or per tile. Pixel shuffle folds 2 x 2
+patches into one visual token, so stages work behind the projector and in the language model, never on single patches
+that would be folded wrongly.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ class InternVL(Mllm):
         (height, width), (ph, pw) = v.image_size, v.patch_size
         fold = round(1 / config.downsample_ratio)
         if config.vision_feature_select_strategy != "default" or not isinstance(config.vision_feature_layer, int):
-            raise UnsupportedError("InternVL is known with one vision_feature_layer and vision_feature_select_strategy='default' only")
+            raise UnsupportedError(
+                "InternVL is known with one vision_feature_layer and vision_feature_select_strategy='default' only"
+            )
         grid = (height // ph // fold, width // pw // fold)
         geometry = Geometry(
             family="internvl",
@@ -54,18 +58,26 @@ class InternVL(Mllm):
             "group": fold * fold,
         }
         lm, image = core.language_model, config.image_token_id
-        super().__init__(model, geometry=geometry, projector=core.multi_modal_projector, lm=lm, image_token=image, vision=vision)
+        super().__init__(
+            model, geometry=geometry, projector=core.multi_modal_projector, lm=lm, image_token=image, vision=vision
+        )
 
 
 def _tiny(text: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Random; 16 visual tokens a tile: one prompt with an image of two tiles and one of one, one with a single tile; left-padded."""
+    """Random; 16 visual tokens a tile: one prompt with an image of two tiles and one of one, one with a single tile;
+    left-padded."""
     from transformers import InternVLConfig, InternVLForConditionalGeneration, LlamaConfig, Qwen2Config, Qwen3Config
     from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 
     classes = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=[32, 32], patch_size=[4, 4]
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=[32, 32],
+            patch_size=[4, 4],
         ).to_dict(),
         text_config=classes[text](**tiny_text(**({"head_dim": 12} if text == "qwen3" else {}))).to_dict(),
         image_token_id=3,
@@ -80,7 +92,10 @@ ADAPTERS.register(
     "internvl",
     AdapterInfo(
         name="internvl",
-        idea="InternVL on transformers (tiles; behind the projector and in the language model), Qwen2 / Qwen3 / Llama text",
+        idea=(
+            "InternVL on transformers (tiles; behind the projector and in the language model), Qwen2 / Qwen3 / Llama "
+            "text"
+        ),
         matches=lambda m: named(m, "InternVLForConditionalGeneration") is not None,
         bind=InternVL,
         tiny={t: partial(_tiny, t) for t in ("qwen2", "qwen3")},

@@ -1,4 +1,5 @@
-"""Hugging Face LLaVA-1.5: ``LlavaForConditionalGeneration`` with a CLIP, SigLIP or DINOv2 tower and a Llama, Mistral or Qwen2 language model."""
+"""Hugging Face LLaVA-1.5: ``LlavaForConditionalGeneration`` with a CLIP, SigLIP or DINOv2 tower and a Llama, Mistral or
+Qwen2 language model."""
 
 from __future__ import annotations
 
@@ -26,10 +27,14 @@ class Llava(Mllm):
         self.tower = core.vision_tower
         arch = _hf_vit.arch(self.tower)
         if arch is None:
-            raise UnsupportedError(f"{self.family} with a {type(self.tower).__name__} tower is not supported; there are CLIP, SigLIP and DINOv2")
+            raise UnsupportedError(
+                f"{self.family} with a {type(self.tower).__name__} tower is not supported; there are CLIP, SigLIP and "
+                "DINOv2"
+            )
         depth = len(_hf_vit.layers(self.tower))
         feature = config.vision_feature_layer
-        # hidden_states[0] is the embedding, so index i is the output of block i - 1; a list of layers needs equal lengths, so no block may cut.
+        # hidden_states[0] is the embedding, so index i is the output of block i - 1; a list of layers needs equal
+        # lengths, so no block may cut.
         self.used = feature % (depth + 1) if isinstance(feature, int) else 0
         v = self.tower.config
         side, prefix = v.image_size // v.patch_size, _hf_vit.prefix(self.tower)
@@ -70,7 +75,15 @@ class Llava(Mllm):
         image = config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
         video = getattr(config, "video_token_id", None)
         lm = core.language_model
-        super().__init__(model, geometry=geometry, projector=core.multi_modal_projector, lm=lm, image_token=image, video_token=video, vision=vision)
+        super().__init__(
+            model,
+            geometry=geometry,
+            projector=core.multi_modal_projector,
+            lm=lm,
+            image_token=image,
+            video_token=video,
+            vision=vision,
+        )
 
     def tower_blocks(self) -> list[nn.Module]:
         return _hf_vit.layers(self.tower)[: self.used]
@@ -80,11 +93,13 @@ class Llava(Mllm):
         return TowerEngine(described, cuts, ledger, seed=seed, done=done, tokens=self.geometry.tokens)
 
 
-# ----------------------------------------------------------------------------------------------------------- tiny models
+# ----------------------------------------------------------------------------------------------------------- tiny
+# models
 
 
 def _tiny(tower: str, text: str, layers: int = 6) -> tuple[nn.Module, dict[str, Any]]:
-    """A random LLaVA of a few thousand parameters with 16 visual tokens, and inputs: two left-padded prompts of unequal length with one image each."""
+    """A random LLaVA of a few thousand parameters with 16 visual tokens, and inputs: two left-padded prompts of unequal
+    length with one image each."""
     from transformers import (
         CLIPVisionConfig,
         Dinov2Config,
@@ -116,7 +131,10 @@ def _tiny(tower: str, text: str, layers: int = 6) -> tuple[nn.Module, dict[str, 
 
 def _matches(model: Any) -> bool:
     """LLaVA with a Pixtral tower has images of any size: another adapter's."""
-    return named(model, "LlavaForConditionalGeneration") is not None and named(model.model.vision_tower, "PixtralVisionModel") is None
+    return (
+        named(model, "LlavaForConditionalGeneration") is not None
+        and named(model.model.vision_tower, "PixtralVisionModel") is None
+    )
 
 
 ADAPTERS.register(
@@ -126,6 +144,9 @@ ADAPTERS.register(
         idea="LLaVA-1.5 on transformers: CLIP / SigLIP / DINOv2 tower, Llama / Mistral / Qwen2 text",
         matches=_matches,
         bind=Llava,
-        tiny={f"{v}-{t}": partial(_tiny, v, t) for v, t in (("clip", "llama"), ("siglip", "qwen2"), ("dinov2", "mistral"), ("dinov2", "llama"))},
+        tiny={
+            f"{v}-{t}": partial(_tiny, v, t)
+            for v, t in (("clip", "llama"), ("siglip", "qwen2"), ("dinov2", "mistral"), ("dinov2", "llama"))
+        },
     ),
 )

@@ -1,7 +1,9 @@
-"""Hugging Face LLaVA-NeXT (1.6): ``LlavaNextForConditionalGeneration``, tiles of any resolution behind a small version of the image, new-line tokens.
+"""Hugging Face LLaVA-NeXT (1.6): ``LlavaNextForConditionalGeneration``, tiles of any resolution behind a small version
+of the image, new-line tokens.
 
-An image is two rasters, the small version and the unpadded tiles with a new-line token at the end of each row; both are visual tokens. Budgets are per image,
-per raster (``per="tile"``) or per sample; stages inside the tower see single tiles.
+An image is two rasters, the small version and the unpadded tiles with a new-line token at the end of each row; both are
+visual tokens. Budgets are per image, per raster (``per="tile"``) or per sample; stages inside the tower see single
+tiles.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class LlavaNext(Llava):
         self.geometry = replace(self.geometry, unmade=self._unmade())
 
     def _unmade(self) -> tuple[tuple[float, float], ...]:
-        """Of the shapes that images are cut into, the share of new-line tokens, one behind each row, and the patches in a row."""
+        """Of the shapes that images are cut into, the share of new-line tokens, one behind each row, and the patches in
+        a row."""
         rows, columns = self.geometry.grid
         side, out = self.model.config.vision_config.image_size, []
         for height, width in self.model.config.image_grid_pinpoints:
@@ -42,9 +45,12 @@ class LlavaNext(Llava):
         return tuple(out)
 
     def pack(self, features: Tensor, size: Tensor) -> Tensor:
-        """The model's own packing of one image's ``features`` ``[tiles, N, 1]``, with -1 for new-line tokens: ``[n, 1]``."""
+        """The model's own packing of one image's ``features`` ``[tiles, N, 1]``, with -1 for new-line tokens: ``[n,
+        1]``."""
         newline = torch.full((1,), -1.0, dtype=features.dtype)
-        packed, _ = self.model.model.pack_image_features([features], [size], vision_feature_select_strategy="full", image_newline=newline)
+        packed, _ = self.model.model.pack_image_features(
+            [features], [size], vision_feature_select_strategy="full", image_newline=newline
+        )
         return packed[0]
 
     def tiles(self, inputs: dict[str, Any]) -> list[tuple[Tensor, bool]]:
@@ -52,7 +58,8 @@ class LlavaNext(Llava):
         return [(size, True) for size in inputs.get("image_sizes", ())]
 
     def packed(self, size: Tensor, tiled: bool) -> Tensor:
-        """For each visual token of an image of ``size`` (height, width) the tower's token that it is, counted over its tiles (-1: new line): ``[n]``."""
+        """For each visual token of an image of ``size`` (height, width) the tower's token that it is, counted over its
+        tiles (-1: new line): ``[n]``."""
         key = (int(size[0]), int(size[1]), tiled)
         if key not in self.known:
             count, n = 1 + self.cuts(size, tiled), self.geometry.tokens
@@ -64,7 +71,11 @@ class LlavaNext(Llava):
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
         config = self.model.config
-        return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) - 1 if tiled else 0
+        return (
+            image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) - 1
+            if tiled
+            else 0
+        )
 
     def images(self, inputs: dict[str, Any]) -> Iterator[list[Raster]]:
         n = self.geometry.tokens
@@ -77,7 +88,11 @@ class LlavaNext(Llava):
                 yield [Raster(self.geometry.grid, (n,) * (1 + count))]
 
     def sources(self, inputs: dict[str, Any], found: list[list[Part]]) -> list[Tensor]:
-        known, n, out = [self.packed(size, tiled) for size, tiled in self.tiles(self.noted(inputs))], self.geometry.tokens, []
+        known, n, out = (
+            [self.packed(size, tiled) for size, tiled in self.tiles(self.noted(inputs))],
+            self.geometry.tokens,
+            [],
+        )
         images = sum(per_sample(found))
         # Beam search repeats every prompt, but not the sizes of its images.
         copies = images // len(known) if known and images % len(known) == 0 else 1
@@ -99,9 +114,23 @@ class LlavaNext(Llava):
 
 def _tiny(tower: str, text: str) -> tuple[nn.Module, dict[str, Any]]:
     """Random; tiles of 16 tokens, images of three sizes in two left-padded prompts."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, MistralConfig, SiglipVisionConfig
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        MistralConfig,
+        SiglipVisionConfig,
+    )
 
-    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 4, "image_size": 32, "patch_size": 8, "intermediate_size": 64}
+    sizes = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 4,
+        "image_size": 32,
+        "patch_size": 8,
+        "intermediate_size": 64,
+    }
     vision: Any = CLIPVisionConfig(**sizes) if tower == "clip" else SiglipVisionConfig(**sizes, vision_use_head=False)
     words: Any = LlamaConfig(**tiny_text()) if text == "llama" else MistralConfig(**tiny_text(sliding_window=24))
     config = LlavaNextConfig(
@@ -116,7 +145,8 @@ def _tiny(tower: str, text: str) -> tuple[nn.Module, dict[str, Any]]:
     image_sizes = torch.tensor([[40, 64], [64, 20], [60, 60]])
     bound = LlavaNext(model)
     counts = [len(bound.packed(size, True)) for size in image_sizes]
-    pixels = torch.randn(3, 5, 3, 32, 32, generator=torch.Generator().manual_seed(3))  # the processor pads images of fewer tiles
+    # the processor pads images of fewer tiles
+    pixels = torch.randn(3, 5, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     prompts = tiny_prompts([[(3, counts[0]), (3, counts[1])], [(3, counts[2])]])
     return model, {**prompts, "pixel_values": pixels, "image_sizes": image_sizes}
 
@@ -125,9 +155,15 @@ ADAPTERS.register(
     "llava-next",
     AdapterInfo(
         name="llava-next",
-        idea="LLaVA-NeXT (1.6) on transformers: tiles of any resolution, new-line tokens; tower, projector and language model",
+        idea=(
+            "LLaVA-NeXT (1.6) on transformers: tiles of any resolution, new-line tokens; tower, projector and language "
+            "model"
+        ),
         matches=lambda m: named(m, "LlavaNextForConditionalGeneration") is not None,
         bind=LlavaNext,
-        tiny={"clip-llama": partial(_tiny, "clip", "llama"), "siglip-mistral-window": partial(_tiny, "siglip", "mistral")},
+        tiny={
+            "clip-llama": partial(_tiny, "clip", "llama"),
+            "siglip-mistral-window": partial(_tiny, "siglip", "mistral"),
+        },
     ),
 )

@@ -1,6 +1,8 @@
-"""Hugging Face LLaVA-OneVision: ``LlavaOnevisionForConditionalGeneration``, SigLIP tower, Qwen2 text; one image in tiles, several images whole, video frames.
+"""Hugging Face LLaVA-OneVision: ``LlavaOnevisionForConditionalGeneration``, SigLIP tower, Qwen2 text; one image in
+tiles, several images whole, video frames.
 
-Large images and video frames are interpolated behind the projector, so stages inside the tower are for images that are not; others are refused.
+Large images and video frames are interpolated behind the projector, so stages inside the tower are for images that are
+not; others are refused.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ class LlavaOnevision(LlavaNext):
     def pack(self, features: Tensor, size: Tensor) -> Tensor:
         newline = torch.full((1,), -1.0, dtype=features.dtype)
         ratio = self.model.config.vision_aspect_ratio
-        packed, _ = self.model.model.pack_image_features([features], [size], image_newline=newline, vision_aspect_ratio=ratio)
+        packed, _ = self.model.model.pack_image_features(
+            [features], [size], image_newline=newline, vision_aspect_ratio=ratio
+        )
         return packed[0]
 
     def tiles(self, inputs: dict[str, Any]) -> list[tuple[Tensor, bool]]:
@@ -50,7 +54,8 @@ class LlavaOnevision(LlavaNext):
         maps = [self.packed(size, tiled) for size, tiled in self.tiles(self.noted(inputs))]
         if any(p.video >= 0 for sample in found for p in sample) or any(bool((m != m.round()).any()) for m in maps):
             raise UnsupportedError(
-                "LLaVA-OneVision interpolates video frames and large images behind the projector, which tokens from a pruned tower cannot be: "
+                "LLaVA-OneVision interpolates video frames and large images behind the projector, which tokens from a "
+                "pruned tower cannot be: "
                 "use a stage at the projector or in the language model, or an image that fits its tiles"
             )
         return super().sources(inputs, found)
@@ -70,10 +75,23 @@ class LlavaOnevision(LlavaNext):
 
 
 def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Random; tiles of 16 tokens in two left-padded prompts: two whole images beside one in tiles, one that is interpolated, or a video beside an image."""
-    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+    """Random; tiles of 16 tokens in two left-padded prompts: two whole images beside one in tiles, one that is
+    interpolated, or a video beside an image."""
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
 
-    vision = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 4, "image_size": 32, "patch_size": 8, "intermediate_size": 64}
+    vision = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 4,
+        "image_size": 32,
+        "patch_size": 8,
+        "intermediate_size": 64,
+    }
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(**vision, vision_use_head=False),
         text_config=Qwen2Config(**tiny_text()),
@@ -90,10 +108,18 @@ def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
         video = torch.randn(1, 3, 3, 32, 32, generator=generator)
         size = torch.tensor([[60, 40]])
         inputs: dict[str, Any] = tiny_prompts([[(4, 3 * 4 + 1)], [(3, len(bound.packed(size[0], True)))]])
-        return model, {**inputs, "pixel_values": torch.randn(1, 5, 3, 32, 32, generator=generator), "image_sizes": size, "pixel_values_videos": video}
+        return model, {
+            **inputs,
+            "pixel_values": torch.randn(1, 5, 3, 32, 32, generator=generator),
+            "image_sizes": size,
+            "pixel_values_videos": video,
+        }
     sizes = torch.tensor([[40, 64], [64, 20], [60, 60]])
     counts = torch.tensor([2, 1])
-    n = [len(bound.packed(size, tiled)) for size, tiled in bound.tiles({"image_sizes": sizes, "batch_num_images": counts})]
+    n = [
+        len(bound.packed(size, tiled))
+        for size, tiled in bound.tiles({"image_sizes": sizes, "batch_num_images": counts})
+    ]
     pixels = torch.randn(3, 5, 3, 32, 32, generator=generator)  # the processor pads images of fewer tiles
     prompts = tiny_prompts([[(3, n[0]), (3, n[1])], [(3, n[2])]])
     return model, {**prompts, "pixel_values": pixels, "image_sizes": sizes, "batch_num_images": counts}
@@ -103,7 +129,10 @@ ADAPTERS.register(
     "llava-onevision",
     AdapterInfo(
         name="llava-onevision",
-        idea="LLaVA-OneVision on transformers: one image in tiles, several images, video frames; SigLIP tower, Qwen2 text",
+        idea=(
+            "LLaVA-OneVision on transformers: one image in tiles, several images, video frames; SigLIP tower, Qwen2 "
+            "text"
+        ),
         matches=lambda m: named(m, "LlavaOnevisionForConditionalGeneration") is not None,
         bind=LlavaOnevision,
         tiny={k: partial(_tiny, k) for k in ("images", "video", "interpolated")},

@@ -1,7 +1,9 @@
-"""Hugging Face Mistral Small 3.1 and later (``Mistral3ForConditionalGeneration``) and Pixtral 12B (``LlavaForConditionalGeneration`` with a Pixtral tower).
+"""Hugging Face Mistral Small 3.1 and later (``Mistral3ForConditionalGeneration``) and Pixtral 12B
+(``LlavaForConditionalGeneration`` with a Pixtral tower).
 
-Images keep their size, told by ``image_sizes``, and a break token stands behind every row of visual tokens. The tower sees all images of a batch as one
-sequence, of which Mistral 3 merges 2 x 2 patches into one visual token, so stages work behind the projector and in the language model.
+Images keep their size, told by ``image_sizes``, and a break token stands behind every row of visual tokens. The tower
+sees all images of a batch as one sequence, of which Mistral 3 merges 2 x 2 patches into one visual token, so stages
+work behind the projector and in the language model.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from .base import ADAPTERS, AdapterInfo, named
 def matches(model: Any) -> bool:
     """Mistral 3, or a LLaVA whose tower is Pixtral's."""
     name = named(model, "Mistral3ForConditionalGeneration", "LlavaForConditionalGeneration")
-    return name == "Mistral3ForConditionalGeneration" or (name is not None and named(model.model.vision_tower, "PixtralVisionModel") is not None)
+    return name == "Mistral3ForConditionalGeneration" or (
+        name is not None and named(model.model.vision_tower, "PixtralVisionModel") is not None
+    )
 
 
 class Mistral3(Mllm):
@@ -49,7 +53,9 @@ class Mistral3(Mllm):
         )
         vision = tower_shapes(v, vmlp=3, group=fold * fold)
         lm, image = core.language_model, config.image_token_id
-        super().__init__(model, geometry=geometry, projector=core.multi_modal_projector, lm=lm, image_token=image, vision=vision)
+        super().__init__(
+            model, geometry=geometry, projector=core.multi_modal_projector, lm=lm, image_token=image, vision=vision
+        )
 
     def images(self, inputs: dict[str, Any]) -> Iterator[list[Raster]]:
         if inputs.get("image_sizes") is None:
@@ -63,13 +69,27 @@ class Mistral3(Mllm):
 
 
 def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Random; images of 4 x 3, 2 x 4 and 3 x 3 visual tokens with a break behind each row: one prompt with two images, one with a single one, left-padded."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
+    """Random; images of 4 x 3, 2 x 4 and 3 x 3 visual tokens with a break behind each row: one prompt with two images,
+    one with a single one, left-padded."""
+    from transformers import (
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        Mistral3Config,
+        Mistral3ForConditionalGeneration,
+        MistralConfig,
+        PixtralVisionConfig,
+    )
 
     patch = 8 if kind == "pixtral" else 4
     common: dict[str, Any] = {
         "vision_config": PixtralVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=16, image_size=32, patch_size=patch
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            head_dim=16,
+            image_size=32,
+            patch_size=patch,
         ),
         "text_config": MistralConfig(**tiny_text(sliding_window=12 if kind == "sliding" else None)),
         "image_token_index": 3,
@@ -93,7 +113,10 @@ ADAPTERS.register(
     "mistral3",
     AdapterInfo(
         name="mistral3",
-        idea="Mistral Small 3.1+ and Pixtral 12B on transformers (images of any size; behind the projector and in the language model)",
+        idea=(
+            "Mistral Small 3.1+ and Pixtral 12B on transformers (images of any size; behind the projector and in the "
+            "language model)"
+        ),
         matches=matches,
         bind=Mistral3,
         tiny={k: partial(_tiny, k) for k in ("sliding", "pixtral")},

@@ -1,4 +1,5 @@
-"""open_clip image-text models: ``CLIP`` and ``CustomTextCLIP`` with open_clip's ``VisionTransformer`` or a timm tower. The text side is left alone."""
+"""open_clip image-text models: ``CLIP`` and ``CustomTextCLIP`` with open_clip's ``VisionTransformer`` or a timm tower.
+The text side is left alone."""
 
 from __future__ import annotations
 
@@ -27,21 +28,26 @@ def _split(projected: Tensor, heads: int) -> Tensor:
 
 
 def _plain(block: Any) -> nn.MultiheadAttention:
-    """The attention whose matrices are read here; a wrapper around it (an adapter) computes something else with them."""
+    """The attention whose matrices are read here; a wrapper around it (an adapter) computes something else with
+    them."""
     if not isinstance(block.attn, nn.MultiheadAttention):
         kind = f"{type(block.attn).__module__}.{type(block.attn).__name__}"
-        raise UnsupportedError(f"open_clip attention of type {kind} is not supported; merge adapters into the model before attach()")
+        raise UnsupportedError(
+            f"open_clip attention of type {kind} is not supported; merge adapters into the model before attach()"
+        )
     return block.attn
 
 
 def _attend(block: Any, x: Tensor, mask: Tensor | None, caught: dict[str, Any]) -> Tensor:
-    """The block around ``nn.MultiheadAttention``: that takes masks of ``[B * H, n, n]`` only and shows no projections, so it is written out here."""
+    """The block around ``nn.MultiheadAttention``: that takes masks of ``[B * H, n, n]`` only and shows no projections,
+    so it is written out here."""
     a = _plain(block)
     caught["qkv"] = F.linear(block.ln_1(x), a.in_proj_weight, a.in_proj_bias)
     q, k, v = (_split(t, a.num_heads) for t in caught["qkv"].chunk(3, dim=-1))
     bias = None if mask is None else mask.to(q.dtype)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=a.dropout if a.training else 0.0)
-    return x + block.ls_1(F.linear(y.transpose(1, 2).flatten(2), a.out_proj.weight, a.out_proj.bias))  # as torch does: never called as a module
+    # as torch does: never called as a module
+    return x + block.ls_1(F.linear(y.transpose(1, 2).flatten(2), a.out_proj.weight, a.out_proj.bias))
 
 
 def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -54,7 +60,8 @@ def _custom_attend(block: Any, x: Tensor, mask: Tensor | None, caught: dict[str,
 
 
 def _capture(block: Any) -> dict[str, nn.Module]:
-    return {"q": block.attn.ln_q, "k": block.attn.ln_k} if hasattr(block.attn, "ln_q") else {}  # nn.MultiheadAttention: left by _attend
+    # nn.MultiheadAttention: left by _attend
+    return {"q": block.attn.ln_q, "k": block.attn.ln_k} if hasattr(block.attn, "ln_q") else {}
 
 
 def _custom_project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -71,18 +78,31 @@ def _feed(block: Any, x: Tensor) -> Tensor:
 def _describe(visual: Any) -> Tower:
     blocks = list(visual.transformer.resblocks)
     kinds = {named(b, "ResidualAttentionBlock", "CustomResidualAttentionBlock") or type(b).__name__ for b in blocks}
-    if len(kinds) > 1 or not kinds <= {"ResidualAttentionBlock", "CustomResidualAttentionBlock"} or not visual.transformer.batch_first:
+    if (
+        len(kinds) > 1
+        or not kinds <= {"ResidualAttentionBlock", "CustomResidualAttentionBlock"}
+        or not visual.transformer.batch_first
+    ):
         raise UnsupportedError(
-            f"open_clip blocks {', '.join(sorted(kinds))} are not supported; there are ResidualAttentionBlock and CustomResidualAttentionBlock, batch first"
+            f"open_clip blocks {', '.join(sorted(kinds))} are not supported; there are ResidualAttentionBlock and "
+            "CustomResidualAttentionBlock, batch first"
         )
     custom = "CustomResidualAttentionBlock" in kinds
     if custom and blocks[0].attn.scaled_cosine:
-        raise UnsupportedError("scaled cosine attention is not supported: it has no query and key whose product gives its logits")
+        raise UnsupportedError(
+            "scaled cosine attention is not supported: it has no query and key whose product gives its logits"
+        )
 
     def raster(pixels: Tensor) -> tuple[int, int]:
-        (rows, columns), fixed = (s // p for s, p in zip(pixels.shape[-2:], visual.patch_size, strict=True)), tuple(visual.grid_size)
+        (rows, columns), fixed = (
+            (s // p for s, p in zip(pixels.shape[-2:], visual.patch_size, strict=True)),
+            tuple(visual.grid_size),
+        )
         if (rows, columns) != fixed:
-            raise UnsupportedError(f"an image of {rows} x {columns} patches for a model of {fixed[0]} x {fixed[1]}: open_clip's towers take images of one size")
+            raise UnsupportedError(
+                f"an image of {rows} x {columns} patches for a model of {fixed[0]} x {fixed[1]}: open_clip's towers "
+                "take images of one size"
+            )
         return rows, columns
 
     return Tower(
@@ -102,7 +122,8 @@ def _describe(visual: Any) -> Tower:
 
 
 class OpenClip(BareVit):
-    """One bound image-text model: ``encode_image``, ``forward(image, text)`` and zero-shot scores see the tokens that are left."""
+    """One bound image-text model: ``encode_image``, ``forward(image, text)`` and zero-shot scores see the tokens that
+    are left."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -127,7 +148,8 @@ class OpenClip(BareVit):
     def head(self, ledger: UndoLedger) -> None:
         visual = self.visual
         if visual.attn_pool is not None:
-            cascade = getattr(visual, "attn_pool_type", "") == "cascade"  # the second pooling reads the first one's queries
+            # the second pooling reads the first one's queries
+            cascade = getattr(visual, "attn_pool_type", "") == "cascade"
             for pool in (visual.attn_pool, None if cascade else visual.attn_pool_contrastive):
                 if pool is not None:
                     self.pooler(ledger, pool.attn, heads=pool.attn.num_heads, tokens=1)
@@ -152,10 +174,14 @@ def bind(model: Any) -> BareVit:
     if kind == "VisionTransformer":
         return OpenClip(model)
     name = f"{kind} around timm's {type(visual.trunk).__name__}" if kind == "TimmModel" else kind
-    raise UnsupportedError(f"open_clip with a {name} has no stack of ViT blocks; there are VisionTransformer, and timm's VisionTransformer and Eva")
+    raise UnsupportedError(
+        f"open_clip with a {name} has no stack of ViT blocks; there are VisionTransformer, and timm's "
+        "VisionTransformer and Eva"
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- tiny models
+# ----------------------------------------------------------------------------------------------------------- tiny
+# models
 
 
 def _tiny(kind: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -167,7 +193,9 @@ def _tiny(kind: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
     vision = {**({} if "timm_model_name" in options else own), **options}
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    model = {"clip": oc.CLIP, "custom-text": oc.CustomTextCLIP}[kind](embed_dim=24, vision_cfg=vision, text_cfg=text).eval()
+    model = {"clip": oc.CLIP, "custom-text": oc.CustomTextCLIP}[kind](
+        embed_dim=24, vision_cfg=vision, text_cfg=text
+    ).eval()
     torch.random.set_rng_state(state)
     side = 32
     if "timm_model_name" in options:
@@ -197,8 +225,13 @@ ADAPTERS.register(
     FAMILY,
     AdapterInfo(
         name=FAMILY,
-        idea="open_clip CLIP and CustomTextCLIP with a VisionTransformer (token, average, attention pooling) or timm tower",
-        matches=lambda m: any(c.__name__ in ("CLIP", "CustomTextCLIP") and c.__module__.startswith("open_clip.") for c in type(m).__mro__),
+        idea=(
+            "open_clip CLIP and CustomTextCLIP with a VisionTransformer (token, average, attention pooling) or timm "
+            "tower"
+        ),
+        matches=lambda m: any(
+            c.__name__ in ("CLIP", "CustomTextCLIP") and c.__module__.startswith("open_clip.") for c in type(m).__mro__
+        ),
         bind=bind,
         tiny={k: partial(_tiny, **o) for k, o in _VARIANTS.items()},
         package="open_clip",

@@ -1,9 +1,10 @@
-"""Hugging Face Qwen2-VL, Qwen2.5-VL and Qwen3-VL (dense, or with experts): images and video frames of any size, 2 x 2 merger, positions with three axes
-(M-RoPE), DeepStack.
+"""Hugging Face Qwen2-VL, Qwen2.5-VL and Qwen3-VL (dense, or with experts): images and video frames of any size, 2 x 2
+merger, positions with three axes (M-RoPE), DeepStack.
 
-Stages work on merged tokens, behind the merger and in the language model: single patches that are dropped in front of it would regroup wrongly. Rotary
-positions are those of the surviving tokens. DeepStack (Qwen3-VL) adds features of earlier vision blocks to the visual rows behind the first decoder layers;
-those planes are cut, and merged, like the rows they belong to.
+Stages work on merged tokens, behind the merger and in the language model: single patches that are dropped in front of
+it would regroup wrongly. Rotary positions are those of the surviving tokens. DeepStack (Qwen3-VL) adds features of
+earlier vision blocks to the visual rows behind the first decoder layers; those planes are cut, and merged, like the
+rows they belong to.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ def folded(family: str, config: Any) -> Geometry:
         vision_depth=config.vision_config.depth,
         llm_layers=config.text_config.num_hidden_layers,
         provides=BEHIND,
-        refuses={"vision": "the merger would fold the wrong patches together", "pixels": "the processor chooses the image's size: set its max_pixels"},
+        refuses={
+            "vision": "the merger would fold the wrong patches together",
+            "pixels": "the processor chooses the image's size: set its max_pixels",
+        },
         per=("image", "video", "sample"),
         variable=True,
         mrope=True,
@@ -69,7 +73,11 @@ class QwenVL(Mllm):
             "group": self.fold**2,
         }
         if family == "qwen2.5-vl":
-            vision |= {"vmlp": 3, "window": (v.window_size // v.patch_size) ** 2, "whole": tuple(v.fullatt_block_indexes)}
+            vision |= {
+                "vmlp": 3,
+                "window": (v.window_size // v.patch_size) ** 2,
+                "whole": tuple(v.fullatt_block_indexes),
+            }
         projector = nn.ModuleList([core.visual.merger, *getattr(core.visual, "deepstack_merger_list", [])])
         super().__init__(
             model,
@@ -82,7 +90,8 @@ class QwenVL(Mllm):
         )
 
     def mlp(self, layer: Any) -> int:
-        """A layer of experts sends each token to some of them, chosen by a matrix (Qwen3-VL-MoE); layers between may be dense."""
+        """A layer of experts sends each token to some of them, chosen by a matrix (Qwen3-VL-MoE); layers between may be
+        dense."""
         text = self.lm.config
         if not hasattr(layer.mlp, "experts"):
             return super().mlp(layer)
@@ -101,7 +110,10 @@ class QwenVL(Mllm):
 
     def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
         out: dict[str, Any] = {}
-        for pixels, grid, moving in (("pixel_values", "image_grid_thw", False), ("pixel_values_videos", "video_grid_thw", True)):
+        for pixels, grid, moving in (
+            ("pixel_values", "image_grid_thw", False),
+            ("pixel_values_videos", "video_grid_thw", True),
+        ):
             counts = per_sample(found, videos=moving)
             if not counts[b]:
                 continue
@@ -129,11 +141,13 @@ class QwenVL(Mllm):
         ledger.replace(self.lm, "_deepstack_process", process)
 
 
-# ----------------------------------------------------------------------------------------------------------- tiny models
+# ----------------------------------------------------------------------------------------------------------- tiny
+# models
 
 
 def _tiny(family: str, moving: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """Random. Images: three of 16, 8 and 12 tokens in two left-padded prompts; ``moving``: a video of 2 x 8 tokens beside an image in the first."""
+    """Random. Images: three of 16, 8 and 12 tokens in two left-padded prompts; ``moving``: a video of 2 x 8 tokens
+    beside an image in the first."""
     import transformers as hf
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
@@ -144,23 +158,42 @@ def _tiny(family: str, moving: bool) -> tuple[nn.Module, dict[str, Any]]:
     tokens = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
     if family == "qwen2-vl":
         config: Any = hf.Qwen2VLConfig(
-            vision_config=Qwen2VLVisionConfig(**vision, embed_dim=32, hidden_size=48).to_dict(), text_config=Qwen2VLTextConfig(**text).to_dict(), **tokens
+            vision_config=Qwen2VLVisionConfig(**vision, embed_dim=32, hidden_size=48).to_dict(),
+            text_config=Qwen2VLTextConfig(**text).to_dict(),
+            **tokens,
         )
         kind: Any = hf.Qwen2VLForConditionalGeneration
     elif family == "qwen2.5-vl":
         config = hf.Qwen2_5_VLConfig(
             vision_config=Qwen2_5_VLVisionConfig(
-                **vision, hidden_size=32, intermediate_size=64, out_hidden_size=48, window_size=16, fullatt_block_indexes=[1]
+                **vision,
+                hidden_size=32,
+                intermediate_size=64,
+                out_hidden_size=48,
+                window_size=16,
+                fullatt_block_indexes=[1],
             ).to_dict(),
             text_config=Qwen2_5_VLTextConfig(**text).to_dict(),
             **tokens,
         )
         kind = hf.Qwen2_5_VLForConditionalGeneration
     else:  # of the layers with experts, one in between is dense
-        experts = {"moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 2, "mlp_only_layers": [3]} if family == "qwen3-vl-moe" else {}
-        tower = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 48, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+        experts = (
+            {"moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 2, "mlp_only_layers": [3]}
+            if family == "qwen3-vl-moe"
+            else {}
+        )
+        tower = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "out_hidden_size": 48,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1],
+        }
         name = "Qwen3VLMoe" if experts else "Qwen3VL"
-        config = getattr(hf, f"{name}Config")(vision_config={**vision, **tower}, text_config={**text, "head_dim": 12, **experts}, **tokens)
+        config = getattr(hf, f"{name}Config")(
+            vision_config={**vision, **tower}, text_config={**text, "head_dim": 12, **experts}, **tokens
+        )
         kind = getattr(hf, f"{name}ForConditionalGeneration")
     stamped = family.startswith("qwen3")  # a time stamp stands between the frames of a video
     frame = 4 if stamped else 8

@@ -1,7 +1,8 @@
 """Hugging Face SmolVLM, SmolVLM2 and Idefics3: tiles of one size, pixel shuffle in the ``connector``, Llama text.
 
-Text tokens stand between the tiles of an image as they do between images, so the inputs do not tell where one ends: budgets are per tile (a video's frame is
-one) or per sample. Pixel shuffle folds several patches into one visual token, so stages work behind the connector and in the language model.
+Text tokens stand between the tiles of an image as they do between images, so the inputs do not tell where one ends:
+budgets are per tile (a video's frame is one) or per sample. Pixel shuffle folds several patches into one visual token,
+so stages work behind the connector and in the language model.
 """
 
 from __future__ import annotations
@@ -41,7 +42,14 @@ class SmolVLM(Mllm):
             per=("tile", "sample"),
         )
         vision = tower_shapes(v, group=fold * fold)
-        super().__init__(model, geometry=geometry, projector=core.connector, lm=core.text_model, image_token=config.image_token_id, vision=vision)
+        super().__init__(
+            model,
+            geometry=geometry,
+            projector=core.connector,
+            lm=core.text_model,
+            image_token=config.image_token_id,
+            vision=vision,
+        )
 
     def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
         """The tiles of sample ``b``: pixels are ``[B, n, 3, H, W]``, and tiles of zeros only fill up."""
@@ -50,17 +58,27 @@ class SmolVLM(Mllm):
             return {}
         real = (inputs["pixel_values"] != 0).flatten(2).any(2)  # [B, n]
         at = sum(tiles[:b])
-        return {k: inputs[k][real][at : at + tiles[b]][None] for k in ("pixel_values", "pixel_attention_mask") if inputs.get(k) is not None}
+        return {
+            k: inputs[k][real][at : at + tiles[b]][None]
+            for k in ("pixel_values", "pixel_attention_mask")
+            if inputs.get(k) is not None
+        }
 
 
 def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Random; 16 visual tokens a tile: one prompt with three tiles, one with a single one (its lower half masked), left-padded."""
+    """Random; 16 visual tokens a tile: one prompt with three tiles, one with a single one (its lower half masked),
+    left-padded."""
     import transformers as t
 
     name, vision = ("SmolVLM", "SmolVLMVisionConfig") if kind == "smolvlm" else ("Idefics3", "Idefics3VisionConfig")
     config = getattr(t, f"{name}Config")(
         vision_config=getattr(t, vision)(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=4,
         ).to_dict(),
         text_config=t.LlamaConfig(**tiny_text()).to_dict(),
         image_token_id=3,
@@ -71,14 +89,21 @@ def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
     pixels[1, 1:] = 0
     mask = torch.ones(2, 3, 32, 32, dtype=torch.long)
     mask[1, 0, 16:] = 0
-    return tiny_build(getattr(t, f"{name}ForConditionalGeneration"), config), {**prompts, "pixel_values": pixels, "pixel_attention_mask": mask}
+    return tiny_build(getattr(t, f"{name}ForConditionalGeneration"), config), {
+        **prompts,
+        "pixel_values": pixels,
+        "pixel_attention_mask": mask,
+    }
 
 
 ADAPTERS.register(
     "smolvlm",
     AdapterInfo(
         name="smolvlm",
-        idea="SmolVLM, SmolVLM2 and Idefics3 on transformers (tiles; behind the connector and in the language model), Llama text",
+        idea=(
+            "SmolVLM, SmolVLM2 and Idefics3 on transformers (tiles; behind the connector and in the language model), "
+            "Llama text"
+        ),
         matches=lambda m: named(m, *CLASSES) is not None,
         bind=SmolVLM,
         tiny={k: partial(_tiny, k) for k in ("smolvlm", "idefics3")},

@@ -1,5 +1,5 @@
-"""timm ``VisionTransformer`` (class, distillation and register tokens, LayerScale; token, average, maximum and attention pooling) and ``Eva`` (EVA-02, DINOv3:
-rotary positions)."""
+"""timm ``VisionTransformer`` (class, distillation and register tokens, LayerScale; token, average, maximum and
+attention pooling) and ``Eva`` (EVA-02, DINOv3: rotary positions)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from .base import ADAPTERS, AdapterInfo, PlannedCut, named
 POOLS = ("", "token", "avg", "max", "map")
 MIXES = "global_pool={!r} mixes the tokens in a way that has no exact form with merged tokens"
 
-# ---------------------------------------------------------------------------------------------------------------- the standard block
+# ---------------------------------------------------------------------------------------------------------------- the
+# standard block
 
 
 def _attend(block: Any, x: Tensor, mask: Tensor | None, caught: dict[str, Any]) -> Tensor:
@@ -43,7 +44,8 @@ def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor
     return a.q_norm(q), a.k_norm(k), v, a.scale
 
 
-# -------------------------------------------------------------------------------------------------------------------- EVA's block
+# --------------------------------------------------------------------------------------------------------------------
+# EVA's block
 
 
 def _eva_attend(block: Any, x: Tensor, mask: Tensor | None, caught: dict[str, Any]) -> Tensor:
@@ -57,13 +59,18 @@ def _eva_feed(block: Any, x: Tensor) -> Tensor:
 
 
 def _called(a: Any) -> bool:
-    """Whether the fused projection runs as a module; with a bias of its own (no bias for keys) EVA only takes its weight."""
+    """Whether the fused projection runs as a module; with a bias of its own (no bias for keys) EVA only takes its
+    weight."""
     return a.qkv is not None and getattr(a, "q_bias", None) is None
 
 
 def _eva_capture(block: Any) -> dict[str, nn.Module]:
     a = block.attn
-    return {"q": a.q_norm, "k": a.k_norm, **({"qkv": a.qkv} if _called(a) else {"v": a.v_proj} if a.qkv is None else {})}
+    return {
+        "q": a.q_norm,
+        "k": a.k_norm,
+        **({"qkv": a.qkv} if _called(a) else {"v": a.v_proj} if a.qkv is None else {}),
+    }
 
 
 def _eva_project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -90,7 +97,8 @@ def _eva_sample(block: Any, n: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1).to(p.dtype)
 
 
-# --------------------------------------------------------------------------------------------------------------------- both models
+# --------------------------------------------------------------------------------------------------------------------
+# both models
 
 
 def is_eva(model: Any) -> bool:
@@ -99,7 +107,9 @@ def is_eva(model: Any) -> bool:
 
 def takes(model: Any) -> bool:
     """Whether ``model`` is one of timm's two classes, or made of them."""
-    return any(c.__name__ in ("VisionTransformer", "Eva") and c.__module__.startswith("timm.") for c in type(model).__mro__)
+    return any(
+        c.__name__ in ("VisionTransformer", "Eva") and c.__module__.startswith("timm.") for c in type(model).__mro__
+    )
 
 
 def describe(model: Any) -> Tower:
@@ -109,24 +119,31 @@ def describe(model: Any) -> Tower:
     kinds = ("EvaAttention", "AttentionRope") if eva else ("Attention",)
     if named(block, "EvaBlockPostNorm") or not all(hasattr(block, name) for name in parts):
         raise UnsupportedError(
-            f"timm blocks of type {type(block).__name__} are not supported; there are the pre-norm Block and EvaBlock: attention, then MLP, each on a residual"
+            f"timm blocks of type {type(block).__name__} are not supported; there are the pre-norm Block and EvaBlock: "
+            "attention, then MLP, each on a residual"
         )
     if named(block.attn, *kinds) is None:
-        raise UnsupportedError(f"timm attention of type {type(block.attn).__name__} is not supported; there is {' and '.join(kinds)}")
+        raise UnsupportedError(
+            f"timm attention of type {type(block.attn).__name__} is not supported; there is {' and '.join(kinds)}"
+        )
     if model.global_pool not in POOLS:
         raise UnsupportedError(MIXES.format(model.global_pool))
 
     def resize(pixels: Tensor, rows: int, columns: int) -> tuple[Tensor, dict[str, Any]]:
         patch = model.patch_embed.patch_size
-        wide = pixels.to(torch.promote_types(pixels.dtype, torch.float32))  # torch has no kernel for 16 bits on every device
-        return F.interpolate(wide, size=(rows * patch[0], columns * patch[1]), mode="bicubic", antialias=True, align_corners=False).to(pixels.dtype), {}
+        # torch has no kernel for 16 bits on every device
+        wide = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+        return F.interpolate(
+            wide, size=(rows * patch[0], columns * patch[1]), mode="bicubic", antialias=True, align_corners=False
+        ).to(pixels.dtype), {}
 
     def raster(pixels: Tensor) -> tuple[int, int]:
         rows, columns = model.patch_embed.dynamic_feat_size(pixels.shape[-2:])
         fixed = tuple(model.patch_embed.grid_size)
         if not model.dynamic_img_size and (rows, columns) != fixed:
             raise UnsupportedError(
-                f"an image of {rows} x {columns} patches for a model of {fixed[0]} x {fixed[1]}; dynamic_img_size=True or set_input_size() make it take others"
+                f"an image of {rows} x {columns} patches for a model of {fixed[0]} x {fixed[1]}; dynamic_img_size=True "
+                "or set_input_size() make it take others"
             )
         return rows, columns
 
@@ -151,9 +168,10 @@ def describe(model: Any) -> Tower:
 
 
 class TimmVit(BareVit):
-    """One bound timm model. Where its head averages, every original token counts once, so sizes weigh the mean. ``forward_features`` gives the tokens that are
-    left, in a call of the model and alone, and ``forward_head`` takes them; ``forward_intermediates`` gives those behind each block, or feature maps.
-    In ``Eva`` a merged token stands at the position of the token that absorbed the others."""
+    """One bound timm model. Where its head averages, every original token counts once, so sizes weigh the mean.
+    ``forward_features`` gives the tokens that are left, in a call of the model and alone, and ``forward_head`` takes
+    them; ``forward_intermediates`` gives those behind each block, or feature maps. In ``Eva`` a merged token stands at
+    the position of the token that absorbed the others."""
 
     def __init__(self, model: Any, family: str = "timm-vit"):
         self.model = model
@@ -176,14 +194,17 @@ class TimmVit(BareVit):
             class_readout=model.global_pool == "token",
         )
 
-    def install(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, per: str, seed: int) -> None:
+    def install(
+        self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, per: str, seed: int
+    ) -> None:
         super().install(cuts, ledger, recorder, positions=positions, per=per, seed=seed)
         ledger.replace(self.model, "forward_features", self.engine.alone(self.model.forward_features))
         if cuts and hasattr(self.model, "forward_intermediates"):
             self.intermediates(ledger, self.model)
 
     def head(self, ledger: UndoLedger) -> None:
-        """What reads the tokens behind the last block. Which pooling that is is asked when it runs: ``reset_classifier`` may change it."""
+        """What reads the tokens behind the last block. Which pooling that is is asked when it runs:
+        ``reset_classifier`` may change it."""
         model: Any = self.model
         name = "pool" if hasattr(model, "pool") else "forward_head"
         original = getattr(model, name)
@@ -208,7 +229,8 @@ class TimmVit(BareVit):
             self.pooler(ledger, model.attn_pool)
 
 
-# -------------------------------------------------------------------------------------------------------------------- tiny models
+# --------------------------------------------------------------------------------------------------------------------
+# tiny models
 
 
 def _tiny(kind: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -228,11 +250,24 @@ def _tiny(kind: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
 
 _VARIANTS: dict[str, dict[str, Any]] = {
     "class": {"kind": "vit"},
-    "layerscale-registers": {"kind": "vit", "init_values": 0.5, "reg_tokens": 4, "no_embed_class": True, "dynamic_img_size": True},
+    "layerscale-registers": {
+        "kind": "vit",
+        "init_values": 0.5,
+        "reg_tokens": 4,
+        "no_embed_class": True,
+        "dynamic_img_size": True,
+    },
     "distilled": {"kind": "distilled"},
     "avg-pool": {"kind": "vit", "class_token": False, "global_pool": "avg", "qk_norm": True},
     "map-pool-pre-norm": {"kind": "vit", "class_token": False, "global_pool": "map", "pre_norm": True},
-    "eva02": {"kind": "eva", "qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True, "use_rot_pos_emb": True},
+    "eva02": {
+        "kind": "eva",
+        "qkv_fused": False,
+        "swiglu_mlp": True,
+        "scale_mlp": True,
+        "scale_attn_inner": True,
+        "use_rot_pos_emb": True,
+    },
     "dinov3": {
         "kind": "eva",
         "qkv_bias": False,
@@ -252,7 +287,10 @@ ADAPTERS.register(
     "timm-vit",
     AdapterInfo(
         name="timm-vit",
-        idea="timm VisionTransformer and Eva: class / distillation / register tokens, LayerScale, rotary positions; token, average, maximum, attention pooling",
+        idea=(
+            "timm VisionTransformer and Eva: class / distillation / register tokens, LayerScale, rotary positions; "
+            "token, average, maximum, attention pooling"
+        ),
         matches=takes,
         bind=TimmVit,
         tiny={k: partial(_tiny, **o) for k, o in _VARIANTS.items()},

@@ -1,7 +1,8 @@
-"""The first release of a package that breaks us: installs one release after the other, beside the environment that runs this, and tries a covering subset.
+"""The first release of a package that breaks us: installs one release after the other, beside the environment that runs
+this, and tries a covering subset.
 
-``python tests/canary.py transformers``: from the oldest tested release to the newest on the index (``--from``, ``--to``); 0 if none breaks. ``--here``: the
-subset on this environment as it is (``make test-newest``).
+``python tests/canary.py transformers``: from the oldest tested release to the newest on the index (``--from``,
+``--to``); 0 if none breaks. ``--here``: the subset on this environment as it is (``make test-newest``).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from vtprune import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
-# Every family on its tiny model; what the README says to type; then what meets other packages most: generate, towers, the page, the kernels' interpreter.
+# Every family on its tiny model; what the README says to type; then what meets other packages most: generate, towers,
+# the page, the kernels' interpreter.
 SUBSET = (
     ("-m", "vtprune", "doctor"),
     (*PYTEST, "tests/test_readme.py", "tests/test_imports.py", "tests/test_demo_app.py", "tests/test_overhead.py"),
@@ -38,7 +40,15 @@ def broken(env: Mapping[str, str]) -> str | None:
     """The first command of the subset that fails, and the end of what it said; ``None`` if all pass."""
     for words in SUBSET:
         try:
-            done = subprocess.run([sys.executable, *words], cwd=ROOT, env={**env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT)
+            done = subprocess.run(
+                [sys.executable, *words],
+                cwd=ROOT,
+                env={**env},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=LIMIT,
+            )
         except subprocess.TimeoutExpired:
             return f"python {' '.join(words)}: not done after {LIMIT} s"
         if done.returncode:
@@ -53,11 +63,16 @@ def releases(package: str, first: str, last: str | None) -> list[str]:
     if done.returncode or listed is None:
         raise SystemExit(f"pip does not find {package}: {done.stderr.strip()[-500:]}")
     found = sorted({Version(text) for text in listed[1].split(", ")})
-    return [str(v) for v in found if not v.is_prerelease and not v.local and Version(first) <= v and (last is None or v <= Version(last))]
+    return [
+        str(v)
+        for v in found
+        if not v.is_prerelease and not v.local and Version(first) <= v and (last is None or v <= Version(last))
+    ]
 
 
 def overlay(package: str, release: str, folder: Path) -> None:
-    """Puts the release into ``folder``, and what it needs in another release than the one that is installed; everything else is the environment's.
+    """Puts the release into ``folder``, and what it needs in another release than the one that is installed; everything
+    else is the environment's.
 
     Raises :class:`SystemExit` if pip cannot install it.
     """
@@ -65,7 +80,18 @@ def overlay(package: str, release: str, folder: Path) -> None:
     todo = [Requirement(f"{package}=={release}")]
     while todo:
         wanted = todo.pop()
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(folder), f"{wanted.name}{wanted.specifier}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--upgrade",
+            "--target",
+            str(folder),
+            f"{wanted.name}{wanted.specifier}",
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"pip cannot install {wanted}: {done.stderr.strip()[-500:]}")
@@ -76,7 +102,12 @@ def overlay(package: str, release: str, folder: Path) -> None:
             there[name] = d.version
             needs = [Requirement(text) for text in d.requires or ()]
             needs = [r for r in needs if r.marker is None or r.marker.evaluate({"extra": ""})]
-            todo += [r for r in needs if (v := there.get(r.name.lower().replace("_", "-"))) is None or not r.specifier.contains(v, prereleases=True)]
+            todo += [
+                r
+                for r in needs
+                if (v := there.get(r.name.lower().replace("_", "-"))) is None
+                or not r.specifier.contains(v, prereleases=True)
+            ]
 
 
 def main() -> int:
@@ -100,8 +131,13 @@ def main() -> int:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as name:
             overlay(args.package, release, Path(name))
-            told = broken({**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (name, os.environ.get("PYTHONPATH"))))})
-        print(f"{args.package} {release}: {'passes' if told is None else 'BREAKS'} ({time.monotonic() - began:.0f} s)", flush=True)
+            told = broken(
+                {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (name, os.environ.get("PYTHONPATH"))))}
+            )
+        print(
+            f"{args.package} {release}: {'passes' if told is None else 'BREAKS'} ({time.monotonic() - began:.0f} s)",
+            flush=True,
+        )
         if told is not None:
             print(told)
             return 1

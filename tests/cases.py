@@ -18,7 +18,8 @@ def case_options(model: Any, method: str, number: int) -> dict[str, Any]:
 
 
 def mixes_pictures() -> bool:
-    """Releases whose ``generate`` encodes pictures after it has repeated prompts, picture by picture: beams of a prompt with two see one twice."""
+    """Releases whose ``generate`` encodes pictures after it has repeated prompts, picture by picture: beams of a prompt
+    with two see one twice."""
     from transformers import LlavaForConditionalGeneration
     from vtprune.models._host import ENCODED
 

@@ -1,5 +1,6 @@
-"""Compiles every Triton kernel, as its launcher launches it, to machine code of GPUs that need not be there: what the interpreter lets pass (shapes that are
-no power of two, types, shared memory) fails here. ``python compile_kernels.py CASES DTYPES CONFIGS ARCH...``, each of the first three ``first`` or ``all``."""
+"""Compiles every Triton kernel, as its launcher launches it, to machine code of GPUs that need not be there: what the
+interpreter lets pass (shapes that are no power of two, types, shared memory) fails here. ``python compile_kernels.py
+CASES DTYPES CONFIGS ARCH...``, each of the first three ``first`` or ``all``."""
 
 from __future__ import annotations
 
@@ -15,7 +16,11 @@ from triton.compiler import ASTSource
 from vtprune.kernels import KERNELS, _triton
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.uint8: "u8"}
-SHARED = {"80": 166912, "89": 101376, "90": 232448}  # bytes of shared memory that a program may have: A100, L4 and RTX 40, H100
+SHARED = {
+    "80": 166912,
+    "89": 101376,
+    "90": 232448,
+}  # bytes of shared memory that a program may have: A100, L4 and RTX 40, H100
 launched: list[tuple[Any, tuple, dict]] = []
 
 
@@ -31,14 +36,27 @@ def source(function: Any, values: dict[str, Any]) -> ASTSource:
         if function.params[i].is_constexpr or value is None:
             kinds[name], constants[(i,)] = "constexpr", value
         else:
-            kinds[name] = "*" + TYPES[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
+            kinds[name] = (
+                "*" + TYPES[value.dtype]
+                if isinstance(value, torch.Tensor)
+                else "fp32"
+                if isinstance(value, float)
+                else "i32"
+            )
     return ASTSource(fn=function, signature=kinds, constexprs=constants)
 
 
 def main(cases: str, dtypes: str, configs: str, *archs: str) -> None:
     for name in KERNELS:
         module = importlib.import_module(f"vtprune.kernels.{name}_triton")
-        for part in {module, *(sys.modules[m] for m in sys.modules if m.startswith("vtprune.kernels.") and hasattr(sys.modules[m], "launch"))}:
+        for part in {
+            module,
+            *(
+                sys.modules[m]
+                for m in sys.modules
+                if m.startswith("vtprune.kernels.") and hasattr(sys.modules[m], "launch")
+            ),
+        }:
             part.launch = record  # type: ignore[attr-defined]
     for name in KERNELS:
         info = KERNELS.get(name)
@@ -60,7 +78,11 @@ def main(cases: str, dtypes: str, configs: str, *archs: str) -> None:
                 if (arch, *key) in seen:
                     continue
                 seen.add((arch, *key))
-                made = triton.compile(text, target=GPUTarget("cuda", int(arch), 32), options={"num_warps": config.num_warps, "num_stages": config.num_stages})
+                made = triton.compile(
+                    text,
+                    target=GPUTarget("cuda", int(arch), 32),
+                    options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+                )
                 where = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
                 fits.setdefault((arch, key[:3]), []).append(made.metadata.shared <= SHARED[arch])
                 done[where] = max(done.get(where, 0), made.metadata.shared)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # processes that tests start share the cores too: two threads each that wait for one another take several times as long
+# processes that tests start share the cores too: two threads each that wait for one another take several times as long
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not torch.cuda.is_available():  # before anything imports triton: its kernels run in the interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -59,7 +60,15 @@ def tiny():
     return build
 
 
-SOME = ("downsample", "dpvr-lf", "flowcut", "pitome", "pool", "pyramiddrop", "random")  # of every kind; with the bundled model the others are slow
+SOME = (
+    "downsample",
+    "dpvr-lf",
+    "flowcut",
+    "pitome",
+    "pool",
+    "pyramiddrop",
+    "random",
+)  # of every kind; with the bundled model the others are slow
 THOROUGH = ("llava", "qwen2.5-vl", "gemma3", "timm-vit")  # families of different kinds, in every case of every method
 
 
@@ -75,8 +84,8 @@ def pairs() -> list[tuple[str, str, str, int]]:
 
 
 def covering(pair: tuple[str, str, str, int]) -> bool:
-    """Whether a pair belongs to the choice that every run makes: every method in the first variant of every family, in one of its cases by turns; every third
-    method in the other variants. The rest runs under the slow marker."""
+    """Whether a pair belongs to the choice that every run makes: every method in the first variant of every family, in
+    one of its cases by turns; every third method in the other variants. The rest runs under the slow marker."""
     family, variant, name, case = pair
     variants = list(ADAPTERS.get(family).tiny)
     turn = list(ADAPTERS).index(family) + variants.index(variant) + vtprune.methods().index(name)
@@ -93,5 +102,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "method_name" in metafunc.fixturenames:
         metafunc.parametrize("method_name", vtprune.methods())
     if "pair" in metafunc.fixturenames:
-        everything = [pytest.param(p, id="-".join(map(str, p)), marks=() if covering(p) else pytest.mark.slow) for p in pairs()]
+        everything = [
+            pytest.param(p, id="-".join(map(str, p)), marks=() if covering(p) else pytest.mark.slow) for p in pairs()
+        ]
         metafunc.parametrize("pair", everything)

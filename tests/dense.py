@@ -1,7 +1,9 @@
-"""The dense model made to compute what a pruned one must: dropped columns hidden, merged rows averaged, routed rows replaced. Written apart from the package's
-own reference (``models/_masked.py``): no cache, so prompt and answer are one forward, and merges are followed as well.
+"""The dense model made to compute what a pruned one must: dropped columns hidden, merged rows averaged, routed rows
+replaced. Written apart from the package's own reference (``models/_masked.py``): no cache, so prompt and answer are one
+forward, and merges are followed as well.
 
-A merged token equals a cluster whose members all hold the mean: with proportional attention every member stays visible, else one of them.
+A merged token equals a cluster whose members all hold the mean: with proportional attention every member stays visible,
+else one of them.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ class NoReference(Exception):
 
 @dataclass
 class Done:
-    """What an attached model said it did with one prompt of ``ids`` ``[B, T]``. ``stages``: those of the report; ``passes``: ``(run, row)`` per pass of
-    the tower; ``cuts``: ``(stage, Cut)``; ``rows``: which of the report's samples each row of the batch is; ``given``: rows that entered the language
-    model, for towers that cannot be repeated."""
+    """What an attached model said it did with one prompt of ``ids`` ``[B, T]``. ``stages``: those of the report;
+    ``passes``: ``(run, row)`` per pass of the tower; ``cuts``: ``(stage, Cut)``; ``rows``: which of the report's
+    samples each row of the batch is; ``given``: rows that entered the language model, for towers that cannot be
+    repeated."""
 
     ids: Tensor | None = None
     stages: tuple[Any, ...] = ()
@@ -40,8 +43,9 @@ class Done:
 
 
 class Dense:
-    """``with Dense(model, adapter, done) as d: model(...)``; ``d.present`` ``[B, T]`` are the rows of the prompt that are left at the end, ``d.scores`` what
-    the ranking methods in the language model should have ranked by: ``(number of the stage in the report, scores [B, T])``."""
+    """``with Dense(model, adapter, done) as d: model(...)``; ``d.present`` ``[B, T]`` are the rows of the prompt that
+    are left at the end, ``d.scores`` what the ranking methods in the language model should have ranked by: ``(number of
+    the stage in the report, scores [B, T])``."""
 
     def __init__(self, model: Any, adapter: Any, done: Done):
         self.model, self.adapter, self.done = model, adapter, done
@@ -56,7 +60,9 @@ class Dense:
             self._follow()
             self.present = ~self.lost[-1]
         found = self._tower()
-        for block, hook, kind in [f for f in found if f[2] == "before"] + [f for f in reversed(found) if f[2] == "after"]:
+        for block, hook, kind in [f for f in found if f[2] == "before"] + [
+            f for f in reversed(found) if f[2] == "after"
+        ]:
             if kind == "before":
                 self.hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
             else:  # ahead of transformers' own, which capture hidden states
@@ -73,11 +79,12 @@ class Dense:
         for hook in self.hooks:
             hook.remove()
 
-    # ------------------------------------------------------------------------------------------------------------ language model
+    # ------------------------------------------------------------------------------------------------------------
+    # language model
 
     def _follow(self) -> None:
-        """Layer by layer, cut by cut: ``lost[i]`` columns gone in layer i, ``steps[i]`` what its cuts do, in their order; ``gone`` columns gone in front of a
-        reported stage."""
+        """Layer by layer, cut by cut: ``lost[i]`` columns gone in layer i, ``steps[i]`` what its cuts do, in their
+        order; ``gone`` columns gone in front of a reported stage."""
         self.lost: list[Tensor] = []
         self.steps: list[list[tuple[str, int, Tensor]]] = []
         self.gone: dict[int, Tensor] = {}
@@ -101,7 +108,9 @@ class Dense:
                 elif held and any(bool((h != now).any()) for h in held.values()):
                     raise NoReference("cuts among the routed layers")
                 name = self.done.methods[stage].info.name
-                place = next((n for n, s in told if s.site == cut.site and s.method == name and n not in self.gone), None)
+                place = next(
+                    (n for n, s in told if s.site == cut.site and s.method == name and n not in self.gone), None
+                )
                 if place is not None:
                     steps.append(("rank", place, now))
                     self.gone[place], self.owner[place] = now, self.done.methods[stage]
@@ -148,7 +157,13 @@ class Dense:
             t = x.shape[1]
             eye = torch.eye(t, dtype=torch.bool)
             own = kwargs.get("attention_mask")
-            seen = torch.ones(t, t, dtype=torch.bool).tril()[None, None] if own is None else own if own.dtype == torch.bool else own == 0
+            seen = (
+                torch.ones(t, t, dtype=torch.bool).tril()[None, None]
+                if own is None
+                else own
+                if own.dtype == torch.bool
+                else own == 0
+            )
             seen = seen.expand(len(x), -1, -1, -1)[:, :1]
             kwargs = dict(kwargs)
             for what, which, gone in self.steps[number]:
@@ -157,7 +172,10 @@ class Dense:
                     self.made[which] = self._branched(which, x, here, seen, gone)
                 elif what == "back":
                     x = torch.where(self._wide(self.visual & ~gone, t)[..., None], self.made[which], x)
-                elif self.done.stages[which].scores is not None and self.done.stages[which].method in ("fastv", "pyramiddrop"):
+                elif self.done.stages[which].scores is not None and self.done.stages[which].method in (
+                    "fastv",
+                    "pyramiddrop",
+                ):
                     self._rank(which, number, module, x, here, seen)
             lost = self._wide(self.lost[number], t)
             kwargs["position_embeddings"] = self._tables(kwargs, self.lost[number], kind, x)
@@ -226,7 +244,13 @@ class Dense:
                 first, rest = y[..., : cos.shape[-1]], y[..., cos.shape[-1] :]
                 if self.adapter.pairs:  # neighbouring channels are a complex number
                     by = torch.complex(cos[..., ::2].double(), sin[..., ::2].double())
-                    first = torch.view_as_real(torch.view_as_complex(first.double().unflatten(-1, (-1, 2)).contiguous()) * by).flatten(-2).to(y.dtype)
+                    first = (
+                        torch.view_as_real(
+                            torch.view_as_complex(first.double().unflatten(-1, (-1, 2)).contiguous()) * by
+                        )
+                        .flatten(-2)
+                        .to(y.dtype)
+                    )
                 else:
                     a, b = first.chunk(2, -1)
                     first = first * cos + torch.cat([-b, a], -1) * sin
@@ -257,7 +281,8 @@ class Dense:
             out[b] = probs[b, rows].mean(0)
         self.scores.append((place, out[:, :prompt]))
 
-    # --------------------------------------------------------------------------------------------------------------------- tower
+    # ----------------------------------------------------------------------------------------------------------------
+    # tower
 
     def _tower(self) -> list[tuple[nn.Module, Callable, str]]:
         done, adapter = self.done, self.adapter
@@ -272,7 +297,9 @@ class Dense:
         if merges and getattr(getattr(adapter, "tower", None), "rope", None) is not None:
             raise NoReference("merges among rotary positions")
         identity = torch.arange(n)
-        state = [(identity.clone(), identity.clone()) for _ in range(count)]  # per pass: kept tokens, and each token's place among them (-1: dropped)
+        state = [
+            (identity.clone(), identity.clone()) for _ in range(count)
+        ]  # per pass: kept tokens, and each token's place among them (-1: dropped)
         for i, block in enumerate(blocks):
             hidden = torch.ones(count, n, dtype=torch.bool)
             for j, (kept, into) in enumerate(state):
@@ -302,7 +329,10 @@ class Dense:
                             parts = old_into[members].unique()
                             if len(parts) > 1:
                                 any_merge = True
-                                weight = torch.tensor([float((old_into == p).sum()) if weighted else 1.0 for p in parts.tolist()], dtype=torch.float64)
+                                weight = torch.tensor(
+                                    [float((old_into == p).sum()) if weighted else 1.0 for p in parts.tolist()],
+                                    dtype=torch.float64,
+                                )
                                 mix[j, members] = 0
                                 for p, w in zip(parts.tolist(), (weight / weight.sum()).tolist(), strict=True):
                                     mix[j, members, old_kept[p]] = w
@@ -323,7 +353,9 @@ class Dense:
             x = args[0] if args else kwargs["hidden_states"]
             if len(x) != len(hidden):
                 raise NoReference("the tower runs more than once")
-            mask = nn.functional.pad(torch.zeros(hidden.shape, dtype=x.dtype).masked_fill(hidden, -torch.inf), (prefix, 0))[:, None, None]
+            mask = nn.functional.pad(
+                torch.zeros(hidden.shape, dtype=x.dtype).masked_fill(hidden, -torch.inf), (prefix, 0)
+            )[:, None, None]
             mask = mask if form is None else form(mask)
             return ((args[0], mask, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, name: mask})
 

@@ -37,7 +37,9 @@ class FakeProcessor:
         rows = [[START, *[IMAGE] * 16, *(4 + sum(map(ord, w)) % WORDS for w in t.split())] for t in text]
         width = max(map(len, rows))
         ids = torch.tensor([[PAD] * (width - len(r)) + r for r in rows])
-        return BatchFeature({"input_ids": ids, "attention_mask": (ids != PAD).long(), **self.image_processor(images, "pt")})
+        return BatchFeature(
+            {"input_ids": ids, "attention_mask": (ids != PAD).long(), **self.image_processor(images, "pt")}
+        )
 
     def batch_decode(self, ids, skip_special_tokens):
         return [" ".join(f"w{i}" for i in row if i > IMAGE) + " " for row in ids.tolist()]

@@ -1,9 +1,11 @@
-"""A fuzzer: random recipes in random models on random inputs, run in random ways, against the dense model made to compute the same (``dense.py``).
+"""A fuzzer: random recipes in random models on random inputs, run in random ways, against the dense model made to
+compute the same (``dense.py``).
 
-``python tests/fuzz.py --seeds 0:10000 [--jobs 2] [--seconds N] [--family llava,qwen2-vl] [--way generate]``. A seed is one run and draws
-everything. It ends as ok (equal), refused (:class:`VtpruneError` from ``attach``), late (from a later call), host (the unpruned model does
-the same wrong thing), MISMATCH (another answer, without a word) or RAW (another exception, or a refusal in the words of a kernel). The last two are
-faults: each is printed with the line that repeats it, and the exit code is 1.
+``python tests/fuzz.py --seeds 0:10000 [--jobs 2] [--seconds N] [--family llava,qwen2-vl] [--way generate]``. A seed is
+one run and draws everything. It ends as ok (equal), refused (:class:`VtpruneError` from ``attach``), late (from a later
+call), host (the unpruned model does the same wrong thing), MISMATCH (another answer, without a word) or RAW (another
+exception, or a refusal in the words of a kernel). The last two are faults: each is printed with the line that repeats
+it, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ class Mismatch(Exception):
     """Attached gives something else than it should."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- models and inputs
+# ----------------------------------------------------------------------------------------------------------------
+# models and inputs
 
 
 @dataclass
@@ -177,12 +180,16 @@ def compose(b: Bench, draw: random.Random) -> tuple[dict[str, Tensor], str]:
             length = int(seen[-1]) + 1 + (end == "image-near")
         for k in ("input_ids", *b.adapter.follows):
             if k in row:
-                row[k] = torch.nn.functional.pad(row[k], (0, max(length - row[k].shape[1], 0)), value=WORDS.start if k == "input_ids" else 0)[:, :length]
+                row[k] = torch.nn.functional.pad(
+                    row[k], (0, max(length - row[k].shape[1], 0)), value=WORDS.start if k == "input_ids" else 0
+                )[:, :length]
         if b.family == "paligemma":  # its suffix is the last two tokens
             row["token_type_ids"] = torch.zeros_like(row["input_ids"])
             row["token_type_ids"][:, max(int(seen[-1]) + 1, length - 2) :] = 1
         words = row["input_ids"] >= WORDS.start
-        row["input_ids"] = torch.where(words, torch.randint(WORDS.start, WORDS.stop, words.shape, generator=seed), row["input_ids"])
+        row["input_ids"] = torch.where(
+            words, torch.randint(WORDS.start, WORDS.stop, words.shape, generator=seed), row["input_ids"]
+        )
         for k, v in row.items():
             if v.is_floating_point() and k.startswith("pixel"):
                 row[k] = torch.where(v != 0, torch.randn(v.shape, generator=seed).to(v.dtype), v)
@@ -219,13 +226,17 @@ def collate(b: Bench, rows: list[dict[str, Tensor]], side: str) -> dict[str, Ten
         for k in names:
             like = b.example[k]
             row = [r.get(k, like[:1, :0]) for r in rows]
-            fill = [torch.full((1, tiles - x.shape[1], *like.shape[2:]), int(k != "pixel_values"), dtype=like.dtype) for x in row]
+            fill = [
+                torch.full((1, tiles - x.shape[1], *like.shape[2:]), int(k != "pixel_values"), dtype=like.dtype)
+                for x in row
+            ]
             out[k] = torch.cat([torch.cat(pair, 1) for pair in zip(row, fill, strict=True)])
         return out
     return out | {k: torch.cat([r[k] for r in rows if k in r]) for k in names}
 
 
-# ------------------------------------------------------------------------------------------------------------------------- recipes
+# --------------------------------------------------------------------------------------------------------------------
+# recipes
 
 
 def layer(draw: random.Random, b: Bench, kind: str = "llm") -> int:
@@ -274,7 +285,26 @@ DRAWN: dict[str, Callable[[random.Random, Bench], Any]] = {
     "r": lambda d, b: d.choice((0, 1, 2, 3, 5)),
     "inflect": lambda d, b: d.choice((-1.0, 0.0, 0.5, 1.0)),
 }
-EXTREME = (math.nan, math.inf, -math.inf, 0, -1, 0.0, -0.5, 1e-9, 2, 10**9, 1e300, "", "nonsense", True, (), (0, 0), None, [1, 2])
+EXTREME = (
+    math.nan,
+    math.inf,
+    -math.inf,
+    0,
+    -1,
+    0.0,
+    -0.5,
+    1e-9,
+    2,
+    10**9,
+    1e300,
+    "",
+    "nonsense",
+    True,
+    (),
+    (0, 0),
+    None,
+    [1, 2],
+)
 
 
 def options(draw: random.Random, b: Bench, name: str) -> dict[str, Any]:
@@ -284,7 +314,9 @@ def options(draw: random.Random, b: Bench, name: str) -> dict[str, Any]:
     hints = typing.get_type_hints(info.cls)
     out: dict[str, Any] = {}
     for key in info.options:
-        if key == "weights" or draw.random() < (0.4 if key in ("site", "layer", "layers", "split", "variant") else 0.75):
+        if key == "weights" or draw.random() < (
+            0.4 if key in ("site", "layer", "layers", "split", "variant") else 0.75
+        ):
             continue
         kinds = typing.get_args(hints[key]) if isinstance(hints[key], types.UnionType) else (hints[key],)
         if key in DRAWN:
@@ -353,7 +385,8 @@ def overrides(draw: random.Random, b: Bench, chosen: Recipe) -> dict[str, Any]:
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------------ one run's tools
+# ---------------------------------------------------------------------------------------------------------------- one
+# run's tools
 
 
 @dataclass
@@ -392,7 +425,11 @@ class Case:
         finite = want.isfinite()
         if not torch.equal(finite, got.isfinite()):
             raise Mismatch(f"{what}: not finite where the dense model is, or the other way round")
-        error = float((got.double() - want.double())[finite].abs().max() / want.double()[finite].abs().max().clamp_min(1)) if bool(finite.any()) else 0.0
+        error = (
+            float((got.double() - want.double())[finite].abs().max() / want.double()[finite].abs().max().clamp_min(1))
+            if bool(finite.any())
+            else 0.0
+        )
         if not error <= LIMITS[self.dtype] * times:
             raise Mismatch(f"{what}: {error:.1e} off")
 
@@ -403,7 +440,8 @@ class Case:
         return {"position_ids": (mask.long().cumsum(1) - 1).clamp_min(0) + self.b.adapter.first_position}
 
     def done(self, rows: list[int] | None = None, labels: Tensor | None = None) -> Done:
-        """What the last prefill did, for the dense model; nothing without an attachment. ``rows``: the report's sample of each row of the inputs."""
+        """What the last prefill did, for the dense model; nothing without an attachment. ``rows``: the report's sample
+        of each row of the inputs."""
         ids, mask = self.inputs.get("input_ids"), self.inputs.get("attention_mask")
         count = 0 if ids is None else len(ids)
         if not self.on:
@@ -447,12 +485,18 @@ class Case:
         return out
 
     def check(self, report: Any, needed: list[set[int]]) -> None:
-        """What a report must say whatever was done: indices in order, the counts they have, the best kept where tokens were ranked; and it is plain data."""
+        """What a report must say whatever was done: indices in order, the counts they have, the best kept where tokens
+        were ranked; and it is plain data."""
         report.to_dict()
         for s in report.stages:
             for i, k in enumerate(s.kept):
-                if len(k) != s.tokens_out[i] or (len(k) and (bool((k.diff() <= 0).any()) or int(k[0]) < 0 or int(k[-1]) >= report.visual_tokens[i])):
-                    raise Mismatch(f"report: {s.site} of {s.method} keeps {k.tolist()} and says {s.tokens_out[i]} of {report.visual_tokens[i]}")
+                if len(k) != s.tokens_out[i] or (
+                    len(k) and (bool((k.diff() <= 0).any()) or int(k[0]) < 0 or int(k[-1]) >= report.visual_tokens[i])
+                ):
+                    raise Mismatch(
+                        f"report: {s.site} of {s.method} keeps {k.tolist()} and says {s.tokens_out[i]} of "
+                        f"{report.visual_tokens[i]}"
+                    )
                 if s.scores is None or s.units is None or s.assignment is not None or METHODS.get(s.method).merges:
                     continue
                 score, unit = s.scores[i].nan_to_num(-math.inf, posinf=math.inf, neginf=-math.inf), s.units[i]
@@ -463,7 +507,10 @@ class Case:
                 for u in unit[unit >= 0].unique().tolist():
                     left, gone = score[(unit == u) & chosen], score[(unit == u) & ~chosen]
                     if len(left) and len(gone) and float(left.min()) < float(gone.max()):
-                        raise Mismatch(f"report: {s.site} of {s.method} dropped a score of {float(gone.max()):.3g} and kept {float(left.min()):.3g}")
+                        raise Mismatch(
+                            f"report: {s.site} of {s.method} dropped a score of {float(gone.max()):.3g} and kept "
+                            f"{float(left.min()):.3g}"
+                        )
 
     def ranked(self, dense: Dense) -> None:
         """The reported scores are those of the definition."""
@@ -475,7 +522,10 @@ class Case:
                 if bool(both.any()):
                     error = float((mine - told)[both].abs().max() / mine[both].abs().max().clamp_min(1e-3))
                     if error > 40 * LIMITS[self.dtype]:
-                        raise Mismatch(f"{stage.method} at {stage.site} ranks sample {b} by other scores than its own ({error:.1e} off)")
+                        raise Mismatch(
+                            f"{stage.method} at {stage.site} ranks sample {b} by other scores than its own "
+                            f"({error:.1e} off)"
+                        )
 
     def dense(self, done: Done, inputs: dict[str, Tensor], model: Any = None, grad: bool = False) -> tuple[Any, Dense]:
         """The masked dense model's output for ``inputs``, and what it hid."""
@@ -514,12 +564,27 @@ class Case:
 
     def whole(self, answer: Tensor) -> dict[str, Tensor]:
         """The inputs with an answer ``[B, n]`` behind the prompt."""
-        follows = {k: torch.cat([self.inputs[k], torch.full_like(answer, v)], 1) for k, v in self.b.adapter.follows.items() if k in self.inputs}
+        follows = {
+            k: torch.cat([self.inputs[k], torch.full_like(answer, v)], 1)
+            for k, v in self.b.adapter.follows.items()
+            if k in self.inputs
+        }
         mask = torch.cat([self.mask, torch.ones_like(answer)], 1)
-        return {**self.inputs, **follows, "input_ids": torch.cat([self.ids, answer], 1), "attention_mask": mask, **self.placed(mask)}
+        return {
+            **self.inputs,
+            **follows,
+            "input_ids": torch.cat([self.ids, answer], 1),
+            "attention_mask": mask,
+            **self.placed(mask),
+        }
 
     def words(self, n: int) -> Tensor:
-        return torch.randint(WORDS.start, WORDS.stop, (len(self.ids), n), generator=torch.Generator().manual_seed(self.draw.randrange(2**31)))
+        return torch.randint(
+            WORDS.start,
+            WORDS.stop,
+            (len(self.ids), n),
+            generator=torch.Generator().manual_seed(self.draw.randrange(2**31)),
+        )
 
     def rows(self, d: Dense) -> Tensor:
         """Rows of the prompt whose output must be right: no padding, left at the end; of a routed prompt the text."""
@@ -536,7 +601,8 @@ def cache_name() -> str:
 CACHE = cache_name()
 
 
-# ----------------------------------------------------------------------------------------------------------------- ways of running
+# --------------------------------------------------------------------------------------------------------------- ways
+# of running
 
 
 def forward(c: Case) -> None:
@@ -620,7 +686,9 @@ def training(c: Case) -> None:
     c.residue = True  # transformers leaves what checkpointing needs
     try:
         if checkpointing:
-            (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
+            (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(
+                {"use_reentrant": reentrant}
+            )
             model.enable_input_require_grads()
         before = snapshot(model)
         c.attach()
@@ -648,8 +716,12 @@ def training(c: Case) -> None:
     if not bool(loss.isfinite()):
         return
     c.equal(out.loss.detach()[None], loss.detach()[None], "training: loss", 4)
-    for (n, g), w in zip(got.items(), torch.autograd.grad(loss, [parameters[n] for n in got], allow_unused=True), strict=True):
-        if w is not None and (done.given is None or "language_model" in n):  # a tower whose pixels were reduced is not run again
+    for (n, g), w in zip(
+        got.items(), torch.autograd.grad(loss, [parameters[n] for n in got], allow_unused=True), strict=True
+    ):
+        if w is not None and (
+            done.given is None or "language_model" in n
+        ):  # a tower whose pixels were reduced is not run again
             scale = float(w.abs().max().clamp_min(1e-4))
             c.equal(g / scale, w / scale, f"training: gradient of {n}", 20)
 
@@ -688,11 +760,19 @@ def generate(c: Case) -> None:
                 return
         else:
             how = {CACHE: DynamicCache(config=config)}
-    rules = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "suppress_tokens": list(range(8)), **how}
+    rules = {
+        "max_new_tokens": steps,
+        "min_new_tokens": steps,
+        "do_sample": False,
+        "suppress_tokens": list(range(8)),
+        **how,
+    }
     c.attach()
     torch.manual_seed(1)
     with torch.no_grad(), _inline_streams():
-        out = c.model.generate(**c.inputs, **rules, return_dict_in_generate=True, output_logits=True, output_scores=True)
+        out = c.model.generate(
+            **c.inputs, **rules, return_dict_in_generate=True, output_logits=True, output_scores=True
+        )
     t, b = c.ids.shape[1], len(c.ids)
     times = len(out.sequences) // b
     which = c.draw.randrange(times)
@@ -748,7 +828,9 @@ def _one(c: Case, b: int) -> dict[str, Tensor]:
     """Sample ``b`` of the batch alone, without padding."""
     found = c.b.adapter.parts(c.ids, c.inputs)
     real = c.mask[b].bool()
-    along = {k: c.inputs[k][b : b + 1, real] for k in ("input_ids", "attention_mask", *c.b.adapter.follows) if k in c.inputs}
+    along = {
+        k: c.inputs[k][b : b + 1, real] for k in ("input_ids", "attention_mask", *c.b.adapter.follows) if k in c.inputs
+    }
     pixels = any(k.startswith("pixel") for k in c.inputs)
     return {**along, **(c.b.adapter.slice_(c.inputs, found, b) if pixels else {})}
 
@@ -773,13 +855,29 @@ def by_hand(c: Case) -> None:
     c.attach()
     got = []
     with torch.no_grad():
-        out = c.model(**c.inputs, **(c.placed(c.mask) if placed else {}), use_cache=True, **({CACHE: cache} if cache is not None else {}))
+        out = c.model(
+            **c.inputs,
+            **(c.placed(c.mask) if placed else {}),
+            use_cache=True,
+            **({CACHE: cache} if cache is not None else {}),
+        )
         prompt, cache = out.logits, getattr(out, CACHE)
         for n in pieces:
             mask = torch.cat([c.mask, torch.ones_like(answer[:, : at - c.ids.shape[1] + n])], 1)
             where = {k: v[:, at : at + n] for k, v in c.placed(mask).items()} if placed else {}
-            extra = {k: torch.full((len(c.ids), n), v) for k, v in c.b.adapter.follows.items() if k in c.inputs and k != "mm_token_type_ids"}
-            out = c.model(input_ids=answer[:, at - c.ids.shape[1] :][:, :n], attention_mask=mask, **where, **extra, use_cache=True, **{CACHE: cache})
+            extra = {
+                k: torch.full((len(c.ids), n), v)
+                for k, v in c.b.adapter.follows.items()
+                if k in c.inputs and k != "mm_token_type_ids"
+            }
+            out = c.model(
+                input_ids=answer[:, at - c.ids.shape[1] :][:, :n],
+                attention_mask=mask,
+                **where,
+                **extra,
+                use_cache=True,
+                **{CACHE: cache},
+            )
             got.append(out.logits)
             cache, at = getattr(out, CACHE), at + n
     whole = c.whole(answer)
@@ -795,7 +893,12 @@ def second_turn(c: Case) -> None:
     """``generate``, then ``generate`` again with the cache and a longer text."""
     if c.side != "none":
         c.inputs, c.side = _one(c, int(c.mask.sum(1).argmax())), "none"
-    rules = {"do_sample": False, "suppress_tokens": list(range(8)), "return_dict_in_generate": True, "output_logits": True}
+    rules = {
+        "do_sample": False,
+        "suppress_tokens": list(range(8)),
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     more, t = c.words(c.draw.choice((1, 3))), c.ids.shape[1]
     c.attach()
     with torch.no_grad():
@@ -813,7 +916,12 @@ def second_turn(c: Case) -> None:
 def interleaved(c: Case) -> None:
     """Two requests whose steps alternate give what each gives alone; the reports are those of their own prompts."""
     a, b = _one(c, 0), _one(c, len(c.ids) - 1)
-    b = {**b, "input_ids": torch.where(b["input_ids"] >= WORDS.start, b["input_ids"].flip(1).clamp_min(WORDS.start), b["input_ids"])}
+    b = {
+        **b,
+        "input_ids": torch.where(
+            b["input_ids"] >= WORDS.start, b["input_ids"].flip(1).clamp_min(WORDS.start), b["input_ids"]
+        ),
+    }
     answer = c.words(3)[:1]
 
     def steps(one: dict[str, Tensor]) -> Iterator[Tensor]:
@@ -825,7 +933,9 @@ def interleaved(c: Case) -> None:
                 else:
                     mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
                     where = {k: v[:, -1:] for k, v in c.placed(mask).items()}
-                    out = c.model(input_ids=answer[:, i : i + 1], attention_mask=mask, **where, use_cache=True, **{CACHE: cache})
+                    out = c.model(
+                        input_ids=answer[:, i : i + 1], attention_mask=mask, **where, use_cache=True, **{CACHE: cache}
+                    )
             cache = getattr(out, CACHE)
             yield out.logits[:, -1]
 
@@ -841,7 +951,13 @@ def singles(c: Case) -> None:
     """A batch gives what its samples give alone: the same tokens kept, the same logits."""
     seeds = c.draw.random() < 0.3
     c.attach()
-    if c.on and seeds and not any(cut.kind in ("vision", "pixels") for *_, cs in plan(c.handle.geometry, c.handle.recipe) for cut in cs):
+    if (
+        c.on
+        and seeds
+        and not any(
+            cut.kind in ("vision", "pixels") for *_, cs in plan(c.handle.geometry, c.handle.recipe) for cut in cs
+        )
+    ):
         c.handle.reseed(list(range(len(c.ids))))
     else:
         seeds = False
@@ -856,10 +972,16 @@ def singles(c: Case) -> None:
             if report is not None:
                 alone = c.handle.report()
                 if report.visual_tokens[b] != alone.visual_tokens[0]:
-                    raise Mismatch(f"singles: sample {b} has {report.visual_tokens[b]} visual tokens in the batch, {alone.visual_tokens[0]} alone")
+                    raise Mismatch(
+                        f"singles: sample {b} has {report.visual_tokens[b]} visual tokens in the batch, "
+                        f"{alone.visual_tokens[0]} alone"
+                    )
                 for s, t in zip(report.stages, alone.stages, strict=False) if report.visual_tokens[b] else ():
                     if not torch.equal(s.kept[b], t.kept[0]) and not _tie(s, b, t, c.dtype):
-                        raise Mismatch(f"singles: sample {b} keeps {s.kept[b].tolist()} at {s.site} of {s.method} in the batch, {t.kept[0].tolist()} alone")
+                        raise Mismatch(
+                            f"singles: sample {b} keeps {s.kept[b].tolist()} at {s.site} of {s.method} in the batch, "
+                            f"{t.kept[0].tolist()} alone"
+                        )
                     if not torch.equal(s.kept[b], t.kept[0]):
                         return
             c.equal(got[0], out[b, c.mask[b].bool()], f"singles: sample {b}")
@@ -893,7 +1015,9 @@ def features(c: Case) -> None:
         return
     names = inspect.signature(core.get_image_features).parameters
     given = {k: v for k, v in c.inputs.items() if k in names and k not in ("input_ids", "attention_mask")}
-    handed = "mm_encoder_outputs" in inspect.signature(c.model.forward).parameters and "pixel_values_videos" not in c.inputs
+    handed = (
+        "mm_encoder_outputs" in inspect.signature(c.model.forward).parameters and "pixel_values_videos" not in c.inputs
+    )
     c.attach()
     with torch.no_grad():
         made = core.get_image_features(**given, return_dict=True)
@@ -911,7 +1035,8 @@ def features(c: Case) -> None:
 
 
 def twice(c: Case) -> None:
-    """The same again is bitwise the same, also after an exception in the middle of a forward, and in a copy of the inputs."""
+    """The same again is bitwise the same, also after an exception in the middle of a forward, and in a copy of the
+    inputs."""
     layers = c.b.adapter.all_layers()
     c.attach()
     with torch.no_grad():
@@ -964,7 +1089,11 @@ def bad_inputs(c: Case) -> None:
             elif at + 1 < ids.shape[1]:
                 ids[b, at + 1] = ids[b, at]
         x["input_ids"] = ids
-    elif kind == "image-less" and "pixel_values" in x and c.b.family not in ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe"):
+    elif (
+        kind == "image-less"
+        and "pixel_values" in x
+        and c.b.family not in ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe")
+    ):
         x["pixel_values"] = x["pixel_values"][:-1]
     elif kind == "half-pixels":
         x = {k: v.half() if v.is_floating_point() else v for k, v in x.items()}
@@ -1016,7 +1145,10 @@ def extreme(c: Case) -> None:
     c.notes.append(f"{name}={value!r}")
     if name in info.options:
         rest = {k: v for k, v in stage.options.items() if k != name}
-        c.chosen = Recipe(name="fuzz", stages=(*c.chosen.stages[:-1], Stage(method=stage.method, keep=stage.keep, options={**rest, name: value})))
+        c.chosen = Recipe(
+            name="fuzz",
+            stages=(*c.chosen.stages[:-1], Stage(method=stage.method, keep=stage.keep, options={**rest, name: value})),
+        )
     else:
         c.overrides = {k: v for k, v in c.overrides.items() if k not in ("effective_tokens", "flops")} | {name: value}
     if not c.on:
@@ -1046,7 +1178,9 @@ def tower(c: Case) -> None:
 
 def _last_block(c: Case) -> tuple[Tensor, Tensor]:
     last: list[Tensor] = []
-    hook = c.b.adapter.tower_blocks()[-1].register_forward_hook(lambda m, a, o: last.append(o[0] if isinstance(o, tuple) else o))
+    hook = c.b.adapter.tower_blocks()[-1].register_forward_hook(
+        lambda m, a, o: last.append(o[0] if isinstance(o, tuple) else o)
+    )
     try:
         with torch.no_grad():
             return output(c.model(**c.inputs)), last[-1]
@@ -1060,11 +1194,23 @@ def tower_singles(c: Case) -> None:
     c.attach()
     with torch.no_grad():
         both = c.model(**c.inputs)
-        both = both.logits if hasattr(both, "logits") else getattr(both, "pooler_output", None) if hasattr(both, "pooler_output") else output(both)
+        both = (
+            both.logits
+            if hasattr(both, "logits")
+            else getattr(both, "pooler_output", None)
+            if hasattr(both, "pooler_output")
+            else output(both)
+        )
         report = c.handle.report() if c.on else None
         for g in range(len(images)):
             one = c.model(**{**c.inputs, name: images[g : g + 1]})
-            one = one.logits if hasattr(one, "logits") else getattr(one, "pooler_output", None) if hasattr(one, "pooler_output") else output(one)
+            one = (
+                one.logits
+                if hasattr(one, "logits")
+                else getattr(one, "pooler_output", None)
+                if hasattr(one, "pooler_output")
+                else output(one)
+            )
             if report is not None:
                 for s, t in zip(report.stages, c.handle.report().stages, strict=True):
                     if not torch.equal(s.kept[g], t.kept[0]):
@@ -1090,7 +1236,11 @@ def tower_methods(c: Case) -> None:
             if way == "features":
                 c.equal(model.forward_head(model.forward_features(images)), whole, "forward_head(forward_features)")
             elif way == "intermediates":
-                c.equal(model.forward_head(model.forward_intermediates(images)[0]), whole, "forward_head(forward_intermediates)")
+                c.equal(
+                    model.forward_head(model.forward_intermediates(images)[0]),
+                    whole,
+                    "forward_head(forward_intermediates)",
+                )
             else:
                 found = model.get_intermediate_layers(images, n=1)[0]
                 stages = c.handle.report().stages if c.on else ()
@@ -1128,7 +1278,8 @@ TOWER_WAYS: dict[str, tuple[Callable[[Case], None], float]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------------------ one seed
+# --------------------------------------------------------------------------------------------------------------------
+# one seed
 
 
 @dataclass(frozen=True)
@@ -1142,18 +1293,23 @@ class Outcome:
 
 
 def run(seed: int, families: tuple[str, ...] = (), ways: tuple[str, ...] = ()) -> Outcome:
-    """One seed from the drawing to the model as it was. The restrictions belong to the seed: other ones draw other things."""
+    """One seed from the drawing to the model as it was. The restrictions belong to the seed: other ones draw other
+    things."""
     draw = random.Random(seed)
     pool = [v for v in variants() if not families or v[0] in families]
     weights = [0.4 if f in ("hf-vit", "timm-vit", "open-clip", "generic") else 1.0 for f, _ in pool]
     family, variant = draw.choices(pool, weights)[0]
     dtype = draw.choices((torch.float32, torch.float64, torch.bfloat16), (85, 8, 7))[0]
-    attention = draw.choices(("sdpa", "eager"), (4, 1))[0] if family not in ("timm-vit", "open-clip", "hf-vit") else "sdpa"
+    attention = (
+        draw.choices(("sdpa", "eager"), (4, 1))[0] if family not in ("timm-vit", "open-clip", "hf-vit") else "sdpa"
+    )
     if attention == "eager" and dtype == torch.float64:  # stock eager attention gives NaN there for left padding
         dtype = torch.float32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if dtype == torch.bfloat16 and experts(built(family, variant)[0]):  # nearly equal experts: rounding sends the token elsewhere
+        if dtype == torch.bfloat16 and experts(
+            built(family, variant)[0]
+        ):  # nearly equal experts: rounding sends the token elsewhere
             dtype = torch.float32
         b = bench(family, variant, dtype, attention)
         known = {k: v for k, v in (WAYS if b.mllm else TOWER_WAYS).items() if not ways or k in ways}
@@ -1179,7 +1335,10 @@ def run(seed: int, families: tuple[str, ...] = (), ways: tuple[str, ...] = ()) -
                 kind, detail = "MISMATCH", "not restored: another answer than before"
     if kind in FAULTS or kind == "host":
         BENCHES.pop((family, variant, dtype, attention), None)  # it may be dirty
-    parts = [[*([f"keep={s.keep}"] if s.keep is not None else []), *(f"{k}={v!r}" for k, v in s.options.items())] for s in chosen.stages]
+    parts = [
+        [*([f"keep={s.keep}"] if s.keep is not None else []), *(f"{k}={v!r}" for k, v in s.options.items())]
+        for s in chosen.stages
+    ]
     stages = " + ".join(f"{s.method}({', '.join(part)})" for s, part in zip(chosen.stages, parts, strict=True))
     told = f"{stages} {case.overrides or ''} {attention} {str(dtype)[6:]} {side} x{len(next(iter(inputs.values())))}"
     return Outcome(seed, kind, f"{family}/{variant}", " ".join([way, *case.notes]), told, detail)
@@ -1200,13 +1359,19 @@ def _try(way: Callable[[Case], None], case: Case) -> tuple[str, str]:
         return "MISMATCH", str(e)
     except Exception as e:
         where = traceback.extract_tb(e.__traceback__)[-1]
-        return "RAW", f"{type(e).__name__}: {str(e)[:150]} ({os.path.basename(where.filename)}:{where.lineno} {where.name})".replace("\n", " ")
+        return (
+            "RAW",
+            f"{type(e).__name__}: {str(e)[:150]} ({os.path.basename(where.filename)}:{where.lineno} {where.name})".replace(  # noqa: E501
+                "\n", " "
+            ),
+        )
     finally:
         case.detach()
     return "ok", ""
 
 
-# ------------------------------------------------------------------------------------------------------------------------- command
+# --------------------------------------------------------------------------------------------------------------------
+# command
 
 
 def _work(job: tuple[list[int], tuple[str, ...], tuple[str, ...], float]) -> list[Outcome]:
@@ -1220,7 +1385,14 @@ def _work(job: tuple[list[int], tuple[str, ...], tuple[str, ...], float]) -> lis
     return out
 
 
-def sweep(seeds: range, *, jobs: int = 1, seconds: float = math.inf, families: tuple[str, ...] = (), ways: tuple[str, ...] = ()) -> Iterator[Outcome]:
+def sweep(
+    seeds: range,
+    *,
+    jobs: int = 1,
+    seconds: float = math.inf,
+    families: tuple[str, ...] = (),
+    ways: tuple[str, ...] = (),
+) -> Iterator[Outcome]:
     until = time.time() + seconds
     if jobs <= 1:
         for seed in seeds:
@@ -1245,12 +1417,19 @@ def table(outcomes: list[Outcome]) -> str:
     total = Counter(o.kind for o in outcomes)
     lines.append(f"{'all':18}" + "".join(f"{total[k]:>10}" for k in kinds))
     refusals = Counter(re.sub(r"[0-9.]+", "#", o.detail)[:150] for o in outcomes if o.kind == "late")
-    lines += ["", "refused by the forward, not by attach:", *(f"{n:>6}  {text}" for text, n in refusals.most_common(25))]
+    lines += [
+        "",
+        "refused by the forward, not by attach:",
+        *(f"{n:>6}  {text}" for text, n in refusals.most_common(25)),
+    ]
     return "\n".join(lines)
 
 
 def line(o: Outcome, more: str = "") -> str:
-    return f"{o.kind} python tests/fuzz.py --seeds {o.seed}:{o.seed + 1}{more}  # {o.family} {o.way}: {o.recipe}: {o.detail}"
+    return (
+        f"{o.kind} python tests/fuzz.py --seeds {o.seed}:{o.seed + 1}{more}  # {o.family} {o.way}: {o.recipe}: "
+        f"{o.detail}"
+    )
 
 
 def main() -> int:
@@ -1259,7 +1438,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so many")
     parser.add_argument("--family", default="", help="of these families only, with commas between")
-    parser.add_argument("--way", default="", help=f"in these ways only: {', '.join(dict.fromkeys([*WAYS, *TOWER_WAYS]))}")
+    parser.add_argument(
+        "--way", default="", help=f"in these ways only: {', '.join(dict.fromkeys([*WAYS, *TOWER_WAYS]))}"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     first, _, end = given.seeds.partition(":")

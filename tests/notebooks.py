@@ -1,4 +1,5 @@
-"""The notebooks in demos/: run one as its reader would. ``python tests/notebooks.py`` (``make notebooks``) saves what they put out."""
+"""The notebooks in demos/: run one as its reader would. ``python tests/notebooks.py`` (``make notebooks``) saves what
+they put out."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "demos").glob("*.ipynb
 
 
 def run(path: Path, folder: Path) -> Any:
-    """The notebook with the outputs of a fresh kernel in ``folder``, without what differs from run to run. Raises ``CellExecutionError``."""
+    """The notebook with the outputs of a fresh kernel in ``folder``, without what differs from run to run. Raises
+    ``CellExecutionError``."""
     book = nbformat.read(path, 4)
     NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
     for cell in book.cells:
@@ -24,7 +26,8 @@ def run(path: Path, folder: Path) -> Any:
             for output in cell.outputs:
                 if "image/jpeg" in output.get("data", {}):  # the same picture twice
                     output["data"].pop("image/png", None)
-                if "<vt-theatre" in html.unescape(output.get("data", {}).get("text/html", "")):  # pages are large and do not live where they are not trusted
+                # pages are large and do not live where they are not trusted
+                if "<vt-theatre" in html.unescape(output.get("data", {}).get("text/html", "")):
                     output["data"] = {"text/html": THEATRE, "text/plain": "the token theatre"}
     book.metadata["language_info"] = {"name": "python"}
     return book
@@ -32,7 +35,9 @@ def run(path: Path, folder: Path) -> Any:
 
 def said(book: Any) -> list[str]:
     """What the cells print."""
-    return [o.text for cell in book.cells if cell.cell_type == "code" for o in cell.outputs if o.output_type == "stream"]
+    return [
+        o.text for cell in book.cells if cell.cell_type == "code" for o in cell.outputs if o.output_type == "stream"
+    ]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Slow, literal transcriptions of the published equations of five methods, used as test oracles.
 
-Nothing here shares code with the package. Everything is written from the formulas with plain loops in float64, one image / head / query at a time,
-so that a function can be compared with the paper line by line. Orders are stable (ties go to the lower index); compare on inputs without ties.
+Nothing here shares code with the package. Everything is written from the formulas with plain loops in float64, one
+image / head / query at a time, so that a function can be compared with the paper line by line. Orders are stable (ties
+go to the lower index); compare on inputs without ties.
 
 * FlowCut      arXiv 2505.19536   ``flowcut_oracle``, ``flowcut_schedule``
 * PyramidDrop  arXiv 2410.17247   ``pyramiddrop_oracle``
@@ -9,8 +10,9 @@ so that a function can be compared with the paper line by line. Orders are stabl
 * ToMe         arXiv 2210.09461   ``tome_match_oracle``, ``tome_vit_oracle``, ``tome_r_schedule``, ``tome_counts``
 * PiToMe       arXiv 2405.16148   ``pitome_match_oracle``, ``pitome_vit_oracle``, ``pitome_counts``
 
-Models must be in double precision and eval mode. Hugging Face modules are called as they are, which means that their internal float32 steps (RMSNorm, rotary
-angles, the softmax of the eager attention) stay in float32; the scores themselves are computed in float64 with an exact softmax.
+Models must be in double precision and eval mode. Hugging Face modules are called as they are, which means that their
+internal float32 steps (RMSNorm, rotary angles, the softmax of the eager attention) stay in float32; the scores
+themselves are computed in float64 with an exact softmax.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from torch import Tensor, nn
 Merge = tuple[int, int]  # (source, destination)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- shared helpers
+# --------------------------------------------------------------------------------------------------------------------
+# shared helpers
 
 
 def _require_double(module: nn.Module) -> None:
@@ -72,11 +75,15 @@ def _unit(x: Tensor) -> list[Tensor]:
     return [row / torch.sqrt(torch.dot(row, row)) for row in x]
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------ FlowCut
+# --------------------------------------------------------------------------------------------------------------------
+# FlowCut
 
 
-def _vision_parts(tower: nn.Module, pixel_values: Tensor) -> tuple[Tensor, list[tuple[nn.Module, nn.Module, nn.Module]]]:
-    """Embedded tokens and, per block, (block, first LayerNorm, attention with q_proj / k_proj / v_proj) of a CLIPVisionModel or Dinov2Model."""
+def _vision_parts(
+    tower: nn.Module, pixel_values: Tensor
+) -> tuple[Tensor, list[tuple[nn.Module, nn.Module, nn.Module]]]:
+    """Embedded tokens and, per block, (block, first LayerNorm, attention with q_proj / k_proj / v_proj) of a
+    CLIPVisionModel or Dinov2Model."""
     tower = getattr(tower, "vision_model", tower)
     if hasattr(tower, "pre_layrnorm"):  # CLIP
         x = tower.pre_layrnorm(tower.embeddings(pixel_values))
@@ -88,7 +95,11 @@ def _vision_parts(tower: nn.Module, pixel_values: Tensor) -> tuple[Tensor, list[
 def projections(attention: nn.Module) -> list[nn.Module]:
     """Query, key and value projections; DINOv2 of transformers 5.17 has them one module deeper."""
     inner = getattr(attention, "attention", None)
-    return [attention.q_proj, attention.k_proj, attention.v_proj] if inner is None else [inner.query, inner.key, inner.value]
+    return (
+        [attention.q_proj, attention.k_proj, attention.v_proj]
+        if inner is None
+        else [inner.query, inner.key, inner.value]
+    )
 
 
 def run_block(block: nn.Module, x: Tensor) -> Tensor:
@@ -96,15 +107,25 @@ def run_block(block: nn.Module, x: Tensor) -> Tensor:
     return block(x) if hasattr(getattr(block, "attention", None), "attention") else block(x, None)
 
 
-def flowcut_layer_scores(x: Tensor, norm: nn.Module, attention: nn.Module, heads: int) -> tuple[list[float], list[float]]:
-    """FlowCut (arXiv 2505.19536, eq. for S = (norm(I^a) + norm(I^s)) * I^d) on one image: x [1+n, D], CLS first. Returns (a, S) over the n patches."""
+def flowcut_layer_scores(
+    x: Tensor, norm: nn.Module, attention: nn.Module, heads: int
+) -> tuple[list[float], list[float]]:
+    """FlowCut (arXiv 2505.19536, eq. for S = (norm(I^a) + norm(I^s)) * I^d) on one image: x [1+n, D], CLS first.
+    Returns (a, S) over the n patches."""
     z = norm(x)
     q, k, v = (m(z) for m in projections(attention))
     tokens, d = x.shape[0], q.shape[1] // heads
     # a_j = mean_h softmax_j(q_CLS . k_j / sqrt(d)) over all n+1 keys
-    a = _mean_over_heads([_softmax([_dot(_head(q, h, d)[0], _head(k, h, d)[j]) / math.sqrt(d) for j in range(tokens)]) for h in range(heads)])[1:]
+    a = _mean_over_heads(
+        [
+            _softmax([_dot(_head(q, h, d)[0], _head(k, h, d)[j]) / math.sqrt(d) for j in range(tokens)])
+            for h in range(heads)
+        ]
+    )[1:]
     # s_j = mean_h softmax_j(v_CLS . v_j) over all n+1 tokens including CLS, without 1/sqrt(d)
-    s = _mean_over_heads([_softmax([_dot(_head(v, h, d)[0], _head(v, h, d)[j]) for j in range(tokens)]) for h in range(heads)])[1:]
+    s = _mean_over_heads(
+        [_softmax([_dot(_head(v, h, d)[0], _head(v, h, d)[j]) for j in range(tokens)]) for h in range(heads)]
+    )[1:]
     # u_j = || mean_h v_j ||_1
     u = []
     for j in range(1, tokens):
@@ -131,7 +152,8 @@ def flowcut_prune_amount(n: int, target: int, rho: int, entropy_ratio: float) ->
 
 
 def flowcut_schedule(n: int, layers: int, target: int, ratio: float) -> list[int]:
-    """Patch counts after every pruning layer of an encoder of ``layers`` blocks (select_layer = layers - 2) when H / ln n is the constant ``ratio``."""
+    """Patch counts after every pruning layer of an encoder of ``layers`` blocks (select_layer = layers - 2) when H / ln
+    n is the constant ``ratio``."""
     select = layers - 2
     counts = []
     for layer in range(select + 1):
@@ -145,11 +167,15 @@ def flowcut_schedule(n: int, layers: int, target: int, ratio: float) -> list[int
 
 
 @torch.no_grad()
-def flowcut_oracle(tower: nn.Module, pixel_values: Tensor, target: int, select_layer: int, batch_max: bool = True) -> dict:
-    """FlowCut in a CLIPVisionModel / Dinov2Model (arXiv 2505.19536, prune amount P and cumulative score S_cum, in the form the released code evaluates).
+def flowcut_oracle(
+    tower: nn.Module, pixel_values: Tensor, target: int, select_layer: int, batch_max: bool = True
+) -> dict:
+    """FlowCut in a CLIPVisionModel / Dinov2Model (arXiv 2505.19536, prune amount P and cumulative score S_cum, in the
+    form the released code evaluates).
 
-    ``target`` counts patches (CLS extra). Returns ``kept[layer][image]`` = ascending original patch indices after block ``layer`` for the layers
-    0..select_layer, and ``hidden`` [B, 1 + n, D] = output of block ``select_layer`` with CLS first. ``batch_max=False`` runs every image alone.
+    ``target`` counts patches (CLS extra). Returns ``kept[layer][image]`` = ascending original patch indices after block
+    ``layer`` for the layers 0..select_layer, and ``hidden`` [B, 1 + n, D] = output of block ``select_layer`` with CLS
+    first. ``batch_max=False`` runs every image alone.
     """
     if target < 1:
         raise ValueError("target must be at least 1")
@@ -193,7 +219,8 @@ def flowcut_oracle(tower: nn.Module, pixel_values: Tensor, target: int, select_l
     return {"kept": kept, "hidden": torch.stack(hidden)}
 
 
-# ------------------------------------------------------------------------------------------------------------------- PyramidDrop and FastV
+# -------------------------------------------------------------------------------------------------------------------
+# PyramidDrop and FastV
 
 
 def _causal_mask(n: int) -> Tensor:
@@ -208,11 +235,14 @@ def _causal_mask(n: int) -> Tensor:
 def _run_lm_layer(lm: nn.Module, index: int, x: Tensor, position_ids: Sequence[int]) -> Tensor:
     """x^{index+1} = layer_index(x^{index}) for x [n, D] at the given positions."""
     ids = torch.tensor([list(position_ids)], dtype=torch.long)
-    return lm.layers[index](x[None], attention_mask=_causal_mask(len(x)), position_ids=ids, position_embeddings=lm.rotary_emb(x[None], ids))[0]
+    return lm.layers[index](
+        x[None], attention_mask=_causal_mask(len(x)), position_ids=ids, position_embeddings=lm.rotary_emb(x[None], ids)
+    )[0]
 
 
 def _rope(row: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """R_p x in the half-split layout: y_i = x_i cos_i - x_{i+d/2} sin_i, y_{i+d/2} = x_{i+d/2} cos_{i+d/2} + x_i sin_{i+d/2}."""
+    """R_p x in the half-split layout: y_i = x_i cos_i - x_{i+d/2} sin_i, y_{i+d/2} = x_{i+d/2} cos_{i+d/2} + x_i
+    sin_{i+d/2}."""
     half = len(row) // 2
     out = torch.empty_like(row)
     for i in range(half):
@@ -222,7 +252,8 @@ def _rope(row: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def lm_attention_row(lm: nn.Module, index: int, x: Tensor, position_ids: Sequence[int], query: int) -> list[float]:
-    """(1/H) sum_h softmax_j(R(q_t).R(k_j) / sqrt(d_h)) of layer ``index`` on x [n, D] for the row t = ``query``; j over all causal keys 0..t."""
+    """(1/H) sum_h softmax_j(R(q_t).R(k_j) / sqrt(d_h)) of layer ``index`` on x [n, D] for the row t = ``query``; j over
+    all causal keys 0..t."""
     layer = lm.layers[index]
     attention = layer.self_attn
     z = layer.input_layernorm(x[None])[0]
@@ -235,7 +266,10 @@ def lm_attention_row(lm: nn.Module, index: int, x: Tensor, position_ids: Sequenc
     for h in range(heads):
         shared = h // (heads // kv_heads)  # grouped queries: consecutive query heads share one key head
         rotated_query = _rope(_head(q, h, d)[query], cos[0, query], sin[0, query])
-        logits = [_dot(rotated_query, _rope(_head(k, shared, d)[j], cos[0, j], sin[0, j])) / math.sqrt(d) for j in range(query + 1)]
+        logits = [
+            _dot(rotated_query, _rope(_head(k, shared, d)[j], cos[0, j], sin[0, j])) / math.sqrt(d)
+            for j in range(query + 1)
+        ]
         rows.append(_softmax(logits))
     return _mean_over_heads(rows)
 
@@ -263,10 +297,11 @@ def pyramiddrop_oracle(
 ) -> dict:
     """PyramidDrop (arXiv 2410.17247) in a Llama / Mistral / Qwen2 decoder, batch 1 without padding.
 
-    Before layer L = layers[s]: s_j = mean over query rows and heads of the softmax over all causal keys, with layer L's own input norm, q and k on x^L;
-    the int(N0 * ratios[s]) best image tokens stay. Positions stay original unless ``renumber`` (0..len-1 after each cut, as released).
-    Returns ``kept`` (per cut, ascending original sequence positions of the image tokens) and ``hidden`` [1, n', D] after the final norm.
-    Without query rows nothing is pruned. Image tokens at the positions ``stays`` come before all others (a row that ranks is not dropped).
+    Before layer L = layers[s]: s_j = mean over query rows and heads of the softmax over all causal keys, with layer L's
+    own input norm, q and k on x^L; the int(N0 * ratios[s]) best image tokens stay. Positions stay original unless
+    ``renumber`` (0..len-1 after each cut, as released). Returns ``kept`` (per cut, ascending original sequence
+    positions of the image tokens) and ``hidden`` [1, n', D] after the final norm. Without query rows nothing is pruned.
+    Image tokens at the positions ``stays`` come before all others (a row that ranks is not dropped).
     """
     _check_lm(lm, inputs_embeds)
     if attention_mask is not None and not bool((attention_mask != 0).all()):
@@ -304,7 +339,8 @@ def pyramiddrop_oracle(
 
 @torch.no_grad()
 def fastv_oracle(lm: nn.Module, inputs_embeds: Tensor, image_positions: Tensor, k: int, keep: int) -> dict:
-    """FastV (arXiv 2403.06764): s_j = (1/H) sum_h A_h^{k-1}[last, j] ranks the image tokens, the ``keep`` best stay from layer k on.
+    """FastV (arXiv 2403.06764): s_j = (1/H) sum_h A_h^{k-1}[last, j] ranks the image tokens, the ``keep`` best stay
+    from layer k on.
 
     Original positions; batch 1 without padding; k >= 1. Same return form as ``pyramiddrop_oracle`` (one cut).
     """
@@ -328,11 +364,15 @@ def fastv_oracle(lm: nn.Module, inputs_embeds: Tensor, image_positions: Tensor, 
     return {"kept": kept, "hidden": lm.norm(x[None])}
 
 
-# --------------------------------------------------------------------------------------------------------------- merging in a timm ViT (shared)
+# ---------------------------------------------------------------------------------------------------------------
+# merging in a timm ViT (shared)
 
 
-def _weighted_merge(x: Tensor, size: Sequence[float], merges: Sequence[Merge], kept: Sequence[int]) -> tuple[Tensor, list[float]]:
-    """x_d <- sum_i s_i x_i / sum_i s_i and s_d <- sum_i s_i over the destination d and its sources; output in the order of ``kept``."""
+def _weighted_merge(
+    x: Tensor, size: Sequence[float], merges: Sequence[Merge], kept: Sequence[int]
+) -> tuple[Tensor, list[float]]:
+    """x_d <- sum_i s_i x_i / sum_i s_i and s_d <- sum_i s_i over the destination d and its sources; output in the order
+    of ``kept``."""
     rows, sizes = [], []
     for destination in kept:
         total, weight = size[destination] * x[destination], size[destination]
@@ -346,7 +386,8 @@ def _weighted_merge(x: Tensor, size: Sequence[float], merges: Sequence[Merge], k
 
 
 def timm_attention(attention: nn.Module, z: Tensor, size: Sequence[float] | None) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(d) + log s) v for z [n, D] with a timm ``Attention``; also returns the mean-head keys [n, d]. ``size=None``: no log s."""
+    """softmax(q k^T / sqrt(d) + log s) v for z [n, D] with a timm ``Attention``; also returns the mean-head keys [n,
+    d]. ``size=None``: no log s."""
     if getattr(attention, "gate", None) is not None:
         raise ValueError("gated attention is not covered")
     heads, d = attention.num_heads, attention.head_dim
@@ -366,12 +407,14 @@ def timm_attention(attention: nn.Module, z: Tensor, size: Sequence[float] | None
     return attention.proj(attention.norm(out)), mean_key
 
 
-# a matcher receives (layer, metric [n, d], number of prefix tokens) and returns (merges, surviving tokens in the released order), indices into the sequence
+# a matcher receives (layer, metric [n, d], number of prefix tokens) and returns (merges, surviving tokens in the
+# released order), indices into the sequence
 Matcher = Callable[[int, Tensor, int], tuple[list[Merge], list[int]]]
 
 
 def _merging_vit(model: nn.Module, pixel_values: Tensor, matcher: Matcher, proportional: bool, order: str) -> dict:
-    """timm VisionTransformer with a merge between attention and MLP of every block; see ``tome_vit_oracle`` for the returned dict."""
+    """timm VisionTransformer with a merge between attention and MLP of every block; see ``tome_vit_oracle`` for the
+    returned dict."""
     _require_double(model)
     if order not in ("position", "official"):
         raise ValueError(f"unknown order {order!r}")
@@ -403,11 +446,13 @@ def _merging_vit(model: nn.Module, pixel_values: Tensor, matcher: Matcher, propo
     return {"hidden": torch.stack(final), "slots": slots, "assignment": assignments}
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------- ToMe
+# --------------------------------------------------------------------------------------------------------------------
+# ToMe
 
 
 def tome_r_schedule(layers: int, r: int | tuple[int, float] | Sequence[int]) -> list[int]:
-    """Merges asked for per layer (arXiv 2210.09461): int = constant; (r, inflect) = linear from int(r (1 - inflect)) to 2r - first; list = as it is."""
+    """Merges asked for per layer (arXiv 2210.09461): int = constant; (r, inflect) = linear from int(r (1 - inflect)) to
+    2r - first; list = as it is."""
     if isinstance(r, int):
         return [r] * layers
     if isinstance(r, tuple):
@@ -437,8 +482,8 @@ def tome_counts(n: int, r: Sequence[int], protected: int = 1) -> list[int]:
 def _bipartite(metric: Tensor, r: int, protected: set[int]) -> tuple[list[Merge], list[int], list[int]]:
     """ToMe bipartite soft matching (arXiv 2210.09461) on metric [n, c].
 
-    A = even positions, B = odd positions; every a takes its most similar b; the r best edges are merged. Rows and columns of protected tokens are -inf.
-    Returns (merges by falling similarity, unmerged A by falling similarity, B).
+    A = even positions, B = odd positions; every a takes its most similar b; the r best edges are merged. Rows and
+    columns of protected tokens are -inf. Returns (merges by falling similarity, unmerged A by falling similarity, B).
     """
     unit = _unit(metric)
     side_a, side_b = list(range(0, len(unit), 2)), list(range(1, len(unit), 2))
@@ -457,10 +502,12 @@ def _bipartite(metric: Tensor, r: int, protected: set[int]) -> tuple[list[Merge]
 
 @torch.no_grad()
 def tome_match_oracle(metric: Tensor, r: int, class_token: bool, distill_token: bool) -> dict:
-    """ToMe matching (arXiv 2210.09461, bipartite soft matching) of metric [B, n, c]; CLS at position 0, distillation token at position 1.
+    """ToMe matching (arXiv 2210.09461, bipartite soft matching) of metric [B, n, c]; CLS at position 0, distillation
+    token at position 1.
 
-    Returns ``r`` (clipped) and per image ``merges`` = (source, destination) by falling similarity, ``kept`` = surviving tokens ascending and
-    ``kept_official`` = the released order: unmerged A (by position with a CLS, else by falling similarity), B; with distillation CLS, dist come first.
+    Returns ``r`` (clipped) and per image ``merges`` = (source, destination) by falling similarity, ``kept`` = surviving
+    tokens ascending and ``kept_official`` = the released order: unmerged A (by position with a CLS, else by falling
+    similarity), B; with distillation CLS, dist come first.
     """
     protected = ({0} if class_token else set()) | ({1} if distill_token else set())
     amount = tome_clip_r(metric.shape[1], r, len(protected))
@@ -481,14 +528,18 @@ def tome_match_oracle(metric: Tensor, r: int, class_token: bool, distill_token: 
 
 
 @torch.no_grad()
-def tome_vit_oracle(model: nn.Module, pixel_values: Tensor, r: int | Sequence[int], proportional: bool = True, order: str = "position") -> dict:
-    """ToMe in a timm VisionTransformer (arXiv 2210.09461, bipartite soft matching): metric = mean-head keys of the block, merge between attention and MLP,
-    size-weighted mean, proportional attention softmax(q k^T / sqrt(d) + log s). All prefix tokens are protected.
+def tome_vit_oracle(
+    model: nn.Module, pixel_values: Tensor, r: int | Sequence[int], proportional: bool = True, order: str = "position"
+) -> dict:
+    """ToMe in a timm VisionTransformer (arXiv 2210.09461, bipartite soft matching): metric = mean-head keys of the
+    block, merge between attention and MLP, size-weighted mean, proportional attention softmax(q k^T / sqrt(d) + log s).
+    All prefix tokens are protected.
 
-    ``order``: token order fed to the next layer, on which the A / B split depends. "position" = prefix, then ascending original position (a destination
-    keeps its own); "official" = prefix, unmerged A, B (unmerged A in sequence order with a CLS, else by falling similarity).
-    Returns ``hidden`` [B, prefix + n', C] after model.norm (prefix tokens first, patches by ascending original index), ``slots`` per image = original
-    index of every surviving patch, ascending, and ``assignment`` per image [N] = original index of the survivor that holds each original patch.
+    ``order``: token order fed to the next layer, on which the A / B split depends. "position" = prefix, then ascending
+    original position (a destination keeps its own); "official" = prefix, unmerged A, B (unmerged A in sequence order
+    with a CLS, else by falling similarity). Returns ``hidden`` [B, prefix + n', C] after model.norm (prefix tokens
+    first, patches by ascending original index), ``slots`` per image = original index of every surviving patch,
+    ascending, and ``assignment`` per image [N] = original index of the survivor that holds each original patch.
     """
     amounts = tome_r_schedule(len(model.blocks), r)
 
@@ -504,7 +555,8 @@ def tome_vit_oracle(model: nn.Module, pixel_values: Tensor, r: int | Sequence[in
     return _merging_vit(model, pixel_values, matcher, proportional, order)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------- PiToMe
+# --------------------------------------------------------------------------------------------------------------------
+# PiToMe
 
 
 def pitome_r(tokens: int, ratio: float) -> int:
@@ -526,7 +578,8 @@ def _elu(x: float, alpha: float) -> float:
 
 
 def pitome_energy(metric: Tensor, margin: float, alpha: float = 1.0) -> list[float]:
-    """E_i = (1/T) sum_j ELU_alpha(cos(k_i, k_j) - m), j = i included (arXiv 2405.16148, energy score, continuous form)."""
+    """E_i = (1/T) sum_j ELU_alpha(cos(k_i, k_j) - m), j = i included (arXiv 2405.16148, energy score, continuous
+    form)."""
     unit = _unit(metric)
     tokens = len(unit)
     return [sum(_elu(_dot(unit[i], unit[j]) - margin, alpha) for j in range(tokens)) / tokens for i in range(tokens)]
@@ -564,12 +617,16 @@ def _pitome_match(metric: Tensor, r: int, margin: float, alpha: float, variant: 
 
 
 @torch.no_grad()
-def pitome_match_oracle(metric: Tensor, r_or_ratio: int | float, margin: float, alpha: float = 1.0, variant: str = "pitome") -> dict:
-    """PiToMe matching (arXiv 2405.16148, Algorithm 1) of metric [B, T, c], patches only. An int is r, a float is the keep ratio (r = floor(T - T ratio)).
+def pitome_match_oracle(
+    metric: Tensor, r_or_ratio: int | float, margin: float, alpha: float = 1.0, variant: str = "pitome"
+) -> dict:
+    """PiToMe matching (arXiv 2405.16148, Algorithm 1) of metric [B, T, c], patches only. An int is r, a float is the
+    keep ratio (r = floor(T - T ratio)).
 
-    ``variant``: "pitome" = Algorithm 1; "bsm" = all tokens split by energy-rank parity, the r most similar edges merged (the early DeiT layers).
-    Returns ``r`` and per image ``merges`` = (source, destination), ``kept`` ascending and ``kept_official`` = the released order
-    (protected by falling energy, or unmerged a by falling similarity; then b by rank).
+    ``variant``: "pitome" = Algorithm 1; "bsm" = all tokens split by energy-rank parity, the r most similar edges merged
+    (the early DeiT layers). Returns ``r`` and per image ``merges`` = (source, destination), ``kept`` ascending and
+    ``kept_official`` = the released order (protected by falling energy, or unmerged a by falling similarity; then b by
+    rank).
     """
     amount = r_or_ratio if isinstance(r_or_ratio, int) else pitome_r(metric.shape[1], r_or_ratio)
     result: dict = {"r": amount, "merges": [], "kept": [], "kept_official": []}
@@ -591,10 +648,12 @@ def pitome_vit_oracle(
     bsm_layers: Sequence[int] = (),
     order: str = "position",
 ) -> dict:
-    """PiToMe in a timm VisionTransformer (arXiv 2405.16148, energy score and Algorithm 1; DeiT placement): metric = mean-head keys of the patches, margin
-    m_l = margin_scale (1 - l/L), merge between attention and MLP, size-weighted mean; the layers in ``bsm_layers`` use the "bsm" variant.
+    """PiToMe in a timm VisionTransformer (arXiv 2405.16148, energy score and Algorithm 1; DeiT placement): metric =
+    mean-head keys of the patches, margin m_l = margin_scale (1 - l/L), merge between attention and MLP, size-weighted
+    mean; the layers in ``bsm_layers`` use the "bsm" variant.
 
-    All prefix tokens are protected. Returned dict and ``order`` as in ``tome_vit_oracle`` ("official" = the order of ``kept_official``).
+    All prefix tokens are protected. Returned dict and ``order`` as in ``tome_vit_oracle`` ("official" = the order of
+    ``kept_official``).
     """
 
     def matcher(layer: int, metric: Tensor, prefix: int) -> tuple[list[Merge], list[int]]:

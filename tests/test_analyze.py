@@ -32,7 +32,8 @@ def vlm(monkeypatch):
 
 @pytest.fixture
 def instant(monkeypatch):
-    """Times made up: a budget's ratio is the budget, the noise three percent; ``drop-all`` is refused below one half."""
+    """Times made up: a budget's ratio is the budget, the noise three percent; ``drop-all`` is refused below one
+    half."""
     calls = []
 
     def measure(model, inputs, recipe, *, new_tokens, repeats, seed, effective_tokens):
@@ -49,8 +50,16 @@ def numbers(ratio: float, noise: tuple[float, ...] = (0.97, 1.0, 1.03), scorer: 
     """What a measurement gives, as far as the tables and verdicts read it: 100 ms dense."""
     one = {"median": ratio, "p20": ratio - 0.01, "p80": ratio + 0.01}
     ms = {"p20": 0.0, "p80": 0.0}
-    out = {"tokens": 144.0, "effective_tokens": 50.0, "attention": "sdpa", "ratio": {"e2e": one, "ttft": one, "prefill": one, "decode": None}}
-    out |= {"dense": {"ttft_ms": {"median": 100.0, **ms}}, "pruned": {"ttft_ms": {"median": 100 * ratio, **ms}, "scorer_ms": {"median": scorer, **ms}}}
+    out = {
+        "tokens": 144.0,
+        "effective_tokens": 50.0,
+        "attention": "sdpa",
+        "ratio": {"e2e": one, "ttft": one, "prefill": one, "decode": None},
+    }
+    out |= {
+        "dense": {"ttft_ms": {"median": 100.0, **ms}},
+        "pruned": {"ttft_ms": {"median": 100 * ratio, **ms}, "scorer_ms": {"median": scorer, **ms}},
+    }
     return {**out, "dense_over_dense": list(noise)}
 
 
@@ -61,7 +70,8 @@ def entry(ratios: dict[float, float], **how) -> dict:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------ break-even
+# ------------------------------------------------------------------------------------------------------------
+# break-even
 
 
 @pytest.mark.parametrize(
@@ -97,11 +107,28 @@ def test_noise_reaches_to_the_wider_side():
     "ratios, how, says",
     [
         ({0.75: 1.1, 0.5: 0.9, 0.25: 0.7}, {}, "pays below 59 % of the tokens (ttft 0.70x at 25 %, noise 3 %)"),
-        ({0.5: 0.8, 0.25: 0.6}, {}, "pays at every measured budget, up to 50 % of the tokens (ttft 0.60x at 25 %, noise 3 %)"),
-        ({0.5: 0.99, 0.25: 0.99}, {}, "no gain beyond the noise at any measured budget (at best ttft 0.99x at 50 %, noise 3 %)"),
-        ({0.5: 1.3, 0.25: 1.2}, {"scorer": 40}, "does not pay at any measured budget: the scorer costs more than the layers save (at best ttft 1.20x at 25 %"),
+        (
+            {0.5: 0.8, 0.25: 0.6},
+            {},
+            "pays at every measured budget, up to 50 % of the tokens (ttft 0.60x at 25 %, noise 3 %)",
+        ),
+        (
+            {0.5: 0.99, 0.25: 0.99},
+            {},
+            "no gain beyond the noise at any measured budget (at best ttft 0.99x at 50 %, noise 3 %)",
+        ),
+        (
+            {0.5: 1.3, 0.25: 1.2},
+            {"scorer": 40},
+            "does not pay at any measured budget: the scorer costs more than the layers save (at best ttft 1.20x at 25 "
+            "%",
+        ),
         ({0.5: 1.3, 0.25: 1.2}, {"scorer": 1}, "does not pay at any measured budget: fewer tokens save no time here"),
-        ({0.5: 0.7, 0.25: 1.2}, {}, "pays at 50 % of the tokens, but not at the smallest measured budget: no break-even"),
+        (
+            {0.5: 0.7, 0.25: 1.2},
+            {},
+            "pays at 50 % of the tokens, but not at the smallest measured budget: no break-even",
+        ),
         ({0.75: 0.3, 0.5: 1.2, 0.25: 0.9}, {}, "pays below 31 % of the tokens (ttft 0.90x at 25 %"),
     ],
 )
@@ -111,33 +138,72 @@ def test_verdicts(ratios, how, says):
 
 
 def test_a_method_that_was_never_measured():
-    (found,) = analyze.break_even([{"method": "fastv", "budget": 0.1, "batch": 1, "images": 2, "error": "cannot reach"}])
+    (found,) = analyze.break_even(
+        [{"method": "fastv", "budget": 0.1, "batch": 1, "images": 2, "error": "cannot reach"}]
+    )
     assert found["pays_below"] is found["noise"] is found["tokens"] is None and found["budgets"] == []
     assert found["verdict"] == "fastv at batch 1, 2 images: not measured: cannot reach"
 
 
-# ---------------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------------------------- the command
 
 
 def test_a_real_run(capsys, vlm, tmp_path):
     out = tmp_path / "t.json"
-    words = ["analyze", "--recipes", "uniform", "--budgets", "0.5", "--batches", "2", "--new-tokens", "2", "--repeats", "3", "--cpu-time", "--out", str(out)]
+    words = [
+        "analyze",
+        "--recipes",
+        "uniform",
+        "--budgets",
+        "0.5",
+        "--batches",
+        "2",
+        "--new-tokens",
+        "2",
+        "--repeats",
+        "3",
+        "--cpu-time",
+        "--out",
+        str(out),
+    ]
     assert cli.main([*words, "--out", str(tmp_path / "t.md")]) == 0
     printed = capsys.readouterr().out
     told = json.loads(out.read_text())
-    assert told["type"] == "vtprune.Times" and told["version"] == 1 and told["command"].startswith("vtprune analyze") and told["timer"] == "CPU"
-    assert {"torch", "transformers"} <= set(told["versions"]) and told["device"]["type"] == "cpu" and torch.get_num_threads() == 1
-    assert [(r["method"], r["budget"], r["batch"], r["images"], r["tokens"], r["effective_tokens"]) for r in told["rows"]] == [("uniform", 0.5, 2, 1, 16, 8)]
+    assert (
+        told["type"] == "vtprune.Times"
+        and told["version"] == 1
+        and told["command"].startswith("vtprune analyze")
+        and told["timer"] == "CPU"
+    )
+    assert (
+        {"torch", "transformers"} <= set(told["versions"])
+        and told["device"]["type"] == "cpu"
+        and torch.get_num_threads() == 1
+    )
+    assert [
+        (r["method"], r["budget"], r["batch"], r["images"], r["tokens"], r["effective_tokens"]) for r in told["rows"]
+    ] == [("uniform", 0.5, 2, 1, 16, 8)]
     for row in told["rows"]:
         for side in ("dense", "pruned"):
-            assert set(row[side]) == {*timing.PARTS, "peak_bytes", "kv_bytes"} and set(row[side]["e2e_ms"]) == {"median", "p20", "p80"}
+            assert set(row[side]) == {*timing.PARTS, "peak_bytes", "kv_bytes"} and set(row[side]["e2e_ms"]) == {
+                "median",
+                "p20",
+                "p80",
+            }
         assert set(row["ratio"]) == {"e2e", "ttft", "prefill", "decode"} and len(row["dense_over_dense"]) == 3
-    assert [set(e) for e in told["break_even"]] == [{"method", "batch", "images", "tokens", "budgets", "ratios", "noise", "pays_below", "verdict"}]
+    assert [set(e) for e in told["break_even"]] == [
+        {"method", "batch", "images", "tokens", "budgets", "ratios", "noise", "pays_below", "verdict"}
+    ]
     page = (tmp_path / "t.md").read_text()
     for e in told["break_even"]:
         assert e["verdict"] in printed and f"* {e['verdict']}" in page
     columns = {line.count(" | ") for line in page.splitlines() if line.startswith("| ")}
-    assert columns == {len(analyze.HEADS) - 1} and "CPU time" in page and "unfinished" not in page and "8.0 of 16" in printed
+    assert (
+        columns == {len(analyze.HEADS) - 1}
+        and "CPU time" in page
+        and "unfinished" not in page
+        and "8.0 of 16" in printed
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t.json", "t.md"]
 
 
@@ -146,7 +212,10 @@ def test_defaults(capsys, vlm, instant):
     assert cli.main(["analyze"]) == 0
     assert instant == [(m, b, n) for n in (1, 8) for m in vtprune.methods() for b in (0.75, 0.5, 0.25, 0.11)]
     printed = capsys.readouterr().out
-    assert "not possible: drop-all cannot reach it" in printed and "fastv at batch 8, 144 tokens: pays at every measured budget, up to 75 %" in printed
+    assert (
+        "not possible: drop-all cannot reach it" in printed
+        and "fastv at batch 8, 144 tokens: pays at every measured budget, up to 75 %" in printed
+    )
 
 
 def test_a_refused_budget_is_a_row_with_the_reason(capsys, vlm, instant):
@@ -167,10 +236,29 @@ def test_what_was_measured_before_an_interruption_is_saved(capsys, vlm, instant,
         return stock(*args, **kwargs)
 
     monkeypatch.setattr(timing, "measure", stop)
-    assert cli.main(["analyze", "--recipes", "tome,fastv", "--budgets", "0.5", "--batches", "1,8", "--out", str(out), "--out", str(tmp_path / "t.md")]) == 130
+    assert (
+        cli.main(
+            [
+                "analyze",
+                "--recipes",
+                "tome,fastv",
+                "--budgets",
+                "0.5",
+                "--batches",
+                "1,8",
+                "--out",
+                str(out),
+                "--out",
+                str(tmp_path / "t.md"),
+            ]
+        )
+        == 130
+    )
     assert "interrupted" in capsys.readouterr().err
     told = json.loads(out.read_text())
-    assert [(r["method"], r["batch"]) for r in told["rows"]] == [("tome", 1), ("fastv", 1)] and len(told["break_even"]) == 2
+    assert [(r["method"], r["batch"]) for r in told["rows"]] == [("tome", 1), ("fastv", 1)] and len(
+        told["break_even"]
+    ) == 2
     page = (tmp_path / "t.md").read_text()
     assert "| fastv | 50% |" in page and "unfinished: 2 of 4 rows" in page
 
@@ -199,7 +287,8 @@ class Several(FakeProcessor):
         out = super().__call__(flat, rows, **options)
         count = text[0].count("<image>")
         ids = out["input_ids"]
-        out["input_ids"] = torch.cat([ids[:, :1], *[ids[:, 1:18]] * (count - 1), ids[:, 1:]], 1)  # an image's places and a word behind it
+        # an image's places and a word behind it
+        out["input_ids"] = torch.cat([ids[:, :1], *[ids[:, 1:18]] * (count - 1), ids[:, 1:]], 1)
         out["attention_mask"] = torch.ones_like(out["input_ids"])
         return out
 
@@ -207,18 +296,25 @@ class Several(FakeProcessor):
 def test_several_images_are_more_tokens(instant):
     model, _ = tiny()
     found = analyze.times(model, Several(), ["uniform"], [0.5], batches=[2], images=[1, 2, 3])
-    assert found["planned"] == 3 and [r["images"] for r in found["rows"]] == [1, 2, 3] and [("error" in r) for r in found["rows"]] == [False, False, True]
+    assert (
+        found["planned"] == 3
+        and [r["images"] for r in found["rows"]] == [1, 2, 3]
+        and [("error" in r) for r in found["rows"]] == [False, False, True]
+    )
     assert found["rows"][2]["error"] == "Several does not take 3 images in one prompt: too many images"
     shown = analyze.prompts(Several(), picture, 2, 2, "what is it")
     assert shown["pixel_values"].shape[0] == 4 and int((shown["input_ids"] == 3).sum()) == 2 * 2 * 16
-    found = analyze.times(model, FakeProcessor(), ["uniform"], [0.5], images=[2])  # its template knows of no second image
+    # its template knows of no second image
+    found = analyze.times(model, FakeProcessor(), ["uniform"], [0.5], images=[2])
     assert "error" in found["rows"][0] and found["break_even"][0]["method"] == "dense"
 
 
 def test_two_images_on_the_bundled_model():
     model, processor = vtprune.load_demo_model()
     inputs = analyze.prompts(processor, picture, 2, 2, "what is it ?")
-    assert [[len(p.columns) for p in parts] for parts in bind(model).parts(inputs["input_ids"], inputs)] == [[144, 144]] * 2
+    assert [[len(p.columns) for p in parts] for parts in bind(model).parts(inputs["input_ids"], inputs)] == [
+        [144, 144]
+    ] * 2
     assert len(inputs["pixel_values"]) == 4 and bool(inputs["attention_mask"].all())
 
 

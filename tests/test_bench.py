@@ -26,7 +26,8 @@ def samples(n: int = 5) -> list[Sample]:
     return [Sample(picture(i), texts[i % 5], "w5", ("one", "two")[i % 2], source=f"set/{i // 2}") for i in range(n)]
 
 
-# --------------------------------------------------------------------------------------------------------------- answers
+# ---------------------------------------------------------------------------------------------------------------
+# answers
 
 
 def test_a_batch_answers_as_single_questions_do(vlm):
@@ -48,7 +49,10 @@ def test_prepare_says_what_is_wrong():
 def test_a_prompt_without_a_place_for_the_picture_is_refused():
     """Not every processor counts: with some releases such a prompt ends in the middle of the model."""
     processor = FakeProcessor()
-    processor.image_token, processor.tokenizer = "<image>", SimpleNamespace(convert_tokens_to_ids=["", "", "", "<image>"].index, unk_token_id=2)
+    processor.image_token, processor.tokenizer = (
+        "<image>",
+        SimpleNamespace(convert_tokens_to_ids=["", "", "", "<image>"].index, unk_token_id=2),
+    )
     assert len(prepare(processor, [picture()] * 2, ["a", "b c"])["input_ids"]) == 2
 
     class Forgets(FakeProcessor):
@@ -99,7 +103,8 @@ def test_open_image_turns_and_converts(tmp_path):
     assert (open_image(path).size, open_image(path).mode) == ((20, 30), "RGB")
 
 
-# --------------------------------------------------------------------------------------------------------------- samples
+# ---------------------------------------------------------------------------------------------------------------
+# samples
 
 
 def test_easy_vqa_samples_are_balanced_and_stable():
@@ -121,7 +126,11 @@ def test_scenes_samples_carry_boxes_and_their_scene():
 
 def test_a_sample_belongs_to_its_picture():
     one, two = (Sample(picture(i), "q", "a", "x") for i in range(2))
-    assert one.source != two.source and one.source == Sample(picture(0), "other", "b", "y").source and one.set == "questions"
+    assert (
+        one.source != two.source
+        and one.source == Sample(picture(0), "other", "b", "y").source
+        and one.set == "questions"
+    )
     assert Sample("a.png", "q", "a", "x").source == "questions/a.png"
 
 
@@ -129,7 +138,8 @@ def test_exact_match_ignores_spaces_and_case():
     assert bench.matches("k X 7", "kx7") and not bench.matches("kx", "kx7")
 
 
-# ------------------------------------------------------------------------------------------------------------- measuring
+# -------------------------------------------------------------------------------------------------------------
+# measuring
 
 
 def test_evaluate_dense_and_full_budget_agree(vlm):
@@ -137,7 +147,10 @@ def test_evaluate_dense_and_full_budget_agree(vlm):
     dense = bench.evaluate(*vlm, part, None, batch=2)
     full = bench.evaluate(*vlm, part, "uniform", batch=2, keep=1.0)
     assert dense["answers"] == full["answers"] == ask(*vlm, [s.picture() for s in part], [s.question for s in part])
-    assert dense["flops"] == dense["dense_flops"] == full["flops"] and dense["kv_bytes"] == full["kv_bytes"] == full["dense_kv_bytes"]
+    assert (
+        dense["flops"] == dense["dense_flops"] == full["flops"]
+        and dense["kv_bytes"] == full["kv_bytes"] == full["dense_kv_bytes"]
+    )
     assert dense["effective_tokens"] == 16 and dense["rows"] is None and dense["key"] == "dense"
 
 
@@ -148,7 +161,9 @@ def test_evaluate_counts_and_leaves_the_model_clean(vlm):
     assert out["effective_tokens"] == pytest.approx((2 * 16 + 4 * 4) / 6)
     assert out["flops"] < out["dense_flops"] and out["kv_bytes"] < out["dense_kv_bytes"]
     assert sum(out["rows"]) == 5 * 4 and len(out["rows"]) == 4
-    assert out["prefill_range"][0] == out["prefill_ratio"] == out["prefill_range"][1] and out["prefill_verdict"] == "noise"  # one round tells nothing
+    assert (
+        out["prefill_range"][0] == out["prefill_ratio"] == out["prefill_range"][1] and out["prefill_verdict"] == "noise"
+    )  # one round tells nothing
     with pytest.raises(vtprune.VtpruneError):
         bench.evaluate(*vlm, samples(), "pyramiddrop", keep=99)
     with pytest.raises(vtprune.VtpruneError):
@@ -196,9 +211,20 @@ def test_the_interval_of_an_average_weighs_abilities_alike():
 def test_table_has_every_row_and_says_what_is_impossible(vlm, tmp_path):
     names, seen = ["random", "pyramiddrop", "drop-all"], []
     own = vtprune.Recipe(name="mine", stages=(vtprune.Stage(method="uniform", keep=9),))
-    kwargs = {"seeds": 3, "batch": 3, "timing": 1, "labels": {"random": "chance"}, "fixed": [(own, "as it is")], "progress": seen.append}
+    kwargs = {
+        "seeds": 3,
+        "batch": 3,
+        "timing": 1,
+        "labels": {"random": "chance"},
+        "fixed": [(own, "as it is")],
+        "progress": seen.append,
+    }
     out = bench.table(*vlm, samples(), names, [0.5, 0.05], command="test", **kwargs)
-    assert [(r["method"], r["budget"]) for r in out["rows"]] == [("dense", 1.0), *((n, b) for n in names for b in (0.5, 0.05)), ("mine", None)]
+    assert [(r["method"], r["budget"]) for r in out["rows"]] == [
+        ("dense", 1.0),
+        *((n, b) for n in names for b in (0.5, 0.05)),
+        ("mine", None),
+    ]
     assert sum(seen) == 5 * bench.runs(names, [0.5, 0.05], 3, 1)
     by = {(r["method"], r["budget"]): r for r in out["rows"]}
     assert "cannot reach" in by["pyramiddrop", 0.05]["error"]
@@ -211,7 +237,10 @@ def test_table_has_every_row_and_says_what_is_impossible(vlm, tmp_path):
     assert "not possible: pyramiddrop cannot reach" in page and "| mine | own | " in page and "layer 3" in page
     columns = {len(line.split(" | ")) for line in page.split("Per ability")[1].splitlines() if line.startswith("| ")}
     assert len(columns) == 1 and page.count("\n| random | ") == 3
-    assert list(bench.kept_per_row(out)) == ["random 50%", "pyramiddrop 50%", "drop-all 50%"][: len(bench.kept_per_row(out))]
+    assert (
+        list(bench.kept_per_row(out))
+        == ["random 50%", "pyramiddrop 50%", "drop-all 50%"][: len(bench.kept_per_row(out))]
+    )
     bench.save(out, tmp_path / "t.json")
     assert json.loads((tmp_path / "t.json").read_text())["rows"][1]["recipe"]["type"] == "vtprune.Recipe"
     for wide in (True, False):
@@ -228,10 +257,16 @@ def test_the_readme_quotes_the_committed_table():
     result = json.loads((root / "benchmarks/results/bench.json").read_text())
     known = {(r["method"], r["budget"]): r for r in result["rows"]}
     lines = [line for line in (root / "README.md").read_text().splitlines() if line.startswith("| `")]
-    quoted = {line.split("`")[1]: [cell.strip() for cell in line.split("|")[-5:-1]] for line in lines if line.count("|") == 9}
-    assert len(quoted) > 10 and {*quoted} <= {*vtprune.methods()}  # a new method gets its row when the table is measured again
+    quoted = {
+        line.split("`")[1]: [cell.strip() for cell in line.split("|")[-5:-1]] for line in lines if line.count("|") == 9
+    }
+    assert len(quoted) > 10 and {*quoted} <= {
+        *vtprune.methods()
+    }  # a new method gets its row when the table is measured again
     for method, values in quoted.items():
-        assert values == [f"{100 * known[method, b]['sets']['scenes']['accuracy']:.1f}" for b in (0.75, 0.5, 0.25, 0.11)], method
+        assert values == [
+            f"{100 * known[method, b]['sets']['scenes']['accuracy']:.1f}" for b in (0.75, 0.5, 0.25, 0.11)
+        ], method
     for row in result["rows"]:  # what the runs hold
         if "error" not in row and row["budget"] is not None and row["method"] not in ("dense", "random"):
             run = json.loads((root / f"benchmarks/results/runs/{row['method']}-{row['budget']:g}-0.json").read_text())
@@ -239,7 +274,8 @@ def test_the_readme_quotes_the_committed_table():
 
 
 def test_the_bundled_model_knows_the_questions_and_needs_the_image():
-    """Seeing, it answers both sets; blind, it is no better than guessing (measured at size: models/demo_vlm/README.md)."""
+    """Seeing, it answers both sets; blind, it is no better than guessing (measured at size:
+    models/demo_vlm/README.md)."""
     model, processor = vtprune.load_demo_model()
     easy, scenes = bench.easy_vqa_samples(24), bench.scenes_samples(6)
     out = bench.evaluate(model, processor, [*easy, *scenes], None)

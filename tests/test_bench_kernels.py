@@ -13,12 +13,25 @@ import torch
 from vtprune.kernels import KERNELS
 
 CPU = torch.device("cpu")
-HEADS = ["op", "width", "batch", "tokens", "plain ms", "reference ms", "floor ms", "plain / ours", "ours / floor", "plain MB", "reference MB"]
+HEADS = [
+    "op",
+    "width",
+    "batch",
+    "tokens",
+    "plain ms",
+    "reference ms",
+    "floor ms",
+    "plain / ours",
+    "ours / floor",
+    "plain MB",
+    "reference MB",
+]
 
 
 @pytest.fixture
 def bench(monkeypatch):
-    """The script as a module; tests of the ops are said to pass, speeds are made up, memory is measured at three small sizes."""
+    """The script as a module; tests of the ops are said to pass, speeds are made up, memory is measured at three small
+    sizes."""
     path = Path(__file__).resolve().parents[1] / "benchmarks" / "kernels.py"
     spec = importlib.util.spec_from_file_location("bench_kernels", path)
     assert spec is not None and spec.loader is not None
@@ -64,12 +77,15 @@ def test_the_memory_of_plain_torch_is_foreseen(bench, name):
     """Within a quarter, from sizes four and eight times smaller; the room for an over-large one is never taken."""
     info, shape = KERNELS.get(name), (2, 32)
     given = bench.arguments(info, shape, 1, 1024, CPU, torch.float32)
-    assert bench.foreseen_bytes(info, shape, 1, 1024, CPU, torch.float32) == pytest.approx(bench.peak_bytes(lambda: info.plain(*given), CPU), rel=0.25)
+    assert bench.foreseen_bytes(info, shape, 1, 1024, CPU, torch.float32) == pytest.approx(
+        bench.peak_bytes(lambda: info.plain(*given), CPU), rel=0.25
+    )
 
 
 @pytest.mark.parametrize("name", list(KERNELS))
 def test_the_arguments_are_what_the_op_takes(bench, name):
-    """In the bench's shape, and the op's own example where the bench has none: reference and plain torch agree on both."""
+    """In the bench's shape, and the op's own example where the bench has none: reference and plain torch agree on
+    both."""
     info = KERNELS.get(name)
     for shape in (bench.SHAPES[name][0], None):
         given = bench.arguments(info, shape, 2, 72, CPU, torch.float32)
@@ -77,18 +93,42 @@ def test_the_arguments_are_what_the_op_takes(bench, name):
 
 
 def test_a_tiny_run_gives_every_column(bench, tmp_path, capsys):
-    code = bench.main(["--device", "cpu", "--sizes", "72", "--repeats", "3", "--json", str(tmp_path / "o.json"), "--table", str(tmp_path / "o.md")])
+    code = bench.main(
+        [
+            "--device",
+            "cpu",
+            "--sizes",
+            "72",
+            "--repeats",
+            "3",
+            "--json",
+            str(tmp_path / "o.json"),
+            "--table",
+            str(tmp_path / "o.md"),
+        ]
+    )
     result, text = json.loads((tmp_path / "o.json").read_text()), (tmp_path / "o.md").read_text()
     assert code == 0 and text in capsys.readouterr().out
-    assert {r["op"] for r in result["rows"]} == {g["op"] for g in result["growth"]} == set(KERNELS) and result["refused"] == []
+    assert {r["op"] for r in result["rows"]} == {g["op"] for g in result["growth"]} == set(KERNELS) and result[
+        "refused"
+    ] == []
     table = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     assert table[0] == HEADS and len(table[2 : 2 + len(result["rows"])]) == sum(map(len, bench.SHAPES.values()))
     for cells in table[2 : 2 + len(result["rows"])]:
         assert len(cells) == len(HEADS) and "–" not in cells
     for r in result["rows"]:
-        assert all(0 < t["p20"] <= t["median"] <= t["p80"] for t in r["ms"].values()) and r["floor_ms"] > 0 and min(r["peak_bytes"].values()) > 0
+        assert (
+            all(0 < t["p20"] <= t["median"] <= t["p80"] for t in r["ms"].values())
+            and r["floor_ms"] > 0
+            and min(r["peak_bytes"].values()) > 0
+        )
         assert r["floor_ms"] == pytest.approx(1000 * max(r["bytes"] / 1e10, r["flops"] / 1e11))
-    assert str(tmp_path) in result["command"] and set(result["versions"]) >= {"torch", "triton"} and result["device"]["threads"] and result["date"]
+    assert (
+        str(tmp_path) in result["command"]
+        and set(result["versions"]) >= {"torch", "triton"}
+        and result["device"]["threads"]
+        and result["date"]
+    )
 
 
 def test_plain_torch_beyond_the_limit_is_a_dash(bench, capsys):
@@ -123,7 +163,9 @@ def test_the_ops_own_tests_decide(bench, monkeypatch):
     monkeypatch.setattr(stock.subprocess, "run", process)
     assert stock.tests_pass("match", CPU) and not stock.tests_pass("match", CPU)
     command, options = seen[0]
-    assert command[0] == sys.executable and command[-2:] == ["-k", "match"] and options["env"]["TRITON_INTERPRET"] == "1"
+    assert (
+        command[0] == sys.executable and command[-2:] == ["-k", "match"] and options["env"]["TRITON_INTERPRET"] == "1"
+    )
     stock.tests_pass("match", torch.device("cuda"))
     assert "TRITON_INTERPRET" not in seen[-1][1]["env"]
 

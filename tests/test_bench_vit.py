@@ -1,4 +1,5 @@
-"""The ViT table, on a tiny random tower with few digits and small photographs: what it measures, what it refuses, and that its figures can be recomputed."""
+"""The ViT table, on a tiny random tower with few digits and small photographs: what it measures, what it refuses, and
+that its figures can be recomputed."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ import vtprune
 from vtprune.types import VtpruneError
 
 SIDE = 56  # px: 4 x 4 patches
-CALL = [*("--size", str(SIDE), "--digits-size", str(SIDE), "--crops", "1", "--train", "40", "--test", "30", "--seeds", "2")]
+CALL = [
+    *("--size", str(SIDE), "--digits-size", str(SIDE), "--crops", "1", "--train", "40", "--test", "30", "--seeds", "2")
+]
 CALL += [*("--batches", "2", "--repeats", "2", "--dtype", "float32", "--threads", "1")]
 
 
@@ -26,7 +29,9 @@ def tower(side: int, layers: int = 4) -> Any:
 
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    model = Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, image_size=side, patch_size=14)).eval()
+    model = Dinov2Model(
+        Dinov2Config(hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, image_size=side, patch_size=14)
+    ).eval()
     torch.random.set_rng_state(state)
     randomise(model, 1)
     return model
@@ -34,7 +39,8 @@ def tower(side: int, layers: int = 4) -> Any:
 
 @pytest.fixture(scope="module")
 def bench():
-    """The script as a module, with a tiny tower in place of the real one and short turns; the packages of the real one are said to be there."""
+    """The script as a module, with a tiny tower in place of the real one and short turns; the packages of the real one
+    are said to be there."""
     path = Path(__file__).resolve().parents[1] / "benchmarks" / "vit.py"
     spec = importlib.util.spec_from_file_location("bench_vit", path)
     assert spec is not None and spec.loader is not None
@@ -57,7 +63,9 @@ def saved(bench, tmp_path_factory):
     """``(result, tables)`` as one call writes them: every method, at a mild and an impossible budget."""
     folder = tmp_path_factory.mktemp("vit") / "new"
     assert bench.main([*CALL, "--budgets", "0.8,0.02", "--out", str(folder)]) == 0
-    return json.loads((folder / "vit.json").read_text(encoding="utf-8")), (folder / "vit.md").read_text(encoding="utf-8")
+    return json.loads((folder / "vit.json").read_text(encoding="utf-8")), (folder / "vit.md").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +90,13 @@ def test_markdown_holds_each_row(saved):
         (section,) = [s for s in text.split("\n## ") if s.startswith(part[3:])]
         for row in result["rows"]:
             name = row["method"] + (" (2 seeds)" if row["method"] == "random" else "")
-            found = [line for line in section.splitlines() if line.startswith(f"| {name} | {100 * row['budget']:g} % |")]
+            found = [
+                line for line in section.splitlines() if line.startswith(f"| {name} | {100 * row['budget']:g} % |")
+            ]
             assert len(found) == 1, (part, name)
-            assert ("not possible" in found[0]) == ("error" in row[{"## Digits": "digits"}.get(part, "photographs")] and part != "## Speed")
+            assert ("not possible" in found[0]) == (
+                "error" in row[{"## Digits": "digits"}.get(part, "photographs")] and part != "## Speed"
+            )
         table = [line for line in section.splitlines() if line.startswith("|")]
         assert len({line.count("|") for line in table}) == 1 and len(table) == 3 + len(result["rows"])
 
@@ -118,15 +130,22 @@ def test_the_figures_follow_from_what_is_saved(bench, saved):
     for row in result["rows"]:
         for kind in ("cls", "patches") if "error" not in row["photographs"] else ():
             entry = row["photographs"][kind]
-            assert len(entry["cosines"]) == row["seeds"] and {len(r) for r in entry["cosines"]} == {len(result["pictures"])}
-            assert np.mean(entry["cosines"]) == pytest.approx(entry["mean"]) and np.min(entry["cosines"]) == entry["worst"] < 1
+            assert len(entry["cosines"]) == row["seeds"] and {len(r) for r in entry["cosines"]} == {
+                len(result["pictures"])
+            }
+            assert (
+                np.mean(entry["cosines"]) == pytest.approx(entry["mean"])
+                and np.min(entry["cosines"]) == entry["worst"] < 1
+            )
             assert entry["interval"][0] <= entry["mean"] <= entry["interval"][1]
         for kind in dense if "error" not in row["digits"] else ():
             entry = row["digits"][kind]
             found = [word.count("1") / 30 for word in entry["correct"]]
             assert {len(word) for word in entry["correct"]} == {30}
             base = dense[kind]["correct"][0].count("1") / 30
-            assert np.mean(found) == pytest.approx(entry["accuracy"]) and np.mean(found) - base == pytest.approx(entry["difference"])
+            assert np.mean(found) == pytest.approx(entry["accuracy"]) and np.mean(found) - base == pytest.approx(
+                entry["difference"]
+            )
             seen += 1
         for times in row.get("speed", {}).values():
             assert times["images_per_s"] == pytest.approx(2000 / np.median(times["ms"]))
@@ -136,7 +155,9 @@ def test_the_figures_follow_from_what_is_saved(bench, saved):
 
 def test_the_full_budget_is_dense(bench, saved, images):
     result, text = saved
-    assert set(result["full_budget"]) == {row["method"] for row in result["rows"]} and not any(result["full_budget"].values())
+    assert set(result["full_budget"]) == {row["method"] for row in result["rows"]} and not any(
+        result["full_budget"].values()
+    )
     assert "bit for bit" in text
     model, data = tower(SIDE), bench.digits(40, 30, SIDE)
     dense, digits = bench.features(model, images, None, 4), bench.features(model, data.images, None, 4)
@@ -145,7 +166,11 @@ def test_the_full_budget_is_dense(bench, saved, images):
         recipe = bench.settle(model, method, 1.0, images, 4)
         same = bench.features(model, images, recipe, 4)
         found = bench.fidelity(dense, [same], ["a"] * len(images))
-        assert found["cls"]["worst"] == found["patches"]["worst"] == 1 and same.effective == same.final == 16 and same.flops == 1
+        assert (
+            found["cls"]["worst"] == found["patches"]["worst"] == 1
+            and same.effective == same.final == 16
+            and same.flops == 1
+        )
         again = bench.features(model, data.images, recipe, 4)
         assert bench.classify(again.cls, data, probe) == bench.classify(digits.cls, data, probe)
 
@@ -157,14 +182,21 @@ def test_changed_features_lower_fidelity_and_accuracy(bench, images):
     bent = bench.Features(dense.cls.copy(), dense.patches, 16, 16, 1)
     bent.cls[3] *= -1
     found = bench.fidelity(dense, [bent], names)
-    assert found["cls"]["worst"] == -1 and found["cls"]["worst_picture"] == "3" and found["cls"]["mean"] == pytest.approx(1 - 2 / len(images))
+    assert (
+        found["cls"]["worst"] == -1
+        and found["cls"]["worst_picture"] == "3"
+        and found["cls"]["mean"] == pytest.approx(1 - 2 / len(images))
+    )
     assert found["patches"]["worst"] == 1
     cls = bench.features(model, data.images, None, 16).cls
     probe = bench.regression().fit(cls[:200], data.labels[:200])
     right, wrong = (bench.classify(rows, data, probe) for rows in (cls, np.concatenate([cls[:200], cls[:100]])))
     assert all(right[kind].count("1") > wrong[kind].count("1") + 20 for kind in right)
-    refitted = bench.classify(np.concatenate([cls[1:200], cls[:1], cls[200:]]), data, probe)  # training rows with other labels
-    assert refitted["swapped"] == right["swapped"] and all(right[kind].count("1") > refitted[kind].count("1") + 20 for kind in ("knn", "probe"))
+    # training rows with other labels
+    refitted = bench.classify(np.concatenate([cls[1:200], cls[:1], cls[200:]]), data, probe)
+    assert refitted["swapped"] == right["swapped"] and all(
+        right[kind].count("1") > refitted[kind].count("1") + 20 for kind in ("knn", "probe")
+    )
 
 
 def test_features_are_the_towers_own(bench, images):
@@ -184,7 +216,10 @@ def test_features_are_the_towers_own(bench, images):
         assert size.sum() == 16 and size.max() > 1
         assert np.allclose(found.patches[i], (out[i, 1:] * size[:, None]).sum(0) / 16, atol=1e-5)
     recipe = bench.settle(model, "random", 0.8, images, 4)
-    draws = [bench.features(model, images, recipe, batch, seed).cls for batch, seed in ((2, 0), (len(images), 0), (len(images), 1))]
+    draws = [
+        bench.features(model, images, recipe, batch, seed).cls
+        for batch, seed in ((2, 0), (len(images), 0), (len(images), 1))
+    ]
     assert np.allclose(draws[0], draws[1], atol=1e-5) and not np.allclose(draws[1], draws[2], atol=1e-3)
 
 
@@ -199,7 +234,9 @@ def test_adaptive_schedules_are_tried_and_early_cuts_are_found(bench, images):
     with pytest.raises(VtpruneError, match="cannot reach"):
         vtprune.solve(model, "flowcut", effective_tokens=0.8)
     tried = bench.settle(model, "flowcut", 0.8, images, 4)
-    spent = [bench.features(model, images, tried.override(keep=tried.stages[-1].keep + more), 4).effective for more in (0, 1)]
+    spent = [
+        bench.features(model, images, tried.override(keep=tried.stages[-1].keep + more), 4).effective for more in (0, 1)
+    ]
     assert spent[0] <= 0.8 * 16 < spent[1]
     with pytest.raises(VtpruneError, match="the fewest"):
         bench.settle(model, "tome", 0.1, images, 4)
@@ -211,7 +248,13 @@ def test_crops_lie_where_they_should(bench):
     assert [c.size for c in corners] == [(10, 10), *[(6, 6)] * 4]
     assert [int(np.array(c)[0, 0]) for c in corners] == [5, 0, 4 * 20 + 14, 14, 4 * 20]
     found = bench.photographs(2)
-    assert len(found) == 10 and [n for n, _ in found[:5]] == [n for n, _ in found[5:]] == ["coffee", "chelsea", "rocket", "china", "flower"]
+    assert len(found) == 10 and [n for n, _ in found[:5]] == [n for n, _ in found[5:]] == [
+        "coffee",
+        "chelsea",
+        "rocket",
+        "china",
+        "flower",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -39,17 +39,24 @@ def refused(capsys, code: int, *words: str) -> str:
 
 
 def test_import_loads_no_model_library(tmp_path):
-    code = "import sys, vtprune.cli, vtprune.quickstart; vtprune.cli.parser(); print([m for m in ('transformers', 'timm', 'gradio') if m in sys.modules])"
+    code = (
+        "import sys, vtprune.cli, vtprune.quickstart; vtprune.cli.parser(); print([m for m in ('transformers', 'timm', "
+        "'gradio') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_python_m(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "vtprune", "methods", "py*"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "vtprune", "methods", "py*"], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0 and "pyramiddrop" in done.stdout
 
 
-@pytest.mark.parametrize(("command", "names"), [("methods", vtprune.methods), ("recipes", vtprune.recipes), ("adapters", vtprune.adapters)])
+@pytest.mark.parametrize(
+    ("command", "names"), [("methods", vtprune.methods), ("recipes", vtprune.recipes), ("adapters", vtprune.adapters)]
+)
 def test_lists(capsys, command, names):
     assert cli.main([command]) == 0
     plain = capsys.readouterr().out
@@ -64,7 +71,14 @@ def test_one_method_shows_its_options(capsys):
     assert "did you mean pyramiddrop" in refused(capsys, 1, "methods", "pyramid-drop")
 
 
-@pytest.mark.parametrize("words", [[], *([c] for c in ("methods", "recipes", "adapters", "run", "bench", "verify", "train", "report")), ["train", "dpvr-lf"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        *([c] for c in ("methods", "recipes", "adapters", "run", "bench", "verify", "train", "report")),
+        ["train", "dpvr-lf"],
+    ],
+)
 def test_help(capsys, words):
     assert cli.main([*words, "--help"]) == 0
     assert "usage: vtprune" in capsys.readouterr().out
@@ -83,7 +97,19 @@ def test_run(capsys, vlm, image, tmp_path):
 
 def test_run_writes_the_theatre(capsys, vlm, image, tmp_path):
     out = tmp_path / "kept.html"
-    words = ["run", "--image", image, "--question", "is <b> it", "--keep", "4", "--option", "layers=[2]", "--picture", str(out)]
+    words = [
+        "run",
+        "--image",
+        image,
+        "--question",
+        "is <b> it",
+        "--keep",
+        "4",
+        "--option",
+        "layers=[2]",
+        "--picture",
+        str(out),
+    ]
     assert cli.main([*words, "--json"]) == 0
     told, page = json.loads(capsys.readouterr().out), out.read_text(encoding="utf-8")
     shown = json.loads(html.unescape(re.search("data-scenes='([^']*)'", page)[1]))
@@ -98,7 +124,9 @@ def test_rasters_that_lie_on_no_picture_cost_no_answer(capsys, vlm, image, tmp_p
         raise vtprune.VtpruneError("nothing true to draw")
 
     monkeypatch.setattr(render, "views", fails)
-    assert cli.main(["run", "--image", image, "--question", "what", "--keep", "4", "--picture", str(tmp_path / name)]) == 0
+    assert (
+        cli.main(["run", "--image", image, "--question", "what", "--keep", "4", "--picture", str(tmp_path / name)]) == 0
+    )
     told = capsys.readouterr()
     assert "answer, pruned" in told.out and told.err == "vtprune: note: the picture is left out: nothing true to draw\n"
     assert (tmp_path / name).stat().st_size > 1000
@@ -169,14 +197,28 @@ def test_interrupt(capsys, monkeypatch, image):
 
 def test_bench(capsys, vlm, tmp_path):
     out = tmp_path / "b.json"
-    words = ["bench", "--samples", "1", "--budgets", "0.5", "--methods", "uniform,pyramiddrop", "--timing", "0", "--out", str(out)]
+    words = [
+        "bench",
+        "--samples",
+        "1",
+        "--budgets",
+        "0.5",
+        "--methods",
+        "uniform,pyramiddrop",
+        "--timing",
+        "0",
+        "--out",
+        str(out),
+    ]
     words += ["--out", str(tmp_path / "b.md"), "--rows", str(tmp_path / "rows.png")]
     assert cli.main(words) == 0
     assert "| pyramiddrop |" in (tmp_path / "b.md").read_text() and (tmp_path / "rows.png").stat().st_size > 1000
     assert "pyramiddrop" in capsys.readouterr().out
     told = json.loads(out.read_text())
     others = [b for b in bench.baselines() if b != "uniform"]
-    assert [r["method"] for r in told["rows"]] == ["dense", "uniform", "pyramiddrop", *others] and told["command"].startswith("vtprune bench")
+    assert [r["method"] for r in told["rows"]] == ["dense", "uniform", "pyramiddrop", *others] and told[
+        "command"
+    ].startswith("vtprune bench")
     assert "unknown question set" in refused(capsys, 1, "bench", "--abilities", "vqav2")
     assert "cannot write" in refused(capsys, 1, "bench", "--rows", "no/such/place.png")
     assert "budgets" in refused(capsys, 2, "bench", "--budgets", "2")
@@ -191,10 +233,26 @@ def test_bench(capsys, vlm, tmp_path):
 
 
 def test_bench_goes_on_in_its_folder(capsys, vlm, tmp_path):
-    words = ["bench", "--samples", "1", "--budgets", "0.5", "--methods", "tome", "--no-baselines", "--timing", "1", "--results", str(tmp_path / "a" / "b")]
+    words = [
+        "bench",
+        "--samples",
+        "1",
+        "--budgets",
+        "0.5",
+        "--methods",
+        "tome",
+        "--no-baselines",
+        "--timing",
+        "1",
+        "--results",
+        str(tmp_path / "a" / "b"),
+    ]
     assert cli.main(words) == 0
     files = {p.name for p in (tmp_path / "a" / "b" / "runs").iterdir()}
-    assert files == {"dense.json", "tome-0.5-0.json", "tome-0.5-0.time.json"} and (tmp_path / "a" / "b" / "bench.md").is_file()
+    assert (
+        files == {"dense.json", "tome-0.5-0.json", "tome-0.5-0.time.json"}
+        and (tmp_path / "a" / "b" / "bench.md").is_file()
+    )
     first = (tmp_path / "a" / "b" / "bench.json").read_text()
     assert cli.main([*words, "--methods", "tome,uniform"]) == 0
     assert json.loads(first)["rows"] == json.loads((tmp_path / "a" / "b" / "bench.json").read_text())["rows"][:2]
@@ -213,7 +271,11 @@ def test_quickstart(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(quickstart, "load", lambda args: tiny())
     monkeypatch.setattr(vtprune, "methods", lambda: ["dpvr-lf", "random", "tome", "uniform"])
     monkeypatch.setattr(bench, "easy_vqa_samples", lambda n: bench.scenes_samples(1)[:n])
-    own = vtprune.Recipe(name="dpvr-lf (trained)", stages=(vtprune.Stage(method="dpvr-lf", options={"split": 3}),), source="as if trained")
+    own = vtprune.Recipe(
+        name="dpvr-lf (trained)",
+        stages=(vtprune.Stage(method="dpvr-lf", options={"split": 3}),),
+        source="as if trained",
+    )
     monkeypatch.setattr(_demo, "branch", lambda: own)
     assert quickstart.main(["--samples", "3", "--scenes", "1", "--budgets", "0.6", "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
@@ -239,7 +301,22 @@ def test_quickstart_finds_the_trained_branch(tmp_path):
 def test_run_on_the_bundled_model(capsys, tmp_path):
     path = tmp_path / "scene.png"
     bench.scenes_samples(1)[0].picture().save(path)
-    assert cli.main(["run", "--image", str(path), "--question", "what color is the cross ?", "--recipe", "flowcut", "--keep", "0.5"]) == 0
+    assert (
+        cli.main(
+            [
+                "run",
+                "--image",
+                str(path),
+                "--question",
+                "what color is the cross ?",
+                "--recipe",
+                "flowcut",
+                "--keep",
+                "0.5",
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert "answer, pruned" in text and "72 of 144" in text.replace("72.0", "72")
 

@@ -1,4 +1,5 @@
-"""Wrong calls and hostile files, for every command that there is: one line on stderr, an exit code that is not 0, no traceback, no code of anybody's run."""
+"""Wrong calls and hostile files, for every command that there is: one line on stderr, an exit code that is not 0, no
+traceback, no code of anybody's run."""
 
 from __future__ import annotations
 
@@ -105,10 +106,37 @@ def test_unknown_flags_and_help(capfd, here, command):
 
 def numbers() -> list[tuple[str, str, str]]:
     """(command, option, bad value) of every option that takes a number."""
-    bad = {"seed": ("-1", "x", "1e3", "9" * 30), "batch": ("0", "-1", "x"), "samples": ("0", "x"), "repeats": ("0", "x"), "seeds": ("0",), "port": ("0", "x")}
-    bad |= {"budgets": ("0", "2", "x", "nan", ""), "keep": ("x",), "option": ("x", "1=2", "=3"), "max_new_tokens": ("0", "x"), "dtype": ("int3",)}
-    bad |= {"timing": ("-1", "x"), "new_tokens": ("0",), "batches": ("0", "x"), "images": ("0",), "steps": ("x", "0"), "lr": ("x", "0", "nan"), "limit": ("0",)}
-    return [(c, a.option_strings[0], v) for c, p in COMMANDS.items() for a in p._actions if a.option_strings for v in bad.get(a.dest, ())]
+    bad = {
+        "seed": ("-1", "x", "1e3", "9" * 30),
+        "batch": ("0", "-1", "x"),
+        "samples": ("0", "x"),
+        "repeats": ("0", "x"),
+        "seeds": ("0",),
+        "port": ("0", "x"),
+    }
+    bad |= {
+        "budgets": ("0", "2", "x", "nan", ""),
+        "keep": ("x",),
+        "option": ("x", "1=2", "=3"),
+        "max_new_tokens": ("0", "x"),
+        "dtype": ("int3",),
+    }
+    bad |= {
+        "timing": ("-1", "x"),
+        "new_tokens": ("0",),
+        "batches": ("0", "x"),
+        "images": ("0",),
+        "steps": ("x", "0"),
+        "lr": ("x", "0", "nan"),
+        "limit": ("0",),
+    }
+    return [
+        (c, a.option_strings[0], v)
+        for c, p in COMMANDS.items()
+        for a in p._actions
+        if a.option_strings
+        for v in bad.get(a.dest, ())
+    ]
 
 
 @pytest.mark.parametrize(("command", "name", "value"), numbers())
@@ -122,7 +150,8 @@ RECIPES: dict[str, bytes] = {
     "deep.json": b"[" * 100_000,
     "deep.yaml": b"[" * 5_000,
     "huge.json": b'{"type":"vtprune.Recipe","version":1,"stages":[{"method":"fastv","keep":%s}]}' % (b"9" * 5000),
-    "large.json": b'{"type":"vtprune.Recipe","version":1,"stages":[{"method":"fastv","options":{"layer":%s}}]}' % (b"9" * 400),
+    "large.json": b'{"type":"vtprune.Recipe","version":1,"stages":[{"method":"fastv","options":{"layer":%s}}]}'
+    % (b"9" * 400),
     "keys.yaml": b"type: vtprune.Recipe\nversion: 1\n3: 4\nstages: [{method: fastv}]\n",
     "name.json": b'{"type":"vtprune.Recipe","version":1,"name":5,"stages":[{"method":"fastv"}]}',
     "source.json": b'{"type":"vtprune.Recipe","version":1,"source":[],"stages":[{"method":"fastv"}]}',
@@ -176,7 +205,10 @@ def loaded(module: str) -> bool:
 def test_recipe_files_say_what_they_mean_in_utf_8(tmp_path):
     """Also where the locale's encoding is another."""
     recipe = vtprune.Recipe(name="größer", stages=(vtprune.Stage(method="uniform", keep=3),), source="二")
-    code = "import sys, vtprune; r = vtprune.Recipe.load(sys.argv[1]); r.save(sys.argv[2]); print(ascii(r.name), ascii(r.source))"
+    code = (
+        "import sys, vtprune; r = vtprune.Recipe.load(sys.argv[1]); r.save(sys.argv[2]); print(ascii(r.name), "
+        "ascii(r.source))"
+    )
     for kind in ("json", "yaml"):
         recipe.save(tmp_path / f"a.{kind}")
         env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -193,12 +225,16 @@ def test_what_recipes_prints_is_a_recipe_file(capfd, tmp_path):
         assert vtprune.Recipe.load(tmp_path / "r.json").name == name
     assert cli.main(["recipes", "fastv*", "--json"]) == 0
     listed = json.loads(capfd.readouterr().out)
-    assert [vtprune.Recipe.from_dict(entry).key() for entry in listed] == [entry["key"] for entry in listed] and len(listed) > 2
+    assert [vtprune.Recipe.from_dict(entry).key() for entry in listed] == [entry["key"] for entry in listed] and len(
+        listed
+    ) > 2
     assert "did you mean" in one_line(capfd, cli.main(["recipes", "fastv-k2-r51"]))
 
 
 @pytest.mark.parametrize(("command", "name"), having("--image"))
-@pytest.mark.parametrize("value", ["gone.png", "RESULTS", "EMPTY", "JUNK", "script.png", "cut.png", "bomb.png", "claims.png"])
+@pytest.mark.parametrize(
+    "value", ["gone.png", "RESULTS", "EMPTY", "JUNK", "script.png", "cut.png", "bomb.png", "claims.png"]
+)
 def test_pictures_that_are_none(capfd, here, command, name, value):
     Path("script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
     Path("cut.png").write_bytes(Path("GOOD.png").read_bytes()[:-500])
@@ -214,7 +250,9 @@ def test_no_picture_starts_another_program(tmp_path, monkeypatch):
     program.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "$@" >> {ran}\nexit 1\n', encoding="utf-8")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    (tmp_path / "picture.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n")
+    (tmp_path / "picture.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n"
+    )
     with pytest.raises(vtprune.VtpruneError, match="not an image in a format"):
         answer.open_image(tmp_path / "picture.png")
     assert not ran.exists()
@@ -229,14 +267,20 @@ def test_raster_formats_are_read(tmp_path, kind):
 OUTPUTS = ("--out", "--picture", "--rows")
 
 
-@pytest.mark.parametrize(("command", "name"), [(c, n) for c in COMMANDS if c != "report" for n in OUTPUTS if option(c, n)])
+@pytest.mark.parametrize(
+    ("command", "name"), [(c, n) for c in COMMANDS if c != "report" for n in OUTPUTS if option(c, n)]
+)
 @pytest.mark.parametrize("place", ["gone/x{}", "RESULTS", "EMPTY/x{}", "{}"])
 def test_outputs_that_cannot_be_written(capfd, here, command, name, place):
-    ending = {"--picture": ".png", "--rows": ".png"}.get(name, ".safetensors" if command.startswith("train") else ".json")
+    ending = {"--picture": ".png", "--rows": ".png"}.get(
+        name, ".safetensors" if command.startswith("train") else ".json"
+    )
     one_line(capfd, call(command, name, place.format(ending) if place != "{}" else "."))
 
 
-@pytest.mark.parametrize(("command", "name"), [(c, n) for c in COMMANDS if c not in ("report",) for n in OUTPUTS if option(c, n)])
+@pytest.mark.parametrize(
+    ("command", "name"), [(c, n) for c in COMMANDS if c not in ("report",) for n in OUTPUTS if option(c, n)]
+)
 @pytest.mark.parametrize("ending", [".csv", ".txt", "", ".jsonl"])
 def test_endings_say_what_is_written(capfd, here, command, name, ending):
     told = one_line(capfd, call(command, name, f"x{ending}"))
@@ -257,7 +301,8 @@ def test_quickstart_says_it_in_one_line(capfd, here):
     assert len(capfd.readouterr().err.splitlines()) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------- models
+# ----------------------------------------------------------------------------------------------------------------
+# models
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +341,9 @@ def put(name: str, data: bytes) -> Callable[[Path, dict], None]:
 
 
 def cut(size: int) -> Callable[[Path, dict], None]:
-    return lambda folder, weights: put("model.safetensors", (folder / "model.safetensors").read_bytes()[:size])(folder, weights)
+    return lambda folder, weights: put("model.safetensors", (folder / "model.safetensors").read_bytes()[:size])(
+        folder, weights
+    )
 
 
 def saved(change: Callable[[dict], dict]) -> Callable[[Path, dict], None]:
@@ -308,7 +355,11 @@ def saved(change: Callable[[dict], dict]) -> Callable[[Path, dict], None]:
 
 
 def own_code(folder: Path, weights: dict) -> None:
-    set_json("config.json", model_type="evil", auto_map={"AutoConfig": "evil.EvilConfig", "AutoModelForImageTextToText": "evil.Evil"})(folder, weights)
+    set_json(
+        "config.json",
+        model_type="evil",
+        auto_map={"AutoConfig": "evil.EvilConfig", "AutoModelForImageTextToText": "evil.Evil"},
+    )(folder, weights)
     (folder / "evil.py").write_text("import os\nos.mkdir('RAN')\n", encoding="utf-8")
 
 
@@ -331,7 +382,10 @@ DAMAGES: dict[str, Callable[[Path, dict], None]] = {
     "a weight is missing": saved(lambda w: {k: v for k, v in w.items() if k != query(w)}),
     "another shape": saved(lambda w: {**w, query(w): w[query(w)][:5].contiguous()}),
     "a pickle that runs": lambda folder, weights: pickled(folder, {"a": Runs()}),
-    "a pickle of junk": lambda folder, weights: [(folder / "model.safetensors").unlink(), (folder / "pytorch_model.bin").write_bytes(b"junk")][0],
+    "a pickle of junk": lambda folder, weights: [
+        (folder / "model.safetensors").unlink(),
+        (folder / "pytorch_model.bin").write_bytes(b"junk"),
+    ][0],
     "code of its own": own_code,
     "a processor of its own": own_processor,
     "no configuration": lambda folder, weights: (folder / "config.json").unlink(),
@@ -411,7 +465,8 @@ def test_marks_of_pictures_in_a_question(capfd, tmp_path, monkeypatch):
     assert "'<image>'" in one_line(capfd, cli.main(["run", "--image", "GOOD.png", "--question", "<image> what color"]))
 
 
-# -------------------------------------------------------------------------------------------------------------- the rest
+# -------------------------------------------------------------------------------------------------------------- the
+# rest
 
 
 def test_what_nobody_foresaw_is_one_line_as_well(capfd, monkeypatch):
@@ -421,7 +476,9 @@ def test_what_nobody_foresaw_is_one_line_as_well(capfd, monkeypatch):
     monkeypatch.setattr(cli, "cmd_methods", fails)
     assert cli.main(["methods"]) == 1
     lines = capfd.readouterr().err.splitlines()
-    assert lines == ["vtprune: error: unexpected IndexError: tuple index out of range second line (--debug shows where)"]
+    assert lines == [
+        "vtprune: error: unexpected IndexError: tuple index out of range second line (--debug shows where)"
+    ]
     with pytest.raises(IndexError):
         cli.main(["methods", "--debug"])
 
@@ -429,8 +486,14 @@ def test_what_nobody_foresaw_is_one_line_as_well(capfd, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_behind_stdout():
     with open("/dev/full", "w", encoding="utf-8") as full:
-        done = subprocess.run([sys.executable, "-m", "vtprune", "methods"], stdout=full, stderr=subprocess.PIPE, text=True)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("vtprune") or "Error" in line or "Traceback" in line]
+        done = subprocess.run(
+            [sys.executable, "-m", "vtprune", "methods"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    lines = [
+        line
+        for line in done.stderr.splitlines()
+        if line.startswith("vtprune") or "Error" in line or "Traceback" in line
+    ]
     assert done.returncode == 1 and len(lines) == 1 and "No space left" in lines[0], done.stderr
 
 
@@ -443,11 +506,32 @@ def test_options_of_attach_are_options_of_every_command(capfd, monkeypatch, tmp_
     bench = ["bench", "--samples", "1", "--budgets", "0.5", "--methods", "uniform", "--no-baselines"]
     assert cli.main([*bench, "--timing", "1", "--out", "b.json", *small]) == 0
     assert "error" not in json.loads(Path("b.json").read_text(encoding="utf-8"))["rows"][1]
-    analyze = ["analyze", "--recipes", "uniform", "--budgets", "0.5", "--batches", "1", "--repeats", "3", "--new-tokens", "1", "--out", "a.json"]
+    analyze = [
+        "analyze",
+        "--recipes",
+        "uniform",
+        "--budgets",
+        "0.5",
+        "--batches",
+        "1",
+        "--repeats",
+        "3",
+        "--new-tokens",
+        "1",
+        "--out",
+        "a.json",
+    ]
     assert cli.main([*analyze, *small]) == 0
     assert "error" not in json.loads(Path("a.json").read_text(encoding="utf-8"))["rows"][0]
     capfd.readouterr()
-    for words in (["seed=3"], ["keep=3"], ["flops=0.5"], ["positions=compact", "positions=compact"], ["model=x"], ["foo=1"]):
+    for words in (
+        ["seed=3"],
+        ["keep=3"],
+        ["flops=0.5"],
+        ["positions=compact", "positions=compact"],
+        ["model=x"],
+        ["foo=1"],
+    ):
         one_line(capfd, cli.main([*bench, "--timing", "0", *(w for word in words for w in ("--option", word))]))
     for command in (["run", "--image", "GOOD.png", "--question", "what"], ["verify"]):
         for word in ("model=x", "recipe=y", "self=1", "foo=1"):

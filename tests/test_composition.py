@@ -1,4 +1,5 @@
-"""Any list of stages plans or is refused at ``attach``; what plans equals the dense model under masks. Generated from the registries."""
+"""Any list of stages plans or is refused at ``attach``; what plans equals the dense model under masks. Generated from
+the registries."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from vtprune.select import bands
 from vtprune.types import VtpruneError
 from vtprune.verify import check, output
 
-# What a stage may be: every method with its defaults and at every kind of site it can be put, routing and ranking variants, mild and aggressive.
+# What a stage may be: every method with its defaults and at every kind of site it can be put, routing and ranking
+# variants, mild and aggressive.
 OPTIONS: dict[str, tuple[dict, ...]] = {
     "random": ({"site": "vision.1"}, {}, {"site": "llm.0"}, {"site": "llm.4"}),
     "uniform": ({"site": "vision.1"}, {}, {"site": "llm.3"}),
@@ -31,7 +33,13 @@ OPTIONS: dict[str, tuple[dict, ...]] = {
     "fastv": ({}, {"layer": 4}),
     "pyramiddrop": ({"layers": (1, 3)}, {"layers": (2, 4), "score_layer": "previous"}),
     "drop-all": ({"layer": 2}, {"layer": 5}),
-    "dpvr-lf": ({"split": 2}, {"split": 2, "variant": "pc"}, {"split": 3, "variant": "kv"}, {"split": 2, "fusion": 2}, {"split": 1, "fusion": 0}),
+    "dpvr-lf": (
+        {"split": 2},
+        {"split": 2, "variant": "pc"},
+        {"split": 3, "variant": "kv"},
+        {"split": 2, "fusion": 2},
+        {"split": 1, "fusion": 0},
+    ),
     "flowcut": ({}, {"every": 1}),
 }
 FAMILIES = (("llava", "clip-llama"), ("internvl", "qwen2"), ("llava-next", "clip-llama"), ("timm-vit", "class"))
@@ -46,10 +54,15 @@ def _stages(keep: float) -> list[Stage]:
 
 
 def _lists(number: int, seed: int, most: int) -> list[tuple[Stage, ...]]:
-    """``most`` lists of ``number`` stages whose budgets fall, drawn with ``seed``; every pair of methods comes first."""
+    """``most`` lists of ``number`` stages whose budgets fall, drawn with ``seed``; every pair of methods comes
+    first."""
     drawn = random.Random(seed)
     columns = [_stages(0.75 / 1.5**i) for i in range(number)]
-    everything = list(itertools.product(*columns)) if number == 2 else [tuple(drawn.choice(c) for c in columns) for _ in range(most)]
+    everything = (
+        list(itertools.product(*columns))
+        if number == 2
+        else [tuple(drawn.choice(c) for c in columns) for _ in range(most)]
+    )
     drawn.shuffle(everything)
     return everything[:most]
 
@@ -117,11 +130,20 @@ REFUSED = [
     ((("random", 0.5, {}), ("pool", 0.25, {})), "whole raster"),
     ((("downsample", 0.5, {}), ("pool", 0.25, {})), "whole raster"),
     ((("pool", 4, {"site": "llm.3"}),), "works at projector / vision, not at llm.3"),
-    ((("pyramiddrop", 0.5, {"layers": (1, 3)}), ("dpvr-lf", None, {"split": 2, "variant": "pc"})), "put the visual tokens aside"),
+    (
+        (("pyramiddrop", 0.5, {"layers": (1, 3)}), ("dpvr-lf", None, {"split": 2, "variant": "pc"})),
+        "put the visual tokens aside",
+    ),
     ((("dpvr-lf", None, {"split": 2}), ("random", 0.5, {"site": "llm.3"})), "put the visual tokens aside"),
-    ((("dpvr-lf", None, {"split": 2, "variant": "kv"}), ("random", 0.5, {"site": "llm.5"})), "put the visual tokens aside"),
+    (
+        (("dpvr-lf", None, {"split": 2, "variant": "kv"}), ("random", 0.5, {"site": "llm.5"})),
+        "put the visual tokens aside",
+    ),
     ((("drop-all", None, {"layer": 1}), ("dpvr-lf", None, {"split": 2})), "finds no visual tokens"),
-    ((("dpvr-lf", None, {"split": 2, "fusion": 0}), ("random", 0.5, {"site": "llm.4"})), "put the visual tokens aside|finds no visual tokens"),
+    (
+        (("dpvr-lf", None, {"split": 2, "fusion": 0}), ("random", 0.5, {"site": "llm.4"})),
+        "put the visual tokens aside|finds no visual tokens",
+    ),
     ((("drop-all", None, {"layer": 1}), ("drop-all", None, {"layer": 2})), "finds no visual tokens"),
     ((("random", 0.5, {"site": "llm.2"}), ("fastv", 0.25, {})), "attention from before the first"),
     ((("flowcut", 12, {}), ("flowcut", 6, {})), "both cut at vision"),
@@ -165,7 +187,17 @@ def test_flowcuts_average_stays_with_its_token():
         q, k, v = (torch.randn(1, 2, 1 + index.shape[1], 4, generator=generator) for _ in range(3))
         whole = torch.ones_like(index, dtype=torch.bool)
         sources = {"projections": lambda: Projections(q, k, v, 0.5, 1)}
-        return TokenView(torch.zeros(1, index.shape[1], 8), whole, index, whole.float(), ~whole, (2, 3), prefix=1, memory=memory, sources=sources)
+        return TokenView(
+            torch.zeros(1, index.shape[1], 8),
+            whole,
+            index,
+            whole.float(),
+            ~whole,
+            (2, 3),
+            prefix=1,
+            memory=memory,
+            sources=sources,
+        )
 
     memory: dict = {}
     first, second = view(torch.arange(6)[None], memory), view(torch.tensor([[0, 2, 3, 5]]), memory)
@@ -185,7 +217,8 @@ def _tiles(tiles: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("keep, want", [(1.0, 24), (0.25, 12), (7, 7), (1, 1), (40, 24)])
 def test_shares_of_rasters_go_by_what_is_left(tiny, keep, want):
-    """Three tiles of which half the tokens are gone: exactly the budget stays, or all that is left, and of each tile its share."""
+    """Three tiles of which half the tokens are gone: exactly the budget stays, or all that is left, and of each tile
+    its share."""
     model, _ = tiny("internvl", "qwen2")
     recipe = _recipe(("random", 0.5, {"site": "llm.1"}), ("uniform", keep, {"site": "llm.4"}))
     with warnings.catch_warnings(), torch.no_grad(), vtprune.attach(model, recipe) as handle:
@@ -197,7 +230,9 @@ def test_shares_of_rasters_go_by_what_is_left(tiny, keep, want):
     for b in range(2):
         left = torch.bincount(before.kept[b] // 16, minlength=3)
         got = torch.bincount(after.kept[b] // 16, minlength=3)
-        assert bool(((got - left * want / 24).abs() < 1).all()) and set(after.kept[b].tolist()) <= set(before.kept[b].tolist())
+        assert bool(((got - left * want / 24).abs() < 1).all()) and set(after.kept[b].tolist()) <= set(
+            before.kept[b].tolist()
+        )
 
 
 def test_a_budget_per_image_may_be_more_than_one_tile(tiny):
@@ -216,11 +251,31 @@ def test_a_stage_that_changes_nothing_is_said(tiny):
         vtprune.attach(model, _recipe(("tome", 0.25, {}), ("fastv", 0.5, {}))).remove()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for stages in ((("tome", 0.5, {}), ("fastv", 0.25, {})), (("tome", 0.5, {}), ("fastv", 1.0, {}))):  # everything was asked for
+        for stages in (
+            (("tome", 0.5, {}), ("fastv", 0.25, {})),
+            (("tome", 0.5, {}), ("fastv", 1.0, {})),
+        ):  # everything was asked for
             vtprune.attach(model, _recipe(*stages)).remove()
 
 
-NUMBERS = (float("nan"), float("inf"), -float("inf"), -1, -0.5, 0, 10**400, True, "x", None, [], [1.5, float("nan")], [3, 1], [1, 1], [99], [-1])
+NUMBERS = (
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    -1,
+    -0.5,
+    0,
+    10**400,
+    True,
+    "x",
+    None,
+    [],
+    [1.5, float("nan")],
+    [3, 1],
+    [1, 1],
+    [99],
+    [-1],
+)
 
 
 def test_odd_values_of_every_option_are_refused_or_run(tiny, method_name):
@@ -273,7 +328,9 @@ def test_promised_sources_are_the_ones_that_answer(tiny, monkeypatch):
     from vtprune.methods.random import Random
 
     right, seen = Random.select, []
-    monkeypatch.setattr(Random, "select", lambda self, view, cut: (seen.append(set(view.sources)), right(self, view, cut))[1])
+    monkeypatch.setattr(
+        Random, "select", lambda self, view, cut: (seen.append(set(view.sources)), right(self, view, cut))[1]
+    )
     for family in ("llava", "llava-next", "internvl", "paligemma", "hf-vit", "timm-vit"):
         model, inputs = tiny(family, next(iter(ADAPTERS.get(family).tiny)))
         geometry = bind(model).geometry
@@ -289,7 +346,9 @@ def test_a_video_shows_a_method_its_frames(tiny, monkeypatch):
 
     model, inputs = tiny("qwen2.5-vl", "video")
     right, seen = Random.select, []
-    monkeypatch.setattr(Random, "select", lambda self, view, cut: (seen.append(view.rasters), right(self, view, cut))[1])
+    monkeypatch.setattr(
+        Random, "select", lambda self, view, cut: (seen.append(view.rasters), right(self, view, cut))[1]
+    )
     with torch.no_grad(), vtprune.attach(model, "random", keep=0.5, per="video"):
         model(**inputs)
     assert any(len(rasters[0]) > 1 and len(set(rasters[0])) == 1 for rasters in seen if rasters)
@@ -312,7 +371,13 @@ def test_two_routing_stages_meet_at_one_layer(tiny):
     """The second takes out what the first has just brought back: other columns than were taken before."""
     model, inputs = tiny("qwen3-vl", "images")
     recipe = _recipe(("dpvr-lf", None, {"split": 5}), ("dpvr-lf", None, {"split": 5, "variant": "kv"}))
-    names = ("decode_is_masked_dense", "cached_is_uncached", "batch_is_singles", "interleaved_is_solo", "counts_are_true")
+    names = (
+        "decode_is_masked_dense",
+        "cached_is_uncached",
+        "batch_is_singles",
+        "interleaved_is_solo",
+        "counts_are_true",
+    )
     results = [check(name, model, recipe, inputs) for name in names]
     assert all(r.passed is not False for r in results) and sum(r.passed is True for r in results) >= 4, results
 
@@ -336,12 +401,18 @@ def test_each_routing_stage_has_a_module(tiny):
         model(**inputs)
         assert {name: len(m) for name, m in handle.modules.items()} == {"dpvr-lf": 2, "dpvr-lf.1": 1}
         several = handle.report().flops
-    with torch.no_grad(), vtprune.attach(model, _recipe((*stages[0][:2], {**stages[0][2], "branch_layers": 1}), stages[1])) as handle:
+    with (
+        torch.no_grad(),
+        vtprune.attach(model, _recipe((*stages[0][:2], {**stages[0][2], "branch_layers": 1}), stages[1])) as handle,
+    ):
         model(**inputs)
         assert handle.report().flops < several
 
 
-@pytest.mark.parametrize("method, positions", [("fastv", "compact"), ("pyramiddrop", "compact"), ("flowcut", "compact"), ("random", "compact")])
+@pytest.mark.parametrize(
+    "method, positions",
+    [("fastv", "compact"), ("pyramiddrop", "compact"), ("flowcut", "compact"), ("random", "compact")],
+)
 def test_verify_knows_compact_positions(tiny, method, positions):
     model, inputs = tiny("llava", "clip-llama")
     for name in ("prefill_is_masked_dense", "decode_is_masked_dense"):
@@ -353,7 +424,9 @@ def test_the_compact_reference_can_fail(tiny, monkeypatch):
 
     model, inputs = tiny("llava", "clip-llama")
     right = DecoderEngine._compact
-    monkeypatch.setattr(DecoderEngine, "_compact", lambda self, level, ids: right(self, level, ids) + level.valid.cumsum(1) // 9)
+    monkeypatch.setattr(
+        DecoderEngine, "_compact", lambda self, level, ids: right(self, level, ids) + level.valid.cumsum(1) // 9
+    )
     assert check("prefill_is_masked_dense", model, "fastv", inputs, keep=4, positions="compact").passed is False
 
 
@@ -402,11 +475,14 @@ def test_the_solver_takes_what_attach_takes(tiny):
 @pytest.mark.parametrize("family", ["llava-next", "llava-onevision"])
 @pytest.mark.parametrize("method", ["downsample", "random", "flowcut"])
 def test_the_solver_counts_new_lines(tiny, family, method):
-    """No target is passed by more than rounding although stages in the tower leave the new-line tokens of rows that keep a patch; one that they alone pass
-    is refused for that reason. With the inputs given, the target is never passed."""
+    """No target is passed by more than rounding although stages in the tower leave the new-line tokens of rows that
+    keep a patch; one that they alone pass is refused for that reason. With the inputs given, the target is never
+    passed."""
     model, x = tiny(family, next(iter(ADAPTERS.get(family).tiny)))
     more = {"site": "vision.1"} if method == "random" else {}
-    first = {k: v[:1] if k in ("input_ids", "attention_mask") else v for k, v in x.items()} | {k: x[k][:2] for k in ("pixel_values", "image_sizes")}
+    first = {k: v[:1] if k in ("input_ids", "attention_mask") else v for k, v in x.items()} | {
+        k: x[k][:2] for k in ("pixel_values", "image_sizes")
+    }
     first |= {"batch_num_images": x["batch_num_images"][:1]} if "batch_num_images" in x else {}
     for target in (0.1, 0.2, 0.4):
         chosen = vtprune.solve(model, method, effective_tokens=max(target, 0.15), per="tile", inputs=first, **more)
@@ -447,7 +523,12 @@ def test_a_prompt_may_end_with_a_new_line_token(tiny):
     ids = x["input_ids"][1:]
     ids = ids[:, x["attention_mask"][1].bool()]
     ids = ids[:, : int((ids[0] == model.config.image_token_id).nonzero()[-1]) + 1]
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": x["pixel_values"][2:], "image_sizes": x["image_sizes"][2:]}
+    given = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": x["pixel_values"][2:],
+        "image_sizes": x["image_sizes"][2:],
+    }
     with torch.no_grad(), vtprune.attach(model, "downsample", keep=1, per="tile") as handle:
         logits = model(**given).logits
         report = handle.report()
@@ -474,18 +555,31 @@ def test_long_thin_images(tiny, family, size):
         assert result.passed, result.detail
 
 
-@pytest.mark.parametrize("ways", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=["beams", "answers"])
+@pytest.mark.parametrize(
+    "ways", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=["beams", "answers"]
+)
 @pytest.mark.parametrize("family", ["llava-next", "llava-onevision"])
 def test_several_answers_with_a_stage_in_the_tower(tiny, family, ways):
-    """``generate`` repeats prompts but not the sizes of their images; each answer is that of the dense model under masks."""
+    """``generate`` repeats prompts but not the sizes of their images; each answer is that of the dense model under
+    masks."""
     from vtprune.attach import load_recipe
     from vtprune.verify import _Case, _masks
 
     model, x = tiny(family, next(iter(ADAPTERS.get(family).tiny)))
     if mixes_pictures():
-        pytest.skip("this transformers repeats picture by picture, so that an answer to a prompt with two sees one of them twice, dense as well")
+        pytest.skip(
+            "this transformers repeats picture by picture, so that an answer to a prompt with two sees one of them "
+            "twice, dense as well"
+        )
     case = _Case(model, load_recipe("flowcut").override(keep=0.5), x, {})
-    rules = {"max_new_tokens": 4, "min_new_tokens": 4, "suppress_tokens": [3, 4], "return_dict_in_generate": True, "output_logits": True, **ways}
+    rules = {
+        "max_new_tokens": 4,
+        "min_new_tokens": 4,
+        "suppress_tokens": [3, 4],
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        **ways,
+    }
     with case.attach() as handle:
         torch.manual_seed(0)
         got = model.generate(**x, **rules)
@@ -496,7 +590,9 @@ def test_several_answers_with_a_stage_in_the_tower(tiny, family, ways):
     want = model.generate(**x, **rules)
     ledger.undo()
     assert torch.equal(got.sequences, want.sequences)
-    assert all(torch.allclose(a, b, atol=1e-5 * float(b.abs().max())) for a, b in zip(got.logits, want.logits, strict=True))
+    assert all(
+        torch.allclose(a, b, atol=1e-5 * float(b.abs().max())) for a, b in zip(got.logits, want.logits, strict=True)
+    )
 
 
 def test_tables_are_bounded(tiny):

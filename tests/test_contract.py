@@ -1,4 +1,5 @@
-"""The pair contract (ARCHITECTURE.md, "What is always true"), generated from the registries: every method x every family x every check."""
+"""The pair contract (ARCHITECTURE.md, "What is always true"), generated from the registries: every method x every
+family x every check."""
 
 from __future__ import annotations
 
@@ -18,7 +19,14 @@ from vtprune.verify import CHECKS, _Case, check
 
 REFUSED = Path(__file__).with_name("refused_pairs.json")
 # The first variant of a family meets every check; the others the ones in which their parts could make a difference.
-CORE = ("prefill_is_masked_dense", "decode_is_masked_dense", "batch_is_singles", "counts_are_true", "full_budget", "restored")
+CORE = (
+    "prefill_is_masked_dense",
+    "decode_is_masked_dense",
+    "batch_is_singles",
+    "counts_are_true",
+    "full_budget",
+    "restored",
+)
 
 
 def _checks(family: str, variant: str) -> tuple[str, ...]:
@@ -51,7 +59,8 @@ def test_pair(pair, tiny):
 
 @pytest.mark.slow
 def test_refused_pairs_are_the_listed_ones(tiny):
-    """Coverage cannot shrink unseen: the table of impossible pairs is checked in. A method, or ``method case`` where only some of its cases are refused."""
+    """Coverage cannot shrink unseen: the table of impossible pairs is checked in. A method, or ``method case`` where
+    only some of its cases are refused."""
     found: dict[str, dict[str, str]] = {}
     listed = json.loads(REFUSED.read_text())
     for family in ADAPTERS:
@@ -78,11 +87,21 @@ def _with_text(inputs):
     rows, length = inputs["input_ids"].shape
     text = torch.randint(8, 64, (1, length), generator=torch.Generator().manual_seed(9))
     text[0, : length - 9] = 0
-    out = {**inputs, "input_ids": torch.cat([inputs["input_ids"], text]), "attention_mask": torch.cat([inputs["attention_mask"], (text != 0).long()])}
+    out = {
+        **inputs,
+        "input_ids": torch.cat([inputs["input_ids"], text]),
+        "attention_mask": torch.cat([inputs["attention_mask"], (text != 0).long()]),
+    }
     for name, value in inputs.items():
         if name.endswith("token_type_ids"):
             out[name] = torch.cat([value, torch.zeros_like(value[:1])])
-        elif name.startswith("pixel") and value.ndim >= 4 and len(value) == rows and "image_sizes" not in inputs and value.shape[1] != 3:
+        elif (
+            name.startswith("pixel")
+            and value.ndim >= 4
+            and len(value) == rows
+            and "image_sizes" not in inputs
+            and value.shape[1] != 3
+        ):
             out[name] = torch.cat([value, torch.zeros_like(value[:1])])  # one row of tiles per sample
     return out
 
@@ -94,7 +113,11 @@ MIXED = ("pyramiddrop", "fastv", "random", "uniform", "flowcut")
 # Two methods and the one inside the tower for each family, with either attention by turns; the rest is slow.
 TURNS = [
     pytest.param(
-        family, method, attention, marks=() if (f + m + a) % (2 if method == "flowcut" else 4) == 0 else pytest.mark.slow, id=f"{family}-{method}-{attention}"
+        family,
+        method,
+        attention,
+        marks=() if (f + m + a) % (2 if method == "flowcut" else 4) == 0 else pytest.mark.slow,
+        id=f"{family}-{method}-{attention}",
     )
     for f, family in enumerate(FAMILIES)
     for m, method in enumerate(MIXED)
@@ -104,8 +127,9 @@ TURNS = [
 
 @pytest.mark.parametrize(("family", "method", "attention"), TURNS)
 def test_mixed_batches_and_single_samples_equal_the_masked_dense_model(tiny, family, method, attention):
-    """Every multimodal family, in the language model, behind the projector and in the tower: samples with several images, one and none in one padded batch,
-    and the first alone; prefill and cached generation within 1e-5 of the dense model under masks, batches equal to single samples, text untouched."""
+    """Every multimodal family, in the language model, behind the projector and in the tower: samples with several
+    images, one and none in one padded batch, and the first alone; prefill and cached generation within 1e-5 of the
+    dense model under masks, batches equal to single samples, text untouched."""
     model, inputs = tiny(family, next(iter(ADAPTERS.get(family).tiny)))
     model.set_attn_implementation(attention)
     mixed, options = _with_text(inputs), case_options(model, method, 1)
@@ -122,7 +146,9 @@ def test_mixed_batches_and_single_samples_equal_the_masked_dense_model(tiny, fam
     for name in ("prefill_is_masked_dense", "decode_is_masked_dense", "batch_is_singles"):
         result = check(name, model, method, mixed, **options)
         assert result.passed, f"{name}: {result.detail}"
-    result = check("decode_is_masked_dense", model, method, _Case(model, load_recipe(method), mixed, {}).samples()[0], **options)
+    result = check(
+        "decode_is_masked_dense", model, method, _Case(model, load_recipe(method), mixed, {}).samples()[0], **options
+    )
     assert result.passed, f"alone: {result.detail}"
 
 
@@ -138,7 +164,9 @@ def test_eager_attention_and_compact_positions(tiny, method, positions):
     with torch.no_grad(), vtprune.attach(model, method, positions=positions, **options):
         got = model(**inputs).logits
     assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))
-    for name in ("cached_is_uncached", "batch_is_singles", "decode_is_masked_dense")[: 3 if positions == "original" else 2]:
+    for name in ("cached_is_uncached", "batch_is_singles", "decode_is_masked_dense")[
+        : 3 if positions == "original" else 2
+    ]:
         result = check(name, model, method, inputs, positions=positions, **options)
         assert result.passed, f"{name}: {result.detail}"
 
@@ -198,7 +226,12 @@ def test_samples_with_no_image_and_two_images(tiny):
             assert report.stages[-1].tokens_out == [0, 3, 6]
             assert sum(report.stages[-1].kept[2] >= 16) == 3, "each image keeps its own three"
             assert torch.allclose(got[0], dense[0], atol=1e-5)
-            for name in ("prefill_is_masked_dense", "decode_is_masked_dense", "batch_is_singles", "interleaved_is_solo"):
+            for name in (
+                "prefill_is_masked_dense",
+                "decode_is_masked_dense",
+                "batch_is_singles",
+                "interleaved_is_solo",
+            ):
                 result = check(name, model, method, mixed, **options)
                 assert result.passed, f"{method} {name}: {result.detail}"
 
@@ -222,7 +255,14 @@ def test_bundled_model_meets_the_contract(bundled, some_method):
     model, inputs = bundled
     info = vtprune.describe(some_method)
     options = {"layer": 3} if some_method == "drop-all" else {} if not info.budgeted else {"keep": 36}
-    names = ("prefill_is_masked_dense", "decode_is_masked_dense", "cached_is_uncached", "batch_is_singles", "restored", "counts_are_true")
+    names = (
+        "prefill_is_masked_dense",
+        "decode_is_masked_dense",
+        "cached_is_uncached",
+        "batch_is_singles",
+        "restored",
+        "counts_are_true",
+    )
     results = [check(name, model, some_method, inputs, **options) for name in names]
     assert all(r.passed is not False for r in results), results
     assert sum(r.passed is True for r in results) >= 4

@@ -49,7 +49,9 @@ def own_method(name: str, idea: str = "x", qualname: str = "Mine"):
             return top(view.features.norm(dim=-1), cut.keep, view.valid, view.protected)
 
     Mine.__qualname__ = qualname
-    return register(MethodInfo(name=name, paper="baseline", idea=idea, kinds=("projector",), cases=({"keep": 0.5}, {"keep": 2})))(Mine)
+    return register(
+        MethodInfo(name=name, paper="baseline", idea=idea, kinds=("projector",), cases=({"keep": 0.5}, {"keep": 2}))
+    )(Mine)
 
 
 @pytest.fixture
@@ -129,13 +131,31 @@ def test_a_registry_whose_loading_failed_tries_again():
 
 
 def test_public_look_ups():
-    assert {"pyramiddrop", "flowcut", "pitome", "dpvr-lf", "fastv", "tome", "random", "uniform", "pool", "keep-last", "drop-all", "downsample"} <= set(
-        vtprune.methods()
-    )
+    assert {
+        "pyramiddrop",
+        "flowcut",
+        "pitome",
+        "dpvr-lf",
+        "fastv",
+        "tome",
+        "random",
+        "uniform",
+        "pool",
+        "keep-last",
+        "drop-all",
+        "downsample",
+    } <= set(vtprune.methods())
     assert set(vtprune.methods()) <= set(vtprune.recipes())
     towers = {"hf-vit", "timm-vit", "open-clip"}
     tiled = {"llava", "llava-next", "llava-onevision", "internvl", "smolvlm", "gemma3", "paligemma", "mistral3"}
-    assert set(vtprune.adapters()) == towers | tiled | {"qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "glm4v", "generic"}
+    assert set(vtprune.adapters()) == towers | tiled | {
+        "qwen2-vl",
+        "qwen2.5-vl",
+        "qwen3-vl",
+        "qwen3-vl-moe",
+        "glm4v",
+        "generic",
+    }
     info = vtprune.describe("flowcut")
     assert info.paper == "arXiv 2505.19536" and info.options["ema"] == 0.5 and all(info.option_help.values())
 
@@ -145,7 +165,10 @@ def test_every_option_has_a_help_text(method_name):
     assert info.idea and all(info.option_help[name] for name in info.options)
 
 
-@pytest.mark.parametrize(("keep", "tokens", "want"), [(1.0, 144, 144), (0.25, 144, 36), (0.11, 144, 15), (1e-6, 144, 1), (7, 144, 7), (144, 144, 144)])
+@pytest.mark.parametrize(
+    ("keep", "tokens", "want"),
+    [(1.0, 144, 144), (0.25, 144, 36), (0.11, 144, 15), (1e-6, 144, 1), (7, 144, 7), (144, 144, 144)],
+)
 def test_resolve(keep, tokens, want):
     assert resolve(keep, tokens) == want
 
@@ -158,7 +181,11 @@ def test_resolve_refuses(keep):
 
 @pytest.mark.parametrize("ending", ["json", "yaml"])
 def test_recipe_round_trip(tmp_path, ending):
-    recipe = Recipe(name="two", source="here", stages=(Stage(method="flowcut", keep=0.5, options={"batch": "max"}), Stage(method="fastv", keep=16)))
+    recipe = Recipe(
+        name="two",
+        source="here",
+        stages=(Stage(method="flowcut", keep=0.5, options={"batch": "max"}), Stage(method="fastv", keep=16)),
+    )
     recipe.save(tmp_path / f"r.{ending}")
     again = Recipe.load(tmp_path / f"r.{ending}")
     assert again == recipe and again.key() == recipe.key() and hash(again) == hash(recipe)
@@ -282,7 +309,9 @@ def test_solver_meets_effective_tokens(tiny, method):
     assert 0.7 * 16 - 3.0 < effective <= 0.7 * 16 + 1e-6
 
 
-@pytest.mark.parametrize("method, name", [("fastv", "layer"), ("pyramiddrop", "layers"), ("drop-all", None), ("dpvr-lf", None)])
+@pytest.mark.parametrize(
+    "method, name", [("fastv", "layer"), ("pyramiddrop", "layers"), ("drop-all", None), ("dpvr-lf", None)]
+)
 def test_solver_moves_cuts_forward_for_a_small_budget(tiny, method, name):
     """Only where the method's own layers cannot reach it; layers that the user states are never moved."""
     model, inputs = tiny("llava", "clip-llama")
@@ -296,7 +325,9 @@ def test_solver_moves_cuts_forward_for_a_small_budget(tiny, method, name):
     if name is not None:
         assert name not in vtprune.solve(model, method, effective_tokens=0.9).stages[-1].options
         with pytest.raises(VtpruneError, match="smallest schedule"):
-            vtprune.solve(model, load_recipe(method).override(**{name: own if name == "layers" else own[0]}), effective_tokens=0.3)
+            vtprune.solve(
+                model, load_recipe(method).override(**{name: own if name == "layers" else own[0]}), effective_tokens=0.3
+            )
 
 
 def _cuts(model, recipe, keep=None):
@@ -400,7 +431,9 @@ def test_what_cannot_continue_a_pruned_cache_is_refused(tiny, method):
         if method != "pyramiddrop":  # whose first layers hold the whole prompt, so that generate() finds the new tokens
             history = torch.cat([one["input_ids"], torch.tensor([[7, 8]])], 1)
             with pytest.raises(UnsupportedError, match="start a new prompt"):
-                model.generate(input_ids=history, attention_mask=torch.ones_like(history), **cached(model, cache), max_new_tokens=2)
+                model.generate(
+                    input_ids=history, attention_mask=torch.ones_like(history), **cached(model, cache), max_new_tokens=2
+                )
         assert torch.isfinite(_follow(model, cache, [7], length + 1).logits).all()  # the cache itself goes on
 
 
@@ -445,7 +478,8 @@ def test_threads_do_not_meet_between_tower_and_projector(tiny):
 
 @pytest.mark.parametrize("method", ["fastv", "random", "dpvr-lf"])
 def test_sliding_windows_count_the_callers_positions(method):
-    """A window of 8 tokens is 8 tokens of the prompt, whatever was dropped, also in a cache that holds fewer of them."""
+    """A window of 8 tokens is 8 tokens of the prompt, whatever was dropped, also in a cache that holds fewer of
+    them."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig
     from vtprune.models.base import ADAPTERS
 
@@ -453,13 +487,22 @@ def test_sliding_windows_count_the_callers_positions(method):
 
     model, inputs = ADAPTERS.get("llava").tiny["dinov2-mistral"]()
     words = {**model.config.text_config.to_dict(), "sliding_window": 8}
-    other = LlavaForConditionalGeneration(LlavaConfig(**{**model.config.to_dict(), "text_config": MistralConfig(**words).to_dict()})).eval()
+    other = LlavaForConditionalGeneration(
+        LlavaConfig(**{**model.config.to_dict(), "text_config": MistralConfig(**words).to_dict()})
+    ).eval()
     other.load_state_dict(model.state_dict())
     other.generation_config = model.generation_config
     with torch.no_grad():
         assert not torch.allclose(other(**inputs).logits, model(**inputs).logits, atol=1e-3), "the window matters"
     options = {"keep": 6} if method != "dpvr-lf" else {}
-    for name in ("prefill_is_masked_dense", "decode_is_masked_dense", "cached_is_uncached", "batch_is_singles", "full_budget", "interleaved_is_solo"):
+    for name in (
+        "prefill_is_masked_dense",
+        "decode_is_masked_dense",
+        "cached_is_uncached",
+        "batch_is_singles",
+        "full_budget",
+        "interleaved_is_solo",
+    ):
         result = check(name, other, method, inputs, **options)
         assert result.passed is not False, f"{name}: {result.detail}"
 
@@ -499,14 +542,17 @@ def test_budgets_that_contradict_each_other_and_wrong_values_are_refused(tiny):
     for method, options, reason in wrong:
         with pytest.raises(VtpruneError, match=reason):
             vtprune.attach(model, method, **options)
-    assert vtprune.solve(model, vtprune.Recipe(name="x", stages=(Stage(method="drop-all", options={"layer": 1}),)), effective_tokens=0.9).stages[0].options == {
-        "layer": 1
-    }
+    assert vtprune.solve(
+        model, vtprune.Recipe(name="x", stages=(Stage(method="drop-all", options={"layer": 1}),)), effective_tokens=0.9
+    ).stages[0].options == {"layer": 1}
 
 
-@pytest.mark.parametrize("options", [{"split": 2}, {"split": 0}, {"split": 1, "variant": "kv"}, {"split": 1, "fusion": 0}])
+@pytest.mark.parametrize(
+    "options", [{"split": 2}, {"split": 0}, {"split": 1, "variant": "kv"}, {"split": 1, "fusion": 0}]
+)
 def test_predicted_flops_and_tokens_are_the_reported_ones(tiny, options):
-    """Behind a stage that dropped some: what returns is what was put aside, and a side branch that never runs costs nothing."""
+    """Behind a stage that dropped some: what returns is what was put aside, and a side branch that never runs costs
+    nothing."""
     from vtprune.solve import _predict
 
     model, inputs = tiny("llava", "clip-llama")
@@ -521,7 +567,11 @@ def test_predicted_flops_and_tokens_are_the_reported_ones(tiny, options):
 
 def test_damaged_recipe_files_are_refused(tmp_path):
     good = vtprune.Recipe(name="x", stages=(Stage(method="fastv"),)).to_dict()
-    for name, change in (("stages", {"stages": None}), ("method", {"stages": [{"method": 5}]}), ("options", {"stages": [{"method": "fastv", "options": 5}]})):
+    for name, change in (
+        ("stages", {"stages": None}),
+        ("method", {"stages": [{"method": 5}]}),
+        ("options", {"stages": [{"method": "fastv", "options": 5}]}),
+    ):
         path = tmp_path / "r.json"
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(VtpruneError, match=name):

@@ -36,8 +36,8 @@ def _count(model, inputs) -> int:
 @pytest.mark.parametrize(("method", "options"), METHODS)
 @pytest.mark.parametrize("variant", ["clip-llama", "dinov2-llama", "siglip-qwen2"])
 def test_llava_flops_equal_the_counter(tiny, variant, method, options):
-    """Exact for methods that score nothing; eager attention, equal prompts, one position through the head (sizes are not whole multiples, so a wrong term
-    shows)."""
+    """Exact for methods that score nothing; eager attention, equal prompts, one position through the head (sizes are
+    not whole multiples, so a wrong term shows)."""
     model, inputs = tiny("llava", variant)
     model.set_attn_implementation("eager")
     one = {k: v[:1] for k, v in inputs.items()} | {"logits_to_keep": 1}
@@ -46,18 +46,23 @@ def test_llava_flops_equal_the_counter(tiny, variant, method, options):
         real = _count(model, one)
         report = handle.report()
     assert report.dense_flops == pytest.approx(dense, rel=1e-3)
-    # ToMe's own matching is counted by torch and not by the report; fused attention in a composed block (DINOv2 on transformers 5.17) the other way round.
+    # ToMe's own matching is counted by torch and not by the report; fused attention in a composed block (DINOv2 on
+    # transformers 5.17) the other way round.
     slack = 0.02 if method == "tome" else 3e-3
     assert report.flops == pytest.approx(real, rel=slack)
 
 
 LANGUAGE = [(f, v) for f in ADAPTERS if f not in ("hf-vit", "timm-vit", "open-clip") for v in ADAPTERS.get(f).tiny]
-ALONE = ("generic", "mistral3")  # of an unknown model the tower is not known, and Pixtral's masks in each image what all of them cost
+ALONE = (
+    "generic",
+    "mistral3",
+)  # of an unknown model the tower is not known, and Pixtral's masks in each image what all of them cost
 
 
 @pytest.mark.parametrize(("family", "variant"), LANGUAGE)
 def test_every_familys_flops_and_cache_equal_the_counter(tiny, family, variant):
-    """The whole model, tower and experts included, and what its cache holds: the formulas know each layer of each family."""
+    """The whole model, tower and experts included, and what its cache holds: the formulas know each layer of each
+    family."""
     model, inputs = tiny(family, variant)
     model.set_attn_implementation("eager")
     model.set_experts_implementation("eager")  # torch does not count grouped products
@@ -72,7 +77,8 @@ def test_every_familys_flops_and_cache_equal_the_counter(tiny, family, variant):
         name = next(n for n, m in model.named_modules() if m is adapter.lm)
         rows, length = inputs["input_ids"].shape
         layers = sum(cost.decoder_layer(adapter.cost, i, length) for i in range(adapter.cost.depth))
-        assert rows * layers == pytest.approx(sum(found[f"{type(model).__name__}.{name}"].values()), rel=3e-4)  # 5.17 makes rotary tables by a product
+        # 5.17 makes rotary tables by a product
+        assert rows * layers == pytest.approx(sum(found[f"{type(model).__name__}.{name}"].values()), rel=3e-4)
     else:
         assert report.dense_flops == pytest.approx(sum(found["Global"].values()), rel=3e-4)
     assert report.dense_kv_bytes == sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
@@ -80,7 +86,8 @@ def test_every_familys_flops_and_cache_equal_the_counter(tiny, family, variant):
 
 
 def test_work_that_does_not_go_by_tokens_is_refused():
-    """Counted on three prompts: so much per token and so much per pair, in whole numbers, or no report could be right."""
+    """Counted on three prompts: so much per token and so much per pair, in whole numbers, or no report could be
+    right."""
     assert fit("Toy", 0, [(n, 7 * n + 2 * n * n) for n in (3, 6, 11)]) == (7, 2)
     for work in ([(3, 9), (6, 18), (11, 34)], [(3, 10), (6, 21), (11, 40)], [(n, 7 * n + 8) for n in (3, 6, 11)]):
         with pytest.raises(UnsupportedError, match="layer 4 is not so much per token"):

@@ -12,7 +12,8 @@ from vtprune.data import easyvqa, scenes
 
 
 def test_scene_is_frozen():
-    """The picture of an index never changes (a digest of layout and questions; the pixels to within rounding of libm)."""
+    """The picture of an index never changes (a digest of layout and questions; the pixels to within rounding of
+    libm)."""
     s = scenes.scene(0, "test")
     text = repr([(i.kind, i.color, i.cell, i.text) for i in s.items]) + repr([(q.text, q.answer) for q in s.questions])
     again = scenes.scene(0, "test")
@@ -68,14 +69,17 @@ def _truth(question: scenes.Question, items: tuple[scenes.Item, ...]) -> str:
 def test_answers_are_true_boxes_hold_the_objects_and_nothing_overlaps():
     for i in range(150):
         s = scenes.scene(i, "val", per_ability=4)
-        assert len({item.cell for item in s.items if item.kind != "sign"}) == sum(item.kind != "sign" for item in s.items)
+        assert len({item.cell for item in s.items if item.kind != "sign"}) == sum(
+            item.kind != "sign" for item in s.items
+        )
         for q in s.questions:
             assert q.answer == _truth(q, s.items), q
             assert all(0 <= b[0] < b[2] <= scenes.SIZE and 0 <= b[1] < b[3] <= scenes.SIZE for b in q.boxes)
 
 
 def test_answers_are_balanced():
-    """No ability has an answer that is right much more often than chance, and the words of yes/no questions tell nothing."""
+    """No ability has an answer that is right much more often than chance, and the words of yes/no questions tell
+    nothing."""
     answers: dict[str, Counter] = {}
     by_text: dict[str, Counter] = {}
     for i in range(600):
@@ -83,7 +87,9 @@ def test_answers_are_balanced():
             answers.setdefault(q.ability, Counter())[q.answer] += 1
             by_text.setdefault(q.text, Counter())[q.answer] += 1
     share = {a: c.most_common(1)[0][1] / c.total() for a, c in answers.items()}
-    assert share["existence"] < 0.56 and share["relation"] < 0.56 and share["counting"] < 0.35 and share["attribute"] < 0.2
+    assert (
+        share["existence"] < 0.56 and share["relation"] < 0.56 and share["counting"] < 0.35 and share["attribute"] < 0.2
+    )
     assert share["location"] < 0.12 and share["text"] < 0.03
     yes = [c["yes"] / c.total() for t, c in by_text.items() if t.startswith("is there") and c.total() >= 20]
     assert yes and max(yes) < 0.8 and min(yes) > 0.2

@@ -22,7 +22,9 @@ def test_files_are_read_only_from_the_folder_of_uploads(tmp_path):
 
     field = SimpleNamespace(GRADIO_CACHE=str(tmp_path / "uploads"), file_types=[".json"])
     mine = str(tmp_path / "uploads" / "a" / "cat.json")
-    assert own_upload(field, FileData(path=mine)) == mine and own_upload(field, ListFiles([FileData(path=mine)] * 2)) == [mine, mine]
+    assert own_upload(field, FileData(path=mine)) == mine and own_upload(
+        field, ListFiles([FileData(path=mine)] * 2)
+    ) == [mine, mine]
     assert own_upload(field, None) is None and own_upload(field, SimpleNamespace(path=None)) is None
     for path in ("/etc/passwd.json", str(tmp_path / "other.json"), str(tmp_path / "uploads" / ".." / "other.json")):
         for payload in (FileData(path=path), ListFiles([FileData(path=mine), FileData(path=path)])):
@@ -37,7 +39,9 @@ def test_every_field_of_the_page_that_takes_files_has_that_check(tmp_path):
     from vtprune.demos import app
 
     page = app.build(SimpleNamespace(), tmp_path)
-    fields = [b for b in page.blocks.values() if isinstance(b, gr.Image | gr.File | gr.Video | gr.UploadButton | gr.Gallery)]
+    fields = [
+        b for b in page.blocks.values() if isinstance(b, gr.Image | gr.File | gr.Video | gr.UploadButton | gr.Gallery)
+    ]
     assert len(fields) == 5  # picture, video, two recipe files, result files
     for field in fields:
         for payload in (FileData(path="/etc/passwd"), ListFiles([FileData(path="/etc/hosts.json")])):
@@ -92,7 +96,10 @@ def drawn(folder, uploaded=None, cost="tokens"):
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"type": "vtprune.Bench", "version": 9}', '{"type": "vtprune.Bench", "version": 1}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "{}", '{"type": "vtprune.Bench", "version": 9}', '{"type": "vtprune.Bench", "version": 1}', "[" * 100_000],
+)
 def test_the_tab_of_results_tells_no_path_of_the_server(tmp_path, monkeypatch, text):
     shown = []
     monkeypatch.setattr(gr, "Warning", shown.append)

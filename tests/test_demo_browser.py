@@ -1,4 +1,5 @@
-"""The demo as its users see it: a real server, a real browser. Screenshots are left in the folder that VTPRUNE_SCREENSHOTS names (``make screenshots``)."""
+"""The demo as its users see it: a real server, a real browser. Screenshots are left in the folder that
+VTPRUNE_SCREENSHOTS names (``make screenshots``)."""
 
 from __future__ import annotations
 
@@ -27,11 +28,24 @@ import vtprune
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
 ROOT = Path(__file__).resolve().parents[1]
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    os.environ.get("CHROMIUM")
+    or shutil.which("chromium")
+    or shutil.which("chromium-browser")
+    or shutil.which("google-chrome")
+)
 if CHROMIUM is None and "CI" in os.environ:
     raise RuntimeError("CI has to install chromium: the demo's browser tests must not be skipped there")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium found; CHROMIUM=PATH names one")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 SECOND = 1000  # playwright's milliseconds
 WAIT = 90 * SECOND  # other tests share the cores
 
@@ -49,7 +63,9 @@ class Server:
         command = [sys.executable, "-m", "vtprune", "demo", "--port", str(self.port), *options]
         self.folder = tempfile.TemporaryDirectory()
         env = {**os.environ, "TMPDIR": self.folder.name}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env
+        )
         self.url = f"http://127.0.0.1:{self.port}"
 
     def ready(self) -> Server:
@@ -69,7 +85,9 @@ class Server:
         return told
 
     def left_nothing(self) -> None:
-        assert [p.name for p in Path(self.folder.name).iterdir() if not p.name.startswith("torch")] == []  # torch keeps its compiler's cache there
+        assert [
+            p.name for p in Path(self.folder.name).iterdir() if not p.name.startswith("torch")
+        ] == []  # torch keeps its compiler's cache there
 
     def request(self, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, bytes]:
         """Status and body of a request that no browser makes."""
@@ -79,8 +97,16 @@ class Server:
         return answer.status, answer.read()
 
     def upload(self, name: str, data: bytes, **headers: str) -> tuple[int, bytes]:
-        body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="' + name.encode() + b'"\r\n\r\n' + data + b"\r\n--x--\r\n"
-        return self.request("POST", "/gradio_api/upload", body, **{"content_type": "multipart/form-data; boundary=x", **headers})
+        body = (
+            b'--x\r\nContent-Disposition: form-data; name="files"; filename="'
+            + name.encode()
+            + b'"\r\n\r\n'
+            + data
+            + b"\r\n--x--\r\n"
+        )
+        return self.request(
+            "POST", "/gradio_api/upload", body, **{"content_type": "multipart/form-data; boundary=x", **headers}
+        )
 
     def child(self) -> int:
         """The process that has the model."""
@@ -110,13 +136,18 @@ class Seat:
     """One user: a browser context of its own, and what went wrong in it."""
 
     def __init__(self, chromium, server: Server, **context):
-        self.context = chromium.new_context(accept_downloads=True, **{"viewport": {"width": 1360, "height": 900}, **context})
+        self.context = chromium.new_context(
+            accept_downloads=True, **{"viewport": {"width": 1360, "height": 900}, **context}
+        )
         self.page = self.context.new_page()
         self.errors: list[str] = []
         self.elsewhere: list[str] = []
         self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
         self.page.on("pageerror", lambda e: self.errors.append(str(e)))
-        self.page.on("request", lambda r: self.elsewhere.append(r.url) if urlsplit(r.url).hostname not in ("127.0.0.1", None) else None)
+        self.page.on(
+            "request",
+            lambda r: self.elsewhere.append(r.url) if urlsplit(r.url).hostname not in ("127.0.0.1", None) else None,
+        )
         self.page.set_default_timeout(WAIT)
         self.page.goto(server.url)
         self.page.get_by_text("visual tokens per image").wait_for()
@@ -189,7 +220,8 @@ def pictures(tmp_path_factory) -> list[tuple[Path, str, str]]:
 
 
 def test_a_visit(seat, pictures, tmp_path):
-    """Upload, ask, move the slider, compare two recipes, export; what is drawn is what the recipe, run here, reports."""
+    """Upload, ask, move the slider, compare two recipes, export; what is drawn is what the recipe, run here,
+    reports."""
     path, question, dense = pictures[0]
     one = seat()
     one.upload(path)
@@ -218,7 +250,9 @@ def test_a_visit(seat, pictures, tmp_path):
     drawn = []
     for step in range(steps):
         assert theatre.get_attribute("data-step") == str(step)
-        drawn.append([[int(t) for t in s.get_attribute("data-kept").split(",") if t] for s in theatre.locator(".vt-scene").all()])
+        drawn.append(
+            [[int(t) for t in s.get_attribute("data-kept").split(",") if t] for s in theatre.locator(".vt-scene").all()]
+        )
         slider.press("ArrowRight")
     assert all(first == list(range(144)) for first, _ in drawn), "dense drops nothing"
     layers = [second for _, second in drawn[-len(report.layer_tokens[0]) :]]
@@ -243,7 +277,9 @@ def test_a_visit(seat, pictures, tmp_path):
     one.page.locator("#ask").click()
     one.status("waiting|answering|measuring")
     one.status("done")
-    assert one.page.locator(".vtp-metrics").inner_text().count("tome") and one.page.locator(".vtp-metrics").inner_text().count("fastv")
+    assert one.page.locator(".vtp-metrics").inner_text().count("tome") and one.page.locator(
+        ".vtp-metrics"
+    ).inner_text().count("fastv")
     one.shot("two-recipes")
     saved = {}
     for name in ("vtprune-png", "theatre-html", "repeat-py", "recipe-a-json", "recipe-b-json"):
@@ -255,7 +291,13 @@ def test_a_visit(seat, pictures, tmp_path):
     assert vtprune.Recipe.from_dict(json.loads(saved["recipe-a-json"].read_text())).stages[0].method == "tome"
     assert "<vt-theatre" in saved["theatre-html"].read_text()
     shutil.copy(path, tmp_path)
-    done = subprocess.run([sys.executable, saved["repeat-py"]], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, saved["repeat-py"]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     assert [line.rsplit(" (", 1)[0] for line in done.stdout.strip().splitlines()] == [one.answer("a"), one.answer("b")]
 
@@ -286,7 +328,10 @@ def test_all_methods_and_results(seat, pictures):
     one.shot("results")
 
 
-@pytest.mark.parametrize("name, context", [("phone", {"viewport": {"width": 390, "height": 844}, "has_touch": True}), ("dark", {"color_scheme": "dark"})])
+@pytest.mark.parametrize(
+    "name, context",
+    [("phone", {"viewport": {"width": 390, "height": 844}, "has_touch": True}), ("dark", {"color_scheme": "dark"})],
+)
 def test_phone_and_dark(seat, pictures, name, context):
     path, question, dense = pictures[0]
     one = seat(**context)
@@ -297,9 +342,15 @@ def test_phone_and_dark(seat, pictures, name, context):
     assert one.answer("a") == dense
     assert one.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "the page scrolls sideways"
     ratio = one.page.locator(".vtp-metrics tbody tr").first.locator("td").last
-    assert re.search(r"x \d.*\(\d.* to \d|too few rounds", ratio.inner_text()) and ratio.bounding_box()["x"] + 40 < one.page.viewport_size["width"]
+    assert (
+        re.search(r"x \d.*\(\d.* to \d|too few rounds", ratio.inner_text())
+        and ratio.bounding_box()["x"] + 40 < one.page.viewport_size["width"]
+    )
     if name == "dark":
-        light = one.page.evaluate("getComputedStyle(document.querySelector('vt-theatre .vt-caption')).color.match(/[0-9.]+/g).slice(0, 3).map(Number)")
+        light = one.page.evaluate(
+            "getComputedStyle(document.querySelector('vt-theatre .vt-caption')).color.match(/[0-9.]+/g).slice(0, "
+            "3).map(Number)"
+        )
         assert min(light) > 100, f"dark text on a dark page: {light}"
     one.shot(name)
 
@@ -397,12 +448,18 @@ def recipe_file(folder: Path, name: str, **fields: object) -> Path:
     """A recipe file; ``fields`` of its one stage, or ``top`` level ones."""
     path = folder / name
     top = fields.pop("top", {})
-    path.write_text(json.dumps({"type": "vtprune.Recipe", "version": 1, "name": "mine", "stages": [{"method": "fastv", **fields}], **top}), encoding="utf-8")
+    path.write_text(
+        json.dumps(
+            {"type": "vtprune.Recipe", "version": 1, "name": "mine", "stages": [{"method": "fastv", **fields}], **top}
+        ),
+        encoding="utf-8",
+    )
     return path
 
 
 def test_markup_in_names_stays_text(seat, pictures, elsewhere, tmp_path):
-    """Names of files, recipes, fields, methods and options that hold HTML are shown as they are, and ask nobody for anything."""
+    """Names of files, recipes, fields, methods and options that hold HTML are shown as they are, and ask nobody for
+    anything."""
     site, asked = elsewhere
     evil = f"<img src={site}/x onerror=document.title='owned'><form action={site}/f><input name=password></form>"
     path, question, _ = pictures[0]
@@ -431,7 +488,9 @@ def test_markup_in_names_stays_text(seat, pictures, elsewhere, tmp_path):
         assert one.page.locator(".toast-body img[src^=http], .toast-body form, #status img, #status form").count() == 0
         one.page.locator(".toast-close").first.click()
         box.locator("button[aria-label='Clear'], button[aria-label='Remove this file']").first.click()
-    box.locator("input[type=file]").set_input_files(recipe_file(tmp_path, "good.json", top={"name": evil + "{{#each}} ${x}"}))
+    box.locator("input[type=file]").set_input_files(
+        recipe_file(tmp_path, "good.json", top={"name": evil + "{{#each}} ${x}"})
+    )
     box.get_by_text("good").first.wait_for()
     one.page.locator("#ask").click()
     one.status("done")
@@ -454,7 +513,7 @@ def test_what_is_injected_reaches_nobody(seat, elsewhere):
             await fetch(`${site}/fetch`).catch(() => 0);
             await new Promise((done) => setTimeout(done, 1000));
             return found;
-        }""",
+        }""",  # noqa: E501
         site,
     )
     assert {"img-src", "frame-src", "form-action", "style-src-elem", "connect-src", "script-src-attr"} <= set(blocked)
@@ -467,17 +526,37 @@ def test_what_is_injected_reaches_nobody(seat, elsewhere):
 def test_other_sites_and_large_uploads_are_refused(server):
     assert server.request("GET", "/")[0] == 200 and server.request("GET", "/gradio_api/startup-events")[0] == 200
     assert server.upload("a.png", b"x")[0] == 200
-    for headers in ({"Host": f"evil.example:{server.port}"}, {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
-        for path in ("/", "/config", "/gradio_api/info", "/gradio_api/queue/data?session_hash=a", "/gradio_api/file=/etc/hostname"):
+    for headers in (
+        {"Host": f"evil.example:{server.port}"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site"},
+    ):
+        for path in (
+            "/",
+            "/config",
+            "/gradio_api/info",
+            "/gradio_api/queue/data?session_hash=a",
+            "/gradio_api/file=/etc/hostname",
+        ):
             assert server.request("GET", path, **headers)[0] == 403, (path, headers)
         assert server.upload("a.png", b"x", **headers)[0] == 403
-        assert server.request("POST", "/gradio_api/queue/join", b"{}", content_type="application/json", **headers)[0] == 403
+        assert (
+            server.request("POST", "/gradio_api/queue/join", b"{}", content_type="application/json", **headers)[0]
+            == 403
+        )
     assert server.upload("a.png", b"x", content_length="65000000")[0] == 413
-    assert server.request("POST", "/gradio_api/queue/join", b"x", content_type="application/json", content_length="1000001")[0] == 413
+    assert (
+        server.request(
+            "POST", "/gradio_api/queue/join", b"x", content_type="application/json", content_length="1000001"
+        )[0]
+        == 413
+    )
 
 
 def test_a_terminal_that_closes_leaves_no_uploads():
-    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, also by what is started, which the demo respects
+    # under nohup it is ignored, also by what is started, which the demo respects
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         server = Server().ready()
     finally:
@@ -501,7 +580,9 @@ def test_a_model_s_process_that_dies_is_told_everywhere(chromium, pictures):
     asking.status("process has ended; start vtprune demo again", "compare-status")
     idle.page.get_by_role("alert").filter(has_text="the model's process has ended (SIGKILL").wait_for()
     told = server.process.communicate(timeout=60)[0]
-    assert server.process.returncode == 1 and "the model's process has ended (SIGKILL" in told and "Traceback" not in told
+    assert (
+        server.process.returncode == 1 and "the model's process has ended (SIGKILL" in told and "Traceback" not in told
+    )
     server.left_nothing()
     idle.page.get_by_role("alert").filter(has_text="vtprune demo has ended").wait_for()
     for one in (asking, idle):
@@ -526,7 +607,12 @@ def first_answer(chromium, path: Path, question: str, expected: str) -> float:
         page.locator("#picture input[type=file]").set_input_files(path)
         page.locator("#question textarea, #question input").fill(question)
         page.locator("#ask").click()
-        page.wait_for_function("text => document.querySelector('#answer-a textarea').value === text", arg=expected, polling=50, timeout=60 * SECOND)
+        page.wait_for_function(
+            "text => document.querySelector('#answer-a textarea').value === text",
+            arg=expected,
+            polling=50,
+            timeout=60 * SECOND,
+        )
         seconds = time.monotonic() - begin
         context.close()
         return seconds

@@ -52,29 +52,47 @@ def alike(a, b):
     return (a.answer, a.recipe, a.report.to_dict()) == (b.answer, b.recipe, b.report.to_dict())
 
 
-# ----------------------------------------------------------------------------------------------------------------- sides
+# -----------------------------------------------------------------------------------------------------------------
+# sides
 
 
 def test_a_side_says_what_attach_takes():
     assert Side("fastv").attach_options() == {"seed": 0}
     assert Side("fastv", "keep", 1, {"layer": 3}, 7).attach_options() == {"keep": 1.0, "layer": 3, "seed": 7}
     assert Side("fastv", "effective", 0.25).attach_options() == {"effective_tokens": 0.25, "seed": 0}
-    assert Side().name == "dense" and Side(vtprune.Recipe(name="mine", stages=(vtprune.Stage(method="pool"),))).name == "mine"
+    assert (
+        Side().name == "dense"
+        and Side(vtprune.Recipe(name="mine", stages=(vtprune.Stage(method="pool"),))).name == "mine"
+    )
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"recipe": 3}, {"budget": "cheap"}, {"share": 0}, {"share": 1.01}, {"share": float("nan")}, {"share": True}, {"share": "0.5"}, {"seed": -1},
-        {"seed": 0.5}, {"seed": True}, {"options": [1]}, {"options": {1: 2}}, {"options": {"a b": 2}}, {"options": {"keep": 3}}, {"options": {"flops": 3}},
+        {"recipe": 3},
+        {"budget": "cheap"},
+        {"share": 0},
+        {"share": 1.01},
+        {"share": float("nan")},
+        {"share": True},
+        {"share": "0.5"},
+        {"seed": -1},
+        {"seed": 0.5},
+        {"seed": True},
+        {"options": [1]},
+        {"options": {1: 2}},
+        {"options": {"a b": 2}},
+        {"options": {"keep": 3}},
+        {"options": {"flops": 3}},
     ],
-)  # fmt: skip
+)
 def test_a_side_refuses(wrong):
     with pytest.raises(vtprune.VtpruneError):
         Side(**wrong)
 
 
-# --------------------------------------------------------------------------------------------------------------- answers
+# ---------------------------------------------------------------------------------------------------------------
+# answers
 
 
 def test_an_answer_grows_and_carries_what_ran(engine):
@@ -98,7 +116,12 @@ def test_dense_is_the_model_as_it_is(engine):
     result = last(engine.stream(Side(), sample.image, sample.question))
     assert result.answer == answer.ask(engine.model, engine.processor, [sample.image], [sample.question])[0]
     report = result.report
-    assert report.layer_tokens == [[144] * 12] and report.flops == report.dense_flops and report.kv_bytes == report.dense_kv_bytes and result.recipe is None
+    assert (
+        report.layer_tokens == [[144] * 12]
+        and report.flops == report.dense_flops
+        and report.kv_bytes == report.dense_kv_bytes
+        and result.recipe is None
+    )
     other = last(engine.stream(Side("fastv"), sample.image, sample.question)).report
     assert (other.dense_flops, other.dense_kv_bytes) == (report.flops, report.kv_bytes) and other.flops < report.flops
 
@@ -116,7 +139,9 @@ def test_times_are_those_of_the_clock(long, monkeypatch):
         return _real(*args, **kwargs)
 
     class Slow(demo._Halt):
-        def __call__(self, *args, **kwargs):  # runs behind the note of the first token: each token but the last takes this
+        def __call__(
+            self, *args, **kwargs
+        ):  # runs behind the note of the first token: each token but the last takes this
             now[0] += 3
             return super().__call__(*args, **kwargs)
 
@@ -125,7 +150,9 @@ def test_times_are_those_of_the_clock(long, monkeypatch):
     monkeypatch.setattr(vtprune, "attach", attach)
     monkeypatch.setattr(demo, "_Halt", Slow)
     result = last(long.stream(Side("random"), picture(), "a b", max_new_tokens=4))
-    assert (result.ttft_ms, result.prefill_ms, result.token_ms, result.total_ms) == pytest.approx((2000, 0, 4000, 14000))
+    assert (result.ttft_ms, result.prefill_ms, result.token_ms, result.total_ms) == pytest.approx(
+        (2000, 0, 4000, 14000)
+    )
 
 
 def test_two_users_at_once_get_their_own_answers(engine):
@@ -176,7 +203,12 @@ def test_an_answer_ends_in_the_middle(long, how):
     if how == "stop":
         stop.set()
         result = last(turns)
-        assert result.stopped and 1 <= result.new_tokens < LONG and result.report.layer_tokens[0][-1] < 16 and len(result.answer.split()) <= result.new_tokens
+        assert (
+            result.stopped
+            and 1 <= result.new_tokens < LONG
+            and result.report.layer_tokens[0][-1] < 16
+            and len(result.answer.split()) <= result.new_tokens
+        )
     elif how == "close":
         turns.close()
     else:
@@ -188,7 +220,9 @@ def test_an_answer_ends_in_the_middle(long, how):
 
 def test_a_closed_answer_does_not_run_to_its_end(long, monkeypatch):
     made = []
-    monkeypatch.setattr(demo._Tell, "put", lambda self, value, _put=demo._Tell.put: (_put(self, value), made.append(value.ndim)))
+    monkeypatch.setattr(
+        demo._Tell, "put", lambda self, value, _put=demo._Tell.put: (_put(self, value), made.append(value.ndim))
+    )
     turns = long.stream(Side(), picture(), "what is it", max_new_tokens=LONG)
     next(turns)
     turns.close()
@@ -246,7 +280,8 @@ def test_exceptions_arrive_as_they_are(long, monkeypatch):
     assert last(long.stream(Side("fastv"), picture(), "a", max_new_tokens=1)).token_ms is None
 
 
-# ----------------------------------------------------------------------------------------------------------- comparisons
+# -----------------------------------------------------------------------------------------------------------
+# comparisons
 
 
 def test_recipes_are_tried_once(engine, long, monkeypatch):
@@ -256,7 +291,11 @@ def test_recipes_are_tried_once(engine, long, monkeypatch):
     assert {o.name for o in engine.recipes()} == {*found}
     assert demo.TRAINED not in {o.name for o in long.recipes()}
     other = Engine(*tiny())
-    monkeypatch.setattr(other, "_recipe", lambda side: vtprune.Recipe(name="deep", stages=(vtprune.Stage(method="fastv", options={"layer": 99}),)))
+    monkeypatch.setattr(
+        other,
+        "_recipe",
+        lambda side: vtprune.Recipe(name="deep", stages=(vtprune.Stage(method="fastv", options={"layer": 99}),)),
+    )
     assert all("0.." in o.reason for o in other.recipes())
 
 
@@ -271,7 +310,11 @@ def test_rounds_go_to_and_fro(long, monkeypatch):
     monkeypatch.setattr(long, "_first_token", first)
     found = long.rounds([Side(), Side("fastv")], picture(), "a", repeats=3, limit_s=100)
     assert turns == ["dense", "fastv", "fastv", "dense", "dense", "fastv"]
-    assert found.rounds == 3 and found.prefill_ms == ((4000, 2000), (5000, 4000), (9000, 3000)) and found.ttft_ms[2] == (10000, 4000)
+    assert (
+        found.rounds == 3
+        and found.prefill_ms == ((4000, 2000), (5000, 4000), (9000, 3000))
+        and found.ttft_ms[2] == (10000, 4000)
+    )
     assert demo.medians(found.prefill_ms) == (5000, 3000)
     assert demo.ratios(found.prefill_ms) == (0.5, pytest.approx(1 / 3), 0.8), "of the rounds, not of the medians"
 
@@ -280,14 +323,20 @@ def test_the_first_prefill_of_an_attachment_is_in_no_time(long, monkeypatch):
     costs = iter([{"prefill": 9.0, "ttft": 9.5}, {"prefill": 2.0, "ttft": 3.0}])
     monkeypatch.setattr(long, "_generate", lambda *args: (None, next(costs)))
     times, side = long._first_token(Side("random", "effective", 0.5, seed=4), part_of(picture(), long.processor), "a")
-    assert times == (2.0, 3.0) and side.recipe.stages[-1].keep == 8 and side.attach_options() == {"seed": 4}  # solved once
+    # solved once
+    assert times == (2.0, 3.0) and side.recipe.stages[-1].keep == 8 and side.attach_options() == {"seed": 4}
 
 
 def test_rounds_keep_to_their_time(long):
     before = snapshot(long.model)
     found = long.rounds([Side(), Side("fastv", "effective", 0.5)], picture(), "a b", repeats=50, limit_s=0)
     assert found.rounds == 1 and 0 < found.prefill_ms[0][0] < found.ttft_ms[0][0]
-    assert long.rounds([Side("random", options={"positions": "compact"}), Side("random")], picture(), "a b", repeats=3, limit_s=60).rounds == 3
+    assert (
+        long.rounds(
+            [Side("random", options={"positions": "compact"}), Side("random")], picture(), "a b", repeats=3, limit_s=60
+        ).rounds
+        == 3
+    )
     assert snapshot(long.model) == before
     for sides, repeats in (([Side()], 3), ([Side(), Side()], 0)):
         with pytest.raises(vtprune.VtpruneError, match="two sides"):
@@ -300,7 +349,13 @@ def test_every_recipe_at_one_budget(engine):
     assert [e.name for e in found] == ["dense", *(o.name for o in engine.recipes())]
     for e in found:
         if e.result is None:
-            assert "cannot reach" in e.note and e.right is None and e.answer is None and e.flops_share is None and e.prefill_ms is None
+            assert (
+                "cannot reach" in e.note
+                and e.right is None
+                and e.answer is None
+                and e.flops_share is None
+                and e.prefill_ms is None
+            )
             continue
         assert e.right == bench.matches(e.answer, sample.answer) and e.prefill_ms > 0
         if e.name not in ("dense", demo.TRAINED):
@@ -309,7 +364,8 @@ def test_every_recipe_at_one_budget(engine):
     assert entries["dense"].flops_share == entries["dense"].kv_share == 1 and entries["dense"].effective_tokens == 144
     assert "own budget" in entries[demo.TRAINED].note and entries[demo.TRAINED].result.name == demo.TRAINED
     assert (
-        entries["pyramiddrop"].report.to_dict() == last(engine.stream(Side("pyramiddrop", "effective", 0.25), sample.image, sample.question)).report.to_dict()
+        entries["pyramiddrop"].report.to_dict()
+        == last(engine.stream(Side("pyramiddrop", "effective", 0.25), sample.image, sample.question)).report.to_dict()
     )
     assert snapshot(engine.model) == before
 
@@ -318,14 +374,20 @@ def test_a_comparison_notes_what_cannot_run_and_stops(long):
     stop = threading.Event()
     turns = long.compare(picture(), "a b", 0.5, budget="keep", names=["dpvr-lf", "fastv", "random"], stop=stop)
     dense, refused, fastv = (next(turns) for _ in range(3))
-    assert dense.right is None and refused.result is None and "takes no keep=" in refused.note and fastv.report.stages[-1].tokens_out == [8]
+    assert (
+        dense.right is None
+        and refused.result is None
+        and "takes no keep=" in refused.note
+        and fastv.report.stages[-1].tokens_out == [8]
+    )
     stop.set()
     assert list(turns) == []
     with pytest.raises(vtprune.VtpruneError, match="share"):
         long.compare(picture(), "a", 2.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------- limits
+# ----------------------------------------------------------------------------------------------------------------
+# limits
 
 
 def test_a_report_is_asked_for_where_the_model_ran(engine, monkeypatch):
@@ -346,12 +408,19 @@ def test_a_report_is_asked_for_where_the_model_ran(engine, monkeypatch):
     last(engine.stream(Side("fastv"), sample.image, sample.question, max_new_tokens=2))
     engine.rounds([Side(), Side("fastv")], sample.image, sample.question, repeats=1)
     list(engine.compare(sample.image, sample.question, 0.5, names=["fastv"]))
-    assert threads["report"] == threads["generate"] and len(threads["report"]) == 1 and threading.get_ident() not in threads["report"]
+    assert (
+        threads["report"] == threads["generate"]
+        and len(threads["report"]) == 1
+        and threading.get_ident() not in threads["report"]
+    )
 
 
 def test_a_right_answer_has_limits(engine):
     sample = samples(1)[0]
-    for truth, says in (("x" * 501, "the right answer has 501 characters; at most 500"), ("a\ud800", "the right answer holds half of a character")):
+    for truth, says in (
+        ("x" * 501, "the right answer has 501 characters; at most 500"),
+        ("a\ud800", "the right answer holds half of a character"),
+    ):
         with pytest.raises(vtprune.VtpruneError, match=says):
             engine.compare(sample.image, sample.question, 0.5, truth=truth)
     assert list(engine.compare(sample.image, sample.question, 0.5, truth="x" * 500, names=[]))[0].right is False
@@ -382,7 +451,14 @@ def test_questions_have_limits(engine):
 def header(width: int, height: int) -> bytes:
     """A PNG that ends where its pixels would begin."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + struct.pack(">I", 99) + b"IDAT"
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + chunk
+        + struct.pack(">I", zlib.crc32(chunk))
+        + struct.pack(">I", 99)
+        + b"IDAT"
+    )
 
 
 def test_pictures_that_are_refused(engine, tmp_path):
@@ -411,7 +487,9 @@ def test_pictures_that_are_refused(engine, tmp_path):
 def test_odd_pictures_are_read_as_what_they_show(engine, tmp_path):
     ramp = np.linspace(0, 65535, 64 * 32).reshape(32, 64)
     Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "deep.png")
-    Image.new("RGB", (20, 20), "red").save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (20, 20), "blue")])
+    Image.new("RGB", (20, 20), "red").save(
+        tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (20, 20), "blue")]
+    )
     Image.new("CMYK", (30, 20), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
     palette = Image.new("P", (20, 20), 1)
     palette.putpalette([255, 255, 255, 0, 0, 255])
@@ -430,10 +508,17 @@ def test_odd_pictures_are_read_as_what_they_show(engine, tmp_path):
     assert read["moving.gif"].getpixel((5, 5)) == (255, 0, 0) and read["palette.png"].getpixel((5, 5)) == (0, 0, 255)
     r, g, b = read["print.jpg"].getpixel((5, 5))
     assert r > 200 and g < 40 and b < 40
-    assert read["lying.jpg"].size == (20, 30) and read["line.png"].size == (2048, 1) and read["wide.png"].size == (2048, 1024)
+    assert (
+        read["lying.jpg"].size == (20, 30)
+        and read["line.png"].size == (2048, 1)
+        and read["wide.png"].size == (2048, 1024)
+    )
     for name in ("dot.png", "line.png", "deep.png"):
         assert last(engine.stream(Side("tome"), tmp_path / name, "what color is it ?")).report.visual_tokens == [144]
-    assert part_of(lying, engine.processor)["image"].size == (20, 30) and part_of(Image.new("RGBA", (3, 3)), engine.processor)["image"].mode == "RGB"
+    assert (
+        part_of(lying, engine.processor)["image"].size == (20, 30)
+        and part_of(Image.new("RGBA", (3, 3)), engine.processor)["image"].mode == "RGB"
+    )
     with pytest.raises(vtprune.VtpruneError, match="32 bits"):
         Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "real.tif")
         part_of(tmp_path / "real.tif", engine.processor)
@@ -479,7 +564,16 @@ def test_videos(engine, tmp_path):
 
 def test_samples_are_always_the_same_and_varied():
     found = samples(8)
-    assert [s.ability for s in found] == ["attribute", "counting", "text", "location", "relation", "existence", "attribute", "counting"]
+    assert [s.ability for s in found] == [
+        "attribute",
+        "counting",
+        "text",
+        "location",
+        "relation",
+        "existence",
+        "attribute",
+        "counting",
+    ]
     assert [(s.source, s.question) for s in found[:3]] == [(s.source, s.question) for s in samples(3)]
     assert len({s.source for s in found}) == 8 and all(s.picture().size == (168, 168) and s.answer for s in found)
     with pytest.raises(vtprune.VtpruneError):
@@ -493,4 +587,6 @@ def test_a_model_without_language_is_refused():
 
 
 def test_no_gradient_is_kept(long):
-    assert torch.is_grad_enabled() and not any(s.requires_grad for s in last(long.stream(Side("fastv"), picture(), "a")).report.stages[0].kept)
+    assert torch.is_grad_enabled() and not any(
+        s.requires_grad for s in last(long.stream(Side("fastv"), picture(), "a")).report.stages[0].kept
+    )

@@ -50,7 +50,13 @@ class Application:
             self.read += len(message["body"])
             if not message["more_body"]:
                 break
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", self.kind), (b"X-Content-Type-Options", b"x")]})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [(b"content-type", self.kind), (b"X-Content-Type-Options", b"x")],
+            }
+        )
         await send({"type": "http.response.body", "body": PAGE[:20], "more_body": True})
         await send({"type": "http.response.body", "body": PAGE[20:]})
 
@@ -65,7 +71,9 @@ def app(inner, tmp_path):
     return Guard(inner, names("127.0.0.1"), tmp_path, ["later"])
 
 
-@pytest.mark.parametrize("host", ["localhost:7860", "127.0.0.1:7860", "127.0.0.1", "[::1]:7860", "LOCALHOST:9000", "localhost.:7860"])
+@pytest.mark.parametrize(
+    "host", ["localhost:7860", "127.0.0.1:7860", "127.0.0.1", "[::1]:7860", "LOCALHOST:9000", "localhost.:7860"]
+)
 def test_its_own_names_are_served(app, host):
     assert call(app, host=host)[0] == 200
     assert call(app, host=host, origin=f"http://{host}")[0] == 200
@@ -74,10 +82,18 @@ def test_its_own_names_are_served(app, host):
 @pytest.mark.parametrize(
     "host",
     [
-        "evil.example:7860", "evil.example", "localhost.evil.example", "127.0.0.1.evil.example:7860", "10.0.0.1:7860", "", ":7860",
-        "localhost@evil.example", "localhost:7860, evil.example", "127.0.0.1:7860/x",
+        "evil.example:7860",
+        "evil.example",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example:7860",
+        "10.0.0.1:7860",
+        "",
+        ":7860",
+        "localhost@evil.example",
+        "localhost:7860, evil.example",
+        "127.0.0.1:7860/x",
     ],
-)  # fmt: skip
+)
 def test_other_names_are_not(app, inner, host):
     status, _, body = call(app, host=host)
     assert status == 403 and b"--allow-host" in body and inner.calls == 0
@@ -85,7 +101,9 @@ def test_other_names_are_not(app, inner, host):
 
 def test_what_any_address_listens_to():
     everywhere, one = names("0.0.0.0", ["Proxy.example"]), names("gpu.example")
-    assert all(map(everywhere, ("10.0.0.1", "fe80::1", "localhost", "proxy.example"))) and not everywhere("evil.example")
+    assert all(map(everywhere, ("10.0.0.1", "fe80::1", "localhost", "proxy.example"))) and not everywhere(
+        "evil.example"
+    )
     assert one("gpu.example") and not one("10.0.0.1") and not one("evil.example")
     assert names("127.0.0.1", ["proxy.example"])("proxy.example")
     assert (name_of("[FE80::1]:80"), name_of("a:b"), name_of("a:7860")) == ("fe80::1", "", "a")
@@ -94,11 +112,18 @@ def test_what_any_address_listens_to():
 @pytest.mark.parametrize(
     "headers",
     [
-        {"origin": "http://evil.example"}, {"origin": "null"}, {"origin": ""}, {"origin": "http://localhost:3000"}, {"origin": "http://localhost"},
-        {"origin": "http://127.0.0.1:7860"}, {"origin": "file://"}, {"sec_fetch_site": "cross-site"}, {"sec_fetch_site": "same-site", "sec_fetch_mode": "cors"},
+        {"origin": "http://evil.example"},
+        {"origin": "null"},
+        {"origin": ""},
+        {"origin": "http://localhost:3000"},
+        {"origin": "http://localhost"},
+        {"origin": "http://127.0.0.1:7860"},
+        {"origin": "file://"},
+        {"sec_fetch_site": "cross-site"},
+        {"sec_fetch_site": "same-site", "sec_fetch_mode": "cors"},
         {"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate", "sec_fetch_dest": "iframe"},
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("method", ["GET", "POST", "HEAD"])
 def test_other_sites_pages_are_refused(app, inner, headers, method):
     assert call(app, method, **headers)[0] == 403 and inner.calls == 0
@@ -107,7 +132,9 @@ def test_other_sites_pages_are_refused(app, inner, headers, method):
 def test_a_link_on_another_site_may_lead_here(app):
     link = {"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate", "sec_fetch_dest": "document"}
     assert call(app, **link)[0] == 200 and call(app, "POST", **link)[0] == 403
-    assert call(app, "POST", origin="http://localhost:7860", sec_fetch_site="same-origin", sec_fetch_mode="cors")[0] == 200
+    assert (
+        call(app, "POST", origin="http://localhost:7860", sec_fetch_site="same-origin", sec_fetch_mode="cors")[0] == 200
+    )
     assert call(app, "POST")[0] == 200, "programs send no origin"
 
 
@@ -178,7 +205,11 @@ def test_uploads_on_their_way_count(app, monkeypatch):
 def test_answers_tell_browsers_to_be_careful(app, inner, tmp_path):
     _, headers, body = call(app)
     told = headers[b"content-security-policy"].decode()
-    assert body == PAGE and headers[b"x-content-type-options"] == b"nosniff" and headers[b"referrer-policy"] == b"no-referrer"
+    assert (
+        body == PAGE
+        and headers[b"x-content-type-options"] == b"nosniff"
+        and headers[b"referrer-policy"] == b"no-referrer"
+    )
     for code in (b"one()", b"\ntwo()\n"):
         assert f"'sha256-{base64.b64encode(hashlib.sha256(code).digest()).decode()}'" in told
     assert "'sha256-later'" in told and "frame-ancestors 'none'" in told and "form-action 'none'" in told

@@ -24,12 +24,36 @@ EVIL = '<script>alert(1)</script> & "quoted"\n\'\'\' """ \\ {0} #'
 
 def result(name="some", kept=(0, 5, 9, 15), answer="red", **changes) -> Result:
     """A result without a model: 16 tokens on a 4 x 4 grid, cut to ``kept`` in the third of four layers."""
-    stages = () if kept is None else (StageReport("llm.2", "fastv", [16], [len(kept)], [torch.tensor(kept, dtype=torch.long)]),)
+    stages = (
+        ()
+        if kept is None
+        else (StageReport("llm.2", "fastv", [16], [len(kept)], [torch.tensor(kept, dtype=torch.long)]),)
+    )
     left = 16 if kept is None else len(kept)
-    report = Report([16], stages, [[16, 16, left, left]], int(2e9) * (8 + left // 2) // 16, int(2e9), 512 * (8 + left // 2), 8192, grids=[[(4, 4)]])
+    report = Report(
+        [16],
+        stages,
+        [[16, 16, left, left]],
+        int(2e9) * (8 + left // 2) // 16,
+        int(2e9),
+        512 * (8 + left // 2),
+        8192,
+        grids=[[(4, 4)]],
+    )
     recipe = None if kept is None else vtprune.Recipe(name=name, stages=(Stage(method="fastv", keep=left),))
     facts = {"new_tokens": 3, "ttft_ms": 100.0, "prefill_ms": 80.0, "token_ms": 10.0, "total_ms": 120.0}
-    made = Result(Side(recipe), name, "what is it ?", answer, False, report, recipe, (Image.new("RGB", (32, 32), "white"),), 0, **facts)
+    made = Result(
+        Side(recipe),
+        name,
+        "what is it ?",
+        answer,
+        False,
+        report,
+        recipe,
+        (Image.new("RGB", (32, 32), "white"),),
+        0,
+        **facts,
+    )
     return replace(made, **changes)
 
 
@@ -51,11 +75,15 @@ class Page(HTMLParser):
         return [attrs for tag, attrs in self.tags if tag == name]
 
 
-# --------------------------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------------------------
+# figures
 
 
 def test_layers_are_told_in_runs():
-    assert shown.layers_text([144, 144, 144, 72, 36, 36, 144]) == "144 x 3, 72 x 1, 36 x 2, 144 x 1" and shown.layers_text([7]) == "7 x 1"
+    assert (
+        shown.layers_text([144, 144, 144, 72, 36, 36, 144]) == "144 x 3, 72 x 1, 36 x 2, 144 x 1"
+        and shown.layers_text([7]) == "7 x 1"
+    )
 
 
 def cards_page(entries) -> str:
@@ -79,7 +107,9 @@ def test_rows_hold_both_sides_and_their_difference():
         ("70.0", "40.0", "-30.0", "x 0.57 (0.50 to 0.65)"),
         ("50.0", "30.0", "-20.0", "x 0.50 (0.50 to 0.60)"),
     ]
-    assert "median of 3 in turns" in timed[0].name and all("one run each" in r.name for r in (*shown.metrics(a, b)[:3], timed[2]))
+    assert "median of 3 in turns" in timed[0].name and all(
+        "one run each" in r.name for r in (*shown.metrics(a, b)[:3], timed[2])
+    )
     assert shown.figures_of(b)["effective_tokens"] == 10 and shown.figures_of(b)["layer_tokens"] == [16, 16, 4, 4]
 
 
@@ -88,28 +118,43 @@ def test_a_ratio_is_told_with_what_it_is_worth():
     a, b = result("dense", None), result()
 
     def told(*pairs, sides=(a, b)):
-        return next((r.difference, r.ratio) for r in shown.metrics(*sides, Rounds(pairs, pairs)) if r.name.startswith("prefill, ms"))
+        return next(
+            (r.difference, r.ratio)
+            for r in shown.metrics(*sides, Rounds(pairs, pairs))
+            if r.name.startswith("prefill, ms")
+        )
 
     assert b.report.flops < a.report.flops
     assert told((30, 60), (40, 73), (90, 80), (30, 55)) == ("", "x 1.83 (0.89 to 2.00): within noise")
-    assert told((30, 54), (30, 55), (30, 56)) == ("+25.0", "x 1.83 (1.80 to 1.87): against the FLOPs, so overhead decides here")
+    assert told((30, 54), (30, 55), (30, 56)) == (
+        "+25.0",
+        "x 1.83 (1.80 to 1.87): against the FLOPs, so overhead decides here",
+    )
     assert told((54, 30), (55, 30), (56, 30), sides=(b, a))[1].endswith("against the FLOPs, so overhead decides here")
     assert told((30, 54), (30, 55), (30, 56), sides=(b, a)) == ("+25.0", "x 1.83 (1.80 to 1.87)")
     assert told((30, 30), (30, 10), (30, 20)) == ("", "x 0.67 (0.33 to 1.00): within noise")
-    assert told((30, 55)) == ("", "too few rounds (1) to compare") and told((30, 55), (30, 55)) == ("", "too few rounds (2) to compare")
+    assert told((30, 55)) == ("", "too few rounds (1) to compare") and told((30, 55), (30, 55)) == (
+        "",
+        "too few rounds (2) to compare",
+    )
 
 
 def test_the_table_has_heads_and_no_foreign_markup():
     rows = [*shown.metrics(result(), result()), shown.Row(EVIL, EVIL, "1", "", "")]
     page = Page(shown.metrics_html(rows, EVIL, "b"))
     scopes = [th["scope"] for th in page.named("th")]
-    assert scopes == ["col"] * 5 + ["row"] * len(rows) and len(page.named("td")) == 4 * len(rows) and not page.named("script")
+    assert (
+        scopes == ["col"] * 5 + ["row"] * len(rows)
+        and len(page.named("td")) == 4 * len(rows)
+        and not page.named("script")
+    )
     assert "".join(page.text).count("alert(1)") == 3
     css = "".join(page.text)
     assert all(name in css for name in ("--body-text-color,", "--border-color-primary,", "max-width"))
 
 
-# ----------------------------------------------------------------------------------------------------------------- cards
+# -----------------------------------------------------------------------------------------------------------------
+# cards
 
 
 def entries() -> list[Entry]:
@@ -124,7 +169,13 @@ def entries() -> list[Entry]:
 def test_cards_tell_right_and_wrong_without_colour():
     page = Page(cards_page(entries()))
     text = " ".join(page.text)
-    assert len(page.named("li")) == 4 and len(page.named("img")) == 3 and not page.named("script") and not page.named("b") and not page.named("effective")
+    assert (
+        len(page.named("li")) == 4
+        and len(page.named("img")) == 3
+        and not page.named("script")
+        and not page.named("b")
+        and not page.named("effective")
+    )
     assert "✓ right" in text and "✗ wrong" in text and len(page.named("strong")) == 2
     assert all(i["alt"] and i["src"].startswith("data:image/png;base64,") for i in page.named("img"))
     assert page.named("img")[1]["alt"] == "visual tokens that fastv <b> kept: 10.0 of 16 tokens"
@@ -133,31 +184,48 @@ def test_cards_tell_right_and_wrong_without_colour():
 
 def test_a_card_shows_the_tokens_that_were_left():
     cut = result()
-    stages = (*cut.report.stages, StageReport("llm.3", "fastv", [4], [4], cut.report.stages[0].kept))  # a last stage that changes nothing
+    stages = (
+        *cut.report.stages,
+        StageReport("llm.3", "fastv", [4], [4], cut.report.stages[0].kept),
+    )  # a last stage that changes nothing
     for report in (cut.report, replace(cut.report, stages=stages)):
-        small = np.asarray(shown.thumb(replace(cut, report=report), 80)).reshape(4, 20, 4, 20, 3).mean((1, 3, 4)).ravel()
+        small = (
+            np.asarray(shown.thumb(replace(cut, report=report), 80)).reshape(4, 20, 4, 20, 3).mean((1, 3, 4)).ravel()
+        )
         assert [i for i in range(16) if small[i] > 200] == [0, 5, 9, 15] and small.min() < 120
     assert np.asarray(shown.thumb(result("dense", None))).min() == 255
     two = replace(
-        cut, views=(Image.new("RGB", (8, 8), "black"), cut.views[0]), overview=1, report=replace(cut.report, visual_tokens=[32], grids=[[(4, 4)] * 2])
+        cut,
+        views=(Image.new("RGB", (8, 8), "black"), cut.views[0]),
+        overview=1,
+        report=replace(cut.report, visual_tokens=[32], grids=[[(4, 4)] * 2]),
     )
     assert np.asarray(shown.thumb(two)).max() < 120  # the second raster, of which nothing is left
 
 
 def test_pictures_to_keep():
     few, many = shown.sheet(entries(), EVIL), shown.sheet(entries() * 3, "word " * 500, truth="red")
-    assert few.width == many.width and many.height > 2.5 * (few.height - 100) and few.getpixel((0, 0)) == (255, 255, 255)
+    assert (
+        few.width == many.width and many.height > 2.5 * (few.height - 100) and few.getpixel((0, 0)) == (255, 255, 255)
+    )
     refused = shown.sheet([entries()[3]], "what is it ?")
     assert len(refused.getcolors(10**6)) > 2
-    one, two = shown.picture("what is it ?", result()), shown.picture(EVIL + "x" * 3000, result("dense", None), result(answer="word " * 300, stopped=True))
+    one, two = (
+        shown.picture("what is it ?", result()),
+        shown.picture(EVIL + "x" * 3000, result("dense", None), result(answer="word " * 300, stopped=True)),
+    )
     assert one.width == two.width and two.height > 1.8 * one.height
-    assert np.asarray(shown.picture("q", result(answer="a"))).tolist() != np.asarray(shown.picture("q", result(answer="b"))).tolist()
+    assert (
+        np.asarray(shown.picture("q", result(answer="a"))).tolist()
+        != np.asarray(shown.picture("q", result(answer="b"))).tolist()
+    )
     for draw in (lambda: shown.sheet([], "a"), lambda: shown.picture("a")):
         with pytest.raises(vtprune.VtpruneError):
             draw()
 
 
-# ------------------------------------------------------------------------------------------------------------- repeating
+# -------------------------------------------------------------------------------------------------------------
+# repeating
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +255,9 @@ MINE = vtprune.Recipe(name=EVIL.replace("\n", " "), stages=STAGES, source=EVIL)
 SIDES = [
     Side("pyramiddrop", "effective", 0.3),
     Side("tome", "keep", 0.25),
-    Side("flowcut", "keep", 0.1, {"window": 2}) if "window" in vtprune.describe("flowcut").options else Side("flowcut", "keep", 0.1),
+    Side("flowcut", "keep", 0.1, {"window": 2})
+    if "window" in vtprune.describe("flowcut").options
+    else Side("flowcut", "keep", 0.1),
     Side("random", "keep", 0.2, {"positions": "compact"}, seed=11),
     Side(TRAINED),
     Side(MINE, "effective", 0.2),
@@ -196,13 +266,16 @@ SIDES = [
 
 
 def test_a_program_repeats_what_is_on_screen(engine, asked, monkeypatch, capsys):
-    monkeypatch.setattr(vtprune, "load_demo_model", lambda device: (engine.model, engine.processor))  # loading it again would change nothing
+    # loading it again would change nothing
+    monkeypatch.setattr(vtprune, "load_demo_model", lambda device: (engine.model, engine.processor))
     there = {"__name__": "snippet"}
     exec(compile(shown.snippet(SIDES, asked[1], None, asked[0], trained=engine.trained), "snippet", "exec"), there)
     for side, (said, report) in zip(SIDES, there["results"], strict=True):
         on_screen = answered(engine, side, asked)
         assert (said, report.to_dict()) == (on_screen.answer, on_screen.report.to_dict()), side
-    assert len({r.flops for _, r in there["results"]}) == len(SIDES) and capsys.readouterr().out.count("effective tokens") == len(SIDES)
+    assert len({r.flops for _, r in there["results"]}) == len(SIDES) and capsys.readouterr().out.count(
+        "effective tokens"
+    ) == len(SIDES)
 
 
 def test_a_program_for_a_folder_and_a_recipe_file(engine, asked, tmp_path):
@@ -229,7 +302,10 @@ def test_a_recipe_file_repeats_what_ran(engine, asked, tmp_path, capsys):
         loaded = vtprune.Recipe.load(path)
         assert loaded.key() == ran.recipe.key() and ("--seed 11" in loaded.source) == (side.seed == 11)
         with vtprune.attach(engine.model, path, seed=side.seed, **extra) as handle:
-            assert answer.generate(engine.model, engine.processor, inputs, 32)[0] == ran.answer and handle.report().to_dict() == ran.report.to_dict()
+            assert (
+                answer.generate(engine.model, engine.processor, inputs, 32)[0] == ran.answer
+                and handle.report().to_dict() == ran.report.to_dict()
+            )
     picture().save(tmp_path / "small.png")
     path.write_text(shown.recipe_json(answered(engine, SIDES[0], ("small.png", asked[1]))))
     assert cli.main(["run", "--image", "small.png", "--question", asked[1], "--recipe", str(path), "--json"]) == 0

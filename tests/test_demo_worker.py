@@ -38,14 +38,20 @@ def scenes(element: str) -> list[dict]:
 
 def test_an_answer_comes_in_pieces_and_ends_with_everything(desk, sample):
     path, question, _ = sample
-    found = list(desk.ask("page", path, question, [DENSE, {**DENSE, "recipe": "tome", "budget": "effective", "share": 0.5}], 8))
+    found = list(
+        desk.ask("page", path, question, [DENSE, {**DENSE, "recipe": "tome", "budget": "effective", "share": 0.5}], 8)
+    )
     assert [u["side"] for u in found if "side" in u] == sorted(u["side"] for u in found if "side" in u)
     last = found[-1]
     assert set(last["files"]) == {"vtprune.png", "theatre.html", "repeat.py", "recipe-b.json"}
     for side in (0, 1):
         assert [u["text"] for u in found if u.get("side") == side][-1] == last["answers"][side]
     dense, tome = scenes(last["theatre"])
-    assert dense["title"].startswith("A: dense") and tome["title"].startswith("B: tome") and tome["title"].endswith(last["answers"][1])
+    assert (
+        dense["title"].startswith("A: dense")
+        and tome["title"].startswith("B: tome")
+        and tome["title"].endswith(last["answers"][1])
+    )
     model, processor = vtprune.load_demo_model()
     from vtprune.answer import generate, open_image, prepare
 
@@ -67,12 +73,25 @@ def test_an_answer_comes_in_pieces_and_ends_with_everything(desk, sample):
         ({"file": " \n"}, "B: the recipe file is empty"),
         ({"file": " " * 100_001}, "B: the recipe file is empty"),
         ({"file": "[" + "1," * 60_000 + "1]"}, "B: recipe file has 120003 characters; at most 100000"),
-        ({"file": vtprune.Recipe(name="a\ud800", stages=(vtprune.Stage(method="tome"),)).to_json()}, "B: recipe file holds half of a character"),
-        ({"file": vtprune.Recipe(name="n" * 201, stages=(vtprune.Stage(method="tome"),)).to_json()}, "B: the recipe's name has 201 characters"),
+        (
+            {"file": vtprune.Recipe(name="a\ud800", stages=(vtprune.Stage(method="tome"),)).to_json()},
+            "B: recipe file holds half of a character",
+        ),
+        (
+            {"file": vtprune.Recipe(name="n" * 201, stages=(vtprune.Stage(method="tome"),)).to_json()},
+            "B: the recipe's name has 201 characters",
+        ),
         ({"options": '{"\\ud800": 1}'}, "B: options holds half of a character"),
         ({"file": '{"name": "x"}'}, "B: "),
         ({"recipe": "dpvr-lf", "options": '{"weights": "/some/where.safetensors"}'}, "B: weights="),
-        ({"file": vtprune.Recipe(name="x", stages=(vtprune.Stage(method="dpvr-lf", options={"weights": "y"}),)).to_json()}, "B: weights="),
+        (
+            {
+                "file": vtprune.Recipe(
+                    name="x", stages=(vtprune.Stage(method="dpvr-lf", options={"weights": "y"}),)
+                ).to_json()
+            },
+            "B: weights=",
+        ),
         ({"budget": "keep", "share": 0.0}, "B: the share"),
         ({"seed": -1}, "B: seed=-1"),
     ],
@@ -89,7 +108,10 @@ def test_a_long_right_answer_is_refused_before_anything_is_compared(desk, sample
 
 def test_stopping_one_page_leaves_the_others(desk, sample):
     path, question, _ = sample
-    mine, other = desk.ask("mine", path, question, [DENSE, DENSE], 8), desk.ask("other", path, question, [DENSE, DENSE], 8)
+    mine, other = (
+        desk.ask("mine", path, question, [DENSE, DENSE], 8),
+        desk.ask("other", path, question, [DENSE, DENSE], 8),
+    )
     next(mine), next(other)
     desk.stop("mine")
     assert list(mine)[-1].get("stopped")
@@ -120,7 +142,10 @@ def test_tiles_and_videos(tmp_path):
     desk.load(str(tmp_path / "model"), "cpu", "float32")
     assert desk.about()["videos"]
     Image.effect_noise((120, 70), 90).convert("RGB").save(tmp_path / "wide.png")
-    for shown, nouns in ((film(tmp_path / "film.mp4", 40), {"frame"}), (str(tmp_path / "wide.png"), {"overview", "tiles"})):
+    for shown, nouns in (
+        (film(tmp_path / "film.mp4", 40), {"frame"}),
+        (str(tmp_path / "wide.png"), {"overview", "tiles"}),
+    ):
         last = list(desk.ask("page", shown, "what is it", [DENSE, {**DENSE, "recipe": "uniform"}], 3))[-1]
         assert ("repeat.py" in last["files"]) == shown.endswith(".png")
         drawn = scenes(last["theatre"])[1]

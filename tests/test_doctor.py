@@ -21,7 +21,15 @@ def pretend(monkeypatch, **releases: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("text", "numbers"),
-    [("5.24.0", (5, 24)), ("2.14.1+cpu", (2, 14, 1)), ("5.25.0.dev0", (5, 25)), ("4", (4,)), ("2.15.0rc1", (2, 15)), ("1.0.31.post1", (1, 0, 31)), ("0", (0,))],
+    [
+        ("5.24.0", (5, 24)),
+        ("2.14.1+cpu", (2, 14, 1)),
+        ("5.25.0.dev0", (5, 25)),
+        ("4", (4,)),
+        ("2.15.0rc1", (2, 15)),
+        ("1.0.31.post1", (1, 0, 31)),
+        ("0", (0,)),
+    ],
 )
 def test_releases_are_read(text, numbers):
     assert versions.release(text) == numbers
@@ -34,7 +42,15 @@ def test_what_is_no_release_is_told():
 
 @pytest.mark.parametrize(
     ("release", "status"),
-    [("5.17.0", "tested"), ("5.24.0", "tested"), ("5.24.1", "newer"), ("5.25.0.dev0", "newer"), ("10.0", "newer"), ("5.9.0", "older"), (None, "missing")],
+    [
+        ("5.17.0", "tested"),
+        ("5.24.0", "tested"),
+        ("5.24.1", "newer"),
+        ("5.25.0.dev0", "newer"),
+        ("10.0", "newer"),
+        ("5.9.0", "older"),
+        (None, "missing"),
+    ],
 )
 def test_a_release_is_placed(monkeypatch, release, status):
     pretend(monkeypatch, transformers=release)
@@ -47,15 +63,28 @@ def test_an_optional_package_may_be_absent(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("lmms", "there", "told"), [("0.7.3", False, True), ("0.7.1", False, True), ("0.7.3", True, False), ("0.7", False, False), (None, False, False)]
+    ("lmms", "there", "told"),
+    [
+        ("0.7.3", False, True),
+        ("0.7.1", False, True),
+        ("0.7.3", True, False),
+        ("0.7", False, False),
+        (None, False, False),
+    ],
 )
 def test_filelock_4_is_a_conflict_only_with_the_lmms_eval_that_needs_it(monkeypatch, lmms, there, told):
     pretend(monkeypatch, lmms_eval=lmms, filelock="4.3.1")
     monkeypatch.setattr(versions, "find_spec", lambda name: object() if there else None)
-    assert versions.conflicts() == ([f"lmms-eval {lmms} imports filelock._api, which filelock 4.3.1 does not have: pip install 'filelock<4'"] if told else [])
+    assert versions.conflicts() == (
+        [f"lmms-eval {lmms} imports filelock._api, which filelock 4.3.1 does not have: pip install 'filelock<4'"]
+        if told
+        else []
+    )
 
 
-@pytest.mark.parametrize("families", [("generic", "llava", "timm-vit"), pytest.param((), marks=pytest.mark.slow)], ids=["three", "all"])
+@pytest.mark.parametrize(
+    "families", [("generic", "llava", "timm-vit"), pytest.param((), marks=pytest.mark.slow)], ids=["three", "all"]
+)
 def test_families_are_proved(families):
     """By the contract, with what each takes: a cut in the language model, merging in the tower, or random tokens."""
     found = doctor.families(families or vtprune.adapters())

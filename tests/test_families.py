@@ -96,7 +96,8 @@ def test_tiles_of_unknown_images_have_no_budget_per_image(tiny):
     ],
 )
 def test_sizes_are_known_while_generating(tiny, family, variant, grids):
-    """generate() keeps the images' sizes to itself in newer releases; methods of the image plane see the same rows and columns as in a plain forward."""
+    """generate() keeps the images' sizes to itself in newer releases; methods of the image plane see the same rows and
+    columns as in a plain forward."""
     model, inputs = tiny(family, variant)
     with vtprune.attach(model, "uniform", keep=3) as handle, torch.no_grad():
         model(**inputs)
@@ -104,8 +105,11 @@ def test_sizes_are_known_while_generating(tiny, family, variant, grids):
         assert report.grids == grids
         model.generate(**inputs, max_new_tokens=2, num_beams=1, suppress_tokens=[3])
         assert handle.report().grids == grids
-        assert all(torch.equal(a, b) for a, b in zip(handle.report().stages[-1].kept, report.stages[-1].kept, strict=True))
-        if "mm_encoder_outputs" in inspect.signature(model.forward).parameters:  # before, beams could not have prompts of several images
+        assert all(
+            torch.equal(a, b) for a, b in zip(handle.report().stages[-1].kept, report.stages[-1].kept, strict=True)
+        )
+        # before, beams could not have prompts of several images
+        if "mm_encoder_outputs" in inspect.signature(model.forward).parameters:
             model.generate(**inputs, max_new_tokens=2, num_beams=2, suppress_tokens=[3])
             assert handle.report().grids == [sample for sample in grids for _ in range(2)]
 
@@ -169,7 +173,9 @@ def test_the_solver_serves_images_of_any_size(tiny):
         model(**inputs)
     report = handle.report()
     assert 0.4 * sum(report.visual_tokens) / 2 <= report.effective_tokens <= 0.5 * sum(report.visual_tokens) / 2
-    one = {k: inputs[k][1:] for k in ("input_ids", "attention_mask", "mm_token_type_ids")} | {"image_grid_thw": inputs["image_grid_thw"][2:]}
+    one = {k: inputs[k][1:] for k in ("input_ids", "attention_mask", "mm_token_type_ids")} | {
+        "image_grid_thw": inputs["image_grid_thw"][2:]
+    }
     recipe = vtprune.solve(model, "random", effective_tokens=5, inputs=one)
     with vtprune.attach(model, recipe) as handle, torch.no_grad():
         model(**one, pixel_values=inputs["pixel_values"][-48:])
@@ -187,7 +193,8 @@ def test_glm_takes_images_or_videos(tiny):
 
 
 def test_deepstack_planes_follow_their_rows(tiny, monkeypatch):
-    """The planes that Qwen3-VL adds behind its first layers are cut like the rows: shifted by one row the contract fails."""
+    """The planes that Qwen3-VL adds behind its first layers are cut like the rows: shifted by one row the contract
+    fails."""
     from vtprune.models import qwen_vl
 
     model, inputs = tiny("qwen3-vl", "images")
@@ -199,11 +206,15 @@ def test_deepstack_planes_follow_their_rows(tiny, monkeypatch):
 
 @pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe"])
 def test_merging_equals_the_language_model_on_the_short_sequence(tiny, family):
-    """Independent of the engine: merged features, M-RoPE positions and DeepStack planes of the kept tokens, given to the language model alone."""
+    """Independent of the engine: merged features, M-RoPE positions and DeepStack planes of the kept tokens, given to
+    the language model alone."""
     model, inputs = tiny(family, "images")
     one = {k: inputs[k][1:] for k in ("input_ids", "attention_mask", "mm_token_type_ids")}
     real = one["attention_mask"][0].bool()
-    one = {k: v[:, real] for k, v in one.items()} | {"image_grid_thw": inputs["image_grid_thw"][2:], "pixel_values": inputs["pixel_values"][-48:]}
+    one = {k: v[:, real] for k, v in one.items()} | {
+        "image_grid_thw": inputs["image_grid_thw"][2:],
+        "pixel_values": inputs["pixel_values"][-48:],
+    }
     with torch.no_grad():
         with vtprune.attach(model, "pool", keep=4) as handle:
             got = model(**one).logits[0]
@@ -220,16 +231,22 @@ def test_merging_equals_the_language_model_on_the_short_sequence(tiny, family):
         stay[visual[kept]] = True
         embeds = model.get_input_embeddings()(one["input_ids"])[0]
         embeds[visual[kept]] = mean(encoded.pooler_output[0])
-        places, _ = model.model.get_rope_index(one["input_ids"], mm_token_type_ids=one["mm_token_type_ids"], image_grid_thw=one["image_grid_thw"])
+        places, _ = model.model.get_rope_index(
+            one["input_ids"], mm_token_type_ids=one["mm_token_type_ids"], image_grid_thw=one["image_grid_thw"]
+        )
         planes = {}
         if family.startswith("qwen3-vl"):
             marks = torch.zeros_like(stay)
             marks[visual[kept]] = True
             planes = {
                 "visual_pos_masks": marks[stay][None],
-                "deepstack_visual_embeds": [mean(p if isinstance(p, torch.Tensor) else p[0]) for p in encoded.deepstack_features],
+                "deepstack_visual_embeds": [
+                    mean(p if isinstance(p, torch.Tensor) else p[0]) for p in encoded.deepstack_features
+                ],
             }
-        out = model.model.language_model(inputs_embeds=embeds[stay][None], position_ids=places[:, :, stay], **planes).last_hidden_state
+        out = model.model.language_model(
+            inputs_embeds=embeds[stay][None], position_ids=places[:, :, stay], **planes
+        ).last_hidden_state
         want = model.lm_head(out)[0]
     assert torch.allclose(got[stay], want, atol=1e-5 * float(want.abs().max()))
     assert len(kept) == 4 and slot.unique().tolist() == [0, 1, 2, 3]
@@ -237,7 +254,8 @@ def test_merging_equals_the_language_model_on_the_short_sequence(tiny, family):
 
 @pytest.mark.parametrize("variant", ["dense", "experts"])
 def test_rotations_of_a_part_of_each_head_are_recomputed(tiny, variant):
-    """GLM-4.1V turns neighbouring channels, GLM-4.5V halves, both in the first part of each head only; the wrong one of the two is noticed."""
+    """GLM-4.1V turns neighbouring channels, GLM-4.5V halves, both in the first part of each head only; the wrong one of
+    the two is noticed."""
     model, _ = tiny("glm4v", variant)
     adapter = bind(model)
     described = adapter.describe()
@@ -250,14 +268,24 @@ def test_rotations_of_a_part_of_each_head_are_recomputed(tiny, variant):
 @pytest.mark.parametrize("method", ["fastv", "random", "drop-all"])
 @pytest.mark.parametrize("family", ["qwen2-vl", "qwen3-vl", "glm4v", "paligemma", "llava"])
 def test_decoding_by_hand_without_positions_is_what_generate_does(tiny, family, method):
-    """A caller who passes only the new token and the cache gets the positions behind the whole prompt, however little of it the cache holds."""
+    """A caller who passes only the new token and the cache gets the positions behind the whole prompt, however little
+    of it the cache holds."""
     variant = next(iter(ADAPTERS.get(family).tiny))
     model, inputs = tiny(family, variant)
     adapter = bind(model)
     found = adapter.parts(inputs["input_ids"], inputs)
     real = inputs["attention_mask"][0].bool()
-    one = {k: inputs[k][:1, real] for k in ("input_ids", *adapter.follows) if k in inputs} | adapter.slice_(inputs, found, 0)
-    rules = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True, "suppress_tokens": [3, 4]}
+    one = {k: inputs[k][:1, real] for k in ("input_ids", *adapter.follows) if k in inputs} | adapter.slice_(
+        inputs, found, 0
+    )
+    rules = {
+        "max_new_tokens": 4,
+        "min_new_tokens": 4,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "suppress_tokens": [3, 4],
+    }
     options = {"layer": 0} if method == "drop-all" else {"keep": 2}
     with torch.no_grad(), vtprune.attach(model, method, **options):
         answer = model.generate(**one, attention_mask=torch.ones_like(one["input_ids"]), **rules)

@@ -67,7 +67,9 @@ def _blind(right):
         mask = right(level, tail, length, q, columns, window, x, how)
         if isinstance(mask, torch.Tensor) and mask.ndim == 4:
             mask = mask.clone()
-            mask[..., -1, level.valid.int().argmax(1).max()] = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            mask[..., -1, level.valid.int().argmax(1).max()] = (
+                False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            )
         return mask
 
     return off
@@ -93,7 +95,9 @@ PLANTS = {
     "prefill mask off by one row": lambda m: m.setattr(_decoder, "prefill_mask", _late_row(_decoder.prefill_mask)),
     "kept index shifted in the tower": lambda m: m.setattr(_tower, "gather", _shifted(_tower.gather)),
     "columns of a cut shifted": lambda m: m.setattr(_decoder, "pack", _packed(_decoder.pack)),
-    "decoding mask without the prompt's first token": lambda m: m.setattr(_decoder, "decode_mask", _blind(_decoder.decode_mask)),
+    "decoding mask without the prompt's first token": lambda m: m.setattr(
+        _decoder, "decode_mask", _blind(_decoder.decode_mask)
+    ),
     "passes of the tower in another order": lambda m: m.setattr(_books, "passes", _swapped(_books.passes)),
     "scores of the wrong row": lambda m: m.setattr(_decoder, "query_rows", _earlier(_decoder.query_rows)),
     "merged rows weighted wrongly": lambda m: m.setattr(_tower, "combine", _unweighted(_tower.combine)),

@@ -30,13 +30,21 @@ PAIRS = [
 def both(model, inputs, method, **ways):
     """What ``generate`` gives pruned, and dense under the same masks."""
     case = _Case(model, load_recipe(method).override(keep=3), dict(inputs), {})
-    rules = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_scores": True, "suppress_tokens": [3, 4]}
+    rules = {
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "suppress_tokens": [3, 4],
+    }
     with torch.no_grad():
         with case.attach() as handle:
             torch.manual_seed(0)
             got = model.generate(**inputs, **{**rules, **ways})
             report = handle.report()
-            passes = list({(id(run), g): (run, g) for run, g in handle.passes}.values())  # beams share their image's pass
+            # beams share their image's pass
+            passes = list({(id(run), g): (run, g) for run, g in handle.passes}.values())
         ledger = _masks(_Case(model, case.recipe, _repeated(inputs, len(report.visual_tokens)), {}), report, passes)[2]
         torch.manual_seed(0)
         want = model.generate(**inputs, **{**rules, **ways})
@@ -73,10 +81,16 @@ class NoStream(contextlib.nullcontext):
 @pytest.mark.parametrize(("family", "variant", "method"), PAIRS, ids=["-".join(p) for p in PAIRS])
 def test_every_way_of_generating_equals_the_masked_dense_model(tiny, monkeypatch, family, variant, method, way):
     if way == "offloaded-cache" and not torch.accelerator.is_available():
-        for where, name in ((torch, "Stream"), (torch.cuda, "default_stream")):  # transformers copies on the accelerator's streams; without one, in line
+        for where, name in (
+            (torch, "Stream"),
+            (torch.cuda, "default_stream"),
+        ):  # transformers copies on the accelerator's streams; without one, in line
             monkeypatch.setattr(where, name, NoStream)
     model, inputs = tiny(family, variant)
-    if any(n.startswith("num_") for n in WAYS[way]) and "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+    if (
+        any(n.startswith("num_") for n in WAYS[way])
+        and "mm_encoder_outputs" not in inspect.signature(model.forward).parameters
+    ):
         # Before it encoded images ahead, generate() repeated them one by one: beams then fit prompts of one image only.
         inputs = _Case(model, load_recipe(method), inputs, {}).samples()[-1]
     got, want = both(model, inputs, method, **WAYS[way])
@@ -92,7 +106,14 @@ def test_a_quantised_cache_loses_no_more_than_it_does_unpruned(tiny, method):
     from transformers import QuantizedCache
 
     model, inputs = tiny("llava", "clip-llama")
-    rules = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True, "suppress_tokens": [3]}
+    rules = {
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "suppress_tokens": [3],
+    }
 
     def logits(**ways):
         with torch.no_grad():
@@ -132,14 +153,19 @@ def test_prompts_in_chunks_are_refused(tiny, family, variant):
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 @pytest.mark.parametrize("method", ["drop-all", "uniform"])
 def test_copies_and_emptied_caches(tiny, kind, method):
-    """A copy of a pruned cache is refused, also one of fixed size; a cache that was emptied serves a text as if it were new."""
+    """A copy of a pruned cache is refused, also one of fixed size; a cache that was emptied serves a text as if it were
+    new."""
     from transformers import DynamicCache, StaticCache
 
     model, inputs = tiny("llava", "clip-llama")
     one = {k: v[:1] for k, v in inputs.items()}
     new = torch.tensor([[9]])
     text = {"input_ids": torch.randint(8, 60, (1, 20), generator=torch.Generator().manual_seed(0))}
-    cache = StaticCache(config=model.config.text_config, max_cache_len=64) if kind == "static" else DynamicCache(config=model.config.text_config)
+    cache = (
+        StaticCache(config=model.config.text_config, max_cache_len=64)
+        if kind == "static"
+        else DynamicCache(config=model.config.text_config)
+    )
     with torch.no_grad(), vtprune.attach(model, method, **({"layer": 2} if method == "drop-all" else {"keep": 4})):
         model(**one, **cached(model, cache))
         with pytest.raises(UnsupportedError, match="copy of a pruned"):
@@ -189,7 +215,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny, method, reentrant
     with vtprune.attach(model, method, **({} if method == "dpvr-lf" else {"keep": 3})) as handle:
         loss, want = gradients()
         assert min(handle.report().layer_tokens[0]) < 16, "something was dropped"
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the name until 5.22
+        # the name until 5.22
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
         if method == "dpvr-lf" and GradientCheckpointingLayer.__call__ is not torch.nn.Module.__call__:
@@ -204,11 +231,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny, method, reentrant
 
 @pytest.mark.parametrize(
     ("method", "cache"),
-    [("fastv", "static"), pytest.param("fastv", "dynamic", marks=pytest.mark.slow), pytest.param("random", "static", marks=pytest.mark.slow)],
+    [
+        ("fastv", "static"),
+        pytest.param("fastv", "dynamic", marks=pytest.mark.slow),
+        pytest.param("random", "static", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("padded", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_compiled_decode_step_gives_the_same_answer(tiny, method, cache, padded):
-    """``torch.compile`` of the decoding steps, as ``generate`` does it with a static cache; the second answer compiles nothing."""
+    """``torch.compile`` of the decoding steps, as ``generate`` does it with a static cache; the second answer compiles
+    nothing."""
     model, inputs = tiny("llava", "clip-llama")
     if not padded:  # then layers need no mask, but transformers makes one while it is compiled
         real = inputs["attention_mask"][0].bool()
@@ -243,17 +275,25 @@ def test_a_compiled_decode_step_gives_the_same_answer(tiny, method, cache, padde
 
 @pytest.mark.parametrize("method", ["fastv", "random", "flowcut"])
 def test_weights_that_are_offloaded_to_disk(tiny, tmp_path, method):
-    """``device_map``: accelerate's hooks bring weights in for one module's call; scores must go through those modules."""
+    """``device_map``: accelerate's hooks bring weights in for one module's call; scores must go through those
+    modules."""
     from transformers import LlavaForConditionalGeneration
 
     model, inputs = tiny("llava", "clip-llama")
     model.save_pretrained(tmp_path / "model", max_shard_size="100KB")
     with torch.no_grad(), vtprune.attach(model, method, keep=3):
         want = model(**inputs).logits
-    where = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "model.language_model.embed_tokens": "cpu", "lm_head": "cpu"}
+    where = {
+        "model.vision_tower": "cpu",
+        "model.multi_modal_projector": "cpu",
+        "model.language_model.embed_tokens": "cpu",
+        "lm_head": "cpu",
+    }
     where |= {"model.language_model.norm": "cpu", "model.language_model.rotary_emb": "cpu"}
     where |= {f"model.language_model.layers.{i}": "disk" for i in range(6)}
-    spread = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model", device_map=where, offload_folder=tmp_path / "disk").eval()
+    spread = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "model", device_map=where, offload_folder=tmp_path / "disk"
+    ).eval()
     with torch.no_grad(), vtprune.attach(spread, method, keep=3):
         got = spread(**inputs).logits
     with pytest.raises(UnsupportedError, match="offloaded"):

@@ -1,4 +1,5 @@
-"""Rules of the house that no linter knows. Sources are read as syntax trees, so that a docstring may name what code may not do."""
+"""Rules of the house that no linter knows. Sources are read as syntax trees, so that a docstring may name what code may
+not do."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def package_of(path: Path) -> list[str]:
 
 
 def imports(path: Path) -> Iterator[tuple[str, ast.AST]]:
-    """Absolute dotted names that ``path`` imports anywhere, also inside functions; ``from a import b`` counts as ``a.b``."""
+    """Absolute dotted names that ``path`` imports anywhere, also inside functions; ``from a import b`` counts as
+    ``a.b``."""
     for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node) for alias in node.names)
@@ -66,18 +68,31 @@ def changes_foreign_objects(node: ast.AST) -> bool:
 
 def test_only_the_ledger_hooks_and_sets_foreign_attributes():
     ledger = ROOT / "vtprune" / "ledger.py"
-    assert [at(path, node) for path in sources(*SHIPPED) if path != ledger for node in nodes(path) if changes_foreign_objects(node)] == []
+    assert [
+        at(path, node)
+        for path in sources(*SHIPPED)
+        if path != ledger
+        for node in nodes(path)
+        if changes_foreign_objects(node)
+    ] == []
 
 
 def named(expression: ast.expr | None) -> set[str]:
     """The exception names of an ``except`` clause."""
     if isinstance(expression, ast.Tuple):
         return set().union(*(named(element) for element in expression.elts))
-    return {expression.id} if isinstance(expression, ast.Name) else {expression.attr} if isinstance(expression, ast.Attribute) else set()
+    return (
+        {expression.id}
+        if isinstance(expression, ast.Name)
+        else {expression.attr}
+        if isinstance(expression, ast.Attribute)
+        else set()
+    )
 
 
 def swallows_everything(node: ast.AST) -> bool:
-    """``except:``, ``except Exception`` and ``suppress(Exception)``; ``except BaseException`` only where its last statement raises again."""
+    """``except:``, ``except Exception`` and ``suppress(Exception)``; ``except BaseException`` only where its last
+    statement raises again."""
     match node:
         case ast.ExceptHandler(type=None):
             return True
@@ -106,7 +121,9 @@ def test_adapters_know_no_method():
 
 
 def test_only_triton_kernels_import_triton():
-    paths = [path for path in sources(*SHIPPED) if not (path.parent == ROOT / "kernels" and path.stem.endswith("_triton"))]
+    paths = [
+        path for path in sources(*SHIPPED) if not (path.parent == ROOT / "kernels" and path.stem.endswith("_triton"))
+    ]
     assert offending_imports(paths, "triton") == []
 
 
@@ -115,12 +132,23 @@ def multiplies_matrices(node: ast.AST) -> bool:
         case ast.BinOp(op=ast.MatMult()) | ast.AugAssign(op=ast.MatMult()):
             return True
         case ast.Call(func=ast.Attribute(attr=name) | ast.Name(id=name)):
-            return name in ("matmul", "bmm", "mm", "einsum", "baddbmm", "cdist", "cosine_similarity", "scaled_dot_product_attention")
+            return name in (
+                "matmul",
+                "bmm",
+                "mm",
+                "einsum",
+                "baddbmm",
+                "cdist",
+                "cosine_similarity",
+                "scaled_dot_product_attention",
+            )
     return False
 
 
 def test_methods_compare_tokens_through_kernels_alone():
-    assert [at(path, node) for path in sources("vtprune/methods") for node in nodes(path) if multiplies_matrices(node)] == []
+    assert [
+        at(path, node) for path in sources("vtprune/methods") for node in nodes(path) if multiplies_matrices(node)
+    ] == []
 
 
 def opens_text_in_the_locale(node: ast.AST) -> bool:
@@ -128,20 +156,32 @@ def opens_text_in_the_locale(node: ast.AST) -> bool:
     match node:
         case ast.Call(func=ast.Attribute(attr="read_text" | "write_text"), keywords=given):
             return not any(k.arg == "encoding" for k in given)
-        case ast.Call(func=ast.Name(id="open") | ast.Attribute(value=ast.Name(id="path" | "out" | "file"), attr="open"), args=args, keywords=given):
-            modes = [a.value for a in (*args, *(k.value for k in given if k.arg == "mode")) if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-            return not any("b" in mode for mode in modes if len(mode) < 4) and not any(k.arg == "encoding" for k in given)
+        case ast.Call(
+            func=ast.Name(id="open") | ast.Attribute(value=ast.Name(id="path" | "out" | "file"), attr="open"),
+            args=args,
+            keywords=given,
+        ):
+            modes = [
+                a.value
+                for a in (*args, *(k.value for k in given if k.arg == "mode"))
+                if isinstance(a, ast.Constant) and isinstance(a.value, str)
+            ]
+            return not any("b" in mode for mode in modes if len(mode) < 4) and not any(
+                k.arg == "encoding" for k in given
+            )
     return False
 
 
 def runs_what_it_reads(node: ast.AST) -> bool:
-    """Loading that may run code of the file's maker, or start another program: ``from_pretrained`` and ``torch.load`` that do not say no, pickles, pictures of
-    any format."""
+    """Loading that may run code of the file's maker, or start another program: ``from_pretrained`` and ``torch.load``
+    that do not say no, pickles, pictures of any format."""
     match node:
         case ast.Call(func=ast.Attribute(attr="from_pretrained"), keywords=given):
             return not any(k.arg in ("trust_remote_code", None) for k in given)
         case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="load"), keywords=given):
-            return not any(k.arg == "weights_only" and isinstance(k.value, ast.Constant) and k.value.value is True for k in given)
+            return not any(
+                k.arg == "weights_only" and isinstance(k.value, ast.Constant) and k.value.value is True for k in given
+            )
         case ast.Call(func=ast.Attribute(value=ast.Name(id="pickle"), attr="load" | "loads")):
             return True
         case ast.Call(func=ast.Attribute(value=ast.Name(id="Image"), attr="open"), keywords=given):
@@ -150,19 +190,33 @@ def runs_what_it_reads(node: ast.AST) -> bool:
 
 
 def test_text_files_are_utf_8_everywhere():
-    assert [at(path, node) for path in sources(*SHIPPED, "benchmarks") for node in nodes(path) if opens_text_in_the_locale(node)] == []
+    assert [
+        at(path, node)
+        for path in sources(*SHIPPED, "benchmarks")
+        for node in nodes(path)
+        if opens_text_in_the_locale(node)
+    ] == []
 
 
 def test_no_file_that_is_read_runs():
-    assert [at(path, node) for path in sources(*SHIPPED, "benchmarks") for node in nodes(path) if runs_what_it_reads(node)] == []
+    assert [
+        at(path, node) for path in sources(*SHIPPED, "benchmarks") for node in nodes(path) if runs_what_it_reads(node)
+    ] == []
 
 
 def texts() -> Iterator[tuple[Path, str]]:
-    """Every text file of the checkout, without what .gitignore names as folders and without hidden folders other than .ci."""
-    ignored = [line.strip().strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines() if line.strip().endswith("/")]
+    """Every text file of the checkout, without what .gitignore names as folders and without hidden folders other than
+    .ci."""
+    ignored = [
+        line.strip().strip("/")
+        for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+        if line.strip().endswith("/")
+    ]
 
     def ours(folder: Path) -> bool:
-        return folder.name == ".ci" or not (folder.name.startswith(".") or any(folder.match(pattern) for pattern in ignored))
+        return folder.name == ".ci" or not (
+            folder.name.startswith(".") or any(folder.match(pattern) for pattern in ignored)
+        )
 
     todo = [ROOT]
     while todo:
@@ -175,7 +229,9 @@ def texts() -> Iterator[tuple[Path, str]]:
 
 
 # Hosts are put together here so that this file names none of them.
-HOSTS = [".".join(parts) for parts in (("pypi", "org"), ("files", "pythonhosted"), ("deb", "debian"), ("registry", "npmjs"))]
+HOSTS = [
+    ".".join(parts) for parts in (("pypi", "org"), ("files", "pythonhosted"), ("deb", "debian"), ("registry", "npmjs"))
+]
 MACHINE_PATH = re.compile(r"(?<![\w.~$)}*-])/(?:work|root|home|workspace|opt|Users)/")
 
 
@@ -186,7 +242,9 @@ def test_no_file_names_a_package_registry(host):
 
 def test_no_file_names_a_path_of_one_machine():
     found = [(path, match) for path, text in texts() for match in MACHINE_PATH.finditer(text)]
-    assert [f"{path.relative_to(ROOT)}:{match.string.count(chr(10), 0, match.start()) + 1}" for path, match in found] == []
+    assert [
+        f"{path.relative_to(ROOT)}:{match.string.count(chr(10), 0, match.start()) + 1}" for path, match in found
+    ] == []
 
 
 def test_the_rules_see_what_they_forbid(tmp_path):
@@ -210,28 +268,58 @@ try: pass
 except BaseException: undo(); raise
 '''
     assert (
-        sum(map(multiplies_matrices, ast.walk(ast.parse("a @ b; torch.bmm(a, b); a.matmul(b); a * b; @decorated\ndef f(): pass".replace("; @", "\n@"))))) == 3
+        sum(
+            map(
+                multiplies_matrices,
+                ast.walk(
+                    ast.parse(
+                        "a @ b; torch.bmm(a, b); a.matmul(b); a * b; @decorated\ndef f(): pass".replace("; @", "\n@")
+                    )
+                ),
+            )
+        )
+        == 3
     )
     found = {name: list(ast.walk(ast.parse(text))) for name, text in (("bad", bad), ("good", good))}
     assert sum(map(changes_foreign_objects, found["bad"])) == 4
     assert sum(map(swallows_everything, found["bad"])) == 4
     assert not any(changes_foreign_objects(node) or swallows_everything(node) for node in found["good"])
-    risky = "path.read_text(); path.write_text(x); open(x); path.open('a'); torch.load(x); pickle.load(f); Image.open(f); A.from_pretrained(x)"
-    safe = "path.read_text(encoding='utf-8'); open(x, 'rb'); path.open('a+b'); torch.load(x, weights_only=True); Image.open(f, formats=f)"
+    risky = (
+        "path.read_text(); path.write_text(x); open(x); path.open('a'); torch.load(x); pickle.load(f); Image.open(f); "
+        "A.from_pretrained(x)"
+    )
+    safe = (
+        "path.read_text(encoding='utf-8'); open(x, 'rb'); path.open('a+b'); torch.load(x, weights_only=True); "
+        "Image.open(f, formats=f)"
+    )
     assert [sum(map(opens_text_in_the_locale, ast.walk(ast.parse(t)))) for t in (risky, safe)] == [4, 0]
     assert [sum(map(runs_what_it_reads, ast.walk(ast.parse(t)))) for t in (risky, safe)] == [4, 0]
     assert MACHINE_PATH.search(" /" + "home/me/model") and not MACHINE_PATH.search("build/work/x ../home/y")
 
 
 HOST = {
-    *("past_key_values", "get_seq_length", "get_mask_sizes", "is_compileable", "_attn_implementation", "mm_encoder_outputs", "deepstack_visual_embeds"),
+    *(
+        "past_key_values",
+        "get_seq_length",
+        "get_mask_sizes",
+        "is_compileable",
+        "_attn_implementation",
+        "mm_encoder_outputs",
+        "deepstack_visual_embeds",
+    ),
     *("_prefill", "_get_candidate_generator", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
 }
 
 
 def names(node: ast.AST) -> set[str]:
     match node:
-        case ast.Attribute(attr=name) | ast.Name(id=name) | ast.Constant(value=str(name)) | ast.arg(arg=name) | ast.keyword(arg=str(name)):
+        case (
+            ast.Attribute(attr=name)
+            | ast.Name(id=name)
+            | ast.Constant(value=str(name))
+            | ast.arg(arg=name)
+            | ast.keyword(arg=str(name))
+        ):
             return {name}
     return set()
 
@@ -239,5 +327,11 @@ def names(node: ast.AST) -> set[str]:
 def test_only_the_host_module_names_conventions_of_transformers():
     """What a release renames is mended in one place."""
     host = ROOT / "models" / "_host.py"
-    assert [f"{at(path, node)} {names(node) & HOST}" for path in sources(*SHIPPED) if path != host for node in nodes(path) if names(node) & HOST] == []
+    assert [
+        f"{at(path, node)} {names(node) & HOST}"
+        for path in sources(*SHIPPED)
+        if path != host
+        for node in nodes(path)
+        if names(node) & HOST
+    ] == []
     assert HOST <= {name for node in nodes(host) for name in names(node)}

@@ -23,7 +23,10 @@ def fresh(code: str, cwd: Path, *flags: str, env: dict[str, str] | None = None):
 
 
 def test_import_loads_nothing_heavy(tmp_path):
-    code = "import json, sys; before = set(sys.modules); import vtprune; print(json.dumps(sorted(set(sys.modules) - before)))"
+    code = (
+        "import json, sys; before = set(sys.modules); import vtprune; print(json.dumps(sorted(set(sys.modules) - "
+        "before)))"
+    )
     loaded = fresh(code, tmp_path, "-I")
     assert "vtprune" in loaded
     assert HEAVY & {name.split(".")[0] for name in loaded} == set()
@@ -39,39 +42,54 @@ import vtprune
 changed = [f"{name}.{key}" for name, module in modules.items() for key, value in before[name].items() if vars(module).get(key) is not value]
 state = torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32 and not torch.are_deterministic_algorithms_enabled()
 print(json.dumps([changed, state]))
-"""
+"""  # noqa: E501
     assert fresh(code, tmp_path, "-I") == [[], True]
 
 
 @pytest.mark.parametrize("folder", ["models", "kernels", "demos"])
 def test_folders_are_no_top_level_packages(folder, tmp_path):
-    code = f"import json, vtprune; from importlib.util import find_spec; print(json.dumps(find_spec({folder!r}) is None))"
+    code = (
+        f"import json, vtprune; from importlib.util import find_spec; print(json.dumps(find_spec({folder!r}) is None))"
+    )
     assert fresh(code, tmp_path, "-I")
 
 
 def test_transformers_takes_no_folder_of_a_checkout_for_a_package():
     """It looks for a package named ``kernels`` (the hub's), and a Python started in a checkout's root finds ours."""
-    code = "import json; import transformers.activations; import sys; print(json.dumps('vtprune.kernels' in sys.modules))"
+    code = (
+        "import json; import transformers.activations; import sys; print(json.dumps('vtprune.kernels' in sys.modules))"
+    )
     assert fresh(code, ROOT) is False
-    code = "import json, vtprune.kernels, transformers.activations, kernels; print(json.dumps([n for n in vars(kernels) if n in ('KERNELS', 'match')]))"
+    code = (
+        "import json, vtprune.kernels, transformers.activations, kernels; print(json.dumps([n for n in vars(kernels) "
+        "if n in ('KERNELS', 'match')]))"
+    )
     assert fresh(code, ROOT) == []
 
 
 def test_a_checkout_works_without_installation(tmp_path):
-    """``-S`` leaves out the .pth files, and with them an editable install; the installed dependencies come back by path, after the checkout."""
+    """``-S`` leaves out the .pth files, and with them an editable install; the installed dependencies come back by
+    path, after the checkout."""
     paths = [str(ROOT), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     code = """
 import json, sys
 import vtprune, vtprune.kernels, vtprune.models
 print(json.dumps([vtprune.__file__, vtprune.models.__file__, vtprune.kernels.__file__, "models" in sys.modules or "kernels" in sys.modules]))
-"""
-    core, models, kernels, doubled = fresh(code, tmp_path, "-S", env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
-    assert [Path(core), Path(models), Path(kernels)] == [ROOT / "vtprune/__init__.py", ROOT / "models/__init__.py", ROOT / "kernels/__init__.py"]
+"""  # noqa: E501
+    core, models, kernels, doubled = fresh(
+        code, tmp_path, "-S", env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    )
+    assert [Path(core), Path(models), Path(kernels)] == [
+        ROOT / "vtprune/__init__.py",
+        ROOT / "models/__init__.py",
+        ROOT / "kernels/__init__.py",
+    ]
     assert not doubled
 
 
 def test_public_functions_survive_their_namesake_modules(tmp_path):
-    """The first import of a submodule binds it on the package, over a function of the same name (``vtprune.methods`` is both)."""
+    """The first import of a submodule binds it on the package, over a function of the same name (``vtprune.methods`` is
+    both)."""
     code = """
 import importlib, importlib.util, inspect, json
 import vtprune

@@ -1,5 +1,5 @@
-"""The contract of every registered kernel: Triton equals the reference, the reference equals a slow transcription. Without a GPU Triton's interpreter runs it
-(conftest.py sets that up); with one, the kernels run there."""
+"""The contract of every registered kernel: Triton equals the reference, the reference equals a slow transcription.
+Without a GPU Triton's interpreter runs it (conftest.py sets that up); with one, the kernels run there."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def cases() -> list:
                 for i, dtype in enumerate(DTYPES):
                     quick = n < 100 or (number == i if n == 577 else number == 0 and i == 1)
                     marks = () if quick or DEVICE == "cuda" else pytest.mark.slow
-                    out.append(pytest.param(name, case, n, dtype, marks=marks, id=f"{name}-{case}-{n}-{str(dtype)[6:]}"))
+                    out.append(
+                        pytest.param(name, case, n, dtype, marks=marks, id=f"{name}-{case}-{n}-{str(dtype)[6:]}")
+                    )
     return out
 
 
@@ -47,7 +49,13 @@ def moved(value, device: str):
 
 def leaves(value) -> list[Tensor]:
     """The tensors in (nested) tuples and lists."""
-    return [value] if isinstance(value, Tensor) else [t for v in value for t in leaves(v)] if isinstance(value, tuple | list) else []
+    return (
+        [value]
+        if isinstance(value, Tensor)
+        else [t for v in value for t in leaves(v)]
+        if isinstance(value, tuple | list)
+        else []
+    )
 
 
 @pytest.fixture
@@ -57,7 +65,13 @@ def poisoned(monkeypatch):
 
     def empty(*args, **kwargs):
         out = stock(*args, **kwargs)
-        return out.fill_(math.nan if out.is_floating_point() else torch.iinfo(out.dtype).max if out.dtype == torch.uint8 else torch.iinfo(out.dtype).min)
+        return out.fill_(
+            math.nan
+            if out.is_floating_point()
+            else torch.iinfo(out.dtype).max
+            if out.dtype == torch.uint8
+            else torch.iinfo(out.dtype).min
+        )
 
     monkeypatch.setattr(torch, "empty", empty)
 
@@ -71,7 +85,9 @@ def test_triton_equals_the_reference(name, case, n, dtype, poisoned):
     before = [t.clone() for t in leaves((arguments, given))]
     got = moved(info.triton()(*given), "cpu")
     info.close(arguments, got, want)
-    assert all(torch.equal(a, b) for a, b in zip(before, leaves((arguments, given)), strict=True)), "an input was changed"
+    assert all(torch.equal(a, b) for a, b in zip(before, leaves((arguments, given)), strict=True)), (
+        "an input was changed"
+    )
 
 
 @pytest.mark.parametrize("name", list(KERNELS))
@@ -81,7 +97,8 @@ def test_strided_cases_are_not_contiguous(name):
     assert any(not t.is_contiguous() for t in leaves(arguments))
 
 
-# --------------------------------------------------------------------------------------------- the reference against loops
+# --------------------------------------------------------------------------------------------- the reference against
+# loops
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -157,20 +174,29 @@ def slow_flow_scores(query, value, k, v, scale, value_scale, bias, value_seen):
         for head in range(h):
             logits: list[float | None] = [float(query[image, head] @ k[image, head, j]) * scale for j in range(n)]
             if bias is not None:
-                logits = [None if bias[image, j] == -math.inf else s + float(bias[image, j]) for j, s in enumerate(logits)]
+                logits = [
+                    None if bias[image, j] == -math.inf else s + float(bias[image, j]) for j, s in enumerate(logits)
+                ]
             attention[image] += torch.tensor(slow_softmax(logits), dtype=torch.float64) / h
             hidden = [value_seen is not None and not value_seen[image, j] for j in range(n)]
-            logits = [None if hidden[j] else float(value[image, head] @ v[image, head, j]) * value_scale for j in range(n)]
+            logits = [
+                None if hidden[j] else float(value[image, head] @ v[image, head, j]) * value_scale for j in range(n)
+            ]
             similarity[image] += torch.tensor(slow_softmax(logits), dtype=torch.float64) / h
         for j in range(n):
-            strength[image, j] = sum(abs(sum(float(v[image, head, j, c]) for head in range(h)) / h) for c in range(v.shape[3]))
+            strength[image, j] = sum(
+                abs(sum(float(v[image, head, j, c]) for head in range(h)) / h) for c in range(v.shape[3])
+            )
     return attention, similarity, strength
 
 
 def slow_gather(index, tensors):
     out = []
     for t in tensors:
-        rows = [[t[b if len(t) > 1 else 0, i] if i >= 0 else torch.zeros_like(t[0, 0]) for i in row] for b, row in enumerate(index.tolist())]
+        rows = [
+            [t[b if len(t) > 1 else 0, i] if i >= 0 else torch.zeros_like(t[0, 0]) for i in row]
+            for b, row in enumerate(index.tolist())
+        ]
         out.append(torch.stack([torch.stack(row) for row in rows]))
     return out
 
@@ -211,7 +237,10 @@ def slow_dpp(x, keep, relevance, valid):
     for b in range(len(x)):
         free = [j for j in range(x.shape[1]) if valid is None or valid[b, j]]
         r = [1.0 if relevance is None else float(relevance[b, j]) for j in range(x.shape[1])]
-        kernel = torch.tensor([[r[i] * cosine(x[b, i], x[b, j]) * r[j] for j in range(x.shape[1])] for i in range(x.shape[1])], dtype=torch.float64)
+        kernel = torch.tensor(
+            [[r[i] * cosine(x[b, i], x[b, j]) * r[j] for j in range(x.shape[1])] for i in range(x.shape[1])],
+            dtype=torch.float64,
+        )
         chosen: list[int] = []
         base = 1.0
         while free and len(chosen) < keep:
@@ -299,7 +328,8 @@ def test_no_reference_makes_a_map_of_all_tokens(name):
     assert found[1] <= 2.2 * found[0] and found[1] < 8192 * 8192 / 4
 
 
-# -------------------------------------------------------------------------------------------------- dispatch and registration
+# -------------------------------------------------------------------------------------------------- dispatch and
+# registration
 
 
 def tokens(n: int = 9) -> Tensor:
@@ -351,8 +381,18 @@ def test_bad_calls_say_what_is_wrong():
         (lambda: kernels.energy(x, valid=torch.ones(2, 8, dtype=torch.bool)), "valid must be"),
         (lambda: kernels.match(x, torch.arange(4), torch.arange(4, 9), penalty=torch.zeros(2, 4)), "penalty must be"),
         (lambda: kernels.query_scores(torch.ones(1, 3, 1, 8), torch.ones(1, 2, 9, 8)), "divisor"),
-        (lambda: kernels.query_scores(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 9, 8), seen=torch.ones(1, 9, dtype=torch.bool)), "seen must be"),
-        (lambda: kernels.flow_scores(torch.ones(1, 2, 8), torch.ones(1, 2, 8), torch.ones(1, 2, 9, 8), torch.ones(1, 2, 8, 8), scale=1.0), "v must be"),
+        (
+            lambda: kernels.query_scores(
+                torch.ones(1, 2, 1, 8), torch.ones(1, 2, 9, 8), seen=torch.ones(1, 9, dtype=torch.bool)
+            ),
+            "seen must be",
+        ),
+        (
+            lambda: kernels.flow_scores(
+                torch.ones(1, 2, 8), torch.ones(1, 2, 8), torch.ones(1, 2, 9, 8), torch.ones(1, 2, 8, 8), scale=1.0
+            ),
+            "v must be",
+        ),
         (lambda: kernels.gather(torch.zeros(2, 3).long(), x, x[:, :4]), "gather"),
         (lambda: kernels.merge(x, torch.zeros(2, 8).long(), 1), "target must be"),
         (lambda: kernels.maxmin(x, -1), "keep=-1"),
@@ -401,13 +441,16 @@ for name in KERNELS:
         found[name] = [[list(t.shape), str(t.dtype), str(t.device)] for t in (out if isinstance(out, (tuple, list)) else [out])]
         assert hasattr(torch.ops.vtprune, name)
 print(json.dumps(found))
-"""
+"""  # noqa: E501
 
 
 def test_kernels_are_registered_ops_whose_shapes_are_known_without_a_gpu(tmp_path):
-    """What torch.compile needs of them: traced with fake CUDA tensors they give the shapes and dtypes of the reference."""
+    """What torch.compile needs of them: traced with fake CUDA tensors they give the shapes and dtypes of the
+    reference."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", TRACE], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TRACE], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     for name in KERNELS:
@@ -428,7 +471,11 @@ def test_kernels_compile_for_gpus_that_are_not_here(scope, tmp_path):
     """To machine code, by Triton's own compiler, with the types and sizes that the launchers use."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(ROOT / "tests/compile_kernels.py"), *scope], cwd=tmp_path, env=env, capture_output=True, text=True
+        [sys.executable, "-W", "ignore", str(ROOT / "tests/compile_kernels.py"), *scope],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
@@ -452,8 +499,14 @@ def test_tokens_that_are_not_finite_are_similar_to_nothing():
             index = kernels.match(y, at[4:9], at[[3, 10, 11]], protected=closed, backend=backend)[1]
             assert bool((index > 0).all())
             assert bool(kernels.energy(y, backend=backend).isfinite().all())
-            for chosen in (kernels.maxmin(y, 12, valid=real, backend=backend), kernels.dpp(y, 12, valid=real, backend=backend)):
-                assert [sorted(row) for row in chosen.tolist()] == [[-1, *range(1, 12)], [-1, *(i for i in range(12) if i != 3)]]
+            for chosen in (
+                kernels.maxmin(y, 12, valid=real, backend=backend),
+                kernels.dpp(y, 12, valid=real, backend=backend),
+            ):
+                assert [sorted(row) for row in chosen.tolist()] == [
+                    [-1, *range(1, 12)],
+                    [-1, *(i for i in range(12) if i != 3)],
+                ]
 
 
 def test_masks_and_positions_of_other_types_are_refused():
@@ -491,7 +544,9 @@ def test_autocast_does_not_lower_the_precision():
         info.close(arguments, got, info.reference(*arguments))
 
 
-@pytest.mark.parametrize("name, case", [("match", "ranked"), ("energy", "others"), ("query_scores", "rows"), ("query_scores", "many")])
+@pytest.mark.parametrize(
+    "name, case", [("match", "ranked"), ("energy", "others"), ("query_scores", "rows"), ("query_scores", "many")]
+)
 def test_small_chunks_change_nothing(name, case, monkeypatch):
     info = KERNELS.get(name)
     arguments = info.example(case, 67, torch.float32, torch.Generator().manual_seed(3))

@@ -70,11 +70,14 @@ def cleaned():
 
 def evaluated(lm: Chat, manager, names: list[str], limit: int | None = None) -> tuple[dict, dict]:
     """lmms-eval's results, and its answers by task and number."""
-    out = simple_evaluate(model=lm, tasks=names, task_manager=manager, verbosity="ERROR", limit=limit, bootstrap_iters=0)
+    out = simple_evaluate(
+        model=lm, tasks=names, task_manager=manager, verbosity="ERROR", limit=limit, bootstrap_iters=0
+    )
     return out, {n: {s["doc_id"]: s["filtered_resps"][0] for s in out["samples"][n]} for n in names}
 
 
-# ------------------------------------------------------------------------------------------------------------ finding it
+# ------------------------------------------------------------------------------------------------------------ finding
+# it
 
 
 def test_the_entry_point_resolves():
@@ -85,7 +88,10 @@ def test_the_entry_point_resolves():
 
 
 def test_the_manifest_is_light():
-    code = "import sys; from vtprune.lmms.manifest import manifests; manifests(); print('vtprune.lmms.model' in sys.modules, 'transformers' in sys.modules)"
+    code = (
+        "import sys; from vtprune.lmms.manifest import manifests; manifests(); print('vtprune.lmms.model' in "
+        "sys.modules, 'transformers' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["False", "False"], done.stderr
 
@@ -96,14 +102,19 @@ def test_exported_tasks_ask_what_the_benchmark_asks(exported, manager):
     for name in tasks.TASKS:
         data = datasets.load_dataset("parquet", data_files=str(exported / name / "test.parquet"), split="train")
         expected = questions(name)
-        assert [(d["question"], d["answer"], d["source"]) for d in data] == [(s.question, s.answer, s.source) for s in expected]
-        assert all(d["image"].convert("RGB").tobytes() == s.picture().tobytes() for d, s in zip(data, expected, strict=True))
+        assert [(d["question"], d["answer"], d["source"]) for d in data] == [
+            (s.question, s.answer, s.source) for s in expected
+        ]
+        assert all(
+            d["image"].convert("RGB").tobytes() == s.picture().tobytes() for d, s in zip(data, expected, strict=True)
+        )
         assert name in manager.all_tasks
     with pytest.raises(vtprune.VtpruneError, match="no local task 'gqa'"):
         tasks.export(exported, 1, ("gqa",))
 
 
-# ------------------------------------------------------------------------------------------------- equal to the benchmark
+# ------------------------------------------------------------------------------------------------- equal to the
+# benchmark
 
 
 def test_every_recipe_answers_as_the_benchmark_does(bundled, manager, some_method):
@@ -130,20 +141,49 @@ def test_abilities_are_metrics_of_their_own(bundled, manager):
 def test_two_processes_give_the_results_of_one(exported, bundled, tmp_path):
     """The command of the README, under the launcher."""
     given = f"pretrained={_demo.FOLDER},recipe=random,effective_tokens=0.25,report={tmp_path / 'costs.json'}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "lmms_eval", "--model", "vtprune", "--model_args", given]
-    command += ["--tasks", "easy_vqa,scenes", "--include_path", str(exported), "--batch_size", "4", "--output_path", str(tmp_path / "out"), "--log_samples"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "lmms_eval",
+        "--model",
+        "vtprune",
+        "--model_args",
+        given,
+    ]
+    command += [
+        "--tasks",
+        "easy_vqa,scenes",
+        "--include_path",
+        str(exported),
+        "--batch_size",
+        "4",
+        "--output_path",
+        str(tmp_path / "out"),
+        "--log_samples",
+    ]
     surroundings = {**os.environ, **OFFLINE, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([*command, "--device", "cpu"], env=surroundings, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     for name in ("easy_vqa", "scenes"):
         (path,) = (tmp_path / "out").glob(f"*/*_samples_{name}.jsonl")
         found = {e["doc_id"]: e["filtered_resps"] for e in map(json.loads, path.read_text().splitlines())}
-        assert found == dict(enumerate(bench.evaluate(*bundled, questions(name), "random", effective_tokens=0.25)["answers"]))
+        assert found == dict(
+            enumerate(bench.evaluate(*bundled, questions(name), "random", effective_tokens=0.25)["answers"])
+        )
     costs = json.loads((tmp_path / "costs.json").read_text())
-    assert costs["processes"] == 2 and costs["samples"] == sum(len(questions(n)) for n in tasks.TASKS) and costs["attention"] == "sdpa"
+    assert (
+        costs["processes"] == 2
+        and costs["samples"] == sum(len(questions(n)) for n in tasks.TASKS)
+        and costs["attention"] == "sdpa"
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- requests by hand
+# ----------------------------------------------------------------------------------------------------------- requests
+# by hand
 
 
 def metadata(number: int) -> dict:
@@ -152,7 +192,11 @@ def metadata(number: int) -> dict:
 
 def request(number: int, settings: dict | None = None, kind: str = "generate_until", **more) -> Instance:
     def messages(doc, **round_):
-        return doc["turns"](**round_) if round_ else [{"role": "user", "content": [*doc["pictures"], {"type": "text", "text": doc["text"]}]}]
+        return (
+            doc["turns"](**round_)
+            if round_
+            else [{"role": "user", "content": [*doc["pictures"], {"type": "text", "text": doc["text"]}]}]
+        )
 
     arguments = ("", messages, settings or {"max_new_tokens": 5, "until": ["\n\n"]}, number, "t", "test")
     return Instance(request_type=kind, arguments=arguments, idx=0, metadata=metadata(number) | more)
@@ -170,13 +214,28 @@ def test_settings_until_and_text_without_pictures(bundled):
     lm = plugin(bundled, batch_size=4, recipe="uniform", keep=36, system_prompt="")
     docs(lm)
     lm.task_dict["t"]["test"][2]["pictures"] = []
-    requests = [request(i, {"max_new_tokens": 1 + i % 2, "until": [dense[1][2:3]] if i == 1 else ["\n\n"], "image_aspect_ratio": "pad"}) for i in range(6)]
+    requests = [
+        request(
+            i,
+            {
+                "max_new_tokens": 1 + i % 2,
+                "until": [dense[1][2:3]] if i == 1 else ["\n\n"],
+                "image_aspect_ratio": "pad",
+            },
+        )
+        for i in range(6)
+    ]
     found = lm.generate_until(requests)
     assert [a for i, a in enumerate(found) if i not in (1, 2)] == [a for i, a in enumerate(dense) if i not in (1, 2)]
     assert found[1] == dense[1][:2].strip() and isinstance(found[2], str)
-    assert lm._settings(request(0, {"temperature": 0, "top_p": 0.5}))["do_sample"] is False and "top_p" not in lm._settings(request(0, {"top_p": 0.5}))
+    assert lm._settings(request(0, {"temperature": 0, "top_p": 0.5}))[
+        "do_sample"
+    ] is False and "top_p" not in lm._settings(request(0, {"top_p": 0.5}))
     drawn = {"temperature": 0.5, "max_new_tokens": 3}
-    assert lm._settings(request(0, drawn))["do_sample"] is True and lm._settings(request(0, {"do_sample": True}))["do_sample"] is True
+    assert (
+        lm._settings(request(0, drawn))["do_sample"] is True
+        and lm._settings(request(0, {"do_sample": True}))["do_sample"] is True
+    )
     for greedy in ({"temperature": 0.2, "do_sample": False}, {"temperature": 0, "do_sample": True}):
         assert lm._settings(request(0, {**greedy, "max_new_tokens": 5})) == lm._settings(request(0))
     lm.task_dict["t"]["test"][2]["pictures"] = lm.task_dict["t"]["test"][1]["pictures"]
@@ -191,7 +250,12 @@ def test_beams_of_a_sample_keep_the_same_tokens(bundled):
     lm = plugin(bundled, batch_size=2, recipe="random", keep=20)
     docs(lm, 2)
     found = lm.generate_until([request(i, {"num_beams": 3, "max_new_tokens": 3}) for i in range(2)])
-    assert all(found) and lm.costs[-1]["samples"] == 2 and lm.costs[-1]["visual_tokens"] == 2 * 144 and lm.costs[-1]["effective_tokens"] == 40
+    assert (
+        all(found)
+        and lm.costs[-1]["samples"] == 2
+        and lm.costs[-1]["visual_tokens"] == 2 * 144
+        and lm.costs[-1]["effective_tokens"] == 40
+    )
     lm.clean()
 
 
@@ -209,8 +273,13 @@ def test_a_damaged_picture_is_a_failure(bundled, tmp_path, monkeypatch):
             return Image.open(value).convert("RGB") if key == "image" else value
 
     lm = plugin(bundled, Simple)
-    lm.task_dict = {"t": {"test": [Lazy(image=tmp_path / n, text="what color is it ?") for n in ("whole.png", "cut.png")]}}
-    requests = [Instance("generate_until", ("q", {}, lambda doc: [doc["image"]], i, "t", "test"), 0, metadata(i)) for i in range(2)]
+    lm.task_dict = {
+        "t": {"test": [Lazy(image=tmp_path / n, text="what color is it ?") for n in ("whole.png", "cut.png")]}
+    }
+    requests = [
+        Instance("generate_until", ("q", {}, lambda doc: [doc["image"]], i, "t", "test"), 0, metadata(i))
+        for i in range(2)
+    ]
     with pytest.raises(RunError, match="1 of 2 requests .* t test 1: OSError: .*truncated"):
         lm.generate_until(requests)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
@@ -227,7 +296,10 @@ def test_a_journal_answers_only_the_same_question(bundled, tmp_path):
 
     first = run({"max_new_tokens": 1}, recipe="fastv", keep=36)
     assert run({"max_new_tokens": 1}, recipe="fastv", keep=36) == first
-    for settings, more in (({"max_new_tokens": 2}, {"keep": 36}), ({"max_new_tokens": 1}, {"keep": 36, "positions": "compact"})):
+    for settings, more in (
+        ({"max_new_tokens": 2}, {"keep": 36}),
+        ({"max_new_tokens": 1}, {"keep": 36, "positions": "compact"}),
+    ):
         with pytest.raises(RunError, match="was made with"):
             run(settings, recipe="fastv", **more)
 
@@ -246,7 +318,10 @@ def test_rounds_build_on_each_other(bundled):
 
     def turns(round_idx, previous_output, previous_round_info):
         seen.append((round_idx, previous_output, previous_round_info))
-        content = [{"type": "image", "url": part[round_idx].picture()}, {"type": "text", "text": part[round_idx].question}]
+        content = [
+            {"type": "image", "url": part[round_idx].picture()},
+            {"type": "text", "text": part[round_idx].question},
+        ]
         return [{"role": "user", "content": content}], round_idx == 2, None, round_idx
 
     lm.task_dict["t"]["test"][0]["turns"] = turns
@@ -260,13 +335,35 @@ def test_rounds_build_on_each_other(bundled):
 def video_model():
     """The tiny LLaVA-OneVision and a processor for it: one word, one token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlavaOnevisionImageProcessor, LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor, PreTrainedTokenizerFast
+    from transformers import (
+        LlavaOnevisionImageProcessor,
+        LlavaOnevisionProcessor,
+        LlavaOnevisionVideoProcessor,
+        PreTrainedTokenizerFast,
+    )
     from vtprune.models.base import ADAPTERS
 
-    words = ["<pad>", "<s>", "</s>", "<image>", "<video>", "<unk>", "user", "what", "is", "it", *(f"w{i}" for i in range(10, 64))]
+    words = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<image>",
+        "<video>",
+        "<unk>",
+        "user",
+        "what",
+        "is",
+        "it",
+        *(f"w{i}" for i in range(10, 64)),
+    ]
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "unk_token": "<unk>", "additional_special_tokens": ["<image>", "<video>"]}
+    special = {
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "unk_token": "<unk>",
+        "additional_special_tokens": ["<image>", "<video>"],
+    }
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
     tokenizer.image_token, tokenizer.video_token = "<image>", "<video>"
     template = (
@@ -275,7 +372,9 @@ def video_model():
     )
     side = {"height": 32, "width": 32}
     processor = LlavaOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessor(size=side, crop_size=side, image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]]),
+        image_processor=LlavaOnevisionImageProcessor(
+            size=side, crop_size=side, image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]]
+        ),
         tokenizer=tokenizer,
         video_processor=LlavaOnevisionVideoProcessor(size=side, crop_size=side, do_center_crop=False),
         num_image_tokens=16,
@@ -306,15 +405,34 @@ def test_videos_several_images_and_text_share_a_run(tmp_path):
     shown += [pictures[:2], pictures[2:], []]
     found = {}
     for batch in (1, 4):
-        lm = Chat(loaded=video_model(), exits=False, device="cpu", recipe="fastv", keep=0.5, layer=1, batch_size=batch, max_frames=3)
+        lm = Chat(
+            loaded=video_model(),
+            exits=False,
+            device="cpu",
+            recipe="fastv",
+            keep=0.5,
+            layer=1,
+            batch_size=batch,
+            max_frames=3,
+        )
         lm.task_dict = {"t": {"test": [{"pictures": p, "text": "what is it"} for p in shown]}}
         found[batch] = lm.generate_until([request(i, {"max_new_tokens": 4}) for i in range(len(shown))])
-        assert sorted(c["visual_tokens"] / c["samples"] for c in lm.costs)[-1] >= 3 * 4 + 1 and lm.costs[-1]["visual_tokens"] == 0
+        assert (
+            sorted(c["visual_tokens"] / c["samples"] for c in lm.costs)[-1] >= 3 * 4 + 1
+            and lm.costs[-1]["visual_tokens"] == 0
+        )
         lm.clean()
     assert found[1] == found[4] and len({*found[1]}) > 1
     lm = Chat(loaded=video_model(), exits=False, device="cpu")
     (tmp_path / "bad.mp4").write_bytes(b"no video")
-    lm.task_dict = {"t": {"test": [{"pictures": [{"type": "video", "url": str(tmp_path / n)}], "text": "x"} for n in ("bad.mp4", "none.mp4")]}}
+    lm.task_dict = {
+        "t": {
+            "test": [
+                {"pictures": [{"type": "video", "url": str(tmp_path / n)}], "text": "x"}
+                for n in ("bad.mp4", "none.mp4")
+            ]
+        }
+    }
     with pytest.raises(RunError, match="2 of 2 requests") as caught:
         lm.generate_until([request(0), request(1)])
     assert "cannot read the video" in str(caught.value) and "no such video" in lm.failures[1]
@@ -342,7 +460,10 @@ def test_likelihoods_equal_a_slow_loop(bundled, batch):
     for more in ({}, {"recipe": "fastv", "keep": 1.0}, {"recipe": "tome", "keep": 1.0}):
         lm = plugin(bundled, Simple, batch_size=batch, **more)
         lm.task_dict = {"t": {"test": [{"image": s.picture(), "text": s.question} for s in part]}}
-        requests = [Instance("loglikelihood", (part[i].question, w, lambda doc: [doc["image"]], i, "t", "test"), 0, metadata(i)) for i, w in asked]
+        requests = [
+            Instance("loglikelihood", (part[i].question, w, lambda doc: [doc["image"]], i, "t", "test"), 0, metadata(i))
+            for i, w in asked
+        ]
         found = [r.text for r in lm.loglikelihood(requests)]
         lm.clean()
         assert sum(c["samples"] for c in lm.costs) == len(asked) and lm.costs[0]["flops"] > 0
@@ -368,18 +489,27 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
     )
     (tmp_path / "utils.py").write_text((exported / "easy_vqa" / "utils.py").read_text())
     here = TaskManager("ERROR", include_path=str(tmp_path), include_defaults=False)
-    out = simple_evaluate(model=plugin(bundled, Simple, batch_size=4), tasks=["choice"], task_manager=here, verbosity="ERROR", bootstrap_iters=0)
+    out = simple_evaluate(
+        model=plugin(bundled, Simple, batch_size=4),
+        tasks=["choice"],
+        task_manager=here,
+        verbosity="ERROR",
+        bootstrap_iters=0,
+    )
     assert len(choices) > 2 and out["results"]["choice"]["acc,none"] == 1.0
 
 
-# --------------------------------------------------------------------------------------------------------------- failures
+# ---------------------------------------------------------------------------------------------------------------
+# failures
 
 
 def test_a_failed_request_ends_the_run_and_keeps_the_others(bundled, tmp_path):
     lm = plugin(bundled, batch_size=3, journal=tmp_path / "j", report=tmp_path / "costs.json")
     part = docs(lm)
     lm.task_dict["t"]["test"][4]["pictures"] = [{"type": "image", "url": str(tmp_path / "gone.png")}]
-    with pytest.raises(RunError, match=r"1 of 6 requests \(generate_until\) failed, nothing is scored; the other answers are kept") as caught:
+    with pytest.raises(
+        RunError, match=r"1 of 6 requests \(generate_until\) failed, nothing is scored; the other answers are kept"
+    ) as caught:
         lm.generate_until([request(i) for i in range(6)])
     assert "t test 4: no such image file" in str(caught.value)
     told = json.loads((tmp_path / "costs.json").read_text())
@@ -392,7 +522,9 @@ def test_a_failed_request_ends_the_run_and_keeps_the_others(bundled, tmp_path):
     again._answer = lambda *a: calls.append(a[1]) or ask(*a)
     found = again.generate_until([request(i) for i in range(6)])
     expected = bench.evaluate(*bundled, part, None)["answers"]
-    assert calls == [[4]] and [a for i, a in enumerate(found) if i != 4] == [a for i, a in enumerate(expected) if i != 4]
+    assert calls == [[4]] and [a for i, a in enumerate(found) if i != 4] == [
+        a for i, a in enumerate(expected) if i != 4
+    ]
     assert sum(c["samples"] for c in again.costs) == 6
     other = plugin(bundled, recipe="uniform", journal=tmp_path / "j")
     other.task_dict = lm.task_dict
@@ -407,7 +539,9 @@ def test_under_lmms_eval_a_failure_ends_the_process(bundled, tmp_path):
     lm.task_dict["t"]["test"][0]["pictures"] = [{"type": "audio", "url": "a.wav"}]
     with pytest.raises(SystemExit) as caught:
         lm.generate_until([request(0), request(1)])
-    assert str(caught.value.code).startswith("vtprune: error: 1 of 2 requests") and "not audio" in str(caught.value.code)
+    assert str(caught.value.code).startswith("vtprune: error: 1 of 2 requests") and "not audio" in str(
+        caught.value.code
+    )
     for given, reason in (
         ({"recipe": "nope"}, "nope"),
         ({"recipe": "fastv", "kept": 3}, "unknown argument 'kept'"),
@@ -456,7 +590,11 @@ class Swallowing:
             inputs = prepare(self.processor, [doc["pictures"][0]["url"]], [doc["text"] + self.prompt])
             try:
                 tokens = self.model.generate(**inputs, max_new_tokens=-1 if self.broken else 5, do_sample=False)
-                out.append(self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip())
+                out.append(
+                    self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[
+                        0
+                    ].strip()
+                )
             except ValueError:
                 out.append("")
         return out
@@ -484,7 +622,8 @@ def test_another_model_as_base(monkeypatch):
     vtprune.attach(model, "random").remove()
 
 
-# ------------------------------------------------------------------------------------------------------------ vtprune eval
+# ------------------------------------------------------------------------------------------------------------ vtprune
+# eval
 
 
 def refused(capsys, *words: str) -> str:
@@ -499,19 +638,35 @@ def finished(command: list[str], env: dict, stdout, **kwargs) -> subprocess.Comp
     if given["recipe"] == "fastv":
         stdout.write(b"vtprune: refused: fastv cannot do that\n")
         return subprocess.CompletedProcess(command, 1)
-    costs = {"effective_tokens": 36, "flops": 1, "dense_flops": 2, "kv_bytes": 1, "dense_kv_bytes": 4, "ttft_ms": 5, "failed": 0, "versions": {"torch": "x"}}
+    costs = {
+        "effective_tokens": 36,
+        "flops": 1,
+        "dense_flops": 2,
+        "kv_bytes": 1,
+        "dense_kv_bytes": 4,
+        "ttft_ms": 5,
+        "failed": 0,
+        "versions": {"torch": "x"},
+    }
     Path(given["report"]).write_text(json.dumps(costs))
     out = Path(command[command.index("--output_path") + 1]) / "model"
     out.mkdir(parents=True)
-    (out / "1_results.json").write_text(json.dumps({"results": {"scenes": {"alias": "s", "accuracy,none": 0.5}}, "lmms_eval_version": "0"}))
-    (out / "1_samples_scenes.jsonl").write_text(json.dumps({"doc_id": 0, "filtered_resps": "yes", "accuracy": 1.0}) + "\n")
+    (out / "1_results.json").write_text(
+        json.dumps({"results": {"scenes": {"alias": "s", "accuracy,none": 0.5}}, "lmms_eval_version": "0"})
+    )
+    (out / "1_samples_scenes.jsonl").write_text(
+        json.dumps({"doc_id": 0, "filtered_resps": "yes", "accuracy": 1.0}) + "\n"
+    )
     return subprocess.CompletedProcess(command, 0)
 
 
 def test_releases_that_stop_lmms_eval_are_told_before_the_work(monkeypatch, tmp_path, capsys, bundled):
     said = "lmms-eval 0.7.3 imports filelock._api, which filelock 4.3.1 does not have: pip install 'filelock<4'"
     monkeypatch.setattr(evaluate, "conflicts", lambda: [said])
-    assert refused(capsys, "--tasks", "scenes", "--samples", "1", "--results", str(tmp_path / "r")) == f"vtprune: error: {said}"
+    assert (
+        refused(capsys, "--tasks", "scenes", "--samples", "1", "--results", str(tmp_path / "r"))
+        == f"vtprune: error: {said}"
+    )
     assert not (tmp_path / "r").exists()
     assert cli.main(["eval", "--export", str(tmp_path / "tasks"), "--samples", "1"]) == 0  # needs no lmms-eval
     with pytest.raises(vtprune.VtpruneError, match="filelock<4"):
@@ -524,15 +679,40 @@ def test_releases_that_stop_lmms_eval_are_told_before_the_work(monkeypatch, tmp_
 def test_eval_runs_once_and_tells_refusals(monkeypatch, tmp_path, capsys):
     calls = []
     monkeypatch.setattr(evaluate.subprocess, "run", lambda *a, **k: calls.append(a) or finished(*a, **k))
-    words = ["--tasks", "scenes", "--samples", "1", "--recipes", "fastv,tome", "--no-baselines", "--budgets", "0.5,0.25", "--results", str(tmp_path)]
+    words = [
+        "--tasks",
+        "scenes",
+        "--samples",
+        "1",
+        "--recipes",
+        "fastv,tome",
+        "--no-baselines",
+        "--budgets",
+        "0.5,0.25",
+        "--results",
+        str(tmp_path),
+    ]
     assert cli.main(["eval", *words]) == 0
     table = capsys.readouterr().out
-    assert "not possible: fastv cannot do that" in table and "36.0" in table and table.count("tome") == 2 and len(calls) == 4
+    assert (
+        "not possible: fastv cannot do that" in table
+        and "36.0" in table
+        and table.count("tome") == 2
+        and len(calls) == 4
+    )
     assert cli.main(["eval", *words, "--json"]) == 0 and len(calls) == 6  # refusals are tried again, results are not
     result = json.loads(capsys.readouterr().out)
-    assert [r.get("scores", {}).get("scenes") for r in result["rows"]] == [None, None, {"accuracy": 0.5}, {"accuracy": 0.5}]
+    assert [r.get("scores", {}).get("scenes") for r in result["rows"]] == [
+        None,
+        None,
+        {"accuracy": 0.5},
+        {"accuracy": 0.5},
+    ]
     run = json.loads((tmp_path / "runs" / "lmms-tome-effe0.5-0.json").read_text())
-    assert run["answers"]["scenes"] == [{"doc_id": 0, "answer": "yes", "accuracy": 1.0}] and run["versions"]["lmms_eval"] == "0"
+    assert (
+        run["answers"]["scenes"] == [{"doc_id": 0, "answer": "yes", "accuracy": 1.0}]
+        and run["versions"]["lmms_eval"] == "0"
+    )
     assert "made with limit None" in refused(capsys, *words, "--limit", "3")
 
 
@@ -562,28 +742,65 @@ def test_eval_says_what_is_wrong(capsys, tmp_path):
     assert "no such model folder" in refused(capsys, "--model", "a,b", *out)
     assert cli.main(["eval", "--list-suites"]) == 0 and "mmvet" in capsys.readouterr().out
     out = ["--results", str(tmp_path / "dry")]
-    words = ["--dry-run", "--recipes", "pyramiddrop", "--option", "layers=[4,8]", "--processes", "2", "--system-prompt", "a, b"]
+    words = [
+        "--dry-run",
+        "--recipes",
+        "pyramiddrop",
+        "--option",
+        "layers=[4,8]",
+        "--processes",
+        "2",
+        "--system-prompt",
+        "a, b",
+    ]
     assert cli.main(["eval", *words, *out]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = {line.split("recipe=")[1].split(",")[0] for line in lines}
     assert names == {"dense", "pyramiddrop"} and 'system_prompt="a, b"' in lines[0]
-    assert all(line.startswith("ACCELERATE_USE_CPU=true") and "--nproc_per_node 2" in line for line in lines) and "layers=4+8" in lines[1]
+    assert (
+        all(line.startswith("ACCELERATE_USE_CPU=true") and "--nproc_per_node 2" in line for line in lines)
+        and "layers=4+8" in lines[1]
+    )
     for budget in (["--keep", "36,0.5,36"], ["--budgets", "0.25,0.5"]):
         assert cli.main(["eval", "--dry-run", "--recipe", "fastv", "--seeds", "2", *budget, *out]) == 0
         lines = capsys.readouterr().out.splitlines()
         names = [line.split("recipe=")[1].split(",")[0] for line in lines]
-        assert {*names} == {"dense", "fastv", *bench.baselines()} and names.count("random") == 4 and names.count("fastv") == 2
+        assert (
+            {*names} == {"dense", "fastv", *bench.baselines()}
+            and names.count("random") == 4
+            and names.count("fastv") == 2
+        )
     assert not (tmp_path / "dry").exists()
 
 
 def test_eval_end_to_end(tmp_path, bundled):
     """One real run through the command, and its answers are the benchmark's."""
-    words = ["eval", "--tasks", "scenes", "--samples", "1", "--recipes", "flowcut", "--no-baselines", "--budgets", "0.25", "--batch", "4"]
+    words = [
+        "eval",
+        "--tasks",
+        "scenes",
+        "--samples",
+        "1",
+        "--recipes",
+        "flowcut",
+        "--no-baselines",
+        "--budgets",
+        "0.25",
+        "--batch",
+        "4",
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "vtprune", *words, "--results", "r"], cwd=tmp_path, env={**os.environ, **OFFLINE}, capture_output=True, text=True
+        [sys.executable, "-m", "vtprune", *words, "--results", "r"],
+        cwd=tmp_path,
+        env={**os.environ, **OFFLINE},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     run = json.loads((tmp_path / "r" / "runs" / "lmms-flowcut-effe0.25-0.json").read_text())
     expected = bench.evaluate(*bundled, bench.scenes_samples(1), "flowcut", effective_tokens=0.25)
     assert [a["answer"] for a in run["answers"]["scenes"]] == expected["answers"]
-    assert run["row"]["costs"]["effective_tokens"] == pytest.approx(expected["effective_tokens"]) and run["row"]["costs"]["failed"] == 0
+    assert (
+        run["row"]["costs"]["effective_tokens"] == pytest.approx(expected["effective_tokens"])
+        and run["row"]["costs"]["failed"] == 0
+    )

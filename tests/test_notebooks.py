@@ -25,10 +25,17 @@ def test_notebook(path, tmp_path):
     kept, fresh = nbformat.read(path, 4), run(path, tmp_path)
     assert rounded(said(fresh)) == rounded(said(kept)), "run `make notebooks` and look at what changed"
     shown = [[sorted(o.data) for o in cell.get("outputs", []) if o.output_type != "stream"] for cell in fresh.cells]
-    assert shown == [[sorted(o.data) for o in cell.get("outputs", []) if o.output_type != "stream"] for cell in kept.cells]
+    assert shown == [
+        [sorted(o.data) for o in cell.get("outputs", []) if o.output_type != "stream"] for cell in kept.cells
+    ]
     assert sum(map(len, shown)) >= 2, "no pictures"
 
 
 def test_one_plays_the_theatre():
     """:func:`notebooks.run` puts this text only where the page was."""
-    assert any(THEATRE in o.get("data", {}).get("text/html", "") for p in NOTEBOOKS for c in nbformat.read(p, 4).cells for o in c.get("outputs", []))
+    assert any(
+        THEATRE in o.get("data", {}).get("text/html", "")
+        for p in NOTEBOOKS
+        for c in nbformat.read(p, 4).cells
+        for o in c.get("outputs", [])
+    )

@@ -1,4 +1,5 @@
-"""Sanity tests of the oracles themselves: published token counts, agreement with the unmodified models, and properties the equations imply."""
+"""Sanity tests of the oracles themselves: published token counts, agreement with the unmodified models, and properties
+the equations imply."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from transformers import (
 
 import oracles as O
 
-# ------------------------------------------------------------------------------------------------------------------------------------- models
+# --------------------------------------------------------------------------------------------------------------------
+# models
 
 
 def randomise(model: torch.nn.Module, seed: int, scale: float = 0.3) -> torch.nn.Module:
@@ -44,13 +46,22 @@ def random_images(batch: int, size: int = 32, seed: int = 0) -> torch.Tensor:
 
 
 def make_clip(layers: int = 6, implementation: str = "sdpa") -> CLIPVisionModel:
-    config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, image_size=32, patch_size=8)
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
     config._attn_implementation = implementation
     return randomise(CLIPVisionModel(config), 1)
 
 
 def make_dinov2() -> Dinov2Model:
-    config = Dinov2Config(hidden_size=32, mlp_ratio=2, num_hidden_layers=5, num_attention_heads=4, image_size=32, patch_size=8)
+    config = Dinov2Config(
+        hidden_size=32, mlp_ratio=2, num_hidden_layers=5, num_attention_heads=4, image_size=32, patch_size=8
+    )
     return randomise(Dinov2Model(config), 2)
 
 
@@ -80,10 +91,13 @@ IMAGE = torch.arange(3, 16)  # 13 image tokens
 TEXT = [p for p in range(24) if p not in range(3, 16)]
 
 
-def run_slice(lm: torch.nn.Module, start: int, stop: int, x: torch.Tensor, position_ids: torch.Tensor, final_norm: bool = False) -> torch.Tensor:
+def run_slice(
+    lm: torch.nn.Module, start: int, stop: int, x: torch.Tensor, position_ids: torch.Tensor, final_norm: bool = False
+) -> torch.Tensor:
     """The unmodified model restricted to layers start..stop-1 on x [1, n, D].
 
-    The all-ones mask matters: without a mask the model takes gaps in position_ids for packed sequences and masks across them.
+    The all-ones mask matters: without a mask the model takes gaps in position_ids for packed sequences and masks across
+    them.
     """
     part = copy.deepcopy(lm)
     part.layers = part.layers[start:stop]
@@ -91,10 +105,13 @@ def run_slice(lm: torch.nn.Module, start: int, stop: int, x: torch.Tensor, posit
     if not final_norm:
         part.norm = torch.nn.Identity()
     with torch.no_grad():
-        return part(inputs_embeds=x, attention_mask=torch.ones(x.shape[:2]), position_ids=position_ids, use_cache=False).last_hidden_state
+        return part(
+            inputs_embeds=x, attention_mask=torch.ones(x.shape[:2]), position_ids=position_ids, use_cache=False
+        ).last_hidden_state
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------ FlowCut
+# --------------------------------------------------------------------------------------------------------------------
+# FlowCut
 
 
 @pytest.mark.parametrize(
@@ -133,14 +150,20 @@ def test_flowcut_scores_against_the_attention_maps_of_the_model() -> None:
                 torch.testing.assert_close(torch.tensor(score, dtype=torch.float64), expected[b], rtol=1e-5, atol=1e-7)
 
 
-def batched_flowcut(tower: CLIPVisionModel, images: torch.Tensor, target: int, select: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The whole method with batched tensors (CLIP, coupled batch): kept indices per layer [B, n] and the output of block ``select``."""
+def batched_flowcut(
+    tower: CLIPVisionModel, images: torch.Tensor, target: int, select: int
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The whole method with batched tensors (CLIP, coupled batch): kept indices per layer [B, n] and the output of
+    block ``select``."""
     x = tower.pre_layrnorm(tower.embeddings(images))
     index = torch.arange(x.shape[1] - 1).expand(len(images), -1)
     cumulative, kept = None, []
     for layer, block in enumerate(tower.encoder.layers[: select + 1]):
         z, n, rho = block.layer_norm1(x), index.shape[1], select - 1 - layer
-        q, k, v = (project(z).unflatten(-1, (4, -1)).transpose(1, 2) for project in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj))
+        q, k, v = (
+            project(z).unflatten(-1, (4, -1)).transpose(1, 2)
+            for project in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+        )
         a = (torch.einsum("bhd,bhnd->bhn", q[:, :, 0], k) / q.shape[-1] ** 0.5).softmax(-1).mean(1)[:, 1:]
         s = torch.einsum("bhd,bhnd->bhn", v[:, :, 0], v).softmax(-1).mean(1)[:, 1:]
         score = (F.normalize(a, p=1, dim=-1) + F.normalize(s, p=1, dim=-1)) * v.mean(1)[:, 1:].norm(p=1, dim=-1)
@@ -148,8 +171,15 @@ def batched_flowcut(tower: CLIPVisionModel, images: torch.Tensor, target: int, s
         if n > target:
             cumulative = score if cumulative is None else (cumulative + score) / 2
             if rho >= 0 and rho % 2 == 0:
-                ratio = torch.distributions.Categorical(probs=a).entropy() / torch.tensor(float(n), dtype=torch.float64).log()
-                count = target if rho == 0 else max(target, n - int(((n - target) / rho**0.5 * (1 - ratio**2)).max().round()))
+                ratio = (
+                    torch.distributions.Categorical(probs=a).entropy()
+                    / torch.tensor(float(n), dtype=torch.float64).log()
+                )
+                count = (
+                    target
+                    if rho == 0
+                    else max(target, n - int(((n - target) / rho**0.5 * (1 - ratio**2)).max().round()))
+                )
                 top = cumulative.topk(count).indices.sort().values
                 cumulative, index = cumulative.gather(1, top), index.gather(1, top)
                 x = torch.cat([x[:, :1], x[:, 1:].gather(1, top[..., None].expand(-1, -1, x.shape[-1]))], 1)
@@ -202,7 +232,8 @@ def test_flowcut_runs(make, layers: int) -> None:
     assert len(coupled["kept"][first][0]) == min(row[first] for row in lengths)  # the batch uses the largest P
 
 
-# ------------------------------------------------------------------------------------------------------------------- PyramidDrop and FastV
+# -------------------------------------------------------------------------------------------------------------------
+# PyramidDrop and FastV
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
@@ -265,12 +296,18 @@ def test_fastv_equals_masking_the_dropped_keys() -> None:
     with torch.no_grad():
         ids = torch.arange(24)[None]
         for layer in part.layers[2:]:
-            hidden = layer(hidden, attention_mask=mask[None, None], position_ids=ids, position_embeddings=part.rotary_emb(hidden, ids))
+            hidden = layer(
+                hidden,
+                attention_mask=mask[None, None],
+                position_ids=ids,
+                position_embeddings=part.rotary_emb(hidden, ids),
+            )
         expected = part.norm(hidden)[:, rows]
     torch.testing.assert_close(result["hidden"], expected)
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------- ToMe
+# --------------------------------------------------------------------------------------------------------------------
+# ToMe
 
 
 def test_tome_counts() -> None:
@@ -283,13 +320,24 @@ def test_tome_counts() -> None:
 
 def test_tome_match_by_hand() -> None:
     angles = torch.tensor([0.0, 10.0, 12.0, 50.0, 49.0, 80.0, 45.0], dtype=torch.float64).deg2rad()
-    metric = torch.stack([angles.cos(), angles.sin()], -1)[None] * torch.tensor([1.0, 2.0, 3.0, 1.0, 5.0, 1.0, 2.0], dtype=torch.float64)[None, :, None]
+    metric = (
+        torch.stack([angles.cos(), angles.sin()], -1)[None]
+        * torch.tensor([1.0, 2.0, 3.0, 1.0, 5.0, 1.0, 2.0], dtype=torch.float64)[None, :, None]
+    )
     plain = O.tome_match_oracle(metric, 2, False, False)  # gaps: 0-1 10, 2-1 2, 4-3 1, 6-3 5 degrees
-    assert plain["merges"] == [[(4, 3), (2, 1)]] and plain["kept"] == [[0, 1, 3, 5, 6]] and plain["kept_official"] == [[6, 0, 1, 3, 5]]
+    assert (
+        plain["merges"] == [[(4, 3), (2, 1)]]
+        and plain["kept"] == [[0, 1, 3, 5, 6]]
+        and plain["kept_official"] == [[6, 0, 1, 3, 5]]
+    )
     cls = O.tome_match_oracle(metric, 5, True, False)
     assert cls["r"] == 3 and cls["merges"] == [[(4, 3), (2, 1), (6, 3)]] and cls["kept_official"] == [[0, 1, 3, 5]]
     distilled = O.tome_match_oracle(metric, 5, True, True)
-    assert distilled["r"] == 2 and distilled["merges"] == [[(4, 3), (6, 3)]] and distilled["kept_official"] == [[0, 1, 2, 3, 5]]
+    assert (
+        distilled["r"] == 2
+        and distilled["merges"] == [[(4, 3), (6, 3)]]
+        and distilled["kept_official"] == [[0, 1, 2, 3, 5]]
+    )
     assert O.tome_match_oracle(metric, 0, True, False)["kept_official"] == [list(range(7))]
 
 
@@ -305,7 +353,9 @@ def vectorised_tome(metric: torch.Tensor, r: int, prefix: int) -> list[set[tuple
     return [{(2 * int(a), 2 * int(partner[b, a]) + 1) for a in sources[b]} for b in range(len(metric))]
 
 
-@pytest.mark.parametrize("n, flags", [(16, (False, False)), (17, (True, False)), (18, (True, True)), (19, (True, True))])
+@pytest.mark.parametrize(
+    "n, flags", [(16, (False, False)), (17, (True, False)), (18, (True, True)), (19, (True, True))]
+)
 def test_tome_match_against_matrices(n: int, flags: tuple[bool, bool]) -> None:
     metric = torch.randn(3, n, 6, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
     result = O.tome_match_oracle(metric, 5, *flags)
@@ -383,7 +433,8 @@ def test_weighted_merge() -> None:
     torch.testing.assert_close(merged, torch.tensor([[4.0], [29.0 / 6.0]], dtype=torch.float64))
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------- PiToMe
+# --------------------------------------------------------------------------------------------------------------------
+# PiToMe
 
 
 @pytest.mark.parametrize(
@@ -403,13 +454,19 @@ def test_pitome_match_by_hand() -> None:
     angles = torch.tensor([0.0, 2.0, 5.0, 90.0, 140.0, 200.0], dtype=torch.float64).deg2rad()
     metric = torch.stack([angles.cos(), angles.sin()], -1)[None]
     energy = O.pitome_energy(metric[0], 0.5)
-    assert O._descending(energy)[:3] == [2, 1, 0]  # the cluster has the highest energy; 5 degrees lies closest to the token at 90
+    assert O._descending(energy)[:3] == [
+        2,
+        1,
+        0,
+    ]  # the cluster has the highest energy; 5 degrees lies closest to the token at 90
     one = O.pitome_match_oracle(metric, 1, 0.5)
     assert one["merges"] == [[(2, 1)]] and one["kept"] == [[0, 1, 3, 4, 5]] and one["kept_official"][0][-1] == 1
     assert O.pitome_match_oracle(metric, 0.8, 0.5)["merges"] == one["merges"]  # floor(6 - 4.8) = 1
     two = O.pitome_match_oracle(metric, 2, 0.5)
     ranks = O._descending(energy)
-    assert {a for a, _ in two["merges"][0]} == {ranks[0], ranks[2]} and two["kept_official"] == [ranks[4:] + [ranks[1], ranks[3]]]
+    assert {a for a, _ in two["merges"][0]} == {ranks[0], ranks[2]} and two["kept_official"] == [
+        ranks[4:] + [ranks[1], ranks[3]]
+    ]
     with pytest.raises(ValueError):
         O.pitome_match_oracle(metric, 4, 0.5)
     assert O.pitome_match_oracle(metric, 1.0, 0.5)["r"] == 0
@@ -435,7 +492,9 @@ def test_pitome_match_against_matrices(variant: str) -> None:
 @pytest.mark.parametrize("name", VITS)
 def test_pitome_vit(name: str) -> None:
     model, images = make_vit(**VITS[name]), random_images(2, seed=9)
-    results = [O.pitome_vit_oracle(model, images, 0.8, bsm_layers=(0, 1), order=order) for order in ("position", "official")]
+    results = [
+        O.pitome_vit_oracle(model, images, 0.8, bsm_layers=(0, 1), order=order) for order in ("position", "official")
+    ]
     for result in results:
         check_vit_result(result, model.num_prefix_tokens, O.pitome_counts(16, 4, 0.8)[-1])
     torch.testing.assert_close(results[0]["hidden"], results[1]["hidden"])  # the split goes by energy, not by position
@@ -445,7 +504,8 @@ def test_pitome_vit(name: str) -> None:
 @pytest.mark.parametrize("method", ["tome", "pitome", "bsm"])
 @pytest.mark.parametrize("name", ["plain", "registers", "distilled"])
 def test_one_block_by_hand(name: str, method: str) -> None:
-    """Depth 1: metric, margin, prefix protection, place of the merge and the plain mean of equal sizes, from the modules of the block."""
+    """Depth 1: metric, margin, prefix protection, place of the merge and the plain mean of equal sizes, from the
+    modules of the block."""
     model, images = make_vit(**VITS[name]), random_images(2, seed=10)
     model.blocks = model.blocks[:1]
     block, prefix = model.blocks[0], model.num_prefix_tokens
@@ -458,8 +518,12 @@ def test_one_block_by_hand(name: str, method: str) -> None:
             result = O.tome_vit_oracle(model, images, 4)
             merges = [[(a - prefix, b - prefix) for a, b in row] for row in vectorised_tome(metric, 4, prefix)]
         else:
-            result = O.pitome_vit_oracle(model, images, 0.75, margin_scale=0.6, bsm_layers=(0,) if method == "bsm" else ())
-            merges = O.pitome_match_oracle(metric[:, prefix:], 4, 0.6, variant="bsm" if method == "bsm" else "pitome")["merges"]
+            result = O.pitome_vit_oracle(
+                model, images, 0.75, margin_scale=0.6, bsm_layers=(0,) if method == "bsm" else ()
+            )
+            merges = O.pitome_match_oracle(metric[:, prefix:], 4, 0.6, variant="bsm" if method == "bsm" else "pitome")[
+                "merges"
+            ]
         for b in range(2):
             owner = torch.arange(16)
             for source, destination in merges[b]:

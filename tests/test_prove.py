@@ -45,7 +45,9 @@ def test_a_release_that_computes_otherwise_is_refused_by_name(future, monkeypatc
     real = _decoder.put
     monkeypatch.setattr(_decoder, "put", lambda x, rows, values: real(x, rows, 1.1 * values))
     model, _ = ADAPTERS.get("internvl").tiny["qwen3"]()
-    with pytest.raises(vtprune.UnsupportedError, match=r"transformers 99\.1\.0 is newer than .* internvl does not come out exact"):
+    with pytest.raises(
+        vtprune.UnsupportedError, match=r"transformers 99\.1\.0 is newer than .* internvl does not come out exact"
+    ):
         vtprune.attach(model, "random", keep=3)
     assert not future.exists()
     monkeypatch.setenv(prove.SKIP, "1")

@@ -42,13 +42,19 @@ def test_the_lmms_eval_commands_run(tmp_path):
     env = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert len([*(tmp_path / "out" / "lmms").glob("*/*_results.json")]) == 1, done.stderr[-2000:]  # lmms-eval ends with 0 also when it failed
+    assert len([*(tmp_path / "out" / "lmms").glob("*/*_results.json")]) == 1, done.stderr[
+        -2000:
+    ]  # lmms-eval ends with 0 also when it failed
     assert len([*(tmp_path / "out" / "lmms").glob("*/*_samples_*.jsonl")]) == 2
 
 
 def test_the_commands_of_the_table_exist(capsys):
     table = README.split("| on the command line | |")[1].split("\n\n")[0]
-    named = {word for cell in re.findall(r"^\| (.*?) \|", table, re.MULTILINE) for word in re.findall(r"`(?:vtprune )?([a-z]+)[^`]*`", cell)}
+    named = {
+        word
+        for cell in re.findall(r"^\| (.*?) \|", table, re.MULTILINE)
+        for word in re.findall(r"`(?:vtprune )?([a-z]+)[^`]*`", cell)
+    }
     assert {"run", "bench", "eval", "doctor", "recipes"} <= named
     for name in sorted(named):
         assert cli.main([name, "--help"]) == 0, name

@@ -80,7 +80,16 @@ NAN = float("nan")
 
 
 def scored(kept: list[int], scores: list[float], units: list[int]) -> StageReport:
-    return StageReport("llm.2", "some", [16], [len(kept)], [torch.tensor(kept)], None, [torch.tensor(scores, dtype=torch.float64)], [torch.tensor(units)])
+    return StageReport(
+        "llm.2",
+        "some",
+        [16],
+        [len(kept)],
+        [torch.tensor(kept)],
+        None,
+        [torch.tensor(scores, dtype=torch.float64)],
+        [torch.tensor(units)],
+    )
 
 
 def test_ranks_start_at_one_in_every_unit_and_ties_go_to_the_lower_index():
@@ -94,7 +103,12 @@ def test_heat_runs_from_dark_blue_to_yellow():
     grey = Image.new("RGB", (40, 40), (128, 128, 128))
     out = np.asarray(render.token_picture(grey, report(*stages), 0, panel=80, heat=True), float)
     for x, gone in ((100, [False, False]), (190, [False, True])):  # the second panel keeps the colours of the first
-        cells = out[render.GAP + render.TITLE :, x:][:80, :80].reshape(4, 20, 4, 20, 3)[:, 8:12, :, 8:12].mean((1, 3)).reshape(16, 3)
+        cells = (
+            out[render.GAP + render.TITLE :, x:][:80, :80]
+            .reshape(4, 20, 4, 20, 3)[:, 8:12, :, 8:12]
+            .mean((1, 3))
+            .reshape(16, 3)
+        )
         best, next_, worst, unranked = cells[0], cells[1], cells[14], cells[15]
         assert best == pytest.approx(0.3 * 128 + 0.7 * np.array(render.HEAT[-1]), abs=1)
         assert worst == pytest.approx(0.55 * (0.3 * 128 + 0.7 * np.array(render.HEAT[0])), abs=1)
@@ -131,7 +145,10 @@ class Notebook:
 
     def __init__(self, monkeypatch):
         self.shown = []
-        for name, parts in (("IPython", {"get_ipython": object}), ("IPython.display", {"HTML": str, "display": self.shown.append})):
+        for name, parts in (
+            ("IPython", {"get_ipython": object}),
+            ("IPython.display", {"HTML": str, "display": self.shown.append}),
+        ):
             monkeypatch.setitem(sys.modules, name, SimpleNamespace(**parts))
 
 
@@ -144,11 +161,19 @@ def test_show_in_a_notebook(monkeypatch):
     assert plain.size == given.size and plain.getcolors(10**6) != given.getcolors(10**6)
     made.show(interactive=True)
     both = [scored(list(range(8)), [16.0 - i for i in range(n)], [0] * n) for n in (16, 32)]
-    joined = replace(both[0], tokens_in=[16, 32], tokens_out=[8, 8], **{name: [getattr(s, name)[0] for s in both] for name in ("kept", "scores", "units")})
+    joined = replace(
+        both[0],
+        tokens_in=[16, 32],
+        tokens_out=[8, 8],
+        **{name: [getattr(s, name)[0] for s in both] for name in ("kept", "scores", "units")},
+    )
     ranked = Report([16, 32], (joined,), [[16], [32]], 1, 1, 1, 1, grids=[[GRID], [GRID, GRID]])
     ranked.show([picture(), picture(1)], sample=1, heat=True)
     assert notebook.shown.pop().tobytes() == render.sheet([picture(), picture(1)], ranked, 1, heat=True).tobytes()
-    assert render.sheet([picture(), picture(1)], ranked, 1).tobytes() != render.sheet([picture(), picture(1)], ranked, 1, heat=True).tobytes()
+    assert (
+        render.sheet([picture(), picture(1)], ranked, 1).tobytes()
+        != render.sheet([picture(), picture(1)], ranked, 1, heat=True).tobytes()
+    )
     page = Links()
     page.feed(notebook.shown[2])
     assert page.tags == ["div", "iframe"] and "vt-theatre" not in page.tags
@@ -177,7 +202,10 @@ def test_show_without_a_notebook(monkeypatch, shell):
 
 def test_a_sheet_has_a_strip_for_every_raster(monkeypatch):
     made = Report([32], (drop([1, 17], 32),), [[32, 2]], 1, 1, 1, 1, grids=[[GRID, GRID]])
-    strips = [render.token_picture(picture(i), made, 0, number=i, caption=c) for i, c in enumerate(("raster 1 of 2", "raster 2 of 2"))]
+    strips = [
+        render.token_picture(picture(i), made, 0, number=i, caption=c)
+        for i, c in enumerate(("raster 1 of 2", "raster 2 of 2"))
+    ]
     written = []
     monkeypatch.setattr(render, "fit", lambda draw, words, *size: (written.append(words), words)[1])
     out = np.asarray(render.sheet([picture(0), picture(1)], made))
@@ -186,7 +214,10 @@ def test_a_sheet_has_a_strip_for_every_raster(monkeypatch):
     assert out.shape[:2] == (sum(s.height for s in strips), strips[0].width)
     assert (out == np.concatenate([np.asarray(s) for s in strips])).all()
     one = report(drop([1]))
-    assert render.sheet([picture()], one, caption="why").tobytes() == render.token_picture(picture(), one, 0, caption="why").tobytes()
+    assert (
+        render.sheet([picture()], one, caption="why").tobytes()
+        == render.token_picture(picture(), one, 0, caption="why").tobytes()
+    )
 
 
 def test_row_figure():

@@ -30,38 +30,106 @@ def row(method: str, budget: float | None, level: float, tokens: float, **more) 
     spans = {k: [v - 0.05, v + 0.04] for k, v in abilities.items()}
     gap = {"difference": level - 0.95, "difference_interval": [level - 1, level - 0.9]}
     return {
-        "method": method, "budget": budget, "note": "", "abilities": abilities, "ability_intervals": spans, "average": level - 0.05, "worst": level - 0.1,
-        "worst_ability": "count", "sets": {"toys": {"accuracy": level, "samples": 40, "interval": [0.1, 0.9], **gap}}, "effective_tokens": tokens,
-        "visual_tokens": 16.0, "flops_share": 0.1 + tokens / 20, "kv_share": tokens / 16, "relative_average": level / 0.97, "relative_worst": level / 0.99,
-        "nominal_tokens": tokens - 1, "prefill_ratio": 1.2 - level / 2, "rows": [tokens, 0.0, 2.0, 3.0], "columns": [1.0, 1.0, tokens, 5.0],
-        "layer_tokens": [16.0, tokens, tokens - 1], "group_a": {"accuracy": level / 2, "samples": 13, "interval": [level / 3, level]},
-        "recipe": {"name": method, "stages": [{"method": method.split()[0], "keep": 4, "options": {}}]}, **more,
-    }  # fmt: skip
+        "method": method,
+        "budget": budget,
+        "note": "",
+        "abilities": abilities,
+        "ability_intervals": spans,
+        "average": level - 0.05,
+        "worst": level - 0.1,
+        "worst_ability": "count",
+        "sets": {"toys": {"accuracy": level, "samples": 40, "interval": [0.1, 0.9], **gap}},
+        "effective_tokens": tokens,
+        "visual_tokens": 16.0,
+        "flops_share": 0.1 + tokens / 20,
+        "kv_share": tokens / 16,
+        "relative_average": level / 0.97,
+        "relative_worst": level / 0.99,
+        "nominal_tokens": tokens - 1,
+        "prefill_ratio": 1.2 - level / 2,
+        "rows": [tokens, 0.0, 2.0, 3.0],
+        "columns": [1.0, 1.0, tokens, 5.0],
+        "layer_tokens": [16.0, tokens, tokens - 1],
+        "group_a": {"accuracy": level / 2, "samples": 13, "interval": [level / 3, level]},
+        "recipe": {"name": method, "stages": [{"method": method.split()[0], "keep": 4, "options": {}}]},
+        **more,
+    }
 
 
 def bench() -> dict:
     dense = row("dense", 1.0, 0.97, 16.0, rows=None, columns=None, group_a=None, recipe=None, layer_tokens=[16.0] * 3)
     rows = [
         dense,
-        row("tome", 0.5, 0.81, 8.0), row("tome", 0.25, 0.62, 4.0),
-        row("fastv", 0.5, 0.84, 7.5, note=NASTY), row("fastv", 0.25, 0.55, 4.0),
-        row("uniform", 0.5, 0.7, 8.0), row("uniform", 0.25, 0.66, 4.0),
+        row("tome", 0.5, 0.81, 8.0),
+        row("tome", 0.25, 0.62, 4.0),
+        row("fastv", 0.5, 0.84, 7.5, note=NASTY),
+        row("fastv", 0.25, 0.55, 4.0),
+        row("uniform", 0.5, 0.7, 8.0),
+        row("uniform", 0.25, 0.66, 4.0),
         *({"method": "flowcut", "budget": b, "note": "", "error": "no <class> token"} for b in (0.5, 0.25)),
         row("dpvr-lf (trained)", None, 0.77, 9.0, rows=None, columns=None, group_a=None),
-    ]  # fmt: skip
-    about = {"command": "vtprune bench --x '<y>'", "device": {"name": "a <CPU>", "threads": 2, "dtype": "float32"}, "versions": {"torch": "9.9"}}
-    return {"type": "vtprune.Bench", "version": 2, **about, "abilities": KINDS, "sets": ["toys"], "samples": 40, "budgets": [0.5, 0.25], "rows": rows}
+    ]
+    about = {
+        "command": "vtprune bench --x '<y>'",
+        "device": {"name": "a <CPU>", "threads": 2, "dtype": "float32"},
+        "versions": {"torch": "9.9"},
+    }
+    return {
+        "type": "vtprune.Bench",
+        "version": 2,
+        **about,
+        "abilities": KINDS,
+        "sets": ["toys"],
+        "samples": 40,
+        "budgets": [0.5, 0.25],
+        "rows": rows,
+    }
 
 
 def times() -> dict:
     rows = []
     for method, batch in itertools.product(("tome", "uniform"), (1, 8)):
-        dense = {"e2e_ms": 91.5, "ttft_ms": 50.0 * batch, "vision_ms": 20.0 * batch, "prefill_ms": 30.0 * batch, "decode_ms": 4.25, "peak_bytes": 3 * 2**20}
-        pruned = {**dense, "ttft_ms": 31.5 * batch, "vision_ms": 15.0 * batch, "scorer_ms": 2.5 if method == "tome" else None, "peak_bytes": None}
-        rows.append({"method": method, "budget": 0.25, "batch": batch, "images": 1, "tokens": 576, "dense": dense, "pruned": pruned})
-    even = [{"method": "tome", "batch": 1, "images": 1, "budgets": [0.5, 0.25], "ratios": [1.02, 0.63], "pays_below": 0.47}]
-    even += [{"method": "uniform", "batch": 1, "images": 1, "budgets": [0.5, 0.25], "ratios": [1.3, 1.1], "pays_below": None}]
-    return {"type": "vtprune.Times", "version": 1, "command": "c", "versions": {}, "device": {}, "rows": rows, "break_even": even}
+        dense = {
+            "e2e_ms": 91.5,
+            "ttft_ms": 50.0 * batch,
+            "vision_ms": 20.0 * batch,
+            "prefill_ms": 30.0 * batch,
+            "decode_ms": 4.25,
+            "peak_bytes": 3 * 2**20,
+        }
+        pruned = {
+            **dense,
+            "ttft_ms": 31.5 * batch,
+            "vision_ms": 15.0 * batch,
+            "scorer_ms": 2.5 if method == "tome" else None,
+            "peak_bytes": None,
+        }
+        rows.append(
+            {
+                "method": method,
+                "budget": 0.25,
+                "batch": batch,
+                "images": 1,
+                "tokens": 576,
+                "dense": dense,
+                "pruned": pruned,
+            }
+        )
+    even = [
+        {"method": "tome", "batch": 1, "images": 1, "budgets": [0.5, 0.25], "ratios": [1.02, 0.63], "pays_below": 0.47}
+    ]
+    even += [
+        {"method": "uniform", "batch": 1, "images": 1, "budgets": [0.5, 0.25], "ratios": [1.3, 1.1], "pays_below": None}
+    ]
+    return {
+        "type": "vtprune.Times",
+        "version": 1,
+        "command": "c",
+        "versions": {},
+        "device": {},
+        "rows": rows,
+        "break_even": even,
+    }
 
 
 def vit() -> dict:
@@ -74,7 +142,10 @@ def vit() -> dict:
 
 def overhead() -> dict:
     ratio = {"median": 1.017, "p20": 1.006, "p80": 1.052}
-    prefill = [{"method": m, "dense_ms": 100.0 + i, "limit_ms": 40.0 + i, "pruned_ms": 44.0 + i, "overhead": ratio} for i, m in enumerate(("tome", "fastv"))]
+    prefill = [
+        {"method": m, "dense_ms": 100.0 + i, "limit_ms": 40.0 + i, "pruned_ms": 44.0 + i, "overhead": ratio}
+        for i, m in enumerate(("tome", "fastv"))
+    ]
     decode = [{"method": "fastv", "limit_ms": 5.0, "pruned_ms": 5.5, "overhead": ratio}]
     return {"prefill": prefill, "decode": decode, "hooks": decode, "command": "overhead"}
 
@@ -87,7 +158,8 @@ def put(folder: Path, **files) -> Path:
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and tables by caption: a list of rows of cell texts, the header first; ``best``: texts of marked cells."""
+    """Tags with their attributes, and tables by caption: a list of rows of cell texts, the header first; ``best``:
+    texts of marked cells."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -107,7 +179,9 @@ class Page(HTMLParser):
         if tag in ("td", "th"):
             self.rows[-1].append("")
         if tag not in ("meta", "img", "link", "br"):
-            self.open.append("best" if attrs.get("class") == "best" else "aside" if attrs.get("class") in ("tag", "hidden") else tag)
+            self.open.append(
+                "best" if attrs.get("class") == "best" else "aside" if attrs.get("class") in ("tag", "hidden") else tag
+            )
 
     def handle_endtag(self, tag):
         self.open.pop()
@@ -132,7 +206,15 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """One report of everything, by the command line: ``(folder, what it printed)``."""
-    folder = put(tmp_path_factory.mktemp("results"), accuracy=bench(), speed=times(), vits=vit(), engine=overhead(), other={"a": 1}, tables="[1, 2]")
+    folder = put(
+        tmp_path_factory.mktemp("results"),
+        accuracy=bench(),
+        speed=times(),
+        vits=vit(),
+        engine=overhead(),
+        other={"a": 1},
+        tables="[1, 2]",
+    )
     capture = pytest.MonkeyPatch()
     printed: list[str] = []
     capture.setattr("builtins.print", lambda *a, **k: printed.append(" ".join(map(str, a))))
@@ -155,15 +237,21 @@ def refused(capsys, *words: str, code: int = 1) -> str:
     return lines[0]
 
 
-# ------------------------------------------------------------------------------------------------------------------ page
+# ------------------------------------------------------------------------------------------------------------------
+# page
 
 
 def test_files_are_named_and_written(made):
     out, told = made
     drawn = {f"accuracy-{n}" for n in ("overview", "pareto", "kept", "layers")} | {"speed-latency", "engine-bars"}
-    assert {p.name for p in out.iterdir()} == {"report.html", *(f"{n}.{kind}" for n in drawn for kind in ("png", "svg"))}
+    assert {p.name for p in out.iterdir()} == {
+        "report.html",
+        *(f"{n}.{kind}" for n in drawn for kind in ("png", "svg")),
+    }
     assert told["page"] == str(out / "report.html") and {Path(p) for p in told["files"]} == set(out.iterdir())
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in out.glob("*.png")) and all(b"<svg" in p.read_bytes() for p in out.glob("*.svg"))
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in out.glob("*.png")) and all(
+        b"<svg" in p.read_bytes() for p in out.glob("*.svg")
+    )
 
 
 def test_the_page_needs_nothing_from_elsewhere(made, page):
@@ -195,25 +283,36 @@ def test_it_reads_in_the_dark_on_a_phone_and_from_the_keyboard(made, page):
 
 @pytest.mark.parametrize("budget", [0.5, 0.25])
 def test_every_row_and_value_of_a_budget(page, budget):
-    caption, table = f"At {100 * budget:g} %", [r for r in bench()["rows"] if r["budget"] == budget and "error" not in r]
+    caption, table = (
+        f"At {100 * budget:g} %",
+        [r for r in bench()["rows"] if r["budget"] == budget and "error" not in r],
+    )
     average = page.column(caption, "average %")
     assert list(average) == ["dense", *(r["method"] for r in sorted(table, key=lambda r: -r["average"]))]
     for r in table:
         group, m = r["group_a"], r["method"]
         low, high = group["interval"]
         shown = {
-            "average %": f"{100 * r['average']:.1f}", "of dense %": f"{100 * r['relative_average']:.1f}", "worst ability %": f"{100 * r['worst']:.1f} count",
-            "group A %": f"{100 * group['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]", "tokens left": f"{r['nominal_tokens']:.1f}",
-            "effective tokens": f"{r['effective_tokens']:.1f}", "FLOPs %": f"{100 * r['flops_share']:.1f}", "KV %": f"{100 * r['kv_share']:.1f}",
-            "prefill x": f"{r['prefill_ratio']:.2f}", "note": r["note"],
-        }  # fmt: skip
+            "average %": f"{100 * r['average']:.1f}",
+            "of dense %": f"{100 * r['relative_average']:.1f}",
+            "worst ability %": f"{100 * r['worst']:.1f} count",
+            "group A %": f"{100 * group['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
+            "tokens left": f"{r['nominal_tokens']:.1f}",
+            "effective tokens": f"{r['effective_tokens']:.1f}",
+            "FLOPs %": f"{100 * r['flops_share']:.1f}",
+            "KV %": f"{100 * r['kv_share']:.1f}",
+            "prefill x": f"{r['prefill_ratio']:.2f}",
+            "note": r["note"],
+        }
         assert {name: page.column(caption, name)[m] for name in shown} == shown
         lower, upper = r["ability_intervals"]["count"]
         detail = page.column(f"Accuracy in percent per ability, {100 * budget:g} %", "count")[m]
         assert detail == f"{100 * r['abilities']['count']:.1f} [{100 * lower:.1f}, {100 * upper:.1f}]"
         gap = r["sets"]["toys"]
         told = page.column(f"Accuracy in percent per ability, {100 * budget:g} %", "toys: points from dense")[m]
-        assert told == "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in (gap["difference"], *gap["difference_interval"])))
+        assert told == "{:+.1f} [{:+.1f}, {:+.1f}]".format(
+            *(100 * v for v in (gap["difference"], *gap["difference_interval"]))
+        )
 
 
 def test_own_schedules_and_refusals_have_their_places(page):
@@ -222,7 +321,15 @@ def test_own_schedules_and_refusals_have_their_places(page):
 
 
 def test_the_best_of_a_column_is_marked_and_baselines_are_told_apart(made, page):
-    assert page.best[:7] == ["79.0", "86.6", "74.0 count", "42.0 [28.0, 84.0]", "47.5", "46.9", "0.78"]  # 50 %: fastv everywhere
+    assert page.best[:7] == [
+        "79.0",
+        "86.6",
+        "74.0 count",
+        "42.0 [28.0, 84.0]",
+        "47.5",
+        "46.9",
+        "0.78",
+    ]  # 50 %: fastv everywhere
     text = (made[0] / "report.html").read_text()
     lines = [line for line in text.splitlines() if line.startswith('<tr class="baseline">')]
     assert len(lines) == 2 and all('uniform<span class="tag">baseline</span>' in line for line in lines)
@@ -231,11 +338,25 @@ def test_the_best_of_a_column_is_marked_and_baselines_are_told_apart(made, page)
 def test_times_break_even_vits_and_overhead(page):
     head, *rows = page.tables["Medians in milliseconds"]
     tome = dict(zip((h.replace("\u00a0", " ") for h in head), rows[1], strict=True))
-    assert len(rows) == 4 and [tome[k] for k in ("method", "budget", "batch", "tokens", "first token x")] == ["tome", "25 %", "8", "576", "0.63"]
-    assert [tome[k] for k in ("first token: dense", "first token: pruned", "own code", "peak MiB: dense")] == ["400.0", "252.0", "2.5", "3"]
+    assert len(rows) == 4 and [tome[k] for k in ("method", "budget", "batch", "tokens", "first token x")] == [
+        "tome",
+        "25 %",
+        "8",
+        "576",
+        "0.63",
+    ]
+    assert [tome[k] for k in ("first token: dense", "first token: pruned", "own code", "peak MiB: dense")] == [
+        "400.0",
+        "252.0",
+        "2.5",
+        "3",
+    ]
     assert "peak MiB: pruned" not in tome  # nobody measured it
     (even,) = (v for k, v in page.tables.items() if k.startswith("Pruned time over dense"))
-    assert even[1:] == [["tome", "1", "1", "1.02", "0.63", "47 %"], ["uniform", "1", "1", "1.30", "1.10", "at none of them"]]
+    assert even[1:] == [
+        ["tome", "1", "1", "1.02", "0.63", "47 %"],
+        ["uniform", "1", "1", "1.30", "1.10", "at none of them"],
+    ]
     assert page.tables["Vision transformers, vits"] == [
         ["method", "budget", "tokens", "top1", "images", "why"],
         ["tome", "0.5", "98.53", "0.8125", "–", "–"],
@@ -248,12 +369,18 @@ def test_times_break_even_vits_and_overhead(page):
 def test_what_users_wrote_is_escaped_and_strangers_are_named(made, page):
     text = (made[0] / "report.html").read_text()
     assert not {"b", "i", "y", "class", "cpu"} & {tag for tag, _ in page.tags}
-    for words in ("&lt;b&gt;split&lt;/b&gt; &amp; &quot;2&quot;", "&lt;y&gt;", "a &lt;CPU&gt;, 2 threads, float32", "torch 9.9"):
+    for words in (
+        "&lt;b&gt;split&lt;/b&gt; &amp; &quot;2&quot;",
+        "&lt;y&gt;",
+        "a &lt;CPU&gt;, 2 threads, float32",
+        "torch 9.9",
+    ):
         assert words in text
     assert "Not shown, of another type: other.json, tables.json" in text
 
 
-# --------------------------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------------------------
+# figures
 
 
 def lines(ax, label: str):
@@ -271,13 +398,20 @@ def test_accuracy_figures_show_the_table(cost):
     data = bench()
     x = {"tokens": lambda r: r["effective_tokens"] / 16, "flops": lambda r: r["flops_share"]}[cost]
     values = {
-        "average of abilities": lambda r: r["average"], "worst ability": lambda r: r["worst"], "group A": lambda r: r["group_a"]["accuracy"],
-        "colour": lambda r: r["abilities"]["colour"], "count": lambda r: r["abilities"]["count"],
-    }  # fmt: skip
+        "average of abilities": lambda r: r["average"],
+        "worst ability": lambda r: r["worst"],
+        "group A": lambda r: r["group_a"]["accuracy"],
+        "colour": lambda r: r["abilities"]["colour"],
+        "count": lambda r: r["abilities"]["count"],
+    }
     figure = figures.pareto(data, cost)
     axes = [ax for ax in figure.axes if ax.get_visible()]
     assert [ax.get_title("left") or ax.get_title() for ax in axes] == list(values)
-    for ax, y in zip([*axes, figures.overview(data, 0.25, cost).axes[0]], [*values.values(), values["average of abilities"]], strict=True):
+    for ax, y in zip(
+        [*axes, figures.overview(data, 0.25, cost).axes[0]],
+        [*values.values(), values["average of abilities"]],
+        strict=True,
+    ):
         for name in ("tome", "fastv", "uniform", "dpvr-lf (trained)"):
             mine = [r for r in data["rows"] if r["method"] == name and (r.get("group_a") or y is not values["group A"])]
             if mine:
@@ -293,8 +427,14 @@ def test_accuracy_figures_show_the_table(cost):
 
 
 def test_the_front_is_what_nothing_else_beats():
-    points = [{"c": c, "v": v} for c, v in ((3, 0.5), (1, 0.2), (2, 0.5), (2, 0.4), (4, 0.9), (5, 0.9), (1, 0.1), (0.5, None))]
-    assert [(p["c"], p["v"]) for p in figures.front(points, lambda r: r["c"], lambda r: r["v"])] == [(1, 0.2), (2, 0.5), (4, 0.9)]
+    points = [
+        {"c": c, "v": v} for c, v in ((3, 0.5), (1, 0.2), (2, 0.5), (2, 0.4), (4, 0.9), (5, 0.9), (1, 0.1), (0.5, None))
+    ]
+    assert [(p["c"], p["v"]) for p in figures.front(points, lambda r: r["c"], lambda r: r["v"])] == [
+        (1, 0.2),
+        (2, 0.5),
+        (4, 0.9),
+    ]
 
 
 def test_heat_maps_show_shares_of_kept_tokens():
@@ -340,7 +480,15 @@ def test_overhead_bars_and_the_limit():
     assert [line.get_xdata()[0] for line in prefill.lines] == [40, 41] and bars(decode, "dense") == []
 
 
-@pytest.mark.parametrize("make", [figures.pareto, lambda d: figures.kept(d, 0.25), lambda d: figures.staircase(d, 0.5), lambda d: figures.overview(d, 0.25)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        figures.pareto,
+        lambda d: figures.kept(d, 0.25),
+        lambda d: figures.staircase(d, 0.5),
+        lambda d: figures.overview(d, 0.25),
+    ],
+)
 def test_nothing_is_cut_off(make):
     data = bench()
     data["rows"] += [{**r, "method": f"a-long-name-{i}", "recipe": None} for i in range(12) for r in data["rows"][1:3]]
@@ -352,7 +500,14 @@ def inside(figure) -> None:
     figure.draw_without_rendering()
     (left, bottom), (right, top) = figure.get_tightbbox().get_points()
     width, height = figure.get_size_inches()
-    assert left > -0.01 and bottom > -0.01 and right < width + 0.01 and top < height + 0.01, (left, bottom, right, top, width, height)
+    assert left > -0.01 and bottom > -0.01 and right < width + 0.01 and top < height + 0.01, (
+        left,
+        bottom,
+        right,
+        top,
+        width,
+        height,
+    )
 
 
 def test_no_bar_label_is_cut_off():
@@ -368,14 +523,22 @@ def test_methods_stay_tellable_apart():
     for color in (*figures.PALETTE, *figures.GREYS):
         for paper in (figures.PAPER, report.DARK[figures.PAPER]):
             a, b = sorted(
-                np.dot([0.2126, 0.7152, 0.0722], [((v + 0.055) / 1.055) ** 2.4 if v > 0.04045 else v / 12.92 for v in to_rgb(c)]) for c in (color, paper)
+                np.dot(
+                    [0.2126, 0.7152, 0.0722],
+                    [((v + 0.055) / 1.055) ** 2.4 if v > 0.04045 else v / 12.92 for v in to_rgb(c)],
+                )
+                for c in (color, paper)
             )
             assert (b + 0.05) / (a + 0.05) >= 3, (color, paper)
 
 
 def test_hollow_markers_belong_to_baselines_only():
     ax = figures.pareto(bench()).axes[0]
-    hollow = {line.get_label() for line in ax.lines if to_hex(line.get_markerfacecolor()) == figures.PAPER and not line.get_label().startswith("_")}
+    hollow = {
+        line.get_label()
+        for line in ax.lines
+        if to_hex(line.get_markerfacecolor()) == figures.PAPER and not line.get_label().startswith("_")
+    }
     assert hollow == {"uniform"}
 
 
@@ -384,17 +547,31 @@ def test_the_same_result_gives_the_same_drawing():
     assert one == two
 
 
-# -------------------------------------------------------------------------------------------------------- files and errors
+# -------------------------------------------------------------------------------------------------------- files and
+# errors
 
 
 def test_a_table_of_version_1(tmp_path):
     """The checked-in one, without what came with version 2: what it does not have is left out, what it has is there."""
     data = json.loads((ROOT / "benchmarks/results/bench.json").read_text())
-    strip = ("columns", "layer_tokens", "nominal_tokens", "ability_intervals", "relative_average", "relative_worst", "group_a", "average_interval")
+    strip = (
+        "columns",
+        "layer_tokens",
+        "nominal_tokens",
+        "ability_intervals",
+        "relative_average",
+        "relative_worst",
+        "group_a",
+        "average_interval",
+    )
     data = {**data, "version": 1, "rows": [{k: v for k, v in r.items() if k not in strip} for r in data["rows"]]}
     found, unknown = report.load(put(tmp_path, demo=data))
     planned = report.drawings(found[0], 0.25, "tokens")
-    assert unknown == [] and [d.name for d in planned] == ["demo-overview", "demo-pareto", "demo-kept"] and all(d.draw() is not None for d in planned)
+    assert (
+        unknown == []
+        and [d.name for d in planned] == ["demo-overview", "demo-pareto", "demo-kept"]
+        and all(d.draw() is not None for d in planned)
+    )
     page = Page(report.page_html(found, unknown, {}, "t"))
     heads = page.tables["At 25 % of the dense model's effective tokens"][0]
     assert "group\u00a0A" not in " ".join(heads) and "tokens left" not in heads and "effective tokens" in heads
@@ -409,9 +586,11 @@ def test_the_committed_vit_table_shows_its_figures(tmp_path):
     found, _ = report.load(put(tmp_path, vit=data))
     page = Page(report.page_html(found, [], {}, "t"))
     heads, *lines = next(table for name, table in page.tables.items() if "Vision" in name)
-    assert len(lines) == len(data["rows"]) and {"class token, cosine", "probe, digits", "images/s x dense, batch 64"} <= {
-        h.replace("\u00a0", " ") for h in heads
-    }
+    assert len(lines) == len(data["rows"]) and {
+        "class token, cosine",
+        "probe, digits",
+        "images/s x dense, batch 64",
+    } <= {h.replace("\u00a0", " ") for h in heads}
     for row, line in zip(data["rows"], lines, strict=True):
         mean = (row["photographs"].get("cls") or {}).get("mean")
         assert line[0] == row["method"] and (row["photographs"]["error"] if mean is None else f"{mean:.4g}") in line
@@ -467,7 +646,10 @@ def broken(**changes) -> dict:
         (broken(rows="many"), "'rows' should be a list of numbers"),
         (broken(group_a={"samples": 3}), "'group_a'"),
         (broken(ability_intervals={"count": [1]}), "'ability_intervals'"),
-        ({**times(), "rows": [{"method": "a", "dense": {"ttft_ms": "fast"}, "pruned": {}}]}, "dense: 'ttft_ms' should be a number"),
+        (
+            {**times(), "rows": [{"method": "a", "dense": {"ttft_ms": "fast"}, "pruned": {}}]},
+            "dense: 'ttft_ms' should be a number",
+        ),
         ({**vit(), "rows": [3]}, "row 0 should be a JSON object"),
         ({**overhead(), "decode": [{"method": "a"}]}, "decode 0: 'limit_ms'"),
     ],
@@ -484,7 +666,9 @@ def test_names_with_dollars_are_names(tmp_path):
     for entry in table["rows"]:
         entry["method"] += "" if entry["method"] == "dense" else " $\\frac$ $$"
     (tmp_path / "bench.json").write_text(json.dumps(table))
-    (tmp_path / "times.json").write_text(json.dumps({**times(), "rows": [{**r, "method": "$$"} for r in times()["rows"]]}))
+    (tmp_path / "times.json").write_text(
+        json.dumps({**times(), "rows": [{**r, "method": "$$"} for r in times()["rows"]]})
+    )
     assert len(report.write(tmp_path, tmp_path / "out")) > 5
 
 
@@ -509,7 +693,11 @@ def test_figures_show_what_can_be_told_apart():
     table = {**bench(), "rows": [bench()["rows"][0], *rows]}
     fewer, left_out = figures.fewer(table)
     names = dict.fromkeys(r["method"] for r in figures.measured(fewer))
-    assert list(names) == [f"m{i}" for i in range(20, 80)] and len(fewer["rows"]) == 1 + 60 * 25 and left_out == 80 * 50 - 60 * 25
+    assert (
+        list(names) == [f"m{i}" for i in range(20, 80)]
+        and len(fewer["rows"]) == 1 + 60 * 25
+        and left_out == 80 * 50 - 60 * 25
+    )
     assert len(figures.stairs(fewer, figures.nearest(figures.measured(fewer), 0.25))) == figures.MOST_STAIRS
     assert figures.fewer(bench()) == (bench(), 0)
 

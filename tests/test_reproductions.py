@@ -1,4 +1,5 @@
-"""The cards in docs/reproductions, docs/datasets.md and the suites name only what exists: recipes, options, plans, tasks, data sets, numbers of tokens."""
+"""The cards in docs/reproductions, docs/datasets.md and the suites name only what exists: recipes, options, plans,
+tasks, data sets, numbers of tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +26,11 @@ from vtprune.recipe import Recipe
 from vtprune.solve import _predict
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-CARDS = {path.stem: path.read_text(encoding="utf-8") for path in sorted((DOCS / "reproductions").glob("*.md")) if path.stem != "README"}
+CARDS = {
+    path.stem: path.read_text(encoding="utf-8")
+    for path in sorted((DOCS / "reproductions").glob("*.md"))
+    if path.stem != "README"
+}
 README = (DOCS / "reproductions" / "README.md").read_text(encoding="utf-8")
 DATASETS = (DOCS / "datasets.md").read_text(encoding="utf-8")
 PUBLISHED = [name for name in vtprune.methods() if vtprune.describe(name).paper.startswith("arXiv")]
@@ -40,17 +45,31 @@ HEADINGS = [
     "Commands",
     "Status",
 ]
-PLUGIN = {"pretrained", "recipe", "keep", *TARGETS, *ATTACH_OPTIONS, "dtype", "attn_implementation", "device", "max_new_tokens", "system_prompt"}
+PLUGIN = {
+    "pretrained",
+    "recipe",
+    "keep",
+    *TARGETS,
+    *ATTACH_OPTIONS,
+    "dtype",
+    "attn_implementation",
+    "device",
+    "max_new_tokens",
+    "system_prompt",
+}
 
 
-# --------------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------------------
+# reading
 
 
 def rows(text: str, first: str) -> list[dict[str, str]]:
     """The rows of every table whose first column is called ``first``."""
     found, names = [], None
     for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")] if line.lstrip().startswith("|") else None
+        cells = (
+            [cell.strip() for cell in line.strip().strip("|").split(" | ")] if line.lstrip().startswith("|") else None
+        )
         if cells is None:
             names = None
         elif names is None:
@@ -134,12 +153,16 @@ def from_cli(words: list[str]) -> Run:
     args = parser.parse_args(words[2:])
     given = cli.overrides(args)
     own = {key: given.pop(key) for key in ATTACH_OPTIONS if key in given}
-    rest = {key: value for key, value in own.items() if (key, value) != ("seed", 0)} | {"dtype": args.dtype, "device": args.device}
+    rest = {key: value for key, value in own.items() if (key, value) != ("seed", 0)} | {
+        "dtype": args.dtype,
+        "device": args.device,
+    }
     rest |= {} if args.system_prompt is None else {"system_prompt": args.system_prompt}
     return Run(args.model, recipe_of(args.recipe, given), tuple(args.tasks), rest)
 
 
-# ---------------------------------------------------------------------------------------------------------------- models
+# ----------------------------------------------------------------------------------------------------------------
+# models
 
 
 @cache
@@ -153,9 +176,24 @@ def model(name: str) -> Any:
 
             return bind(timm.create_model(name))
         layers, width, inner = {"LLaVA-1.5-7B": (32, 4096, 11008), "LLaVA-1.5-13B": (40, 5120, 13824)}[name]
-        tower = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
-        text = LlamaConfig(hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=width // 128, vocab_size=32064)
-        return bind(LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=text, image_token_index=32000)))
+        tower = CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+        )
+        text = LlamaConfig(
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 128,
+            vocab_size=32064,
+        )
+        return bind(
+            LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=text, image_token_index=32000))
+        )
 
 
 def geometry(name: str) -> tuple[Any, Any]:
@@ -167,10 +205,13 @@ def geometry(name: str) -> tuple[Any, Any]:
 
 
 def shape_of(checkpoint: str) -> str:
-    return "LLaVA-1.5-13B" if "13b" in checkpoint else "2880 tokens, 32 layers" if "next" in checkpoint else "LLaVA-1.5-7B"
+    return (
+        "LLaVA-1.5-13B" if "13b" in checkpoint else "2880 tokens, 32 layers" if "next" in checkpoint else "LLaVA-1.5-7B"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- lmms-eval's tasks
+# ------------------------------------------------------------------------------------------------------- lmms-eval's
+# tasks
 
 
 class Loader(yaml.CSafeLoader if hasattr(yaml, "CSafeLoader") else yaml.SafeLoader):  # type: ignore[misc]
@@ -191,7 +232,8 @@ def task_file(path: Path) -> dict[str, Any]:
 
 @cache
 def tasks() -> dict[str, dict[str, Any]]:
-    """Every name that ``--tasks`` takes, with its configuration, read as lmms-eval's TaskManager indexes them (seconds instead of half a minute)."""
+    """Every name that ``--tasks`` takes, with its configuration, read as lmms-eval's TaskManager indexes them (seconds
+    instead of half a minute)."""
     spec = find_spec("lmms_eval")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("needs lmms-eval")
@@ -209,7 +251,8 @@ def tasks() -> dict[str, dict[str, Any]]:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------- cards
+# -----------------------------------------------------------------------------------------------------------------
+# cards
 
 
 def test_every_card_is_of_a_published_method_and_the_overview_lists_it():
@@ -266,7 +309,11 @@ def test_both_forms_of_every_command_are_one_recipe_that_can_be_planned(name):
 
 @pytest.mark.parametrize("name", CARDS)
 def test_every_task_in_the_commands_exists(name):
-    named = {task for words in commands(CARDS[name]) for task in (from_lmms(words) if words[0] == "python" else from_cli(words)).tasks}
+    named = {
+        task
+        for words in commands(CARDS[name])
+        for task in (from_lmms(words) if words[0] == "python" else from_cli(words)).tasks
+    }
     assert named and named <= set(tasks())
 
 
@@ -294,13 +341,22 @@ def test_the_snippet_builds_the_paper_model_and_its_blocks_see_the_printed_numbe
     with handle, torch.inference_mode():
         assert scope["model"](torch.randn(1, *data["input_size"])).shape == (1, 1000)
         seen = handle.report().effective_tokens
-    same = [row for row in rows(CARDS[name], "setting") if row["model"].strip("`") == f"{data['architecture']}.{data['tag']}"]
+    same = [
+        row
+        for row in rows(CARDS[name], "setting")
+        if row["model"].strip("`") == f"{data['architecture']}.{data['tag']}"
+    ]
     given = [lmms_arguments(row["here"].strip("`")) for row in same]
-    printed = [float(row["effective tokens"]) for row, g in zip(same, given, strict=True) if recipe_of(g.pop("recipe"), g).key() == handle.recipe.key()]
+    printed = [
+        float(row["effective tokens"])
+        for row, g in zip(same, given, strict=True)
+        if recipe_of(g.pop("recipe"), g).key() == handle.recipe.key()
+    ]
     assert [seen] == pytest.approx(printed, abs=6e-4)
 
 
-# ------------------------------------------------------------------------------------------------------ suites, data sets
+# ------------------------------------------------------------------------------------------------------ suites, data
+# sets
 
 
 def test_suites_name_tasks_that_exist_once():
@@ -367,6 +423,6 @@ for name in manager.all_tasks:
     task = manager.load_task_or_group(name)[name]
     docs = task.test_docs()
     assert len(docs) == 3 and task.doc_to_visual(docs[0])[0].size == (8, 8) and "cat" in task.doc_to_text(docs[0])
-"""
+"""  # noqa: E501
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

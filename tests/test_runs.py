@@ -1,4 +1,5 @@
-"""Runs that break off: killed, a bad picture, a full disk, a model that raises. What was done is kept, and the end is the same as without the break."""
+"""Runs that break off: killed, a bad picture, a full disk, a model that raises. What was done is kept, and the end is
+the same as without the break."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ def samples(n: int = 7) -> list[Sample]:
 
 def table(vlm, folder: Path | None, part=None, **more):
     folder and folder.mkdir(exist_ok=True)
-    return bench.table(*vlm, part or samples(), NAMES, [0.5], seeds=2, batch=2, timing=0, folder=folder, command="c", **more)
+    return bench.table(
+        *vlm, part or samples(), NAMES, [0.5], seeds=2, batch=2, timing=0, folder=folder, command="c", **more
+    )
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -60,7 +63,8 @@ def failing_after(model, calls: int, error: Exception):
         del model.generate
 
 
-# ------------------------------------------------------------------------------------------------------------ the journal
+# ------------------------------------------------------------------------------------------------------------ the
+# journal
 
 
 def test_a_journal_keeps_whole_lines_only(tmp_path):
@@ -99,14 +103,16 @@ def test_models_are_told_apart(vlm):
     assert fingerprint(vlm[0]) != fingerprint(other)
 
 
-# ---------------------------------------------------------------------------------------------------------- broken off
+# --------------------------------------------------------------------------------------------------------- broken off
 
 
 def test_a_model_that_raises_leaves_what_was_done(vlm, tmp_path):
     whole = table(vlm, tmp_path / "whole")
     with failing_after(vlm[0], 7, RuntimeError("CUDA error: device-side assert")), pytest.raises(RunError) as caught:
         table(vlm, tmp_path / "broken")
-    assert "questions 4 to 5: RuntimeError: CUDA error" in str(caught.value) and "4 samples are kept in" in str(caught.value)
+    assert "questions 4 to 5: RuntimeError: CUDA error" in str(caught.value) and "4 samples are kept in" in str(
+        caught.value
+    )
     vtprune.attach(vlm[0], "random").remove()  # left as it was
     assert {p.name for p in (tmp_path / "broken").iterdir()} == {"dense.json", "random-0.5-0.jsonl"}
     calls = []
@@ -126,7 +132,11 @@ def test_a_missing_or_corrupted_picture_is_named(vlm, tmp_path):
             path.write_bytes(content)
         with pytest.raises(RunError, match=reason) as caught:
             table(vlm, tmp_path / "r", part)
-        assert "questions 4 to 5" in str(caught.value) and "p.png" in str(caught.value) and "4 samples are kept" in str(caught.value)
+        assert (
+            "questions 4 to 5" in str(caught.value)
+            and "p.png" in str(caught.value)
+            and "4 samples are kept" in str(caught.value)
+        )
         path.unlink(missing_ok=True)
     picture(4).save(path)
     assert table(vlm, tmp_path / "r", part) == table(vlm, None, part)
@@ -199,14 +209,28 @@ def test_times_are_kept_apart_from_results(vlm, tmp_path):
 
 def test_a_killed_run_ends_with_the_same_files(tmp_path):
     """The command itself, killed between two batches and started again."""
-    command = [sys.executable, "-m", "vtprune", "bench", "--abilities", "scenes", "--samples", "1", "--methods", "fastv,random", "--no-baselines"]
+    command = [
+        sys.executable,
+        "-m",
+        "vtprune",
+        "bench",
+        "--abilities",
+        "scenes",
+        "--samples",
+        "1",
+        "--methods",
+        "fastv,random",
+        "--no-baselines",
+    ]
     command += ["--budgets", "0.5", "--seeds", "1", "--batch", "2", "--timing", "0", "--results"]
 
     def run(name: str) -> subprocess.CompletedProcess:
         return subprocess.run([*command, name], cwd=tmp_path, env=one_thread, capture_output=True, text=True)
 
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "killed"], cwd=tmp_path, env=one_thread, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, "killed"], cwd=tmp_path, env=one_thread, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     journal, deadline = tmp_path / "killed" / "runs" / "fastv-0.5-0.jsonl", time.monotonic() + 300
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
         assert process.poll() is None and time.monotonic() < deadline
@@ -222,7 +246,7 @@ def test_a_killed_run_ends_with_the_same_files(tmp_path):
     assert {**first, "command": ""} == {**second, "command": ""}
 
 
-# ------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------------------------ batches
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +290,8 @@ def test_samples_draw_on_their_own(vlm):
             vlm[0](**inputs)
 
 
-# --------------------------------------------------------------------------------------------------------------- group A
+# -------------------------------------------------------------------------------------------------------------- group
+# A
 
 
 def test_group_a_is_what_down_sampling_loses(vlm):
@@ -279,6 +304,12 @@ def test_group_a_is_what_down_sampling_loses(vlm):
         {"method": "y", "budget": 0.5, "error": "no"},
     ]
     bench.add_group_a(rows, part)
-    assert [r["group_a"] and (r["group_a"]["accuracy"], r["group_a"]["samples"]) for r in rows] == [None, (0, 3), (pytest.approx(2 / 3), 3), None, None]
+    assert [r["group_a"] and (r["group_a"]["accuracy"], r["group_a"]["samples"]) for r in rows] == [
+        None,
+        (0, 3),
+        (pytest.approx(2 / 3), 3),
+        None,
+        None,
+    ]
     low, high = rows[2]["group_a"]["interval"]
     assert 0 <= low < 2 / 3 < high <= 1

@@ -33,8 +33,12 @@ def test_scores_explain_what_was_kept(tiny, family, method_name, case):
         for number, stage in enumerate(report.stages):
             changed = stage.tokens_in != stage.tokens_out
             assert (stage.scores is None) == (stage.units is None)
-            assert stage.scores is not None or not (info.score and changed), f"{stage.site} changed something and shows no score"
-            assert info.score or stage.scores is None, f"{stage.site} shows scores, and MethodInfo.score does not say what they are"
+            assert stage.scores is not None or not (info.score and changed), (
+                f"{stage.site} changed something and shows no score"
+            )
+            assert info.score or stage.scores is None, (
+                f"{stage.site} shows scores, and MethodInfo.score does not say what they are"
+            )
             if stage.scores is None:
                 continue
             for b, (score, unit) in enumerate(zip(stage.scores, stage.units, strict=True)):
@@ -47,16 +51,22 @@ def test_scores_explain_what_was_kept(tiny, family, method_name, case):
                     continue
                 shares = info.raster and len(report.grids[b]) > 1  # a raster whose share is nothing goes unranked
                 unranked = set(before.tolist()) - set(ranked.tolist())  # new-line tokens, which no tower sees
-                assert shares or not unranked or family in ("llava-next", "llava-onevision"), f"{stage.site} did not rank every token"
+                assert shares or not unranked or family in ("llava-next", "llava-onevision"), (
+                    f"{stage.site} did not rank every token"
+                )
                 kept = torch.zeros(len(score), dtype=torch.bool)
                 kept[stage.kept[b]] = True
                 for u in unit.unique():
                     mine = unit == u
                     if u < 0 or bool(kept[mine].all()) or not bool(kept[mine].any()):
                         continue
-                    assert score[mine & kept].min() >= score[mine & ~kept].max(), f"{stage.site}: unit {int(u)} kept a token below one that it dropped"
+                    assert score[mine & kept].min() >= score[mine & ~kept].max(), (
+                        f"{stage.site}: unit {int(u)} kept a token below one that it dropped"
+                    )
                     ranks = render.ranks(stage, b)[0][(mine & kept).numpy()]
-                    assert sorted(ranks) == list(range(1, len(ranks) + 1)), f"{stage.site}: unit {int(u)} did not keep those that rank first"
+                    assert sorted(ranks) == list(range(1, len(ranks) + 1)), (
+                        f"{stage.site}: unit {int(u)} did not keep those that rank first"
+                    )
 
 
 def test_merged_tokens_are_those_with_low_scores():

@@ -1,6 +1,8 @@
-"""Long use: attachments come and go, forwards break off anywhere, threads and interleaved requests share a model; answers stay equal and memory stays flat.
+"""Long use: attachments come and go, forwards break off anywhere, threads and interleaved requests share a model;
+answers stay equal and memory stays flat.
 
-Scaled down by default; ``-m slow`` runs 1,000 cycles, 300 exceptions, 4 threads x 25 requests and 200 interleaved requests.
+Scaled down by default; ``-m slow`` runs 1,000 cycles, 300 exceptions, 4 threads x 25 requests and 200 interleaved
+requests.
 """
 
 from __future__ import annotations
@@ -30,7 +32,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "dpvr-lf": {},
     "drop-all": {"layer": 2},
 }
-RULES: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "suppress_tokens": list(range(8))}
+RULES: dict[str, Any] = {
+    "max_new_tokens": 3,
+    "min_new_tokens": 3,
+    "do_sample": False,
+    "suppress_tokens": list(range(8)),
+}
 OBJECTS, MEGABYTES = 1500, 40  # that a run may leave behind: far less than one per cycle or request
 Inputs = dict[str, Tensor]
 
@@ -99,8 +106,11 @@ class Planted(Exception):
 
 
 def exceptions(model: Any, inputs: Inputs, count: int, draw: random.Random) -> None:
-    """Exceptions, among them Ctrl-C, in front of or behind any module of the model, in a forward or in ``generate``: the next answer is right."""
-    modules = [m for n, m in model.named_modules() if n and len(list(m.children())) != 1 and "vision_model.post" not in n]
+    """Exceptions, among them Ctrl-C, in front of or behind any module of the model, in a forward or in ``generate``:
+    the next answer is right."""
+    modules = [
+        m for n, m in model.named_modules() if n and len(list(m.children())) != 1 and "vision_model.post" not in n
+    ]
     dense, clean = answer(model, inputs), snapshot(model)
     broken, level = 0, None
     for i in range(count):
@@ -121,7 +131,8 @@ def exceptions(model: Any, inputs: Inputs, count: int, draw: random.Random) -> N
 
 
 def _break(model: Any, inputs: Inputs, module: Any, draw: random.Random) -> bool:
-    """One forward or generation with an exception planted at ``module``'s first, second or third call; whether it was raised."""
+    """One forward or generation with an exception planted at ``module``'s first, second or third call; whether it was
+    raised."""
     kind, left = draw.choice((Planted, KeyboardInterrupt)), [draw.choice((1, 1, 2, 3))]
 
     def trap(*_: Any) -> None:
@@ -165,7 +176,9 @@ def in_threads(model: Any, inputs: Inputs, threads: int, each: int, draw: random
                 w.join()
             assert not errors, errors[0]
             for i, right in enumerate(want):
-                assert torch.allclose(got[i], right, atol=1e-5 * float(right.abs().max())), f"{name}: request {i} of {len(want)} is answered otherwise"
+                assert torch.allclose(got[i], right, atol=1e-5 * float(right.abs().max())), (
+                    f"{name}: request {i} of {len(want)} is answered otherwise"
+                )
             got.clear()
             level.flat()
 
@@ -179,7 +192,9 @@ def interleaved(model: Any, inputs: Inputs, count: int, draw: random.Random) -> 
             level = Level()
             alone += [list(_steps(model, r)) for r in asked[8:]]
             running = {i: _steps(model, r) for i, r in enumerate(asked)}
-            got: dict[int, list[Tensor]] = {i: [next(s)] for i, s in running.items()}  # all prompts are read before any goes on
+            got: dict[int, list[Tensor]] = {
+                i: [next(s)] for i, s in running.items()
+            }  # all prompts are read before any goes on
             while running:
                 i = draw.choice(list(running))
                 step = next(running[i], None)
@@ -188,7 +203,9 @@ def interleaved(model: Any, inputs: Inputs, count: int, draw: random.Random) -> 
                 else:
                     got[i].append(step)
             for i, right in enumerate(alone):
-                assert all(torch.equal(a, b) for a, b in zip(got[i], right, strict=True)), f"{name}: request {i} of {count} gives something else"
+                assert all(torch.equal(a, b) for a, b in zip(got[i], right, strict=True)), (
+                    f"{name}: request {i} of {count} gives something else"
+                )
             del alone, got
             level.flat()
 

@@ -1,4 +1,5 @@
-"""The support table in the docs is what the registries give, and the probe of the generic adapter finds what it must."""
+"""The support table in the docs is what the registries give, and the probe of the generic adapter finds what it
+must."""
 
 from __future__ import annotations
 
@@ -26,8 +27,17 @@ def test_the_table_in_the_docs_is_true():
 
 def test_every_family_has_a_method_of_every_kind_it_offers():
     for family in ADAPTERS:
-        offered = {kind for variant in ADAPTERS.get(family).tiny for kind in bind(ADAPTERS.get(family).tiny[variant]()[0]).geometry.provides}
-        working = {kind for m in vtprune.methods() for kind in vtprune.describe(m).kinds if support.entry(family, m).status != "refused"}
+        offered = {
+            kind
+            for variant in ADAPTERS.get(family).tiny
+            for kind in bind(ADAPTERS.get(family).tiny[variant]()[0]).geometry.provides
+        }
+        working = {
+            kind
+            for m in vtprune.methods()
+            for kind in vtprune.describe(m).kinds
+            if support.entry(family, m).status != "refused"
+        }
         assert offered <= working, family
 
 
@@ -66,7 +76,8 @@ def test_a_decoder_that_cannot_be_pruned_is_refused():
 
 
 def test_attention_in_another_layout_is_not_ranked_by():
-    """Cohere rotates neighbouring pairs of channels: random tokens can be dropped, but no method may rank by the usual attention."""
+    """Cohere rotates neighbouring pairs of channels: random tokens can be dropped, but no method may rank by the usual
+    attention."""
     model, inputs = ADAPTERS.get("generic").tiny["aya-vision"]()
     with pytest.raises(UnsupportedError, match="usual layout"):
         vtprune.attach(model, "fastv", keep=3)
@@ -80,13 +91,32 @@ def test_models_that_are_built_otherwise_are_refused_in_words(kind):
     import transformers as hf
 
     if kind == "Fuyu":
-        config = hf.FuyuConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_token_id=3)
-        config.text_config.update({"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64})
+        config = hf.FuyuConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_token_id=3,
+        )
+        config.text_config.update(
+            {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "vocab_size": 64,
+            }
+        )
         model = hf.FuyuForCausalLM(config)
     else:
         known, _ = ADAPTERS.get("llava").tiny["clip-llama"]()
-        words = hf.GPTNeoXConfig(vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
-        model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(**{**known.config.to_dict(), "text_config": words.to_dict()}))
+        words = hf.GPTNeoXConfig(
+            vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
+        )
+        model = hf.LlavaForConditionalGeneration(
+            hf.LlavaConfig(**{**known.config.to_dict(), "text_config": words.to_dict()})
+        )
     with pytest.raises(UnsupportedError):
         vtprune.attach(model, "fastv", keep=2)
 
@@ -108,9 +138,25 @@ def test_cross_attention_is_refused_with_the_reason_whatever_the_class_is_called
     import transformers as hf
     from vtprune.models._mllm import tiny_build, tiny_text
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2, "image_size": 32}
-    vision = {**sizes, "patch_size": 8, "vision_output_dim": 64, "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]], "max_num_tiles": 1}
-    config = hf.MllamaConfig(text_config={**tiny_text(), "cross_attention_layers": [2]}, vision_config=vision, image_token_index=3)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 2,
+        "image_size": 32,
+    }
+    vision = {
+        **sizes,
+        "patch_size": 8,
+        "vision_output_dim": 64,
+        "intermediate_layers_indices": [0],
+        "supported_aspect_ratios": [[1, 1]],
+        "max_num_tiles": 1,
+    }
+    config = hf.MllamaConfig(
+        text_config={**tiny_text(), "cross_attention_layers": [2]}, vision_config=vision, image_token_index=3
+    )
     model = tiny_build(hf.MllamaForConditionalGeneration, config)
     for options in ({"keep": 0.25}, {"keep": 3}):
         with pytest.raises(UnsupportedError, match="cross-attention"):
@@ -123,7 +169,10 @@ def test_cross_attention_is_refused_with_the_reason_whatever_the_class_is_called
         generic.REFUSED = known
 
 
-@pytest.mark.parametrize(("family", "variant"), [("llava", "clip-llama"), ("qwen3-vl", "images"), ("smolvlm", "smolvlm"), ("mistral3", "pixtral")])
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [("llava", "clip-llama"), ("qwen3-vl", "images"), ("smolvlm", "smolvlm"), ("mistral3", "pixtral")],
+)
 def test_a_subclass_is_taken_like_its_base(family, variant):
     model, _ = ADAPTERS.get(family).tiny[variant]()
     model.__class__ = type("Mine", (type(model),), {})
@@ -136,5 +185,7 @@ def test_the_bundled_processor_pads_on_the_left_and_stays_so(tmp_path):
     _, processor = vtprune.load_demo_model()
     processor.save_pretrained(tmp_path)
     for one in (processor, hf.AutoProcessor.from_pretrained(tmp_path, local_files_only=True)):
-        mask = one.tokenizer(["what color is the square ?", "red ?"], padding=True, return_tensors="pt")["attention_mask"]
+        mask = one.tokenizer(["what color is the square ?", "red ?"], padding=True, return_tensors="pt")[
+            "attention_mask"
+        ]
         assert mask[:, -1].tolist() == [1, 1] and mask[1, 0] == 0

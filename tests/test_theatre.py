@@ -44,13 +44,21 @@ def agrees(report: Report) -> None:
         scene = theatre.scene(report, sample=sample, title="t")
         assert json.loads(json.dumps(scene, allow_nan=False)) == scene
         n = report.visual_tokens[sample]
-        assert scene["tokens"] == n and scene["states"][0] == list(range(n)) and {len(s) for s in scene["states"]} == {n}
+        assert (
+            scene["tokens"] == n and scene["states"][0] == list(range(n)) and {len(s) for s in scene["states"]} == {n}
+        )
         covered = [r["start"] + i for r in scene["rasters"] for i in range(r["rows"] * r["columns"])]
-        assert covered == list(range(n)) and [(r["rows"], r["columns"]) for r in scene["rasters"]] == [tuple(g) for g in grids]
+        assert covered == list(range(n)) and [(r["rows"], r["columns"]) for r in scene["rasters"]] == [
+            tuple(g) for g in grids
+        ]
         layers = [i for i, s in enumerate(scene["steps"]) if s["site"].startswith("llm.")]
-        assert [scene["steps"][i]["site"] for i in layers] == [f"llm.{i}" for i in range(len(report.layer_tokens[sample]))]
+        assert [scene["steps"][i]["site"] for i in layers] == [
+            f"llm.{i}" for i in range(len(report.layer_tokens[sample]))
+        ]
         assert [len(theatre.present(scene, i)) for i in layers] == report.layer_tokens[sample]
-        assert [s["tokens"] for s in scene["steps"]] == [len(theatre.present(scene, i)) for i in range(len(scene["steps"]))]
+        assert [s["tokens"] for s in scene["steps"]] == [
+            len(theatre.present(scene, i)) for i in range(len(scene["steps"]))
+        ]
         assert sorted(i for s in scene["steps"] for i in s["stages"]) == list(range(len(report.stages)))
         assert all(scene["stages"][i]["site"] == s["site"] for s in scene["steps"] for i in s["stages"])
         for i, (stage, drawn) in enumerate(zip(report.stages, scene["stages"], strict=True)):
@@ -96,7 +104,9 @@ def test_every_method_on_the_bundled_model(method, number):
 
 COMPOSED = [
     Recipe(name="flowcut + fastv", stages=(Stage(method="flowcut", keep=0.5), Stage(method="fastv", keep=0.25))),
-    Recipe(name="tome + dpvr-lf", stages=(Stage(method="tome", keep=0.5), Stage(method="dpvr-lf", options={"split": 3}))),
+    Recipe(
+        name="tome + dpvr-lf", stages=(Stage(method="tome", keep=0.5), Stage(method="dpvr-lf", options={"split": 3}))
+    ),
     Recipe(name="pool + pyramiddrop", stages=(Stage(method="pool", keep=0.5), Stage(method="pyramiddrop", keep=0.1))),
 ]
 
@@ -133,13 +143,23 @@ def test_a_bare_tower_has_no_layers(tiny):
     assert scene["steps"][-1]["tokens"] == len(report.stages[-1].kept[0])
 
 
-# ------------------------------------------------------------------------------------------------- by hand: four tokens, one cut, one return
+# ------------------------------------------------------------------------------------------------- by hand: four
+# tokens, one cut, one return
 
 
 def hand(scores=None) -> Report:
     first = StageReport("vision.1", "tome", [4], [3], [torch.tensor([0, 2, 3])], [torch.tensor([0, 0, 1, 2])])
     units = None if scores is None else [torch.tensor([0, -1, 0, 0])]
-    second = StageReport("llm.1", "fastv", [3], [1], [torch.tensor([2])], None, None if scores is None else [torch.tensor(scores, dtype=torch.float64)], units)
+    second = StageReport(
+        "llm.1",
+        "fastv",
+        [3],
+        [1],
+        [torch.tensor([2])],
+        None,
+        None if scores is None else [torch.tensor(scores, dtype=torch.float64)],
+        units,
+    )
     third = StageReport("llm.2", "back", [1], [2], [torch.tensor([0, 2])])
     return Report([4], (first, second, third), [[3, 1, 2]], 1, 2, 1, 2, grids=[[(2, 2)]])
 
@@ -154,9 +174,15 @@ def test_history_in_plain_words():
         "llm.1 fastv: token 0 has rank 2 of 3, score 0.5, 1 kept: dropped with token 0",
         "llm.2 back: 1 to 2 tokens: came back",
     ]
-    assert theatre.history(scene, 0)[1:] == ["llm.1 fastv: rank 2 of 3, score 0.5, 1 kept: dropped", "llm.2 back: 1 to 2 tokens: came back"]
+    assert theatre.history(scene, 0)[1:] == [
+        "llm.1 fastv: rank 2 of 3, score 0.5, 1 kept: dropped",
+        "llm.2 back: 1 to 2 tokens: came back",
+    ]
     assert theatre.history(scene, 2)[1] == "llm.1 fastv: rank 1 of 3, score 0.5123, 1 kept: kept"
-    assert theatre.history(scene, 3)[1:] == ["llm.1 fastv: rank 3 of 3, score 0.5, 1 kept: dropped", "llm.2 back: 1 to 2 tokens: was already gone"]
+    assert theatre.history(scene, 3)[1:] == [
+        "llm.1 fastv: rank 3 of 3, score 0.5, 1 kept: dropped",
+        "llm.2 back: 1 to 2 tokens: was already gone",
+    ]
     with pytest.raises(vtprune.VtpruneError, match="no token 4"):
         theatre.history(scene, 4)
 
@@ -165,7 +191,9 @@ def test_dense_shows_everything_everywhere():
     report = theatre.dense(hand())
     agrees(report)
     scene = theatre.scene(report)
-    assert [s["tokens"] for s in scene["steps"]] == [4] * 4 and theatre.history(scene, 3) == ["no stage: every layer sees this token"]
+    assert [s["tokens"] for s in scene["steps"]] == [4] * 4 and theatre.history(scene, 3) == [
+        "no stage: every layer sees this token"
+    ]
     assert (report.flops, report.kv_bytes) == (2, 2)
 
 
@@ -186,7 +214,8 @@ def test_scene_refuses():
             call()
 
 
-# ------------------------------------------------------------------------------------------------------------------- HTML
+# -------------------------------------------------------------------------------------------------------------------
+# HTML
 
 
 class Page(HTMLParser):
@@ -222,7 +251,10 @@ def test_element_is_escaped_and_brings_its_data_back():
 def test_page_is_self_contained():
     page = theatre.page([theatre.scene(hand(), [picture()], title=EVIL)], title=EVIL, facts=EVIL)
     found = Page(page)
-    assert set(found.tags) == {"html", "head", "meta", "title", "style", "body", "script", "h1", "vt-theatre", "footer"} and found.handlers == []
+    assert (
+        set(found.tags) == {"html", "head", "meta", "title", "style", "body", "script", "h1", "vt-theatre", "footer"}
+        and found.handlers == []
+    )
     assert found.tags.count("script") == 1
     assert set(re.findall(r"https?://[^\s\"'<]+", page)) <= {"http://www.w3.org/2000/svg"}
     assert "url(" not in page and "@import" not in page and "innerHTML" not in page
@@ -242,7 +274,8 @@ def test_script_and_module_agree_on_numbers():
     assert json.dumps([list(c) for c in render.HEAT]) in script
 
 
-# ------------------------------------------------------------------------------------------------------------------- in a browser
+# ----------------------------------------------------------------------------------------------------------------- in
+# a browser
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +284,14 @@ def browser():
     path = os.environ.get("CHROMIUM") or shutil.which("chromium")
     if path is None:
         (pytest.fail if "CI" in os.environ else pytest.skip)("no chromium found; CHROMIUM=PATH names one")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    quiet = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--no-first-run",
+    ]
     with sync_api.sync_playwright() as play:
         opened = play.chromium.launch(executable_path=path, args=quiet)
         yield opened
@@ -283,11 +323,11 @@ WALK = """root => {
     slider.dispatchEvent(new Event("input"));
     return [root.dataset.site, [...root.querySelectorAll(".vt-scene")].map(s => [s.dataset.kept, s.querySelector(".vt-caption").textContent])];
   });
-}"""
+}"""  # noqa: E501
 TOLD = """(root, patches) => patches.map(patch => {
   root.choose(patch);
   return [...root.querySelectorAll(".vt-told > div")].map(scene => [...scene.querySelectorAll("li")].map(line => line.textContent));
-})"""
+})"""  # noqa: E501
 
 
 def test_what_the_browser_shows_is_what_the_report_says(opened, tiny):
@@ -297,9 +337,14 @@ def test_what_the_browser_shows_is_what_the_report_says(opened, tiny):
     scenes = [theatre.scene(theatre.dense(reports[0])), *(theatre.scene(r, title=EVIL) for r in reports)]
     tab = opened(f"<!doctype html><html><head>{theatre.head()}</head><body><main></main></body></html>")
     tab.evaluate("text => { document.querySelector('main').innerHTML = text; }", theatre.element(scenes))
-    assert tab.locator("script").count() == 1 and tab.locator("h3").first.inner_text().startswith("it's </vt-theatre><script>")
+    assert tab.locator("script").count() == 1 and tab.locator("h3").first.inner_text().startswith(
+        "it's </vt-theatre><script>"
+    )
     assert tab.evaluate("document.documentElement.scrollWidth") == 360
-    sites = sorted({s["site"] for scene in scenes for s in scene["steps"]}, key=lambda s: (("image", "vision", "llm").index(s.split(".")[0]), s))
+    sites = sorted(
+        {s["site"] for scene in scenes for s in scene["steps"]},
+        key=lambda s: (("image", "vision", "llm").index(s.split(".")[0]), s),
+    )
     root = tab.locator("vt-theatre")
     for raster, here in enumerate(scenes[0]["rasters"]):
         start, end = here["start"], here["start"] + here["rows"] * here["columns"]
@@ -310,9 +355,14 @@ def test_what_the_browser_shows_is_what_the_report_says(opened, tiny):
                 at = max(i for i, s in enumerate(scene["steps"]) if sites.index(s["site"]) <= number)
                 wanted = [t for t in theatre.present(scene, at) if start <= t < end]
                 assert kept == ",".join(map(str, wanted)), (raster, number)
-                assert f": {scene['steps'][at]['tokens']} of {scene['tokens']} tokens, {len(wanted)} of {end - start} here" in caption
+                assert (
+                    f": {scene['steps'][at]['tokens']} of {scene['tokens']} tokens, {len(wanted)} of {end - start} here"
+                    in caption
+                )
         patches = [0, 7, end - start - 1]
-        assert root.evaluate(TOLD, patches) == [[theatre.history(scene, start + patch) for scene in scenes] for patch in patches]
+        assert root.evaluate(TOLD, patches) == [
+            [theatre.history(scene, start + patch) for scene in scenes] for patch in patches
+        ]
         tab.locator(".vt-next").click()
 
 
@@ -321,7 +371,10 @@ def test_keys_clicks_bars_and_play(opened):
     tab = opened(theatre.page([scene]))
     root, canvas = tab.locator("vt-theatre"), tab.locator("canvas")
     assert root.get_attribute("data-site") == "llm.1"  # the last cut that leaves something
-    pixel = "(node, [r, c]) => [...node.getContext('2d').getImageData(node.width * (2 * c + 1) / 4, node.height * (2 * r + 1) / 4 + 20, 1, 1).data].slice(0, 3)"
+    pixel = (
+        "(node, [r, c]) => [...node.getContext('2d').getImageData(node.width * (2 * c + 1) / 4, node.height * (2 * r + "
+        "1) / 4 + 20, 1, 1).data].slice(0, 3)"
+    )
     assert canvas.evaluate(pixel, [0, 0]) != [255, 255, 255] == canvas.evaluate(pixel, [1, 0])
     tab.locator(".vt-heat").check()
     assert canvas.evaluate(pixel, [1, 0]) == pytest.approx([0.3 * 255 + 0.7 * c for c in render.HEAT[-1]], abs=2)
@@ -345,21 +398,40 @@ def test_keys_clicks_bars_and_play(opened):
 
 def test_data_may_come_late_and_a_turned_page_forgets_the_patch(opened):
     report = Report([8], (), [[8]], 1, 1, 1, 1, grids=[[(2, 2), (2, 2)]])
-    tab = opened(f"<!doctype html><html><head>{theatre.head()}</head><body><vt-theatre></vt-theatre>{theatre.element([theatre.scene(report)])}</body></html>")
+    tab = opened(
+        f"<!doctype html><html><head>{theatre.head()}</head><body><vt-theatre></vt-theatre>{theatre.element([theatre.scene(report)])}</body></html>"  # noqa: E501
+    )
     first, second = tab.locator("vt-theatre").all()
-    first.evaluate("(node, data) => { node.remove(); document.body.append(node); node.dataset.scenes = data; }", second.get_attribute("data-scenes"))
+    first.evaluate(
+        "(node, data) => { node.remove(); document.body.append(node); node.dataset.scenes = data; }",
+        second.get_attribute("data-scenes"),
+    )
     assert tab.locator("canvas").count() == 2
     root = tab.locator("vt-theatre").last
     root.locator("canvas").click()
     assert root.locator(".vt-details p").inner_text().startswith("Token ")
     root.locator(".vt-next").click()
-    assert root.locator(".vt-details p").inner_text().startswith("Choose a patch") and root.locator(".vt-told").count() == 0
+    assert (
+        root.locator(".vt-details p").inner_text().startswith("Choose a patch")
+        and root.locator(".vt-told").count() == 0
+    )
 
 
 def test_groups_have_the_outlines_of_the_still_pictures(opened):
     stage = StageReport("projector", "pool", [4], [2], [torch.tensor([0, 3])], [torch.tensor([0, 0, 1, 1])])
-    tab = opened(theatre.page([theatre.scene(Report([4], (stage,), [[2]], 1, 1, 1, 1, grids=[[(2, 2)]]), [Image.new("RGB", (64, 64), "white")])]))
-    corner = "(node, [x, y]) => [...node.getContext('2d').getImageData(x * (node.width - 1), y * (node.height - 1), 1, 1).data].slice(0, 3)"
+    tab = opened(
+        theatre.page(
+            [
+                theatre.scene(
+                    Report([4], (stage,), [[2]], 1, 1, 1, 1, grids=[[(2, 2)]]), [Image.new("RGB", (64, 64), "white")]
+                )
+            ]
+        )
+    )
+    corner = (
+        "(node, [x, y]) => [...node.getContext('2d').getImageData(x * (node.width - 1), y * (node.height - 1), 1, "
+        "1).data].slice(0, 3)"
+    )
     for bar, colors in ((0, [(255, 255, 255)] * 2), (1, [render.color(0), render.color(3)])):
         tab.locator(".vt-bar").nth(bar).click()
         for y, color in enumerate(colors):
@@ -375,7 +447,9 @@ def test_heat_map_names_the_latest_ranking(opened):
     for number, step in enumerate(scene["steps"]):
         tab.locator(".vt-bar").nth(number).click()
         ranked = [s["site"] for s in scene["stages"][: step["state"]]]
-        assert tab.locator(".vt-note").inner_text() == (f"coloured by rank in {ranked[-1]} pyramiddrop" if ranked else "nothing ranked so far")
+        assert tab.locator(".vt-note").inner_text() == (
+            f"coloured by rank in {ranked[-1]} pyramiddrop" if ranked else "nothing ranked so far"
+        )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -383,7 +457,8 @@ def test_text_can_be_read(browser, scheme):
     tab = browser.new_page(color_scheme=scheme)
     tab.set_content(theatre.page([theatre.scene(hand(), title="t")]))
     ink, paper = (
-        tab.evaluate(f"getComputedStyle(document.querySelector('{where}')).{what}") for where, what in ((".vt-caption", "color"), ("body", "backgroundColor"))
+        tab.evaluate(f"getComputedStyle(document.querySelector('{where}')).{what}")
+        for where, what in ((".vt-caption", "color"), ("body", "backgroundColor"))
     )
     light, dark = sorted((sum(map(int, re.findall(r"\d+", c)[:3])) for c in (ink, paper)), reverse=True)
     assert light > 600 and dark < 150 and (sum(map(int, re.findall(r"\d+", paper)[:3])) < 150) == (scheme == "dark")

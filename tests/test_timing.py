@@ -15,7 +15,13 @@ from vtprune.ledger import snapshot, stopwatch
 from vtprune.methods.tome import ToMe
 from vtprune.methods.uniform import Uniform
 
-FAMILIES = [("llava", "clip-llama"), ("llava-next", "clip-llama"), ("qwen2.5-vl", "images"), ("internvl", "qwen2"), ("gemma3", "sliding")]
+FAMILIES = [
+    ("llava", "clip-llama"),
+    ("llava-next", "clip-llama"),
+    ("qwen2.5-vl", "images"),
+    ("internvl", "qwen2"),
+    ("gemma3", "sliding"),
+]
 CPU = torch.device("cpu")
 
 
@@ -69,7 +75,9 @@ def test_parts_of_every_family(family, variant):
         assert out[side]["peak_bytes"] is None
     assert out["dense"]["scorer_ms"]["median"] == 0 < out["pruned"]["scorer_ms"]["median"]
     assert out["pruned"]["kv_bytes"] < out["dense"]["kv_bytes"] and out["effective_tokens"] <= 0.5 * out["tokens"]
-    assert set(out["ratio"]) == set(timing.COMPARED) and len(out["dense_over_dense"]) == 1 and out["attention"] == "sdpa"
+    assert (
+        set(out["ratio"]) == set(timing.COMPARED) and len(out["dense_over_dense"]) == 1 and out["attention"] == "sdpa"
+    )
 
 
 def test_every_token_is_generated(llava):
@@ -100,11 +108,14 @@ def own(model, inputs, recipe, **options) -> float:
 
 
 def test_the_scorer_is_the_librarys_own_time(llava, monkeypatch):
-    """Methods that take 50 ms longer to decide: one behind the projector, and one inside the tower's blocks, where no hook is."""
+    """Methods that take 50 ms longer to decide: one behind the projector, and one inside the tower's blocks, where no
+    hook is."""
     assert own(*llava, "flowcut", keep=0.5) > 0
     for method, name in ((Uniform, "uniform"), (ToMe, "tome")):
         before = own(*llava, name, keep=0.5)
-        monkeypatch.setattr(method, "select", lambda self, view, cut, stock=method.select: time.sleep(0.05) or stock(self, view, cut))
+        monkeypatch.setattr(
+            method, "select", lambda self, view, cut, stock=method.select: time.sleep(0.05) or stock(self, view, cut)
+        )
         assert own(*llava, name, keep=0.5) >= max(50, before), name
 
 
@@ -128,7 +139,9 @@ def test_without_a_stopwatch_hooks_are_as_they_are(llava):
     with vtprune.attach(model, "uniform", keep=4) as handle, torch.no_grad():
         model(**inputs)
         assert watch.laps == [] and handle._ledger._watch is None
-        assert "Watch" not in str([hook.__qualname__ for m in model.modules() for hook in m._forward_pre_hooks.values()])
+        assert "Watch" not in str(
+            [hook.__qualname__ for m in model.modules() for hook in m._forward_pre_hooks.values()]
+        )
     with stopwatch() as watch, vtprune.attach(model, "uniform", keep=4):
         pass
     assert watch.laps == []
@@ -136,7 +149,8 @@ def test_without_a_stopwatch_hooks_are_as_they_are(llava):
 
 @pytest.mark.parametrize("at", [1, 2, 5, 17])
 def test_the_model_is_clean_after_an_exception(llava, monkeypatch, at):
-    """In the first attachment, in a dense turn, in a pruned one, under the stopwatch: wherever the language model's pass ends badly."""
+    """In the first attachment, in a dense turn, in a pruned one, under the stopwatch: wherever the language model's
+    pass ends badly."""
     model, inputs = llava
     before, passes, last = snapshot(model), [], model.model.language_model.norm
     stock = type(last).forward
@@ -223,9 +237,19 @@ def test_cpu_time_is_of_one_thread_and_ends(llava):
         1 / 0  # noqa: B018
     assert timing.timer is before and torch.get_num_threads() == threads
     model, inputs = llava
-    out = bench.prefill(model, inputs, vtprune.Recipe(name="u", stages=(vtprune.Stage(method="uniform", keep=2),)), repeats=3, cpu_time=True)
+    out = bench.prefill(
+        model,
+        inputs,
+        vtprune.Recipe(name="u", stages=(vtprune.Stage(method="uniform", keep=2),)),
+        repeats=3,
+        cpu_time=True,
+    )
     low, high = out["prefill_range"]
-    assert 0 < low <= out["prefill_ratio"] <= high and out["prefill_verdict"] in ("", "noise", "?") and timing.timer is before
+    assert (
+        0 < low <= out["prefill_ratio"] <= high
+        and out["prefill_verdict"] in ("", "noise", "?")
+        and timing.timer is before
+    )
 
 
 def test_every_pruned_prefill_stands_between_two_dense_ones(llava, monkeypatch):
@@ -238,7 +262,9 @@ def test_every_pruned_prefill_stands_between_two_dense_ones(llava, monkeypatch):
         return float(next(now))
 
     monkeypatch.setattr(timing, "clock", clock)
-    out = bench.prefill(model, inputs, vtprune.Recipe(name="u", stages=(vtprune.Stage(method="uniform", keep=2),)), repeats=3)
+    out = bench.prefill(
+        model, inputs, vtprune.Recipe(name="u", stages=(vtprune.Stage(method="uniform", keep=2),)), repeats=3
+    )
     assert seen == [False, False, *[True, True, False] * 3]
     assert out["prefill_ratio"] == pytest.approx(7 / 6.5)  # 4 / (2+5)/2, 7 / (5+8)/2, 10 / (8+11)/2
 

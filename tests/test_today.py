@@ -1,4 +1,5 @@
-"""Every image-text model class of the installed transformers, made small: attached it is exact, or refused with a reason. Never a raw error, never wrong."""
+"""Every image-text model class of the installed transformers, made small: attached it is exact, or refused with a
+reason. Never a raw error, never wrong."""
 
 from __future__ import annotations
 
@@ -19,15 +20,41 @@ from vtprune.verify import check
 
 IMAGE, VIDEO = 3, 4
 TEXT = tiny_text(4, head_dim=12)
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-GEMMA4 = {**TEXT, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+GEMMA4 = {
+    **TEXT,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+    "sliding_window": 12,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 # Built from arguments: their configurations cannot be made small afterwards.
 BUILT: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma4": ("gemma4", {"text_config": {**GEMMA4, "global_head_dim": 16}, "vision_config": {**VISION, "num_key_value_heads": 2, "head_dim": 16}}),
+    "gemma4": (
+        "gemma4",
+        {
+            "text_config": {**GEMMA4, "global_head_dim": 16},
+            "vision_config": {**VISION, "num_key_value_heads": 2, "head_dim": 16},
+        },
+    ),
     "gemma4 with experts": (
         "gemma4",
         {
-            "text_config": {**GEMMA4, "global_head_dim": 12, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
+            "text_config": {
+                **GEMMA4,
+                "global_head_dim": 12,
+                "enable_moe_block": True,
+                "num_experts": 4,
+                "top_k_experts": 2,
+                "moe_intermediate_size": 24,
+            },
             "vision_config": {**VISION, "num_key_value_heads": 2, "head_dim": 16},
         },
     ),
@@ -68,7 +95,17 @@ TAKEN = {
     "minimax_m3_vl",
     "molmo2",
 }
-TAKEN |= {"ovis2", "qianfan_ocr", "video_llama_3", "video_llava", "vipllava", "aya_vision", "hyperclovax_vision_v2", "llava_next_video", "got_ocr2"}
+TAKEN |= {
+    "ovis2",
+    "qianfan_ocr",
+    "video_llama_3",
+    "video_llava",
+    "vipllava",
+    "aya_vision",
+    "hyperclovax_vision_v2",
+    "llava_next_video",
+    "got_ocr2",
+}
 STATE = "carry a state"
 REASONS = {
     "qwen3_5": STATE,
@@ -85,21 +122,71 @@ REASONS = {
     "blip-2": "runs the language model by itself",
     "t5gemma2": "encoder-decoder",
 }
-LARGE = {"apertus1p5", "aria", "emu3", "perception_lm", "fast_vlm", "gemma3n", "hunyuan_vl", "janus", "muse_spark", "step3p7"}  # parts that do not become small
-OWN = {"llava", "llava_next", "llava_onevision", "gemma3", "shieldgemma2", "paligemma", "mistral3", "smolvlm", "idefics3", "internvl", "qwen2_vl", "qwen2_5_vl"}
+LARGE = {
+    "apertus1p5",
+    "aria",
+    "emu3",
+    "perception_lm",
+    "fast_vlm",
+    "gemma3n",
+    "hunyuan_vl",
+    "janus",
+    "muse_spark",
+    "step3p7",
+}  # parts that do not become small
+OWN = {
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "gemma3",
+    "shieldgemma2",
+    "paligemma",
+    "mistral3",
+    "smolvlm",
+    "idefics3",
+    "internvl",
+    "qwen2_vl",
+    "qwen2_5_vl",
+}
 OWN |= {"qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "glm46v", "glmga", "kimi_k25"}  # other tests'
 TRIED = [n for n in {**dict.fromkeys(NAMES), **BUILT} if n not in OWN and BUILT.get(n, (n,))[0] in NAMES]
 
 SMALL: dict[str, Any] = {
     **TEXT,
-    **dict.fromkeys(("depth", "num_layers", "encoder_layers", "decoder_layers", "num_heads", "encoder_attention_heads", "decoder_attention_heads"), 2),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "linear_num_value_heads"), 4),
+    **dict.fromkeys(
+        (
+            "depth",
+            "num_layers",
+            "encoder_layers",
+            "decoder_layers",
+            "num_heads",
+            "encoder_attention_heads",
+            "decoder_attention_heads",
+        ),
+        2,
+    ),
+    **dict.fromkeys(
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "linear_num_value_heads"), 4
+    ),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "linear_num_key_heads"), 2),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
-    **dict.fromkeys(("embed_dim", "projection_dim", "vision_hidden_size", "mm_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim", "mlp_dim"), 32),
+    **dict.fromkeys(
+        (
+            "embed_dim",
+            "projection_dim",
+            "vision_hidden_size",
+            "mm_hidden_size",
+            "encoder_ffn_dim",
+            "decoder_ffn_dim",
+            "mlp_dim",
+        ),
+        32,
+    ),
     **dict.fromkeys(("out_hidden_size", "d_model", "projector_hidden_size", "text_hidden_size", "hidden_dim"), 48),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "num_position_embeddings"), 16),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "linear_key_head_dim", "linear_value_head_dim", "patch_size"), 8),
+    **dict.fromkeys(
+        ("qk_rope_head_dim", "qk_nope_head_dim", "linear_key_head_dim", "linear_value_head_dim", "patch_size"), 8
+    ),
     **dict.fromkeys(("v_head_dim", "global_head_dim", "sliding_window"), 12),
     "moe_intermediate_size": 24,
     "image_size": 32,
@@ -168,7 +255,9 @@ def _inputs(model: Any) -> tuple[dict[str, Any], bool]:
         ((64, 192), {"image_grid_thw": patches, "image_merge_sizes": torch.tensor([2])}),
     )
     encode = getattr(model.base_model, "get_image_features", None)
-    for shape, more in forms if encode is not None and "pixel_values" in inspect.signature(model.forward).parameters else ():
+    for shape, more in (
+        forms if encode is not None and "pixel_values" in inspect.signature(model.forward).parameters else ()
+    ):
         pixels = torch.randn(shape, generator=torch.Generator().manual_seed(3))
         try:
             out = encode(pixels, **more)  # type: ignore[misc]
@@ -216,7 +305,9 @@ def test_exact_or_refused(name):
     assert name not in REASONS
     names = [f"{what}_token_{end}" for what in ("image", "video") for end in ("id", "index")]
     tokens = [token for n in names if isinstance(token := getattr(model.config, n, None), int)]
-    assert bool(bind(model).visual(torch.tensor([tokens])).all()), "a placeholder that the model knows would stay dense without a word"
+    assert bool(bind(model).visual(torch.tensor([tokens])).all()), (
+        "a placeholder that the model knows would stay dense without a word"
+    )
     with torch.no_grad():
         inputs, seen = _inputs(model)
     assert seen or name not in PICTURED
@@ -225,4 +316,6 @@ def test_exact_or_refused(name):
             options = {"keep": 0.5} if method == "random" else {"keep": 0.4, "layer": 2}
             for check_name in ("prefill_is_masked_dense", "decode_is_masked_dense"):
                 result = check(check_name, model, method, inputs, **options)
-                assert result.passed, f"{method} {check_name}, {'pictures' if seen else 'placeholders'}: {result.detail}"
+                assert result.passed, (
+                    f"{method} {check_name}, {'pictures' if seen else 'placeholders'}: {result.detail}"
+                )

@@ -39,7 +39,11 @@ def test_shards_run_no_code(small, tmp_path):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     tokenizer, _ = small
-    good = {"features": torch.ones(1, D.TOKENS, 384, dtype=torch.bfloat16), "rows": [[("text", "what ?", "red")]], "dense": torch.zeros(1, 2, D.TOKENS)}
+    good = {
+        "features": torch.ones(1, D.TOKENS, 384, dtype=torch.bfloat16),
+        "rows": [[("text", "what ?", "red")]],
+        "dense": torch.zeros(1, 2, D.TOKENS),
+    }
     torch.save(good, tmp_path / "val-000000.pt")
     data = D.Packed([tmp_path / "val-000000.pt"], tokenizer, 0)
     assert len(data.items) == 1 and data.batch(data.items)["features"].shape == (1, D.TOKENS, 384)
@@ -100,7 +104,12 @@ def test_mentions_and_sides_are_true(small):
             pair = data._pair(q.ability, words, q.answer, places)
             (at,) = [i for i, v in enumerate(pair.dx) if v >= 0]
             word = next(w for w in words if w in D._TURNED)
-            side = {"left": pair.dx[at] == 0, "right": pair.dx[at] == 2, "above": pair.dy[at] == 0, "below": pair.dy[at] == 2}[word]
+            side = {
+                "left": pair.dx[at] == 0,
+                "right": pair.dx[at] == 2,
+                "above": pair.dy[at] == 0,
+                "below": pair.dy[at] == 2,
+            }[word]
             assert side == (q.answer == "yes")
             assert D.turned(D.turned(words)) == words
 

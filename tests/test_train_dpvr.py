@@ -1,4 +1,5 @@
-"""Training the DPVR-LF branch: only the branch moves, the file gives back what was trained, and the command works from end to end on a tiny model."""
+"""Training the DPVR-LF branch: only the branch moves, the file gives back what was trained, and the command works from
+end to end on a tiny model."""
 
 from __future__ import annotations
 
@@ -58,7 +59,11 @@ def test_loss_falls_and_only_the_branch_moves(case, trained):
     branch, facts = trained
     assert facts["steps"] == len(facts["loss"]) == 40
     assert facts["loss"][-1] < 0.9 * facts["loss"][0]
-    assert facts["parameters"] == sum(p.numel() for p in branch.parameters()) == sum(p.numel() for p in model.model.language_model.layers[3].parameters())
+    assert (
+        facts["parameters"]
+        == sum(p.numel() for p in branch.parameters())
+        == sum(p.numel() for p in model.model.language_model.layers[3].parameters())
+    )
     source = model.model.language_model.layers[3].state_dict()
     assert all(not torch.equal(v, source[k.removeprefix("0.")]) for k, v in branch.state_dict().items())
 
@@ -91,7 +96,9 @@ def test_training_goes_on_from_weights(case, trained, tmp_path):
 
 def test_persistent_context_and_half_precision_train_too(case):
     model, data = case
-    _, facts = dpvr_lf.train(model, data, split=4, variant="pc", init="identity", steps=12, batch=8, lr=3e-3, dtype=torch.bfloat16, **QUIET)
+    _, facts = dpvr_lf.train(
+        model, data, split=4, variant="pc", init="identity", steps=12, batch=8, lr=3e-3, dtype=torch.bfloat16, **QUIET
+    )
     assert facts["loss"][-1] < facts["loss"][0]
 
 
@@ -147,7 +154,8 @@ def test_the_split_is_where_half_of_the_image_is_still_needed():
         dpvr_lf.choose_split([{"layer": i, "mean": 0.5} for i in range(7)], fusion=1)
 
 
-# ------------------------------------------------------------------------------------------------------- the whole command
+# ------------------------------------------------------------------------------------------------------- the whole
+# command
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +171,9 @@ def folder(tmp_path_factory):
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlavaConfig(
         vision_config=Dinov2Config(**sizes, image_size=168, patch_size=14),
-        text_config=LlamaConfig(**{**sizes, "num_hidden_layers": 4}, vocab_size=len(tokenizer), intermediate_size=32, initializer_range=0.2),
+        text_config=LlamaConfig(
+            **{**sizes, "num_hidden_layers": 4}, vocab_size=len(tokenizer), intermediate_size=32, initializer_range=0.2
+        ),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=TOKENS,
     )
@@ -195,7 +205,11 @@ def test_encoded_questions_are_what_the_processor_makes(folder):
         for b, (_, question, answer) in enumerate(rows):
             message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
             reply = [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-            plain = processor(text=processor.apply_chat_template(message + reply).replace("</s>assistant", "assistant"), images=image, return_tensors="pt")
+            plain = processor(
+                text=processor.apply_chat_template(message + reply).replace("</s>assistant", "assistant"),
+                images=image,
+                return_tensors="pt",
+            )
             n = plain["input_ids"].shape[1]
             assert plain["input_ids"][0].tolist() == inputs["input_ids"][b][:n].tolist()
             torch.testing.assert_close(model(**plain).logits[0], found[b, :n], atol=1e-4, rtol=1e-4)
@@ -204,14 +218,32 @@ def test_encoded_questions_are_what_the_processor_makes(folder):
 
 def test_the_command_trains_saves_and_compares(folder, tmp_path, capsys):
     out = tmp_path / "branch.safetensors"
-    sizes = ("--scenes=2", "--easy=1", "--eval-scenes=1", "--eval-easy=1", "--batch=8", "--steps=3", "--split=1", f"--model={folder}", f"--out={out}")
+    sizes = (
+        "--scenes=2",
+        "--easy=1",
+        "--eval-scenes=1",
+        "--eval-easy=1",
+        "--batch=8",
+        "--steps=3",
+        "--split=1",
+        f"--model={folder}",
+        f"--out={out}",
+    )
     assert dpvr_lf.run(arguments(*sizes)) == 0
     facts, table = dpvr_lf.read_facts(out), json.loads(out.with_suffix(".compare.json").read_text())
     assert (facts["split"], facts["steps"], facts["images"], len(facts["loss"])) == (1, 3, 3, 3)
     assert set(facts["versions"]) == {"torch", "transformers", "vtprune"}
     assert [r["trained_share"] > 0 for r in table["rows"]] == [False, False, False, False, False, True]
-    assert table["rows"][0]["flops"] == 1.0 > table["rows"][5]["flops"] > table["rows"][2]["flops"] > table["rows"][1]["flops"]
-    assert table["rows"][1]["tokens"] == pytest.approx(1 / 4) and table["rows"][5]["tokens"] == table["rows"][2]["tokens"] == pytest.approx(2 / 4)
+    assert (
+        table["rows"][0]["flops"]
+        == 1.0
+        > table["rows"][5]["flops"]
+        > table["rows"][2]["flops"]
+        > table["rows"][1]["flops"]
+    )
+    assert table["rows"][1]["tokens"] == pytest.approx(1 / 4) and table["rows"][5]["tokens"] == table["rows"][2][
+        "tokens"
+    ] == pytest.approx(2 / 4)
     printed = capsys.readouterr().out
     assert "dpvr-lf, trained" in printed and "easy-vqa" in printed
     assert dpvr_lf.run(arguments(*sizes, "--compare-only")) == 0

@@ -1,4 +1,5 @@
-"""The pictures under rasters of visual tokens, with transformers' own image processors and the adapters' own rasters."""
+"""The pictures under rasters of visual tokens, with transformers' own image processors and the adapters' own
+rasters."""
 
 from __future__ import annotations
 
@@ -45,15 +46,22 @@ def grids_of(adapter, inputs, count: int) -> list[list[tuple[int, int]]]:
     return [[r.grid for r in next(images)] for _ in range(count)]
 
 
-@pytest.mark.parametrize(("family", "variant"), [("llava-next", "clip-llama"), ("llava-onevision", "images"), ("llava-onevision", "interpolated")])
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [("llava-next", "clip-llama"), ("llava-onevision", "images"), ("llava-onevision", "interpolated")],
+)
 def test_unpadded_tiles_lie_under_the_tokens_made_of_them(tiny, family, variant):
     model, _ = tiny(family, variant)
     adapter = bind(model)
     if family == "llava-next":
         sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-        processor = SimpleNamespace(image_processor=transformers.LlavaNextImageProcessor(image_grid_pinpoints=PINPOINTS, **sizes))
+        processor = SimpleNamespace(
+            image_processor=transformers.LlavaNextImageProcessor(image_grid_pinpoints=PINPOINTS, **sizes)
+        )
     else:
-        part = transformers.LlavaOnevisionImageProcessor(image_grid_pinpoints=PINPOINTS, size={"height": 32, "width": 32})
+        part = transformers.LlavaOnevisionImageProcessor(
+            image_grid_pinpoints=PINPOINTS, size={"height": 32, "width": 32}
+        )
         processor = SimpleNamespace(image_processor=part, vision_aspect_ratio=model.config.vision_aspect_ratio)
     inputs = processor.image_processor(images=[[noise(s, i)] for i, s in enumerate(SIZES)], return_tensors="pt")
     made = report(*grids_of(adapter, inputs, len(SIZES)))
@@ -88,7 +96,10 @@ def test_images_that_share_a_sample_stay_whole(tiny):
     made = report([*one, *two], three)
     processor = SimpleNamespace(image_processor=part, vision_aspect_ratio="anyres_max_9")
     labels = [[v.info["label"] for v in render.views(processor, inputs, made, i)] for i in range(2)]
-    assert labels == [["overview 1 of 2", "new line 1 of 2", "overview 2 of 2", "new line 2 of 2"], ["overview", "tiles"]]
+    assert labels == [
+        ["overview 1 of 2", "new line 1 of 2", "overview 2 of 2", "new line 2 of 2"],
+        ["overview", "tiles"],
+    ]
 
 
 def test_tiles_one_by_one():
@@ -104,14 +115,18 @@ def test_tiles_one_by_one():
 
 @pytest.mark.parametrize("name", ["SmolVLM", "Idefics3"])
 def test_tiles_that_only_fill_up_are_no_rasters(name):
-    part = getattr(transformers, f"{name}ImageProcessor")(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    part = getattr(transformers, f"{name}ImageProcessor")(
+        size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
+    )
     inputs = part(images=[[noise((64, 20))], [noise((60, 40))]], return_tensors="pt")
     real = [int((sample != 0).flatten(1).any(1).sum()) for sample in inputs["pixel_values"]]
     made = report(*([(4, 4)] * n for n in real))
     assert real[0] < real[1] == inputs["pixel_values"].shape[1]
     for sample, n in enumerate(real):
         last = render.views(SimpleNamespace(image_processor=part), inputs, made, sample)[-1]
-        assert near(last, plain(part, inputs["pixel_values"][sample, n - 1])) and last.info["label"] == f"tile {n} of {n}"
+        assert (
+            near(last, plain(part, inputs["pixel_values"][sample, n - 1])) and last.info["label"] == f"tile {n} of {n}"
+        )
 
 
 def test_patches_become_the_image_and_the_first_frame_of_each_pair():
@@ -119,7 +134,10 @@ def test_patches_become_the_image_and_the_first_frame_of_each_pair():
     film = transformers.Qwen2VLVideoProcessor(patch_size=4, merge_size=2, min_pixels=64, max_pixels=10**6)
     frames = torch.from_numpy(np.random.RandomState(1).randint(0, 255, (4, 3, 16, 24), dtype=np.uint8))
     images = [noise((64, 40)), noise((16, 24), 2)]
-    inputs = {**part(images=images, return_tensors="pt"), **film(videos=[frames], do_sample_frames=False, return_tensors="pt")}
+    inputs = {
+        **part(images=images, return_tensors="pt"),
+        **film(videos=[frames], do_sample_frames=False, return_tensors="pt"),
+    }
     inputs["input_ids"] = torch.tensor([[9] * 6 + [3] * 40 + [9], [4] * 12 + [9] + [3] * 6 + [9] * 28])
     processor = SimpleNamespace(image_processor=part, video_processor=film, image_token_id=3, video_token_id=4)
     made = report([(5, 8)], [(2, 3), (2, 3), (3, 2)])
@@ -147,14 +165,20 @@ def test_frames_and_the_new_line_behind_them(tiny):
     inputs = film(videos=[frames], do_sample_frames=False, return_tensors="pt")
     views = render.views(SimpleNamespace(video_processor=film), inputs, report([(2, 2)] * 3 + [(1, 1)]))
     assert [v.info["label"] for v in views] == ["frame 1 of 3", "frame 2 of 3", "frame 3 of 3", "new line"]
-    assert near(views[2], frames[2].permute(1, 2, 0).numpy().astype(float)) and views[3].getpixel((0, 0)) == (255, 255, 255)
+    assert near(views[2], frames[2].permute(1, 2, 0).numpy().astype(float)) and views[3].getpixel((0, 0)) == (
+        255,
+        255,
+        255,
+    )
 
 
 def test_one_picture_per_sample_in_half_precision():
     processor = FakeProcessor()
     inputs = prepare(processor, [picture(0, 32), picture(1, 32)], ["a", "b"]).to(torch.bfloat16)
     (view,) = render.views(processor, inputs, report([(4, 4)], [(4, 4)]), 1)
-    assert view.info["label"] == "image" and np.abs(np.asarray(view, float) - np.asarray(picture(1, 32), float)).max() <= 2
+    assert (
+        view.info["label"] == "image" and np.abs(np.asarray(view, float) - np.asarray(picture(1, 32), float)).max() <= 2
+    )
 
 
 def test_what_does_not_match_is_refused():

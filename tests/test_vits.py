@@ -1,4 +1,5 @@
-"""Vision transformers against a slow reference: float64, one image, one query, one head at a time, nothing shared with the package; and their heads."""
+"""Vision transformers against a slow reference: float64, one image, one query, one head at a time, nothing shared with
+the package; and their heads."""
 
 from __future__ import annotations
 
@@ -23,12 +24,14 @@ from vtprune.attach import bind
 from vtprune.ledger import UndoLedger
 from vtprune.select import from_mask
 
-# -------------------------------------------------------------------------------------------------------------- the slow reference
+# -------------------------------------------------------------------------------------------------------------- the
+# slow reference
 
 
 @dataclass
 class Layer:
-    """One block taken apart. ``qkv(z)`` gives three ``[n, H, d]``; ``rope`` None or ``(cos, sin)`` ``[H, N, d]`` per original patch."""
+    """One block taken apart. ``qkv(z)`` gives three ``[n, H, d]``; ``rope`` None or ``(cos, sin)`` ``[H, N, d]`` per
+    original patch."""
 
     norm1: Callable[[Tensor], Tensor]
     qkv: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -50,8 +53,8 @@ def turned(row: Tensor, cos: Tensor, sin: Tensor, half: bool) -> Tensor:
 
 
 def attention(layer: Layer, z: Tensor, slot: list[int], size: list[float] | None) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(d) + log s) v, ``[n, H d]``, and the mean-head keys ``[n, d]`` as the attention uses them; ``slot`` original patch of every row,
-    negative for prefix tokens."""
+    """softmax(q k^T / sqrt(d) + log s) v, ``[n, H d]``, and the mean-head keys ``[n, d]`` as the attention uses them;
+    ``slot`` original patch of every row, negative for prefix tokens."""
     q, k, v = (t.clone() for t in layer.qkv(z))
     n, heads, d = q.shape
     if layer.rope is not None:
@@ -63,17 +66,24 @@ def attention(layer: Layer, z: Tensor, slot: list[int], size: list[float] | None
     mixed = torch.zeros(n, heads, d, dtype=torch.float64)
     for h in range(heads):
         for i in range(n):
-            logits = [float(q[i, h] @ k[j, h]) / math.sqrt(d) + (0.0 if size is None else math.log(size[j])) for j in range(n)]
+            logits = [
+                float(q[i, h] @ k[j, h]) / math.sqrt(d) + (0.0 if size is None else math.log(size[j])) for j in range(n)
+            ]
             for j, weight in enumerate(O._softmax(logits)):
                 mixed[i, h] += weight * v[j, h]
     return mixed.flatten(1), k.mean(1)
 
 
-Cut = Callable[[int, Tensor, list[int]], tuple[list[O.Merge], list[int]] | None]  # (layer, mean keys, slots) -> merges and the rows that stay
+Cut = Callable[
+    [int, Tensor, list[int]], tuple[list[O.Merge], list[int]] | None
+]  # (layer, mean keys, slots) -> merges and the rows that stay
 
 
-def walk(layers: list[Layer], x: Tensor, prefix: int, cut: Cut, *, inside: bool, proportional: bool) -> tuple[Tensor, list[float], list[int]]:
-    """One image ``[P + N, C]`` through all blocks: its last rows, their sizes and original patches (prefix negative)."""
+def walk(
+    layers: list[Layer], x: Tensor, prefix: int, cut: Cut, *, inside: bool, proportional: bool
+) -> tuple[Tensor, list[float], list[int]]:
+    """One image ``[P + N, C]`` through all blocks: its last rows, their sizes and original patches (prefix
+    negative)."""
     size, slot = [1.0] * len(x), list(range(-prefix, len(x) - prefix))
     for number, layer in enumerate(layers):
         y, keys = attention(layer, layer.norm1(x), slot, size if proportional else None)
@@ -101,7 +111,9 @@ def pitome(layer: int, keys: Tensor, slot: list[int]) -> tuple[list[O.Merge], li
     """The DeiT placement on four blocks, three quarters kept in each."""
     prefix = sum(s < 0 for s in slot)
     patches = keys[prefix:]
-    merges, kept = O._pitome_match(patches, O.pitome_r(len(patches), 0.75), 0.75 * (1 - layer / 4), 1.0, "bsm" if layer < 2 else "pitome")
+    merges, kept = O._pitome_match(
+        patches, O.pitome_r(len(patches), 0.75), 0.75 * (1 - layer / 4), 1.0, "bsm" if layer < 2 else "pitome"
+    )
     return [(a + prefix, b + prefix) for a, b in merges], [*range(prefix), *(i + prefix for i in kept)]
 
 
@@ -111,7 +123,10 @@ def pool(layer: int, keys: Tensor, slot: list[int]) -> tuple[list[O.Merge], list
         return None
     prefix = sum(s < 0 for s in slot)
     first = {i: i // 8 * 8 + i % 4 // 2 * 2 for i in range(16)}
-    return [(i + prefix, f + prefix) for i, f in first.items() if i != f], [*range(prefix), *(f + prefix for f in sorted(set(first.values())))]
+    return [(i + prefix, f + prefix) for i, f in first.items() if i != f], [
+        *range(prefix),
+        *(f + prefix for f in sorted(set(first.values()))),
+    ]
 
 
 METHODS: dict[str, tuple[Cut, dict[str, Any], bool, bool]] = {  # rule, options, inside, proportional
@@ -121,7 +136,8 @@ METHODS: dict[str, tuple[Cut, dict[str, Any], bool, bool]] = {  # rule, options,
 }
 
 
-# ------------------------------------------------------------------------------------------------------------------ models taken apart
+# ------------------------------------------------------------------------------------------------------------------
+# models taken apart
 
 
 def split(t: Tensor, heads: int) -> Tensor:
@@ -176,7 +192,9 @@ def hf(model: Any, pixels: Tensor) -> tuple[Tensor, list[Layer]]:
     base = getattr(model, "dinov2_with_registers", model)
     rotary = hasattr(base, "rope_embeddings")
     table = tuple(t[None] for t in base.rope_embeddings(pixels)) if rotary else None
-    blocks = base.model.layer if rotary else base.encoder.layer if hasattr(base.encoder, "layer") else base.encoder.layers
+    blocks = (
+        base.model.layer if rotary else base.encoder.layer if hasattr(base.encoder, "layer") else base.encoder.layers
+    )
     layers = []
     for b in blocks:
         a = b.attention
@@ -212,7 +230,10 @@ def clip(model: Any, pixels: Tensor) -> tuple[Tensor, list[Layer]]:
         a, custom = b.attn, hasattr(b.attn, "ln_q")
 
         def qkv(z: Tensor, a: Any = a, custom: bool = custom) -> tuple[Tensor, Tensor, Tensor]:
-            q, k, v = (split(z @ w.T + c, a.num_heads) for w, c in zip(a.in_proj_weight.chunk(3), a.in_proj_bias.chunk(3), strict=True))
+            q, k, v = (
+                split(z @ w.T + c, a.num_heads)
+                for w, c in zip(a.in_proj_weight.chunk(3), a.in_proj_bias.chunk(3), strict=True)
+            )
             return (a.ln_q(q), a.ln_k(k), v) if custom else (q, k, v)
 
         def out(y: Tensor, b: Any = b, a: Any = a, custom: bool = custom) -> Tensor:
@@ -230,12 +251,21 @@ def clip_end(model: Any, x: Tensor, size: list[float], slot: list[int], proporti
     if visual.attn_pool is not None:
         pooling = visual.attn_pool
         a, k, q = pooling.attn, pooling.ln_k(x), pooling.ln_q(pooling.query)
-        weights = (a.q_proj_weight, a.k_proj_weight, a.v_proj_weight) if a.in_proj_weight is None else a.in_proj_weight.chunk(3)
-        q, k, v = (split(z @ w.T + c, a.num_heads) for z, w, c in zip((q, k, k), weights, a.in_proj_bias.chunk(3), strict=True))
+        weights = (
+            (a.q_proj_weight, a.k_proj_weight, a.v_proj_weight)
+            if a.in_proj_weight is None
+            else a.in_proj_weight.chunk(3)
+        )
+        q, k, v = (
+            split(z @ w.T + c, a.num_heads) for z, w, c in zip((q, k, k), weights, a.in_proj_bias.chunk(3), strict=True)
+        )
         rows = torch.zeros_like(q)
         for h in range(a.num_heads):
             for i in range(len(q)):
-                logits = [float(q[i, h] @ k[j, h]) / math.sqrt(q.shape[-1]) + (math.log(size[j]) if proportional else 0.0) for j in range(len(k))]
+                logits = [
+                    float(q[i, h] @ k[j, h]) / math.sqrt(q.shape[-1]) + (math.log(size[j]) if proportional else 0.0)
+                    for j in range(len(k))
+                ]
                 for j, weight in enumerate(O._softmax(logits)):
                     rows[i, h] += weight * v[j, h]
         pooled = visual.ln_post(rows.flatten(1) @ a.out_proj.weight.T + a.out_proj.bias)[0]
@@ -252,7 +282,9 @@ def double(tiny: Any, family: str, variant: str) -> tuple[Any, dict[str, Tensor]
     return model.double(), {k: v.double() for k, v in inputs.items()}
 
 
-def expected(model: Any, pixels: Tensor, method: str, apart: Callable, end: Callable) -> tuple[list[Tensor], list[list[int]]]:
+def expected(
+    model: Any, pixels: Tensor, method: str, apart: Callable, end: Callable
+) -> tuple[list[Tensor], list[list[int]]]:
     rule, _, inside, proportional = METHODS[method]
     x, layers = apart(model, pixels)
     prefix = x.shape[1] - 16
@@ -297,12 +329,17 @@ def test_merging_equals_the_slow_reference(tiny, family, variant, apart, end, me
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("variant", ["clip", "custom-avg", "attention-pool"])
 def test_zero_shot_scores_equal_the_slow_reference(tiny, variant, method):
-    """Scores of two images against five texts: features of the reference, normalised, times the untouched text features."""
+    """Scores of two images against five texts: features of the reference, normalised, times the untouched text
+    features."""
     model, inputs = double(tiny, "open-clip", variant)
     texts = torch.randint(1, 40, (5, 8), generator=torch.Generator().manual_seed(5))
     proportional = METHODS[method][3]
     want, slots = expected(model, inputs["image"], method, clip, lambda *a: clip_end(*a, proportional))
-    scores = model.logit_scale.exp() * F.normalize(torch.stack(want), dim=-1) @ F.normalize(model.encode_text(texts), dim=-1).T
+    scores = (
+        model.logit_scale.exp()
+        * F.normalize(torch.stack(want), dim=-1)
+        @ F.normalize(model.encode_text(texts), dim=-1).T
+    )
     with vtprune.attach(model, method, **METHODS[method][1]) as handle:
         got, _ = model.get_logits(inputs["image"], texts)
         image, text, scale = model(inputs["image"], texts)
@@ -313,7 +350,10 @@ def test_zero_shot_scores_equal_the_slow_reference(tiny, variant, method):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("method", "options"), [("tome", {"r": 0}), ("pitome", {"keep": 1.0}), ("random", {"keep": 1.0}), ("flowcut", {"keep": 1.0})])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("tome", {"r": 0}), ("pitome", {"keep": 1.0}), ("random", {"keep": 1.0}), ("flowcut", {"keep": 1.0})],
+)
 @pytest.mark.parametrize("variant", ["clip", "custom-avg", "attention-pool", "timm"])
 def test_zero_shot_scores_at_full_budget(tiny, variant, method, options):
     model, inputs = tiny("open-clip", variant)
@@ -328,7 +368,8 @@ def test_zero_shot_scores_at_full_budget(tiny, variant, method, options):
 
 @torch.no_grad()
 def test_pruned_zero_shot_scores(tiny):
-    """Random pruning of CLIP and of the timm tower inside open_clip: the class token of the masked dense tower, scored."""
+    """Random pruning of CLIP and of the timm tower inside open_clip: the class token of the masked dense tower,
+    scored."""
     for variant in ("clip", "timm"):
         model, inputs = tiny("open-clip", variant)
         texts = torch.randint(1, 40, (5, 8), generator=torch.Generator().manual_seed(5))
@@ -347,7 +388,8 @@ def test_pruned_zero_shot_scores(tiny):
         assert float((got - want).abs().max() / want.abs().max()) <= 1e-5
 
 
-# ----------------------------------------------------------------------------------------------------------------- projections, ragged heads
+# -----------------------------------------------------------------------------------------------------------------
+# projections, ragged heads
 
 
 def install(model: Any, select: Callable, *, layer: int = 1, inside: bool = False) -> UndoLedger:
@@ -392,7 +434,8 @@ ATTENTIONS = {  # what the attention's mixed values [B, n, H d] enter
 @torch.no_grad()
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_projections_are_what_the_attention_mixes(tiny, name):
-    """softmax(q k^T) v of the projections a method is shown is what the block's own attention hands on, in the first block and behind a cut."""
+    """softmax(q k^T) v of the projections a method is shown is what the block's own attention hands on, in the first
+    block and behind a cut."""
     model, inputs = double(tiny, *name.split("/"))
     blocks = bind(model).tower_blocks()
     seen: dict[str, Any] = {}
@@ -450,7 +493,8 @@ def test_heads_do_not_see_padding(tiny, name, layer):
         assert float((HEADS[name](model(**inputs)) - outs[0]).abs().max()) > 1e-6
 
 
-# ---------------------------------------------------------------------------------------------------------------------- rotary positions, calls
+# --------------------------------------------------------------------------------------------------------------------
+# rotary positions, calls
 
 
 @torch.no_grad()
@@ -459,7 +503,10 @@ def test_reduced_pixels_have_their_own_rotary_rows(tiny, family, variant, apart,
     """Down-sampling to 3 x 3 patches, then pruning: rows count in the small raster, not in the large one."""
     model, inputs = double(tiny, family, variant)
     ((key, pixels),) = inputs.items()
-    stages = (vtprune.Stage(method="downsample", keep=9), vtprune.Stage(method="random", keep=4, options={"site": "vision.1"}))
+    stages = (
+        vtprune.Stage(method="downsample", keep=9),
+        vtprune.Stage(method="random", keep=4, options={"site": "vision.1"}),
+    )
     with vtprune.attach(model, vtprune.Recipe(name="small", stages=stages)) as handle:
         out = model(**inputs)
         report = handle.report()
@@ -485,13 +532,20 @@ def test_a_block_that_mistreats_its_rotary_table_is_refused(tiny, monkeypatch):
     """The probe runs rotary blocks with a rotary table: parts that leave it out are seen when attaching."""
     from vtprune.models import _hf_vit, timm_vit
 
-    for module, name, family, variant in ((timm_vit, "_eva_attend", "timm-vit", "dinov3"), (_hf_vit, "_attend", "hf-vit", "dinov3")):
+    for module, name, family, variant in (
+        (timm_vit, "_eva_attend", "timm-vit", "dinov3"),
+        (_hf_vit, "_attend", "hf-vit", "dinov3"),
+    ):
         model, _ = tiny(family, variant)
         right = getattr(module, name)
 
         def wrong(block: Any, x: Tensor, mask: Any, caught: dict, right: Callable = right) -> Tensor:
             table = caught["rope"]
-            still = tuple(torch.ones_like(t) if i == 0 else torch.zeros_like(t) for i, t in enumerate(table)) if isinstance(table, tuple) else None
+            still = (
+                tuple(torch.ones_like(t) if i == 0 else torch.zeros_like(t) for i, t in enumerate(table))
+                if isinstance(table, tuple)
+                else None
+            )
             return right(block, x, mask, {**caught, "rope": still})
 
         monkeypatch.setattr(module, name, wrong)
@@ -504,7 +558,9 @@ def test_a_mean_over_class_token_and_patches():
     """timm's ``pool_include_prefix``: the class token counts once, every merged token with its size."""
     from timm.models.vision_transformer import VisionTransformer
 
-    model: Any = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, global_pool="avg", pool_include_prefix=True).eval()
+    model: Any = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, global_pool="avg", pool_include_prefix=True
+    ).eval()
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     with vtprune.attach(model, "tome", r=3) as handle:
         logits, tokens, report = model(pixels), model.forward_features(pixels), handle.report()
@@ -515,7 +571,8 @@ def test_a_mean_over_class_token_and_patches():
 
 @torch.no_grad()
 def test_forward_features_alone(tiny):
-    """``forward_features`` called alone gives the tokens that are left, is reported, and leaves nothing open after an exception."""
+    """``forward_features`` called alone gives the tokens that are left, is reported, and leaves nothing open after an
+    exception."""
     model, inputs = tiny("timm-vit", "avg-pool")
     dense = model.forward_features(inputs["x"])
     with vtprune.attach(model, "tome", r=3) as handle:
@@ -559,7 +616,8 @@ def test_published_timm_architectures_at_full_budget(name):
         assert handle.report().stages[-1].tokens_out == [round(handle.geometry.tokens * 0.5)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------------------------
+# refusals
 
 
 @torch.no_grad()
@@ -567,7 +625,10 @@ def test_images_of_another_size_are_refused_where_the_model_takes_one(tiny):
     for family, variant in (("timm-vit", "class"), ("timm-vit", "eva02"), ("open-clip", "clip")):
         model, inputs = tiny(family, variant)
         run = model.encode_image if family == "open-clip" else model
-        with vtprune.attach(model, "random", keep=4), pytest.raises(vtprune.UnsupportedError, match="6 x 6 patches for a model of 4 x 4"):
+        with (
+            vtprune.attach(model, "random", keep=4),
+            pytest.raises(vtprune.UnsupportedError, match="6 x 6 patches for a model of 4 x 4"),
+        ):
             run(torch.randn(1, 3, 48, 48))
 
 
@@ -576,16 +637,30 @@ def test_what_is_not_supported_says_why():
     from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
     from transformers import Dinov2Backbone, Dinov2Config, Siglip2VisionConfig, Siglip2VisionModel
 
-    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+    sizes: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 3,
+    }
     refused = [
         (VisionTransformer(**sizes, block_fn=ParallelScalingBlock), "ParallelScalingBlock"),
         (VisionTransformer(**sizes, block_fn=ParallelThingsBlock), "ParallelThingsBlock"),
         (VisionTransformer(**sizes, attn_layer="diff"), "DiffAttention"),
         (VisionTransformer(**sizes, global_pool="avgmax"), "avgmax"),
         (Eva(**sizes, use_post_norm=True), "EvaBlockPostNorm"),
-        (Siglip2VisionModel(Siglip2VisionConfig(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2)), "raster"),
         (
-            Dinov2Backbone(Dinov2Config(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, image_size=32, patch_size=8)),
+            Siglip2VisionModel(
+                Siglip2VisionConfig(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2)
+            ),
+            "raster",
+        ),
+        (
+            Dinov2Backbone(
+                Dinov2Config(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, image_size=32, patch_size=8)
+            ),
             "load the checkpoint as Dinov2Model",
         ),
     ]
@@ -604,15 +679,23 @@ def test_open_clip_with_another_tower_says_why():
             vtprune.attach(model, "tome", r=2)
 
 
-# --------------------------------------------------------------------------------------------------------------------------- subclasses
+# --------------------------------------------------------------------------------------------------------------------
+# subclasses
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["hf-vit/clip", "hf-vit/dinov2-registers-classifier", "hf-vit/deit", "timm-vit/eva02", "open-clip/custom-avg"])
+@pytest.mark.parametrize(
+    "name",
+    ["hf-vit/clip", "hf-vit/dinov2-registers-classifier", "hf-vit/deit", "timm-vit/eva02", "open-clip/custom-avg"],
+)
 def test_subclasses_are_taken_like_their_base(tiny, name):
     """A user's subclass, and a class derived at run time as FSDP2 does: same tokens, same numbers."""
     outs = []
-    for derive in (lambda c: c, lambda c: type("Mine", (c,), {}), lambda c: type(f"FSDP{c.__name__}", (type("FSDPModule", (), {}), c), {})):
+    for derive in (
+        lambda c: c,
+        lambda c: type("Mine", (c,), {}),
+        lambda c: type(f"FSDP{c.__name__}", (type("FSDPModule", (), {}), c), {}),
+    ):
         model, inputs = tiny(*name.split("/"))
         for part in {model, getattr(model, "visual", model), getattr(model, "dinov2_with_registers", model)}:
             part.__class__ = derive(type(part))
@@ -623,7 +706,8 @@ def test_subclasses_are_taken_like_their_base(tiny, name):
     assert all(torch.equal(a, b) for other in outs[1:] for a, b in zip(other, outs[0], strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------------ every way to reach a tower
+# ---------------------------------------------------------------------------------------------------------- every way
+# to reach a tower
 
 WAYS: dict[str, dict[str, Any]] = {
     "tome": {"r": 3},
@@ -643,7 +727,10 @@ def close(got: Tensor, want: Tensor, limit: float = 1e-5) -> None:
 def watched(blocks: Any, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
     """What ``call`` returns, and what every block handed on meanwhile."""
     seen: list[Tensor] = []
-    hooks = [b.register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out)) for b in blocks]
+    hooks = [
+        b.register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+        for b in blocks
+    ]
     result = call()
     for hook in hooks:
         hook.remove()
@@ -651,7 +738,8 @@ def watched(blocks: Any, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
 
 
 def expected_map(report: Any, block: int, rows: Tensor, image: int) -> Tensor:
-    """The 4 x 4 feature map behind ``block``, from what the report says about every original patch; ``rows`` are the patches in their running order."""
+    """The 4 x 4 feature map behind ``block``, from what the report says about every original patch; ``rows`` are the
+    patches in their running order."""
     out = torch.zeros(16, rows.shape[-1], dtype=rows.dtype)
     stages = [s for s in report.stages if int(s.site.split(".")[1]) <= block]
     for i in range(16):
@@ -670,7 +758,8 @@ def expected_map(report: Any, block: int, rows: Tensor, image: int) -> Tensor:
 @pytest.mark.parametrize("method", WAYS)
 @pytest.mark.parametrize("variant", TIMM)
 def test_timm_intermediates(tiny, variant, method):
-    """Tokens are those that the blocks of the attached model hand on, maps place each where its patches were; the features go through the head as in a call."""
+    """Tokens are those that the blocks of the attached model hand on, maps place each where its patches were; the
+    features go through the head as in a call."""
     model, inputs = tiny("timm-vit", variant)
     x, p = inputs["x"], model.num_prefix_tokens
     with vtprune.attach(model, method, **WAYS[method]) as handle:
@@ -706,7 +795,9 @@ def test_open_clip_intermediates(tiny, variant, method):
     with vtprune.attach(model, method, keep=5):
         want = model.encode_image(image, normalize=True)
         for form in ("NLC", "NCHW"):
-            out = model.forward_intermediates(image=image, text=text, image_output_fmt=form, image_output_extra_tokens=True)
+            out = model.forward_intermediates(
+                image=image, text=text, image_output_fmt=form, image_output_extra_tokens=True
+            )
             close(out["image_features"], want)
             close(out["text_features"], texts)
             last = out["image_intermediates"][-1]
@@ -812,7 +903,8 @@ def test_hugging_face_outputs(tiny, method):
                 assert handle.report().grids == [[(6, 5)]] * 2
 
 
-# ------------------------------------------------------------------------------------------------------------------------ other sizes
+# --------------------------------------------------------------------------------------------------------------------
+# other sizes
 
 SIZES: list[tuple[str, dict[str, Any]]] = [
     ("tome", {}),
@@ -834,7 +926,13 @@ def test_a_size_other_than_the_configured_one(method, options):
     """DINOv3 made for 16 x 16 patches gives for 6 x 4 what the one made for 6 x 4 gives, report included."""
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-    shape: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 4, "intermediate_size": 64, "patch_size": 8}
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 4,
+        "intermediate_size": 64,
+        "patch_size": 8,
+    }
     pixels = torch.randn(2, 3, 48, 32, generator=torch.Generator().manual_seed(3))
     outs, weights = [], None
     for size in (128, (48, 32)):
@@ -842,7 +940,10 @@ def test_a_size_other_than_the_configured_one(method, options):
             model: Any = DINOv3ViTModel(DINOv3ViTConfig(**shape, image_size=size, num_register_tokens=4)).eval()
         except TypeError:
             pytest.skip("this transformers configures DINOv3 for square images alone: there is nothing to compare with")
-        weights = weights or {k: torch.randn(v.shape, generator=torch.Generator().manual_seed(1)) * 0.2 for k, v in model.state_dict().items()}
+        weights = weights or {
+            k: torch.randn(v.shape, generator=torch.Generator().manual_seed(1)) * 0.2
+            for k, v in model.state_dict().items()
+        }
         model.load_state_dict(weights)
         with vtprune.attach(model, method, **options) as handle:
             outs.append((model(pixels).last_hidden_state, handle.report()))
@@ -856,7 +957,9 @@ def test_models_of_any_size_and_sizes_set_later(tiny):
     """DINOv2 configured for more pixels than its processor makes; timm's dynamic and set sizes."""
     from transformers import Dinov2Config, Dinov2Model
 
-    model: Any = Dinov2Model(Dinov2Config(hidden_size=32, num_attention_heads=2, num_hidden_layers=3, image_size=70, patch_size=14)).eval()
+    model: Any = Dinov2Model(
+        Dinov2Config(hidden_size=32, num_attention_heads=2, num_hidden_layers=3, image_size=70, patch_size=14)
+    ).eval()
     with vtprune.attach(model, "tome") as handle:
         for side, tokens in ((28, 4), (70, 25), (84, 36)):
             model(torch.randn(1, 3, side, side))
@@ -870,7 +973,8 @@ def test_models_of_any_size_and_sizes_set_later(tiny):
             assert handle.report().visual_tokens == [40] and handle.report().grids == [[(8, 5)]]
 
 
-# ------------------------------------------------------------------------------------------------------- training, adapters, number formats
+# ------------------------------------------------------------------------------------------------------- training,
+# adapters, number formats
 
 CHECKPOINTS = [
     ("hf-vit", "clip"),
@@ -915,13 +1019,16 @@ def test_checkpointed_gradients(tiny, family, variant, method):
 
 
 def test_functional_gradients_and_checkpoints_around_the_model(tiny):
-    """torch.func's gradients, the whole model in one checkpoint, and several blocks in one: the gradients of a plain backward pass."""
+    """torch.func's gradients, the whole model in one checkpoint, and several blocks in one: the gradients of a plain
+    backward pass."""
     model, inputs = tiny("timm-vit", "avg-pool")
     x = inputs["x"]
     with vtprune.attach(model, "tome", r=3):
         model(x).square().sum().backward()
         want = {n: p.grad.clone() for n, p in model.named_parameters()}
-        functional = torch.func.grad(lambda weights: torch.func.functional_call(model, weights, (x,)).square().sum())(dict(model.named_parameters()))
+        functional = torch.func.grad(lambda weights: torch.func.functional_call(model, weights, (x,)).square().sum())(
+            dict(model.named_parameters())
+        )
         for name, gradient in want.items():
             close(functional[name], gradient)
         for reentrant in (True, False):
@@ -930,7 +1037,10 @@ def test_functional_gradients_and_checkpoints_around_the_model(tiny):
             for name, p in model.named_parameters():
                 close(p.grad, want[name])
         model.zero_grad()
-        blocks, model.blocks.forward = model.blocks.forward, lambda y: checkpoint_sequential(list(model.blocks), 2, y, use_reentrant=False)
+        blocks, model.blocks.forward = (
+            model.blocks.forward,
+            lambda y: checkpoint_sequential(list(model.blocks), 2, y, use_reentrant=False),
+        )
         model(x).square().sum().backward()
         model.blocks.forward = blocks
         for name, p in model.named_parameters():
@@ -958,7 +1068,9 @@ class Adapter(torch.nn.Module):
         self.base_layer, self.lora = base, torch.nn.Linear(base.in_features, 4)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        self.delta = torch.nn.Parameter(torch.randn(base.weight.shape, generator=torch.Generator().manual_seed(7)) * 0.3)
+        self.delta = torch.nn.Parameter(
+            torch.randn(base.weight.shape, generator=torch.Generator().manual_seed(7)) * 0.3
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base_layer(x) + x @ self.delta.T
@@ -976,7 +1088,8 @@ ADAPTED = {
 @pytest.mark.parametrize("method", ["tome", "pitome", "flowcut"])
 @pytest.mark.parametrize("name", ADAPTED)
 def test_adapters_put_in_while_attached(tiny, name, method):
-    """Scores see the layer that is there when a block runs: adapters put in before or after attaching, then taken out again; ``remove`` unhooks all."""
+    """Scores see the layer that is there when a block runs: adapters put in before or after attaching, then taken out
+    again; ``remove`` unhooks all."""
 
     def change(model: Any, step: Callable[[Any], Any]) -> None:
         for block in bind(model).tower_blocks():
@@ -996,7 +1109,9 @@ def test_adapters_put_in_while_attached(tiny, name, method):
         assert torch.equal(features(after, "", *inputs.values()), plain)
         change(after, Adapter)
         features(after, "", *inputs.values())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in after.modules() if isinstance(m, Adapter | torch.nn.Linear))
+    assert not any(
+        m._forward_hooks or m._forward_pre_hooks for m in after.modules() if isinstance(m, Adapter | torch.nn.Linear)
+    )
     assert float((want - plain).abs().max()) > 1e-3
 
 
@@ -1020,12 +1135,15 @@ def test_an_adapter_around_open_clips_attention_is_refused(tiny):
 
 
 def test_weights_stored_in_integers(tiny, monkeypatch):
-    """Quantised layers hold whole numbers: the probe speaks the norms' number format, and a probe that fails leaves the modes as they were."""
+    """Quantised layers hold whole numbers: the probe speaks the norms' number format, and a probe that fails leaves the
+    modes as they were."""
 
     class Quantised(torch.nn.Module):
         def __init__(self, base: Any):
             super().__init__()
-            self.weight = torch.nn.Parameter((base.weight / base.weight.abs().max() * 127).round().to(torch.int8), requires_grad=False)
+            self.weight = torch.nn.Parameter(
+                (base.weight / base.weight.abs().max() * 127).round().to(torch.int8), requires_grad=False
+            )
             self.scale, self.bias = float(base.weight.detach().abs().max() / 127), base.bias
             self.in_features, self.out_features = base.in_features, base.out_features
 
@@ -1041,7 +1159,9 @@ def test_weights_stored_in_integers(tiny, monkeypatch):
                     setattr(module, name, Quantised(child))
         model.train()
         with vtprune.attach(model, "tome", r=3) as handle, torch.no_grad():
-            assert torch.isfinite(model(inputs["pixel_values"].to(dtype))[0]).all() and handle.report().stages[-1].tokens_out == [4, 4]
+            assert torch.isfinite(model(inputs["pixel_values"].to(dtype))[0]).all() and handle.report().stages[
+                -1
+            ].tokens_out == [4, 4]
         assert all(m.training for m in model.modules())
     from vtprune.models import _hf_vit
 
@@ -1056,7 +1176,10 @@ def test_weights_stored_in_integers(tiny, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_number_formats(tiny, dtype):
     """Down-sampling and merging in other formats, chosen before and after attaching."""
-    for family, variant, options in (("timm-vit", "layerscale-registers", {"keep": 4}), ("hf-vit", "dinov2", {"keep": 4})):
+    for family, variant, options in (
+        ("timm-vit", "layerscale-registers", {"keep": 4}),
+        ("hf-vit", "dinov2", {"keep": 4}),
+    ):
         for method in ("downsample", "tome"):
             model, inputs = tiny(family, variant)
             outs = []
@@ -1064,7 +1187,11 @@ def test_number_formats(tiny, dtype):
                 model.to(dtype)
                 outs.append(features(model, family, next(iter(inputs.values())).to(dtype)))
                 kept = handle.report().stages[-1].tokens_out
-            assert outs[0].dtype == dtype and torch.isfinite(outs[0]).all() and kept == ([4, 4] if method == "downsample" else [8, 8])
+            assert (
+                outs[0].dtype == dtype
+                and torch.isfinite(outs[0]).all()
+                and kept == ([4, 4] if method == "downsample" else [8, 8])
+            )
 
 
 @torch.no_grad()
@@ -1075,10 +1202,13 @@ def test_open_clip_in_low_precision_keeps_wide_norms(tiny):
     model, inputs = tiny("open-clip", "clip")
     convert_weights_to_lp(model, dtype=torch.bfloat16)
     with vtprune.attach(model, "tome", keep=8) as handle:
-        assert torch.isfinite(model.encode_image(inputs["image"].bfloat16())).all() and handle.report().stages[-1].tokens_out == [8, 8]
+        assert torch.isfinite(model.encode_image(inputs["image"].bfloat16())).all() and handle.report().stages[
+            -1
+        ].tokens_out == [8, 8]
 
 
-# ------------------------------------------------------------------------------------------------------------------------- host reads
+# --------------------------------------------------------------------------------------------------------------------
+# host reads
 
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
 
@@ -1098,7 +1228,8 @@ class Reads(TorchDispatchMode):
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["tome", "pitome", "flowcut", "random"])
 def test_a_block_costs_no_host_reads(method, monkeypatch):
-    """Counts that follow from the plan are not asked of the device. FlowCut's follow from the images: one question for every second block."""
+    """Counts that follow from the plan are not asked of the device. FlowCut's follow from the images: one question for
+    every second block."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
     from vtprune.models import _tower
 
@@ -1109,7 +1240,14 @@ def test_a_block_costs_no_host_reads(method, monkeypatch):
         monkeypatch.setattr(module, "extent", lambda mask, extent=types.extent: asked.append(1) or extent(mask))
     found = []
     for depth in (4, 12):
-        config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=depth, image_size=32, patch_size=4)
+        config = CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_attention_heads=2,
+            num_hidden_layers=depth,
+            image_size=32,
+            patch_size=4,
+        )
         model: Any = CLIPVisionModel(config).eval()
         with vtprune.attach(model, method, keep=20):
             model(torch.randn(2, 3, 32, 32))

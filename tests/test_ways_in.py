@@ -19,7 +19,14 @@ from vtprune.ledger import snapshot
 
 SEQUENCES = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 FAMILIES = [("llava", "clip-llama"), ("qwen2.5-vl", "images"), ("gemma3", "sliding")]
-GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "suppress_tokens": [3, 4, 5], "return_dict_in_generate": True, "output_logits": True}
+GREEDY = {
+    "max_new_tokens": 5,
+    "min_new_tokens": 5,
+    "do_sample": False,
+    "suppress_tokens": [3, 4, 5],
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
 
 
 def tiny(family="llava", variant="clip-llama"):
@@ -41,7 +48,8 @@ def off(a, b):
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-9))
 
 
-# --------------------------------------------------------------------------------------------------------------- reached otherwise
+# ---------------------------------------------------------------------------------------------------------------
+# reached otherwise
 
 
 class LoraModel(nn.Module):
@@ -73,7 +81,8 @@ def test_wrappers_are_looked_through_and_forward_is_not_a_way_around(recipe):
         with vtprune.attach(PeftModel(model), recipe, keep=3) as handle:
             assert torch.equal(PeftModel(model)(**one).logits, want)
             assert torch.equal(model.forward(**one).logits, want)
-            assert torch.equal(model(one["input_ids"], one["pixel_values"], one["attention_mask"]).logits, want)  # by position
+            # by position
+            assert torch.equal(model(one["input_ids"], one["pixel_values"], one["attention_mask"]).logits, want)
             assert handle.report().layer_tokens[0][-1] == 3
             with pytest.raises(vtprune.VtpruneError, match="attached already"):
                 vtprune.attach(model, recipe)
@@ -105,7 +114,10 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("how", "warm"),
-    [("layer.compile", True), *(pytest.param(h, w, marks=SLOW) for h in ("torch.compile", "model.compile") for w in (True, False))],
+    [
+        ("layer.compile", True),
+        *(pytest.param(h, w, marks=SLOW) for h in ("torch.compile", "model.compile") for w in (True, False)),
+    ],
 )
 def test_what_was_compiled_before_is_pruned_and_what_is_removed_is_dense(how, warm):
     model, one = alone()
@@ -157,7 +169,10 @@ def test_a_tower_inside_an_attached_model_is_not_attached_again():
     with vtprune.attach(model, "fastv"):
         with pytest.raises(vtprune.VtpruneError, match="belong to a LlavaForConditionalGeneration that is attached"):
             vtprune.attach(model.model.vision_tower, "tome")
-    with vtprune.attach(model.model.vision_tower, "tome"), pytest.raises(vtprune.VtpruneError, match="attached already"):
+    with (
+        vtprune.attach(model.model.vision_tower, "tome"),
+        pytest.raises(vtprune.VtpruneError, match="attached already"),
+    ):
         vtprune.attach(model, "fastv")
 
 
@@ -182,7 +197,8 @@ def test_two_threads_attach_and_one_succeeds():
         assert snapshot(model) == before
 
 
-# ------------------------------------------------------------------------------------------------------------------------ left midway
+# --------------------------------------------------------------------------------------------------------------------
+# left midway
 
 
 @pytest.mark.parametrize("recipe", ["tome", "pool", "uniform", "fastv"])
@@ -232,7 +248,8 @@ def test_an_interrupt_leaves_nothing_open():
         assert torch.equal(model(**one).logits, want)
 
 
-# ------------------------------------------------------------------------------------------------------- the same tokens however one asks
+# ------------------------------------------------------------------------------------------------------- the same
+# tokens however one asks
 
 
 @pytest.mark.parametrize(("family", "variant"), FAMILIES)
@@ -356,7 +373,11 @@ def test_a_second_turn_is_right_or_refused(family, recipe):
     with torch.no_grad(), vtprune.attach(model, recipe, keep=4):
         first = model.generate(**one, **GREEDY)
         whole = torch.cat([first.sequences, words], 1)
-        more = {n: nn.functional.pad(one[n], (0, whole.shape[1] - one[n].shape[1]), value=int(n == "attention_mask")) for n in SEQUENCES[1:] if n in one}
+        more = {
+            n: nn.functional.pad(one[n], (0, whole.shape[1] - one[n].shape[1]), value=int(n == "attention_mask"))
+            for n in SEQUENCES[1:]
+            if n in one
+        }
         try:
             got = model.generate(input_ids=whole, **more, **cached(model, cache_of(first)), **GREEDY).logits[0]
         except vtprune.UnsupportedError as e:
@@ -370,7 +391,8 @@ def test_a_second_turn_is_right_or_refused(family, recipe):
         assert off(got, want) < 1e-4
 
 
-# -------------------------------------------------------------------------------------------------------------------- packed prompts
+# --------------------------------------------------------------------------------------------------------------------
+# packed prompts
 
 
 def _flash(q, k, v, causal, scale, window):
@@ -389,13 +411,28 @@ def flash(monkeypatch):
     def plain(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), **more):
         return torch.stack([_flash(*x, causal, softmax_scale, window_size) for x in zip(q, k, v, strict=True)])
 
-    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), **more):
+    def varlen(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        **more,
+    ):
         a, b = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
         assert (a[-1], b[-1]) == (len(q), len(k)) and max(y - x for x, y in zip(a, a[1:], strict=False)) == max_seqlen_q
         parts = [(q[a[i] : a[i + 1]], k[b[i] : b[i + 1]], v[b[i] : b[i + 1]]) for i in range(len(a) - 1)]
         return torch.cat([_flash(*x, causal, softmax_scale, window_size) for x in parts])
 
-    monkeypatch.setattr(host, "_lazy_imports", lambda *a, **k: (plain, varlen, None, host._pad_input, host._unpad_input))
+    monkeypatch.setattr(
+        host, "_lazy_imports", lambda *a, **k: (plain, varlen, None, host._pad_input, host._unpad_input)
+    )
 
     def use(model):
         for module in model.model.language_model.modules():
@@ -406,7 +443,10 @@ def flash(monkeypatch):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flash"])
-@pytest.mark.parametrize(("recipe", "options"), [("random", {}), ("fastv", {}), ("pyramiddrop", {}), ("fastv", {"query": "all"}), ("drop-all", {})])
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [("random", {}), ("fastv", {}), ("pyramiddrop", {}), ("fastv", {"query": "all"}), ("drop-all", {})],
+)
 @pytest.mark.parametrize("labelled", [True, False])
 def test_prompts_packed_into_one_row_stay_apart(attention, recipe, options, labelled, request):
     model, inputs = tiny("internvl", "qwen3")
@@ -414,7 +454,10 @@ def test_prompts_packed_into_one_row_stay_apart(attention, recipe, options, labe
         request.getfixturevalue("flash")(model)
     singles = [alone("internvl", "qwen3", b)[1] for b in (0, 1)]
     lengths = [s["input_ids"].shape[1] for s in singles]
-    pack = {"input_ids": torch.cat([s["input_ids"] for s in singles], 1), "pixel_values": torch.cat([s["pixel_values"] for s in singles])}
+    pack = {
+        "input_ids": torch.cat([s["input_ids"] for s in singles], 1),
+        "pixel_values": torch.cat([s["pixel_values"] for s in singles]),
+    }
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     labels = torch.full_like(pack["input_ids"], -100)
     for end in (lengths[0], sum(lengths)):
@@ -433,7 +476,8 @@ def test_prompts_packed_into_one_row_stay_apart(attention, recipe, options, labe
         assert [k - first for k in handle.report().stages[-1].kept[0].tolist() if k >= first] == kept
 
 
-# ------------------------------------------------------------------------------------------------------------- reports and what they cost
+# ------------------------------------------------------------------------------------------------------------ reports
+# and what they cost
 
 
 def test_reports_belong_to_their_thread_and_to_their_cache():
@@ -499,7 +543,8 @@ class Count(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("family", "variant", "recipe"), [("llava", "clip-llama", "flowcut"), ("llava-next", "clip-llama", "tome"), ("llava", "clip-llama", "pyramiddrop")]
+    ("family", "variant", "recipe"),
+    [("llava", "clip-llama", "flowcut"), ("llava-next", "clip-llama", "tome"), ("llava", "clip-llama", "pyramiddrop")],
 )
 def test_the_hundredth_prefill_costs_what_the_third_did(family, variant, recipe):
     model, inputs = tiny(family, variant)
@@ -515,7 +560,8 @@ def test_the_hundredth_prefill_costs_what_the_third_did(family, variant, recipe)
             counts.append((count.operators, count.reads))
         gc.collect()
         assert counts[0] == counts[1]
-        assert sum(run() is not None for run in handle._vision) <= 2 and len(handle.adapter.notes) <= 1  # the last one's books alone
+        # the last one's books alone
+        assert sum(run() is not None for run in handle._vision) <= 2 and len(handle.adapter.notes) <= 1
 
 
 def test_host_reads_do_not_grow_with_the_frames_of_a_video():
@@ -524,7 +570,10 @@ def test_host_reads_do_not_grow_with_the_frames_of_a_video():
     for frames in (4, 64):
         ids = torch.cat([torch.tensor([8, 9, 5]), torch.full((frames * 4,), 4), torch.tensor([10, 11, 12])])[None]
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 4).int() * 2}
-        given |= {"pixel_values_videos": torch.randn(frames * 16, 24 * 4), "video_grid_thw": torch.tensor([[frames, 4, 4]])}
+        given |= {
+            "pixel_values_videos": torch.randn(frames * 16, 24 * 4),
+            "video_grid_thw": torch.tensor([[frames, 4, 4]]),
+        }
         row = []
         for recipe in (None, "pyramiddrop", "random"):
             handle = None if recipe is None else vtprune.attach(model, recipe, keep=0.25)
@@ -574,7 +623,8 @@ def test_masks_and_positions_of_another_length_are_refused():
                 assert isinstance(caught.value, vtprune.VtpruneError)
 
 
-# --------------------------------------------------------------------------------------------------------------- parts replaced since
+# -------------------------------------------------------------------------------------------------------------- parts
+# replaced since
 
 MULTIMODAL = [name for name in ADAPTERS if name not in ("hf-vit", "timm-vit", "open-clip")]
 
@@ -596,12 +646,16 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize("how", ["one", "fewer", "skipped", "wrapped"])
 @pytest.mark.parametrize("family", MULTIMODAL)
 def test_layers_that_were_replaced_since_are_noticed(family, how):
-    """Hooks do not move to a layer that takes another's place: the prompt, and a step behind a prompt that was pruned, are refused."""
+    """Hooks do not move to a layer that takes another's place: the prompt, and a step behind a prompt that was pruned,
+    are refused."""
     variant = next(iter(ADAPTERS.get(family).tiny))
     (model, one), (other, _) = alone(family, variant), tiny(family, variant)
     if how == "skipped" and family.startswith(("qwen", "glm")):
         pytest.skip("the stack runs all its layers, whatever the configuration says")
-    step = {"input_ids": torch.full((1, 1), 9), "attention_mask": torch.ones(1, one["input_ids"].shape[1] + 1, dtype=torch.long)}
+    step = {
+        "input_ids": torch.full((1, 1), 9),
+        "attention_mask": torch.ones(1, one["input_ids"].shape[1] + 1, dtype=torch.long),
+    }
     step |= {k: torch.zeros(1, 1, dtype=one[k].dtype) for k in ("token_type_ids",) if k in one}
     with torch.no_grad(), vtprune.attach(model, "keep-last", keep=2, site="llm.2") as handle:
         cache = cache_of(model(**one, use_cache=True))
@@ -637,7 +691,10 @@ def test_replicas_are_refused():
     """``nn.DataParallel`` calls shallow copies, whose hooks are those of the original."""
     model, inputs = tiny()
     with torch.no_grad(), vtprune.attach(model, "fastv", keep=3):
-        for module, given in ((model, inputs), (model.model, {k: inputs[k] for k in ("input_ids", "attention_mask", "pixel_values")})):
+        for module, given in (
+            (model, inputs),
+            (model.model, {k: inputs[k] for k in ("input_ids", "attention_mask", "pixel_values")}),
+        ):
             replica = module._replicate_for_data_parallel()
             replica._modules = dict(module._modules)  # as they are given to it, one after the other
             with pytest.raises(vtprune.UnsupportedError, match="replica"):
@@ -663,11 +720,20 @@ def shard(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "recipe, options", [("fastv", {}), ("pyramiddrop", {"score_layer": "previous"}), ("pyramiddrop", {}), ("flowcut", {}), ("tome", {}), ("dpvr-lf", {})]
+    "recipe, options",
+    [
+        ("fastv", {}),
+        ("pyramiddrop", {"score_layer": "previous"}),
+        ("pyramiddrop", {}),
+        ("flowcut", {}),
+        ("tome", {}),
+        ("dpvr-lf", {}),
+    ],
 )
 @pytest.mark.parametrize("first", ["attached", "sharded"])
 def test_sharded_models_are_pruned_alike(shard, recipe, options, first):
-    """FSDP2: layers whose weights are shared out between their forwards, also where one's attention is read later; copies of layers need whole ones."""
+    """FSDP2: layers whose weights are shared out between their forwards, also where one's attention is read later;
+    copies of layers need whole ones."""
     (model, inputs), (whole, _) = tiny(), tiny()
     with torch.no_grad(), vtprune.attach(whole, recipe, **options) as handle:
         want, sites = whole(**inputs).logits, [s.site for s in handle.report().stages]
@@ -684,10 +750,13 @@ def test_sharded_models_are_pruned_alike(shard, recipe, options, first):
         assert torch.equal(model(**inputs).logits, want) and [s.site for s in handle.report().stages] == sites
 
 
-@pytest.mark.parametrize("recipe, options", [("fastv", {"keep": 3}), ("flowcut", {"keep": 3}), ("dpvr-lf", {"variant": "kv"})])
+@pytest.mark.parametrize(
+    "recipe, options", [("fastv", {"keep": 3}), ("flowcut", {"keep": 3}), ("dpvr-lf", {"variant": "kv"})]
+)
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_a_cache_whose_samples_move_goes_on(recipe, options, positions):
-    """What reorders, selects or repeats the samples of a cache moves what is known of them; rows that fit no sample are refused."""
+    """What reorders, selects or repeats the samples of a cache moves what is known of them; rows that fit no sample are
+    refused."""
     model, inputs = tiny()
     ids, mask = torch.tensor([[9], [11]]), torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
     place = mask.sum(1, keepdim=True) - 1
@@ -708,7 +777,9 @@ def test_a_cache_whose_samples_move_goes_on(recipe, options, positions):
             (lambda c: c.batch_select_indices(torch.tensor([1])), torch.tensor([1])),
             (lambda c: c.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1])),
         ):
-            for placed in (True, False)[: 2 if recipe == "flowcut" else 1]:  # behind a short first layer positions are known
+            for placed in (True, False)[
+                : 2 if recipe == "flowcut" else 1
+            ]:  # behind a short first layer positions are known
                 cache = read()
                 move(cache)
                 assert off(step(cache, rows, placed), want[rows]) < 1e-5
@@ -765,7 +836,9 @@ def test_a_static_cache_that_is_used_again_follows_its_new_prompt():
         want = model(input_ids=ids, attention_mask=mask, position_ids=place, **cached(model, read(None))).logits[swap]
         read(cache)
         cache.reorder_cache(swap)
-        got = model(input_ids=ids[swap], attention_mask=mask[swap], position_ids=place[swap], **cached(model, cache)).logits
+        got = model(
+            input_ids=ids[swap], attention_mask=mask[swap], position_ids=place[swap], **cached(model, cache)
+        ).logits
     assert off(got, want) < 1e-5
 
 
@@ -774,7 +847,11 @@ def test_recordings_are_refused():
     model, inputs = tiny()
     tower, images = tiny("timm-vit", next(iter(ADAPTERS.get("timm-vit").tiny)))
     pixels = next(iter(images.values()))
-    with torch.no_grad(), vtprune.attach(model, "random", keep=3), vtprune.attach(tower, "random", keep=3, site="vision.1"):
+    with (
+        torch.no_grad(),
+        vtprune.attach(model, "random", keep=3),
+        vtprune.attach(tower, "random", keep=3, site="vision.1"),
+    ):
         with pytest.raises(vtprune.UnsupportedError, match="traced or exported"):
             torch.export.export(model, (), inputs, strict=False)
         with pytest.raises(vtprune.UnsupportedError, match="traced or exported"):
@@ -782,4 +859,8 @@ def test_recordings_are_refused():
         with pytest.raises(vtprune.UnsupportedError, match="traced or exported"):
             torch.jit.trace(tower, (pixels,), check_trace=False)
         with pytest.raises(vtprune.UnsupportedError, match="traced or exported"):
-            torch.jit.trace(lambda *given: model(**dict(zip(inputs, given, strict=True))).logits, tuple(inputs.values()), check_trace=False)
+            torch.jit.trace(
+                lambda *given: model(**dict(zip(inputs, given, strict=True))).logits,
+                tuple(inputs.values()),
+                check_trace=False,
+            )

@@ -15,8 +15,8 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "models" / "base.py").is_file():
     __path__.append(str(_root))
 
-# The core needs torch only. It is imported here, not lazily: a public function may bear its module's name (attach, methods, solve, verify), and only the
-# first import of a module binds that name, so the functions below win for good.
+# The core needs torch only. It is imported here, not lazily: a public function may bear its module's name (attach,
+# methods, solve, verify), and only the first import of a module binds that name, so the functions below win for good.
 from vtprune.attach import Handle, attach  # noqa: E402
 from vtprune.info import adapters, describe, methods, recipes  # noqa: E402
 from vtprune.recipe import Recipe, Stage  # noqa: E402
@@ -45,8 +45,8 @@ __all__ = [
 
 
 def load_demo_model(device: str = "cpu", dtype: Any = None) -> tuple[Any, Any]:
-    """The bundled trained VLM: ``(LlavaForConditionalGeneration, LlavaProcessor)``, stock classes, evaluation mode, no network. ``dtype``: float32 by
-    default."""
+    """The bundled trained VLM: ``(LlavaForConditionalGeneration, LlavaProcessor)``, stock classes, evaluation mode, no
+    network. ``dtype``: float32 by default."""
     from vtprune.models._demo import load
 
     return load(device, dtype)

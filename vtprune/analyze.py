@@ -1,4 +1,5 @@
-"""``vtprune analyze``: for this model, device, batch and number of visual tokens, does a recipe pay, and from which budget on?"""
+"""``vtprune analyze``: for this model, device, batch and number of visual tokens, does a recipe pay, and from which
+budget on?"""
 
 from __future__ import annotations
 
@@ -17,12 +18,13 @@ REPEATS = 3  # rounds at least: fewer do not tell the noise
 BUDGETS = (0.75, 0.5, 0.25, 0.11)
 
 
-# ------------------------------------------------------------------------------------------------------------- measuring
+# -------------------------------------------------------------------------------------------------------------
+# measuring
 
 
 def prompts(processor: Any, pictures: Callable[[int], Any], batch: int, images: int, question: str) -> Any:
-    """Inputs for ``batch`` prompts with ``images`` images each, ``pictures(i)`` the i-th of all, and the same question. Raises :class:`VtpruneError` for a
-    processor that does not take so many images."""
+    """Inputs for ``batch`` prompts with ``images`` images each, ``pictures(i)`` the i-th of all, and the same question.
+    Raises :class:`VtpruneError` for a processor that does not take so many images."""
     from .answer import prepare
 
     shown = [[pictures(b * images + i) for i in range(images)] for b in range(batch)]
@@ -32,7 +34,9 @@ def prompts(processor: Any, pictures: Callable[[int], Any], batch: int, images: 
         if images == 1 or e.__cause__ is None:  # a refusal of ours is told as it is
             raise
         cause = " ".join(str(e.__cause__).split())[:200]
-        raise UnsupportedError(f"{type(processor).__name__} does not take {images} images in one prompt: {cause}") from e
+        raise UnsupportedError(
+            f"{type(processor).__name__} does not take {images} images in one prompt: {cause}"
+        ) from e
 
 
 def _seen(adapter: Any, inputs: Any, images: int) -> None:
@@ -44,7 +48,8 @@ def _seen(adapter: Any, inputs: Any, images: int) -> None:
 
 
 def check(recipes: Sequence[Any], repeats: int) -> list[Recipe]:
-    """The recipes, loaded. Raises :class:`VtpruneError` for none, for two of one name, and for fewer than :data:`REPEATS` rounds."""
+    """The recipes, loaded. Raises :class:`VtpruneError` for none, for two of one name, and for fewer than
+    :data:`REPEATS` rounds."""
     from .attach import load_recipe
 
     chosen = [load_recipe(r) for r in recipes]
@@ -74,7 +79,8 @@ def times(
     saved: Callable[[dict[str, Any]], object] | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
-    """Every recipe at every budget (a fraction of the dense effective tokens), batch size and number of images per prompt.
+    """Every recipe at every budget (a fraction of the dense effective tokens), batch size and number of images per
+    prompt.
 
     Args:
         options: of ``attach`` and of the recipes' last methods, for all recipes.
@@ -83,8 +89,9 @@ def times(
         progress: called with the name of every row before it is measured.
 
     Returns:
-        A JSON-safe dict of ``"type": "vtprune.Times"``: ``planned`` the number of rows once all is done; ``rows`` hold what
-        :func:`vtprune.timing.measure` gives, or the reason (``error``) why there is nothing; ``break_even`` what :func:`break_even` makes of them.
+        A JSON-safe dict of ``"type": "vtprune.Times"``: ``planned`` the number of rows once all is done; ``rows`` hold
+        what :func:`vtprune.timing.measure` gives, or the reason (``error``) why there is nothing; ``break_even`` what
+        :func:`break_even` makes of them.
 
     Raises:
         VtpruneError: nothing to measure, recipes of the same name, or fewer than three ``repeats``.
@@ -102,7 +109,15 @@ def times(
     if adapter.geometry.llm_layers == 0:
         raise UnsupportedError(f"{type(model).__name__} has no language model; times are those of generate()")
     timer = "CPU" if timing.timer is time.thread_time else "wall-clock"
-    facts = {"type": "vtprune.Times", "version": 1, "command": command, **environment(model), "timer": timer, "new_tokens": new_tokens, "repeats": repeats}
+    facts = {
+        "type": "vtprune.Times",
+        "version": 1,
+        "command": command,
+        **environment(model),
+        "timer": timer,
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+    }
     rows: list[dict[str, Any]] = []
     how: dict[str, Any] = {"seed": seed, **(options or {})}
     each = len(chosen) * len(budgets)
@@ -130,7 +145,9 @@ def times(
                 progress(f"{recipe.name} {100 * budget:g} %, batch {batch}")
             row: dict[str, Any] = {"method": recipe.name, "budget": budget, **where}
             try:
-                row |= timing.measure(model, inputs, recipe, new_tokens=new_tokens, repeats=repeats, effective_tokens=float(budget), **how)
+                row |= timing.measure(
+                    model, inputs, recipe, new_tokens=new_tokens, repeats=repeats, effective_tokens=float(budget), **how
+                )
             except VtpruneError as e:
                 row["error"] = str(e)
             except torch.OutOfMemoryError:
@@ -147,12 +164,14 @@ def _scene(i: int) -> Any:
     return Image.fromarray(scenes.scene(i, "test").image)
 
 
-# ------------------------------------------------------------------------------------------------------------ break-even
+# ------------------------------------------------------------------------------------------------------------
+# break-even
 
 
 def pays_below(budgets: Sequence[float], ratios: Sequence[float], limit: float) -> float | None:
-    """The largest budget from which on, downwards, every ratio stays below ``limit``: interpolated linearly between the last budget that pays and the next
-    larger one; the largest measured if all pay; ``None`` if the smallest does not."""
+    """The largest budget from which on, downwards, every ratio stays below ``limit``: interpolated linearly between the
+    last budget that pays and the next larger one; the largest measured if all pay; ``None`` if the smallest does
+    not."""
     found = None
     known = sorted(zip(budgets, ratios, strict=True))
     for (budget, ratio), (above, over) in zip(known, [*known[1:], *known[-1:]], strict=True):
@@ -165,9 +184,10 @@ def pays_below(budgets: Sequence[float], ratios: Sequence[float], limit: float) 
 def break_even(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One entry per method, batch size and number of images in ``rows``.
 
-    ``ratios`` are the medians of pruned over dense ``ttft``, one for each of ``budgets``; ``noise`` the 20th and 80th percentile of dense over dense in the
-    same rounds, all budgets together. A budget pays if its ratio is below 1 by more than the noise reaches to either side; ``pays_below`` is the largest from
-    which on downwards all do (:func:`pays_below`), ``verdict`` that in a sentence.
+    ``ratios`` are the medians of pruned over dense ``ttft``, one for each of ``budgets``; ``noise`` the 20th and 80th
+    percentile of dense over dense in the same rounds, all budgets together. A budget pays if its ratio is below 1 by
+    more than the noise reaches to either side; ``pays_below`` is the largest from which on downwards all do
+    (:func:`pays_below`), ``verdict`` that in a sentence.
     """
     from .timing import spread
 
@@ -177,9 +197,21 @@ def break_even(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     out = []
     for (method, batch, images), mine in groups.items():
         done = [r for r in mine if "error" not in r]
-        entry: dict[str, Any] = {"method": method, "batch": batch, "images": images, "tokens": done[0]["tokens"] if done else None}
-        entry |= {"budgets": [r["budget"] for r in done], "ratios": [r["ratio"]["ttft"]["median"] for r in done], "noise": None, "pays_below": None}
-        said = f"{method} at batch {batch}, " + (f"{entry['tokens']:g} tokens: " if done else f"{images} image{'s' * (images > 1)}: ")
+        entry: dict[str, Any] = {
+            "method": method,
+            "batch": batch,
+            "images": images,
+            "tokens": done[0]["tokens"] if done else None,
+        }
+        entry |= {
+            "budgets": [r["budget"] for r in done],
+            "ratios": [r["ratio"]["ttft"]["median"] for r in done],
+            "noise": None,
+            "pays_below": None,
+        }
+        said = f"{method} at batch {batch}, " + (
+            f"{entry['tokens']:g} tokens: " if done else f"{images} image{'s' * (images > 1)}: "
+        )
         if not done:
             out.append({**entry, "verdict": said + "not measured: " + mine[0]["error"]})
             continue
@@ -198,21 +230,47 @@ def _verdict(entry: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], limit:
     ratio = best["ratio"]["ttft"]["median"]
     facts = f"ttft {ratio:.2f}x at {100 * best['budget']:.0f} %, noise {100 * (1 - limit):.0f} %"
     if below is not None:
-        where = f"at every measured budget, up to {100 * below:.0f}" if below == max(entry["budgets"]) else f"below {100 * below:.0f}"
+        where = (
+            f"at every measured budget, up to {100 * below:.0f}"
+            if below == max(entry["budgets"])
+            else f"below {100 * below:.0f}"
+        )
         return f"pays {where} % of the tokens ({facts})"
     if ratio < limit:
-        return f"pays at {100 * best['budget']:.0f} % of the tokens, but not at the smallest measured budget: no break-even ({facts})"
+        return (
+            f"pays at {100 * best['budget']:.0f} % of the tokens, but not at the smallest measured budget: no "
+            f"break-even ({facts})"
+        )
     if ratio < 1:
         return f"no gain beyond the noise at any measured budget (at best {facts})"
-    dense, pruned, scorer = (best[side][name]["median"] for side, name in (("dense", "ttft_ms"), ("pruned", "ttft_ms"), ("pruned", "scorer_ms")))
+    dense, pruned, scorer = (
+        best[side][name]["median"]
+        for side, name in (("dense", "ttft_ms"), ("pruned", "ttft_ms"), ("pruned", "scorer_ms"))
+    )
     why = "the scorer costs more than the layers save" if pruned - scorer < dense else "fewer tokens save no time here"
     return f"does not pay at any measured budget: {why} (at best {facts})"
 
 
-# ---------------------------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------------------------------------
+# tables
 
 
-HEADS = ["method", "budget", "batch", "images", "tokens", "dense ms", "pruned ms", "ttft x", "e2e x", "prefill x", "decode x", "scorer ms", "noise", "note"]
+HEADS = [
+    "method",
+    "budget",
+    "batch",
+    "images",
+    "tokens",
+    "dense ms",
+    "pruned ms",
+    "ttft x",
+    "e2e x",
+    "prefill x",
+    "decode x",
+    "scorer ms",
+    "noise",
+    "note",
+]
 
 
 def cells(result: Mapping[str, Any]) -> list[list[str]]:
@@ -239,7 +297,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     """The verdicts, and below them the table."""
     about, versions = result["device"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     table = ["| " + " | ".join(c.replace("|", "/") for c in row) + " |" for row in cells(result)]
-    how = f"{result['new_tokens']} new tokens, {result['repeats']} rounds of dense, pruned, dense; {result['timer']} time"
+    how = (
+        f"{result['new_tokens']} new tokens, {result['repeats']} rounds of dense, pruned, dense; {result['timer']} time"
+    )
     missing = result["planned"] - len(result["rows"])
     how += f"; **unfinished: {len(result['rows'])} of {result['planned']} rows**" if missing else ""
     lines = [
@@ -248,8 +308,10 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         *(f"* {entry['verdict']}" for entry in result["break_even"]),
         "",
-        "Milliseconds are medians; dense and pruned those of the ttft. A ratio is the median over rounds of pruned over the mean of the two dense turns around",
-        "it [20th, 80th percentile]; noise: the second of these over the first. ttft: generate() of one token, e2e: of all; prefill and decode: the language",
+        "Milliseconds are medians; dense and pruned those of the ttft. A ratio is the median over rounds of pruned "
+        "over the mean of the two dense turns around",
+        "it [20th, 80th percentile]; noise: the second of these over the first. ttft: generate() of one token, e2e: of "
+        "all; prefill and decode: the language",
         "model's passes; scorer: time in the library's own hooks and decisions, part of the ttft.",
         "",
         table[0],
@@ -260,12 +322,13 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def save(result: Mapping[str, Any], path: Path) -> None:
-    """Writes a result as JSON, or as Markdown if the name ends in ``.md``; an interruption leaves the file before. Raises :class:`VtpruneError` if it cannot be
-    written."""
+    """Writes a result as JSON, or as Markdown if the name ends in ``.md``; an interruption leaves the file before.
+    Raises :class:`VtpruneError` if it cannot be written."""
     write(path, markdown(result) if path.suffix == ".md" else json.dumps(result) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------------------- command
+# line
 
 
 def counts(text: str) -> list[int]:
@@ -282,16 +345,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("--recipes", type=words, metavar="NAMES", help="names or files, with commas (default: every method)")
-    add("--budgets", type=fractions, default=list(BUDGETS), help="fractions of the dense effective tokens (default 0.75,0.5,0.25,0.11)")
+    add(
+        "--budgets",
+        type=fractions,
+        default=list(BUDGETS),
+        help="fractions of the dense effective tokens (default 0.75,0.5,0.25,0.11)",
+    )
     add("--batches", type=counts, default=[1, 8], metavar="NUMBERS", help="prompts per batch (default 1,8)")
-    add("--images", type=counts, default=[1], metavar="NUMBERS", help="images per prompt, e.g. 1,2,4: more visual tokens (default 1)")
-    add("--image", type=Path, metavar="FILE", help="the picture, for families whose tokens depend on its size (default: generated ones)")
+    add(
+        "--images",
+        type=counts,
+        default=[1],
+        metavar="NUMBERS",
+        help="images per prompt, e.g. 1,2,4: more visual tokens (default 1)",
+    )
+    add(
+        "--image",
+        type=Path,
+        metavar="FILE",
+        help="the picture, for families whose tokens depend on its size (default: generated ones)",
+    )
     add("--new-tokens", type=positive, default=8, help="of the long generation (default 8)")
     add("--repeats", type=positive, default=5, help=f"rounds after the warm-up, at least {REPEATS} (default 5)")
     add("--cpu-time", action="store_true", help="one thread and its CPU time: for a CPU that others use as well")
     what = "an option for all of them, or positions= or per=, value as JSON; repeatable"
     add("--option", type=key_value, action="append", default=[], metavar="KEY=VALUE", help=what)
-    add("--out", type=Path, action="append", default=[], metavar="FILE", help="the result, saved after every row: all as .json, tables as .md; repeatable")
+    add(
+        "--out",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the result, saved after every row: all as .json, tables as .md; repeatable",
+    )
     add("--json", action="store_true")
     model_options(parser)
 
@@ -314,7 +400,8 @@ def run(args: argparse.Namespace) -> int:
     options = cli.chosen_options(args.option, "seed", "budgets")
     for recipe in recipes:
         own = {k: v for k, v in options.items() if k not in ATTACH_OPTIONS}
-        make(recipe.stages[-1].method, {**recipe.stages[-1].options, **own})  # a wrong option is told before the long work
+        # a wrong option is told before the long work
+        make(recipe.stages[-1].method, {**recipe.stages[-1].options, **own})
     picture = None if args.image is None else open_image(args.image)
     if args.cpu_time:
         timing.use_cpu_time(args.device)
@@ -325,12 +412,25 @@ def run(args: argparse.Namespace) -> int:
         for path in args.out:
             save(result, path)
 
-    with tqdm(total=len(recipes) * len(args.budgets) * len(args.batches) * len(args.images), unit="row", disable=None) as bar:
+    with tqdm(
+        total=len(recipes) * len(args.budgets) * len(args.batches) * len(args.images), unit="row", disable=None
+    ) as bar:
         result = times(
-            model, processor, recipes, args.budgets, batches=args.batches, images=args.images, new_tokens=args.new_tokens, repeats=args.repeats,
-            seed=args.seed, options=options, pictures=None if picture is None else lambda i: picture, command="vtprune " + " ".join(args.argv), saved=saved,
+            model,
+            processor,
+            recipes,
+            args.budgets,
+            batches=args.batches,
+            images=args.images,
+            new_tokens=args.new_tokens,
+            repeats=args.repeats,
+            seed=args.seed,
+            options=options,
+            pictures=None if picture is None else lambda i: picture,
+            command="vtprune " + " ".join(args.argv),
+            saved=saved,
             progress=bar.set_description,
-        )  # fmt: skip
+        )
     verdicts = "\n".join(entry["verdict"] for entry in result["break_even"])
     print(json.dumps(result) if args.json else f"{text(cells(result))}\n\n{verdicts}")
     if all("error" in row for row in result["rows"]):

@@ -19,15 +19,29 @@ from .ledger import UndoLedger
 from .types import VtpruneError
 
 MEGAPIXELS = 50
-# Formats that are pixels and nothing else: Pillow also reads PostScript (through Ghostscript), PDF-like containers and formats that nobody sends as a picture.
+# Formats that are pixels and nothing else: Pillow also reads PostScript (through Ghostscript), PDF-like containers and
+# formats that nobody sends as a picture.
 RASTER = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
-# What a processor or its chat template raises on inputs that it does not take; templates are programs of the model's maker.
-PROCESSING = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, StopIteration, TypeError, ValueError, TemplateError)
+# What a processor or its chat template raises on inputs that it does not take; templates are programs of the model's
+# maker.
+PROCESSING = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StopIteration,
+    TypeError,
+    ValueError,
+    TemplateError,
+)
 
 
 @contextmanager
 def whole_pictures() -> Iterator[None]:
-    """Damaged pictures are errors inside, also where another library has told Pillow to fill them up (lmms-eval does)."""
+    """Damaged pictures are errors inside, also where another library has told Pillow to fill them up (lmms-eval
+    does)."""
     ledger = UndoLedger()
     ledger.replace(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
     try:
@@ -40,8 +54,8 @@ def open_image(path: str | Path) -> Image.Image:
     """The image file ``path``, upright and in RGB.
 
     Raises:
-        VtpruneError: the file is missing, is no image of :data:`RASTER`'s formats, is damaged, has more than :data:`MEGAPIXELS` million pixels (told from the
-            header, before decoding), or has values beyond 16 bits.
+        VtpruneError: the file is missing, is no image of :data:`RASTER`'s formats, is damaged, has more than
+            :data:`MEGAPIXELS` million pixels (told from the header, before decoding), or has values beyond 16 bits.
     """
     path = Path(path)
     if path.is_dir():
@@ -55,7 +69,9 @@ def open_image(path: str | Path) -> Image.Image:
         try:
             with Image.open(path, formats=formats) as image:
                 if image.width * image.height > MEGAPIXELS * 1_000_000:
-                    raise VtpruneError(f"{path} has {image.width} x {image.height} pixels; the limit is {MEGAPIXELS} megapixels")
+                    raise VtpruneError(
+                        f"{path} has {image.width} x {image.height} pixels; the limit is {MEGAPIXELS} megapixels"
+                    )
                 return _eight_bits(ImageOps.exif_transpose(image), path).convert("RGB")
         except VtpruneError:
             raise
@@ -68,7 +84,8 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
-    """Grey values of 16 bits as 8: Pillow's own conversion would cut them off at 255, which makes nearly everything white."""
+    """Grey values of 16 bits as 8: Pillow's own conversion would cut them off at 255, which makes nearly everything
+    white."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     values = np.asarray(image)
@@ -78,15 +95,21 @@ def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
 
 
 def prepare(processor: Any, images: Sequence[Image.Image | Sequence[Image.Image]], questions: Sequence[str]) -> Any:
-    """Left-padded model inputs for one question about each image, or about several: ``input_ids`` and ``attention_mask`` ``[B, T]``, ``pixel_values``
-    ``[B, 3, H, W]``.
+    """Left-padded model inputs for one question about each image, or about several: ``input_ids`` and
+    ``attention_mask`` ``[B, T]``, ``pixel_values`` ``[B, 3, H, W]``.
 
     Raises :class:`VtpruneError` for lists of unequal or zero length and for what :func:`prepare_chats` refuses.
     """
     if not images or len(images) != len(questions):
         raise VtpruneError(f"give one question per image; got {len(images)} images and {len(questions)} questions")
     shown = [[i] if isinstance(i, Image.Image) else i for i in images]
-    return prepare_chats(processor, [[{"role": "user", "content": [*map(image_part, s), text_part(q)]}] for s, q in zip(shown, questions, strict=True)])
+    return prepare_chats(
+        processor,
+        [
+            [{"role": "user", "content": [*map(image_part, s), text_part(q)]}]
+            for s, q in zip(shown, questions, strict=True)
+        ],
+    )
 
 
 def image_part(image: Image.Image) -> dict[str, Any]:
@@ -98,7 +121,8 @@ def text_part(text: str) -> dict[str, Any]:
 
 
 def video_part(path: str | Path, frames: int = 32) -> dict[str, Any]:
-    """``frames`` evenly spaced frames of a video file (fewer if it is shorter). Raises :class:`VtpruneError` if it cannot be read."""
+    """``frames`` evenly spaced frames of a video file (fewer if it is shorter). Raises :class:`VtpruneError` if it
+    cannot be read."""
     from transformers.video_utils import load_video
 
     path = Path(path)
@@ -107,7 +131,11 @@ def video_part(path: str | Path, frames: int = 32) -> dict[str, Any]:
     try:
         return {
             "type": "video",
-            "video": load_video(str(path), backend="pyav", sample_indices_fn=lambda metadata, **_: _even(metadata.total_num_frames, frames)),
+            "video": load_video(
+                str(path),
+                backend="pyav",
+                sample_indices_fn=lambda metadata, **_: _even(metadata.total_num_frames, frames),
+            ),
         }
     except ImportError as e:
         raise VtpruneError("reading videos needs PyAV: pip install av") from e
@@ -123,26 +151,37 @@ def prepare_chats(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> 
     """Left-padded model inputs for conversations that the model is to go on with.
 
     Args:
-        chats: per sample the messages, ``{"role": ..., "content": [part, ...]}`` with :func:`image_part`, :func:`video_part` and :func:`text_part`; all
-            samples must show the same kinds of things (:func:`kinds`).
+        chats: per sample the messages, ``{"role": ..., "content": [part, ...]}`` with :func:`image_part`,
+            :func:`video_part` and :func:`text_part`; all samples must show the same kinds of things (:func:`kinds`).
 
-    Raises :class:`VtpruneError` for a processor without chat template, for one that takes no videos, for a mixture of kinds, for text that holds the mark of an
-    image or video, for a template that leaves no place for them, and where the processor or its template fails.
+    Raises :class:`VtpruneError` for a processor without chat template, for one that takes no videos, for a mixture of
+    kinds, for text that holds the mark of an image or video, for a template that leaves no place for them, and where
+    the processor or its template fails.
     """
     if not getattr(processor, "chat_template", None):
-        raise VtpruneError(f"{type(processor).__name__} has no chat template, so it cannot say how a question is put to the model")
+        raise VtpruneError(
+            f"{type(processor).__name__} has no chat template, so it cannot say how a question is put to the model"
+        )
     if len(shown := {kinds(chat) for chat in chats}) > 1:
-        raise VtpruneError(f"samples that show different kinds of things cannot share a batch: {' / '.join(', '.join(k) or 'text' for k in sorted(shown))}")
+        raise VtpruneError(
+            "samples that show different kinds of things cannot share a batch: "
+            f"{' / '.join(', '.join(k) or 'text' for k in sorted(shown))}"
+        )
     for mark in marks(processor):
         if any(mark in text for chat in chats for text in _parts(chat, "text")):
-            raise VtpruneError(f"the text holds {mark!r}, which stands for a picture in this model's prompts: leave it out, pictures are put in by themselves")
+            raise VtpruneError(
+                f"the text holds {mark!r}, which stands for a picture in this model's prompts: leave it out, pictures "
+                "are put in by themselves"
+            )
     with _told(f"the chat template of {type(processor).__name__}"):
         bare = [[{**m, "content": [_bare(p) for p in m["content"]]} for m in chat] for chat in chats]
         texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in bare]
     if not all(isinstance(t, str) for t in texts):
         raise VtpruneError(f"the chat template of {type(processor).__name__} gives no text")
     start = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
-    special = not (start and texts[0].startswith(start))  # a template that writes the start token itself must not get a second one
+    special = not (
+        start and texts[0].startswith(start)
+    )  # a template that writes the start token itself must not get a second one
     given: dict[str, Any] = {"images": None}
     if "image" in (seen := shown.pop()):
         images = [_parts(chat, "image") for chat in chats]
@@ -151,27 +190,38 @@ def prepare_chats(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> 
         if getattr(processor, "video_processor", None) is None:
             raise VtpruneError(f"{type(processor).__name__} takes no videos")
         videos = [_parts(chat, "video") for chat in chats]
-        given |= {"videos": [[v for v, _ in found] for found in videos], "video_metadata": [[m for _, m in found] for found in videos]}
+        given |= {
+            "videos": [[v for v, _ in found] for found in videos],
+            "video_metadata": [[m for _, m in found] for found in videos],
+        }
         given["do_sample_frames"] = False
     with _told(type(processor).__name__):
-        inputs = processor(**given, text=texts, padding=True, padding_side="left", add_special_tokens=special, return_tensors="pt")
+        inputs = processor(
+            **given, text=texts, padding=True, padding_side="left", add_special_tokens=special, return_tensors="pt"
+        )
     _check_places(processor, inputs["input_ids"], seen)
     return inputs
 
 
 def _check_places(processor: Any, ids: torch.Tensor, seen: tuple[str, ...]) -> None:
-    """``ids`` ``[B, T]`` hold a place for what is seen: a template that forgets it leaves the model to guess, and not every processor counts."""
+    """``ids`` ``[B, T]`` hold a place for what is seen: a template that forgets it leaves the model to guess, and not
+    every processor counts."""
     tokenizer = getattr(processor, "tokenizer", None)
     if not seen or tokenizer is None:
         return
-    known = {number for number in map(tokenizer.convert_tokens_to_ids, marks(processor)) if isinstance(number, int)} - {tokenizer.unk_token_id}
+    known = {number for number in map(tokenizer.convert_tokens_to_ids, marks(processor)) if isinstance(number, int)} - {
+        tokenizer.unk_token_id
+    }
     places = torch.tensor(sorted(known), device=ids.device)
     if known and not torch.isin(ids, places).any(1).all():
-        raise VtpruneError(f"the chat template of {type(processor).__name__} leaves no place for the {seen[0]} in the prompt")
+        raise VtpruneError(
+            f"the chat template of {type(processor).__name__} leaves no place for the {seen[0]} in the prompt"
+        )
 
 
 def marks(processor: Any) -> set[str]:
-    """What stands for pictures and videos in a prompt: the words that the processor holds as ``..._token`` or ``..._tag``, and that of the placeholder."""
+    """What stands for pictures and videos in a prompt: the words that the processor holds as ``..._token`` or
+    ``..._tag``, and that of the placeholder."""
     found = {value for name, value in vars(processor).items() if name.endswith(("_token", "_tag"))}
     place = getattr(processor, "image_token_id", None)
     if isinstance(place, int):
@@ -187,7 +237,9 @@ def _told(who: str) -> Iterator[None]:
     except VtpruneError:
         raise
     except PROCESSING as e:
-        raise VtpruneError(f"{who} fails on this: {type(e).__name__}: {' '.join(str(e).split())[:300] or 'no reason given'}") from e
+        raise VtpruneError(
+            f"{who} fails on this: {type(e).__name__}: {' '.join(str(e).split())[:300] or 'no reason given'}"
+        ) from e
 
 
 def _parts(chat: Sequence[dict[str, Any]], kind: str) -> list[Any]:
@@ -208,9 +260,14 @@ def _bare(part: dict[str, Any]) -> dict[str, Any]:
 def generate(model: Any, processor: Any, inputs: Any, max_new_tokens: int = 5) -> list[str]:
     """Greedy continuations of ``inputs`` (see :func:`prepare`), decoded and stripped."""
     out = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False)
-    return [text.strip() for text in processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
+    return [
+        text.strip()
+        for text in processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ]
 
 
-def ask(model: Any, processor: Any, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int = 5) -> list[str]:
+def ask(
+    model: Any, processor: Any, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int = 5
+) -> list[str]:
     """The model's greedy answers to one question about each image, as one batch."""
     return generate(model, processor, prepare(processor, images, questions), max_new_tokens)

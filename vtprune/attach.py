@@ -1,5 +1,5 @@
-"""``attach``: binds a recipe to one model instance, owns every change to it, and reports what the last prefill did. The only place that sees methods and
-models."""
+"""``attach``: binds a recipe to one model instance, owns every change to it, and reports what the last prefill did. The
+only place that sees methods and models."""
 
 from __future__ import annotations
 
@@ -47,10 +47,18 @@ def bind(model: nn.Module) -> Any:
         if info.matches(model):
             return info.bind(model)
     hint = "; pass the whole model, ...ForConditionalGeneration" if type(model).__name__.endswith("Model") else ""
-    raise UnsupportedError(f"no adapter takes a {type(model).__name__}; there are {', '.join(ADAPTERS)} ('vtprune adapters' says more){hint}")
+    raise UnsupportedError(
+        f"no adapter takes a {type(model).__name__}; there are {', '.join(ADAPTERS)} ('vtprune adapters' says "
+        f"more){hint}"
+    )
 
 
-WRAPPERS = {"PeftModel": "base_model", "LoraModel": "model", "OptimizedModule": "_orig_mod", "DistributedDataParallel": "module"}
+WRAPPERS = {
+    "PeftModel": "base_model",
+    "LoraModel": "model",
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+}
 REPLICATING = {
     "DataParallel": "copies the model for every batch; use DistributedDataParallel",
     "FullyShardedDataParallel": "flattens the parameters that adapters look at; use fully_shard (FSDP2)",
@@ -60,19 +68,28 @@ REPLICATING = {
 def check_model(model: Any) -> None:
     """Raises :class:`UnsupportedError` for what is no module at all."""
     if not hasattr(type(model), "named_modules"):
-        raise UnsupportedError(f"a model is a torch.nn.Module that has been loaded, got {type(model).__name__} {str(model)[:60]!r}")
+        raise UnsupportedError(
+            f"a model is a torch.nn.Module that has been loaded, got {type(model).__name__} {str(model)[:60]!r}"
+        )
 
 
 def unwrap(model: Any) -> Any:
-    """The model inside a ``PeftModel``, a compiled model or ``DistributedDataParallel``: they call it with everything that is hooked into it. Raises
-    :class:`UnsupportedError` for wrappers that call something else."""
+    """The model inside a ``PeftModel``, a compiled model or ``DistributedDataParallel``: they call it with everything
+    that is hooked into it. Raises :class:`UnsupportedError` for wrappers that call something else."""
     check_model(model)
     while True:
         kinds = [k.__name__ for k in type(model).__mro__]
         for name, why in REPLICATING.items():
             if name in kinds:
                 raise UnsupportedError(f"{name} {why}")
-        inner = next((getattr(model, attribute) for name, attribute in WRAPPERS.items() if name in kinds and hasattr(model, attribute)), None)
+        inner = next(
+            (
+                getattr(model, attribute)
+                for name, attribute in WRAPPERS.items()
+                if name in kinds and hasattr(model, attribute)
+            ),
+            None,
+        )
         if inner is None:
             if "BaseTuner" in kinds and hasattr(model, "model"):  # peft's other tuners
                 inner = model.model
@@ -112,8 +129,8 @@ Planned = tuple[Stage, Method, tuple[Cut, ...]]
 
 
 def plan(geometry: Geometry, recipe: Recipe) -> list[Planned]:
-    """Every stage with its method and cuts, in execution order. Raises for unknown options, impossible budgets, needs that the model does not meet and stages
-    that cannot follow each other."""
+    """Every stage with its method and cuts, in execution order. Raises for unknown options, impossible budgets, needs
+    that the model does not meet and stages that cannot follow each other."""
     out = []
     for stage in recipe.stages:
         method = make(stage.method, stage.options)
@@ -122,26 +139,37 @@ def plan(geometry: Geometry, recipe: Recipe) -> list[Planned]:
         if not kinds:
             why = "".join(f" ({k}: {geometry.refuses[k]})" for k in info.kinds if k in geometry.refuses)
             raise UnsupportedError(
-                f"{info.name} works at {' / '.join(info.kinds)}; this model ({geometry.family}, {geometry.arch}) offers {' / '.join(geometry.provides)}{why}"
+                f"{info.name} works at {' / '.join(info.kinds)}; this model ({geometry.family}, {geometry.arch}) "
+                f"offers {' / '.join(geometry.provides)}{why}"
             )
         if info.raster and not geometry.raster:
-            raise UnsupportedError(f"{info.name} works on the image plane, which is not known of this model ({geometry.family}, {geometry.arch})")
+            raise UnsupportedError(
+                f"{info.name} works on the image plane, which is not known of this model ({geometry.family}, "
+                f"{geometry.arch})"
+            )
         if not info.budgeted and stage.keep is not None:
             raise VtpruneError(f"{info.name} takes no keep= (its options: {', '.join(info.options) or 'none'})")
         cuts = method.plan(geometry, budget(geometry, stage, method))
         for cut in cuts:
             if cut.kind not in info.kinds:
                 raise UnsupportedError(f"{info.name} works at {' / '.join(info.kinds)}, not at {cut.site}")
-            missing = info.needs.get(cut.kind, frozenset()) - geometry.provides.get(cut.kind, frozenset()) - geometry.traits
+            missing = (
+                info.needs.get(cut.kind, frozenset()) - geometry.provides.get(cut.kind, frozenset()) - geometry.traits
+            )
             if cut.kind not in geometry.provides or missing:
                 lacks = ", ".join(sorted(missing)) or f"{cut.kind} sites"
                 why = "".join(f" ({geometry.refuses[n]})" for n in sorted(missing) if n in geometry.refuses)
-                raise UnsupportedError(f"{info.name} needs {lacks}, which {geometry.family} ({geometry.arch}) does not provide{why}")
+                raise UnsupportedError(
+                    f"{info.name} needs {lacks}, which {geometry.family} ({geometry.arch}) does not provide{why}"
+                )
         out.append((stage, method, cuts))
     flat = [(_ORDER[c.kind], c.layer) for *_, cuts in out for c in cuts]
     starts = [(_ORDER[cuts[0].kind], cuts[0].layer) for *_, cuts in out if cuts]
     if starts != sorted(starts):
-        raise VtpruneError(f"recipe {recipe.name!r}: stages must be listed in execution order (pixels, vision, projector, llm; then by layer)")
+        raise VtpruneError(
+            f"recipe {recipe.name!r}: stages must be listed in execution order (pixels, vision, projector, llm; then "
+            "by layer)"
+        )
     if any(a[0] == b[0] == 0 for a, b in zip(flat, flat[1:], strict=False)):
         raise VtpruneError(f"recipe {recipe.name!r} resizes the pixels twice")
     compose(geometry, out)
@@ -149,11 +177,16 @@ def plan(geometry: Geometry, recipe: Recipe) -> list[Planned]:
 
 
 def compose(geometry: Geometry, stages: Sequence[Planned]) -> list[str]:
-    """Follows the tokens of an image through all cuts. Answers with a sentence for every stage that changes nothing; raises :class:`VtpruneError` for stages
-    that cannot follow each other: one that finds no tokens, needs the whole raster, equal counts or the attention in front of its cut behind a stage that
-    leaves none of these, remembers tokens that are merged meanwhile, or cuts while others are put aside."""
+    """Follows the tokens of an image through all cuts. Answers with a sentence for every stage that changes nothing;
+    raises :class:`VtpruneError` for stages that cannot follow each other: one that finds no tokens, needs the whole
+    raster, equal counts or the attention in front of its cut behind a stage that leaves none of these, remembers tokens
+    that are merged meanwhile, or cuts while others are put aside."""
 
-    def when(at: tuple[int, int]) -> tuple[int, int, bool]:  # within a block what is inside comes first, within a decoder layer what is context last
+    def when(
+        at: tuple[int, int],
+    ) -> tuple[
+        int, int, bool
+    ]:  # within a block what is inside comes first, within a decoder layer what is context last
         cut = stages[at[0]][2][at[1]]
         return _ORDER[cut.kind], cut.layer, cut.context or (cut.kind == "vision" and not cut.inside)
 
@@ -162,7 +195,9 @@ def compose(geometry: Geometry, stages: Sequence[Planned]) -> list[str]:
     names = [method.info.name for _, method, _ in stages]
     most = least = full = geometry.tokens  # an image has so many when a cut decides
     reducer, merger, aside, idle = "", -1, 0, dict.fromkeys(first, 0)
-    ints = False  # budgets of whole tokens in the tower: one of its passes need not be what a budget behind it applies to
+    ints = (
+        False  # budgets of whole tokens in the tower: one of its passes need not be what a budget behind it applies to
+    )
     for n, (s, i) in enumerate(order):
         stage, method, cuts = stages[s]
         cut, info = cuts[i], method.info
@@ -171,19 +206,30 @@ def compose(geometry: Geometry, stages: Sequence[Planned]) -> list[str]:
         busy = next((t for t in first if t != s and stages[t][1].info.routes and first[t] < n <= last[t]), None)
         if busy is not None:
             where = "in front of all its sites or behind them"
-            raise VtpruneError(f"{info.name} cuts at {cut.site}, where {names[busy]} has put the visual tokens aside: place it {where}")
+            raise VtpruneError(
+                f"{info.name} cuts at {cut.site}, where {names[busy]} has put the visual tokens aside: place it {where}"
+            )
         if most == 0 and n == first[s]:
             raise VtpruneError(f"{info.name} at {cut.site} finds no visual tokens: {reducer} has taken them all")
         if info.whole and reducer:
-            raise VtpruneError(f"{info.name} needs the whole raster; it cannot follow {reducer}, which drops or merges tokens")
+            raise VtpruneError(
+                f"{info.name} needs the whole raster; it cannot follow {reducer}, which drops or merges tokens"
+            )
         if info.even and least < most:
-            raise VtpruneError(f"{info.name} needs the same number of tokens in every image; {reducer} keeps different numbers in front of {cut.site}")
+            raise VtpruneError(
+                f"{info.name} needs the same number of tokens in every image; {reducer} keeps different numbers in "
+                f"front of {cut.site}"
+            )
         if info.carries and first[s] < merger < n and order[merger][0] != s:
-            raise VtpruneError(f"{info.name} averages each token's score over the blocks, which {names[order[merger][0]]} in between would merge")
+            raise VtpruneError(
+                f"{info.name} averages each token's score over the blocks, which {names[order[merger][0]]} in between "
+                "would merge"
+            )
         looks = cut.observe or "projections" in info.needs.get(cut.kind, ())
         if looks and n and stages[order[n - 1][0]][2][order[n - 1][1]].site == cut.site:
             raise VtpruneError(
-                f"{names[order[n - 1][0]]} and {info.name} both cut at {cut.site}; the second cannot use attention from before the first: move one"
+                f"{names[order[n - 1][0]]} and {info.name} both cut at {cut.site}; the second cannot use attention "
+                "from before the first: move one"
             )
         before = most
         if cut.restore or cut.context:
@@ -201,7 +247,11 @@ def compose(geometry: Geometry, stages: Sequence[Planned]) -> list[str]:
         if not (isinstance(wanted, float) and wanted == 1 if geometry.variable else cut.keep >= full):
             reducer = info.name
             merger = n if info.merges else merger
-    return [_idle(geometry, stages, s) for s, count in idle.items() if count == len(stages[s][2]) and _wants(geometry, stages[s])]
+    return [
+        _idle(geometry, stages, s)
+        for s, count in idle.items()
+        if count == len(stages[s][2]) and _wants(geometry, stages[s])
+    ]
 
 
 def _wants(geometry: Geometry, planned: Planned) -> bool:
@@ -217,13 +267,15 @@ def _idle(geometry: Geometry, stages: Sequence[Planned], s: int) -> str:
     stage, method, cuts = stages[s]
     keep = cuts[-1].keep
     return (
-        f"{method.info.name} changes nothing: its budget is {keep} of an image's {geometry.tokens} visual tokens, and no more than that are left in front of it"
+        f"{method.info.name} changes nothing: its budget is {keep} of an image's {geometry.tokens} visual tokens, and "
+        "no more than that are left in front of it"
         " (a fraction keep= counts from the original tokens)"
     )
 
 
 def budget(geometry: Geometry, stage: Stage, method: Method) -> int | None:
-    """Tokens that ``stage`` keeps of a unit of ``geometry.tokens``; a unit that has fewer than asked for keeps all it has where sizes vary."""
+    """Tokens that ``stage`` keeps of a unit of ``geometry.tokens``; a unit that has fewer than asked for keeps all it
+    has where sizes vary."""
     wanted = method.info.keep if stage.keep is None else stage.keep
     if wanted is None or not method.info.budgeted:
         return None
@@ -241,13 +293,17 @@ def check_seed(seed: Any) -> None:
 
 
 def check_options(geometry: Geometry, *, positions: Any = "original", seed: Any = 0, per: Any = None) -> None:
-    """Raises :class:`VtpruneError` for values of :data:`ATTACH_OPTIONS` that a model of this ``geometry`` does not take."""
+    """Raises :class:`VtpruneError` for values of :data:`ATTACH_OPTIONS` that a model of this ``geometry`` does not
+    take."""
     if positions not in ("original", "compact"):
         raise VtpruneError(f"positions={positions!r} is not one of 'original', 'compact'")
     if positions != "original" and geometry.llm_layers == 0:
         raise VtpruneError("positions= is for models with a language model")
     if positions != "original" and geometry.mrope:
-        raise UnsupportedError(f"{geometry.family} places visual tokens by time, row and column; renumbering them is not defined: positions='original'")
+        raise UnsupportedError(
+            f"{geometry.family} places visual tokens by time, row and column; renumbering them is not defined: "
+            "positions='original'"
+        )
     check_seed(seed)
     if per is not None and per not in geometry.per:
         raise VtpruneError(f"per={per!r}: {geometry.family} takes {', '.join(map(repr, geometry.per))}")
@@ -259,15 +315,16 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
     Args:
         model: an unmodified Hugging Face MLLM or vision tower, or a timm ``VisionTransformer``.
         recipe: a registered name, a :class:`Recipe`, or a path to its JSON / YAML form.
-        **overrides: ``keep=`` tokens per image after the last cut (int) or their fraction (float in (0, 1]); ``effective_tokens=`` / ``flops=`` let the
-        budget solver
-            derive the schedule; ``positions="original" | "compact"`` (in-LLM and projector cuts); ``seed=`` for random methods; ``per=`` what a budget
-            applies to behind the projector: ``"image"`` (a video's frame), ``"tile"``, ``"video"`` (all its frames) or ``"sample"`` (everything in a
-            prompt), the default being the family's first; all else are the last stage's options.
+        **overrides: ``keep=`` tokens per image after the last cut (int) or their fraction (float in (0, 1]);
+        ``effective_tokens=`` / ``flops=`` let the budget solver
+            derive the schedule; ``positions="original" | "compact"`` (in-LLM and projector cuts); ``seed=`` for random
+            methods; ``per=`` what a budget applies to behind the projector: ``"image"`` (a video's frame), ``"tile"``,
+            ``"video"`` (all its frames) or ``"sample"`` (everything in a prompt), the default being the family's first;
+            all else are the last stage's options.
 
     Raises:
-        VtpruneError: unknown recipe or option, impossible budget, a model that is attached already; :class:`UnsupportedError` if the model lacks what a
-        method needs.
+        VtpruneError: unknown recipe or option, impossible budget, a model that is attached already;
+        :class:`UnsupportedError` if the model lacks what a method needs.
     """
     model = unwrap(model)
     chosen = load_recipe(recipe)
@@ -282,9 +339,13 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
         chosen = chosen.override(**overrides)
     with _attaching:
         if model in _live:
-            raise VtpruneError("this model is attached already; call remove() on its handle first, or put all stages into one recipe")
+            raise VtpruneError(
+                "this model is attached already; call remove() on its handle first, or put all stages into one recipe"
+            )
         if (other := _overlap(model)) is not None:
-            raise VtpruneError(f"parts of this model belong to a {other} that is attached already; call remove() on its handle first")
+            raise VtpruneError(
+                f"parts of this model belong to a {other} that is attached already; call remove() on its handle first"
+            )
         strip(model)
         adapter = bind(model)
         check_options(adapter.geometry, **extra)
@@ -300,8 +361,9 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
 
 
 class _Decider:
-    """Asks a method for its decision at one cut. Units of other sizes than the model's typical one have plans of their own: the method is called once per kind
-    of unit. Decisions carry no gradient: it flows through what is kept (PyramidDrop, arXiv 2410.17247, trains this way)."""
+    """Asks a method for its decision at one cut. Units of other sizes than the model's typical one have plans of their
+    own: the method is called once per kind of unit. Decisions carry no gradient: it flows through what is kept
+    (PyramidDrop, arXiv 2410.17247, trains this way)."""
 
     def __init__(self, geometry: Geometry, stage: Stage, method: Method, cuts: tuple[Cut, ...], number: int):
         self.geometry, self.stage, self.method, self.cuts, self.number = geometry, stage, method, cuts, number
@@ -321,7 +383,11 @@ class _Decider:
                 kinds.setdefault(rasters, []).append(g)
             groups: dict[tuple[Rasters, tuple[int, ...]], list[int]] = {}
             for rasters, rows in kinds.items():
-                left = self._left(view, rasters, rows) if self.method.info.raster and len(rasters) > 1 else [()] * len(rows)
+                left = (
+                    self._left(view, rasters, rows)
+                    if self.method.info.raster and len(rasters) > 1
+                    else [()] * len(rows)
+                )
                 for row, counts in zip(rows, left, strict=True):
                     groups.setdefault((rasters, counts), []).append(row)
             shared: dict[Any, Any] = {}
@@ -331,7 +397,9 @@ class _Decider:
                 part = subview(view, rows, rasters[0] if whole else (sum(r * c for r, c in rasters), 1), shared)
                 if not whole:
                     part = replace(part, rasters=(rasters,) * len(rows))
-                parts.append((rows, self._rasters(part, cut, rasters, counts) if counts else self.method.select(part, cut)))
+                parts.append(
+                    (rows, self._rasters(part, cut, rasters, counts) if counts else self.method.select(part, cut))
+                )
             return join(view, parts)
 
     def _cut(self, rasters: Rasters) -> Cut:
@@ -339,10 +407,19 @@ class _Decider:
         if rasters not in self.plans:
             n = sum(r * c for r, c in rasters)
             one = len(rasters) == 1
-            geometry = replace(self.geometry, tokens=n, grid=rasters[0] if one else (n, 1), rasters=() if one else rasters, variable=True)
+            geometry = replace(
+                self.geometry,
+                tokens=n,
+                grid=rasters[0] if one else (n, 1),
+                rasters=() if one else rasters,
+                variable=True,
+            )
             cuts = self.method.plan(geometry, budget(geometry, self.stage, self.method))
             if [c.site for c in cuts] != [c.site for c in self.cuts]:
-                raise UnsupportedError(f"{self.method.info.name} would cut elsewhere for an image of {n} tokens than for one of {self.geometry.tokens}")
+                raise UnsupportedError(
+                    f"{self.method.info.name} would cut elsewhere for an image of {n} tokens than for one of "
+                    f"{self.geometry.tokens}"
+                )
             self.plans[rasters] = cuts[self.number]
         return self.plans[rasters]
 
@@ -355,12 +432,14 @@ class _Decider:
         ends = torch.tensor([r * c for r, c in rasters], device=at.device).cumsum(0)
         valid = view.valid[at]
         number = torch.bucketize(torch.where(valid, view.index[at], 0), ends, right=True)
-        counts = torch.zeros(len(rows), len(rasters), dtype=torch.long, device=at.device).scatter_add_(1, number, valid.long())
+        counts = torch.zeros(len(rows), len(rasters), dtype=torch.long, device=at.device).scatter_add_(
+            1, number, valid.long()
+        )
         return [tuple(row) for row in counts.tolist()]
 
     def _rasters(self, view: TokenView, cut: Cut, rasters: Rasters, left: tuple[int, ...]) -> Selection:
-        """A method of the image plane on units of several rasters, of which ``left`` tokens are there: each raster's share of the budget is that of its tokens
-        (largest remainders)."""
+        """A method of the image plane on units of several rasters, of which ``left`` tokens are there: each raster's
+        share of the budget is that of its tokens (largest remainders)."""
         import torch
 
         b, n = view.index.shape
@@ -377,7 +456,11 @@ class _Decider:
         for grid, m, start, share in zip(rasters, left, starts, shares, strict=True):
             if not share:
                 continue
-            at = (view.valid & (view.index >= start) & (view.index < start + grid[0] * grid[1])).nonzero()[:, 1].view(b, m)
+            at = (
+                (view.valid & (view.index >= start) & (view.index < start + grid[0] * grid[1]))
+                .nonzero()[:, 1]
+                .view(b, m)
+            )
             small = replace(
                 view,
                 features=gather(view.features, at),
@@ -394,7 +477,11 @@ class _Decider:
             chosen = at if found is None else torch.where(found.kept >= 0, at.gather(1, found.kept.clamp_min(0)), n)
             keep.scatter_(1, chosen, True)
             if found is not None and found.score is not None:
-                score = torch.full(view.valid.shape, torch.nan, dtype=torch.float64, device=keep.device) if score is None else score
+                score = (
+                    torch.full(view.valid.shape, torch.nan, dtype=torch.float64, device=keep.device)
+                    if score is None
+                    else score
+                )
                 score.scatter_(1, at, found.score.double())
             if found is None or found.target is None:  # what stays is its own slot
                 target.scatter_(1, at, torch.where(keep.gather(1, at), at, -1))
@@ -408,9 +495,19 @@ class _Decider:
 
 
 class Handle:
-    """Owns one attachment. Leaving its context, or :meth:`remove`, restores the model exactly, also after an exception."""
+    """Owns one attachment. Leaving its context, or :meth:`remove`, restores the model exactly, also after an
+    exception."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, adapter: Any, *, positions: str = "original", seed: int = 0, per: str | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        adapter: Any,
+        *,
+        positions: str = "original",
+        seed: int = 0,
+        per: str | None = None,
+    ):
         from vtprune.models._host import forget_compiled
         from vtprune.models.base import PlannedCut
 
@@ -419,15 +516,25 @@ class Handle:
         check_options(adapter.geometry, positions=positions, seed=seed, per=per)
         for stage, method, cuts in stages:
             inside = any(c.kind in ("pixels", "vision") for c in cuts)
-            if inside and isinstance(stage.keep, int) and (per or adapter.geometry.per[0]) != "tile" and "tile" in adapter.geometry.per:
+            if (
+                inside
+                and isinstance(stage.keep, int)
+                and (per or adapter.geometry.per[0]) != "tile"
+                and "tile" in adapter.geometry.per
+            ):
                 raise VtpruneError(
-                    f"{method.info.name} works in the vision tower, which sees one tile at a time: keep= takes a fraction, or with per='tile' tokens of a tile"
+                    f"{method.info.name} works in the vision tower, which sees one tile at a time: keep= takes a "
+                    "fraction, or with per='tile' tokens of a tile"
                 )
         self._ledger = UndoLedger()
         self._methods: list[Method] = []
-        self.modules: dict[str, Any] = {}  # by method; behind the first of one method, by method and number of the stage
+        self.modules: dict[
+            str, Any
+        ] = {}  # by method; behind the first of one method, by method and number of the stage
         self._modules: dict[int, Any] = {}  # by number of the stage
-        self._splits = {n: cut.layer for n, (_, _, cuts) in enumerate(stages) for cut in cuts if cut.stash}  # which layer side branches are copies of
+        self._splits = {
+            n: cut.layer for n, (_, _, cuts) in enumerate(stages) for cut in cuts if cut.stash
+        }  # which layer side branches are copies of
         planned: list[PlannedCut] = []
         self._inside = False
         for number, (stage, method, cuts) in enumerate(stages):
@@ -451,17 +558,22 @@ class Handle:
                         stage=number,
                         memory_key=number,
                         select=_Decider(adapter.geometry, stage, method, cuts, i),
-                        bring_back=lambda hidden, run, method=method, module=module: method.restore(hidden, run, module),
+                        bring_back=lambda hidden, run, method=method, module=module: method.restore(
+                            hidden, run, module
+                        ),
                     )
                 )
         self._names = [stage.method for stage, *_ in stages]
         self._rasters = [method.info.raster for _, method, _ in stages]
         self._vision: deque[ReferenceType[Run]] = deque(maxlen=32)  # recent passes of the tower; who needs one holds it
         self._local = threading.local()
-        self._threads: WeakKeyDictionary[threading.Thread, Any] = WeakKeyDictionary()  # each thread's most recent prefill
+        # each thread's most recent prefill
+        self._threads: WeakKeyDictionary[threading.Thread, Any] = WeakKeyDictionary()
         self._requests: WeakKeyDictionary[Any, Request] | None = None
         try:
-            adapter.install(planned, self._ledger, self, positions=positions, per=per or adapter.geometry.per[0], seed=seed)
+            adapter.install(
+                planned, self._ledger, self, positions=positions, per=per or adapter.geometry.per[0], seed=seed
+            )
         except BaseException:
             self._ledger.undo()
             raise
@@ -473,7 +585,8 @@ class Handle:
 
     @property
     def _last(self) -> Any:
-        """The calling thread's most recent prefill ``(run, request)``; that of the only thread there was, for a thread that has read none itself."""
+        """The calling thread's most recent prefill ``(run, request)``; that of the only thread there was, for a thread
+        that has read none itself."""
         found = self._threads.get(threading.current_thread())
         known = list(self._threads.values())
         return known[0] if found is None and len(known) == 1 else found
@@ -507,7 +620,8 @@ class Handle:
         self.remove()
 
     def remove(self) -> None:
-        """Restores the model; may be called more than once. Caches of prompts that were pruned are closed: the model alone cannot go on with them."""
+        """Restores the model; may be called more than once. Caches of prompts that were pruned are closed: the model
+        alone cannot go on with them."""
         from vtprune.models._host import forget_compiled
 
         with _attaching:
@@ -521,13 +635,14 @@ class Handle:
             self._model = None
 
     def reseed(self, seed: int | Sequence[int]) -> None:
-        """The seed of the next forwards (methods that draw at random): one for all, or one for each sample of the batch (in the vision tower: of each image or
-        tile); a forward of another size then raises :class:`VtpruneError`."""
+        """The seed of the next forwards (methods that draw at random): one for all, or one for each sample of the batch
+        (in the vision tower: of each image or tile); a forward of another size then raises :class:`VtpruneError`."""
         self.adapter.reseed(seed if isinstance(seed, int) else tuple(seed))
 
     def report(self, of: Any = None) -> Report:
-        """What a prefill did: the calling thread's most recent one, or that of the request which the key-value cache ``of`` belongs to (as the model or
-        ``generate`` returned it). Raises :class:`VtpruneError` where there was none."""
+        """What a prefill did: the calling thread's most recent one, or that of the request which the key-value cache
+        ``of`` belongs to (as the model or ``generate`` returned it). Raises :class:`VtpruneError` where there was
+        none."""
         if of is not None:
             known = self.adapter.decoder.requests.items() if self.geometry.llm_layers else ()
             request = next((request for cache, request in list(known) if cache is of), None)
@@ -543,7 +658,8 @@ class Handle:
 
     @property
     def passes(self) -> list[tuple[Run, int]]:
-        """The vision tower's own books of the most recent prefill: ``(run, row)`` of every pass, in the prompt's order; empty without stages there."""
+        """The vision tower's own books of the most recent prefill: ``(run, row)`` of every pass, in the prompt's order;
+        empty without stages there."""
         last = self._last
         if last is None:
             return []
@@ -557,7 +673,10 @@ class Handle:
 
         s, n = self._cost, run.tokens
         per = list(zip(*run.layer_tokens, strict=True))  # per image, per block
-        flops = sum(cost.vision(s, 1, self._patches(run), row, self._inside, float(run.valid[g].sum())) for g, row in enumerate(per))
+        flops = sum(
+            cost.vision(s, 1, self._patches(run), row, self._inside, float(run.valid[g].sum()))
+            for g, row in enumerate(per)
+        )
         stages = tuple(self._stage(told(r, n)) for r in run.records)
         return Report(
             visual_tokens=[n] * run.images,
@@ -577,7 +696,9 @@ class Handle:
 
     def _stage(self, record: Record) -> StageReport:
         r = record
-        return StageReport(r.site, self._names[r.stage], r.tokens_in, r.tokens_out, r.kept, r.assignment, r.scores, r.units)
+        return StageReport(
+            r.site, self._names[r.stage], r.tokens_in, r.tokens_out, r.kept, r.assignment, r.scores, r.units
+        )
 
     def _report_mllm(self, request: Request) -> Report:
         from vtprune.models._books import by_sample, tower_record
@@ -597,13 +718,17 @@ class Handle:
             for run, g in self.passes:
                 out = [r for r in run.records if r.site.startswith(("vision", "pixels"))]
                 projected = float(out[-1].tokens_out[g] if out else run.tokens)
-                flops += cost.vision(s, 1, self._patches(run), [row[g] for row in lengths[id(run)]], self._inside, projected)
+                flops += cost.vision(
+                    s, 1, self._patches(run), [row[g] for row in lengths[id(run)]], self._inside, projected
+                )
         layers = [list(row) for row in zip(*request.layer_tokens, strict=True)]  # per sample, per layer
         total = [sum(len(p.columns) for p in parts) for parts in request.parts]
         text = request.text_tokens
         dense = [[total[b] + text[b]] * s.depth for b in range(samples)]
         real = [[c + text[b] for c in layers[b]] for b in range(samples)]  # whose keys and values the layer holds
-        whole = [[c - request.keys_only.get(i, [0] * samples)[b] for i, c in enumerate(real[b])] for b in range(samples)]  # that pass through it
+        whole = [
+            [c - request.keys_only.get(i, [0] * samples)[b] for i, c in enumerate(real[b])] for b in range(samples)
+        ]  # that pass through it
         for stage, counts in request.branched.items():  # a routing method's side branch
             flops += sum(len(self._modules[stage]) * cost.decoder_layer(s, self._splits[stage], n) for n in counts)
         return Report(

@@ -1,4 +1,5 @@
-"""Measures methods on questions with known answers: accuracy per ability, cost, prefill time against dense in the same run, and where tokens are kept."""
+"""Measures methods on questions with known answers: accuracy per ability, cost, prefill time against dense in the same
+run, and where tokens are kept."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ MAX_NEW_TOKENS = 5
 
 @dataclass(frozen=True)
 class Sample:
-    """One question. ``image``: RGB picture or a path; ``boxes``: (left, top, right, bottom) pixels where the answer lies; ``source``: ``"<set>/<image>"``."""
+    """One question. ``image``: RGB picture or a path; ``boxes``: (left, top, right, bottom) pixels where the answer
+    lies; ``source``: ``"<set>/<image>"``."""
 
     image: Image.Image | str | Path
     question: str
@@ -46,7 +48,11 @@ class Sample:
 
     def __post_init__(self) -> None:
         if not self.source:
-            what = self.image if not isinstance(self.image, Image.Image) else digest(self.image.size, self.image.tobytes().hex())
+            what = (
+                self.image
+                if not isinstance(self.image, Image.Image)
+                else digest(self.image.size, self.image.tobytes().hex())
+            )
             object.__setattr__(self, "source", f"questions/{what}")
 
     @property
@@ -57,11 +63,13 @@ class Sample:
         return self.image if isinstance(self.image, Image.Image) else open_image(self.image)
 
 
-# --------------------------------------------------------------------------------------------------------------- samples
+# ---------------------------------------------------------------------------------------------------------------
+# samples
 
 
 def easy_vqa_samples(n: int, split: str = "test") -> list[Sample]:
-    """``n`` questions of easy-VQA: colour, shape, yes/no in turn (yes and no in turn); always the same. Raises :class:`VtpruneError` without the package."""
+    """``n`` questions of easy-VQA: colour, shape, yes/no in turn (yes and no in turn); always the same. Raises
+    :class:`VtpruneError` without the package."""
     from .data import easyvqa
 
     if n < 1:
@@ -103,7 +111,8 @@ def matches(answer: str, expected: str) -> bool:
     return "".join(answer.lower().split()) == "".join(expected.lower().split())
 
 
-# ------------------------------------------------------------------------------------------------------------- measuring
+# -------------------------------------------------------------------------------------------------------------
+# measuring
 
 
 @torch.no_grad()
@@ -120,24 +129,28 @@ def evaluate(
     journal: Journal | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
-    """Answers ``samples`` with ``recipe`` attached (``None``: the unpatched model). In float32 the result does not depend on ``batch``.
+    """Answers ``samples`` with ``recipe`` attached (``None``: the unpatched model). In float32 the result does not
+    depend on ``batch``.
 
     Args:
         batch: questions per forward.
         seed: methods that draw at random draw for sample i of its set with :func:`sample_seed` of ``seed`` and i.
         progress: called with the number of samples after each batch.
-        timing: repeats of the prefill measurement (:func:`prefill`) on the first :data:`TIMED` samples; 0 leaves it out.
+        timing: repeats of the prefill measurement (:func:`prefill`) on the first :data:`TIMED` samples; 0 leaves it
+            out.
         journal: keeps what is done; samples that it holds already are not done again.
         **overrides: as for :func:`vtprune.attach`.
 
     Returns:
-        ``answers`` and ``correct`` per sample; means over samples: ``effective_tokens`` of ``visual_tokens``, ``nominal_tokens`` behind the last stage,
-        ``layer_tokens`` per language-model layer; ``flops``, ``kv_bytes`` and their ``dense_`` counterparts, sums over samples; ``rows`` and ``columns``:
-        tokens kept by the last dropping stage per image row and column (``None`` if none dropped); ``recipe`` as used, ``key``; with ``timing`` what
+        ``answers`` and ``correct`` per sample; means over samples: ``effective_tokens`` of ``visual_tokens``,
+        ``nominal_tokens`` behind the last stage, ``layer_tokens`` per language-model layer; ``flops``, ``kv_bytes`` and
+        their ``dense_`` counterparts, sums over samples; ``rows`` and ``columns``: tokens kept by the last dropping
+        stage per image row and column (``None`` if none dropped); ``recipe`` as used, ``key``; with ``timing`` what
         :func:`prefill` gives.
 
     Raises:
-        VtpruneError: no samples, or whatever :func:`vtprune.attach` refuses; :class:`RunError` if a sample cannot be read, the model fails or the disk is
+        VtpruneError: no samples, or whatever :func:`vtprune.attach` refuses; :class:`RunError` if a sample cannot be
+            read, the model fails or the disk is
         full: its message says what is kept.
     """
     if not samples or batch < 1:
@@ -152,7 +165,9 @@ def evaluate(
         for lo in range(first, len(samples), batch):
             part = samples[lo : lo + batch]
             with journal.located(f"question{'' if len(part) == 1 else 's'} {_range(part, lo)}"):
-                inputs = prepare(processor, [s.picture() for s in part], [s.question for s in part]).to(model.device, model.dtype)
+                inputs = prepare(processor, [s.picture() for s in part], [s.question for s in part]).to(
+                    model.device, model.dtype
+                )
                 if handle is not None:
                     handle.reseed(seeds[lo : lo + batch])
                 answers = generate(model, processor, inputs, MAX_NEW_TOKENS)
@@ -277,8 +292,8 @@ def dense_report(model: Any, inputs: Any) -> Report:
 
 
 def kept_places(report: Report, i: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Tokens of sample ``i`` kept per image row and per image column, by the last stage that dropped some but not all (``None``: none did, or the sample's
-    images have several shapes). A merged group is spread over its members."""
+    """Tokens of sample ``i`` kept per image row and per image column, by the last stage that dropped some but not all
+    (``None``: none did, or the sample's images have several shapes). A merged group is spread over its members."""
     grids = {*report.grids[i]}
     partial = [s for s in report.stages if 0 < s.tokens_out[i] < report.visual_tokens[i]]
     if len(grids) != 1 or not partial:
@@ -291,20 +306,34 @@ def kept_places(report: Report, i: int) -> tuple[np.ndarray, np.ndarray] | None:
         where = np.flatnonzero(slot >= 0)
         share = 1 / np.bincount(slot[where])[slot[where]]
     where = where % (height * width)
-    return np.bincount(where // width, weights=share, minlength=height), np.bincount(where % width, weights=share, minlength=width)
+    return np.bincount(where // width, weights=share, minlength=height), np.bincount(
+        where % width, weights=share, minlength=width
+    )
 
 
 @torch.no_grad()
-def prefill(model: Any, inputs: Any, recipe: Recipe | None, *, repeats: int = 5, seed: int = 0, cpu_time: bool = False, **extra: Any) -> dict[str, Any]:
-    """Times of one prefill. Dense and pruned take turns, so that a busy machine slows both, and every pruned one stands between two dense ones: a round's ratio
-    is pruned over their mean. Attaching and the first prefill behind it, which plans for the pictures' sizes, are in no time.
+def prefill(
+    model: Any,
+    inputs: Any,
+    recipe: Recipe | None,
+    *,
+    repeats: int = 5,
+    seed: int = 0,
+    cpu_time: bool = False,
+    **extra: Any,
+) -> dict[str, Any]:
+    """Times of one prefill. Dense and pruned take turns, so that a busy machine slows both, and every pruned one stands
+    between two dense ones: a round's ratio is pruned over their mean. Attaching and the first prefill behind it, which
+    plans for the pictures' sizes, are in no time.
 
     Args:
-        repeats: rounds, after one dense prefill that is thrown away. cpu_time: one thread's CPU time, for machines that others use as well.
+        repeats: rounds, after one dense prefill that is thrown away. cpu_time: one thread's CPU time, for machines that
+            others use as well.
 
     Returns:
-        ``prefill_ms`` and ``dense_prefill_ms``, medians in milliseconds; ``prefill_ratio`` the median of the rounds' ratios, ``prefill_range`` the smallest and
-        largest; ``prefill_verdict`` what they tell (:func:`vtprune.timing.verdict`). Of ``recipe`` ``None`` the dense time alone.
+        ``prefill_ms`` and ``dense_prefill_ms``, medians in milliseconds; ``prefill_ratio`` the median of the rounds'
+        ratios, ``prefill_range`` the smallest and largest; ``prefill_verdict`` what they tell
+        (:func:`vtprune.timing.verdict`). Of ``recipe`` ``None`` the dense time alone.
     """
     with timing.cpu_time() if cpu_time else nullcontext():
         moments = timing.Moments(model)
@@ -333,12 +362,19 @@ def prefill(model: Any, inputs: Any, recipe: Recipe | None, *, repeats: int = 5,
     return {**out, "prefill_verdict": timing.verdict(ratios, [b / a for a, b in itertools.pairwise(dense)], rest)}
 
 
-# ------------------------------------------------------------------------------------------------------------ statistics
+# ------------------------------------------------------------------------------------------------------------
+# statistics
 
 
-def bootstrap(correct_a: Sequence[float], correct_b: Sequence[float], n: int = 2000, seed: int = 0, groups: Sequence[str] | None = None) -> tuple[float, float]:
-    """Paired bootstrap: the 95 % interval of ``mean(a) - mean(b)`` over ``n`` resamples. ``groups``: samples with the same name (one image) are drawn together;
-    one image alone has no spread.
+def bootstrap(
+    correct_a: Sequence[float],
+    correct_b: Sequence[float],
+    n: int = 2000,
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
+) -> tuple[float, float]:
+    """Paired bootstrap: the 95 % interval of ``mean(a) - mean(b)`` over ``n`` resamples. ``groups``: samples with the
+    same name (one image) are drawn together; one image alone has no spread.
 
     Raises :class:`VtpruneError` for empty or unequal lists.
     """
@@ -354,13 +390,18 @@ def bootstrap(correct_a: Sequence[float], correct_b: Sequence[float], n: int = 2
     return float(low), float(high)
 
 
-def interval(correct: Sequence[float], n: int = 2000, seed: int = 0, groups: Sequence[str] | None = None) -> tuple[float, float]:
+def interval(
+    correct: Sequence[float], n: int = 2000, seed: int = 0, groups: Sequence[str] | None = None
+) -> tuple[float, float]:
     """The 95 % bootstrap interval of an accuracy; see :func:`bootstrap`."""
     return bootstrap(correct, [0.0] * len(correct), n, seed, groups)
 
 
-def average_interval(correct: Sequence[float], samples: Sequence[Sample], n: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean over abilities; images are drawn as a whole, abilities that a draw misses are left out of it."""
+def average_interval(
+    correct: Sequence[float], samples: Sequence[Sample], n: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the mean over abilities; images are drawn as a whole, abilities that a draw misses
+    are left out of it."""
     images, image = np.unique([s.source for s in samples], return_inverse=True)
     abilities, ability = np.unique([s.ability for s in samples], return_inverse=True)
     right, asked = np.zeros((2, len(images), len(abilities)))
@@ -385,8 +426,9 @@ def means(values: Sequence[float], keys: Iterable[str]) -> dict[str, float]:
 
 
 def score(correct: Sequence[float], samples: Sequence[Sample], dense: Sequence[float] | None = None) -> dict[str, Any]:
-    """``sets``: per question set ``accuracy``, ``interval`` and, against ``dense``, ``difference`` with its interval; ``abilities`` and their intervals; their
-    ``average`` and ``worst``; with ``dense`` the mean and the least share of its accuracy, ``relative_average`` and ``relative_worst``."""
+    """``sets``: per question set ``accuracy``, ``interval`` and, against ``dense``, ``difference`` with its interval;
+    ``abilities`` and their intervals; their ``average`` and ``worst``; with ``dense`` the mean and the least share of
+    its accuracy, ``relative_average`` and ``relative_worst``."""
     sets: dict[str, Any] = {}
     for name, accuracy in means(correct, (s.set for s in samples)).items():
         mine = [i for i, s in enumerate(samples) if s.set == name]
@@ -394,28 +436,47 @@ def score(correct: Sequence[float], samples: Sequence[Sample], dense: Sequence[f
         sets[name] = {"accuracy": accuracy, "samples": len(mine), "interval": interval(values, groups=groups)}
         if dense is not None:
             base = [dense[i] for i in mine]
-            sets[name] |= {"difference": accuracy - sum(base) / len(base), "difference_interval": bootstrap(values, base, groups=groups)}
+            sets[name] |= {
+                "difference": accuracy - sum(base) / len(base),
+                "difference_interval": bootstrap(values, base, groups=groups),
+            }
     abilities = means(correct, (s.ability for s in samples))
     worst = min(abilities, key=lambda a: abilities[a])
-    out = {"sets": sets, "abilities": abilities, "average": sum(abilities.values()) / len(abilities), "worst": abilities[worst], "worst_ability": worst}
+    out = {
+        "sets": sets,
+        "abilities": abilities,
+        "average": sum(abilities.values()) / len(abilities),
+        "worst": abilities[worst],
+        "worst_ability": worst,
+    }
     out["average_interval"] = average_interval(correct, samples)
-    out["ability_intervals"] = {a: _part(correct, samples, [i for i, s in enumerate(samples) if s.ability == a])["interval"] for a in abilities}
+    out["ability_intervals"] = {
+        a: _part(correct, samples, [i for i, s in enumerate(samples) if s.ability == a])["interval"] for a in abilities
+    }
     if dense is not None:
         full = means(dense, (s.ability for s in samples))
         shares = [abilities[a] / full[a] for a in abilities if full[a]]
-        out |= {"relative_average": sum(shares) / len(shares) if shares else None, "relative_worst": min(shares, default=None)}
+        out |= {
+            "relative_average": sum(shares) / len(shares) if shares else None,
+            "relative_worst": min(shares, default=None),
+        }
     return out
 
 
 def _part(correct: Sequence[float], samples: Sequence[Sample], which: Sequence[int]) -> dict[str, Any]:
     """Accuracy, number and interval of some of the samples."""
     values = [correct[i] for i in which]
-    return {"accuracy": sum(values) / len(values), "samples": len(values), "interval": interval(values, groups=[samples[i].source for i in which])}
+    return {
+        "accuracy": sum(values) / len(values),
+        "samples": len(values),
+        "interval": interval(values, groups=[samples[i].source for i in which]),
+    }
 
 
 def add_group_a(rows: Sequence[dict[str, Any]], samples: Sequence[Sample]) -> None:
-    """Gives every row ``group_a``: its accuracy on the samples that the dense model answers and plain down-sampling at the same budget does not, where being
-    clever can pay (VTC-Bench, arXiv 2510.07143); ``None`` where down-sampling was not measured or nothing is left."""
+    """Gives every row ``group_a``: its accuracy on the samples that the dense model answers and plain down-sampling at
+    the same budget does not, where being clever can pay (VTC-Bench, arXiv 2510.07143); ``None`` where down-sampling was
+    not measured or nothing is left."""
     dense = rows[0]["correct"]
     small = {r["budget"]: r["correct"] for r in rows if r["method"] == "downsample" and "error" not in r}
     for row in rows:
@@ -423,7 +484,8 @@ def add_group_a(rows: Sequence[dict[str, Any]], samples: Sequence[Sample]) -> No
         row["group_a"] = _part(row["correct"], samples, hard) if hard and "error" not in row else None
 
 
-# ----------------------------------------------------------------------------------------------------------------- table
+# -----------------------------------------------------------------------------------------------------------------
+# table
 
 
 def environment(model: Any) -> dict[str, Any]:
@@ -432,8 +494,19 @@ def environment(model: Any) -> dict[str, Any]:
     device = torch.cuda.get_device_name(parameter.device) if parameter.device.type == "cuda" else _cpu()
     dtype = str(parameter.dtype).removeprefix("torch.")
     return {
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers"), "vtprune": __version__},
-        "device": {"type": parameter.device.type, "name": device, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "dtype": dtype},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "vtprune": __version__,
+        },
+        "device": {
+            "type": parameter.device.type,
+            "name": device,
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "dtype": dtype,
+        },
     }
 
 
@@ -451,7 +524,11 @@ def protocol(model: Any, processor: Any, samples: Sequence[Sample]) -> dict[str,
     asked = [[s.question, s.answer, s.ability, s.source] for s in samples]
     return {
         "harness": "vtprune bench",
-        "model": {"name": Path(str(model.config._name_or_path)).name, "class": type(model).__name__, "fingerprint": fingerprint(model)},
+        "model": {
+            "name": Path(str(model.config._name_or_path)).name,
+            "class": type(model).__name__,
+            "fingerprint": fingerprint(model),
+        },
         "sets": dict(Counter(s.set for s in samples)),
         "questions": digest(asked),
         "chat_template": digest(processor.chat_template),
@@ -461,7 +538,9 @@ def protocol(model: Any, processor: Any, samples: Sequence[Sample]) -> dict[str,
     }
 
 
-def _kept_run(path: Path | None, head: Mapping[str, Any], measure: Callable[[Journal], dict[str, Any]], done: Callable[[], object]) -> dict[str, Any]:
+def _kept_run(
+    path: Path | None, head: Mapping[str, Any], measure: Callable[[Journal], dict[str, Any]], done: Callable[[], object]
+) -> dict[str, Any]:
     """The run in ``path`` if it is finished there, else measured (going on from its journal) and put there."""
     if path is None:
         return measure(Journal(None, {}))
@@ -504,22 +583,26 @@ def table(
     started: Callable[[str], object] | None = None,
     command: str = "",
 ) -> dict[str, Any]:
-    """Every method at every budget, after the dense model. A budget is a fraction of dense effective tokens: equal cost.
+    """Every method at every budget, after the dense model. A budget is a fraction of dense effective tokens: equal
+    cost.
 
     Args:
-        methods: recipe names or recipes; those that draw at random are run with ``seeds`` seeds from ``seed`` on and averaged per sample.
+        methods: recipe names or recipes; those that draw at random are run with ``seeds`` seeds from ``seed`` on and
+            averaged per sample.
         timing: rounds of :func:`prefill`, 0 for none; cpu_time: see there.
         options: method name -> its own options and those of ``attach``. labels: method name -> a remark for its rows.
         fixed: recipes with a remark, run once on their own schedule (their ``budget`` is ``None``).
-        folder: where every run leaves ``<method>-<budget>-<seed>.json``, and ``.time.json`` with the measured times; runs that lie there are not done again,
-            one that broke off goes on. ``None``: in memory.
-        progress: called with numbers of samples, :func:`runs` times all of them. started: called with the name of each row.
+        folder: where every run leaves ``<method>-<budget>-<seed>.json``, and ``.time.json`` with the measured times;
+            runs that lie there are not done again, one that broke off goes on. ``None``: in memory.
+        progress: called with numbers of samples, :func:`runs` times all of them. started: called with the name of each
+            row.
 
     Returns:
         A JSON-safe dict. A budget that a method cannot reach gives a row with ``error``.
 
     Raises:
-        VtpruneError: wrong arguments, or runs in ``folder`` that were made in another way; :class:`RunError` if a run breaks off, see :func:`evaluate`.
+        VtpruneError: wrong arguments, or runs in ``folder`` that were made in another way; :class:`RunError` if a run
+            breaks off, see :func:`evaluate`.
     """
     options, labels = options or {}, labels or {}
     recipes = [load_recipe(m) for m in methods]
@@ -529,7 +612,9 @@ def table(
     for recipe in recipes:  # a wrong option is told before the long work
         own = {k: v for k, v in options.get(recipe.name, {}).items() if k not in ATTACH_OPTIONS}
         if doubled := {"keep", *TARGETS, *OWN_BUDGETS} & own.keys():
-            raise VtpruneError(f"{doubled.pop()}= is a budget of its own; the table's are fractions of the dense effective tokens")
+            raise VtpruneError(
+                f"{doubled.pop()}= is a budget of its own; the table's are fractions of the dense effective tokens"
+            )
         make(recipe.stages[-1].method, {**recipe.stages[-1].options, **own})
     if timing < 0 or seeds < 1:
         raise VtpruneError(f"timing={timing} must not be negative and seeds={seeds} must be at least 1")
@@ -538,11 +623,18 @@ def table(
     about = environment(model)
     common = {"type": "vtprune.Run", "version": 1, "protocol": protocol(model, processor, samples), **about}
 
-    def measured(recipe: Recipe | None, budget: float | None, s: int, extra: Mapping[str, Any], timed: bool) -> dict[str, Any]:
+    def measured(
+        recipe: Recipe | None, budget: float | None, s: int, extra: Mapping[str, Any], timed: bool
+    ) -> dict[str, Any]:
         name = "dense" if recipe is None else recipe.name
         asked = None if recipe is None else portable(recipe)
         head = {**common, "method": name, "budget": budget, "seed": s, "asked": asked, "overrides": dict(extra)}
-        spot = None if folder is None else folder / ("dense" if recipe is None else f"{slug(name)}-{'own' if budget is None else repr(budget)}-{s}")
+        spot = (
+            None
+            if folder is None
+            else folder
+            / ("dense" if recipe is None else f"{slug(name)}-{'own' if budget is None else repr(budget)}-{s}")
+        )
         how: dict[str, Any] = {"batch": batch, "seed": s, "progress": progress, **extra}
         out = _kept_run(
             None if spot is None else Path(f"{spot}.json"),
@@ -557,17 +649,29 @@ def table(
             with attach(model, recipe, seed=s, **extra) as handle:  # solved once, not in every turn
                 used = handle.recipe
             with journal.located("timing the prefill"):
-                return prefill(model, _timed(model, processor, samples), used, repeats=timing, seed=s, cpu_time=cpu_time, **_placing(extra))
+                return prefill(
+                    model,
+                    _timed(model, processor, samples),
+                    used,
+                    repeats=timing,
+                    seed=s,
+                    cpu_time=cpu_time,
+                    **_placing(extra),
+                )
 
         how = {"repeats": timing, **({"timer": "CPU"} if cpu_time else {})}
-        return out | _kept_run(None if spot is None else Path(f"{spot}.time.json"), {**head, **how}, clocked, lambda: None)
+        return out | _kept_run(
+            None if spot is None else Path(f"{spot}.time.json"), {**head, **how}, clocked, lambda: None
+        )
 
     if started is not None:
         started("dense")
     dense = measured(None, 1.0, 0, {}, False)
     correct = [float(c) for c in dense["correct"]]
     rows = [{"method": "dense", "budget": 1.0, "note": "", **_row([dense], samples, None)}]
-    plan: list[tuple[Recipe, float | None, str]] = [(r, b, labels.get(r.name, _untrained(r, options.get(r.name, {})))) for r in recipes for b in budgets]
+    plan: list[tuple[Recipe, float | None, str]] = [
+        (r, b, labels.get(r.name, _untrained(r, options.get(r.name, {})))) for r in recipes for b in budgets
+    ]
     for recipe, budget, note in [*plan, *((r, None, note) for r, note in fixed)]:
         if started is not None:
             started(recipe.name)
@@ -575,7 +679,9 @@ def table(
         row: dict[str, Any] = {"method": recipe.name, "budget": budget, "note": note}
         times = seeds if draws(recipe) else 1
         try:
-            results = [measured(recipe, budget, s, extra, bool(timing) and s == seed) for s in range(seed, seed + times)]
+            results = [
+                measured(recipe, budget, s, extra, bool(timing) and s == seed) for s in range(seed, seed + times)
+            ]
             row |= _row(results, samples, correct)
             row["note"] = ", ".join(filter(None, (note, _solved(recipe, row["recipe"]))))
         except RunError:
@@ -587,7 +693,12 @@ def table(
         rows.append(row)
     add_group_a(rows, samples)
     facts: dict[str, Any] = {"timer": "CPU" if cpu_time else "wall-clock"} if timing else {}
-    facts |= {"abilities": sorted({s.ability for s in samples}), "sets": sorted({s.set for s in samples}), "samples": len(samples), "batch": batch}
+    facts |= {
+        "abilities": sorted({s.ability for s in samples}),
+        "sets": sorted({s.set for s in samples}),
+        "samples": len(samples),
+        "batch": batch,
+    }
     asked = {"protocol": common["protocol"], "budgets": list(budgets), "seeds": seeds}
     asked["questions"] = [[s.source, s.ability, s.question, s.answer] for s in samples]
     return {"type": "vtprune.Bench", "version": 2, "command": command, **about, **facts, **asked, "rows": rows}
@@ -611,7 +722,11 @@ def draws(recipe: Recipe) -> bool:
 def _untrained(recipe: Recipe, options: Mapping[str, Any]) -> str:
     """A remark on a routing method whose side branch was never trained."""
     last = recipe.stages[-1]
-    return "untrained side branch" if METHODS.get(last.method).routes and not {**last.options, **options}.get("weights") else ""
+    return (
+        "untrained side branch"
+        if METHODS.get(last.method).routes and not {**last.options, **options}.get("weights")
+        else ""
+    )
 
 
 def _solved(asked: Recipe, used: Mapping[str, Any]) -> str:
@@ -634,7 +749,11 @@ def _row(runs: list[dict[str, Any]], samples: Sequence[Sample], dense: list[floa
         "flops_share": first["flops"] / first["dense_flops"],
         "kv_bytes": first["kv_bytes"],
         "kv_share": first["kv_bytes"] / first["dense_kv_bytes"],
-        **{k: first[k] for k in ("prefill_ms", "dense_prefill_ms", "prefill_ratio", "prefill_range", "prefill_verdict") if k in first},
+        **{
+            k: first[k]
+            for k in ("prefill_ms", "dense_prefill_ms", "prefill_ratio", "prefill_range", "prefill_verdict")
+            if k in first
+        },
         **{name: _summed([r[name] for r in runs]) for name in ("rows", "columns")},
         "key": first["key"],
         "recipe": first["recipe"],
@@ -648,11 +767,19 @@ def _summed(found: Sequence[Sequence[float] | None]) -> list[float] | None:
 
 
 def cells(result: Mapping[str, Any], *, abilities: bool = True) -> list[list[str]]:
-    """The table as text, header first; ``abilities`` adds a column for each, what :func:`_overall` gives, and the difference to dense with its 95 % interval.
-    ``kept`` tokens are nominal, behind the last cut; ``tokens`` effective, the mean over layers."""
+    """The table as text, header first; ``abilities`` adds a column for each, what :func:`_overall` gives, and the
+    difference to dense with its 95 % interval. ``kept`` tokens are nominal, behind the last cut; ``tokens`` effective,
+    the mean over layers."""
     sets, kinds = result["sets"], result["abilities"] if abilities else []
     gaps = sets if abilities else []
-    head = ["method", "budget", *(f"{s} %" for s in sets), *(f"{s} vs dense" for s in gaps), *kinds, *(OVERALL if abilities else [])]
+    head = [
+        "method",
+        "budget",
+        *(f"{s} %" for s in sets),
+        *(f"{s} vs dense" for s in gaps),
+        *kinds,
+        *(OVERALL if abilities else []),
+    ]
     out = [[*head, *COLUMNS, "note"]]
     for row in result["rows"]:
         start = [row["method"], "own" if row["budget"] is None else f"{100 * row['budget']:g}%"]
@@ -671,16 +798,30 @@ COLUMNS = ("kept", "tokens", "FLOPs %", "prefill x", "KV %")
 
 
 def _overall(row: Mapping[str, Any]) -> list[str]:
-    """In percent: average and worst ability; the same as shares of dense; the samples that plain down-sampling loses."""
+    """In percent: average and worst ability; the same as shares of dense; the samples that plain down-sampling
+    loses."""
     hard = row.get("group_a")
-    found = [row["average"], row["worst"], row.get("relative_average"), row.get("relative_worst"), hard and hard["accuracy"]]
+    found = [
+        row["average"],
+        row["worst"],
+        row.get("relative_average"),
+        row.get("relative_worst"),
+        hard and hard["accuracy"],
+    ]
     return ["-" if v is None else f"{100 * v:.1f}" for v in found]
 
 
 def _costs(row: Mapping[str, Any]) -> list[str]:
-    """What :data:`COLUMNS` names: nominal and effective tokens, FLOPs in percent, prefill time as a ratio, cache in percent."""
+    """What :data:`COLUMNS` names: nominal and effective tokens, FLOPs in percent, prefill time as a ratio, cache in
+    percent."""
     ratio = prefill_text(row) or ("1.00" if row["method"] == "dense" else "-")
-    return [f"{row['nominal_tokens']:.1f}", f"{row['effective_tokens']:.1f}", f"{100 * row['flops_share']:.1f}", ratio, f"{100 * row['kv_share']:.1f}"]
+    return [
+        f"{row['nominal_tokens']:.1f}",
+        f"{row['effective_tokens']:.1f}",
+        f"{100 * row['flops_share']:.1f}",
+        ratio,
+        f"{100 * row['kv_share']:.1f}",
+    ]
 
 
 def _timer(result: Mapping[str, Any]) -> str:
@@ -688,12 +829,16 @@ def _timer(result: Mapping[str, Any]) -> str:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Accuracy against tokens: for each question set methods x budgets, accuracy in percent and its difference to dense with the paired 95 % interval; then
-    each ability at each budget; then what the solver chose and what is not possible."""
+    """Accuracy against tokens: for each question set methods x budgets, accuracy in percent and its difference to dense
+    with the paired 95 % interval; then each ability at each budget; then what the solver chose and what is not
+    possible."""
     by = {(r["method"], r["budget"]): r for r in result["rows"] if r["method"] != "dense"}
     names, budgets, dense = list(dict.fromkeys(m for m, _ in by)), result["budgets"], result["rows"][0]
     about, versions = result["device"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    out = [f"`{result['command']}`  ", f"{about['name']}, {about['threads']} threads, {about['dtype']}; {versions}{_timer(result)}"]
+    out = [
+        f"`{result['command']}`  ",
+        f"{about['name']}, {about['threads']} threads, {about['dtype']}; {versions}{_timer(result)}",
+    ]
     heads = [f"{100 * b:g} %" for b in budgets] + (["own schedule"] if any(b is None for _, b in by) else [])
 
     def cell(entry: Mapping[str, Any] | None, set_name: str) -> str:
@@ -707,7 +852,11 @@ def markdown(result: Mapping[str, Any]) -> str:
     for s in result["sets"]:
         e = dense["sets"][s]
         low, high = e["interval"]
-        out += ["", f"**{s}**, {e['samples']} questions, dense {100 * e['accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]", ""]
+        out += [
+            "",
+            f"**{s}**, {e['samples']} questions, dense {100 * e['accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]",
+            "",
+        ]
         out += _lines([["method", *heads], *([m, *(cell(by.get((m, b)), s) for b in columns)] for m in names)])
     kinds = result["abilities"]
     rows = [["method", "budget", *kinds, *OVERALL, *COLUMNS, "remarks"]]
@@ -716,14 +865,26 @@ def markdown(result: Mapping[str, Any]) -> str:
         if "error" in r:
             rows.append([r["method"], budget, *["–"] * (len(rows[0]) - 3), "not possible: " + r["error"]])
             continue
-        rows.append([r["method"], budget, *(f"{100 * r['abilities'][k]:.1f}" for k in kinds), *_overall(r), *_costs(r), r["note"]])
+        rows.append(
+            [
+                r["method"],
+                budget,
+                *(f"{100 * r['abilities'][k]:.1f}" for k in kinds),
+                *_overall(r),
+                *_costs(r),
+                r["note"],
+            ]
+        )
     return "\n".join([*out, "", *LEGEND, "", *_lines(rows)]) + "\n"
 
 
 LEGEND = (
-    "Per ability, in percent. average, worst: over abilities; relative, worst rel.: the same as shares of dense; group A: questions that dense answers and",
-    "plain down-sampling at the same budget does not (VTC-Bench, arXiv 2510.07143). kept: tokens behind the last cut; tokens: effective, the mean over",
-    "layers; prefill x: time of a prefill over dense, in turns, with the least and most of its rounds; noise: they tell nothing; ?: slower for less work,",
+    "Per ability, in percent. average, worst: over abilities; relative, worst rel.: the same as shares of dense; group "
+    "A: questions that dense answers and",
+    "plain down-sampling at the same budget does not (VTC-Bench, arXiv 2510.07143). kept: tokens behind the last cut; "
+    "tokens: effective, the mean over",
+    "layers; prefill x: time of a prefill over dense, in turns, with the least and most of its rounds; noise: they "
+    "tell nothing; ?: slower for less work,",
     "which neither the library's own code nor the spread of dense runs explains.",
 )
 
@@ -735,9 +896,12 @@ def _lines(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def kept_per_row(result: Mapping[str, Any], near: float = 0.25) -> dict[str, list[float]]:
-    """Label -> tokens kept in each image row, for every method that drops some, at the budget nearest to ``near``: FEATHER's question (arXiv 2412.13180)."""
+    """Label -> tokens kept in each image row, for every method that drops some, at the budget nearest to ``near``:
+    FEATHER's question (arXiv 2412.13180)."""
     budget = min(result["budgets"], key=lambda b: abs(b - near))
-    return {f"{r['method']} {100 * budget:g}%": r["rows"] for r in result["rows"] if r["budget"] == budget and r.get("rows")}
+    return {
+        f"{r['method']} {100 * budget:g}%": r["rows"] for r in result["rows"] if r["budget"] == budget and r.get("rows")
+    }
 
 
 def _gap(entry: Mapping[str, Any]) -> str:
@@ -759,5 +923,6 @@ def text(table: Sequence[Sequence[str]]) -> str:
 
 
 def save(result: Mapping[str, Any], path: str | Path) -> None:
-    """Writes a result as JSON, or as Markdown if the name ends in ``.md``. Raises :class:`VtpruneError` if the file cannot be written."""
+    """Writes a result as JSON, or as Markdown if the name ends in ``.md``. Raises :class:`VtpruneError` if the file
+    cannot be written."""
     write(Path(path), markdown(result) if str(path).endswith(".md") else json.dumps(result) + "\n")

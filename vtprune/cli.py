@@ -1,4 +1,5 @@
-"""The command line: ``vtprune COMMAND``, see ``--help``. Model libraries are loaded by the commands that need a model."""
+"""The command line: ``vtprune COMMAND``, see ``--help``. Model libraries are loaded by the commands that need a
+model."""
 
 from __future__ import annotations
 
@@ -50,19 +51,26 @@ def guarded(action: Callable[[argparse.Namespace], int], args: argparse.Namespac
         if isinstance(e, Exception) and not args.debug:
             _mute(stream)
             expected = isinstance(e, VtpruneError | OSError)
-            return fail(e if expected else f"unexpected {type(e).__name__}: {str(e)[:500] or 'no reason given'} (--debug shows where)", 1)
+            return fail(
+                e
+                if expected
+                else f"unexpected {type(e).__name__}: {str(e)[:500] or 'no reason given'} (--debug shows where)",
+                1,
+            )
         raise
 
 
 def _mute(stream: TextIO) -> None:
-    """What is left in ``stream`` goes nowhere if it cannot be written: Python would try again at its end and complain."""
+    """What is left in ``stream`` goes nowhere if it cannot be written: Python would try again at its end and
+    complain."""
     try:
         stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-# --------------------------------------------------------------------------------------------------------------- options
+# ---------------------------------------------------------------------------------------------------------------
+# options
 
 
 def keep_value(text: str) -> int | float:
@@ -116,11 +124,18 @@ def words(text: str) -> list[str]:
 
 
 def output(path: Path | None, *endings: str) -> Path | None:
-    """``path`` if a file can be put there, told before the long work, and its name ends in one of ``endings`` (none: anyhow). Raises :class:`VtpruneError`."""
+    """``path`` if a file can be put there, told before the long work, and its name ends in one of ``endings`` (none:
+    anyhow). Raises :class:`VtpruneError`."""
     if path is not None and endings and path.suffix.lower() not in endings:
         raise VtpruneError(f"cannot write {path}: its name ends in {' or '.join(endings)}, which says what is written")
     if path is not None and (path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
-        what = "is a folder" if path.is_dir() else "lies in a folder that cannot be written" if path.parent.is_dir() else "lies in a folder that does not exist"
+        what = (
+            "is a folder"
+            if path.is_dir()
+            else "lies in a folder that cannot be written"
+            if path.parent.is_dir()
+            else "lies in a folder that does not exist"
+        )
         raise VtpruneError(f"cannot write {path}: it {what}")
     return path
 
@@ -140,7 +155,11 @@ def folder(path: Path | None) -> Path | None:
 
 def model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="PATH_OR_ID", help="folder of a model and its processor, or a hub id (default: the bundled VLM, no network)")
+    group.add_argument(
+        "--model",
+        metavar="PATH_OR_ID",
+        help="folder of a model and its processor, or a hub id (default: the bundled VLM, no network)",
+    )
     group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
     group.add_argument("--dtype", default="float32", choices=DTYPES)
     group.add_argument("--seed", type=seed_value, default=0, help="for methods that draw at random (default 0)")
@@ -148,15 +167,20 @@ def model_options(parser: argparse.ArgumentParser) -> None:
 
 def recipe_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("pruning").add_argument
-    add("--recipe", default="pyramiddrop", metavar="NAME_OR_FILE", help="a name ('vtprune recipes') or a .json / .yaml file (default %(default)s)")
+    add(
+        "--recipe",
+        default="pyramiddrop",
+        metavar="NAME_OR_FILE",
+        help="a name ('vtprune recipes') or a .json / .yaml file (default %(default)s)",
+    )
     add("--keep", type=keep_value, metavar="N_OR_FRACTION", help="visual tokens left after the last cut: 64, or 0.25")
     what = "an option of the last method, or positions= or per=, value as JSON; repeatable"
     add("--option", type=key_value, action="append", default=[], metavar="KEY=VALUE", help=what)
 
 
 def chosen_options(given: Sequence[tuple[str, Any]], *own: str) -> dict[str, Any]:
-    """What ``--option`` gave, by name: options of methods, of recipes and of ``attach`` alike. Raises :class:`VtpruneError` for one that is given twice and for
-    those that are ``own`` options of the command."""
+    """What ``--option`` gave, by name: options of methods, of recipes and of ``attach`` alike. Raises
+    :class:`VtpruneError` for one that is given twice and for those that are ``own`` options of the command."""
     names = [name for name, _ in given]
     for name in names:
         if names.count(name) > 1:
@@ -170,11 +194,16 @@ def chosen_options(given: Sequence[tuple[str, Any]], *own: str) -> dict[str, Any
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """Keywords for ``attach``."""
-    return {"seed": args.seed, **({} if args.keep is None else {"keep": args.keep}), **chosen_options(args.option, *["keep"] * (args.keep is not None))}
+    return {
+        "seed": args.seed,
+        **({} if args.keep is None else {"keep": args.keep}),
+        **chosen_options(args.option, *["keep"] * (args.keep is not None)),
+    }
 
 
 def is_local(model: str | None) -> bool:
-    """Whether ``--model`` names a folder (or the bundled VLM) and no hub id. Raises :class:`VtpruneError` if it can be neither."""
+    """Whether ``--model`` names a folder (or the bundled VLM) and no hub id. Raises :class:`VtpruneError` if it can be
+    neither."""
     if model is None or Path(model).is_dir():
         return True
     if not HUB_ID.fullmatch(model):
@@ -183,8 +212,9 @@ def is_local(model: str | None) -> bool:
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """``(model, processor)``. A folder is read without a network, anything else is a hub id (``HF_HUB_OFFLINE=1``: as cached). :class:`VtpruneError` for a
-    device that is not there and for a folder or hub id that holds no such model or cannot be reached."""
+    """``(model, processor)``. A folder is read without a network, anything else is a hub id (``HF_HUB_OFFLINE=1``: as
+    cached). :class:`VtpruneError` for a device that is not there and for a folder or hub id that holds no such model or
+    cannot be reached."""
     import torch
 
     import vtprune
@@ -193,8 +223,12 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
         device = torch.device(args.device)
     except RuntimeError as e:
         raise VtpruneError(f"unknown device {args.device!r}") from e
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise VtpruneError(f"device {args.device!r} is not available here; there are cpu and {torch.cuda.device_count()} CUDA devices")
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise VtpruneError(
+            f"device {args.device!r} is not available here; there are cpu and {torch.cuda.device_count()} CUDA devices"
+        )
     local = is_local(args.model)
     from transformers.utils import logging
 
@@ -216,7 +250,8 @@ def show(table: Sequence[Sequence[str]]) -> None:
     print(text(table))
 
 
-# -------------------------------------------------------------------------------------------------------------- commands
+# --------------------------------------------------------------------------------------------------------------
+# commands
 
 
 def cmd_methods(args: argparse.Namespace) -> int:
@@ -238,7 +273,12 @@ def cmd_methods(args: argparse.Namespace) -> int:
     show([["method", "sites", "keep", "paper", "idea"], *rows])
     if len(infos) == 1:
         print(f"\nranks by: {infos[0].score or 'nothing'}\n")
-        show([["option", "default", "meaning"], *([n, json.dumps(d), infos[0].option_help[n]] for n, d in infos[0].options.items())])
+        show(
+            [
+                ["option", "default", "meaning"],
+                *([n, json.dumps(d), infos[0].option_help[n]] for n, d in infos[0].options.items()),
+            ]
+        )
     return 0
 
 
@@ -288,8 +328,13 @@ def cmd_run(args: argparse.Namespace) -> int:
     if missing:  # the answers are there all the same
         print(f"vtprune: note: the picture is left out: {missing}", file=sys.stderr)
     if picture is not None and picture.suffix.lower() == ".html":
-        scenes = [theatre.scene(theatre.dense(report), views, title=f"dense: {dense}"), theatre.scene(report, views, title=f"{handle.recipe.name}: {pruned}")]
-        facts = f"{args.image.name} | vtprune {_version()} | {args.model or 'the bundled VLM'}, {args.device}, {args.dtype}"
+        scenes = [
+            theatre.scene(theatre.dense(report), views, title=f"dense: {dense}"),
+            theatre.scene(report, views, title=f"{handle.recipe.name}: {pruned}"),
+        ]
+        facts = (
+            f"{args.image.name} | vtprune {_version()} | {args.model or 'the bundled VLM'}, {args.device}, {args.dtype}"
+        )
         render.write(picture, theatre.page(scenes, args.question, facts).encode())
     elif picture is not None:
         render.write(picture, render.sheet(views, report, caption=args.question))
@@ -298,12 +343,21 @@ def cmd_run(args: argparse.Namespace) -> int:
         return 0
     visual, effective = report.visual_tokens[0], report.effective_tokens
     share = [effective / visual, report.flops / report.dense_flops, report.kv_bytes / report.dense_kv_bytes]
-    rows = [["recipe", report.recipe], ["question", args.question], ["answer, dense", dense], ["answer, pruned", pruned]]
+    rows = [
+        ["recipe", report.recipe],
+        ["question", args.question],
+        ["answer, dense", dense],
+        ["answer, pruned", pruned],
+    ]
     rows += [[f"{s.site} {s.method}", f"{s.tokens_in[0]} -> {s.tokens_out[0]} visual tokens"] for s in report.stages]
     rows += [["tokens per layer", " ".join(map(str, report.layer_tokens[0]))]]
     rows += [["effective tokens", f"{effective:.1f} of {visual} ({100 * share[0]:.1f} %)"]]
-    rows += [["prefill FLOPs", f"{report.flops / 1e9:.3f} of {report.dense_flops / 1e9:.3f} G ({100 * share[1]:.1f} %)"]]
-    rows += [["KV cache", f"{report.kv_bytes / 1024:.1f} of {report.dense_kv_bytes / 1024:.1f} KiB ({100 * share[2]:.1f} %)"]]
+    rows += [
+        ["prefill FLOPs", f"{report.flops / 1e9:.3f} of {report.dense_flops / 1e9:.3f} G ({100 * share[1]:.1f} %)"]
+    ]
+    rows += [
+        ["KV cache", f"{report.kv_bytes / 1024:.1f} of {report.dense_kv_bytes / 1024:.1f} KiB ({100 * share[2]:.1f} %)"]
+    ]
     rows += [["picture", str(picture)]] if picture is not None else []
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
@@ -324,7 +378,9 @@ def cmd_bench(args: argparse.Namespace) -> int:
     output(args.rows, ".png")
     unknown = [name for name in args.abilities if name not in bench.SETS]
     if unknown or not args.abilities:
-        raise VtpruneError(f"unknown question set {', '.join(unknown) or '(none)'!r}; there are {', '.join(bench.SETS)}")
+        raise VtpruneError(
+            f"unknown question set {', '.join(unknown) or '(none)'!r}; there are {', '.join(bench.SETS)}"
+        )
     names = vtprune.methods() if args.methods is None else args.methods
     methods = [load_recipe(n) for n in names]
     if not args.no_baselines:
@@ -337,12 +393,27 @@ def cmd_bench(args: argparse.Namespace) -> int:
     fixed = [] if trained is None else [(trained, trained.source)]
     model, processor = load(args)
     samples = [s for name in args.abilities for s in bench.SETS[name](args.samples)]
-    with tqdm(total=len(samples) * bench.runs(methods, args.budgets, args.seeds, len(fixed)), unit="question", disable=None) as bar:
+    with tqdm(
+        total=len(samples) * bench.runs(methods, args.budgets, args.seeds, len(fixed)), unit="question", disable=None
+    ) as bar:
         result = bench.table(
-            model, processor, samples, methods, args.budgets, seeds=args.seeds, seed=args.seed, batch=args.batch, timing=args.timing,
-            cpu_time=args.cpu_time, options=options, fixed=fixed, folder=runs, progress=bar.update, started=bar.set_description,
+            model,
+            processor,
+            samples,
+            methods,
+            args.budgets,
+            seeds=args.seeds,
+            seed=args.seed,
+            batch=args.batch,
+            timing=args.timing,
+            cpu_time=args.cpu_time,
+            options=options,
+            fixed=fixed,
+            folder=runs,
+            progress=bar.update,
+            started=bar.set_description,
             command="vtprune " + " ".join(args.argv),
-        )  # fmt: skip
+        )
     own = [args.results / f"bench.{kind}" for kind in ("json", "md")] if args.results else []
     for path in (*own, *args.out):
         bench.save(result, path)
@@ -373,7 +444,11 @@ def cmd_verify(args: argparse.Namespace) -> int:
     from .data import scenes
 
     recipe = load_recipe(args.recipe)
-    images = [open_image(args.image)] * 2 if args.image else [Image.fromarray(scenes.scene(i, "test").image) for i in range(2)]
+    images = (
+        [open_image(args.image)] * 2
+        if args.image
+        else [Image.fromarray(scenes.scene(i, "test").image) for i in range(2)]
+    )
     model, processor = load(args)
     inputs = prepare(processor, images, [args.question, "what color is it ?"]).to(model.device, model.dtype)
     report = vtprune.verify(model, recipe, dict(inputs), **overrides(args))
@@ -416,12 +491,16 @@ def cmd_report(args: argparse.Namespace) -> int:
     return report.run(args)
 
 
-# ---------------------------------------------------------------------------------------------------------------- parser
+# ----------------------------------------------------------------------------------------------------------------
+# parser
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands with their options."""
-    top = Parser(prog="vtprune", description="Visual-token pruning, merging and routing inside unmodified multimodal models and vision transformers.")
+    top = Parser(
+        prog="vtprune",
+        description="Visual-token pruning, merging and routing inside unmodified multimodal models and vision transformers.",  # noqa: E501
+    )
     top.add_argument("--version", action="version", version=f"vtprune {_version()}")
     sub = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
@@ -444,33 +523,83 @@ def parser() -> argparse.ArgumentParser:
     p = add("run", cmd_run, "answer a question about an image, dense and pruned")
     p.add_argument("--image", type=Path, required=True)
     p.add_argument("--question", required=True)
-    p.add_argument("--picture", type=Path, metavar="OUT", help="the tokens that each stage kept: .png a strip of pictures, .html an interactive page")
+    p.add_argument(
+        "--picture",
+        type=Path,
+        metavar="OUT",
+        help="the tokens that each stage kept: .png a strip of pictures, .html an interactive page",
+    )
     p.add_argument("--max-new-tokens", type=positive, default=16)
     p.add_argument("--json", action="store_true")
     model_options(p)
     recipe_options(p)
 
     p = add("bench", cmd_bench, "compare methods at equal effective tokens")
-    p.add_argument("--abilities", type=words, default=["scenes"], metavar="SETS", help="question sets: scenes, easy-vqa, or both with a comma (default scenes)")
-    p.add_argument("--samples", type=positive, default=100, metavar="N", help="questions of easy-VQA, or scenes of about 11 questions each (default 100)")
-    p.add_argument("--budgets", type=fractions, default=[0.75, 0.5, 0.25, 0.11], help="fractions of the dense effective tokens (default 0.75,0.5,0.25,0.11)")
-    p.add_argument("--methods", type=words, metavar="NAMES", help="recipes, with commas (default: every method); the baselines are always added")
+    p.add_argument(
+        "--abilities",
+        type=words,
+        default=["scenes"],
+        metavar="SETS",
+        help="question sets: scenes, easy-vqa, or both with a comma (default scenes)",
+    )
+    p.add_argument(
+        "--samples",
+        type=positive,
+        default=100,
+        metavar="N",
+        help="questions of easy-VQA, or scenes of about 11 questions each (default 100)",
+    )
+    p.add_argument(
+        "--budgets",
+        type=fractions,
+        default=[0.75, 0.5, 0.25, 0.11],
+        help="fractions of the dense effective tokens (default 0.75,0.5,0.25,0.11)",
+    )
+    p.add_argument(
+        "--methods",
+        type=words,
+        metavar="NAMES",
+        help="recipes, with commas (default: every method); the baselines are always added",
+    )
     p.add_argument("--no-baselines", action="store_true", help="leave the baselines out")
     what = "an option for all of them, or positions= or per=, value as JSON; repeatable"
     p.add_argument("--option", type=key_value, action="append", default=[], metavar="KEY=VALUE", help=what)
     p.add_argument("--seeds", type=positive, default=3, help="runs of random methods (default 3)")
     p.add_argument("--batch", type=positive, default=16)
     p.add_argument("--timing", type=int, default=5, help="repeats of the prefill measurement (default 5; 0: none)")
-    p.add_argument("--cpu-time", action="store_true", help="time the prefill in one thread's CPU time: for a CPU that others use as well")
-    p.add_argument("--out", type=Path, action="append", default=[], metavar="FILE", help="the result: everything as .json, tables as .md; repeatable")
-    p.add_argument("--results", type=Path, metavar="FOLDER", help="one JSON per run in FOLDER/runs, bench.json and bench.md; what is there is not done again")
-    p.add_argument("--rows", type=Path, metavar="FILE.png", help="heat map of the image rows where tokens are kept, at the budget nearest to 25 %%")
+    p.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="time the prefill in one thread's CPU time: for a CPU that others use as well",
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the result: everything as .json, tables as .md; repeatable",
+    )
+    p.add_argument(
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="one JSON per run in FOLDER/runs, bench.json and bench.md; what is there is not done again",
+    )
+    p.add_argument(
+        "--rows",
+        type=Path,
+        metavar="FILE.png",
+        help="heat map of the image rows where tokens are kept, at the budget nearest to 25 %%",
+    )
     p.add_argument("--json", action="store_true")
     model_options(p)
 
     from . import analyze
 
-    analyze.add_arguments(add("analyze", cmd_analyze, "say whether recipes pay on a model and this device, and from which budget on"))
+    analyze.add_arguments(
+        add("analyze", cmd_analyze, "say whether recipes pay on a model and this device, and from which budget on")
+    )
 
     p = add("verify", cmd_verify, "check the correctness contract on a model; exit code 1 if a check fails")
     p.add_argument("--image", type=Path, help="default: two generated pictures")
@@ -481,7 +610,13 @@ def parser() -> argparse.ArgumentParser:
 
     from . import doctor
 
-    doctor.add_arguments(add("doctor", cmd_doctor, "say which releases are installed and tested, and which families pass; exit code 1 if something fails"))
+    doctor.add_arguments(
+        add(
+            "doctor",
+            cmd_doctor,
+            "say which releases are installed and tested, and which families pass; exit code 1 if something fails",
+        )
+    )
 
     from .lmms import evaluate
     from .train import dpvr_lf
@@ -492,7 +627,9 @@ def parser() -> argparse.ArgumentParser:
     p = add("train", cmd_train, "train what a method needs trained")
     kinds = p.add_subparsers(dest="what", required=True, metavar="METHOD", parser_class=Parser)
     branch = kinds.add_parser("dpvr-lf", help="the side branch of DPVR-LF")
-    branch.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+    branch.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
     dpvr_lf.add_arguments(branch)
 
     from vtprune.demos import command

@@ -1,4 +1,5 @@
-"""``vtprune doctor``: which releases are installed and which are tested, and whether every model family computes right with them, on its tiny model."""
+"""``vtprune doctor``: which releases are installed and which are tested, and whether every model family computes right
+with them, on its tiny model."""
 
 from __future__ import annotations
 
@@ -17,19 +18,29 @@ from .types import UnsupportedError, VtpruneError
 
 PROOFS = ("fastv", "tome")  # a cut in the language model, merging in the tower; where a family takes neither:
 ELSE = "random"
-WORDS = {"tested": "ok", "newer": "newer than tested", "older": "OLDER than supported", "absent": "not installed (optional)", "missing": "MISSING"}
+WORDS = {
+    "tested": "ok",
+    "newer": "newer than tested",
+    "older": "OLDER than supported",
+    "absent": "not installed (optional)",
+    "missing": "MISSING",
+}
 BROKEN = ("older", "missing")
-RAISED: tuple[type[Exception], ...] = (*FAILURES, ImportError)  # what an adapter or a model of another release may raise
+RAISED: tuple[type[Exception], ...] = (
+    *FAILURES,
+    ImportError,
+)  # what an adapter or a model of another release may raise
 
 
 def dependencies() -> list[dict[str, Any]]:
-    """For every package that :mod:`vtprune.versions` names: ``package``, ``installed`` (``None``: not there), ``oldest`` and ``newest`` tested, ``status``."""
+    """For every package that :mod:`vtprune.versions` names: ``package``, ``installed`` (``None``: not there),
+    ``oldest`` and ``newest`` tested, ``status``."""
     return [asdict(versions.find(t.package)) for t in versions.TESTED]
 
 
 def verified(family: str, checks: Sequence[str] | None = None) -> str | None:
-    """The correctness contract (``checks``: these of it) on the family's first tiny model, with a cut in the language model and merging in the tower where it
-    takes them.
+    """The correctness contract (``checks``: these of it) on the family's first tiny model, with a cut in the language
+    model and merging in the tower where it takes them.
 
     Returns ``None`` if every check passes, else the first that fails; raises what the libraries raise. A second or two.
     """
@@ -59,12 +70,15 @@ def verified(family: str, checks: Sequence[str] | None = None) -> str | None:
 
 
 def families(
-    names: Sequence[str], prove: Callable[[str], str | None] | None = None, done: Callable[[str], object] = lambda family: None
+    names: Sequence[str],
+    prove: Callable[[str], str | None] | None = None,
+    done: Callable[[str], object] = lambda family: None,
 ) -> list[dict[str, Any]]:
-    """For each of ``names``: ``family``, ``passed`` (``None``: its optional package is not there), ``detail`` (why not), ``seconds``.
+    """For each of ``names``: ``family``, ``passed`` (``None``: its optional package is not there), ``detail`` (why
+    not), ``seconds``.
 
-    ``prove`` tells what is wrong with a family, or ``None`` (default :func:`verified`); what it raises is what is wrong. ``done`` is told each family that is
-    through. Raises :class:`VtpruneError` for an unknown family.
+    ``prove`` tells what is wrong with a family, or ``None`` (default :func:`verified`); what it raises is what is
+    wrong. ``done`` is told each family that is through. Raises :class:`VtpruneError` for an unknown family.
     """
     from vtprune.models.base import ADAPTERS
 
@@ -86,9 +100,12 @@ def families(
 
 
 def diagnose(
-    names: Sequence[str] | None = None, prove: Callable[[str], str | None] | None = None, done: Callable[[str], object] = lambda family: None
+    names: Sequence[str] | None = None,
+    prove: Callable[[str], str | None] | None = None,
+    done: Callable[[str], object] = lambda family: None,
 ) -> dict[str, Any]:
-    """Everything as plain data. ``names``: the families to try (default: all). ``passed``: nothing is missing, too old or in conflict, and no family failed."""
+    """Everything as plain data. ``names``: the families to try (default: all). ``passed``: nothing is missing, too old
+    or in conflict, and no family failed."""
     from . import __version__
 
     packages, conflicts = dependencies(), versions.conflicts()
@@ -101,13 +118,30 @@ def diagnose(
     except RAISED as e:  # an adapter that cannot even be imported takes all of them along
         detail = f"the adapters cannot be imported: {type(e).__name__}: {' '.join(str(e).split())}"
         tried = [{"family": "(all)", "passed": False, "detail": detail, "seconds": 0.0}]
-    sound = not conflicts and all(p["status"] not in BROKEN for p in packages) and all(f["passed"] is not False for f in tried)
+    sound = (
+        not conflicts
+        and all(p["status"] not in BROKEN for p in packages)
+        and all(f["passed"] is not False for f in tried)
+    )
     machine = {"python": platform.python_version(), "vtprune": __version__, "system": platform.platform()}
-    return {"type": "vtprune.Doctor", "version": 1, **machine, "packages": packages, "conflicts": conflicts, "families": tried, "passed": sound}
+    return {
+        "type": "vtprune.Doctor",
+        "version": 1,
+        **machine,
+        "packages": packages,
+        "conflicts": conflicts,
+        "families": tried,
+        "passed": sound,
+    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--family", action="append", metavar="NAME", help="try this model family alone; repeatable (default: all of them, about a minute)")
+    parser.add_argument(
+        "--family",
+        action="append",
+        metavar="NAME",
+        help="try this model family alone; repeatable (default: all of them, about a minute)",
+    )
     parser.add_argument("--json", action="store_true")
 
 
@@ -123,11 +157,20 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1))
         return 0 if found["passed"] else 1
     print(f"vtprune {found['vtprune']}, Python {found['python']}, {found['system']}\n")
-    rows = [[p["package"], p["installed"] or "-", f"{p['oldest']} to {p['newest']}", WORDS[p["status"]]] for p in found["packages"]]
+    rows = [
+        [p["package"], p["installed"] or "-", f"{p['oldest']} to {p['newest']}", WORDS[p["status"]]]
+        for p in found["packages"]
+    ]
     show([["package", "installed", "tested", ""], *rows])
     print("".join(f"\nconflict: {said}" for said in found["conflicts"]))
     state = {True: "ok", False: "FAILED", None: "-"}
     show([["family", "result", "detail"], *([f["family"], state[f["passed"]], f["detail"]] for f in found["families"])])
     failed = [f["family"] for f in found["families"] if f["passed"] is False]
-    print("\neverything is sound" if found["passed"] else f"\nNOT sound: {', '.join(failed)} failed" if failed else "\nNOT sound: see the packages")
+    print(
+        "\neverything is sound"
+        if found["passed"]
+        else f"\nNOT sound: {', '.join(failed)} failed"
+        if failed
+        else "\nNOT sound: see the packages"
+    )
     return 0 if found["passed"] else 1

@@ -1,7 +1,8 @@
 """Drawing result files: plain dicts in, matplotlib figures out. Nothing here reads or writes files.
 
-Every function raises :class:`VtpruneError` without matplotlib, which is imported when the first figure is drawn. The colours named first are turned into
-others for dark pages (``vtprune/report.py``); data colours have a contrast of at least 3 on both.
+Every function raises :class:`VtpruneError` without matplotlib, which is imported when the first figure is drawn. The
+colours named first are turned into others for dark pages (``vtprune/report.py``); data colours have a contrast of at
+least 3 on both.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def encode(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-# ----------------------------------------------------------------------------------------------------- reading the table
+# ----------------------------------------------------------------------------------------------------- reading the
+# table
 
 
 def dense_row(bench: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -122,7 +124,8 @@ def baselines(bench: Mapping[str, Any]) -> set[str]:
 
 
 class Panel(NamedTuple):
-    """One accuracy of a row, as a fraction: its ``title``, ``value(row)`` and 95 % ``interval(row)`` (``None`` where the row has none); ``dense``'s value."""
+    """One accuracy of a row, as a fraction: its ``title``, ``value(row)`` and 95 % ``interval(row)`` (``None`` where
+    the row has none); ``dense``'s value."""
 
     title: str
     value: Callable[[Mapping[str, Any]], Any]
@@ -131,7 +134,8 @@ class Panel(NamedTuple):
 
 
 def panels(bench: Mapping[str, Any]) -> list[Panel]:
-    """The average, the worst ability, group A (if some row has it; dense answers all of it by definition) and every ability."""
+    """The average, the worst ability, group A (if some row has it; dense answers all of it by definition) and every
+    ability."""
     base = dense_row(bench)
 
     def between(name: str) -> Callable[[Mapping[str, Any]], Any]:
@@ -144,7 +148,9 @@ def panels(bench: Mapping[str, Any]) -> list[Panel]:
         return lambda row: (row.get("group_a") or {}).get(key)
 
     out = [
-        Panel("average of abilities", lambda row: row["average"], lambda row: row.get("average_interval"), base["average"]),
+        Panel(
+            "average of abilities", lambda row: row["average"], lambda row: row.get("average_interval"), base["average"]
+        ),
         Panel("worst ability", lambda row: row["worst"], lambda row: between(row["worst_ability"])(row), base["worst"]),
     ]
     if any(r.get("group_a") for r in measured(bench)):
@@ -158,12 +164,16 @@ def costs(bench: Mapping[str, Any], cost: str = "tokens") -> Callable[[Mapping[s
     return (lambda row: row["flops_share"]) if cost == "flops" else (lambda row: row["effective_tokens"] / base)
 
 
-MOST_METHODS, MOST_POINTS, MOST_STAIRS = 60, 40, 36  # what a figure can show: lines that look apart, points on one of them, panels
+MOST_METHODS, MOST_POINTS, MOST_STAIRS = (
+    60,
+    40,
+    36,
+)  # what a figure can show: lines that look apart, points on one of them, panels
 
 
 def fewer(bench: Mapping[str, Any]) -> tuple[Mapping[str, Any], int]:
-    """``bench`` with the rows that figures can show, the most accurate :data:`MOST_METHODS` methods at up to :data:`MOST_POINTS` budgets each, and how many
-    rows that leaves out."""
+    """``bench`` with the rows that figures can show, the most accurate :data:`MOST_METHODS` methods at up to
+    :data:`MOST_POINTS` budgets each, and how many rows that leaves out."""
     by: dict[str, list[Mapping[str, Any]]] = {}
     for row in measured(bench):
         by.setdefault(row["method"], []).append(row)
@@ -186,14 +196,21 @@ def stairs(bench: Mapping[str, Any], budget: float) -> list[Mapping[str, Any]]:
 
 
 def prefill_text(row: Mapping[str, Any]) -> str:
-    """The ratio of prefill times with its range; only the range, behind the verdict, where it tells nothing. Empty if there is none."""
+    """The ratio of prefill times with its range; only the range, behind the verdict, where it tells nothing. Empty if
+    there is none."""
     if row.get("prefill_ratio") is None:
         return ""
     told = row.get("prefill_verdict") or f"{row['prefill_ratio']:.2f}"
-    return told + (f" [{row['prefill_range'][0]:.2f}, {row['prefill_range'][1]:.2f}]" if row.get("prefill_range") else "")
+    return told + (
+        f" [{row['prefill_range'][0]:.2f}, {row['prefill_range'][1]:.2f}]" if row.get("prefill_range") else ""
+    )
 
 
-def front(rows: Iterable[Mapping[str, Any]], cost: Callable[[Mapping[str, Any]], float], value: Callable[[Mapping[str, Any]], Any]) -> list[Any]:
+def front(
+    rows: Iterable[Mapping[str, Any]],
+    cost: Callable[[Mapping[str, Any]], float],
+    value: Callable[[Mapping[str, Any]], Any],
+) -> list[Any]:
     """The Pareto front, cheapest first: rows than which no other is more accurate at the same or a smaller cost."""
     out: list[Mapping[str, Any]] = []
     best = -math.inf
@@ -205,7 +222,8 @@ def front(rows: Iterable[Mapping[str, Any]], cost: Callable[[Mapping[str, Any]],
 
 
 def styles(names: Iterable[str], plain: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-    """Line and marker per name, no two alike up to 60: a colour with a full marker, or for those in ``plain`` (baselines) a grey with a hollow one."""
+    """Line and marker per name, no two alike up to 60: a colour with a full marker, or for those in ``plain``
+    (baselines) a grey with a hollow one."""
     out: dict[str, dict[str, Any]] = {}
     line: tuple[int, tuple[float, ...]]
     coloured = grey = 0
@@ -214,7 +232,11 @@ def styles(names: Iterable[str], plain: Collection[str] = ()) -> dict[str, dict[
             color, marker, line, face = GREYS[grey % 2], MARKERS[grey % len(MARKERS)], (0, (2, 1.4)), PAPER
             grey += 1
         else:
-            color, marker, face = PALETTE[coloured % len(PALETTE)], MARKERS[coloured % len(MARKERS)], PALETTE[coloured % len(PALETTE)]
+            color, marker, face = (
+                PALETTE[coloured % len(PALETTE)],
+                MARKERS[coloured % len(MARKERS)],
+                PALETTE[coloured % len(PALETTE)],
+            )
             line = ((0, ()), (0, (6, 2)), (0, (6, 2, 1, 2)))[coloured // len(PALETTE) % 3]
             coloured += 1
         out[name] = {"color": color, "marker": marker, "linestyle": line, "markerfacecolor": face}
@@ -227,14 +249,17 @@ def looks(bench: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return styles(sorted(names, key=lambda n: n in plain), plain)
 
 
-# --------------------------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------------------------
+# figures
 
 
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.03, hspace=0.03))
+    return Figure(
+        figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.03, hspace=0.03)
+    )
 
 
 def _grid(figure: Any, count: int, columns: int) -> list[Axes]:
@@ -253,31 +278,62 @@ def _clean(ax: Axes) -> None:
     ax.tick_params(length=0)
 
 
-def _accuracy(ax: Axes, bench: Mapping[str, Any], panel: Panel, look: Mapping[str, Mapping[str, Any]], cost: str) -> None:
+def _accuracy(
+    ax: Axes, bench: Mapping[str, Any], panel: Panel, look: Mapping[str, Mapping[str, Any]], cost: str
+) -> None:
     """One panel: a line per method, dense dashed, the front as steps with intervals."""
     rows, x = measured(bench), costs(bench, cost)
     for name, style in look.items():
         mine = sorted((r for r in rows if r["method"] == name and panel.value(r) is not None), key=x)
         if mine:
-            ax.plot([100 * x(r) for r in mine], [100 * panel.value(r) for r in mine], label=name, lw=1.1, ms=5, mew=1.1, alpha=0.95, **style)
+            ax.plot(
+                [100 * x(r) for r in mine],
+                [100 * panel.value(r) for r in mine],
+                label=name,
+                lw=1.1,
+                ms=5,
+                mew=1.1,
+                alpha=0.95,
+                **style,
+            )
     best = front(rows, x, panel.value)
     if best:
         across, up = [100 * x(r) for r in best], [100 * panel.value(r) for r in best]
-        steps: dict[str, Any] = {"drawstyle": "steps-post", "lw": 5, "alpha": FRONT, "color": INK, "solid_joinstyle": "round", "zorder": 1.4}
+        steps: dict[str, Any] = {
+            "drawstyle": "steps-post",
+            "lw": 5,
+            "alpha": FRONT,
+            "color": INK,
+            "solid_joinstyle": "round",
+            "zorder": 1.4,
+        }
         ax.plot([*across, 100], [*up, up[-1]], label="_front", **steps)
         ax.plot(across, up, ls="none", marker="o", ms=10, mew=1, mfc="none", mec=INK, zorder=4, label="_best")
         if all(panel.interval(r) for r in best):
             low, high = ([100 * panel.interval(r)[i] for r in best] for i in (0, 1))
-            ax.fill_between([*across, 100], [*low, low[-1]], [*high, high[-1]], step="post", color=INK, alpha=BAND, lw=0, zorder=1, label="_interval")
+            ax.fill_between(
+                [*across, 100],
+                [*low, low[-1]],
+                [*high, high[-1]],
+                step="post",
+                color=INK,
+                alpha=BAND,
+                lw=0,
+                zorder=1,
+                label="_interval",
+            )
     ax.axhline(100 * panel.dense, color=INK, lw=1, ls=(0, (5, 3)), zorder=1.5, label="_dense")
     ax.set(xlim=(0, 102), ylim=(-3, 105), title=panel.title)
     _clean(ax)
 
 
 def _below(figure: Any, handles: Sequence[Any], handle: float = 2.8) -> None:
-    """A legend below everything, in as many columns (up to 8) as the figure is wide enough for; the figure grows by its height."""
+    """A legend below everything, in as many columns (up to 8) as the figure is wide enough for; the figure grows by its
+    height."""
     for columns in range(min(len(handles), 8), 0, -1):
-        legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=handle, columnspacing=1.5)
+        legend = figure.legend(
+            handles=handles, loc="outside lower center", ncols=columns, handlelength=handle, columnspacing=1.5
+        )
         box = legend.get_window_extent()
         if box.width < 0.97 * figure.bbox.width or columns == 1:
             figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
@@ -291,7 +347,10 @@ def _key(figure: Any, look: Mapping[str, Mapping[str, Any]], intervals: bool) ->
     from matplotlib.patches import Patch
 
     handles: list[Any] = [Line2D([], [], label=name, lw=1.3, ms=6, **style) for name, style in look.items()]
-    handles += [Line2D([], [], label="dense", color=INK, lw=1, ls=(0, (5, 3))), Line2D([], [], label="Pareto front", color=INK, alpha=FRONT, lw=5)]
+    handles += [
+        Line2D([], [], label="dense", color=INK, lw=1, ls=(0, (5, 3))),
+        Line2D([], [], label="Pareto front", color=INK, alpha=FRONT, lw=5),
+    ]
     handles += [Patch(color=INK, alpha=BAND, lw=0, label="its 95 % interval")] if intervals else []
     _below(figure, handles)
 
@@ -322,18 +381,30 @@ def pareto(bench: Mapping[str, Any], cost: str = "tokens") -> Figure:
 
 
 def _spread(ax: Axes, counts: Mapping[str, Sequence[float]], label: str, *, size: float = 8.5) -> Any:
-    """Methods from top to bottom, image rows or columns from left to right; each cell is the share of a method's kept tokens, coloured by its ratio to an
-    even spread, which has a line of its own at the bottom."""
+    """Methods from top to bottom, image rows or columns from left to right; each cell is the share of a method's kept
+    tokens, coloured by its ratio to an even spread, which has a line of its own at the bottom."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
     n = len(next(iter(counts.values())))
     shares = [[v / max(sum(values), 1e-9) for v in values] for values in counts.values()] + [[1 / n] * n]
-    colours = LinearSegmentedColormap.from_list("spread", [FEWER, EVEN, MORE]).with_extremes(bad=FEWER, under=FEWER, over=MORE)
-    mesh = ax.pcolormesh([[s * n for s in row] for row in shares], cmap=colours, norm=LogNorm(0.25, 4), edgecolors=PAPER, linewidth=1.4)
+    colours = LinearSegmentedColormap.from_list("spread", [FEWER, EVEN, MORE]).with_extremes(
+        bad=FEWER, under=FEWER, over=MORE
+    )
+    mesh = ax.pcolormesh(
+        [[s * n for s in row] for row in shares], cmap=colours, norm=LogNorm(0.25, 4), edgecolors=PAPER, linewidth=1.4
+    )
     for y, row in enumerate(shares):
         for x, share in enumerate(row if n <= 16 else ()):
             strong = share * n < 0.36 or share * n > 3.2
-            ax.text(x + 0.5, y + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=size, color="#fefefe" if strong else ON_CELL)
+            ax.text(
+                x + 0.5,
+                y + 0.5,
+                f"{100 * share:.0f}",
+                ha="center",
+                va="center",
+                fontsize=size,
+                color="#fefefe" if strong else ON_CELL,
+            )
     step = 1 if n <= 16 else math.ceil(n / 12)
     ax.set_xticks([i + 0.5 for i in range(0, n, step)], [str(i) for i in range(0, n, step)])
     ax.set_yticks([i + 0.5 for i in range(len(shares))], [*counts, "even spread"])
@@ -348,8 +419,8 @@ def _spread(ax: Axes, counts: Mapping[str, Sequence[float]], label: str, *, size
 
 
 def spreads(bench: Mapping[str, Any], budget: float, key: str) -> dict[str, Sequence[float]]:
-    """Method -> tokens kept per image row or column (``key``: ``"rows"``, ``"columns"``) at ``budget``; methods with another number of them than the first are
-    left out, as are those that keep none or all."""
+    """Method -> tokens kept per image row or column (``key``: ``"rows"``, ``"columns"``) at ``budget``; methods with
+    another number of them than the first are left out, as are those that keep none or all."""
     mine = {r["method"]: r[key] for r in at(measured(bench), budget) if r.get(key)}
     found = {name: mine[name] for name in looks(bench) if name in mine}
     return {name: v for name, v in found.items() if len(v) == len(next(iter(found.values())))}
@@ -357,8 +428,8 @@ def spreads(bench: Mapping[str, Any], budget: float, key: str) -> dict[str, Sequ
 
 @_styled
 def kept(bench: Mapping[str, Any], budget: float) -> Figure | None:
-    """Where in the image tokens are kept at ``budget``: share per image row and, where known, per image column (FEATHER's question, arXiv 2412.13180).
-    ``None`` if no method has rows."""
+    """Where in the image tokens are kept at ``budget``: share per image row and, where known, per image column
+    (FEATHER's question, arXiv 2412.13180). ``None`` if no method has rows."""
     rows, columns = spreads(bench, budget, "rows"), spreads(bench, budget, "columns")
     if not rows:
         return None
@@ -383,8 +454,8 @@ def _scale(figure: Any, mesh: Any, axes: Any, shrink: float = 0.45) -> None:
 
 @_styled
 def staircase(bench: Mapping[str, Any], budget: float) -> Figure | None:
-    """Visual tokens that each language-model layer processes at ``budget``, a panel per method; the area is what equal effective tokens hold equal.
-    ``None`` if no row has ``layer_tokens``."""
+    """Visual tokens that each language-model layer processes at ``budget``, a panel per method; the area is what equal
+    effective tokens hold equal. ``None`` if no row has ``layer_tokens``."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
@@ -397,7 +468,14 @@ def staircase(bench: Mapping[str, Any], budget: float) -> Figure | None:
     axes = _grid(figure, len(rows), columns)
     for ax, row in zip(axes, rows, strict=True):
         layers = row["layer_tokens"]
-        ax.stairs(layers, range(len(layers) + 1), fill=True, color=look[row["method"]]["color"], alpha=0.8, label=row["method"])
+        ax.stairs(
+            layers,
+            range(len(layers) + 1),
+            fill=True,
+            color=look[row["method"]]["color"],
+            alpha=0.8,
+            label=row["method"],
+        )
         ax.axhline(base, color=INK, lw=1, ls=(0, (5, 3)), label="_dense")
         ax.axhline(row["effective_tokens"], color=INK, lw=1, ls=":", label="_effective")
         ax.set_title(row["method"], fontstyle="italic" if row["method"] in plain else "normal", fontsize=9.5)
@@ -410,14 +488,18 @@ def staircase(bench: Mapping[str, Any], budget: float) -> Figure | None:
         ax.set_ylabel("visual tokens")
     for ax in axes[-columns:]:
         ax.set_xlabel("layer")
-    handles = [Line2D([], [], color=INK, lw=1, ls=ls, label=name) for name, ls in (("dense", (0, (5, 3))), ("mean over layers: effective tokens", ":"))]
+    handles = [
+        Line2D([], [], color=INK, lw=1, ls=ls, label=name)
+        for name, ls in (("dense", (0, (5, 3))), ("mean over layers: effective tokens", ":"))
+    ]
     _below(figure, handles)
     return figure
 
 
 @_styled
 def overview(bench: Mapping[str, Any], budget: float, cost: str = "tokens") -> Figure:
-    """The picture for a README, made for 900 pixels: average accuracy against cost, beside where in the image tokens are kept at ``budget``."""
+    """The picture for a README, made for 900 pixels: average accuracy against cost, beside where in the image tokens
+    are kept at ``budget``."""
     rows = spreads(bench, budget, "rows")
     figure = _figure(9.4 if rows else 5.6, max(3.4, 1.25 + 0.24 * len(rows)))
     axes = figure.subplots(1, 2 if rows else 1, width_ratios=[1, 1.02] if rows else None, squeeze=False)[0]
@@ -436,7 +518,8 @@ VISION, LANGUAGE, SCORER = PALETTE[0], PALETTE[1], INK
 
 
 def first_token(entry: Mapping[str, Any]) -> float | None:
-    """Milliseconds to the first token: ``ttft_ms``, or else ``vision_ms`` and ``prefill_ms`` together (``None`` without either)."""
+    """Milliseconds to the first token: ``ttft_ms``, or else ``vision_ms`` and ``prefill_ms`` together (``None`` without
+    either)."""
     if entry.get("ttft_ms") is not None:
         return entry["ttft_ms"]
     return None if entry.get("prefill_ms") is None else entry["prefill_ms"] + (entry.get("vision_ms") or 0.0)
@@ -459,8 +542,9 @@ def settings(times: Mapping[str, Any], budget: float) -> dict[str, list[Mapping[
 
 @_styled
 def latency(times: Mapping[str, Any], budget: float) -> Figure | None:
-    """Time to the first token at ``budget``: dense (pale) above pruned, tower and language model apart where known, the time inside the library's own hooks
-    hatched at the end; the limit, which is pruned without it, is a line. A panel for each batch size and number of images; ``None`` if nothing was timed."""
+    """Time to the first token at ``budget``: dense (pale) above pruned, tower and language model apart where known, the
+    time inside the library's own hooks hatched at the end; the limit, which is pruned without it, is a line. A panel
+    for each batch size and number of images; ``None`` if nothing was timed."""
     found = settings(times, budget)
     if not found:
         return None
@@ -475,10 +559,21 @@ def latency(times: Mapping[str, Any], budget: float) -> Figure | None:
             _stack(ax, y - 0.2, row["dense"], 0.38)
             _stack(ax, y + 0.2, row["pruned"], 0.95)
             ax.annotate(
-                f"x {speed(row):.2f}", (first_token(row["pruned"]) or 0, y + 0.2), (4, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK
+                f"x {speed(row):.2f}",
+                (first_token(row["pruned"]) or 0, y + 0.2),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8.5,
+                color=INK,
             )
         _bars(ax, [r["method"] for r in rows], title, "time to the first token, ms")
-    _bar_key(figure, dense=True, stacked=any(r["pruned"].get("vision_ms") for rows in found.values() for r in rows), scorer=True)
+    _bar_key(
+        figure,
+        dense=True,
+        stacked=any(r["pruned"].get("vision_ms") for rows in found.values() for r in rows),
+        scorer=True,
+    )
     return figure
 
 
@@ -487,7 +582,17 @@ def _stack(ax: Axes, y: float, entry: Mapping[str, Any], alpha: float) -> None:
     ax.barh(y, vision, 0.36, color=VISION, alpha=alpha, label="vision")
     ax.barh(y, total - vision, 0.36, left=vision, color=LANGUAGE, alpha=alpha, label="language model")
     if scorer is not None:
-        ax.barh(y, scorer, 0.36, left=total - scorer, color="none", edgecolor=SCORER, hatch="//////", linewidth=0, label="scorer")
+        ax.barh(
+            y,
+            scorer,
+            0.36,
+            left=total - scorer,
+            color="none",
+            edgecolor=SCORER,
+            hatch="//////",
+            linewidth=0,
+            label="scorer",
+        )
         _limit(ax, y, total - scorer)
 
 
@@ -512,8 +617,24 @@ def _bar_key(figure: Any, *, dense: bool, stacked: bool, scorer: bool) -> None:
     parts = [("vision tower", VISION), ("language model and the rest", LANGUAGE)] if stacked else [("pruned", LANGUAGE)]
     handles: list[Any] = [Patch(color=c, label=name, alpha=0.95, lw=0) for name, c in parts]
     handles += [Patch(color=LANGUAGE, alpha=0.38, lw=0, label="pale: dense")] if dense else []
-    handles += [Patch(facecolor="none", edgecolor=SCORER, hatch="//////", lw=0, label="the library's own code")] if scorer else []
-    handles.append(Line2D([], [], color=INK, lw=1.8, ls="none", marker="|", ms=11, mew=1.8, label="the limit: the same work, nobody choosing"))
+    handles += (
+        [Patch(facecolor="none", edgecolor=SCORER, hatch="//////", lw=0, label="the library's own code")]
+        if scorer
+        else []
+    )
+    handles.append(
+        Line2D(
+            [],
+            [],
+            color=INK,
+            lw=1.8,
+            ls="none",
+            marker="|",
+            ms=11,
+            mew=1.8,
+            label="the limit: the same work, nobody choosing",
+        )
+    )
     _below(figure, handles, 1.6)
 
 
@@ -522,12 +643,15 @@ PARTS = {"prefill": "Prefill", "decode": "Decoding, per token", "hooks": "Decodi
 
 @_styled
 def overhead(result: Mapping[str, Any]) -> Figure | None:
-    """What ``benchmarks/overhead.py`` measured: pruned (and dense) milliseconds per method with the limit marked. ``None`` without rows."""
+    """What ``benchmarks/overhead.py`` measured: pruned (and dense) milliseconds per method with the limit marked.
+    ``None`` without rows."""
     found = {title: result[key] for key, title in PARTS.items() if result.get(key)}
     if not found:
         return None
     figure = _figure(WIDTH, 0.75 + 0.32 * max(map(len, found.values())))
-    axes = figure.subplots(1, len(found), width_ratios=[1.5 if i == 0 and len(found) > 1 else 1 for i in range(len(found))], squeeze=False)[0]
+    axes = figure.subplots(
+        1, len(found), width_ratios=[1.5 if i == 0 and len(found) > 1 else 1 for i in range(len(found))], squeeze=False
+    )[0]
     for ax, (title, rows) in zip(axes, found.items(), strict=True):
         for y, row in enumerate(rows):
             both = row.get("dense_ms") is not None

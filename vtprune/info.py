@@ -24,5 +24,6 @@ def adapters(pattern: str = "*") -> list[str]:
 
 
 def describe(name: str) -> MethodInfo:
-    """The facts of a method: paper, idea, needs, options with defaults. Raises :class:`VtpruneError` for an unknown name."""
+    """The facts of a method: paper, idea, needs, options with defaults. Raises :class:`VtpruneError` for an unknown
+    name."""
     return METHODS.get(name)

@@ -1,4 +1,5 @@
-"""The undo ledger: the only code that registers hooks or sets attributes on somebody else's modules, and the stopwatch for what they take."""
+"""The undo ledger: the only code that registers hooks or sets attributes on somebody else's modules, and the stopwatch
+for what they take."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ _ABSENT = object()
 
 
 class Watch:
-    """Notes when the library's own code runs. ``now()`` gives a moment; ``laps`` holds ``(sign, begin, end)``, one for every outermost call, sign -1 for what
-    does not count although it is called from what does."""
+    """Notes when the library's own code runs. ``now()`` gives a moment; ``laps`` holds ``(sign, begin, end)``, one for
+    every outermost call, sign -1 for what does not count although it is called from what does."""
 
     def __init__(self, now: Callable[[], Any]):
         self.now = now
@@ -51,8 +52,9 @@ _watch: ContextVar[Watch | None] = ContextVar("vtprune_watch", default=None)
 
 @contextmanager
 def stopwatch(now: Callable[[], Any] = time.perf_counter) -> Iterator[Watch]:
-    """A watch on every attachment that is made inside the block, for as long as the attachment lives: on its hooks and on decisions inside a tower's blocks. A
-    routing method's side branch is a layer of the model, no overhead. Attachments made outside carry nothing."""
+    """A watch on every attachment that is made inside the block, for as long as the attachment lives: on its hooks and
+    on decisions inside a tower's blocks. A routing method's side branch is a layer of the model, no overhead.
+    Attachments made outside carry nothing."""
     watch = Watch(now)
     token = _watch.set(watch)
     try:
@@ -62,7 +64,8 @@ def stopwatch(now: Callable[[], Any] = time.perf_counter) -> Iterator[Watch]:
 
 
 COPIED = (
-    "this is a copy of an attached model, and hooks cannot tell it from the original: attach() it anew, which takes the copied hooks out, "
+    "this is a copy of an attached model, and hooks cannot tell it from the original: attach() it anew, which takes "
+    "the copied hooks out, "
     "or copy the model before it is attached"
 )
 
@@ -81,10 +84,12 @@ class _Refusal:
 
 
 class Own:
-    """A function that the library has put into a foreign module. It does not travel: copies of the module refuse, pickles do."""
+    """A function that the library has put into a foreign module. It does not travel: copies of the module refuse,
+    pickles do."""
 
     def __init__(self, function: Callable[..., Any], before: Any = _ABSENT):
-        functools.update_wrapper(self, function)  # first: it copies the attributes of what it wraps, which may be one of these
+        # first: it copies the attributes of what it wraps, which may be one of these
+        functools.update_wrapper(self, function)
         self.function, self.before = function, before
 
     @property
@@ -100,12 +105,14 @@ class Own:
         return _Refusal(self.before)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise UnsupportedError("an attached model cannot be pickled: call remove() on its handle first, or save its state_dict()")
+        raise UnsupportedError(
+            "an attached model cannot be pickled: call remove() on its handle first, or save its state_dict()"
+        )
 
 
 class UndoLedger:
-    """Records every change to a foreign module and takes them all back, newest first. ``torch.compile`` runs hooks as they are instead of tracing them: what
-    they decide differs from prompt to prompt."""
+    """Records every change to a foreign module and takes them all back, newest first. ``torch.compile`` runs hooks as
+    they are instead of tracing them: what they decide differs from prompt to prompt."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
@@ -122,13 +129,15 @@ class UndoLedger:
         self._undo.append(module.register_forward_pre_hook(own, with_kwargs=True, prepend=first).remove)
 
     def after(self, module: nn.Module, hook: Callable[..., Any], *, first: bool = True, always: bool = False) -> None:
-        """A forward hook ``hook(module, args, kwargs, output)``. ``first``: run before hooks that were there (they then see the changed output)."""
+        """A forward hook ``hook(module, args, kwargs, output)``. ``first``: run before hooks that were there (they then
+        see the changed output)."""
         own = Own(torch.compiler.disable(self.timed(hook)))
         self._undo.append(module.register_forward_hook(own, with_kwargs=True, prepend=first, always_call=always).remove)
 
     def replace(self, module: Any, name: str, value: Any) -> None:
-        """Sets an attribute of a module (neither a parameter nor a sub-module), or of any other object that has a ``__dict__``. Where somebody else has put
-        something of his own around it by the time it is taken back, that stays and finds what was there before."""
+        """Sets an attribute of a module (neither a parameter nor a sub-module), or of any other object that has a
+        ``__dict__``. Where somebody else has put something of his own around it by the time it is taken back, that
+        stays and finds what was there before."""
         before = module.__dict__.get(name, _ABSENT)
         fallback: Any = getattr(module, name, None)
         own = Own(value, before) if callable(value) else value
@@ -162,7 +171,11 @@ def strip(model: nn.Module) -> None:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for number in [n for n, hook in hooks.items() if isinstance(hook, _Refusal)]:
                 del hooks[number]
-                for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs, module._forward_hooks_always_called):
+                for flags in (
+                    module._forward_pre_hooks_with_kwargs,
+                    module._forward_hooks_with_kwargs,
+                    module._forward_hooks_always_called,
+                ):
                     flags.pop(number, None)
 
 
@@ -170,7 +183,8 @@ MARK = "_vtprune_pruned"
 
 
 class _Mark:
-    """What a pruned cache carries. A deep copy of the cache is closed at once: it has lost what tells which tokens it holds."""
+    """What a pruned cache carries. A deep copy of the cache is closed at once: it has lost what tells which tokens it
+    holds."""
 
     def __init__(self, cache: Any):
         self.cache = ref(cache)
@@ -184,7 +198,8 @@ class _Mark:
 
 
 def mark(cache: Any, pruned: bool) -> None:
-    """Notes on a key-value cache whether a prompt was pruned in it. Copies carry the note, so they are known for what they are."""
+    """Notes on a key-value cache whether a prompt was pruned in it. Copies carry the note, so they are known for what
+    they are."""
     if pruned:
         setattr(cache, MARK, _Mark(cache))
     else:
@@ -193,7 +208,8 @@ def mark(cache: Any, pruned: bool) -> None:
 
 
 class _Follower:
-    """A method of one pruned cache that moves its rows, and what else has to move with them. It belongs to that cache alone."""
+    """A method of one pruned cache that moves its rows, and what else has to move with them. It belongs to that cache
+    alone."""
 
     def __init__(self, function: Callable[..., Any], then: Callable[[Any], None]):
         self.function, self.then = function, then
@@ -204,10 +220,14 @@ class _Follower:
         return out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        return functools.partial(_refuse, "this cache is a copy of a pruned one: only the one that the prompt was read into goes on")
+        return functools.partial(
+            _refuse, "this cache is a copy of a pruned one: only the one that the prompt was read into goes on"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise UnsupportedError("the cache of a pruned prompt cannot be pickled: what tells which tokens it holds would stay behind")
+        raise UnsupportedError(
+            "the cache of a pruned prompt cannot be pickled: what tells which tokens it holds would stay behind"
+        )
 
 
 def _refuse(why: str, *args: Any, **kwargs: Any) -> Any:
@@ -215,7 +235,8 @@ def _refuse(why: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def follow(cache: Any, methods: Mapping[str, Callable[[Any], None]]) -> None:
-    """After each of ``methods`` of ``cache``, called with an index or a number, the function beside it is called with the same."""
+    """After each of ``methods`` of ``cache``, called with an index or a number, the function beside it is called with
+    the same."""
     for name, then in methods.items():
         function = getattr(cache, name, None)
         if isinstance(function, _Follower):  # of a prompt that was read into it before
@@ -225,31 +246,45 @@ def follow(cache: Any, methods: Mapping[str, Callable[[Any], None]]) -> None:
 
 
 def live() -> None:
-    """Refuses recordings: what is dropped differs from prompt to prompt, and a recorded program would repeat the choice of one."""
+    """Refuses recordings: what is dropped differs from prompt to prompt, and a recorded program would repeat the choice
+    of one."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        raise UnsupportedError("an attached model cannot be traced or exported: it would repeat the choice made for one prompt; remove() the attachment first")
+        raise UnsupportedError(
+            "an attached model cannot be traced or exported: it would repeat the choice made for one prompt; remove() "
+            "the attachment first"
+        )
 
 
 def close(cache: Any, why: str) -> None:
-    """From now on nothing can be added to ``cache``: a model that tries gets an :class:`UnsupportedError` with the reason."""
+    """From now on nothing can be added to ``cache``: a model that tries gets an :class:`UnsupportedError` with the
+    reason."""
     cache.__dict__["update"] = functools.partial(_refuse, why)
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """All that an attachment could leave behind: attributes, hooks, classes, state-dict keys, training flags, configuration, and transformers' attention table.
+    """All that an attachment could leave behind: attributes, hooks, classes, state-dict keys, training flags,
+    configuration, and transformers' attention table.
 
-    Two snapshots of an untouched model are equal. What transformers itself leaves on modules is not counted: hooks that it installs lazily to capture outputs,
-    and the Qwen-VL models' ``rope_deltas`` of the last prompt.
+    Two snapshots of an untouched model are equal. What transformers itself leaves on modules is not counted: hooks that
+    it installs lazily to capture outputs, and the Qwen-VL models' ``rope_deltas`` of the last prompt.
     """
     import sys
 
     out: dict[str, Any] = {"state": tuple(model.state_dict())}
     for name, module in model.named_modules():
         hooks = {
-            kind: tuple(k for k, h in getattr(module, kind).items() if not getattr(h, "__module__", "").startswith("transformers."))
+            kind: tuple(
+                k
+                for k, h in getattr(module, kind).items()
+                if not getattr(h, "__module__", "").startswith("transformers.")
+            )
             for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         }
-        keep = {k: id(v) for k, v in module.__dict__.items() if not k.startswith(("_forward_", "_backward_", "_output_capturing", "rope_deltas"))}
+        keep = {
+            k: id(v)
+            for k, v in module.__dict__.items()
+            if not k.startswith(("_forward_", "_backward_", "_output_capturing", "rope_deltas"))
+        }
         out[name] = (type(module), hooks, keep, module.training, tuple(module._modules), tuple(module._parameters))
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):

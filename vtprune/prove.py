@@ -1,4 +1,5 @@
-"""A release that the tests have not seen proves itself before anything is attached: once per release and family, on the family's tiny model."""
+"""A release that the tests have not seen proves itself before anything is attached: once per release and family, on the
+family's tiny model."""
 
 from __future__ import annotations
 
@@ -10,7 +11,10 @@ from pathlib import Path
 from . import versions
 from .types import UnsupportedError
 
-PACKAGES = {"timm-vit": "timm", "open-clip": "open_clip_torch"}  # whose release a family depends on; the others: transformers
+PACKAGES = {
+    "timm-vit": "timm",
+    "open-clip": "open_clip_torch",
+}  # whose release a family depends on; the others: transformers
 CHECKS = ("full_budget", "prefill_is_masked_dense", "decode_is_masked_dense", "cached_is_uncached")
 SKIP = "VTPRUNE_SKIP_PROOF"
 _proving = threading.local()
@@ -19,7 +23,9 @@ _proved: set[str] = set()
 
 def memory() -> Path:
     """The file that remembers what has passed: in ``VTPRUNE_CACHE``, or the user's cache folder."""
-    folder = os.environ.get("VTPRUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vtprune"
+    folder = (
+        os.environ.get("VTPRUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vtprune"
+    )
     return Path(folder) / "proofs.json"
 
 
@@ -43,8 +49,9 @@ def _remember(line: str) -> None:
 
 
 def prove(family: str) -> None:
-    """Lets ``family`` prove itself if its host library is newer than what was tested: prefill and cached decoding of its tiny model, pruned, against the dense
-    model under masks. A second or two, then remembered; ``VTPRUNE_SKIP_PROOF=1`` leaves it out.
+    """Lets ``family`` prove itself if its host library is newer than what was tested: prefill and cached decoding of
+    its tiny model, pruned, against the dense model under masks. A second or two, then remembered;
+    ``VTPRUNE_SKIP_PROOF=1`` leaves it out.
 
     Raises:
         UnsupportedError: it does not come out exact, with what failed.
@@ -66,8 +73,10 @@ def prove(family: str) -> None:
         _proving.now = False
     if result["passed"] is False:
         raise UnsupportedError(
-            f"{found.package} {found.installed} is newer than {found.newest}, the newest release tested, and {family} does not come out exact with it: "
-            f"{result['detail']}; install {found.package} {found.newest}, or a newer vtprune ('vtprune doctor' tells of every family)"
+            f"{found.package} {found.installed} is newer than {found.newest}, the newest release tested, and {family} "
+            "does not come out exact with it: "
+            f"{result['detail']}; install {found.package} {found.newest}, or a newer vtprune ('vtprune doctor' tells "
+            "of every family)"
         )
     _proved.add(line)
     _remember(line)

@@ -1,4 +1,5 @@
-"""``python -m vtprune.quickstart``: every method on the bundled VLM and real test questions, in minutes on a CPU. Writes ``out/quickstart.{html,png,json}``."""
+"""``python -m vtprune.quickstart``: every method on the bundled VLM and real test questions, in minutes on a CPU.
+Writes ``out/quickstart.{html,png,json}``."""
 
 from __future__ import annotations
 
@@ -18,9 +19,24 @@ SHOWN = ("uniform", "downsample", "tome", "flowcut", "fastv", "pyramiddrop", "dp
 
 def parser() -> argparse.ArgumentParser:
     out = Parser(prog="python -m vtprune.quickstart", description=__doc__)
-    out.add_argument("--samples", type=positive, metavar="N", help="easy-VQA questions per row (default: what takes about four minutes in all)")
-    out.add_argument("--scenes", type=positive, metavar="N", help="generated scenes per row, about 11 questions each (default: a tenth of the samples)")
-    out.add_argument("--budgets", type=fractions, default=list(BUDGETS), help="fractions of the dense effective tokens (default 0.5,0.25)")
+    out.add_argument(
+        "--samples",
+        type=positive,
+        metavar="N",
+        help="easy-VQA questions per row (default: what takes about four minutes in all)",
+    )
+    out.add_argument(
+        "--scenes",
+        type=positive,
+        metavar="N",
+        help="generated scenes per row, about 11 questions each (default: a tenth of the samples)",
+    )
+    out.add_argument(
+        "--budgets",
+        type=fractions,
+        default=list(BUDGETS),
+        help="fractions of the dense effective tokens (default 0.5,0.25)",
+    )
     out.add_argument("--seeds", type=positive, default=3, help="runs of random methods (default 3)")
     out.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER")
     out.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -28,7 +44,14 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
-def pictures(model: Any, processor: Any, samples: Sequence[Any], methods: Sequence[str], budget: float, options: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def pictures(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Any],
+    methods: Sequence[str],
+    budget: float,
+    options: Mapping[str, Any],
+) -> list[tuple[str, Any]]:
     """``(label, picture)`` for each of ``methods`` on each of ``samples``, with the answer it led to."""
     import vtprune
 
@@ -50,7 +73,10 @@ def pictures(model: Any, processor: Any, samples: Sequence[Any], methods: Sequen
                     report = handle.report()
             except VtpruneError:  # the table says why
                 continue
-            label = f"{name} ({report.effective_tokens:.0f} effective tokens): {sample.question}  answer: {answer}  (right: {sample.answer})"
+            label = (
+                f"{name} ({report.effective_tokens:.0f} effective tokens): {sample.question}  answer: {answer}  "
+                f"(right: {sample.answer})"
+            )
             out.append((label, render.token_picture(seen, report, 0, boxes=boxes, panel=192)))
     return out
 
@@ -79,24 +105,47 @@ def run(args: argparse.Namespace) -> int:
     print(f"{easy} easy-VQA questions and {len(samples) - easy} questions about {scenes} scenes; {passes} passes")
     with tqdm(total=len(samples) * passes, unit="question", disable=None) as bar:
         result = bench.table(
-            model, processor, samples, methods, args.budgets, seeds=args.seeds, seed=args.seed, batch=32, timing=3,
-            cpu_time=model.device.type == "cpu", fixed=fixed, progress=bar.update, started=bar.set_description,
+            model,
+            processor,
+            samples,
+            methods,
+            args.budgets,
+            seeds=args.seeds,
+            seed=args.seed,
+            batch=32,
+            timing=3,
+            cpu_time=model.device.type == "cpu",
+            fixed=fixed,
+            progress=bar.update,
+            started=bar.set_description,
             command=f"python -m vtprune.quickstart --samples {easy} --scenes {scenes}",
-        )  # fmt: skip
+        )
     cells = bench.cells(result, abilities=False)
     show(cells)
-    print("prefill x: pruned over dense in turns [least, most of the rounds]; noise: they tell nothing; ?: slower for less work, unexplained")
+    print(
+        "prefill x: pruned over dense in turns [least, most of the rounds]; noise: they tell nothing; ?: slower for "
+        "less work, unexplained"
+    )
     own = {"dpvr-lf": trained.stages[-1].options} if trained is not None else {}
     chosen = [m for m in SHOWN if m in methods]
-    busy = max((s for s in samples if s.set == "scenes" and s.ability in ("attribute", "location")), key=lambda s: s.question.count("sign") + len(s.boxes))
+    busy = max(
+        (s for s in samples if s.set == "scenes" and s.ability in ("attribute", "location")),
+        key=lambda s: s.question.count("sign") + len(s.boxes),
+    )
     drawn = pictures(model, processor, [samples[0], busy], chosen, args.budgets[0], own)
     kept = bench.kept_per_row(result)
     figures = [("Where tokens are kept: image rows, all questions", render.row_bias_figure(kept))] if kept else []
     about, versions = result["device"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     facts = f"{result['command']} | {about['name']}, {about['threads']} threads, {about['dtype']} | {versions}"
     timer = "CPU time of one thread" if result["timer"] == "CPU" else "time"
-    intro = f"Every method at equal effective tokens (the mean over language-model layers). Prefill x: {timer} of a prefill divided by dense, in turns, "
-    intro += "with the least and most of its rounds; noise: they tell nothing; ?: slower for less work, which neither own code nor noise explains."
+    intro = (
+        f"Every method at equal effective tokens (the mean over language-model layers). Prefill x: {timer} of a "
+        "prefill divided by dense, in turns, "
+    )
+    intro += (
+        "with the least and most of its rounds; noise: they tell nothing; ?: slower for less work, which neither own "
+        "code nor noise explains."
+    )
     bench.save(result, data)
     render.write(sheet, render.contact_sheet(drawn))
     render.html_report(cells, [*figures, *drawn], page, title="vtprune quickstart", intro=intro, facts=facts)

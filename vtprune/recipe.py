@@ -21,12 +21,15 @@ MOST = 100  # stages
 
 
 def resolve(keep: int | float, tokens: int) -> int:
-    """The one rounding rule: a fraction in (0, 1] keeps ``floor(fraction * tokens)``, at least one token; an int is a count. Raises :class:`VtpruneError`."""
+    """The one rounding rule: a fraction in (0, 1] keeps ``floor(fraction * tokens)``, at least one token; an int is a
+    count. Raises :class:`VtpruneError`."""
     if isinstance(keep, bool) or not isinstance(keep, int | float) or keep != keep:
         raise VtpruneError(f"keep must be an int (tokens per image) or a float in (0, 1], got {keep!r}")
     if isinstance(keep, float):
         if not 0 < keep <= 1:
-            raise VtpruneError(f"keep={keep}: a fraction lies in (0, 1]; use an int for a number of tokens (1..{tokens})")
+            raise VtpruneError(
+                f"keep={keep}: a fraction lies in (0, 1]; use an int for a number of tokens (1..{tokens})"
+            )
         return max(1, math.floor(keep * tokens + 1e-9))
     if not 1 <= keep <= tokens:
         raise VtpruneError(f"keep={keep}: the model has {tokens} visual tokens per image, so keep lies in 1..{tokens}")
@@ -35,7 +38,8 @@ def resolve(keep: int | float, tokens: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """``method`` with its ``options``, on budget ``keep`` (``None``: the method's default); the method itself says at which sites it cuts."""
+    """``method`` with its ``options``, on budget ``keep`` (``None``: the method's default); the method itself says at
+    which sites it cuts."""
 
     method: str
     keep: int | float | None = None
@@ -57,7 +61,8 @@ def _stage(method: str, keep: int | float | None, options: dict[str, Any]) -> St
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A named tuple of stages; stages at different places compose. ``source`` says where the numbers come from (paper, table)."""
+    """A named tuple of stages; stages at different places compose. ``source`` says where the numbers come from (paper,
+    table)."""
 
     name: str
     stages: tuple[Stage, ...]
@@ -69,14 +74,21 @@ class Recipe:
         object.__setattr__(self, "stages", tuple(self.stages))
 
     def override(self, *, keep: int | float | None = None, **options: Any) -> Recipe:
-        """The recipe with another budget or other options in its last stage (the one that decides how many tokens are left)."""
+        """The recipe with another budget or other options in its last stage (the one that decides how many tokens are
+        left)."""
         last = self.stages[-1]
         last = replace(last, keep=last.keep if keep is None else keep, options={**last.options, **options})
         return replace(self, stages=(*self.stages[:-1], last))
 
     def to_dict(self) -> dict[str, Any]:
         stages = [{"method": s.method, "keep": s.keep, "options": _plain(s.options)} for s in self.stages]
-        return {"type": "vtprune.Recipe", "version": VERSION, "name": self.name, "source": self.source, "stages": stages}
+        return {
+            "type": "vtprune.Recipe",
+            "version": VERSION,
+            "name": self.name,
+            "source": self.source,
+            "stages": stages,
+        }
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
@@ -88,17 +100,21 @@ class Recipe:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Recipe:
-        """Inverse of :meth:`to_dict`; a ``key``, as tables of recipes have, must be that of the stages. Unknown fields, values of another type, names that JSON
-        cannot hold and a newer version raise :class:`VtpruneError`."""
+        """Inverse of :meth:`to_dict`; a ``key``, as tables of recipes have, must be that of the stages. Unknown fields,
+        values of another type, names that JSON cannot hold and a newer version raise :class:`VtpruneError`."""
         if not isinstance(data, Mapping) or data.get("type") != "vtprune.Recipe":
             raise VtpruneError("not a recipe: it needs 'type': 'vtprune.Recipe'")
         if type(data.get("version")) is not int or data["version"] != VERSION:  # True is 1 as well
-            raise VtpruneError(f"recipe version {_short(data.get('version'))} is not known here (this is version {VERSION})")
+            raise VtpruneError(
+                f"recipe version {_short(data.get('version'))} is not known here (this is version {VERSION})"
+            )
         _only(data, {"type", "version", "name", "source", "stages", "key"}, "recipe")
         name, source, entries = data.get("name", "recipe"), data.get("source", ""), data.get("stages")
         for field_, value in (("name", name), ("source", source)):
             if not isinstance(value, str) or not _printable(value if field_ == "name" else " ".join(value.split())):
-                raise VtpruneError(f"the {field_} of a recipe is text{' on one line' * (field_ == 'name')}, got {_short(value)}")
+                raise VtpruneError(
+                    f"the {field_} of a recipe is text{' on one line' * (field_ == 'name')}, got {_short(value)}"
+                )
         if not isinstance(entries, list | tuple) or len(entries) > MOST:
             raise VtpruneError(f"a recipe needs 'stages', a list of at most {MOST}, got {_short(entries)}")
         stages = []
@@ -111,20 +127,30 @@ class Recipe:
                 raise VtpruneError(f"the options of stage {method} must be names with values")
             _only(entry, {"method", "keep", "options"}, f"stage {method}")
             if keep is not None and not _number(keep):
-                raise VtpruneError(f"keep of stage {method} must be an int (tokens per image) or a float in (0, 1], got {_short(keep)}")
+                raise VtpruneError(
+                    f"keep of stage {method} must be an int (tokens per image) or a float in (0, 1], got {_short(keep)}"
+                )
             for key, value in options.items():
-                if not all(v is None or isinstance(v, bool | str) or _number(v) for v in (value if isinstance(value, list | tuple) else [value])):
-                    raise VtpruneError(f"option {_short(key)} of stage {method} must be a number, a word, true, false or a list of such, got {_short(value)}")
+                if not all(
+                    v is None or isinstance(v, bool | str) or _number(v)
+                    for v in (value if isinstance(value, list | tuple) else [value])
+                ):
+                    raise VtpruneError(
+                        f"option {_short(key)} of stage {method} must be a number, a word, true, false or a list of "
+                        f"such, got {_short(value)}"
+                    )
             stages.append(Stage(method=entry["method"], keep=keep, options=options))
         out = Recipe(name=name, stages=tuple(stages), source=source)
         if data.get("key", out.key()) != out.key():
-            raise VtpruneError(f"the key {_short(data['key'])} is not that of the stages, {out.key()!r}: leave it out after a change")
+            raise VtpruneError(
+                f"the key {_short(data['key'])} is not that of the stages, {out.key()!r}: leave it out after a change"
+            )
         return out
 
     @staticmethod
     def load(path: str | Path) -> Recipe:
-        """Reads a ``.json``, ``.yaml`` or ``.yml`` file in UTF-8. Raises :class:`VtpruneError` if it is missing, larger than :data:`LARGEST` bytes or
-        malformed."""
+        """Reads a ``.json``, ``.yaml`` or ``.yml`` file in UTF-8. Raises :class:`VtpruneError` if it is missing, larger
+        than :data:`LARGEST` bytes or malformed."""
         path = Path(path)
         try:
             if path.is_file() and path.stat().st_size > LARGEST:
@@ -154,7 +180,13 @@ class Recipe:
                 raise VtpruneError(f"{path} is not a recipe: it is nested too deeply") from e
             except VtpruneError as e:
                 raise VtpruneError(f"{path} is {e}") from e
-            except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as e:  # the latter for values that YAML's types cannot hold
+            except (
+                yaml.YAMLError,
+                ValueError,
+                TypeError,
+                LookupError,
+                AttributeError,
+            ) as e:  # the latter for values that YAML's types cannot hold
                 raise VtpruneError(f"{path} is not YAML: {' '.join(str(e).split())[:300]}") from e
         try:
             return Recipe.from_dict(data)
@@ -214,7 +246,10 @@ def _loader() -> Any:
     class Loader(yaml.SafeLoader):
         pass
 
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, lambda loader, node: _once(loader.construct_pairs(node, deep=True)))
+    Loader.add_constructor(
+        yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
+        lambda loader, node: _once(loader.construct_pairs(node, deep=True)),
+    )
     return Loader
 
 

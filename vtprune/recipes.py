@@ -1,4 +1,5 @@
-"""Named recipes. Every method has one of its own name with the paper's defaults; the presets below are published settings, as data with their source."""
+"""Named recipes. Every method has one of its own name with the paper's defaults; the presets below are published
+settings, as data with their source."""
 
 from __future__ import annotations
 
@@ -26,8 +27,20 @@ PRESETS: tuple = (
     ("fastv-k2-r50", "arXiv 2403.06764, table 1: K=2, R=50 %", ("fastv", 0.5, {"layer": 2})),
     ("fastv-k3-r75", "arXiv 2403.06764, table 1: K=3, R=75 %", ("fastv", 0.25, {"layer": 3})),
     ("fastv-norope", "arXiv 2412.13180: FastV's ranking without rotary positions", ("fastv", 0.5, {"rope": False})),
-    ("pitome-llava-7b", "arXiv 2405.16148, LLaVA-1.5-7B at ratio 0.9", ("pitome", None, {"ratio": 0.9, "variant": "hf-clip"})),
-    ("flowcut-then-fastv", "vtprune: a vision stage and a language-model stage together", ("flowcut", 0.5, {}), ("fastv", 0.25, {})),
+    (
+        "pitome-llava-7b",
+        "arXiv 2405.16148, LLaVA-1.5-7B at ratio 0.9",
+        ("pitome", None, {"ratio": 0.9, "variant": "hf-clip"}),
+    ),
+    (
+        "flowcut-then-fastv",
+        "vtprune: a vision stage and a language-model stage together",
+        ("flowcut", 0.5, {}),
+        ("fastv", 0.25, {}),
+    ),
 )
 for _name, _source, *_stages in PRESETS:
-    RECIPES.register(_name, Recipe(name=_name, stages=tuple(Stage(method=m, keep=k, options=o) for m, k, o in _stages), source=_source))
+    RECIPES.register(
+        _name,
+        Recipe(name=_name, stages=tuple(Stage(method=m, keep=k, options=o) for m, k, o in _stages), source=_source),
+    )

@@ -1,4 +1,5 @@
-"""One registry class, three instances: methods, recipes, adapters. It stores classes and data, never configured instances."""
+"""One registry class, three instances: methods, recipes, adapters. It stores classes and data, never configured
+instances."""
 
 from __future__ import annotations
 
@@ -15,22 +16,24 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Names to records. An unknown name raises with close matches. ``load`` is called once, before the first look-up, to import the entries; look-ups of other
-    threads wait for it.
+    """Names to records. An unknown name raises with close matches. ``load`` is called once, before the first look-up,
+    to import the entries; look-ups of other threads wait for it.
 
-    An entry belongs to whoever registered it: registering again replaces it (a notebook's cell that is run a second time, a module that is reloaded), anybody
-    else's name raises."""
+    An entry belongs to whoever registered it: registering again replaces it (a notebook's cell that is run a second
+    time, a module that is reloaded), anybody else's name raises."""
 
     def __init__(self, what: str, load: Callable[[], None] = lambda: None):
         self.what, self._load, self._loaded = what, load, False
         self._entries: dict[str, T] = {}
         self._owners: dict[str, str] = {}
-        # Two locks: whoever loads waits for imports, and a module that another thread is importing must be able to register meanwhile.
+        # Two locks: whoever loads waits for imports, and a module that another thread is importing must be able to
+        # register meanwhile.
         self._loading, self._lock = threading.RLock(), threading.Lock()
         self._begun = False
 
     def register(self, name: str, entry: T, owner: str | None = None) -> T:
-        """``owner``: who may replace the entry (default: the calling module). Raises ``ValueError`` for another's name and for one that is not lower case."""
+        """``owner``: who may replace the entry (default: the calling module). Raises ``ValueError`` for another's name
+        and for one that is not lower case."""
         mine = owner or sys._getframe(1).f_globals.get("__name__", "")
         self.reserve(name, mine, self.what)
         with self._lock:
@@ -49,7 +52,8 @@ class Registry(Generic[T]):
         """All entries, a copy."""
         if not self._loaded:
             with self._loading:
-                if not self._loaded and not self._begun:  # else another thread has done it, or this is a look-up from inside the loading
+                # else another thread has done it, or this is a look-up from inside the loading
+                if not self._loaded and not self._begun:
                     self._begun = True
                     try:
                         self._load()

@@ -1,6 +1,7 @@
 """Pictures and pages of what was kept: drawing with Pillow only, no plotting library, no model.
 
-Indices are a sample's original visual tokens, raster order on ``grid`` (rows, columns), as :class:`vtprune.Report` gives them.
+Indices are a sample's original visual tokens, raster order on ``grid`` (rows, columns), as :class:`vtprune.Report`
+gives them.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ def font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
-# --------------------------------------------------------------------------------------------------------- token pictures
+# --------------------------------------------------------------------------------------------------------- token
+# pictures
 
 
 def model_view(processor: Any, image: Image.Image, overview: int = 0) -> Image.Image:
-    """``image`` as the vision tower sees it (resized and cropped by the processor), so that patches lie where they should; of several tiles the one that shows
-    all of it, ``overview``. Processors that cut the whole image into patches leave it as it is."""
+    """``image`` as the vision tower sees it (resized and cropped by the processor), so that patches lie where they
+    should; of several tiles the one that shows all of it, ``overview``. Processors that cut the whole image into
+    patches leave it as it is."""
     from .models import _pixels
 
     part = processor.image_processor
@@ -50,8 +53,9 @@ def model_view(processor: Any, image: Image.Image, overview: int = 0) -> Image.I
 
 
 def views(processor: Any, inputs: Mapping[str, Any], report: Report, sample: int = 0) -> list[Image.Image]:
-    """What lies under each raster of a sample, as the vision tower saw it: an image, each of its tiles, LLaVA-NeXT's tiles put together (with a blank column
-    where its new-line tokens are), the frames of a video (Qwen: the first of each pair). Their ``info["label"]`` says which: ``"tile 2 of 5"``.
+    """What lies under each raster of a sample, as the vision tower saw it: an image, each of its tiles, LLaVA-NeXT's
+    tiles put together (with a blank column where its new-line tokens are), the frames of a video (Qwen: the first of
+    each pair). Their ``info["label"]`` says which: ``"tile 2 of 5"``.
 
     Args:
         inputs: what ``processor`` returned and the model was given, the whole batch of ``report``; any device and type.
@@ -81,8 +85,9 @@ def starts(report: Report, sample: int) -> list[int]:
 
 
 def owners(report: Report, sample: int, number: int | None = None) -> list[np.ndarray]:
-    """Per stage, for every original token of the sample (of its raster ``number``), ``[tokens]``, the token of the sample that stands for it: itself if kept,
-    another if merged, -1 if dropped. A routed token comes back with those that were merged into it before."""
+    """Per stage, for every original token of the sample (of its raster ``number``), ``[tokens]``, the token of the
+    sample that stands for it: itself if kept, another if merged, -1 if dropped. A routed token comes back with those
+    that were merged into it before."""
     bounds = starts(report, sample)
     stood, out = np.arange(bounds[-1]), []
     for stage in report.stages:
@@ -101,8 +106,9 @@ def owners(report: Report, sample: int, number: int | None = None) -> list[np.nd
 
 
 def ranks(stage: StageReport, sample: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """``rank`` ``[tokens]`` of every original token among those it shared a budget with: 1 has the best score, ties go to the lower index, 0 is not ranked; and
-    how many were ``ranked`` there, ``[tokens]``. ``None`` for a stage without scores."""
+    """``rank`` ``[tokens]`` of every original token among those it shared a budget with: 1 has the best score, ties go
+    to the lower index, 0 is not ranked; and how many were ``ranked`` there, ``[tokens]``. ``None`` for a stage without
+    scores."""
     if stage.scores is None or stage.units is None:
         return None
     scores, units = stage.scores[sample].cpu().numpy(), stage.units[sample].cpu().numpy()
@@ -114,11 +120,18 @@ def ranks(stage: StageReport, sample: int) -> tuple[np.ndarray, np.ndarray] | No
     return rank, ranked
 
 
-HEAT = ((13, 8, 135), (126, 3, 168), (204, 71, 120), (248, 149, 64), (240, 249, 33))  # dark blue: ranked last, yellow: first
+HEAT = (
+    (13, 8, 135),
+    (126, 3, 168),
+    (204, 71, 120),
+    (248, 149, 64),
+    (240, 249, 33),
+)  # dark blue: ranked last, yellow: first
 
 
 def _heat(report: Report, sample: int, stage: int) -> np.ndarray | None:
-    """``[tokens]`` from 0 (ranked last) to 1 (first) by the nearest scores at or before ``stage``, NaN where not ranked; ``None`` if there are none."""
+    """``[tokens]`` from 0 (ranked last) to 1 (first) by the nearest scores at or before ``stage``, NaN where not
+    ranked; ``None`` if there are none."""
     found = [r for s in report.stages[: stage + 1] if (r := ranks(s, sample)) is not None]
     if not found:
         return None
@@ -147,14 +160,16 @@ def token_picture(
     caption: str = "",
     heat: bool = False,
 ) -> Image.Image:
-    """The image and one panel per stage: dropped patches are dimmed, merged groups outlined in one colour each, with a dot where the group stands.
+    """The image and one panel per stage: dropped patches are dimmed, merged groups outlined in one colour each, with a
+    dot where the group stands.
 
     Args:
         image: as the model sees it (:func:`model_view`).
         report, sample: whose tokens; ``number`` is the raster within the sample (an image, or one of its tiles).
         panel: longer side of a panel in pixels; at most ``limit`` stages are drawn.
         boxes: rectangles in pixels of ``image`` to outline in the first panel. caption: its title.
-        heat: patches are coloured by their rank in the nearest stage so far that has scores, from dark blue (last) to yellow (first).
+        heat: patches are coloured by their rank in the nearest stage so far that has scores, from dark blue (last) to
+            yellow (first).
 
     Raises:
         VtpruneError: the report has no such sample or raster; with ``heat``, none of its stages has scores.
@@ -175,15 +190,27 @@ def token_picture(
     owner = owners(report, sample, number)
     for i in _shown(report.stages, sample, limit):
         stage = report.stages[i]
-        here = f"{int((owner[i] == start + np.arange(rows * columns)).sum())} of {rows * columns} here, " if many else ""
-        titles.append((f"{stage.site}  {stage.method}", f"{here}{stage.tokens_in[sample]} -> {stage.tokens_out[sample]} tokens{' in all' if many else ''}"))
+        here = (
+            f"{int((owner[i] == start + np.arange(rows * columns)).sum())} of {rows * columns} here, " if many else ""
+        )
+        titles.append(
+            (
+                f"{stage.site}  {stage.method}",
+                f"{here}{stage.tokens_in[sample]} -> {stage.tokens_out[sample]} tokens{' in all' if many else ''}",
+            )
+        )
         warm = _heat(report, sample, i) if heat else None
-        panels.append(_panel(plain, owner[i], grid, cell, start, None if warm is None else warm[start : start + rows * columns]))
+        panels.append(
+            _panel(plain, owner[i], grid, cell, start, None if warm is None else warm[start : start + rows * columns])
+        )
     return _strip(titles, panels)
 
 
-def kept_picture(image: Image.Image, report: Report, sample: int = 0, *, number: int = 0, panel: int = PANEL) -> Image.Image:
-    """The tokens left by the last stage that changed something, as one panel of :func:`token_picture` without titles; without such a stage the image as it is.
+def kept_picture(
+    image: Image.Image, report: Report, sample: int = 0, *, number: int = 0, panel: int = PANEL
+) -> Image.Image:
+    """The tokens left by the last stage that changed something, as one panel of :func:`token_picture` without titles;
+    without such a stage the image as it is.
 
     Raises :class:`VtpruneError` as :func:`token_picture` does.
     """
@@ -193,7 +220,9 @@ def kept_picture(image: Image.Image, report: Report, sample: int = 0, *, number:
     return _panel(plain, owners(report, sample, number)[changed[-1]], grid, cell, start, None) if changed else plain
 
 
-def _plain(image: Image.Image, report: Report, sample: int, number: int, panel: int) -> tuple[tuple[int, int], int, Image.Image]:
+def _plain(
+    image: Image.Image, report: Report, sample: int, number: int, panel: int
+) -> tuple[tuple[int, int], int, Image.Image]:
     """The raster's rows and columns, pixels per patch in a panel, and the image in that size."""
     _check(report, sample)
     if not -len(report.grids[sample]) <= number < len(report.grids[sample]):
@@ -220,11 +249,15 @@ def fit(draw: ImageDraw.ImageDraw, words: str, width: float, size: int) -> str:
     face = font(size)
     if draw.textlength(words, font=face) <= width:
         return words
-    letters = bisect.bisect_right(range(len(words)), width, key=lambda n: draw.textlength(words[:n] + "...", font=face)) - 1
+    letters = (
+        bisect.bisect_right(range(len(words)), width, key=lambda n: draw.textlength(words[:n] + "...", font=face)) - 1
+    )
     return words[: max(letters, 0)].rstrip() + "..."
 
 
-def _panel(image: Image.Image, owner: np.ndarray, grid: tuple[int, int], cell: int, start: int, heat: np.ndarray | None) -> Image.Image:
+def _panel(
+    image: Image.Image, owner: np.ndarray, grid: tuple[int, int], cell: int, start: int, heat: np.ndarray | None
+) -> Image.Image:
     rows, columns = grid
     pixels = np.asarray(image).astype(float)
     grey = pixels.mean(2, keepdims=True)
@@ -257,14 +290,22 @@ def color(slot: int) -> tuple[int, int, int]:
     return round(255 * r), round(255 * g), round(255 * b)
 
 
-def _cell(draw: ImageDraw.ImageDraw, field: np.ndarray, r: int, c: int, cell: int, groups: set[int], start: int) -> None:
-    """Lines where this patch's neighbour belongs to another token; coloured and with a dot for a merged group, thin for a kept patch beside a dropped one."""
+def _cell(
+    draw: ImageDraw.ImageDraw, field: np.ndarray, r: int, c: int, cell: int, groups: set[int], start: int
+) -> None:
+    """Lines where this patch's neighbour belongs to another token; coloured and with a dot for a merged group, thin for
+    a kept patch beside a dropped one."""
     mine = int(field[r, c])
     if mine < 0:
         return
     x, y = c * cell, r * cell
     e = cell - 1
-    sides = (((-1, 0), (x, y, x + e, y)), ((1, 0), (x, y + e, x + e, y + e)), ((0, -1), (x, y, x, y + e)), ((0, 1), (x + e, y, x + e, y + e)))
+    sides = (
+        ((-1, 0), (x, y, x + e, y)),
+        ((1, 0), (x, y + e, x + e, y + e)),
+        ((0, -1), (x, y, x, y + e)),
+        ((0, 1), (x + e, y, x + e, y + e)),
+    )
     for (dr, dc), line in sides:
         inside = 0 <= r + dr < field.shape[0] and 0 <= c + dc < field.shape[1]
         other = int(field[r + dr, c + dc]) if inside else -1
@@ -274,7 +315,9 @@ def _cell(draw: ImageDraw.ImageDraw, field: np.ndarray, r: int, c: int, cell: in
             draw.line(line, fill=(250, 250, 250))
     if mine in groups and mine == start + r * field.shape[1] + c and cell >= 8:
         k = max(2, cell // 7)
-        draw.ellipse((x + cell // 2 - k, y + cell // 2 - k, x + cell // 2 + k, y + cell // 2 + k), fill=color(mine), outline=INK)
+        draw.ellipse(
+            (x + cell // 2 - k, y + cell // 2 - k, x + cell // 2 + k, y + cell // 2 + k), fill=color(mine), outline=INK
+        )
 
 
 def views_or_blank(processor: Any, inputs: Mapping[str, Any], report: Report) -> tuple[list[Image.Image], str]:
@@ -290,20 +333,28 @@ def blank(report: Report, sample: int) -> list[Image.Image]:
     return [Image.new("RGB", (16 * columns, 16 * rows), PLAIN) for rows, columns in report.grids[sample]]
 
 
-def sheet(pictures: Sequence[Image.Image], report: Report, sample: int = 0, *, heat: bool = False, caption: str = "") -> Image.Image:
-    """:func:`token_picture` of every raster of a sample below each other, on ``pictures`` as :func:`views` or :func:`blank` give them."""
+def sheet(
+    pictures: Sequence[Image.Image], report: Report, sample: int = 0, *, heat: bool = False, caption: str = ""
+) -> Image.Image:
+    """:func:`token_picture` of every raster of a sample below each other, on ``pictures`` as :func:`views` or
+    :func:`blank` give them."""
     many = len(pictures) > 1
     titles = [p.info.get("label", f"raster {i} of {len(pictures)}" if many else "") for i, p in enumerate(pictures, 1)]
     if caption:
         titles[0] = f"{titles[0]}: {caption}" if many else caption
-    strips = [token_picture(p, report, sample, number=i, heat=heat, caption=title) for i, (p, title) in enumerate(zip(pictures, titles, strict=True))]
+    strips = [
+        token_picture(p, report, sample, number=i, heat=heat, caption=title)
+        for i, (p, title) in enumerate(zip(pictures, titles, strict=True))
+    ]
     out = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), PAPER)
     for i, strip in enumerate(strips):
         out.paste(strip, (0, sum(s.height for s in strips[:i])))
     return out
 
 
-def show(report: Report, image: Image.Image | Sequence[Image.Image] | None, *, sample: int, heat: bool, interactive: bool) -> None:
+def show(
+    report: Report, image: Image.Image | Sequence[Image.Image] | None, *, sample: int, heat: bool, interactive: bool
+) -> None:
     """What :meth:`vtprune.Report.show` does."""
     _check(report, sample)
     grids = report.grids[sample]
@@ -313,17 +364,27 @@ def show(report: Report, image: Image.Image | Sequence[Image.Image] | None, *, s
         image = blank(report, sample)
     pictures = [image] if isinstance(image, Image.Image) else list(image)
     if len(pictures) != len(grids):
-        raise VtpruneError(f"sample {sample} has {len(grids)} rasters, but there are {len(pictures)} pictures; give one for each (vtprune.render.views)")
+        raise VtpruneError(
+            f"sample {sample} has {len(grids)} rasters, but there are {len(pictures)} pictures; give one for each "
+            "(vtprune.render.views)"
+        )
     notebook = _in_notebook()
     if interactive:
         if not notebook:
-            raise VtpruneError("interactive=True needs a notebook; 'vtprune run --picture OUT.html' writes the same as a page")
+            raise VtpruneError(
+                "interactive=True needs a notebook; 'vtprune run --picture OUT.html' writes the same as a page"
+            )
         from IPython.display import HTML, display
 
         from . import theatre
 
         page = theatre.page([theatre.scene(report, pictures, sample=sample)], report.recipe or "dense")
-        display(HTML(f'<div><iframe srcdoc="{html.escape(page)}" title="token theatre" style="width: 100%; height: 900px; border: 0"></iframe></div>'))
+        display(
+            HTML(
+                f'<div><iframe srcdoc="{html.escape(page)}" title="token theatre" style="width: 100%; height: 900px; '
+                'border: 0"></iframe></div>'
+            )
+        )
         return
     out = sheet(pictures, report, sample, heat=heat)
     if notebook:
@@ -354,13 +415,17 @@ def contact_sheet(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------- heat map
+# ----------------------------------------------------------------------------------------------------------- heat map
 
 
-def row_bias_figure(counts: Mapping[str, Sequence[float]], *, title: str = "Share of kept tokens per image row") -> Image.Image:
-    """Methods below each other, image rows (top first) from left to right. Blue: fewer tokens than an even spread gives, orange: more.
+def row_bias_figure(
+    counts: Mapping[str, Sequence[float]], *, title: str = "Share of kept tokens per image row"
+) -> Image.Image:
+    """Methods below each other, image rows (top first) from left to right. Blue: fewer tokens than an even spread
+    gives, orange: more.
 
-    ``counts``: label -> tokens kept in each image row. Raises :class:`VtpruneError` if there are none or they have unequal lengths.
+    ``counts``: label -> tokens kept in each image row. Raises :class:`VtpruneError` if there are none or they have
+        unequal lengths.
     """
     if not counts or len({len(v) for v in counts.values()}) != 1:
         raise VtpruneError("the row figure needs at least one method and the same number of rows for all")
@@ -382,7 +447,13 @@ def row_bias_figure(counts: Mapping[str, Sequence[float]], *, title: str = "Shar
             shade = _diverging(v / total * n)
             draw.rectangle((left + c * size, y, left + (c + 1) * size - 2, y + size - 2), fill=shade)
             ink = INK if sum(shade) > 360 else PAPER
-            draw.text((left + c * size + size / 2 - 1, y + size / 2), f"{100 * v / total:.0f}", fill=ink, font=font(13), anchor="mm")
+            draw.text(
+                (left + c * size + size / 2 - 1, y + size / 2),
+                f"{100 * v / total:.0f}",
+                fill=ink,
+                font=font(13),
+                anchor="mm",
+            )
     return out
 
 
@@ -394,7 +465,8 @@ def _diverging(ratio: float) -> tuple[int, int, int]:
     return r, g, b
 
 
-# ---------------------------------------------------------------------------------------------------------------- report
+# ----------------------------------------------------------------------------------------------------------------
+# report
 
 CSS = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #191c21; --muted: #666d78; --line: #dfe2e7; --head: #f4f5f7; }
@@ -411,7 +483,7 @@ td:last-child { white-space: normal; min-width: 12rem; color: var(--muted); }
 figure { margin: 1.2rem 0; } figcaption { margin-bottom: .3rem; }
 figure img { max-width: none; height: auto; border: 1px solid var(--line); border-radius: 4px; }
 footer { margin-top: 2rem; font-size: .85rem; overflow-wrap: anywhere; }
-""".strip()
+""".strip()  # noqa: E501
 
 
 def data_url(picture: Image.Image, kind: str = "PNG", **options: Any) -> str:
@@ -427,9 +499,16 @@ def encode(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def html_report(
-    table: Sequence[Sequence[str]], pictures: Sequence[tuple[str, Image.Image]], path: str | Path, *, title: str = "vtprune", intro: str = "", facts: str = ""
+    table: Sequence[Sequence[str]],
+    pictures: Sequence[tuple[str, Image.Image]],
+    path: str | Path,
+    *,
+    title: str = "vtprune",
+    intro: str = "",
+    facts: str = "",
 ) -> None:
-    """Writes one self-contained page: ``table`` (header first, all text) and ``pictures`` with captions; no script and nothing from elsewhere.
+    """Writes one self-contained page: ``table`` (header first, all text) and ``pictures`` with captions; no script and
+    nothing from elsewhere.
 
     Raises :class:`VtpruneError` if the file cannot be written.
     """

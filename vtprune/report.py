@@ -1,4 +1,5 @@
-"""``vtprune report FOLDER``: the result files of a folder as one self-contained page, with every figure beside it as PNG and SVG."""
+"""``vtprune report FOLDER``: the result files of a folder as one self-contained page, with every figure beside it as
+PNG and SVG."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ NONE = "–"
 LONGEST = 100  # characters of a name in tables and figures
 LARGEST = 1e30  # of any number in a result: far beyond every count, and far from where floats end
 
-# ------------------------------------------------------------------------------------------------------------------ data
+# ------------------------------------------------------------------------------------------------------------------
+# data
 
 
 def _number(value: Any) -> bool:
@@ -45,8 +47,16 @@ def _pair(value: Any) -> bool:
 
 
 def _set(value: Any) -> bool:
-    pairs = all(_pair(value[k]) for k in ("interval", "difference_interval") if k in value) if isinstance(value, dict) else False
-    return pairs and _number(value.get("accuracy")) and ("difference_interval" not in value or _number(value.get("difference")))
+    pairs = (
+        all(_pair(value[k]) for k in ("interval", "difference_interval") if k in value)
+        if isinstance(value, dict)
+        else False
+    )
+    return (
+        pairs
+        and _number(value.get("accuracy"))
+        and ("difference_interval" not in value or _number(value.get("difference")))
+    )
 
 
 def _recipe(value: Any) -> bool:
@@ -81,15 +91,21 @@ KINDS: dict[str, Callable[[Any], bool]] = {
 BENCH = {"abilities": "a list of names", "sets": "a list of names", "rows": "a list"}
 BENCH_ROW = {
     **{k: "a number" for k in ("average", "worst", "effective_tokens", "visual_tokens", "flops_share", "kv_share")},
-    "worst_ability": "a text", "abilities": "numbers by name", "sets": "accuracies by name",
-}  # fmt: skip
+    "worst_ability": "a text",
+    "abilities": "numbers by name",
+    "sets": "accuracies by name",
+}
 BENCH_EXTRA = {
     **{k: "a list of numbers" for k in ("rows", "columns", "layer_tokens")},
     **{k: "a number" for k in ("nominal_tokens", "relative_average", "relative_worst", "prefill_ratio")},
-    "prefill_range": "two numbers", "prefill_verdict": "a text",
-    "ability_intervals": "intervals by name", "average_interval": "two numbers", "group_a": "an accuracy with its interval",
-    "note": "a text", "recipe": "a recipe",
-}  # fmt: skip
+    "prefill_range": "two numbers",
+    "prefill_verdict": "a text",
+    "ability_intervals": "intervals by name",
+    "average_interval": "two numbers",
+    "group_a": "an accuracy with its interval",
+    "note": "a text",
+    "recipe": "a recipe",
+}
 TIMES_EXTRA = {"budget": "a number", "batch": "a number", "images": "a number", "tokens": "a number"}
 EVEN_EXTRA = {
     "verdict": "a text",
@@ -103,7 +119,8 @@ OVERHEAD_ROW = {"method": "a name", "limit_ms": "a number", "pruned_ms": "a numb
 
 
 def _check(entry: Any, where: str, needed: Mapping[str, str], extra: Mapping[str, str] | None = None) -> None:
-    """Whether ``entry`` is a dict with the ``needed`` keys, and with ``extra`` ones of their kinds where they are there and not null."""
+    """Whether ``entry`` is a dict with the ``needed`` keys, and with ``extra`` ones of their kinds where they are there
+    and not null."""
     if not isinstance(entry, dict):
         raise VtpruneError(f"{where} should be a JSON object")
     for key, kind in {**(extra or {}), **needed}.items():
@@ -135,10 +152,17 @@ def _medians(times: dict[str, Any]) -> dict[str, Any]:
     def row(entry: Any) -> Any:
         if not isinstance(entry, dict):
             return entry
-        return {k: {name: plain(v) for name, v in e.items()} if k in ("dense", "pruned") and isinstance(e, dict) else e for k, e in entry.items()}
+        return {
+            k: {name: plain(v) for name, v in e.items()} if k in ("dense", "pruned") and isinstance(e, dict) else e
+            for k, e in entry.items()
+        }
 
     rows = times.get("rows")
-    return {**times, "rows": [row(r) for r in rows if not (isinstance(r, dict) and r.get("error"))]} if isinstance(rows, list) else times
+    return (
+        {**times, "rows": [row(r) for r in rows if not (isinstance(r, dict) and r.get("error"))]}
+        if isinstance(rows, list)
+        else times
+    )
 
 
 VIT = {
@@ -163,7 +187,11 @@ def _vit_row(row: Any) -> Any:
             found = found.get(key) if isinstance(found, dict) else None
         return found
 
-    out = {"method": row.get("method"), "budget": row.get("budget"), **{name: leaf(*path) for name, path in VIT.items()}}
+    out = {
+        "method": row.get("method"),
+        "budget": row.get("budget"),
+        **{name: leaf(*path) for name, path in VIT.items()},
+    }
     out |= {f"images/s x dense, batch {b}": leaf("speed", b, "speedup", "median") for b in row.get("speed") or {}}
     return out | {"note": leaf("photographs", "error")}
 
@@ -218,7 +246,10 @@ def load(folder: Path) -> tuple[list[Found], list[str]]:
             unknown.append(path.name)
             continue
         if kind in READS and data.get("version") not in READS[kind]:
-            raise VtpruneError(f"{path}: {kind} of version {data.get('version')!r}; this vtprune reads {' and '.join(map(str, READS[kind]))}")
+            raise VtpruneError(
+                f"{path}: {kind} of version {data.get('version')!r}; this vtprune reads "
+                f"{' and '.join(map(str, READS[kind]))}"
+            )
         if kind == "vtprune.Times":
             data = _medians(data)
         if kind == "vtprune.Vit" and isinstance(data.get("rows"), list):
@@ -228,15 +259,21 @@ def load(folder: Path) -> tuple[list[Found], list[str]]:
             for i, row in enumerate(data["rows"]):
                 _check(row, f"{path}: row {i}", {})
         else:
-            {"vtprune.Bench": _check_bench, "vtprune.Times": _check_times, OVERHEAD: _check_overhead}[kind](data, str(path))
+            {"vtprune.Bench": _check_bench, "vtprune.Times": _check_times, OVERHEAD: _check_overhead}[kind](
+                data, str(path)
+            )
         found.append(Found(path.stem, kind, data))
     if not found:
         others = f"; something else is in {', '.join(unknown)}" if unknown else ""
-        raise VtpruneError(f"nothing to report in {folder}: expected .json files of 'vtprune bench --out', of the time, ViT or overhead benchmarks{others}")
+        raise VtpruneError(
+            f"nothing to report in {folder}: expected .json files of 'vtprune bench --out', of the time, ViT or "
+            f"overhead benchmarks{others}"
+        )
     return found, unknown
 
 
-# ------------------------------------------------------------------------------------------------------------------ page
+# ------------------------------------------------------------------------------------------------------------------
+# page
 
 CSS = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #191c21; --muted: #5f6671; --line: #dfe2e7; --head: #f4f5f7; --best: #e3f2e6; --link: #1f5fbf; }
@@ -268,10 +305,16 @@ summary { cursor: pointer; margin-top: .5rem; }
 figure { margin: 1.5rem 0; } figcaption { margin-bottom: .4rem; max-width: 60rem; }
 figure img { max-width: none; display: block; } .files { font-size: .8rem; color: var(--muted); overflow-wrap: anywhere; }
 footer { margin-top: 2.5rem; border-top: 1px solid var(--line); font-size: .85rem; overflow-wrap: anywhere; }
-""".strip()
+""".strip()  # noqa: E501
 
 # The colours of figures.py on a dark page.
-DARK = {figures.PAPER: "#14161a", figures.INK: "#e7e9ec", figures.MUTED: "#a3a9b3", figures.LINE: "#59606b", figures.GRID: "#262a31"}
+DARK = {
+    figures.PAPER: "#14161a",
+    figures.INK: "#e7e9ec",
+    figures.MUTED: "#a3a9b3",
+    figures.LINE: "#59606b",
+    figures.GRID: "#262a31",
+}
 
 
 class Cell(NamedTuple):
@@ -283,7 +326,8 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Header, rows (the first cell names the row) and a CSS class per row. Columns headed by a name in :data:`WORDS` hold text, others numbers."""
+    """Header, rows (the first cell names the row) and a CSS class per row. Columns headed by a name in :data:`WORDS`
+    hold text, others numbers."""
 
     caption: str
     head: list[str]
@@ -306,9 +350,13 @@ def table_html(table: Table) -> str:
     for row, name in zip(table.rows, table.classes, strict=True):
         cells = [f'<th scope="row">{_cell(row[0])}</th>']
         for cell, s in zip(row[1:], side[1:], strict=True):
-            cells.append(f'<td class="best">{_cell(cell)}<span class="hidden"> (best)</span></td>' if cell.best else f"<td{s}>{_cell(cell)}</td>")
+            cells.append(
+                f'<td class="best">{_cell(cell)}<span class="hidden"> (best)</span></td>'
+                if cell.best
+                else f"<td{s}>{_cell(cell)}</td>"
+            )
         body.append(f'<tr class="{name}">{"".join(cells)}</tr>')
-    frame = f'<div class="wide" tabindex="0" role="region" aria-label="{esc(table.caption)}"><table>\n<caption><span>{esc(table.caption)}</span></caption>\n'
+    frame = f'<div class="wide" tabindex="0" role="region" aria-label="{esc(table.caption)}"><table>\n<caption><span>{esc(table.caption)}</span></caption>\n'  # noqa: E501
     return frame + f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody>\n</table></div>"
 
 
@@ -325,7 +373,9 @@ def plain_table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]
     """A table without marks; columns in which every row has :data:`NONE` are left out."""
     listed = [list(row) for row in rows]
     shown = [i for i in range(len(head)) if i == 0 or any(row[i] != NONE for row in listed)]
-    return Table(caption, [head[i] for i in shown], [[Cell(row[i]) for i in shown] for row in listed], [""] * len(listed))
+    return Table(
+        caption, [head[i] for i in shown], [[Cell(row[i]) for i in shown] for row in listed], [""] * len(listed)
+    )
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -341,7 +391,8 @@ def share(budget: float | None) -> str:
 
 
 class Column(NamedTuple):
-    """A column of the main table: ``text(row)`` shown, ``value(row)`` compared (``None``: not known), ``better`` 1 if more is, -1 if less is, 0 if neither."""
+    """A column of the main table: ``text(row)`` shown, ``value(row)`` compared (``None``: not known), ``better`` 1 if
+    more is, -1 if less is, 0 if neither."""
 
     name: str
     text: Callable[[Mapping[str, Any]], str]
@@ -386,12 +437,16 @@ COLUMNS = [
 
 def known_columns(bench: Mapping[str, Any]) -> list[Column]:
     """The columns of the main tables, the same at every budget: those that some row has."""
-    return [c for c in COLUMNS if c.name in ("note", "prefill x") or any(c.value(r) is not None for r in figures.measured(bench))]
+    return [
+        c
+        for c in COLUMNS
+        if c.name in ("note", "prefill x") or any(c.value(r) is not None for r in figures.measured(bench))
+    ]
 
 
 def main_table(bench: Mapping[str, Any], budget: float | None, columns: Sequence[Column]) -> Table:
-    """The rows of ``bench``, all at ``budget``, by average, dense first; the best of each column is marked by its shown digits, so that equal looks are marked
-    alike."""
+    """The rows of ``bench``, all at ``budget``, by average, dense first; the best of each column is marked by its shown
+    digits, so that equal looks are marked alike."""
     base, plain = figures.dense_row(bench), figures.baselines(bench)
     rows = sorted(figures.measured(bench), key=lambda r: -r["average"])
     first: dict[str, str] = {}
@@ -403,14 +458,24 @@ def main_table(bench: Mapping[str, Any], budget: float | None, columns: Sequence
     for row in rows:
         cells = [Cell(c.text(row), c.text(row).split(" ")[0] == first.get(c.name)) for c in columns]
         body.append([Cell(row["method"], tag="baseline" if row["method"] in plain else ""), *cells])
-    caption = "Recipes on their own schedule" if budget is None else f"At {share(budget)} of the dense model's effective tokens"
+    caption = (
+        "Recipes on their own schedule"
+        if budget is None
+        else f"At {share(budget)} of the dense model's effective tokens"
+    )
     if sizes := sorted({r["group_a"]["samples"] for r in rows if (r.get("group_a") or {}).get("samples") is not None}):
         caption += f"; group A holds {' to '.join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))} questions"
-    return Table(caption, ["method", *(c.name for c in columns)], body, ["dense", *("baseline" if r["method"] in plain else "" for r in rows)])
+    return Table(
+        caption,
+        ["method", *(c.name for c in columns)],
+        body,
+        ["dense", *("baseline" if r["method"] in plain else "" for r in rows)],
+    )
 
 
 def ability_table(bench: Mapping[str, Any], budget: float | None) -> Table:
-    """The rows of ``bench``, all at ``budget``: accuracy per ability with its interval, per question set the difference to dense with its paired interval."""
+    """The rows of ``bench``, all at ``budget``: accuracy per ability with its interval, per question set the difference
+    to dense with its paired interval."""
     kinds, sets = bench["abilities"], bench["sets"]
     rows = [figures.dense_row(bench), *sorted(figures.measured(bench), key=lambda r: -r["average"])]
 
@@ -423,8 +488,18 @@ def ability_table(bench: Mapping[str, Any], budget: float | None) -> Table:
     body = []
     for row in rows:
         spans = row.get("ability_intervals") or {}
-        body.append([row["method"], *(percent(row["abilities"][k]) + between(spans.get(k)) for k in kinds), *(gap(row["sets"].get(s)) for s in sets)])
-    return plain_table(f"Accuracy in percent per ability, {share(budget)}", ["method", *kinds, *(f"{s}: points from dense" for s in sets)], body)
+        body.append(
+            [
+                row["method"],
+                *(percent(row["abilities"][k]) + between(spans.get(k)) for k in kinds),
+                *(gap(row["sets"].get(s)) for s in sets),
+            ]
+        )
+    return plain_table(
+        f"Accuracy in percent per ability, {share(budget)}",
+        ["method", *kinds, *(f"{s}: points from dense" for s in sets)],
+        body,
+    )
 
 
 def refusals(benches: Sequence[Found]) -> Table:
@@ -434,20 +509,34 @@ def refusals(benches: Sequence[Found]) -> Table:
         for row in found.data["rows"]:
             if row.get("error") is not None:
                 groups.setdefault((row["method"], row["error"]), []).append(share(row.get("budget")))
-    return plain_table("Refused", ["method", "budgets", "reason"], ([method, ", ".join(budgets), reason] for (method, reason), budgets in groups.items()))
+    return plain_table(
+        "Refused",
+        ["method", "budgets", "reason"],
+        ([method, ", ".join(budgets), reason] for (method, reason), budgets in groups.items()),
+    )
 
 
 TIMED = {
-    "ttft_ms": "first token", "e2e_ms": "whole answer", "vision_ms": "tower", "prefill_ms": "prefill", "decode_ms": "per decoded token",
+    "ttft_ms": "first token",
+    "e2e_ms": "whole answer",
+    "vision_ms": "tower",
+    "prefill_ms": "prefill",
+    "decode_ms": "per decoded token",
     "peak_bytes": "peak MiB",
-}  # fmt: skip
+}
 
 
 def times_table(times: Mapping[str, Any]) -> Table:
     """All medians, dense and pruned beside each other."""
 
     def ms(entry: Mapping[str, Any], key: str) -> str:
-        return NONE if entry.get(key) is None else f"{entry[key] / 2**20:.0f}" if key == "peak_bytes" else f"{entry[key]:.1f}"
+        return (
+            NONE
+            if entry.get(key) is None
+            else f"{entry[key] / 2**20:.0f}"
+            if key == "peak_bytes"
+            else f"{entry[key]:.1f}"
+        )
 
     head = ["method", "budget", "batch", "images", "tokens", "first token x"]
     head += [f"{name}: {kind}" for name in TIMED.values() for kind in ("dense", "pruned")] + ["own code"]
@@ -455,9 +544,14 @@ def times_table(times: Mapping[str, Any]) -> Table:
     for row in times["rows"]:
         dense, pruned = row["dense"], row["pruned"]
         a, b = figures.first_token(dense), figures.first_token(pruned)
-        start = [NONE if row.get("budget") is None else share(row["budget"]), *(plain_value(row.get(k)) for k in ("batch", "images", "tokens"))]
+        start = [
+            NONE if row.get("budget") is None else share(row["budget"]),
+            *(plain_value(row.get(k)) for k in ("batch", "images", "tokens")),
+        ]
         pairs = [ms(entry, key) for key in TIMED for entry in (dense, pruned)]
-        rows.append([row["method"], *start, f"{b / a:.2f}" if a and b is not None else NONE, *pairs, ms(pruned, "scorer_ms")])
+        rows.append(
+            [row["method"], *start, f"{b / a:.2f}" if a and b is not None else NONE, *pairs, ms(pruned, "scorer_ms")]
+        )
     return plain_table("Medians in milliseconds", head, rows)
 
 
@@ -468,11 +562,24 @@ def break_even_table(times: Mapping[str, Any]) -> Table:
     for e in times["break_even"]:
         at = dict(zip(e.get("budgets") or [], e.get("ratios") or [], strict=False))
         never = all(ratio >= 1 for ratio in at.values())
-        pays = share(e["pays_below"]) if e.get("pays_below") is not None else "at none of them" if never and at else NONE
+        pays = (
+            share(e["pays_below"]) if e.get("pays_below") is not None else "at none of them" if never and at else NONE
+        )
         values = [f"{at[b]:.2f}" if b in at else NONE for b in budgets]
-        rows.append([e["method"], plain_value(e.get("batch")), plain_value(e.get("images")), *values, pays, e.get("verdict") or NONE])
+        rows.append(
+            [
+                e["method"],
+                plain_value(e.get("batch")),
+                plain_value(e.get("images")),
+                *values,
+                pays,
+                e.get("verdict") or NONE,
+            ]
+        )
     head = ["method", "batch", "images", *map(share, budgets), "pays below", "in words"]
-    return plain_table("Pruned time over dense time per budget; below 1 by more than the noise, pruning pays", head, rows)
+    return plain_table(
+        "Pruned time over dense time per budget; below 1 by more than the noise, pruning pays", head, rows
+    )
 
 
 def overhead_table(result: Mapping[str, Any]) -> Table:
@@ -481,10 +588,18 @@ def overhead_table(result: Mapping[str, Any]) -> Table:
     for key, title in figures.PARTS.items():
         for r in result[key]:
             ratio = r.get("overhead") or {}
-            text = f"{ratio['median']:.3f} [{ratio['p20']:.3f}, {ratio['p80']:.3f}]" if {"median", "p20", "p80"} <= ratio.keys() else NONE
+            text = (
+                f"{ratio['median']:.3f} [{ratio['p20']:.3f}, {ratio['p80']:.3f}]"
+                if {"median", "p20", "p80"} <= ratio.keys()
+                else NONE
+            )
             dense = NONE if r.get("dense_ms") is None else f"{r['dense_ms']:.2f}"
             rows.append([r["method"], title, dense, f"{r['limit_ms']:.2f}", f"{r['pruned_ms']:.2f}", text])
-    return plain_table("Milliseconds; 20th and 80th percentile in brackets", ["method", "what", "dense", "the limit", "pruned", "pruned / the limit"], rows)
+    return plain_table(
+        "Milliseconds; 20th and 80th percentile in brackets",
+        ["method", "what", "dense", "the limit", "pruned", "pruned / the limit"],
+        rows,
+    )
 
 
 def plain_value(value: Any) -> str:
@@ -501,14 +616,22 @@ def generic_table(result: Mapping[str, Any], caption: str) -> Table:
     rows = result["rows"]
     names = dict.fromkeys(k for r in rows for k, v in r.items() if v is None or isinstance(v, str | int | float))
     head = sorted(names, key=lambda k: k != "method")
-    return plain_table(caption, head, ([plain_value(v if isinstance(v := r.get(k), str | int | float) else None) for k in head] for r in rows))
+    return plain_table(
+        caption,
+        head,
+        ([plain_value(v if isinstance(v := r.get(k), str | int | float) else None) for k in head] for r in rows),
+    )
 
 
 def facts_html(result: Mapping[str, Any]) -> str:
     """Command, device and versions, as far as the file tells them."""
     device, versions = result.get("device"), result.get("versions")
     if isinstance(device, dict):
-        parts = [device.get("name"), f"{device['threads']} threads" if "threads" in device else None, device.get("dtype")]
+        parts = [
+            device.get("name"),
+            f"{device['threads']} threads" if "threads" in device else None,
+            device.get("dtype"),
+        ]
         device = ", ".join(str(p) for p in parts if p)
     if isinstance(versions, dict):
         versions = ", ".join(f"{k} {v}" for k, v in versions.items())
@@ -519,11 +642,13 @@ def facts_html(result: Mapping[str, Any]) -> str:
     return "<dl>" + "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in listed if text) + "</dl>"
 
 
-# --------------------------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------------------------
+# figures
 
 
 class Drawing(NamedTuple):
-    """A figure to be: name of its files without ending, caption, what it shows in words, and how to draw it (``None``: the data are not there)."""
+    """A figure to be: name of its files without ending, caption, what it shows in words, and how to draw it (``None``:
+    the data are not there)."""
 
     name: str
     caption: str
@@ -537,31 +662,55 @@ def drawings(found: Found, budget: float, cost: str) -> list[Drawing]:
     if found.kind == OVERHEAD:
         best = ", ".join(f"{r['method']} {r['pruned_ms']:.0f} of {r['limit_ms']:.0f} ms" for r in data["prefill"])
         text = "Pruned runs against the limit: the same model doing the work that is left, with nobody choosing."
-        return [Drawing(f"{found.stem}-bars", text, f"Bars per method with the limit marked. Prefill: {best}.", functools.partial(figures.overhead, data))]
+        return [
+            Drawing(
+                f"{found.stem}-bars",
+                text,
+                f"Bars per method with the limit marked. Prefill: {best}.",
+                functools.partial(figures.overhead, data),
+            )
+        ]
     if found.kind == "vtprune.Times":
         near = figures.nearest(data["rows"], budget)
         if near is None or not (groups := figures.settings(data, near)):
             return []
-        ratios = [f"{name}: " + ", ".join(f"{r['method']} {figures.speed(r):.2f}" for r in rows) for name, rows in groups.items()]
-        text = f"Time to the first token at {share(near)}: pruned below dense, and the limit, which is pruned without the time inside the library's own code."
+        ratios = [
+            f"{name}: " + ", ".join(f"{r['method']} {figures.speed(r):.2f}" for r in rows)
+            for name, rows in groups.items()
+        ]
+        text = (
+            f"Time to the first token at {share(near)}: pruned below dense, and the limit, which is pruned without the "
+            "time inside the library's own code."
+        )
         alt = f"Bars per method at {share(near)}. Pruned over dense: {'; '.join(ratios)}."
         return [Drawing(f"{found.stem}-latency", text, alt, functools.partial(figures.latency, data, near))]
     return bench_drawings(found, budget, cost) if found.kind == "vtprune.Bench" else []
 
 
 def bench_drawings(found: Found, budget: float, cost: str) -> list[Drawing]:
-    """The overview, accuracy against cost, where tokens are kept and how many each layer sees, as far as the rows tell."""
+    """The overview, accuracy against cost, where tokens are kept and how many each layer sees, as far as the rows
+    tell."""
     bench, left_out = figures.fewer(found.data)
     rows = figures.measured(bench)
     if not rows:
         return []
-    less = f" Drawn are {len(rows)} of {len(rows) + left_out} rows, those of the most accurate methods." if left_out else ""
+    less = (
+        f" Drawn are {len(rows)} of {len(rows) + left_out} rows, those of the most accurate methods."
+        if left_out
+        else ""
+    )
     x, axis, panels = figures.costs(bench, cost), figures.COST[cost], figures.panels(bench)
     best = figures.front(rows, x, lambda r: r["average"])
     reached = ", ".join(f"{r['method']} {percent(r['average'])} % at {100 * x(r):.0f} %" for r in best)
-    line = f"Average accuracy against {axis}, a line per method. Pareto front: {reached}; dense {percent(figures.dense_row(bench)['average'])} %."
+    line = (
+        f"Average accuracy against {axis}, a line per method. Pareto front: {reached}; dense "
+        f"{percent(figures.dense_row(bench)['average'])} %."
+    )
     band = " The band is the front's 95 % interval." if any(p.interval(r) for p in panels for r in best) else ""
-    text = f"Accuracy against {axis}, at every budget. Baselines are grey. Ringed: no other is more accurate for as little.{band}{less}"
+    text = (
+        f"Accuracy against {axis}, at every budget. Baselines are grey. Ringed: no other is more accurate for as "
+        f"little.{band}{less}"
+    )
     alt = f"Panels: {', '.join(p.title for p in panels)}. {line}"
     pareto = Drawing(f"{found.stem}-pareto", text, alt, functools.partial(figures.pareto, bench, cost))
     near = figures.nearest(rows, budget)
@@ -569,32 +718,54 @@ def bench_drawings(found: Found, budget: float, cost: str) -> list[Drawing]:
         return [pareto]
     at = share(near)
     kept = figures.spreads(bench, near, "rows")
-    text = f"At a glance: average accuracy against {axis}" + (f", and where in the image tokens are kept at {at}." if kept else ".")
-    out = [Drawing(f"{found.stem}-overview", text, line, functools.partial(figures.overview, bench, near, cost)), pareto]
+    text = f"At a glance: average accuracy against {axis}" + (
+        f", and where in the image tokens are kept at {at}." if kept else "."
+    )
+    out = [
+        Drawing(f"{found.stem}-overview", text, line, functools.partial(figures.overview, bench, near, cost)),
+        pareto,
+    ]
     if kept:
         size = len(next(iter(kept.values())))
         low = max(1, size // 4)
         shares = ", ".join(f"{name} {100 * sum(v[-low:]) / max(sum(v), 1e-9):.0f} %" for name, v in kept.items())
-        text = f"Where tokens are kept at {at}: blue, fewer than an even spread gives; orange, more. FEATHER (arXiv 2412.13180) found a bias to the bottom."
-        alt = f"Heat map of kept tokens at {at}. Share in the bottom {low} of {size} image rows: {shares}; even: {100 * low / size:.0f} %."
+        text = (
+            f"Where tokens are kept at {at}: blue, fewer than an even spread gives; orange, more. FEATHER (arXiv "
+            "2412.13180) found a bias to the bottom."
+        )
+        alt = (
+            f"Heat map of kept tokens at {at}. Share in the bottom {low} of {size} image rows: {shares}; even: "
+            f"{100 * low / size:.0f} %."
+        )
         out.append(Drawing(f"{found.stem}-kept", text, alt, functools.partial(figures.kept, bench, near)))
     layered = figures.stairs(bench, near)
     if layered:
         ends = ", ".join(f"{r['method']} {r['layer_tokens'][0]:.0f} to {r['layer_tokens'][-1]:.0f}" for r in layered)
-        text = f"Visual tokens in each layer of the language model at {at}. The areas are alike: that is what equal effective tokens means."
-        out.append(Drawing(f"{found.stem}-layers", text, f"Staircases, first to last layer: {ends}.", functools.partial(figures.staircase, bench, near)))
+        text = (
+            f"Visual tokens in each layer of the language model at {at}. The areas are alike: that is what equal "
+            "effective tokens means."
+        )
+        out.append(
+            Drawing(
+                f"{found.stem}-layers",
+                text,
+                f"Staircases, first to last layer: {ends}.",
+                functools.partial(figures.staircase, bench, near),
+            )
+        )
     return out
 
 
 def themed(svg: bytes) -> bytes:
-    """The drawing for the page: without prologue, and with :data:`DARK` in place of its neutral colours where the reader prefers dark."""
+    """The drawing for the page: without prologue, and with :data:`DARK` in place of its neutral colours where the
+    reader prefers dark."""
     text = svg.decode()
     text = text[text.index("<svg") :]
     for i, light in enumerate(DARK):
         text = text.replace(light, f"var(--c{i})")
     rules = [";".join(f"--c{i}:{c}" for i, c in enumerate(colors)) for colors in (DARK.keys(), DARK.values())]
     end = text.index(">") + 1
-    return f"{text[:end]}<style>:root{{{rules[0]}}}@media (prefers-color-scheme: dark){{:root{{{rules[1]}}}}}</style>{text[end:]}".encode()
+    return f"{text[:end]}<style>:root{{{rules[0]}}}@media (prefers-color-scheme: dark){{:root{{{rules[1]}}}}}</style>{text[end:]}".encode()  # noqa: E501
 
 
 def figure_html(drawing: Drawing, svg: bytes, width: int) -> str:
@@ -606,17 +777,22 @@ def figure_html(drawing: Drawing, svg: bytes, width: int) -> str:
     return f"<figure><figcaption>{esc(drawing.caption)}</figcaption>{scroll}{files}</figure>"
 
 
-# ------------------------------------------------------------------------------------------------------------------ parts
+# ------------------------------------------------------------------------------------------------------------------
+# parts
 
 HOW = {
-    "tokens": "Budgets are equal effective tokens: visual tokens averaged over the layers of the language model, as a share of the dense model's. "
+    "tokens": "Budgets are equal effective tokens: visual tokens averaged over the layers of the language model, as a share "  # noqa: E501
+    "of the dense model's. "
     "A method that cuts late has to cut more. Tokens left is what remains after the last cut.",
-    "intervals": "Intervals hold 95 %. They come from bootstraps that draw images, not questions, so that questions about one image stay together; "
+    "intervals": "Intervals hold 95 %. They come from bootstraps that draw images, not questions, so that questions about one "  # noqa: E501
+    "image stay together; "
     "differences to dense are paired, question by question.",
     "relative": "Of dense %: each ability's accuracy over the dense model's, then averaged.",
-    "group": "Group A (VTC-Bench, arXiv 2510.07143): the questions that the dense model answers and plain down-sampling at the same budget does not. "
+    "group": "Group A (VTC-Bench, arXiv 2510.07143): the questions that the dense model answers and plain down-sampling at "  # noqa: E501
+    "the same budget does not. "
     "Only they tell whether choosing tokens helps; dense has 100 % there and down-sampling 0 % by definition.",
-    "prefill": "Prefill x: time of a prefill, tower included, over dense in turns, with the least and most of its rounds; noise: they tell nothing; "
+    "prefill": "Prefill x: time of a prefill, tower included, over dense in turns, with the least and most of its rounds; "  # noqa: E501
+    "noise: they tell nothing; "
     "?: slower for less work, which neither the library's own code nor the spread of dense runs explains. "
     "FLOPs and KV are shares of the dense prefill and its cache.",
     "marks": "Rows are sorted by average; the best of a column is bold on green, baselines are in italics.",
@@ -626,7 +802,11 @@ HOW = {
 def how_html(found: Sequence[Found]) -> str:
     """What the columns mean, as far as some table has them; nothing without a table of accuracies."""
     rows = [r for f in found if f.kind == "vtprune.Bench" for r in f.data["rows"]]
-    absent = {key for key, field in (("group", "group_a"), ("relative", "relative_average")) if not any(r.get(field) for r in rows)}
+    absent = {
+        key
+        for key, field in (("group", "group_a"), ("relative", "relative_average"))
+        if not any(r.get(field) for r in rows)
+    }
     lines = "".join(f"<li>{esc(text)}</li>" for key, text in HOW.items() if key not in absent)
     return f'<section id="how"><h2>How to read it</h2><ul>{lines}</ul></section>' if rows else ""
 
@@ -640,8 +820,14 @@ def bench_html(found: Found, pictures: Sequence[str]) -> str:
     out = [facts_html(bench), *pictures[:1]]
     for budget in sorted(at, key=lambda b: -1 if b is None else b, reverse=True):
         part = {**bench, "rows": [figures.dense_row(bench), *at[budget]]}
-        out += [f"<h3>{esc('Own schedule' if budget is None else f'Budget {share(budget)}')}</h3>", table_html(main_table(part, budget, columns))]
-        out.append(f"<details><summary>Per ability, {esc(share(budget))}</summary>{table_html(ability_table(part, budget))}</details>")
+        out += [
+            f"<h3>{esc('Own schedule' if budget is None else f'Budget {share(budget)}')}</h3>",
+            table_html(main_table(part, budget, columns)),
+        ]
+        out.append(
+            "<details><summary>Per ability, "
+            f"{esc(share(budget))}</summary>{table_html(ability_table(part, budget))}</details>"
+        )
     return "\n".join([*out, *pictures[1:]])
 
 
@@ -657,11 +843,20 @@ def section(found: Found, pictures: Sequence[str]) -> str:
         return bench_html(found, pictures)
     if found.kind == "vtprune.Times":
         return times_html(found, pictures)
-    table = overhead_table(found.data) if found.kind == OVERHEAD else generic_table(found.data, f"Vision transformers, {found.stem}")
+    table = (
+        overhead_table(found.data)
+        if found.kind == OVERHEAD
+        else generic_table(found.data, f"Vision transformers, {found.stem}")
+    )
     return "\n".join([facts_html(found.data), *pictures, table_html(table)])
 
 
-HEADINGS = {"vtprune.Bench": "Accuracy and cost", "vtprune.Times": "Times", OVERHEAD: "Overhead", "vtprune.Vit": "Vision transformers"}
+HEADINGS = {
+    "vtprune.Bench": "Accuracy and cost",
+    "vtprune.Times": "Times",
+    OVERHEAD: "Overhead",
+    "vtprune.Vit": "Vision transformers",
+}
 
 
 def page_html(found: Sequence[Found], unknown: Sequence[str], pictures: Mapping[str, Sequence[str]], title: str) -> str:
@@ -669,7 +864,10 @@ def page_html(found: Sequence[Found], unknown: Sequence[str], pictures: Mapping[
     from . import __version__
 
     ordered = sorted(found, key=lambda f: list(HEADINGS).index(f.kind))
-    parts = [(f"{f.kind.split('.')[-1].lower()}-{i}", f"{HEADINGS[f.kind]}: {f.stem}", section(f, pictures.get(f.stem, ()))) for i, f in enumerate(ordered)]
+    parts = [
+        (f"{f.kind.split('.')[-1].lower()}-{i}", f"{HEADINGS[f.kind]}: {f.stem}", section(f, pictures.get(f.stem, ())))
+        for i, f in enumerate(ordered)
+    ]
     refused = refusals([f for f in ordered if f.kind == "vtprune.Bench"])
     if refused.rows:
         parts.append(("refused", "What was refused, and why", table_html(refused)))
@@ -683,15 +881,17 @@ def page_html(found: Sequence[Found], unknown: Sequence[str], pictures: Mapping[
 {how}
 {body}
 </main>
-<footer><p>Made by vtprune {esc(__version__)} from {esc(", ".join(f.stem + ".json" for f in found))}.{esc(other)}</p></footer>"""
+<footer><p>Made by vtprune {esc(__version__)} from {esc(", ".join(f.stem + ".json" for f in found))}.{esc(other)}</p></footer>"""  # noqa: E501
     return render.document(title, CSS, content)
 
 
-# --------------------------------------------------------------------------------------------------------------- command
+# ---------------------------------------------------------------------------------------------------------------
+# command
 
 
 def page(folder: Path, *, budget: float = 0.25, cost: str = "tokens", title: str | None = None) -> str:
-    """The page that :func:`write` writes, figures as SVG inside. Raises :class:`VtpruneError` for what :func:`load` refuses and without matplotlib."""
+    """The page that :func:`write` writes, figures as SVG inside. Raises :class:`VtpruneError` for what :func:`load`
+    refuses and without matplotlib."""
     found, unknown = load(folder)
     figures.library()
     pictures: dict[str, list[str]] = {}
@@ -710,15 +910,19 @@ def _title(folder: Path) -> str:
     return f"vtprune report: {folder.resolve().name}"
 
 
-def write(folder: Path, out: Path, *, budget: float = 0.25, cost: str = "tokens", title: str | None = None) -> list[Path]:
-    """Reads ``folder``, writes ``report.html`` and the figures into ``out`` (made if it is not there) and gives all paths written, the page first.
+def write(
+    folder: Path, out: Path, *, budget: float = 0.25, cost: str = "tokens", title: str | None = None
+) -> list[Path]:
+    """Reads ``folder``, writes ``report.html`` and the figures into ``out`` (made if it is not there) and gives all
+    paths written, the page first.
 
     Args:
         budget: for the figures that show one; the nearest of each file is taken.
         cost: ``"tokens"`` or ``"flops"``, the horizontal axis of accuracy figures.
 
     Raises:
-        VtpruneError: what :func:`load` refuses, no matplotlib, or a file that cannot be written (told before anything is drawn).
+        VtpruneError: what :func:`load` refuses, no matplotlib, or a file that cannot be written (told before anything
+            is drawn).
     """
     from .cli import output
 
@@ -762,8 +966,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="where the result files (.json) lie")
     add("--out", type=Path, metavar="FOLDER", help="where report.html and the figures go (default: beside the results)")
-    add("--budget", type=budget_option, default=0.25, metavar="FRACTION", help="for the figures that show one budget; the nearest is taken (default 0.25)")
-    add("--cost", choices=tuple(figures.COST), default="tokens", help="horizontal axis of the accuracy figures (default tokens)")
+    add(
+        "--budget",
+        type=budget_option,
+        default=0.25,
+        metavar="FRACTION",
+        help="for the figures that show one budget; the nearest is taken (default 0.25)",
+    )
+    add(
+        "--cost",
+        choices=tuple(figures.COST),
+        default="tokens",
+        help="horizontal axis of the accuracy figures (default tokens)",
+    )
     add("--title", help="heading of the page")
     add("--json", action="store_true", help="print the files written as JSON")
 
@@ -771,5 +986,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command. Raises :class:`VtpruneError` for what the user can put right."""
     paths = write(args.folder, args.out or args.folder, budget=args.budget, cost=args.cost, title=args.title)
-    print(json.dumps({"page": str(paths[0]), "files": [str(p) for p in paths]}) if args.json else "wrote " + ", ".join(map(str, paths)))
+    print(
+        json.dumps({"page": str(paths[0]), "files": [str(p) for p in paths]})
+        if args.json
+        else "wrote " + ", ".join(map(str, paths))
+    )
     return 0

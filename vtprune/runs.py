@@ -1,4 +1,5 @@
-"""Runs that survive: a journal of what is done so far, one JSON file per finished run, both told apart from runs made in another way."""
+"""Runs that survive: a journal of what is done so far, one JSON file per finished run, both told apart from runs made
+in another way."""
 
 from __future__ import annotations
 
@@ -17,7 +18,16 @@ from PIL import Image
 from .types import UnsupportedError, VtpruneError
 
 # What a model or a picture raises when it fails in the middle of the work; ours to locate, not to hide.
-FAILURES: tuple[type[Exception], ...] = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+FAILURES: tuple[type[Exception], ...] = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 FAILURES += (EOFError, SyntaxError, Image.DecompressionBombError, struct.error, zlib.error)  # Pillow on damaged files
 
 
@@ -32,7 +42,9 @@ def digest(*parts: object) -> str:
 
 def fingerprint(model: Any) -> str:
     """Tells models apart: a digest of the configuration and of a few values of every parameter."""
-    values = [(name, list(p.shape), p.detach().flatten()[:4096:512].float().tolist()) for name, p in model.named_parameters()]
+    values = [
+        (name, list(p.shape), p.detach().flatten()[:4096:512].float().tolist()) for name, p in model.named_parameters()
+    ]
     return digest(model.config.to_dict() | {"_name_or_path": None, "transformers_version": None}, values)
 
 
@@ -67,10 +79,14 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def alike(path: Path, found: Mapping[str, Any], head: Mapping[str, Any]) -> None:
-    """Raises :class:`RunError` unless ``found``, from ``path``, was made as ``head`` says; how many threads did it does not matter."""
+    """Raises :class:`RunError` unless ``found``, from ``path``, was made as ``head`` says; how many threads did it does
+    not matter."""
     for key, value in json.loads(json.dumps(head)).items():
         if _essence(found.get(key)) != _essence(value):
-            raise RunError(f"{path} was made with {key} {found.get(key)!r}, this run has {value!r}: choose another folder, or delete the file")
+            raise RunError(
+                f"{path} was made with {key} {found.get(key)!r}, this run has {value!r}: choose another folder, or "
+                "delete the file"
+            )
 
 
 def _essence(value: Any) -> Any:
@@ -80,10 +96,12 @@ def _essence(value: Any) -> Any:
 class Journal:
     """The records of a run so far, on disk after every batch.
 
-    ``path``: a file of one JSON object per line, the first the run's ``head``; ``None`` keeps the journal in memory only. A last line that a crash cut short
-    is dropped. ``batches``: what :meth:`add` was given, those of an earlier start first.
+    ``path``: a file of one JSON object per line, the first the run's ``head``; ``None`` keeps the journal in memory
+    only. A last line that a crash cut short is dropped. ``batches``: what :meth:`add` was given, those of an earlier
+    start first.
 
-    Raises :class:`RunError` if the file was begun by a run with another head, is damaged, is being written by another process, or cannot be written.
+    Raises :class:`RunError` if the file was begun by a run with another head, is damaged, is being written by another
+    process, or cannot be written.
     """
 
     def __init__(self, path: Path | None, head: Mapping[str, Any]):
@@ -152,7 +170,8 @@ class Journal:
 
     @contextlib.contextmanager
     def located(self, what: str) -> Iterator[None]:
-        """Failures inside become a :class:`RunError` that names ``what`` was being done and what is kept; refusals of a method pass."""
+        """Failures inside become a :class:`RunError` that names ``what`` was being done and what is kept; refusals of a
+        method pass."""
         try:
             yield
         except UnsupportedError:
@@ -160,7 +179,11 @@ class Journal:
         except FAILURES as e:
             reason = str(e).strip().splitlines()[0] if str(e).strip() else "no reason given"
             kind = "" if isinstance(e, VtpruneError) else f"{type(e).__name__}: "
-            kept = f"{len(self.records)} samples are kept in {self.path}; the same command goes on from there" if self.path else "nothing was kept"
+            kept = (
+                f"{len(self.records)} samples are kept in {self.path}; the same command goes on from there"
+                if self.path
+                else "nothing was kept"
+            )
             raise RunError(f"{what}: {kind}{reason} ({kept})") from e
 
 

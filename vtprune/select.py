@@ -14,11 +14,19 @@ from . import kernels
 from .types import Selection, TokenView, extent
 
 
-def top(score: Tensor, keep: int | Tensor, valid: Tensor, protected: Tensor | None = None, *, span: tuple[int, int] | None = None) -> Selection:
+def top(
+    score: Tensor,
+    keep: int | Tensor,
+    valid: Tensor,
+    protected: Tensor | None = None,
+    *,
+    span: tuple[int, int] | None = None,
+) -> Selection:
     """Keeps the ``keep`` best tokens of each image, positions ascending; ties go to the lower position.
 
-    score ``[B, N]`` (higher is better) · keep: int or ``[B]`` · valid, protected ``[B, N]`` bool. Protected tokens come first whatever their score. NaN
-    ranks last. ``span``: the fewest and the most valid tokens of an image, if known (:attr:`TokenView.extent`): then the device need not be asked.
+    score ``[B, N]`` (higher is better) · keep: int or ``[B]`` · valid, protected ``[B, N]`` bool. Protected tokens come
+    first whatever their score. NaN ranks last. ``span``: the fewest and the most valid tokens of an image, if known
+    (:attr:`TokenView.extent`): then the device need not be asked.
     """
     given = score
     kept = (min(keep, span[0]), min(keep, span[1])) if span is not None and isinstance(keep, int) else None
@@ -32,13 +40,15 @@ def top(score: Tensor, keep: int | Tensor, valid: Tensor, protected: Tensor | No
     counts = valid.sum(1)
     keep = torch.as_tensor(keep, device=score.device).expand(score.shape[0])
     keep = torch.minimum(keep, counts)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     return replace(from_mask(rank < keep[:, None], kept), score=given)
 
 
 def from_mask(mask: Tensor, span: tuple[int, int] | None = None) -> Selection:
-    """``[B, N]`` bool to a :class:`Selection`; rows with fewer tokens end in -1. ``span``: the fewest and the most of a row, if known; else the device is
-    asked, once."""
+    """``[B, N]`` bool to a :class:`Selection`; rows with fewer tokens end in -1. ``span``: the fewest and the most of a
+    row, if known; else the device is asked, once."""
     n = mask.shape[1]
     span = extent(mask) if span is None else span
     position = torch.where(mask, torch.arange(n, device=mask.device), n)
@@ -46,9 +56,11 @@ def from_mask(mask: Tensor, span: tuple[int, int] | None = None) -> Selection:
     return Selection(kept if span[0] == span[1] else torch.where(kept == n, -1, kept), span=span)
 
 
-def merged(kept_mask: Tensor, destination: Tensor, weight: Tensor | None = None, *, span: tuple[int, int] | None = None) -> Selection:
-    """A merge: ``kept_mask`` ``[B, N]``, ``destination`` ``[B, N]`` position of the token that absorbs each one (itself if kept, -1 if dropped); ``span`` as in
-    :func:`from_mask`."""
+def merged(
+    kept_mask: Tensor, destination: Tensor, weight: Tensor | None = None, *, span: tuple[int, int] | None = None
+) -> Selection:
+    """A merge: ``kept_mask`` ``[B, N]``, ``destination`` ``[B, N]`` position of the token that absorbs each one (itself
+    if kept, -1 if dropped); ``span`` as in :func:`from_mask`."""
     plain = from_mask(kept_mask, span)
     column = (kept_mask.long().cumsum(1) - 1).clamp_min(0)  # position -> column of kept
     target = torch.where(destination >= 0, column.gather(1, destination.clamp_min(0)), -1)
@@ -61,8 +73,8 @@ def gather(x: Tensor, kept: Tensor) -> Tensor:
 
 
 def combine(x: Tensor, selection: Selection, size: Tensor) -> tuple[Tensor, Tensor]:
-    """The kept rows of ``x`` ``[B, N, C]`` and their sizes ``[B, K]``. With a target each row is the weighted mean of the tokens it absorbs (``size``
-    ``[B, N]`` are the default weights) and sizes add up; pruned tokens vanish."""
+    """The kept rows of ``x`` ``[B, N, C]`` and their sizes ``[B, K]``. With a target each row is the weighted mean of
+    the tokens it absorbs (``size`` ``[B, N]`` are the default weights) and sizes add up; pruned tokens vanish."""
     if selection.target is None:
         rows, sizes = kernels.gather(selection.kept, x, size)
         return rows, sizes
@@ -70,9 +82,11 @@ def combine(x: Tensor, selection: Selection, size: Tensor) -> tuple[Tensor, Tens
 
 
 def bands(rows: int, columns: int, keep: int) -> Tensor:
-    """Splits a ``rows x columns`` raster into exactly ``keep`` near-square cells; returns the cell number of every token, ``[rows * columns]``, raster order.
+    """Splits a ``rows x columns`` raster into exactly ``keep`` near-square cells; returns the cell number of every
+    token, ``[rows * columns]``, raster order.
 
-    The rows form ``round(sqrt(keep * rows / columns))`` bands and each band is cut into as many columns as an even share of ``keep`` gives.
+    The rows form ``round(sqrt(keep * rows / columns))`` bands and each band is cut into as many columns as an even
+    share of ``keep`` gives.
     """
     if not 1 <= keep <= rows * columns:
         raise ValueError(f"keep must be in 1..{rows * columns}, got {keep}")
@@ -83,7 +97,8 @@ def bands(rows: int, columns: int, keep: int) -> Tensor:
 
 
 def subview(view: TokenView, rows: Sequence[int], grid: tuple[int, int], shared: dict[Any, Any]) -> TokenView:
-    """The images ``rows`` of ``view``, without padding that they do not need. What sources compute for all images goes through ``shared``."""
+    """The images ``rows`` of ``view``, without padding that they do not need. What sources compute for all images goes
+    through ``shared``."""
     if len(rows) == len(view.valid):
         return replace(view, grid=grid, rasters=())
     at = torch.tensor(rows, device=view.valid.device)
@@ -115,7 +130,8 @@ def subview(view: TokenView, rows: Sequence[int], grid: tuple[int, int], shared:
 
 
 def join(view: TokenView, parts: Sequence[tuple[Sequence[int], Selection | None]]) -> Selection | None:
-    """One selection for all images of ``view`` from those of its sub-views; ``None`` where a sub-view is left as it is (for all: ``None``)."""
+    """One selection for all images of ``view`` from those of its sub-views; ``None`` where a sub-view is left as it is
+    (for all: ``None``)."""
     if all(s is None for _, s in parts):
         return None
     full = [(rows, from_mask(view.valid[list(rows)]) if s is None else s) for rows, s in parts]
@@ -137,7 +153,9 @@ def join(view: TokenView, parts: Sequence[tuple[Sequence[int], Selection | None]
             own = s.target
             if own is None:  # kept tokens are their own slot
                 slot = torch.arange(s.kept.shape[1], device=kept.device).expand_as(s.kept)
-                own = torch.full((len(rows), n + 1), -1, device=kept.device).scatter(1, torch.where(s.kept >= 0, s.kept, n), slot)[:, :n]
+                own = torch.full((len(rows), n + 1), -1, device=kept.device).scatter(
+                    1, torch.where(s.kept >= 0, s.kept, n), slot
+                )[:, :n]
             target[at, : own.shape[1]] = own
             if s.weight is not None:
                 weight[at, : s.weight.shape[1]] = s.weight.to(weight.dtype)

@@ -1,4 +1,5 @@
-"""Which method works in which model family, found out by trying: the table in docs/support.md and, shorter, in the README.
+"""Which method works in which model family, found out by trying: the table in docs/support.md and, shorter, in the
+README.
 
 ``python -m vtprune.support`` writes both; a test compares them with the registries.
 """
@@ -25,8 +26,8 @@ START, END = "<!-- support table: made by python -m vtprune.support -->", "<!-- 
 
 @dataclass(frozen=True)
 class Entry:
-    """``status``: ``"exact"`` with the method's defaults, ``"option"`` with ``note``'s option or for some of the family's models or inputs, ``"refused"``
-    because of ``note``."""
+    """``status``: ``"exact"`` with the method's defaults, ``"option"`` with ``note``'s option or for some of the
+    family's models or inputs, ``"refused"`` because of ``note``."""
 
     status: str
     note: str = ""
@@ -66,7 +67,12 @@ def entry(family: str, method: str) -> Entry:
         return next(iter(found.values()))
     if kinds == {"refused"}:
         return Entry("refused", next(iter(found.values())).note)
-    return Entry("option", "; ".join(f"{v}: {e.note or 'as it is'}" if e.status != "refused" else f"not {v} ({e.note})" for v, e in found.items()))
+    return Entry(
+        "option",
+        "; ".join(
+            f"{v}: {e.note or 'as it is'}" if e.status != "refused" else f"not {v} ({e.note})" for v, e in found.items()
+        ),
+    )
 
 
 def _said(options: Mapping[str, Any]) -> str:
@@ -79,7 +85,9 @@ def table() -> str:
 
     methods = list(METHODS)
     rows = ["| | " + " | ".join(methods) + " |", "|---|" + ":-:|" * len(methods)]
-    rows += [f"| {family} | " + " | ".join(SIGNS[entry(family, m).status] for m in methods) + " |" for family in ADAPTERS]
+    rows += [
+        f"| {family} | " + " | ".join(SIGNS[entry(family, m).status] for m in methods) + " |" for family in ADAPTERS
+    ]
     return "\n".join(rows)
 
 
@@ -90,10 +98,12 @@ def document() -> str:
     lines = [
         "# What works where",
         "",
-        "Made by `python -m vtprune.support` from the registries: every method is attached to the tiny models of every family and run; a test compares "
+        "Made by `python -m vtprune.support` from the registries: every method is attached to the tiny models of every "
+        "family and run; a test compares "
         "this page with what it finds. The contract tests then check each pair that is not refused.",
         "",
-        "● works with the method's defaults · ◐ works with an option, or for some of the family's models or inputs · – refused, with the reason below",
+        "● works with the method's defaults · ◐ works with an option, or for some of the family's models or inputs · – "
+        "refused, with the reason below",
         "",
         table(),
         "",

@@ -1,6 +1,8 @@
-"""The token theatre: what happened to every visual token, layer by layer, as drawing data and as one self-contained interactive page.
+"""The token theatre: what happened to every visual token, layer by layer, as drawing data and as one self-contained
+interactive page.
 
-:func:`scene` turns a report into numbers, :func:`element` those into an HTML element, :func:`head` is what a page needs once for such elements to live.
+:func:`scene` turns a report into numbers, :func:`element` those into an HTML element, :func:`head` is what a page needs
+once for such elements to live.
 """
 
 from __future__ import annotations
@@ -24,18 +26,21 @@ LARGEST = 672  # pixels, longer side of a picture
 
 
 def scene(report: Report, views: Sequence[Image.Image] = (), *, sample: int = 0, title: str = "") -> dict[str, Any]:
-    """The drawing data of one sample, JSON-safe; ``n`` original visual tokens, all indices are theirs (raster after raster, row by row).
+    """The drawing data of one sample, JSON-safe; ``n`` original visual tokens, all indices are theirs (raster after
+    raster, row by row).
 
     Args:
         views: one picture per raster (:func:`vtprune.render.views`); none: plain light grey.
 
     Returns:
-        ``title`` · ``tokens`` n · ``rasters``: ``rows``, ``columns``, ``start`` (its first token), ``label``, ``picture`` (a data URL) ·
-        ``states`` one more than stages, each ``[n]``: the token that stands for each token (itself, the one it was merged into, -1: gone), first before all
-        stages, then behind each · ``steps`` in order: ``site`` (``"image"``, the sites of tower and projector, every ``"llm.<i>"``), ``label``, ``state``
-        (index into ``states``: what a language-model layer processes), ``stages`` (the numbers of those that acted here), ``tokens`` present ·
-        ``stages``: ``site``, ``method``, ``tokens_in``, ``tokens_out``, ``kept``, ``outcome`` ``[n]`` (0 kept, 1 merged into the token of the state behind,
-        2 dropped, 3 came back, 4 was gone), ``scores`` ``[n]`` with four digits or ``None``, ``rank`` ``[n]`` (1 is best, 0 not ranked), ``unit`` ``[n]`` and
+        ``title`` · ``tokens`` n · ``rasters``: ``rows``, ``columns``, ``start`` (its first token), ``label``,
+        ``picture`` (a data URL) · ``states`` one more than stages, each ``[n]``: the token that stands for each token
+        (itself, the one it was merged into, -1: gone), first before all stages, then behind each · ``steps`` in order:
+        ``site`` (``"image"``, the sites of tower and projector, every ``"llm.<i>"``), ``label``, ``state`` (index into
+        ``states``: what a language-model layer processes), ``stages`` (the numbers of those that acted here),
+        ``tokens`` present · ``stages``: ``site``, ``method``, ``tokens_in``, ``tokens_out``, ``kept``, ``outcome``
+        ``[n]`` (0 kept, 1 merged into the token of the state behind, 2 dropped, 3 came back, 4 was gone), ``scores``
+        ``[n]`` with four digits or ``None``, ``rank`` ``[n]`` (1 is best, 0 not ranked), ``unit`` ``[n]`` and
         ``units``, how many were ranked and kept in each. The last four are ``None`` for a stage without scores.
 
     Raises:
@@ -47,7 +52,9 @@ def scene(report: Report, views: Sequence[Image.Image] = (), *, sample: int = 0,
     if not grids:
         raise VtpruneError(f"sample {sample} has no visual tokens")
     if views and len(views) != len(grids):
-        raise VtpruneError(f"sample {sample} has {len(grids)} rasters, but there are {len(views)} pictures; give one for each")
+        raise VtpruneError(
+            f"sample {sample} has {len(grids)} rasters, but there are {len(views)} pictures; give one for each"
+        )
     bounds = render.starts(report, sample)
     states = [np.arange(bounds[-1]), *render.owners(report, sample)]
     rasters = []
@@ -55,21 +62,28 @@ def scene(report: Report, views: Sequence[Image.Image] = (), *, sample: int = 0,
         label = views[i].info.get("label") if views else None
         default = "image" if len(grids) == 1 else f"raster {i + 1} of {len(grids)}"
         picture = _picture(views[i]) if views else None
-        rasters.append({"rows": rows, "columns": columns, "start": bounds[i], "label": label or default, "picture": picture})
+        rasters.append(
+            {"rows": rows, "columns": columns, "start": bounds[i], "label": label or default, "picture": picture}
+        )
     return {
         "title": title,
         "tokens": bounds[-1],
         "rasters": rasters,
         "states": [s.tolist() for s in states],
         "steps": _steps(report, sample, states),
-        "stages": [_stage(stage, sample, before, after) for stage, before, after in zip(report.stages, states, states[1:], strict=False)],
+        "stages": [
+            _stage(stage, sample, before, after)
+            for stage, before, after in zip(report.stages, states, states[1:], strict=False)
+        ],
     }
 
 
 def dense(report: Report) -> Report:
     """The report of the same prompt without any stage: every layer sees every token. No second run of the model."""
     layers = [[n] * len(row) for n, row in zip(report.visual_tokens, report.layer_tokens, strict=True)]
-    return replace(report, stages=(), layer_tokens=layers, flops=report.dense_flops, kv_bytes=report.dense_kv_bytes, recipe="")
+    return replace(
+        report, stages=(), layer_tokens=layers, flops=report.dense_flops, kv_bytes=report.dense_kv_bytes, recipe=""
+    )
 
 
 def present(scene: Mapping[str, Any], step: int) -> list[int]:
@@ -78,8 +92,8 @@ def present(scene: Mapping[str, Any], step: int) -> list[int]:
 
 
 def history(scene: Mapping[str, Any], token: int) -> list[str]:
-    """When and why original token ``token`` went, one line per stage: ``"llm.3 fastv: rank 97 of 144, score 0.0012, 36 kept: dropped"``;
-    of a merged token the rank and score of the token that stands for it.
+    """When and why original token ``token`` went, one line per stage: ``"llm.3 fastv: rank 97 of 144, score 0.0012, 36
+    kept: dropped"``; of a merged token the rank and score of the token that stands for it.
 
     Raises :class:`VtpruneError` if there is no such token.
     """
@@ -91,7 +105,10 @@ def history(scene: Mapping[str, Any], token: int) -> list[str]:
         who = before if before >= 0 else token  # a merged token goes the way of the one that it was merged into
         if stage["rank"] is not None and stage["rank"][who]:
             ranked, kept = stage["units"][stage["unit"][who]]
-            why = f"{'' if who == token else f'token {who} has '}rank {stage['rank'][who]} of {ranked}, score {stage['scores'][who]}, {kept} kept"
+            why = (
+                f"{'' if who == token else f'token {who} has '}rank {stage['rank'][who]} of {ranked}, score "
+                f"{stage['scores'][who]}, {kept} kept"
+            )
         else:
             why = f"{stage['tokens_in']} to {stage['tokens_out']} tokens"
         end = {
@@ -113,7 +130,8 @@ def _picture(view: Image.Image) -> str:
 
 
 def _steps(report: Report, sample: int, states: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-    layered = any(s.site.startswith("llm.") for s in report.stages) or report.dense_kv_bytes > 0  # a bare tower has no cache
+    # a bare tower has no cache
+    layered = any(s.site.startswith("llm.") for s in report.stages) or report.dense_kv_bytes > 0
     depth = len(report.layer_tokens[sample]) if layered else 0
     sites = list(dict.fromkeys(s.site for s in report.stages if not s.site.startswith("llm.")))
     out: list[dict[str, Any]] = []
@@ -128,13 +146,21 @@ def _steps(report: Report, sample: int, states: Sequence[np.ndarray]) -> list[di
 
 def _label(site: str) -> str:
     kind, _, number = site.partition(".")
-    words = {"image": "the whole image", "pixels": "pixels", "projector": "projector", "vision": f"vision block {number}", "llm": f"layer {number}"}
+    words = {
+        "image": "the whole image",
+        "pixels": "pixels",
+        "projector": "projector",
+        "vision": f"vision block {number}",
+        "llm": f"layer {number}",
+    }
     return words[kind]
 
 
 def _stage(stage: StageReport, sample: int, before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
     itself = after == np.arange(len(after))
-    outcome = np.select([(before < 0) & (after < 0), before < 0, after < 0, itself], [GONE, BACK, DROPPED, KEPT], MERGED)
+    outcome = np.select(
+        [(before < 0) & (after < 0), before < 0, after < 0, itself], [GONE, BACK, DROPPED, KEPT], MERGED
+    )
     kept = stage.kept[sample].tolist()
     out: dict[str, Any] = {
         "site": stage.site,
@@ -170,7 +196,8 @@ def _rounded(score: float) -> float | str:
     return float(f"{score:.4g}") if np.isfinite(score) else str(score)
 
 
-# ------------------------------------------------------------------------------------------------------------------- HTML
+# -------------------------------------------------------------------------------------------------------------------
+# HTML
 
 
 @cache
@@ -184,18 +211,22 @@ def head() -> str:
 
 
 def element(scenes: Sequence[Mapping[str, Any]]) -> str:
-    """``<vt-theatre>`` with :func:`scene` data, side by side under one slider over all their steps; works wherever :func:`head` has been included, also when
-    it is inserted through ``innerHTML``.
+    """``<vt-theatre>`` with :func:`scene` data, side by side under one slider over all their steps; works wherever
+    :func:`head` has been included, also when it is inserted through ``innerHTML``.
 
     Raises :class:`VtpruneError` if there are no scenes.
     """
     if not scenes:
         raise VtpruneError("a theatre needs at least one scene")
-    pictures = list(dict.fromkeys(r["picture"] for s in scenes for r in s["rasters"] if r["picture"]))  # scenes mostly show the same ones
+    # scenes mostly show the same ones
+    pictures = list(dict.fromkeys(r["picture"] for s in scenes for r in s["rasters"] if r["picture"]))
     slim = [
-        {**s, "rasters": [{**r, "picture": pictures.index(r["picture"]) if r["picture"] else None} for r in s["rasters"]]}
+        {
+            **s,
+            "rasters": [{**r, "picture": pictures.index(r["picture"]) if r["picture"] else None} for r in s["rasters"]],
+        }
         for s in scenes
-    ]  # fmt: skip
+    ]
     data = json.dumps({"pictures": pictures, "scenes": slim}, separators=(",", ":"), allow_nan=False)
     return f"<vt-theatre data-scenes='{html.escape(data, quote=False).replace(chr(39), '&#39;')}'></vt-theatre>"
 
@@ -203,4 +234,6 @@ def element(scenes: Sequence[Mapping[str, Any]]) -> str:
 def page(scenes: Sequence[Mapping[str, Any]], title: str = "vtprune", facts: str = "") -> str:
     """A complete HTML page that needs nothing from elsewhere: ``title``, the theatre, and ``facts`` below it."""
     body = f"<h1>{html.escape(title)}</h1>\n{element(scenes)}\n<footer>{html.escape(facts)}</footer>"
-    return render.document(title, render.CSS + "\n" + _source("theatre.css"), f"<script>\n{_source('theatre.js')}</script>\n{body}")
+    return render.document(
+        title, render.CSS + "\n" + _source("theatre.css"), f"<script>\n{_source('theatre.js')}</script>\n{body}"
+    )

@@ -1,4 +1,5 @@
-"""The data that travels between adapters, methods and handles. Shapes: B images, N candidate visual tokens, P prefix tokens, K kept tokens, C channels."""
+"""The data that travels between adapters, methods and handles. Shapes: B images, N candidate visual tokens, P prefix
+tokens, K kept tokens, C channels."""
 
 from __future__ import annotations
 
@@ -42,14 +43,17 @@ class Recent(dict[K, V]):
 class Geometry:
     """What a plan needs to know of a model.
 
-    ``tokens`` visual tokens per image on ``grid`` (``variable``: only typical ones, they follow the image's size) · ``vision_layers`` blocks whose output is
-    used (0-based sites ``vision.0`` .. ``vision.<vision_layers - 1>``), ``vision_depth`` all blocks · ``llm_layers`` decoder layers (0 for a bare ViT) ·
-    ``prefix`` tokens in front of the patches · ``provides`` site kind -> the names that :meth:`TokenView.source` answers there · ``traits`` what else
-    methods may need (``class_token`` in front of the patches, decoder ``layers`` that can be copied) · ``arch`` the tower's architecture name · ``per`` what
-    a budget may apply to, the default first · ``refuses`` what is not offered -> why · ``overview`` the raster of an image that shows all of it (0 the
-    first, -1 the last) · ``raster`` whether the image plane is known · ``mrope`` whether rotary positions have three axes · ``rasters`` those that one unit
-    of a budget is made of, if it has several (``tokens`` counts them all) · ``unmade`` for each shape an image may have, the share of new-line tokens among
-    its visual tokens and how many patches each of them stands behind: a stage in the tower cannot drop them, they leave with the last patch of their row.
+    ``tokens`` visual tokens per image on ``grid`` (``variable``: only typical ones, they follow the image's size) ·
+    ``vision_layers`` blocks whose output is used (0-based sites ``vision.0`` .. ``vision.<vision_layers - 1>``),
+    ``vision_depth`` all blocks · ``llm_layers`` decoder layers (0 for a bare ViT) · ``prefix`` tokens in front of the
+    patches · ``provides`` site kind -> the names that :meth:`TokenView.source` answers there · ``traits`` what else
+    methods may need (``class_token`` in front of the patches, decoder ``layers`` that can be copied) · ``arch`` the
+    tower's architecture name · ``per`` what a budget may apply to, the default first · ``refuses`` what is not offered
+    -> why · ``overview`` the raster of an image that shows all of it (0 the first, -1 the last) · ``raster`` whether
+    the image plane is known · ``mrope`` whether rotary positions have three axes · ``rasters`` those that one unit of a
+    budget is made of, if it has several (``tokens`` counts them all) · ``unmade`` for each shape an image may have, the
+    share of new-line tokens among its visual tokens and how many patches each of them stands behind: a stage in the
+    tower cannot drop them, they leave with the last patch of their row.
     """
 
     family: str
@@ -74,7 +78,8 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Projections:
-    """Queries, keys and values of one vision block, ``[B, H, P + N, d]`` each, prefix tokens first; ``bias`` is what the block adds to its logits."""
+    """Queries, keys and values of one vision block, ``[B, H, P + N, d]`` each, prefix tokens first; ``bias`` is what
+    the block adds to its logits."""
 
     q: Tensor
     k: Tensor
@@ -88,14 +93,15 @@ class Projections:
 class TokenView:
     """What a method may look at: the visual tokens of B images (or whatever else one budget applies to) at one site.
 
-    ``features`` ``[B, N, C]`` · ``valid`` ``[B, N]`` bool, False for padding rows · ``index`` ``[B, N]`` original visual-token index within the image (-1:
-    padding) ·
-    ``size`` ``[B, N]`` tokens already merged into each · ``protected`` ``[B, N]`` bool, must be kept · ``grid`` rows and columns of the original raster ·
-    ``prefix`` class / register / distillation tokens in front (not part of N) · ``layer`` and ``depth`` of the site · ``seed`` of the run, or one per image ·
-    ``rasters`` per image the rasters (tiles, rows with new-line tokens, frames of a video) it is made of, if they are not one ``grid`` (the library calls the
-    method once per kind of image) ·
-    ``memory`` belongs to one method in one forward call (running averages) · ``sources`` lazily computed extras named by :attr:`MethodInfo.needs` ·
-    ``known`` a mask and the fewest and most tokens of an image in it, where that is known without asking the device (see :attr:`extent`).
+    ``features`` ``[B, N, C]`` · ``valid`` ``[B, N]`` bool, False for padding rows · ``index`` ``[B, N]`` original
+    visual-token index within the image (-1: padding) · ``size`` ``[B, N]`` tokens already merged into each ·
+    ``protected`` ``[B, N]`` bool, must be kept · ``grid`` rows and columns of the original raster · ``prefix`` class /
+    register / distillation tokens in front (not part of N) · ``layer`` and ``depth`` of the site · ``seed`` of the run,
+    or one per image · ``rasters`` per image the rasters (tiles, rows with new-line tokens, frames of a video) it is
+    made of, if they are not one ``grid`` (the library calls the method once per kind of image) · ``memory`` belongs to
+    one method in one forward call (running averages) · ``sources`` lazily computed extras named by
+    :attr:`MethodInfo.needs` · ``known`` a mask and the fewest and most tokens of an image in it, where that is known
+    without asking the device (see :attr:`extent`).
     """
 
     features: Tensor
@@ -114,7 +120,8 @@ class TokenView:
     known: tuple[Tensor, int, int] | None = field(default=None, repr=False)
 
     def source(self, name: str, **kwargs: Any) -> Any:
-        """An extra of the site, e.g. ``projections`` (:class:`Projections`) or ``query_attention`` (``[B, N]``). Raises :class:`UnsupportedError` if absent."""
+        """An extra of the site, e.g. ``projections`` (:class:`Projections`) or ``query_attention`` (``[B, N]``). Raises
+        :class:`UnsupportedError` if absent."""
         if name not in self.sources:
             raise UnsupportedError(f"this site provides {', '.join(sorted(self.sources)) or 'nothing'}, not {name!r}")
         return self.sources[name](**kwargs)
@@ -126,14 +133,16 @@ class TokenView:
 
     @property
     def extent(self) -> tuple[int, int]:
-        """The fewest and the most real tokens of an image. The device is asked only where they do not follow from what was decided before."""
+        """The fewest and the most real tokens of an image. The device is asked only where they do not follow from what
+        was decided before."""
         if self.known is not None and self.known[0] is self.valid:
             return self.known[1:]
         return extent(self.valid)
 
 
 def extent(mask: Tensor) -> tuple[int, int]:
-    """The fewest and the most True of the rows of ``mask`` ``[B, N]``, read from the device at once; ``(0, 0)`` without rows."""
+    """The fewest and the most True of the rows of ``mask`` ``[B, N]``, read from the device at once; ``(0, 0)`` without
+    rows."""
     if not mask.shape[0]:
         return 0, 0
     least, most = torch.stack(mask.sum(1).aminmax()).tolist()
@@ -142,13 +151,14 @@ def extent(mask: Tensor) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Selection:
-    """A method's answer. ``kept`` ``[B, K]``: ascending positions in the view, padded with -1 at the end where images keep different numbers.
+    """A method's answer. ``kept`` ``[B, K]``: ascending positions in the view, padded with -1 at the end where images
+    keep different numbers.
 
-    Merging methods add ``target`` ``[B, N]``: for every token the column of ``kept`` that absorbs it (its own if it is kept, -1 if dropped), and ``weight``
-    ``[B, N]``,
-    its weight in that slot's mean (``None``: the tokens' sizes). ``layout`` ``[B, K]`` optionally permutes the columns of ``kept`` in the running sequence.
-    ``score`` ``[B, N]`` is what the tokens were ranked by, higher stays, NaN where a token was not ranked; it explains, nothing is computed from it.
-    ``span`` the fewest and the most tokens kept of an image, where they are known without asking the device.
+    Merging methods add ``target`` ``[B, N]``: for every token the column of ``kept`` that absorbs it (its own if it is
+    kept, -1 if dropped), and ``weight`` ``[B, N]``, its weight in that slot's mean (``None``: the tokens' sizes).
+    ``layout`` ``[B, K]`` optionally permutes the columns of ``kept`` in the running sequence. ``score`` ``[B, N]`` is
+    what the tokens were ranked by, higher stays, NaN where a token was not ranked; it explains, nothing is computed
+    from it. ``span`` the fewest and the most tokens kept of an image, where they are known without asking the device.
     """
 
     kept: Tensor
@@ -167,8 +177,9 @@ class Selection:
 class StageReport:
     """One stage of the most recent prefill; lists have one entry per sample of the batch. See :class:`Report`.
 
-    ``scores`` ``[n]`` float64: what the stage ranked the sample's original visual tokens by, higher stays; NaN for those it did not rank. ``None`` for stages
-    that rank nothing. ``units`` ``[n]`` int64: tokens with the same number shared one budget and were ranked against each other; -1 for those not ranked."""
+    ``scores`` ``[n]`` float64: what the stage ranked the sample's original visual tokens by, higher stays; NaN for
+    those it did not rank. ``None`` for stages that rank nothing. ``units`` ``[n]`` int64: tokens with the same number
+    shared one budget and were ranked against each other; -1 for those not ranked."""
 
     site: str
     method: str
@@ -182,9 +193,9 @@ class StageReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What one prefill really did. ``layer_tokens``: visual tokens each language-model layer (bare ViT: each block) processed, per
-    sample; a token that only gives a layer keys and values counts, as the text sees it. ``grids``: per sample the rasters (rows, columns)
-    that its visual tokens form, in order."""
+    """What one prefill really did. ``layer_tokens``: visual tokens each language-model layer (bare ViT: each block)
+    processed, per sample; a token that only gives a layer keys and values counts, as the text sees it. ``grids``: per
+    sample the rasters (rows, columns) that its visual tokens form, in order."""
 
     visual_tokens: list[int]
     stages: tuple[StageReport, ...]
@@ -206,23 +217,32 @@ class Report:
         """Draws what became of a sample's visual tokens: a picture per stage, in a notebook or else in Pillow's viewer.
 
         Args:
-            image: a PIL picture as the model sees it, or one per raster (:func:`vtprune.render.views`); default: plain light grey.
-            heat: patches are coloured by the ranks of their scores. interactive: the token theatre, layer by layer; notebooks only.
+            image: a PIL picture as the model sees it, or one per raster (:func:`vtprune.render.views`); default: plain
+                light grey.
+            heat: patches are coloured by the ranks of their scores. interactive: the token theatre, layer by layer;
+                notebooks only.
 
         Raises:
-            VtpruneError: no such sample or no visual tokens in it, another number of pictures than rasters, ``interactive`` outside of a notebook, ``heat``
-                without scores.
+            VtpruneError: no such sample or no visual tokens in it, another number of pictures than rasters,
+                ``interactive`` outside of a notebook, ``heat`` without scores.
         """
         from .render import show
 
         show(self, image, sample=sample, heat=heat, interactive=interactive)
 
     def to_dict(self, *, scores: bool = False) -> dict[str, Any]:
-        """JSON-safe form; index tensors become lists. ``scores``: with what every stage ranked by, ``null`` where it did not."""
+        """JSON-safe form; index tensors become lists. ``scores``: with what every stage ranked by, ``null`` where it
+        did not."""
 
         def ranking(s: StageReport) -> dict[str, Any]:
-            known = None if s.scores is None else [[x if math.isfinite(x) else None for x in row.tolist()] for row in s.scores]
-            return {"scores": known, "units": None if s.units is None else [u.tolist() for u in s.units]} if scores else {}
+            known = (
+                None
+                if s.scores is None
+                else [[x if math.isfinite(x) else None for x in row.tolist()] for row in s.scores]
+            )
+            return (
+                {"scores": known, "units": None if s.units is None else [u.tolist() for u in s.units]} if scores else {}
+            )
 
         return {
             "recipe": self.recipe,

@@ -1,4 +1,5 @@
-"""The correctness contract as plain functions: used by the generated tests and by ``vtprune verify`` on a user's own model."""
+"""The correctness contract as plain functions: used by the generated tests and by ``vtprune verify`` on a user's own
+model."""
 
 from __future__ import annotations
 
@@ -42,7 +43,11 @@ class VerifyReport:
         return bool(ran) and all(ran)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"recipe": self.recipe, "passed": self.passed, "checks": [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in self.checks]}
+        return {
+            "recipe": self.recipe,
+            "passed": self.passed,
+            "checks": [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in self.checks],
+        }
 
 
 class _Skip(Exception):
@@ -88,8 +93,16 @@ class _Case:
         out = []
         for b in range(len(ids)):
             real = _mask(self.inputs)[b].bool()
-            along = {k: self.inputs[k][b : b + 1, real] for k in ("input_ids", *self.adapter.follows) if k in self.inputs}
-            out.append({**along, "attention_mask": torch.ones_like(along["input_ids"]), **self.adapter.slice_(self.inputs, found, b)})
+            along = {
+                k: self.inputs[k][b : b + 1, real] for k in ("input_ids", *self.adapter.follows) if k in self.inputs
+            }
+            out.append(
+                {
+                    **along,
+                    "attention_mask": torch.ones_like(along["input_ids"]),
+                    **self.adapter.slice_(self.inputs, found, b),
+                }
+            )
         return out
 
     def positions(self, mask: Tensor) -> Tensor:
@@ -97,7 +110,8 @@ class _Case:
 
 
 def output(out: Any) -> Tensor:
-    """The tensor a caller looks at: logits, last hidden state, open_clip's image features (in a dict, or first of a tuple), or the model's plain output."""
+    """The tensor a caller looks at: logits, last hidden state, open_clip's image features (in a dict, or first of a
+    tuple), or the model's plain output."""
     for name in ("logits", "last_hidden_state"):
         if hasattr(out, name):
             return getattr(out, name)
@@ -111,20 +125,28 @@ def close(got: Tensor, want: Tensor, what: str) -> str:
     if got.shape != want.shape:
         raise _Fail(f"{what}: shapes {tuple(got.shape)} and {tuple(want.shape)}")
     limit = TOLERANCE if got.dtype in (torch.float32, torch.float64) else 3e-2
-    error = float((got.double() - want.double()).abs().max() / want.double().abs().max().clamp_min(1)) if got.numel() else 0.0
+    error = (
+        float((got.double() - want.double()).abs().max() / want.double().abs().max().clamp_min(1))
+        if got.numel()
+        else 0.0
+    )
     if not error <= limit:
         raise _Fail(f"{what}: relative error {error:.1e} is above {limit:.0e}")
     return f"{error:.1e}"
 
 
-# ------------------------------------------------------------------------------------------------------------------- checks
+# -------------------------------------------------------------------------------------------------------------------
+# checks
 
 
 def full_budget(c: _Case) -> str:
     """Full budget equals the unpatched model, and at least one site fired."""
     if not all(i.budgeted for i in c.infos):
         raise _Skip("no budget to fill: the method drops or routes whatever the budget")
-    stages = tuple(replace(s, keep=1.0, options={k: v for k, v in s.options.items() if k not in OWN_BUDGETS}) for s in c.recipe.stages)
+    stages = tuple(
+        replace(s, keep=1.0, options={k: v for k, v in s.options.items() if k not in OWN_BUDGETS})
+        for s in c.recipe.stages
+    )
     want = c.run()
     with c.attach(recipe=replace(c.recipe, stages=stages)) as handle:
         got = c.run()
@@ -183,7 +205,11 @@ def cached_is_uncached(c: _Case) -> str:
         mask = torch.cat([_mask(c.inputs), torch.ones_like(tokens)], dim=1)
         labels = torch.full_like(ids, -100)
         labels[:, -tokens.shape[1] :] = tokens
-        follows = {k: torch.cat([c.inputs[k], torch.full_like(tokens, v)], dim=1) for k, v in c.adapter.follows.items() if k in c.inputs}
+        follows = {
+            k: torch.cat([c.inputs[k], torch.full_like(tokens, v)], dim=1)
+            for k, v in c.adapter.follows.items()
+            if k in c.inputs
+        }
         whole = {**c.inputs, **follows, "input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False}
         got = c.run(inputs=_positioned(c, whole))[:, -tokens.shape[1] - 1 : -1]
     return close(got, want, "uncached")
@@ -222,7 +248,9 @@ def interleaved_is_solo(c: _Case) -> str:
         for _ in range(STEPS):
             first.append(next(ga))
             second.append(next(gb))
-        worst = max(close(torch.stack(x), torch.stack(y), "interleaved") for x, y in zip((first, second), alone, strict=True))
+        worst = max(
+            close(torch.stack(x), torch.stack(y), "interleaved") for x, y in zip((first, second), alone, strict=True)
+        )
     return worst
 
 
@@ -369,8 +397,8 @@ CHECKS: dict[str, Callable[[_Case], str]] = {
 
 
 def check(name: str, model: nn.Module, recipe: Any, inputs: dict[str, Any], **options: Any) -> Check:
-    """One check by name. ``options`` are attach-time ones (``positions``, ``seed``); errors of the library (impossible pair, bad budget) are raised, not
-    reported."""
+    """One check by name. ``options`` are attach-time ones (``positions``, ``seed``); errors of the library (impossible
+    pair, bad budget) are raised, not reported."""
     chosen = load_recipe(recipe)
     attached: dict[str, Any] = {k: options.pop(k) for k in ATTACH_OPTIONS if k in options}
     if options:
@@ -410,7 +438,8 @@ def verify(model: nn.Module, recipe: Any, inputs: dict[str, Any], **options: Any
     return VerifyReport(chosen.name, checks)
 
 
-# ------------------------------------------------------------------------------------------------------------------ helpers
+# ------------------------------------------------------------------------------------------------------------------
+# helpers
 
 
 def _behind_tower(c: _Case) -> tuple[Tensor, Tensor]:
@@ -419,7 +448,11 @@ def _behind_tower(c: _Case) -> tuple[Tensor, Tensor]:
         return c.run(), torch.empty(0)
     last: list[Tensor] = []
     ledger = UndoLedger()
-    ledger.after(c.adapter.tower_blocks()[-1], lambda module, args, kwargs, x: last.append(x[0] if isinstance(x, tuple) else x), first=False)
+    ledger.after(
+        c.adapter.tower_blocks()[-1],
+        lambda module, args, kwargs, x: last.append(x[0] if isinstance(x, tuple) else x),
+        first=False,
+    )
     try:
         return c.run(), last[0]
     finally:
@@ -449,7 +482,9 @@ def _needs_lm(c: _Case) -> None:
 
 
 def _mask(inputs: dict[str, Any]) -> Tensor:
-    return inputs["attention_mask"] if inputs.get("attention_mask") is not None else torch.ones_like(inputs["input_ids"])
+    return (
+        inputs["attention_mask"] if inputs.get("attention_mask") is not None else torch.ones_like(inputs["input_ids"])
+    )
 
 
 def _positioned(c: _Case, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -476,7 +511,9 @@ def _masks(c: _Case, report: Report, passes: list[tuple[Any, int]]) -> tuple[lis
                         gone[j] = True
                         gone[j, record.kept[g]] = False
             per_block.append(gone)
-        hide_in_tower(ledger, blocks, c.adapter.tower_mask, c.geometry.prefix, per_block, getattr(c.adapter, "mask_form", None))
+        hide_in_tower(
+            ledger, blocks, c.adapter.tower_mask, c.geometry.prefix, per_block, getattr(c.adapter, "mask_form", None)
+        )
     if not c.mllm:
         return [], torch.empty(0), ledger
     ids, padding = c.inputs["input_ids"], _mask(c.inputs)
@@ -502,7 +539,8 @@ def _masks(c: _Case, report: Report, passes: list[tuple[Any, int]]) -> tuple[lis
 
 
 def _renumber(ledger: UndoLedger, c: _Case, present: list[Tensor | None]) -> None:
-    """Hooks that give the columns ``present[i]`` ``[B, T]`` of layer i the positions 0, 1, 2 ..., and what is decoded the ones behind; ``None``: its own."""
+    """Hooks that give the columns ``present[i]`` ``[B, T]`` of layer i the positions 0, 1, 2 ..., and what is decoded
+    the ones behind; ``None``: its own."""
     kinds = c.adapter.kinds()
     fallen: dict[int, Tensor] = {}  # per layer [B, 1], by how much the prompt's last position fell
 
@@ -527,7 +565,8 @@ def _renumber(ledger: UndoLedger, c: _Case, present: list[Tensor | None]) -> Non
 
 
 def _generate(c: _Case) -> tuple[Tensor, Tensor]:
-    """Greedy logits ``[B, STEPS, V]`` and tokens ``[B, STEPS]``; end-of-sequence does not stop it and no image placeholder is generated."""
+    """Greedy logits ``[B, STEPS, V]`` and tokens ``[B, STEPS]``; end-of-sequence does not stop it and no image
+    placeholder is generated."""
     rules: dict[str, Any] = {
         "max_new_tokens": STEPS,
         "min_new_tokens": STEPS,
@@ -553,7 +592,9 @@ def _stepper(c: _Case, inputs: dict[str, Any]) -> Any:
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         with torch.no_grad():
             placed = {} if c.geometry.mrope else {"attention_mask": mask, "position_ids": c.positions(mask)[:, -1:]}
-            out = c.model(input_ids=logits.argmax()[None, None], **cached(c.model, cache_of(out)), use_cache=True, **placed)
+            out = c.model(
+                input_ids=logits.argmax()[None, None], **cached(c.model, cache_of(out)), use_cache=True, **placed
+            )
 
 
 def _steps(c: _Case, inputs: dict[str, Any]) -> list[Tensor]:

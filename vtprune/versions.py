@@ -1,7 +1,9 @@
-"""The releases that the tests have seen, in this one place: pyproject.toml's bounds and the lock files are compared with it, ``vtprune doctor`` shows it.
+"""The releases that the tests have seen, in this one place: pyproject.toml's bounds and the lock files are compared
+with it, ``vtprune doctor`` shows it.
 
-It needs nothing but Python, so that the Makefile can ask before anything is installed: ``python -I vtprune/versions.py lock``.
-A release behind the newest tested one is not forbidden; one of transformers has to prove itself (``vtprune doctor``).
+It needs nothing but Python, so that the Makefile can ask before anything is installed: ``python -I vtprune/versions.py
+lock``. A release behind the newest tested one is not forbidden; one of transformers has to prove itself (``vtprune
+doctor``).
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")  # the lock files were resolved for t
 
 @dataclass(frozen=True)
 class Tested:
-    """The tests passed with ``oldest`` and with ``newest``; ``extra`` names what brings the package ("": always there), ``below`` a release that is known to
-    break, because of ``why``. ``bound``: whether pyproject.toml asks for the package by name."""
+    """The tests passed with ``oldest`` and with ``newest``; ``extra`` names what brings the package ("": always there),
+    ``below`` a release that is known to break, because of ``why``. ``bound``: whether pyproject.toml asks for the
+    package by name."""
 
     package: str
     oldest: str
@@ -37,16 +40,30 @@ TESTED = (
     Tested("transformers", "5.17.0", "5.24.0"),
     Tested("timm", "1.0.31", "1.0.31"),
     Tested("open_clip_torch", "3.0.0", "3.3.0", extra="open-clip"),
-    Tested("lmms-eval", "0.7.3", "0.7.3", extra="lmms-eval", below="0.8", why="the plugin follows 0.7's interface and task files"),
-    Tested("filelock", "3.32.7", "3.32.7", extra="lmms-eval", below="4", why="lmms-eval 0.7.1 to 0.7.3 import filelock._api, which filelock 4 does not have"),
+    Tested(
+        "lmms-eval",
+        "0.7.3",
+        "0.7.3",
+        extra="lmms-eval",
+        below="0.8",
+        why="the plugin follows 0.7's interface and task files",
+    ),
+    Tested(
+        "filelock",
+        "3.32.7",
+        "3.32.7",
+        extra="lmms-eval",
+        below="4",
+        why="lmms-eval 0.7.1 to 0.7.3 import filelock._api, which filelock 4 does not have",
+    ),
     Tested("gradio", "6.25.0", "6.31.0", extra="demo"),
 )
 
 
 @dataclass(frozen=True)
 class Found:
-    """A package and what is installed of it (``None``: nothing). ``status``: "tested", "newer" or "older" than the tested releases, "absent", or "missing"
-    where the library cannot do without."""
+    """A package and what is installed of it (``None``: nothing). ``status``: "tested", "newer" or "older" than the
+    tested releases, "absent", or "missing" where the library cannot do without."""
 
     package: str
     installed: str | None
@@ -56,7 +73,8 @@ class Found:
 
 
 def release(text: str) -> tuple[int, ...]:
-    """``"5.24.0"`` as ``(5, 24)``: the numbers in front, without zeros at the end; ``2.14.1+cpu`` and ``2.14.1rc1`` count as 2.14.1.
+    """``"5.24.0"`` as ``(5, 24)``: the numbers in front, without zeros at the end; ``2.14.1+cpu`` and ``2.14.1rc1``
+    count as 2.14.1.
 
     Raises :class:`ValueError` for a text that begins with no number.
     """
@@ -99,11 +117,14 @@ def conflicts() -> list[str]:
     lmms, locks = installed("lmms-eval"), installed("filelock")
     out = []
     if lmms and locks and (0, 7, 1) <= release(lmms) <= (0, 7, 3) and find_spec("filelock._api") is None:
-        out.append(f"lmms-eval {lmms} imports filelock._api, which filelock {locks} does not have: pip install 'filelock<4'")
+        out.append(
+            f"lmms-eval {lmms} imports filelock._api, which filelock {locks} does not have: pip install 'filelock<4'"
+        )
     return out
 
 
-# -------------------------------------------------------------------------------------------------- for the Makefile and make lock
+# -------------------------------------------------------------------------------------------------- for the Makefile
+# and make lock
 
 
 def newest() -> list[str]:
@@ -112,13 +133,14 @@ def newest() -> list[str]:
 
 
 def oldest() -> list[str]:
-    """Requirements for the oldest tested releases; triton comes with torch, and numpy 2.4 breaks that triton's interpreter, which the kernels' tests use."""
+    """Requirements for the oldest tested releases; triton comes with torch, and numpy 2.4 breaks that triton's
+    interpreter, which the kernels' tests use."""
     return [f"{t.package}=={t.oldest}" for t in TESTED if t.bound] + ["numpy<2.4"]
 
 
 def main(words: list[str]) -> int:
-    """``lock``, ``lock-oldest``: where the lock file lies, as a URL (pip splits paths at spaces), or a line on stderr if it is not for this Python; ``newest``,
-    ``oldest``: requirements."""
+    """``lock``, ``lock-oldest``: where the lock file lies, as a URL (pip splits paths at spaces), or a line on stderr
+    if it is not for this Python; ``newest``, ``oldest``: requirements."""
     files, lists = {"lock": "lock.txt", "lock-oldest": "oldest.txt"}, {"newest": newest, "oldest": oldest}
     asked = words[0] if len(words) == 1 else ""
     python = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -130,7 +152,11 @@ def main(words: list[str]) -> int:
     elif python in PYTHONS:
         print((Path(__file__).resolve().parents[1] / "requirements" / files[asked]).as_uri())
     else:
-        print(f"requirements/{files[asked]} is for Python {', '.join(PYTHONS)}, not {python}: installing by pyproject.toml's bounds instead", file=sys.stderr)
+        print(
+            f"requirements/{files[asked]} is for Python {', '.join(PYTHONS)}, not {python}: installing by "
+            "pyproject.toml's bounds instead",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -24,7 +24,11 @@ import oracles as O
 
 SIDE, N = 6, 36
 IMAGE = 3  # id of the visual placeholder
-VISION = {"clip": (CLIPVisionConfig, CLIPVisionModel), "siglip": (SiglipVisionConfig, SiglipVisionModel), "dinov2": (Dinov2Config, Dinov2Model)}
+VISION = {
+    "clip": (CLIPVisionConfig, CLIPVisionModel),
+    "siglip": (SiglipVisionConfig, SiglipVisionModel),
+    "dinov2": (Dinov2Config, Dinov2Model),
+}
 TEXT = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 
 
@@ -43,7 +47,9 @@ def vision_config(kind: str, blocks: int) -> Any:
     extra: dict[str, Any] = {"mlp_ratio": 2} if kind == "dinov2" else {"intermediate_size": 64}
     if kind == "siglip":
         extra["vision_use_head"] = False
-    return VISION[kind][0](hidden_size=32, num_attention_heads=4, num_hidden_layers=blocks, image_size=8 * SIDE, patch_size=8, **extra)
+    return VISION[kind][0](
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=blocks, image_size=8 * SIDE, patch_size=8, **extra
+    )
 
 
 def tower(kind: str, blocks: int, seed: int = 1) -> nn.Module:
@@ -52,7 +58,8 @@ def tower(kind: str, blocks: int, seed: int = 1) -> nn.Module:
 
 
 def llava(vision: str = "clip", text: str = "llama", blocks: int = 4, layers: int = 6, seed: int = 2) -> nn.Module:
-    """A LLaVA with 36 visual tokens per image; Llama has one key head per query head, Mistral and Qwen2 share them, Qwen2 has biases."""
+    """A LLaVA with 36 visual tokens per image; Llama has one key head per query head, Mistral and Qwen2 share them,
+    Qwen2 has biases."""
     words: dict[str, Any] = {"sliding_window": None} if text != "llama" else {}
     config = LlavaConfig(
         vision_config=vision_config(vision, blocks),
@@ -68,7 +75,7 @@ def llava(vision: str = "clip", text: str = "llama", blocks: int = 4, layers: in
             bos_token_id=1,
             eos_token_id=2,
             **words,
-        ),  # fmt: skip
+        ),
         image_token_index=IMAGE,
         image_seq_length=N,
         vision_feature_layer=-2,
@@ -81,12 +88,15 @@ def llava(vision: str = "clip", text: str = "llama", blocks: int = 4, layers: in
 
 def images(count: int, seed: int = 3) -> Tensor:
     """Images of very different contrast, so that their entropies differ."""
-    noise = torch.randn(count, 3, 8 * SIDE, 8 * SIDE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    noise = torch.randn(
+        count, 3, 8 * SIDE, 8 * SIDE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return noise * torch.tensor([0.05, 1.0, 4.0, 0.3])[torch.arange(count) % 4, None, None, None]
 
 
 def prompts(shapes: list[list[int]], seed: int = 4, left: bool = True) -> dict[str, Tensor]:
-    """Padded prompts; each is a list of text lengths with one image between any two, e.g. ``[3, 5]`` = 3 words, an image, 5 words."""
+    """Padded prompts; each is a list of text lengths with one image between any two, e.g. ``[3, 5]`` = 3 words, an
+    image, 5 words."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for lengths in shapes:
@@ -108,7 +118,9 @@ def prompts(shapes: list[list[int]], seed: int = 4, left: bool = True) -> dict[s
 def embeddings(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
     """What a dense run gives the language model, per sample, without padding: ``[n, D]``."""
     seen: list[Tensor] = []
-    hook = model.model.language_model.register_forward_pre_hook(lambda m, a, k: seen.append(k["inputs_embeds"]), with_kwargs=True)
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda m, a, k: seen.append(k["inputs_embeds"]), with_kwargs=True
+    )
     with torch.no_grad():
         model(**inputs)
     hook.remove()
@@ -147,8 +159,11 @@ def close(got: Tensor, want: Tensor, limit: float = 1e-9) -> None:
 
 
 @torch.no_grad()
-def scores(lm: nn.Module, x: Tensor, cut: int, at: list[int], layer: str, queries: list[int], keys: str, rope: bool) -> list[float]:
-    """Attention from ``queries`` to the tokens ``at`` in front of layer ``cut``, one query, head and key at a time; mean over heads and queries."""
+def scores(
+    lm: nn.Module, x: Tensor, cut: int, at: list[int], layer: str, queries: list[int], keys: str, rope: bool
+) -> list[float]:
+    """Attention from ``queries`` to the tokens ``at`` in front of layer ``cut``, one query, head and key at a time;
+    mean over heads and queries."""
     ids = list(range(len(x)))
     index = cut if layer == "next" else cut - 1
     for i in range(index):
@@ -166,7 +181,9 @@ def scores(lm: nn.Module, x: Tensor, cut: int, at: list[int], layer: str, querie
             turn = (lambda v, j: O._rope(v, cos[0, j], sin[0, j])) if rope else (lambda v, j: v)
             query = turn(q[t, h * d : (h + 1) * d], t)
             g = h // groups
-            weight = O._softmax([O._dot(query, turn(k[j, g * d : (g + 1) * d], j)) / d**0.5 for j in seen]) if seen else []
+            weight = (
+                O._softmax([O._dot(query, turn(k[j, g * d : (g + 1) * d], j)) / d**0.5 for j in seen]) if seen else []
+            )
             share = dict(zip(seen, weight, strict=True))
             for c, j in enumerate(at):
                 total[c] += share.get(j, 0.0) / heads / len(queries)
@@ -190,7 +207,9 @@ def vit(kind: str, depth: int = 6, seed: int = 7, **more: Any) -> nn.Module:
 
     options = {**VITS[kind], **more}
     cls = VisionTransformerDistilled if options.pop("distilled", False) else VisionTransformer
-    return randomise(cls(img_size=8 * SIDE, patch_size=8, embed_dim=32, depth=depth, num_heads=2, num_classes=5, **options), seed)
+    return randomise(
+        cls(img_size=8 * SIDE, patch_size=8, embed_dim=32, depth=depth, num_heads=2, num_classes=5, **options), seed
+    )
 
 
 @torch.no_grad()

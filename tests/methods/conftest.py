@@ -1,4 +1,5 @@
-"""Double precision to the last step: transformers computes RMSNorm in float32 whatever the model's type, and no comparison would hold to 1e-9."""
+"""Double precision to the last step: transformers computes RMSNorm in float32 whatever the model's type, and no
+comparison would hold to 1e-9."""
 
 from __future__ import annotations
 

@@ -32,11 +32,15 @@ def run(lm: nn.Module, layer: nn.Module, x: Tensor, positions: list[int], mask: 
     """One decoder layer over ``x`` ``[n, D]``; ``mask`` ``[n, n]`` bool replaces plain causality."""
     ids = torch.tensor([positions])
     seen = torch.ones(len(x), len(x), dtype=torch.bool).tril() if mask is None else mask
-    return layer(x[None], attention_mask=seen[None, None], position_ids=ids, position_embeddings=lm.rotary_emb(x[None], ids))[0]
+    return layer(
+        x[None], attention_mask=seen[None, None], position_ids=ids, position_embeddings=lm.rotary_emb(x[None], ids)
+    )[0]
 
 
 @torch.no_grad()
-def late_fusion(lm: nn.Module, x: Tensor, at: list[int], split: int, fusion: int, branch: nn.ModuleList) -> tuple[Tensor, Tensor]:
+def late_fusion(
+    lm: nn.Module, x: Tensor, at: list[int], split: int, fusion: int, branch: nn.ModuleList
+) -> tuple[Tensor, Tensor]:
     """The four phases, written out; final hidden states and the branch's output."""
     everything = list(range(len(x)))
     text = [i for i in everything if i not in at]
@@ -72,7 +76,8 @@ def test_equals_the_four_phases(text: str, split: int, fusion: int, branch_layer
 
 
 def test_equals_a_dense_stack_whose_text_cannot_see_the_image() -> None:
-    """Fact 3: forbid text rows the visual columns in layers s .. L-2, leave visual rows free, then replace them by the branch's output."""
+    """Fact 3: forbid text rows the visual columns in layers s .. L-2, leave visual rows free, then replace them by the
+    branch's output."""
     model, inputs = B.llava(text="qwen2", layers=L), B.prompts([[4, 9]])
     lm, (x,), at = model.model.language_model, B.embeddings(model, inputs), B.visual_positions(inputs, 0)
     with vtprune.attach(model, "dpvr-lf", split=3) as handle:
@@ -93,7 +98,10 @@ def test_equals_a_dense_stack_whose_text_cannot_see_the_image() -> None:
 
 def layer_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
     seen: list[Tensor] = []
-    hooks = [layer.register_forward_hook(lambda m, a, y: seen.append(y[0] if isinstance(y, tuple) else y)) for layer in model.model.language_model.layers]
+    hooks = [
+        layer.register_forward_hook(lambda m, a, y: seen.append(y[0] if isinstance(y, tuple) else y))
+        for layer in model.model.language_model.layers
+    ]
     with torch.no_grad():
         logits = model(**inputs).logits
     for hook in hooks:
@@ -157,17 +165,22 @@ def test_persistent_context_resets_the_visual_rows(text: str) -> None:
         assert report.layer_tokens[b] == [len(at)] * L
 
 
-KEYS_ONLY = [({"split": 3, "variant": "pc"}, {"split": 3, "variant": "kv"}), ({"split": 3}, {"split": 3, "fusion_rows": "keys"})]
+KEYS_ONLY = [
+    ({"split": 3, "variant": "pc"}, {"split": 3, "variant": "kv"}),
+    ({"split": 3}, {"split": 3, "fusion_rows": "keys"}),
+]
 
 
 @pytest.mark.parametrize("full, keys", [*KEYS_ONLY, ({"split": 0, "variant": "pc"}, {"split": 0, "variant": "kv"})])
 @pytest.mark.parametrize("shapes", [[*SHAPES, [11]], [[4, 9]]])
-@pytest.mark.parametrize("text, attention, left", [("llama", "sdpa", True), ("mistral", "eager", False), ("qwen2", "sdpa", False)])
+@pytest.mark.parametrize(
+    "text, attention, left", [("llama", "sdpa", True), ("mistral", "eager", False), ("qwen2", "sdpa", False)]
+)
 def test_keys_and_values_alone_give_the_same_text(
     shapes: list[list[int]], text: str, attention: str, left: bool, full: dict[str, Any], keys: dict[str, Any]
 ) -> None:
-    """Facts 5 and 9: kv writes what pc writes, and late fusion may skip the visual rows of its last layer; text rows and gradients agree, in a padded batch
-    and for one prompt alone, for which transformers makes no mask."""
+    """Facts 5 and 9: kv writes what pc writes, and late fusion may skip the visual rows of its last layer; text rows
+    and gradients agree, in a padded batch and for one prompt alone, for which transformers makes no mask."""
     model, inputs = B.llava(text=text, layers=L), B.prompts(shapes, left=left)
     model.set_attn_implementation(attention)
     limit = 1e-6 if attention == "eager" else 1e-9  # transformers' eager softmax works in float32
@@ -177,7 +190,9 @@ def test_keys_and_values_alone_give_the_same_text(
             shaken(handle)
             hidden.append(B.final(model, inputs))
             report = handle.report()
-            labels = inputs["input_ids"].masked_fill((inputs["input_ids"] == B.IMAGE) | ~inputs["attention_mask"].bool(), -100)
+            labels = inputs["input_ids"].masked_fill(
+                (inputs["input_ids"] == B.IMAGE) | ~inputs["attention_mask"].bool(), -100
+            )
             labels[:, :-3] = -100
             loss = model(**inputs, labels=labels).loss
             grads.append(torch.autograd.grad(loss, list(handle.modules["dpvr-lf"].parameters())))
@@ -209,7 +224,8 @@ def test_only_a_fusion_layer_lets_the_branch_learn() -> None:
 
 
 def test_the_branch_belongs_to_the_handle() -> None:
-    """No parameter is shared with the model, whose own names stay as they were; a start can be chosen, and the random one is reproducible."""
+    """No parameter is shared with the model, whose own names stay as they were; a start can be chosen, and the random
+    one is reproducible."""
     model = B.llava(layers=L)
     names = list(model.state_dict())
     layer = model.model.language_model.layers[3].state_dict()
@@ -222,7 +238,10 @@ def test_the_branch_belongs_to_the_handle() -> None:
             state = module[0].state_dict()
             zero = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
             if init != "random":
-                assert all(not v.any() if init == "identity" and k in zero else torch.equal(v, layer[k]) for k, v in state.items())
+                assert all(
+                    not v.any() if init == "identity" and k in zero else torch.equal(v, layer[k])
+                    for k, v in state.items()
+                )
             else:
                 assert not torch.equal(state[zero[0]], layer[zero[0]])
                 assert not first or all(torch.equal(v, first[k]) for k, v in state.items())
@@ -230,7 +249,8 @@ def test_the_branch_belongs_to_the_handle() -> None:
 
 
 def test_branch_has_the_published_size() -> None:
-    """Fact 8: 202,383,360 parameters beside LLaVA-1.5-7B (4 d^2 + 3 d f + 2 d), and FLOPs are s c(T) + c(T_img) + (L - s - K) c(T_txt) + K c(T)."""
+    """Fact 8: 202,383,360 parameters beside LLaVA-1.5-7B (4 d^2 + 3 d f + 2 d), and FLOPs are s c(T) + c(T_img) + (L -
+    s - K) c(T_txt) + K c(T)."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
     from vtprune.models.llava import Llava
 
@@ -276,12 +296,24 @@ def test_decoding_equals_recomputation(text: str, options: dict[str, Any]) -> No
         cache = cache_of(out)
         for step in range(3):
             token = torch.tensor([[20 + step], [50 - step]])
-            ids, mask, position = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1), torch.cat([position, position[:, -1:] + 1], 1)
+            ids, mask, position = (
+                torch.cat([ids, token], 1),
+                torch.cat([mask, torch.ones_like(token)], 1),
+                torch.cat([position, position[:, -1:] + 1], 1),
+            )
             out = model(input_ids=token, attention_mask=mask, position_ids=position[:, -1:], **cached(model, cache))
-            anew = model(input_ids=ids, attention_mask=mask, position_ids=position, pixel_values=inputs["pixel_values"], use_cache=False)
+            anew = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=position,
+                pixel_values=inputs["pixel_values"],
+                use_cache=False,
+            )
             B.close(out.logits[:, -1], anew.logits[:, -1])
             long, short = 49 + step + 1, 13 + step + 1
-            lengths = [long] * split + [long if "variant" in options else short] * (L - split - fusion) + [long] * fusion
+            lengths = (
+                [long] * split + [long if "variant" in options else short] * (L - split - fusion) + [long] * fusion
+            )
             assert [cache.get_seq_length(i) for i in range(L)] == lengths
 
 
@@ -355,7 +387,12 @@ def test_trained_weights_load(tmp_path: Path) -> None:
     next(iter(broken.values())).view(-1)[0] = float("nan")
     save_file(broken, tmp_path / "nan.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "branch.safetensors").read_bytes()[:-100])
-    reasons = {"told": "trained for split=4", "words": "not a safetensors file", "odd": "trained for split=three", "nan": "no finite numbers"}
+    reasons = {
+        "told": "trained for split=4",
+        "words": "not a safetensors file",
+        "odd": "trained for split=three",
+        "nan": "no finite numbers",
+    }
     for name, reason in {**reasons, "cut": "not a safetensors file"}.items():
         with pytest.raises(vtprune.VtpruneError, match=reason):
             vtprune.attach(model, "dpvr-lf", split=3, weights=str(tmp_path / f"{name}.safetensors"))
@@ -367,8 +404,17 @@ def test_default_split_and_impossible_ones() -> None:
     from vtprune.methods.base import make
     from vtprune.types import Geometry
 
-    geometry = Geometry("llava", "clip", 576, (24, 24), 1, 23, 24, 32, {"llm": frozenset({"query_attention", "layers"})})
+    geometry = Geometry(
+        "llava", "clip", 576, (24, 24), 1, 23, 24, 32, {"llm": frozenset({"query_attention", "layers"})}
+    )
     assert [c.site for c in make("dpvr-lf", {}).plan(geometry, None)] == ["llm.18", "llm.31"]
-    for options in ({"split": 6, "fusion": 2}, {"split": 7}, {"branch_layers": 0}, {"fusion": -1}, {"init": "zeros"}, {"fusion": 2, "fusion_rows": "keys"}):
+    for options in (
+        {"split": 6, "fusion": 2},
+        {"split": 7},
+        {"branch_layers": 0},
+        {"fusion": -1},
+        {"init": "zeros"},
+        {"fusion": 2, "fusion_rows": "keys"},
+    ):
         with pytest.raises(vtprune.VtpruneError):
             vtprune.attach(B.llava(layers=L), "dpvr-lf", **options)

@@ -53,7 +53,10 @@ def test_compact_positions_renumber_the_rest_of_the_stack(text: str) -> None:
         B.close(hidden[rows], lm.norm(x))
 
 
-@pytest.mark.parametrize("options", [{"query": "all"}, {"keys": "visual"}, {"rope": False}, {"query": "all", "keys": "visual", "rope": False}])
+@pytest.mark.parametrize(
+    "options",
+    [{"query": "all"}, {"keys": "visual"}, {"rope": False}, {"query": "all", "keys": "visual", "rope": False}],
+)
 @pytest.mark.parametrize("text", ["llama", "qwen2"])
 def test_score_options(text: str, options: dict[str, Any]) -> None:
     """The paper's wording (all rows), FEATHER's corrections (no rotary positions, visual keys), each written out."""
@@ -63,7 +66,19 @@ def test_score_options(text: str, options: dict[str, Any]) -> None:
         kept = handle.report().stages[0].kept[0].tolist()
     (x,), at = B.embeddings(model, inputs), B.visual_positions(inputs, 0).tolist()
     queries = list(range(len(x))) if options.get("query") == "all" else [len(x) - 1]
-    assert kept == O._top(B.scores(model.model.language_model, x, 2, at, "previous", queries, options.get("keys", "all"), options.get("rope", True)), 10)
+    assert kept == O._top(
+        B.scores(
+            model.model.language_model,
+            x,
+            2,
+            at,
+            "previous",
+            queries,
+            options.get("keys", "all"),
+            options.get("rope", True),
+        ),
+        10,
+    )
 
 
 def test_options_change_the_choice() -> None:
@@ -77,7 +92,8 @@ def test_options_change_the_choice() -> None:
 
 
 def test_the_first_choice_stays_while_decoding() -> None:
-    """Cached decoding keeps the prefill's subset: every new token's logits equal the transcription's on the grown prompt with that subset."""
+    """Cached decoding keeps the prefill's subset: every new token's logits equal the transcription's on the grown
+    prompt with that subset."""
     model, inputs = B.llava(text="mistral"), B.prompts([[4, 6]])
     lm, (x,), at = model.model.language_model, B.embeddings(model, inputs), B.visual_positions(inputs, 0)
     with vtprune.attach(model, "fastv", layer=2, keep=5) as handle, torch.no_grad():
@@ -86,7 +102,12 @@ def test_the_first_choice_stays_while_decoding() -> None:
         mask, cache = inputs["attention_mask"], cache_of(out)
         for token in (17, 40, 5):
             mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
-            out = model(input_ids=torch.tensor([[token]]), attention_mask=mask, **cached(model, cache), position_ids=torch.tensor([[len(mask[0]) - 1]]))
+            out = model(
+                input_ids=torch.tensor([[token]]),
+                attention_mask=mask,
+                **cached(model, cache),
+                position_ids=torch.tensor([[len(mask[0]) - 1]]),
+            )
             x = torch.cat([x, lm.embed_tokens(torch.tensor([token]))])
             rows = [i for i in range(len(x)) if i not in at.tolist() or i in kept]
             h = x

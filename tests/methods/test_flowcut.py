@@ -1,4 +1,5 @@
-"""FlowCut (arXiv 2505.19536) in CLIP, DINOv2 and SigLIP towers, bare and inside LLaVA, against the slow transcription."""
+"""FlowCut (arXiv 2505.19536) in CLIP, DINOv2 and SigLIP towers, bare and inside LLaVA, against the slow
+transcription."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def tokens(kind: str, model: nn.Module, pixels: Tensor, **options: Any) -> tuple
 
 
 def same_kept(report: Any, want: list[list[Tensor]]) -> None:
-    """Every stage's kept set is the transcription's behind that block, and blocks without a stage changed nothing there."""
+    """Every stage's kept set is the transcription's behind that block, and blocks without a stage changed nothing
+    there."""
     layers = {int(s.site.partition(".")[2]): s for s in report.stages if s.method == "flowcut"}
     before = None
     for layer, kept in enumerate(want):
@@ -33,7 +35,10 @@ def same_kept(report: Any, want: list[list[Tensor]]) -> None:
 
 
 @pytest.mark.parametrize("batch", ["image", "max"])
-@pytest.mark.parametrize("kind, blocks, keep", [("clip", 8, 8), ("clip", 7, 3), ("dinov2", 8, 12), ("dinov2", 7, 5), ("clip", 6, 35), ("clip", 2, 9)])
+@pytest.mark.parametrize(
+    "kind, blocks, keep",
+    [("clip", 8, 8), ("clip", 7, 3), ("dinov2", 8, 12), ("dinov2", 7, 5), ("clip", 6, 35), ("clip", 2, 9)],
+)
 def test_bare_tower_equals_the_transcription(kind: str, blocks: int, keep: int, batch: str) -> None:
     model, pixels = B.tower(kind, blocks), B.images(4)
     hidden, report = tokens(kind, model, pixels, keep=keep, batch=batch)
@@ -71,7 +76,8 @@ def test_llava_equals_the_transcription(vision: str, text: str, keep: int, batch
 
 
 def test_counts_inside_a_batch_are_ragged_or_coupled() -> None:
-    """Contrast decides how many tokens a pruning takes: 'image' lets counts differ and is the same alone and in a batch, 'max' makes them equal."""
+    """Contrast decides how many tokens a pruning takes: 'image' lets counts differ and is the same alone and in a
+    batch, 'max' makes them equal."""
     model, pixels = B.tower("clip", 8), B.images(4)
     report = {batch: tokens("clip", model, pixels, keep=4, batch=batch)[1] for batch in ("image", "max")}
     ragged = [s.tokens_out for s in report["image"].stages[:-1]]
@@ -80,7 +86,10 @@ def test_counts_inside_a_batch_are_ragged_or_coupled() -> None:
     assert all(len(set(s.tokens_out)) == 1 for s in report["max"].stages)
     assert report["max"].stages[0].tokens_out[0] == min(ragged[0])
     for b in range(4):
-        alone = {s.site: s.kept[0].tolist() for s in tokens("clip", model, pixels[b : b + 1], keep=4, batch="image")[1].stages}
+        alone = {
+            s.site: s.kept[0].tolist()
+            for s in tokens("clip", model, pixels[b : b + 1], keep=4, batch="image")[1].stages
+        }
         last: list[int] = []
         for stage in report["image"].stages:
             last = alone.get(stage.site, last)  # alone, an image that is down to its budget skips the rest
@@ -88,7 +97,11 @@ def test_counts_inside_a_batch_are_ragged_or_coupled() -> None:
 
 
 @pytest.mark.parametrize(
-    "ratio, expected", [(0.95, [565, 553, 541, 529, 516, 502, 487, 470, 450, 423, 64]), (0.8, [535, 495, 456, 418, 381, 345, 309, 273, 235, 191, 64])]
+    "ratio, expected",
+    [
+        (0.95, [565, 553, 541, 529, 516, 502, 487, 470, 450, 423, 64]),
+        (0.8, [535, 495, 456, 418, 381, 345, 309, 273, 235, 191, 64]),
+    ],
 )
 def test_published_schedules(ratio: float, expected: list[int]) -> None:
     """Patch counts of a 24-block tower when the entropy is a constant share of ln n."""
@@ -111,13 +124,27 @@ def test_published_schedules(ratio: float, expected: list[int]) -> None:
     assert got == expected
 
 
-# ------------------------------------------------------------------------------------------------------------------------- options
+# --------------------------------------------------------------------------------------------------------------------
+# options
 
 
 @torch.no_grad()
-def slow(model: nn.Module, image: Tensor, target: int, *, query: str = "class", semantic: str = "code", every: int = 2, ema: float = 0.5) -> list[list[int]]:
+def slow(
+    model: nn.Module,
+    image: Tensor,
+    target: int,
+    *,
+    query: str = "class",
+    semantic: str = "code",
+    every: int = 2,
+    ema: float = 0.5,
+) -> list[list[int]]:
     """One image, every option written out, one token at a time; kept patches behind each block but the last."""
-    prefix = 0 if query == "none" else int(not hasattr(model.embeddings, "position_embedding") or hasattr(model.embeddings, "class_embedding"))
+    prefix = (
+        0
+        if query == "none"
+        else int(not hasattr(model.embeddings, "position_embedding") or hasattr(model.embeddings, "class_embedding"))
+    )
     x = model.embeddings(image[None])
     x = (model.pre_layrnorm(x) if hasattr(model, "pre_layrnorm") else x)[0]
     blocks = model.encoder.layers if hasattr(model.encoder, "layers") else model.encoder.layer
@@ -135,16 +162,26 @@ def slow(model: nn.Module, image: Tensor, target: int, *, query: str = "class", 
         for h in range(4):
             for j, w in zip(keys, O._softmax([O._dot(q0[h], k[j, h]) / math.sqrt(8) for j in keys]), strict=True):
                 attention[j] += w / 4
-            for j, w in zip(similar_keys, O._softmax([O._dot(v0[h], v[j, h]) * scale for j in similar_keys]), strict=True):
+            for j, w in zip(
+                similar_keys, O._softmax([O._dot(v0[h], v[j, h]) * scale for j in similar_keys]), strict=True
+            ):
                 similar[j] += w / 4
         attention, similar = attention[prefix:], similar[prefix:]
         strength = [float(v[j].mean(0).abs().sum()) for j in range(prefix, len(z))]
         score = [(attention[j] / sum(attention) + similar[j] / sum(similar)) * strength[j] for j in range(n)]
         x = O.run_block(block, x[None])[0]
         if n > target:
-            running = score if running is None else [ema * old + (1 - ema) * new for old, new in zip(running, score, strict=True)]
+            running = (
+                score
+                if running is None
+                else [ema * old + (1 - ema) * new for old, new in zip(running, score, strict=True)]
+            )
             if remaining % every == 0:
-                amount = O.flowcut_prune_amount(n, target, remaining, O.flowcut_entropy_ratio(attention)) if remaining else n - target
+                amount = (
+                    O.flowcut_prune_amount(n, target, remaining, O.flowcut_entropy_ratio(attention))
+                    if remaining
+                    else n - target
+                )
                 best = O._top(running, max(n - round(amount), target))
                 x = x[[*range(prefix), *(prefix + j for j in best)]]
                 alive, running = [alive[j] for j in best], [running[j] for j in best]

@@ -1,4 +1,5 @@
-"""PiToMe (arXiv 2405.16148): timm models against the slow transcription, the official wrappers' variants written out on a CLIP tower."""
+"""PiToMe (arXiv 2405.16148): timm models against the slow transcription, the official wrappers' variants written out on
+a CLIP tower."""
 
 from __future__ import annotations
 
@@ -52,11 +53,14 @@ def test_published_counts(ratio: float) -> None:
 
 
 def test_plain_tome_blocks_count_the_class_token() -> None:
-    """LLaVA-1.5-7B's setting, block by block: 13 blocks of plain ToMe over n + 1 tokens, then PiToMe over the patches."""
+    """LLaVA-1.5-7B's setting, block by block: 13 blocks of plain ToMe over n + 1 tokens, then PiToMe over the
+    patches."""
     from vtprune.methods.base import make
     from vtprune.types import Geometry
 
-    geometry = Geometry("llava", "clip", 576, (24, 24), 1, 23, 24, 32, {"vision": frozenset({"projections", "class_token"})})
+    geometry = Geometry(
+        "llava", "clip", 576, (24, 24), 1, 23, 24, 32, {"vision": frozenset({"projections", "class_token"})}
+    )
     for ratio, last in ((0.9, 54), (0.925, 101)):
         n, want = 576, []
         for layer in range(23):
@@ -73,21 +77,35 @@ def test_keep_is_met_exactly(keep: int) -> None:
     assert all(b <= a <= 2 * b for a, b in zip(counts, counts[1:], strict=False))
 
 
-# ------------------------------------------------------------------------------------------------------ the wrappers, on a CLIP tower
+# ------------------------------------------------------------------------------------------------------ the wrappers,
+# on a CLIP tower
 
 Merger = Callable[[int, int, Tensor], tuple[list[O.Merge], list[int]]]
 
 
 @torch.no_grad()
-def clip_slow(model: nn.Module, image: Tensor, used: int, *, metric: str, inside: bool, match: Merger, weighted: bool, proportional: bool) -> dict[str, Any]:
-    """One image through ``used`` blocks of a CLIP tower, a merge in each: tokens (class first), original index of each patch, who holds it."""
+def clip_slow(
+    model: nn.Module,
+    image: Tensor,
+    used: int,
+    *,
+    metric: str,
+    inside: bool,
+    match: Merger,
+    weighted: bool,
+    proportional: bool,
+) -> dict[str, Any]:
+    """One image through ``used`` blocks of a CLIP tower, a merge in each: tokens (class first), original index of each
+    patch, who holds it."""
     x = model.pre_layrnorm(model.embeddings(image[None]))[0]
     depth, n = len(model.encoder.layers), len(x) - 1
     size, slot, owner = [1.0] * len(x), list(range(-1, n)), list(range(n))
     for layer in range(used):
         block = model.encoder.layers[layer]
         z = block.layer_norm1(x)
-        q, k, v = (m(z).view(len(z), 4, 8) for m in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj))
+        q, k, v = (
+            m(z).view(len(z), 4, 8) for m in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+        )
         mixed = torch.zeros(len(z), 32, dtype=torch.float64)
         for h in range(4):
             for i in range(len(z)):
@@ -113,7 +131,8 @@ def clip_slow(model: nn.Module, image: Tensor, used: int, *, metric: str, inside
 def matcher(ratio: float, margin: Callable[[int, int], float], kind: Callable[[int, int], str]) -> Merger:
     def match(layer: int, depth: int, values: Tensor) -> tuple[list[O.Merge], list[int]]:
         how = kind(layer, depth)
-        if how == "tome":  # plain ToMe of the whole sequence: the class token in front takes part in parity and ratio and is protected
+        # plain ToMe of the whole sequence: the class token in front takes part in parity and ratio and is protected
+        if how == "tome":
             padded = torch.cat([torch.ones(1, values.shape[1], dtype=torch.float64), values])
             found = O.tome_match_oracle(padded[None], O.pitome_r(len(padded), ratio), True, False)
             return [(a - 1, b - 1) for a, b in found["merges"][0]], [i - 1 for i in found["kept"][0] if i]
@@ -123,7 +142,12 @@ def matcher(ratio: float, margin: Callable[[int, int], float], kind: Callable[[i
 
 
 WRAPPERS: dict[str, dict[str, Any]] = {
-    "clip": {"metric": "hidden", "inside": True, "margin": lambda i, n: 0.95 * (1 - i / n), "kind": lambda i, n: "pitome"},
+    "clip": {
+        "metric": "hidden",
+        "inside": True,
+        "margin": lambda i, n: 0.95 * (1 - i / n),
+        "kind": lambda i, n: "pitome",
+    },
     "hf-clip": {
         "metric": "hidden",
         "inside": False,
@@ -131,19 +155,47 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "kind": lambda i, n: "tome" if i <= n / 2 else "pitome",
         "weighted": False,
     },
-    "blip": {"metric": "hidden", "inside": True, "margin": lambda i, n: 0.9 * (1 - i / n), "kind": lambda i, n: "pitome"},
-    "blip2": {"metric": "keys", "inside": True, "margin": lambda i, n: 0.75 - 0.4 * i / n, "kind": lambda i, n: "pitome", "proportional": True},
-    "paper": {"metric": "keys", "inside": True, "margin": lambda i, n: 0.9 - 0.9 * i / n, "kind": lambda i, n: "pitome", "proportional": True},
-    "deit": {"metric": "keys", "inside": True, "margin": lambda i, n: 0.75 * (1 - i / n), "kind": lambda i, n: "bsm" if i < math.ceil(n / 2) else "pitome"},
+    "blip": {
+        "metric": "hidden",
+        "inside": True,
+        "margin": lambda i, n: 0.9 * (1 - i / n),
+        "kind": lambda i, n: "pitome",
+    },
+    "blip2": {
+        "metric": "keys",
+        "inside": True,
+        "margin": lambda i, n: 0.75 - 0.4 * i / n,
+        "kind": lambda i, n: "pitome",
+        "proportional": True,
+    },
+    "paper": {
+        "metric": "keys",
+        "inside": True,
+        "margin": lambda i, n: 0.9 - 0.9 * i / n,
+        "kind": lambda i, n: "pitome",
+        "proportional": True,
+    },
+    "deit": {
+        "metric": "keys",
+        "inside": True,
+        "margin": lambda i, n: 0.75 * (1 - i / n),
+        "kind": lambda i, n: "bsm" if i < math.ceil(n / 2) else "pitome",
+    },
 }
 
 
 def expected(name: str, model: nn.Module, image: Tensor, used: int, ratio: float) -> dict[str, Any]:
     w = WRAPPERS[name]
     return clip_slow(
-        model, image, used, metric=w["metric"], inside=w["inside"], match=matcher(ratio, w["margin"], w["kind"]),
-        weighted=w.get("weighted", True), proportional=w.get("proportional", False),
-    )  # fmt: skip
+        model,
+        image,
+        used,
+        metric=w["metric"],
+        inside=w["inside"],
+        match=matcher(ratio, w["margin"], w["kind"]),
+        weighted=w.get("weighted", True),
+        proportional=w.get("proportional", False),
+    )
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
@@ -159,7 +211,8 @@ def test_variants_on_a_clip_tower(name: str) -> None:
 
 
 def test_llava_runs_the_wrapper_of_its_tower() -> None:
-    """'auto' in a LLaVA with CLIP is hf-clip; the projector and the language model see the merged tokens at their destinations' positions."""
+    """'auto' in a LLaVA with CLIP is hf-clip; the projector and the language model see the merged tokens at their
+    destinations' positions."""
     model, inputs = B.llava("clip", "qwen2", blocks=6, layers=3), B.prompts([[4, 9], [2, 3]])
     x = B.embeddings(model, inputs)
     with vtprune.attach(model, "pitome", ratio=0.8) as handle:
@@ -175,10 +228,13 @@ def test_llava_runs_the_wrapper_of_its_tower() -> None:
         B.close(hidden[b][rows], B.stack(model.model.language_model, x[b][rows], rows))
 
 
-# ------------------------------------------------------------------------------------------------------------------------- options
+# --------------------------------------------------------------------------------------------------------------------
+# options
 
 
-@pytest.mark.parametrize("options", [{"alpha": 0.1}, {"alpha": 3.0}, {"energy": "paper"}, {"energy": "paper", "alpha": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{"alpha": 0.1}, {"alpha": 3.0}, {"energy": "paper"}, {"energy": "paper", "alpha": 0.1}]
+)
 def test_energy_options(options: dict[str, Any]) -> None:
     """Equation 4 with its jump at the margin, and the scale of its negative branch, in one block."""
     model, pixels = B.vit("class", depth=1), B.images(3)
@@ -212,7 +268,9 @@ def test_options_change_the_result() -> None:
         {"matching": "bsm"},
         {"variant": "clip"},
     ):
-        found.add(str([a.tolist() for a in read(model, pixels, "pitome", ratio=0.8, **options)[2].stages[-1].assignment]))
+        found.add(
+            str([a.tolist() for a in read(model, pixels, "pitome", ratio=0.8, **options)[2].stages[-1].assignment])
+        )
     assert len(found) == 7
 
 

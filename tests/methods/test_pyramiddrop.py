@@ -18,7 +18,9 @@ CUTS, RATIOS = (1, 3, 4), (0.7, 0.4, 0.15)
 PROMPTS = [[4, 9], [7, 12], [3, 5]]
 
 
-def check(model: nn.Module, inputs: dict[str, Tensor], layers: tuple[int, ...], ratios: tuple[float, ...], positions: str) -> None:
+def check(
+    model: nn.Module, inputs: dict[str, Tensor], layers: tuple[int, ...], ratios: tuple[float, ...], positions: str
+) -> None:
     """Kept sets and final hidden states of every sample equal the transcription's, run alone and without padding."""
     x = B.embeddings(model, inputs)
     with vtprune.attach(model, "pyramiddrop", positions=positions, layers=layers, ratios=ratios) as handle:
@@ -26,7 +28,16 @@ def check(model: nn.Module, inputs: dict[str, Tensor], layers: tuple[int, ...], 
     assert [s.site for s in report.stages] == [f"llm.{i}" for i in layers]
     for b in range(len(x)):
         at = B.visual_positions(inputs, b)
-        want = O.pyramiddrop_oracle(model.model.language_model, x[b][None], None, at, layers, ratios, [len(x[b]) - 1], renumber=positions == "compact")
+        want = O.pyramiddrop_oracle(
+            model.model.language_model,
+            x[b][None],
+            None,
+            at,
+            layers,
+            ratios,
+            [len(x[b]) - 1],
+            renumber=positions == "compact",
+        )
         for stage, kept in zip(report.stages, want["kept"], strict=True):
             assert at[stage.kept[b]].tolist() == kept.tolist()
         present = torch.ones(len(x[b]), dtype=torch.bool)
@@ -49,7 +60,8 @@ def test_several_budgets(ratios: tuple[float, ...]) -> None:
 
 
 def test_two_images_compete_each_for_itself() -> None:
-    """Two images in one prompt: each keeps its own budget (the official code knows one image per sample); scores come from the one last row."""
+    """Two images in one prompt: each keeps its own budget (the official code knows one image per sample); scores come
+    from the one last row."""
     model, inputs = B.llava(text="mistral"), B.prompts([[3, 2, 7], [4, 6]])
     x = B.embeddings(model, inputs)
     with vtprune.attach(model, "pyramiddrop", layers=(2,), ratios=(0.25,)) as handle:
@@ -61,7 +73,9 @@ def test_two_images_compete_each_for_itself() -> None:
             h = O._run_lm_layer(lm, i, h, list(range(len(first))))
         row = O.lm_attention_row(lm, 2, h, list(range(len(first))), len(first) - 1)
     at = B.visual_positions(inputs, 0)
-    want = [i for half in (range(B.N), range(B.N, 2 * B.N)) for i in sorted(sorted(half, key=lambda j: -row[at[j]])[:9])]
+    want = [
+        i for half in (range(B.N), range(B.N, 2 * B.N)) for i in sorted(sorted(half, key=lambda j: -row[at[j]])[:9])
+    ]
     assert stage.kept[0].tolist() == want and stage.tokens_out == [18, 9]
     dropped = torch.ones(len(at), dtype=torch.bool)
     dropped[want] = False
@@ -82,20 +96,27 @@ def test_budget_gives_a_geometric_schedule() -> None:
     assert [(c.layer, c.keep) for c in make("pyramiddrop", {}).plan(geometry, 72)] == [(8, 288), (16, 144), (24, 72)]
 
 
-# ------------------------------------------------------------------------------------------------------------------------- options
+# --------------------------------------------------------------------------------------------------------------------
+# options
 
 
 @pytest.mark.parametrize(
-    "score_layer, keys, rope", [("previous", "all", True), ("next", "visual", True), ("next", "all", False), ("previous", "visual", False)]
+    "score_layer, keys, rope",
+    [("previous", "all", True), ("next", "visual", True), ("next", "all", False), ("previous", "visual", False)],
 )
 def test_score_options(score_layer: str, keys: str, rope: bool) -> None:
-    """Each option, written out for the last row: whose projections, softmax over which keys, with or without rotary positions."""
+    """Each option, written out for the last row: whose projections, softmax over which keys, with or without rotary
+    positions."""
     model, inputs = B.llava(text="qwen2"), B.prompts([[4, 9]])
-    with vtprune.attach(model, "pyramiddrop", layers=(3,), ratios=(0.3,), score_layer=score_layer, keys=keys, rope=rope) as handle:
+    with vtprune.attach(
+        model, "pyramiddrop", layers=(3,), ratios=(0.3,), score_layer=score_layer, keys=keys, rope=rope
+    ) as handle:
         B.final(model, inputs)
         (stage,) = handle.report().stages
     (x,), at = B.embeddings(model, inputs), B.visual_positions(inputs, 0).tolist()
-    assert stage.kept[0].tolist() == O._top(B.scores(model.model.language_model, x, 3, at, score_layer, [len(x) - 1], keys, rope), 10)
+    assert stage.kept[0].tolist() == O._top(
+        B.scores(model.model.language_model, x, 3, at, score_layer, [len(x) - 1], keys, rope), 10
+    )
 
 
 def test_score_options_matter() -> None:
@@ -108,7 +129,8 @@ def test_score_options_matter() -> None:
     assert len(found) >= 3  # keys="visual" alone rescales one row per head and may agree
 
 
-# ------------------------------------------------------------------------------------------------------------------------ training
+# --------------------------------------------------------------------------------------------------------------------
+# training
 
 
 def double_loss(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
@@ -136,7 +158,8 @@ def by_hand(model: nn.Module, hidden: Tensor, rows: list[int], labels: Tensor) -
 
 @pytest.mark.parametrize("text", ["llama", "qwen2"])
 def test_training_ranks_by_the_rows_before_each_answer(text: str) -> None:
-    """Two answer turns: query rows are the two positions in front of them, and the loss is that of the compacted sequence."""
+    """Two answer turns: query rows are the two positions in front of them, and the loss is that of the compacted
+    sequence."""
     model, inputs = B.llava(text=text), B.prompts([[4, 16]])
     model.loss_function = double_loss
     labels = turns(inputs, (44, 48), (51, 56))
@@ -147,7 +170,9 @@ def test_training_ranks_by_the_rows_before_each_answer(text: str) -> None:
         report = handle.report()
     assert [at[s.kept[0]].tolist() for s in report.stages] == [k.tolist() for k in want["kept"]]
     other = O.pyramiddrop_oracle(model.model.language_model, x[None], None, at, CUTS, RATIOS, [len(x) - 1])
-    assert [k.tolist() for k in want["kept"]] != [k.tolist() for k in other["kept"]]  # the last row would have chosen others
+    assert [k.tolist() for k in want["kept"]] != [
+        k.tolist() for k in other["kept"]
+    ]  # the last row would have chosen others
     rows = sorted({*range(len(x))} - {*at.tolist()} | {*want["kept"][-1].tolist()})
     B.close(out.loss, by_hand(model, want["hidden"][0], rows, labels))
 
@@ -170,7 +195,8 @@ def test_training_in_a_padded_batch() -> None:
 
 
 def test_predictions_of_dropped_rows_leave_the_loss() -> None:
-    """The label right behind the image is predicted by the last visual token, which therefore stays, whatever its rank; other answers count as they do."""
+    """The label right behind the image is predicted by the last visual token, which therefore stays, whatever its rank;
+    other answers count as they do."""
     model = B.llava()
     model.loss_function = double_loss
     for seed in range(4):
@@ -189,7 +215,8 @@ def test_predictions_of_dropped_rows_leave_the_loss() -> None:
 
 
 def test_without_an_answer_nothing_is_pruned_in_training() -> None:
-    """Labels that answer nowhere give no query row, and the sample stays whole (official code); its neighbour in the batch is cut."""
+    """Labels that answer nowhere give no query row, and the sample stays whole (official code); its neighbour in the
+    batch is cut."""
     model, inputs = B.llava(), B.prompts([[4, 9], [4, 9]])
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[1, 42:46] = inputs["input_ids"][1, 42:46]
@@ -220,7 +247,8 @@ def projected(model: nn.Module, keep: list[Tensor]) -> Any:
 
 
 def test_gradient_equals_the_dense_model_with_the_equivalent_mask() -> None:
-    """Selection is hard and carries no gradient: what is left is a dense decoder in which rows dropped before layer L are no keys from L on."""
+    """Selection is hard and carries no gradient: what is left is a dense decoder in which rows dropped before layer L
+    are no keys from L on."""
     model, inputs = B.llava(text="mistral"), B.prompts([[4, 16]])
     model.loss_function = double_loss
     labels, lm = turns(inputs, (44, 48), (51, 56)), model.model.language_model

@@ -35,7 +35,8 @@ def check(model: nn.Module, pixels: Tensor, want: dict, got: tuple[Tensor, Tenso
         else:
             order = [torch.cat([torch.arange(p), p + x[p:, 0].argsort()]) for x in (hidden[b], target)]
             B.close(hidden[b][order[0]], target[order[1]])
-        rows = torch.cat([torch.arange(p), p + last.assignment[b]]) if averaged else torch.arange(len(target))  # a mean counts every original token
+        # a mean counts every original token
+        rows = torch.cat([torch.arange(p), p + last.assignment[b]]) if averaged else torch.arange(len(target))
         B.close(logits[b], B.head(model, target[rows][None])[0])
 
 
@@ -45,7 +46,13 @@ def check(model: nn.Module, pixels: Tensor, want: dict, got: tuple[Tensor, Tenso
 def test_equals_the_transcription(kind: str, proportional: bool, order: str) -> None:
     model, pixels = B.vit(kind), B.images(2)
     want = O.tome_vit_oracle(model, pixels, 5, proportional, order)
-    check(model, pixels, want, read(model, pixels, "tome", r=5, proportional=proportional, order=order), ordered=order == "position")
+    check(
+        model,
+        pixels,
+        want,
+        read(model, pixels, "tome", r=5, proportional=proportional, order=order),
+        ordered=order == "position",
+    )
 
 
 @pytest.mark.parametrize("r, inflect", [(3, 0.0), (4, -1.0), (4, 1.0), (30, 0.0), ((9, 0, 4, 1, 0, 2), 0.0)])
@@ -96,19 +103,30 @@ def test_every_budget_that_halving_can_reach_has_a_schedule() -> None:
 def test_options_change_the_result() -> None:
     """Proportional attention leads to other features, the token order to other matchings from the second block on."""
     model, pixels = B.vit("class"), B.images(2)
-    (_, a, one), (_, b, _), (_, _, two) = (read(model, pixels, "tome", r=5, **o) for o in ({}, {"proportional": False}, {"order": "official"}))
+    (_, a, one), (_, b, _), (_, _, two) = (
+        read(model, pixels, "tome", r=5, **o) for o in ({}, {"proportional": False}, {"order": "official"})
+    )
     plain, official = one.stages, two.stages
     assert float((a - b).abs().max()) > 1e-3
-    assert [k.tolist() for k in plain[0].kept] == [k.tolist() for k in official[0].kept]  # the first matching is the same
+    assert [k.tolist() for k in plain[0].kept] == [
+        k.tolist() for k in official[0].kept
+    ]  # the first matching is the same
     assert [a.tolist() for a in plain[-1].assignment] != [a.tolist() for a in official[-1].assignment]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "name, options", [("tome", {"r": 0}), ("tome", {"keep": 36}), ("pitome", {"ratio": 1.0}), ("pitome", {"keep": 36, "variant": "paper"})]
+    "name, options",
+    [
+        ("tome", {"r": 0}),
+        ("tome", {"keep": 36}),
+        ("pitome", {"ratio": 1.0}),
+        ("pitome", {"keep": 36, "variant": "paper"}),
+    ],
 )
 def test_zero_reduction_is_the_identity(kind: str, name: str, options: dict[str, Any]) -> None:
-    """LayerScale, registers, distillation token, average pooling: nothing merged, nothing changed, and every block was asked."""
+    """LayerScale, registers, distillation token, average pooling: nothing merged, nothing changed, and every block was
+    asked."""
     model, pixels = B.vit(kind), B.images(2)
     with torch.no_grad():
         dense = model(pixels)
@@ -120,14 +138,28 @@ def test_zero_reduction_is_the_identity(kind: str, name: str, options: dict[str,
     assert all(s.tokens_out == [36, 36] and k.tolist() == list(range(36)) for s in report.stages for k in s.kept)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "deit_tiny_distilled_patch16_224",
+        "deit3_small_patch16_224",
+        "vit_small_patch14_reg4_dinov2",
+    ],
+)
 @pytest.mark.parametrize("method, options", [("tome", {"r": 0}), ("pitome", {"ratio": 1.0})])
 def test_zero_reduction_is_the_identity_on_timm_architectures(name: str, method: str, options: dict[str, Any]) -> None:
     """The published architectures, shortened to two blocks of random weights."""
     import timm
 
-    model = B.randomise(timm.create_model(name, img_size=56 if "14" in name.split("patch")[1][:2] else 64, depth=2, num_classes=7), 5, 0.05)
-    pixels = torch.randn(2, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = B.randomise(
+        timm.create_model(name, img_size=56 if "14" in name.split("patch")[1][:2] else 64, depth=2, num_classes=7),
+        5,
+        0.05,
+    )
+    pixels = torch.randn(
+        2, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     with torch.no_grad():
         dense = model(pixels)
     _, logits, report = read(model, pixels, method, **options)
@@ -139,7 +171,12 @@ def test_a_block_of_another_order_is_refused() -> None:
     """Post-norm blocks have the same parts in another order: refused when attaching, not computed wrongly."""
     from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 
-    model = B.randomise(VisionTransformer(img_size=48, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, block_fn=ResPostBlock), 6)
+    model = B.randomise(
+        VisionTransformer(
+            img_size=48, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, block_fn=ResPostBlock
+        ),
+        6,
+    )
     with pytest.raises(vtprune.UnsupportedError):
         vtprune.attach(model, "tome", r=2)
 

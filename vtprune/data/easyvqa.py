@@ -25,8 +25,8 @@ class EasyQuestion:
 
 @functools.lru_cache(maxsize=2)
 def questions(split: str) -> tuple[EasyQuestion, ...]:
-    """All questions of ``split`` (``train`` or ``test``), in the package's order. Raises ``ModuleNotFoundError`` without the package, ``ValueError`` for a
-    split."""
+    """All questions of ``split`` (``train`` or ``test``), in the package's order. Raises ``ModuleNotFoundError``
+    without the package, ``ValueError`` for a split."""
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}; there are train, test")
     try:
@@ -35,7 +35,9 @@ def questions(split: str) -> tuple[EasyQuestion, ...]:
         raise ModuleNotFoundError("easy-VQA is not installed: pip install easy-vqa") from e
     texts, answers, ids = getattr(easy_vqa, f"get_{split}_questions")()
     folder = Path(easy_vqa.__file__).parent / "data" / split / "images"
-    return tuple(EasyQuestion(str(folder / f"{i}.png"), normalise(q), a) for q, a, i in zip(texts, answers, ids, strict=True))
+    return tuple(
+        EasyQuestion(str(folder / f"{i}.png"), normalise(q), a) for q, a, i in zip(texts, answers, ids, strict=True)
+    )
 
 
 def normalise(question: str) -> str:

@@ -1,8 +1,9 @@
 """``scenes``: a generated visual question answering set where every answer is local.
 
-Each image holds a few coloured shapes and at most two small signs on a 4 x 4 grid of cells (``a1`` top left, ``d4`` bottom right), and six kinds of question
-(:data:`ABILITIES`) whose answer sits in known boxes. The renderer is our own (signed distance functions and a 5 x 7 bitmap alphabet): no font, no picture and
-no licence from anybody. Random numbers come from ``numpy.random.RandomState``, whose stream is frozen by NumPy, so an index always gives the same image.
+Each image holds a few coloured shapes and at most two small signs on a 4 x 4 grid of cells (``a1`` top left, ``d4``
+bottom right), and six kinds of question (:data:`ABILITIES`) whose answer sits in known boxes. The renderer is our own
+(signed distance functions and a 5 x 7 bitmap alphabet): no font, no picture and no licence from anybody. Random numbers
+come from ``numpy.random.RandomState``, whose stream is frozen by NumPy, so an index always gives the same image.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ ALPHABET = tuple(_GLYPHS)
 
 @dataclass(frozen=True)
 class Item:
-    """One thing in the image: a shape (``kind`` in :data:`SHAPES`) or a sign (``kind == "sign"``). ``box`` = (left, top, right, bottom), pixels."""
+    """One thing in the image: a shape (``kind`` in :data:`SHAPES`) or a sign (``kind == "sign"``). ``box`` = (left,
+    top, right, bottom), pixels."""
 
     kind: str
     color: str
@@ -92,8 +94,8 @@ class Scene:
 
 
 def scene(index: int, split: str = "train", *, max_items: int = 6, per_ability: int = 2) -> Scene:
-    """Scene number ``index`` of ``split`` with up to ``per_ability`` questions of each ability. Raises ``ValueError`` for an unknown split or a negative
-    index."""
+    """Scene number ``index`` of ``split`` with up to ``per_ability`` questions of each ability. Raises ``ValueError``
+    for an unknown split or a negative index."""
     if split not in _SPLITS:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(_SPLITS)}")
     if index < 0:
@@ -103,7 +105,8 @@ def scene(index: int, split: str = "train", *, max_items: int = 6, per_ability: 
     return Scene(_render(rng, items), items, tuple(_questions(rng, items, per_ability)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- layout
+# ----------------------------------------------------------------------------------------------------------------
+# layout
 
 
 def _layout(rng: np.random.RandomState, max_items: int) -> tuple[Item, ...]:
@@ -143,7 +146,8 @@ def _layout(rng: np.random.RandomState, max_items: int) -> tuple[Item, ...]:
     return tuple(items)
 
 
-# ------------------------------------------------------------------------------------------------------------- rendering
+# -------------------------------------------------------------------------------------------------------------
+# rendering
 
 
 def _polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
@@ -219,7 +223,8 @@ def _render(rng: np.random.RandomState, items: tuple[Item, ...]) -> np.ndarray:
     return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------------- questions
+# -------------------------------------------------------------------------------------------------------------
+# questions
 
 
 def _questions(rng: np.random.RandomState, items: tuple[Item, ...], per_ability: int) -> list[Question]:
@@ -250,7 +255,8 @@ def _pick(rng: np.random.RandomState, options: list) -> Any:
 
 
 def _existence(rng: np.random.RandomState, items: list[Item]) -> Question | None:
-    """The answer is drawn first, so that no wording gives it away; half of the negatives are there in shape and in colour, but not together."""
+    """The answer is drawn first, so that no wording gives it away; half of the negatives are there in shape and in
+    colour, but not together."""
     yes, form = rng.rand() < 0.5, rng.choice(3, p=(0.2, 0.2, 0.6))
     have_s, have_c = {i.kind for i in items}, {i.color for i in items}
     if form == 0:
@@ -311,7 +317,12 @@ def _relation(rng: np.random.RandomState, items: list[Item]) -> Question | None:
     word = ("left of", "right of") if axis == 0 else ("above", "below")
     k = rng.randint(2)
     yes = (gap < 0) == (k == 0)
-    return Question("relation", f"is the {a.color} {a.kind} {word[k]} the {b.color} {b.kind} ?", "yes" if yes else "no", (a.box, b.box))
+    return Question(
+        "relation",
+        f"is the {a.color} {a.kind} {word[k]} the {b.color} {b.kind} ?",
+        "yes" if yes else "no",
+        (a.box, b.box),
+    )
 
 
 def _location(rng: np.random.RandomState, items: list[Item]) -> Question | None:
@@ -331,6 +342,6 @@ def _text(rng: np.random.RandomState, signs: list[Item]) -> Question | None:
 
 def vocabulary() -> list[str]:
     """Every word of every question and answer, sorted."""
-    words = "is there a anything what color shape is the object objects shapes how many are where left right of above below does sign say yes no ?".split()
+    words = "is there a anything what color shape is the object objects shapes how many are where left right of above below does sign say yes no ?".split()  # noqa: E501
     cells = [f"{c}{r}" for c in "abcd" for r in range(1, 5)]
     return sorted({*words, *SHAPES, *COLORS, *cells, *ALPHABET, *map(str, range(7))})

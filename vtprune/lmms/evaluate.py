@@ -1,4 +1,5 @@
-"""``vtprune eval``: lmms-eval around every recipe and budget, one process (or several, data-parallel) and one JSON file per run."""
+"""``vtprune eval``: lmms-eval around every recipe and budget, one process (or several, data-parallel) and one JSON file
+per run."""
 
 from __future__ import annotations
 
@@ -29,7 +30,12 @@ OURS = ("alias", "samples", " ")  # what lmms-eval puts beside a task's metrics
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--tasks", type=words, default=["easy_vqa", "scenes"], help="lmms-eval tasks, with commas (default easy_vqa,scenes, which need no download)")
+    add(
+        "--tasks",
+        type=words,
+        default=["easy_vqa", "scenes"],
+        help="lmms-eval tasks, with commas (default easy_vqa,scenes, which need no download)",
+    )
     add("--suite", choices=list(SUITES), help="a named list of tasks instead (--list-suites shows them)")
     add("--list-suites", action="store_true", help="print the suites and stop")
     add(
@@ -43,22 +49,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--no-baselines", action="store_true", help="leave the baselines and the dense model out")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--budgets", type=fractions, default=[], help="fractions of the dense effective tokens (default: each recipe on its own schedule)")
-    budget.add_argument("--keep", type=_keeps, default=[], metavar="N_OR_FRACTION", help="visual tokens left after the last cut, with commas: 64,0.25")
-    add("--option", type=key_value, action="append", default=[], metavar="KEY=VALUE", help="an option for the named recipes, value as JSON; repeatable")
+    budget.add_argument(
+        "--budgets",
+        type=fractions,
+        default=[],
+        help="fractions of the dense effective tokens (default: each recipe on its own schedule)",
+    )
+    budget.add_argument(
+        "--keep",
+        type=_keeps,
+        default=[],
+        metavar="N_OR_FRACTION",
+        help="visual tokens left after the last cut, with commas: 64,0.25",
+    )
+    add(
+        "--option",
+        type=key_value,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option for the named recipes, value as JSON; repeatable",
+    )
     add("--seeds", type=positive, default=3, help="runs of random methods (default 3)")
     add("--limit", type=positive, metavar="N", help="only the first N samples of every task")
-    add("--samples", type=positive, default=100, metavar="N", help="size of the local tasks, as for 'vtprune bench' (default 100)")
+    add(
+        "--samples",
+        type=positive,
+        default=100,
+        metavar="N",
+        help="size of the local tasks, as for 'vtprune bench' (default 100)",
+    )
     add("--batch", type=positive, default=1)
-    add("--processes", type=positive, default=1, metavar="N", help="data-parallel processes (one GPU each, or one CPU process each)")
+    add(
+        "--processes",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="data-parallel processes (one GPU each, or one CPU process each)",
+    )
     add("--include-path", type=Path, metavar="FOLDER", help="your own task folders")
-    add("--base", metavar="NAME", help="attach to this lmms-eval model instead of our own, for protocols that depend on its prompts")
+    add(
+        "--base",
+        metavar="NAME",
+        help="attach to this lmms-eval model instead of our own, for protocols that depend on its prompts",
+    )
     add("--system-prompt", metavar="TEXT", help="put in front of every conversation")
     add("--max-new-tokens", type=positive, metavar="N", help="for tasks that do not say (default 1024)")
     add("--attn-implementation", metavar="NAME", help="sdpa (default), eager, flash_attention_2 ...")
-    add("--results", type=Path, default=Path("out/eval"), metavar="FOLDER", help="what is there is not done again (default out/eval)")
+    add(
+        "--results",
+        type=Path,
+        default=Path("out/eval"),
+        metavar="FOLDER",
+        help="what is there is not done again (default out/eval)",
+    )
     add("--force-simple", action="store_true", help="lmms-eval's simple interface, which log-likelihood tasks need")
-    add("--export", type=Path, metavar="FOLDER", help="only write easy_vqa and scenes as lmms-eval task folders into FOLDER")
+    add(
+        "--export",
+        type=Path,
+        metavar="FOLDER",
+        help="only write easy_vqa and scenes as lmms-eval task folders into FOLDER",
+    )
     add("--dry-run", action="store_true", help="print the commands and stop")
     add("--json", action="store_true")
     model_options(parser)
@@ -92,7 +143,9 @@ def run(args: argparse.Namespace) -> int:
     include = [args.include_path] if args.include_path else []
     wanted = tuple(n for n in names if n in local.TASKS)
     if include and (absent := [n for n in wanted if not any(args.include_path.rglob(f"{n}.yaml"))]):
-        raise VtpruneError(f"{absent[0]} is not in {args.include_path}: 'vtprune eval --export {args.include_path}' puts it there")
+        raise VtpruneError(
+            f"{absent[0]} is not in {args.include_path}: 'vtprune eval --export {args.include_path}' puts it there"
+        )
     if wanted and not include:
         place = args.results / f"tasks-{args.samples}"
         if not args.dry_run and any(not (place / n / f"{n}.yaml").is_file() for n in wanted):
@@ -107,7 +160,13 @@ def run(args: argparse.Namespace) -> int:
         table.append(one(args, job, names, command, runs))
     if args.dry_run:
         return 0
-    result = {"type": "vtprune.Eval", "version": 1, "command": "vtprune " + " ".join(args.argv), "tasks": names, "rows": table}
+    result = {
+        "type": "vtprune.Eval",
+        "version": 1,
+        "command": "vtprune " + " ".join(args.argv),
+        "tasks": names,
+        "rows": table,
+    }
     write(output(args.results / "eval.json") or args.results / "eval.json", json.dumps(result) + "\n")
     if args.json:
         print(json.dumps(result))
@@ -125,15 +184,18 @@ def usable() -> None:
 
 
 def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The runs: the dense model, then every recipe at every budget (and seed, where it draws), then the baselines at the same budgets; on its own schedule a
-    recipe is compared with the dense model alone. A wrong recipe or option raises :class:`VtpruneError` here."""
+    """The runs: the dense model, then every recipe at every budget (and seed, where it draws), then the baselines at
+    the same budgets; on its own schedule a recipe is compared with the dense model alone. A wrong recipe or option
+    raises :class:`VtpruneError` here."""
     from ..attach import load_recipe
     from ..bench import baselines, draws, portable
     from ..methods.base import METHODS, make
 
     names = list(METHODS) if args.recipes == ["all"] else args.recipes
     options = dict(args.option)
-    budgets: list[dict[str, Any]] = [{"effective_tokens": b} for b in dict.fromkeys(args.budgets)] or [{"keep": k} for k in args.keep] or [{}]
+    budgets: list[dict[str, Any]] = (
+        [{"effective_tokens": b} for b in dict.fromkeys(args.budgets)] or [{"keep": k} for k in args.keep] or [{}]
+    )
     more = [] if args.no_baselines or budgets == [{}] else [b for b in baselines() if b not in names]
     jobs: list[dict[str, Any]] = []
     for name in dict.fromkeys([*([] if args.no_baselines else ["dense"]), *names, *more]):
@@ -142,10 +204,22 @@ def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         recipe = load_recipe(name)
         mine = {k: v for k, v in options.items() if name in names}
-        make(recipe.stages[-1].method, {**recipe.stages[-1].options, **{k: v for k, v in mine.items() if k not in ATTACH}})
+        make(
+            recipe.stages[-1].method,
+            {**recipe.stages[-1].options, **{k: v for k, v in mine.items() if k not in ATTACH}},
+        )
         for budget in budgets:
             for seed in range(args.seed, args.seed + (args.seeds if draws(recipe) else 1)):
-                jobs.append({"recipe": name, "method": recipe.name, "budget": budget, "seed": seed, "options": mine, "asked": portable(recipe)})
+                jobs.append(
+                    {
+                        "recipe": name,
+                        "method": recipe.name,
+                        "budget": budget,
+                        "seed": seed,
+                        "options": mine,
+                        "asked": portable(recipe),
+                    }
+                )
     return jobs
 
 
@@ -164,7 +238,9 @@ def stem(job: Mapping[str, Any]) -> str:
     return f"lmms-{slug(job['method'])}-{budget}-{job['seed']}"
 
 
-def line(args: argparse.Namespace, job: Mapping[str, Any], tasks: Sequence[str], include: Sequence[Path], runs: Path) -> list[str]:
+def line(
+    args: argparse.Namespace, job: Mapping[str, Any], tasks: Sequence[str], include: Sequence[Path], runs: Path
+) -> list[str]:
     """The command of one run."""
     from vtprune.models import _demo
 
@@ -182,8 +258,27 @@ def line(args: argparse.Namespace, job: Mapping[str, Any], tasks: Sequence[str],
         if '"' in args.system_prompt:
             raise VtpruneError('lmms-eval cannot be given a system prompt with " in it')
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.processes)] if args.processes > 1 else []
-    out = [sys.executable, *launcher, "-m", "lmms_eval", "--model", "vtprune", "--model_args", ",".join(f"{k}={v}" for k, v in given.items())]
-    out += ["--tasks", ",".join(tasks), "--batch_size", str(args.batch), "--device", args.device, "--log_samples", "--output_path", str(runs / stem(job))]
+    out = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "lmms_eval",
+        "--model",
+        "vtprune",
+        "--model_args",
+        ",".join(f"{k}={v}" for k, v in given.items()),
+    ]
+    out += [
+        "--tasks",
+        ",".join(tasks),
+        "--batch_size",
+        str(args.batch),
+        "--device",
+        args.device,
+        "--log_samples",
+        "--output_path",
+        str(runs / stem(job)),
+    ]
     out += ["--include_path", str(include[0])] if include else []
     out += ["--force_simple"] if args.force_simple else []
     return out + (["--limit", str(args.limit)] if args.limit else [])
@@ -196,12 +291,32 @@ def surroundings(args: argparse.Namespace) -> dict[str, str]:
     return {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.processes))}
 
 
-def one(args: argparse.Namespace, job: Mapping[str, Any], tasks: Sequence[str], command: Sequence[str], runs: Path) -> dict[str, Any]:
-    """One run, unless it lies there finished. lmms-eval ends with code 0 also when it failed, so its results are asked for."""
+def one(
+    args: argparse.Namespace, job: Mapping[str, Any], tasks: Sequence[str], command: Sequence[str], runs: Path
+) -> dict[str, Any]:
+    """One run, unless it lies there finished. lmms-eval ends with code 0 also when it failed, so its results are asked
+    for."""
     path = runs / f"{stem(job)}.json"
-    head = {"type": "vtprune.EvalRun", "version": 1, **job, "tasks": list(tasks), "limit": args.limit, "base": args.base, "dtype": args.dtype}
-    head |= {"system_prompt": args.system_prompt, "attention": args.attn_implementation, "max_new_tokens": args.max_new_tokens}
-    head |= {"include_path": args.include_path and str(args.include_path), "simple": args.force_simple, "releases": _releases(), "files": _files(args.model)}
+    head = {
+        "type": "vtprune.EvalRun",
+        "version": 1,
+        **job,
+        "tasks": list(tasks),
+        "limit": args.limit,
+        "base": args.base,
+        "dtype": args.dtype,
+    }
+    head |= {
+        "system_prompt": args.system_prompt,
+        "attention": args.attn_implementation,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    head |= {
+        "include_path": args.include_path and str(args.include_path),
+        "simple": args.force_simple,
+        "releases": _releases(),
+        "files": _files(args.model),
+    }
     head |= {"model": args.model or "bundled VLM", "samples": args.samples}
     if path.exists():
         found = read(path)
@@ -209,10 +324,13 @@ def one(args: argparse.Namespace, job: Mapping[str, Any], tasks: Sequence[str], 
         return found["row"]
     print(f"{stem(job)}: {len(tasks)} tasks", file=sys.stderr)
     log, costs = runs / f"{stem(job)}.log", runs / f"{stem(job)}.costs.json"
-    shutil.rmtree(runs / stem(job), ignore_errors=True)  # what an attempt that broke off left must not pass for this one's results
+    # what an attempt that broke off left must not pass for this one's results
+    shutil.rmtree(runs / stem(job), ignore_errors=True)
     costs.unlink(missing_ok=True)
     with log.open("wb") as sink:
-        code = subprocess.run(command, env={**os.environ, **surroundings(args)}, stdout=sink, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(
+            command, env={**os.environ, **surroundings(args)}, stdout=sink, stderr=subprocess.STDOUT
+        ).returncode
     results = sorted((runs / stem(job)).glob("*/*_results.json"))
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     row = {"method": job["method"], "budget": job["budget"], "seed": job["seed"]}
@@ -220,14 +338,24 @@ def one(args: argparse.Namespace, job: Mapping[str, Any], tasks: Sequence[str], 
         return {**row, "error": refused[0]}
     said = [t[t.find(m) :].strip() for t in lines for m in (FAILED, "Error during evaluation: ") if m in t]
     if code or any(t.startswith("Error during evaluation") for t in said) or not results or not costs.is_file():
-        raise RunError(f"{stem(job)} failed with code {code}: {said[-1] if said else 'no results were written'} (see {log}; finished runs are kept in {runs})")
+        raise RunError(
+            f"{stem(job)} failed with code {code}: {said[-1] if said else 'no results were written'} (see {log}; "
+            f"finished runs are kept in {runs})"
+        )
     found = read(results[-1])
     scores = {t: _metrics(s) for t, s in found["results"].items()}
     row |= {"scores": scores, "costs": read(costs)}
-    samples = {f.name.partition("_samples_")[2].removesuffix(".jsonl"): _samples(f) for f in sorted((runs / stem(job)).glob("*/*_samples_*.jsonl"))}
+    samples = {
+        f.name.partition("_samples_")[2].removesuffix(".jsonl"): _samples(f)
+        for f in sorted((runs / stem(job)).glob("*/*_samples_*.jsonl"))
+    }
     versions = {"lmms_eval": found.get("lmms_eval_version"), **row["costs"]["versions"]}
     shutil.rmtree(runs / f"{stem(job)}.journal", ignore_errors=True)
-    write(path, json.dumps({**head, "command": shlex.join(command), "versions": versions, "row": row, "answers": samples}) + "\n")
+    write(
+        path,
+        json.dumps({**head, "command": shlex.join(command), "versions": versions, "row": row, "answers": samples})
+        + "\n",
+    )
     return row
 
 
@@ -236,15 +364,22 @@ def _releases() -> dict[str, str]:
 
 
 def _files(model: str | None) -> str | None:
-    """Tells the contents of a model's folder apart by its files' sizes and times; ``None`` for a hub id and the bundled model."""
+    """Tells the contents of a model's folder apart by its files' sizes and times; ``None`` for a hub id and the bundled
+    model."""
     if model is None or not Path(model).is_dir():
         return None
-    return digest([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(Path(model).iterdir()) if p.is_file()])
+    return digest(
+        [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(Path(model).iterdir()) if p.is_file()]
+    )
 
 
 def _metrics(found: Mapping[str, Any]) -> dict[str, float]:
     """``accuracy,none`` -> ``accuracy``; standard errors keep their name."""
-    return {k.partition(",")[0]: v for k, v in found.items() if isinstance(v, int | float) and k.partition(",")[0] not in OURS}
+    return {
+        k.partition(",")[0]: v
+        for k, v in found.items()
+        if isinstance(v, int | float) and k.partition(",")[0] not in OURS
+    }
 
 
 def _samples(path: Path) -> list[dict[str, Any]]:
@@ -262,7 +397,19 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     done = [r for r in rows if "error" not in r]
     tasks = list(dict.fromkeys(t for r in done for t, scores in r["scores"].items() if scores))
     first = {t: next(m for r in done for m in r["scores"].get(t, {}) if not m.endswith("_stderr")) for t in tasks}
-    out = [["method", "budget", "seed", *(f"{t} {first[t]}" for t in tasks), "tokens", "FLOPs %", "KV %", "ttft ms", "note"]]
+    out = [
+        [
+            "method",
+            "budget",
+            "seed",
+            *(f"{t} {first[t]}" for t in tasks),
+            "tokens",
+            "FLOPs %",
+            "KV %",
+            "ttft ms",
+            "note",
+        ]
+    ]
     for r in rows:
         start = [r["method"], "-" if r["method"] == "dense" else told(r["budget"]), str(r["seed"])]
         if "error" in r:

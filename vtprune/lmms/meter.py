@@ -38,16 +38,20 @@ def clock(device: torch.device) -> Callable[[], float]:
     return now
 
 
-def generate(model: Any, inputs: Any, report: Callable[[], Report], asked: float | None = None, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+def generate(
+    model: Any, inputs: Any, report: Callable[[], Report], asked: float | None = None, **kwargs: Any
+) -> tuple[torch.Tensor, dict[str, Any]]:
     """``model.generate`` and what it cost, sums over the batch.
 
     Args:
         report: gives the report of the prefill that has just run.
-        asked: :func:`clock` when the questions arrived, so that the time to the first token holds their preparation; ``None``: now.
+        asked: :func:`clock` when the questions arrived, so that the time to the first token holds their preparation;
+            ``None``: now.
 
     Returns:
-        The output, and ``samples``, ``new_tokens`` (the longest answer's), :data:`SUMS` (tokens and bytes summed over samples), ``seconds`` of everything,
-        ``ttft`` from ``asked`` to the first token, ``prefill`` the model's part of it (tower, projector, prompt), ``decode`` all later tokens.
+        The output, and ``samples``, ``new_tokens`` (the longest answer's), :data:`SUMS` (tokens and bytes summed over
+        samples), ``seconds`` of everything, ``ttft`` from ``asked`` to the first token, ``prefill`` the model's part of
+        it (tower, projector, prompt), ``decode`` all later tokens.
     """
     now = clock(model.device)
     start = now()
@@ -59,24 +63,41 @@ def generate(model: Any, inputs: Any, report: Callable[[], Report], asked: float
     sequences = out if isinstance(out, torch.Tensor) else out.sequences
     samples, length = inputs["input_ids"].shape
     cost = {"samples": samples, "new_tokens": sequences.shape[1] - length, **spent(report(), samples)}
-    return out, {**cost, "seconds": end - before, "ttft": first.at - before, "prefill": first.at - start, "decode": end - first.at}
+    return out, {
+        **cost,
+        "seconds": end - before,
+        "ttft": first.at - before,
+        "prefill": first.at - start,
+        "decode": end - first.at,
+    }
 
 
 def spent(told: Report, samples: int) -> dict[str, float]:
     """:data:`SUMS` of a prefill; beams count as the work that they are, their tokens once."""
-    cost: dict[str, float] = {"visual_tokens": sum(told.visual_tokens) * samples / len(told.visual_tokens), "effective_tokens": told.effective_tokens * samples}
+    cost: dict[str, float] = {
+        "visual_tokens": sum(told.visual_tokens) * samples / len(told.visual_tokens),
+        "effective_tokens": told.effective_tokens * samples,
+    }
     return cost | {name: getattr(told, name) for name in SUMS[2:]}
 
 
 def scored(told: Report, seconds: float) -> dict[str, Any]:
     """The cost of a forward pass that scores given words, as :func:`generate` counts."""
     samples = len(told.visual_tokens)
-    return {"samples": samples, "new_tokens": 0, **spent(told, samples), "seconds": seconds, "ttft": seconds, "prefill": seconds, "decode": 0.0}
+    return {
+        "samples": samples,
+        "new_tokens": 0,
+        **spent(told, samples),
+        "seconds": seconds,
+        "ttft": seconds,
+        "prefill": seconds,
+        "decode": 0.0,
+    }
 
 
 def summary(costs: Sequence[dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """Means per sample: tokens, FLOPs, cache bytes; milliseconds per batch to the first token, of the prefill, and per later token; peak memory of the device,
-    or on a CPU of the process."""
+    """Means per sample: tokens, FLOPs, cache bytes; milliseconds per batch to the first token, of the prefill, and per
+    later token; peak memory of the device, or on a CPU of the process."""
     samples = sum(c["samples"] for c in costs)
     out: dict[str, Any] = {"samples": samples, "batches": len(costs)}
     if not samples:

@@ -1,6 +1,8 @@
-"""The lmms-eval model ``vtprune``: any supported checkpoint with a recipe attached, or another lmms-eval model with a recipe attached to it.
+"""The lmms-eval model ``vtprune``: any supported checkpoint with a recipe attached, or another lmms-eval model with a
+recipe attached to it.
 
-``--model_args pretrained=FOLDER_OR_ID,recipe=flowcut,keep=64``; lists are joined with ``+`` (``layers=8+16+24``), ``recipe=dense`` attaches nothing.
+``--model_args pretrained=FOLDER_OR_ID,recipe=flowcut,keep=64``; lists are joined with ``+`` (``layers=8+16+24``),
+``recipe=dense`` attaches nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +36,17 @@ from ..types import VtpruneError
 from . import meter
 from .evaluate import FAILED, REFUSED, usable
 
-GENERATION = ("max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "do_sample", "num_beams", "repetition_penalty", "length_penalty")
+GENERATION = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "do_sample",
+    "num_beams",
+    "repetition_penalty",
+    "length_penalty",
+)
 LOADING: tuple[type[Exception], ...] = (*FAILURES, ImportError, SafetensorError)
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 USUAL_STOP = ["\n\n"]  # what lmms-eval fills in where a task says nothing; its own Hugging Face models ignore it too
@@ -42,7 +54,8 @@ USUAL_STOP = ["\n\n"]  # what lmms-eval fills in where a task says nothing; its 
 
 @contextmanager
 def fatal(exits: bool, prefix: str = FAILED) -> Iterator[None]:
-    """lmms-eval logs an error and still ends with code 0: where ``exits`` is set, errors of the library end the process with code 1."""
+    """lmms-eval logs an error and still ends with code 0: where ``exits`` is set, errors of the library end the process
+    with code 1."""
     try:
         yield
     except VtpruneError as e:
@@ -66,18 +79,25 @@ class Chat(lmms):
     """Answers through the checkpoint's chat template, in batches, on a CPU or a GPU, alone or data-parallel.
 
     Args:
-        pretrained: folder or hub id of a model and its processor. recipe: a registered name, a recipe file, or ``dense``.
-        base: an lmms-eval model instead: it is built with ``pretrained`` and all arguments given that are not about pruning, and keeps its own prompts; what
-            it swallows as an empty answer is counted here. ``random`` then draws one set of tokens for all samples; there is no journal.
-        batch_size: samples per batch. device: default ``cuda`` if there is one. dtype: default ``auto`` on a GPU, ``float32`` on a CPU.
-        system_prompt: put in front of every conversation. max_new_tokens: for tasks that do not say (1024). max_frames: of a video.
-        report: a JSON file for the costs of the run and all facts needed to repeat it. journal: a folder that keeps the answers: an interrupted run goes on,
-            and the same requests with the same settings are answered from there.
-        exits: end the process with code 1 on an error (``python -m lmms_eval`` would end with 0); otherwise errors are raised.
-        **options: ``keep``, ``effective_tokens``, ``flops``, ``seed``, ``positions``, ``per`` and the options of the recipe's last method.
+        pretrained: folder or hub id of a model and its processor. recipe: a registered name, a recipe file, or
+            ``dense``.
+        base: an lmms-eval model instead: it is built with ``pretrained`` and all arguments given that are not about
+            pruning, and keeps its own prompts; what it swallows as an empty answer is counted here. ``random`` then
+            draws one set of tokens for all samples; there is no journal.
+        batch_size: samples per batch. device: default ``cuda`` if there is one. dtype: default ``auto`` on a GPU,
+            ``float32`` on a CPU.
+        system_prompt: put in front of every conversation. max_new_tokens: for tasks that do not say (1024). max_frames:
+            of a video.
+        report: a JSON file for the costs of the run and all facts needed to repeat it. journal: a folder that keeps the
+            answers: an interrupted run goes on, and the same requests with the same settings are answered from there.
+        exits: end the process with code 1 on an error (``python -m lmms_eval`` would end with 0); otherwise errors are
+            raised.
+        **options: ``keep``, ``effective_tokens``, ``flops``, ``seed``, ``positions``, ``per`` and the options of the
+            recipe's last method.
 
     Raises:
-        VtpruneError: unknown arguments, or what :func:`vtprune.attach` refuses; a :class:`RunError` after the last request if some of them failed.
+        VtpruneError: unknown arguments, or what :func:`vtprune.attach` refuses; a :class:`RunError` after the last
+            request if some of them failed.
     """
 
     is_simple = False
@@ -103,7 +123,11 @@ class Chat(lmms):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.exits, self.report_file, self.journal = exits, None if report is None else Path(report), None if journal is None else Path(journal)
+        self.exits, self.report_file, self.journal = (
+            exits,
+            None if report is None else Path(report),
+            None if journal is None else Path(journal),
+        )
         self.costs: list[dict[str, Any]] = []
         self.failures: list[str] = []
         self.handle: Any = None
@@ -116,7 +140,8 @@ class Chat(lmms):
                 raise VtpruneError(f"batch_size={batch_size!r} is not a number of samples")
             self.batch_size = int(batch_size)
             self.max_new_tokens, self.max_frames = max_new_tokens or 1024, max_frames
-            self.system_prompt = None if system_prompt is None else str(system_prompt).strip('"')  # the quotation marks that kept its commas together
+            # the quotation marks that kept its commas together
+            self.system_prompt = None if system_prompt is None else str(system_prompt).strip('"')
             chosen = None if recipe == "dense" else load_recipe(recipe)
             self.options, rest = _divide(chosen, options)
             if rest and base is None:
@@ -126,17 +151,32 @@ class Chat(lmms):
             if base is not None:
                 if journal is not None:
                     raise VtpruneError("journal= is for our own model class: with base=, use lmms-eval's --use_cache")
-                given = {"dtype": dtype, "attn_implementation": attn_implementation, "system_prompt": self.system_prompt, "max_new_tokens": max_new_tokens}
+                given = {
+                    "dtype": dtype,
+                    "attn_implementation": attn_implementation,
+                    "system_prompt": self.system_prompt,
+                    "max_new_tokens": max_new_tokens,
+                }
                 given |= {"trust_remote_code": trust_remote_code or None, **rest}
-                self._wrap(base, {"pretrained": pretrained, "device": str(self._device), **{k: v for k, v in given.items() if v is not None}})
+                self._wrap(
+                    base,
+                    {
+                        "pretrained": pretrained,
+                        "device": str(self._device),
+                        **{k: v for k, v in given.items() if v is not None},
+                    },
+                )
             else:
-                self._model, self.processor = loaded or self._load(pretrained, dtype, attn_implementation, trust_remote_code)
+                self._model, self.processor = loaded or self._load(
+                    pretrained, dtype, attn_implementation, trust_remote_code
+                )
             self.seed = self.options.get("seed", 0)
             if chosen is not None:
                 self.handle = attach(self._model, chosen, **self.options)
             self.draws = chosen is not None and any(METHODS.get(s.method).draws for s in chosen.stages)
 
-    # setting up -----------------------------------------------------------------------------------------------------------
+    # setting up
+    # -----------------------------------------------------------------------------------------------------------
 
     def _distribute(self, device: str | None) -> None:
         from accelerate import Accelerator
@@ -153,7 +193,9 @@ class Chat(lmms):
             raise VtpruneError("say which model: pretrained=FOLDER_OR_ID")
         kind = dtype or ("auto" if self._device.type == "cuda" else "float32")
         extra = {"attn_implementation": attention} if attention else {}
-        model, processor = loading.load(pretrained, dtype=kind, local=Path(pretrained).is_dir(), trust_remote_code=trust, **extra)
+        model, processor = loading.load(
+            pretrained, dtype=kind, local=Path(pretrained).is_dir(), trust_remote_code=trust, **extra
+        )
         return model.to(self._device), processor
 
     def _wrap(self, base: str, arguments: dict[str, Any]) -> None:
@@ -169,7 +211,10 @@ class Chat(lmms):
 
         def listened(*args: Any, **kwargs: Any) -> Any:
             if args or "input_ids" not in kwargs:
-                raise VtpruneError(f"base={base} calls generate() without input_ids by name, which cannot be measured; use our own model class")
+                raise VtpruneError(
+                    f"base={base} calls generate() without input_ids by name, which cannot be measured; use our own "
+                    "model class"
+                )
             names = {"generation_config", "stopping_criteria", "logits_processor", "streamer", "synced_gpus"}
             settings = {k: v for k, v in kwargs.items() if k in names or not isinstance(v, torch.Tensor | list)}
             inputs = {k: v for k, v in kwargs.items() if k not in settings}
@@ -183,7 +228,8 @@ class Chat(lmms):
 
         self._ledger.replace(self._model, "generate", listened)
 
-    # what lmms-eval asks for ------------------------------------------------------------------------------------------------
+    # what lmms-eval asks for
+    # ------------------------------------------------------------------------------------------------
 
     @property
     def model(self) -> Any:
@@ -220,10 +266,13 @@ class Chat(lmms):
         def ask(part: list[Instance]) -> list[str]:
             return self._answer([self._chat(r) for r in part], [r.args[-3] for r in part], self._settings(part[0]))
 
-        return self._work("generate_until", requests, ask, lambda r: json.dumps(self._settings(r), sort_keys=True, default=str))
+        return self._work(
+            "generate_until", requests, ask, lambda r: json.dumps(self._settings(r), sort_keys=True, default=str)
+        )
 
     def generate_until_multi_round(self, requests: list[Instance]) -> Any:
-        """Round by round: the task builds each round's conversation from the answers before it; one sample at a time."""
+        """Round by round: the task builds each round's conversation from the answers before it; one sample at a
+        time."""
         if self.base is not None:
             return self._through_base("generate_until_multi_round", requests)
         with fatal(self.exits):
@@ -245,19 +294,28 @@ class Chat(lmms):
 
     @torch.no_grad()
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Per request the summed negative log-likelihood of the continuation (lmms-eval takes the smallest) and whether greedy decoding would give it; wrapped,
-        since lmms-eval 0.7 turns a bare pair into a string."""
+        """Per request the summed negative log-likelihood of the continuation (lmms-eval takes the smallest) and whether
+        greedy decoding would give it; wrapped, since lmms-eval 0.7 turns a bare pair into a string."""
         if self.base is not None:
             return self._through_base("loglikelihood", requests)
         found = self._work("loglikelihood", requests, self._likelihoods, None)
         return [GenerationResult(text=(loss, bool(greedy))) for loss, greedy in found]
 
-    # the work ---------------------------------------------------------------------------------------------------------------
+    # the work
+    # ---------------------------------------------------------------------------------------------------------------
 
-    def _work(self, kind: str, requests: list[Instance], ask: Callable[[list[Instance]], list[Any]], alike: Callable[[Instance], str] | None) -> list[Any]:
-        """Answers in the order of ``requests``, in batches of neighbours that are ``alike`` (``None``: one by one unless they are log-likelihoods). What fails
-        in a batch is tried alone, and counted."""
-        real = [i for i, r in enumerate(requests) if not (r.metadata or {}).get("__padding_only__")]  # the rest evens out the ranks and is thrown away
+    def _work(
+        self,
+        kind: str,
+        requests: list[Instance],
+        ask: Callable[[list[Instance]], list[Any]],
+        alike: Callable[[Instance], str] | None,
+    ) -> list[Any]:
+        """Answers in the order of ``requests``, in batches of neighbours that are ``alike`` (``None``: one by one
+        unless they are log-likelihoods). What fails in a batch is tried alone, and counted."""
+        real = [
+            i for i, r in enumerate(requests) if not (r.metadata or {}).get("__padding_only__")
+        ]  # the rest evens out the ranks and is thrown away
         answers: dict[int, Any] = {}
         with fatal(self.exits), whole_pictures(), self._notes(kind, [requests[i] for i in real]) as journal:
             answers.update({real[r["i"]]: r["answer"] for r in journal.records})
@@ -270,14 +328,21 @@ class Chat(lmms):
                         answers |= tried
                     bar.update(len(part))
             self._conclude(kind, len(real))
-        nothing: Any = {"generate_until": "", "loglikelihood": [0.0, False]}.get(kind, [])  # for requests that only even out the ranks
+        # for requests that only even out the ranks
+        nothing: Any = {"generate_until": "", "loglikelihood": [0.0, False]}.get(kind, [])
         return [answers.get(i, nothing) for i in range(len(requests))]
 
-    def _batches(self, left: list[int], requests: list[Instance], kind: str, alike: Callable[[Instance], str] | None) -> Iterator[list[int]]:
+    def _batches(
+        self, left: list[int], requests: list[Instance], kind: str, alike: Callable[[Instance], str] | None
+    ) -> Iterator[list[int]]:
         size = self.batch_size if alike is not None or kind == "loglikelihood" else 1
         part: list[int] = []
         for i in left:
-            same = not part or alike is None or (alike(requests[i]), requests[i].args[-2]) == (alike(requests[part[0]]), requests[part[0]].args[-2])
+            same = (
+                not part
+                or alike is None
+                or (alike(requests[i]), requests[i].args[-2]) == (alike(requests[part[0]]), requests[part[0]].args[-2])
+            )
             if part and (len(part) == size or not same):
                 yield part
                 part = []
@@ -285,7 +350,9 @@ class Chat(lmms):
         if part:
             yield part
 
-    def _tries(self, part: list[int], requests: list[Instance], ask: Callable, journal: Journal, place: dict[int, int]) -> Iterator[dict[int, Any]]:
+    def _tries(
+        self, part: list[int], requests: list[Instance], ask: Callable, journal: Journal, place: dict[int, int]
+    ) -> Iterator[dict[int, Any]]:
         """The answers of a batch; if it fails, those of its samples one by one."""
         before = len(self.costs)
         try:
@@ -297,7 +364,10 @@ class Chat(lmms):
                     yield from self._tries([i], requests, ask, journal, place)
                 return
             _, number, task, split = requests[part[0]].args[-4:]
-            self.failures.append(f"{task} {split} {number}: {_line(e) if isinstance(e, VtpruneError) else f'{type(e).__name__}: {_line(e)}'}")
+            self.failures.append(
+                f"{task} {split} {number}: "
+                f"{_line(e) if isinstance(e, VtpruneError) else f'{type(e).__name__}: {_line(e)}'}"
+            )
             return
         journal.add([{"i": place[i], "answer": a} for i, a in zip(part, found, strict=True)], costs=self.costs[before:])
         yield dict(zip(part, found, strict=True))
@@ -311,7 +381,17 @@ class Chat(lmms):
             self.journal.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise VtpruneError(f"cannot make the folder {self.journal}: {e.strerror or e}") from e
-        asked = digest([[*r.args[-3:], r.idx, *(a for a in r.args[:2] if isinstance(a, str)), kind != "loglikelihood" and self._settings(r)] for r in requests])
+        asked = digest(
+            [
+                [
+                    *r.args[-3:],
+                    r.idx,
+                    *(a for a in r.args[:2] if isinstance(a, str)),
+                    kind != "loglikelihood" and self._settings(r),
+                ]
+                for r in requests
+            ]
+        )
         head = {"type": "vtprune.Answers", "kind": kind, "requests": asked, **self.facts(), **environment(self._model)}
         return Journal(self.journal / f"{kind}-{self._calls}-{self._rank}-of-{self._world_size}.jsonl", head)
 
@@ -334,19 +414,37 @@ class Chat(lmms):
             from lmms_eval.models.model_utils.gen_metrics import log_metrics
 
             tokens, seconds = sum(c["new_tokens"] * c["samples"] for c in costs), sum(c["seconds"] for c in costs)
-            log_metrics(seconds, tokens, tokens / seconds if seconds else 0.0, {k: v for k, v in told.items() if k not in ("samples", "batches")})
+            log_metrics(
+                seconds,
+                tokens,
+                tokens / seconds if seconds else 0.0,
+                {k: v for k, v in told.items() if k not in ("samples", "batches")},
+            )
             if self.report_file is not None:
                 facts = {"type": "vtprune.Costs", "version": 1, **self.facts(), **environment(self._model)}
-                write_file(self.report_file, json.dumps({**facts, "processes": self._world_size, **told, "failures": failures}, indent=1) + "\n")
+                write_file(
+                    self.report_file,
+                    json.dumps({**facts, "processes": self._world_size, **told, "failures": failures}, indent=1) + "\n",
+                )
         if failures:
-            kept = f"; the other answers are kept in {self.journal} and the same command goes on from there" if self.journal is not None else ""
-            raise RunError(f"{len(failures)} of {sum(totals)} requests ({kind}) failed, nothing is scored{kept}; the first: {failures[0]}")
+            kept = (
+                f"; the other answers are kept in {self.journal} and the same command goes on from there"
+                if self.journal is not None
+                else ""
+            )
+            raise RunError(
+                f"{len(failures)} of {sum(totals)} requests ({kind}) failed, nothing is scored{kept}; the first: "
+                f"{failures[0]}"
+            )
 
     def facts(self) -> dict[str, Any]:
         """What makes this run this run."""
         attention = backend(self._model.config)
         return {
-            "model": {"name": Path(str(self._model.config._name_or_path)).name, "fingerprint": fingerprint(self._model)},
+            "model": {
+                "name": Path(str(self._model.config._name_or_path)).name,
+                "fingerprint": fingerprint(self._model),
+            },
             **identity(None if self.handle is None else self.handle.recipe),
             "seed": self.seed,
             "base": None if self.base is None else type(self.base).__name__,
@@ -360,13 +458,21 @@ class Chat(lmms):
         """Keywords for ``generate``, with ``until``; greedy unless the task asks for samples or sets a temperature."""
         asked = dict(request.args[-4] if not self.is_simple else request.args[1])
         until = asked.pop("until", USUAL_STOP)
-        found = {"max_new_tokens": self.max_new_tokens, **{k: v for k, v in asked.items() if k in GENERATION and v is not None}}
+        found = {
+            "max_new_tokens": self.max_new_tokens,
+            **{k: v for k, v in asked.items() if k in GENERATION and v is not None},
+        }
         warm, wanted = found.get("temperature"), found.get("do_sample")
         if wanted is not False and warm != 0 and (warm or wanted):
             found["do_sample"] = True
         else:
-            found = {k: v for k, v in found.items() if k not in ("temperature", "top_p", "top_k")} | {"do_sample": False}
-        return {**found, "until": [u for u in ([until] if isinstance(until, str) else until) if u and [u] != USUAL_STOP]}
+            found = {k: v for k, v in found.items() if k not in ("temperature", "top_p", "top_k")} | {
+                "do_sample": False
+            }
+        return {
+            **found,
+            "until": [u for u in ([until] if isinstance(until, str) else until) if u and [u] != USUAL_STOP],
+        }
 
     def _chat(self, request: Instance) -> list[dict[str, Any]]:
         """The conversation of a request."""
@@ -375,7 +481,9 @@ class Chat(lmms):
             return self._messages(to_messages(self.task_dict[task][split][number]))
         context, (to_visual, number, task, split) = request.args[0], request.args[-4:]
         visuals = _flat(to_visual(self.task_dict[task][split][number]))
-        return self._system() + [{"role": "user", "content": [*map(self._shown, visuals), text_part(context.replace("<image>", "").strip())]}]
+        return self._system() + [
+            {"role": "user", "content": [*map(self._shown, visuals), text_part(context.replace("<image>", "").strip())]}
+        ]
 
     def _messages(self, messages: Any) -> list[dict[str, Any]]:
         """lmms-eval's messages as the processors take them."""
@@ -391,15 +499,21 @@ class Chat(lmms):
         if kind == "video" or (isinstance(source, str) and source.lower().endswith(VIDEOS)):
             return video_part(source, self.max_frames)
         if kind != "image":
-            raise VtpruneError(f"this model class takes text, images and videos, not {kind}: use base= with an lmms-eval model that does")
+            raise VtpruneError(
+                f"this model class takes text, images and videos, not {kind}: use base= with an lmms-eval model that "
+                "does"
+            )
         return image_part(source.convert("RGB") if isinstance(source, Image.Image) else open_image(source))
 
     def _system(self) -> list[dict[str, Any]]:
         return [{"role": "system", "content": [text_part(self.system_prompt)]}] if self.system_prompt else []
 
     @torch.no_grad()
-    def _answer(self, chats: Sequence[list[dict[str, Any]]], numbers: Sequence[int], settings: dict[str, Any]) -> list[str]:
-        """One batch. Samples that show different kinds of things go apart; where answers are drawn at random, each goes alone, on a seed of its own."""
+    def _answer(
+        self, chats: Sequence[list[dict[str, Any]]], numbers: Sequence[int], settings: dict[str, Any]
+    ) -> list[str]:
+        """One batch. Samples that show different kinds of things go apart; where answers are drawn at random, each goes
+        alone, on a seed of its own."""
         settings = dict(settings)
         until = settings.pop("until")
         out: dict[int, str] = {}
@@ -407,7 +521,9 @@ class Chat(lmms):
             asked = meter.clock(self._device)()
             inputs = prepare_chats(self.processor, [chats[i] for i in group]).to(self._device, self._model.dtype)
             if self.draws:
-                self.handle.reseed([sample_seed(self.seed, numbers[i]) for i in group for _ in range(settings.get("num_beams") or 1)])
+                self.handle.reseed(
+                    [sample_seed(self.seed, numbers[i]) for i in group for _ in range(settings.get("num_beams") or 1)]
+                )
             if settings["do_sample"]:
                 torch.manual_seed(sample_seed(self.seed, numbers[group[0]]))
             told = partial(self._told, inputs, bool(kinds(chats[group[0]])))
@@ -437,7 +553,10 @@ class Chat(lmms):
             inputs = prepare_chats(self.processor, [chats[i] for i in group])
             ids = inputs["input_ids"]
             start, width = ids.shape[1], max(len(endings[i]) for i in group)
-            tail, real = torch.zeros(len(group), width, dtype=ids.dtype), torch.zeros(len(group), width, dtype=torch.bool)
+            tail, real = (
+                torch.zeros(len(group), width, dtype=ids.dtype),
+                torch.zeros(len(group), width, dtype=torch.bool),
+            )
             for row, i in enumerate(group):
                 tail[row, : len(endings[i])], real[row, : len(endings[i])] = torch.tensor(endings[i]), True
             for name in [k for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.shape == ids.shape]:
@@ -448,7 +567,8 @@ class Chat(lmms):
                 self.handle.reseed([sample_seed(self.seed, numbers[i]) for i in group])
             clock = meter.clock(self._device)
             began = clock()
-            logits = self._model(**inputs, use_cache=False).logits[:, start - 1 : -1].float()  # as long as the prompt, also when pruned
+            # as long as the prompt, also when pruned
+            logits = self._model(**inputs, use_cache=False).logits[:, start - 1 : -1].float()
             chances = logits.log_softmax(-1).gather(2, tail.to(self._device)[..., None])[..., 0]
             self.costs.append(meter.scored(self._told(inputs, bool(kinds(chats[group[0]]))), clock() - began))
             hit = logits.argmax(-1) == tail.to(self._device)
@@ -459,7 +579,8 @@ class Chat(lmms):
 
 
 class Simple(Chat):
-    """The same through lmms-eval's simple interface (``--force_simple``), which log-likelihood tasks need: images first, then the context."""
+    """The same through lmms-eval's simple interface (``--force_simple``), which log-likelihood tasks need: images
+    first, then the context."""
 
     is_simple = True
 

@@ -1,4 +1,5 @@
-"""How lmms-eval reads and scores a question: exact match without spaces and case. Copied into every exported task folder; needs nothing but lmms-eval."""
+"""How lmms-eval reads and scores a question: exact match without spaces and case. Copied into every exported task
+folder; needs nothing but lmms-eval."""
 
 
 def doc_to_visual(doc):

@@ -1,4 +1,5 @@
-"""``easy_vqa`` and ``scenes`` as ordinary lmms-eval task folders: a YAML, a ``utils.py``, and the questions with their pictures in a Parquet file."""
+"""``easy_vqa`` and ``scenes`` as ordinary lmms-eval task folders: a YAML, a ``utils.py``, and the questions with their
+pictures in a Parquet file."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ TASKS = {"easy_vqa": "easy-vqa", "scenes": "scenes"}  # lmms-eval's name -> ours
 
 
 def export(folder: Path, samples: int, names: tuple[str, ...] = tuple(TASKS)) -> list[Path]:
-    """Writes a folder for each of ``names`` into ``folder``, with the questions that ``vtprune bench --samples`` asks, in the same order, and returns them.
+    """Writes a folder for each of ``names`` into ``folder``, with the questions that ``vtprune bench --samples`` asks,
+    in the same order, and returns them.
 
     Raises :class:`VtpruneError` for an unknown name and if a file cannot be written.
     """
@@ -43,11 +45,15 @@ def _export(folder: Path, name: str, samples: list[Sample]) -> Path:
         "source": [s.source for s in samples],
     }
     text = datasets.Value("string")
-    features = datasets.Features({"image": datasets.Image(), "question": text, "answer": text, "ability": text, "source": text})
+    features = datasets.Features(
+        {"image": datasets.Image(), "question": text, "answer": text, "ability": text, "source": text}
+    )
     data = folder / "test.parquet"
     datasets.Dataset.from_dict(columns, features=features).to_parquet(str(data))
     shutil.copyfile(Path(__file__).with_name("task_utils.py"), folder / "utils.py")
-    metrics = "".join(f"  - {{metric: {m}, aggregation: mean, higher_is_better: true}}\n" for m in ("accuracy", *sorted({*abilities})))
+    metrics = "".join(
+        f"  - {{metric: {m}, aggregation: mean, higher_is_better: true}}\n" for m in ("accuracy", *sorted({*abilities}))
+    )
     (folder / f"{name}.yaml").write_text(
         f"""task: {name}
 dataset_path: parquet

@@ -1,4 +1,5 @@
-"""One paper, one file. Importing this package registers every method file beside it; a new file needs no other change."""
+"""One paper, one file. Importing this package registers every method file beside it; a new file needs no other
+change."""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -17,7 +17,10 @@ def place(name: str, geometry: Geometry, site: str | None) -> str:
     kind, _, number = site.partition(".")
     count = {"projector": 0, "vision": geometry.vision_layers, "llm": geometry.llm_layers}.get(kind)
     if count is None or kind not in geometry.provides:
-        raise VtpruneError(f"{name}: site={site!r} does not exist here; there are {', '.join(k for k in geometry.provides if k != 'pixels')}")
+        raise VtpruneError(
+            f"{name}: site={site!r} does not exist here; there are "
+            f"{', '.join(k for k in geometry.provides if k != 'pixels')}"
+        )
     if kind == "projector" and not number:
         return site
     if number not in map(str, range(count)):
@@ -27,7 +30,8 @@ def place(name: str, geometry: Geometry, site: str | None) -> str:
 
 @lru_cache(maxsize=256)
 def cells(rows: int, columns: int, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``kept`` ``[N]`` bool marks each cell's central token, ``destination`` ``[N]`` the central token of every token's cell. Made once: read only."""
+    """``kept`` ``[N]`` bool marks each cell's central token, ``destination`` ``[N]`` the central token of every token's
+    cell. Made once: read only."""
     cell = bands(rows, columns, keep)
     at = torch.stack([torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns], 1)
     n = torch.arange(rows * columns)

@@ -1,4 +1,5 @@
-"""What a method is: options as a frozen dataclass, a plan of cuts, and a decision per cut. It never sees a model, a module, a cache or a global."""
+"""What a method is: options as a frozen dataclass, a plan of cuts, and a decision per cut. It never sees a model, a
+module, a cache or a global."""
 
 from __future__ import annotations
 
@@ -18,12 +19,13 @@ from ..types import Geometry, Selection, TokenView, UnsupportedError, VtpruneErr
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """One planned decision: ``site`` (``"vision.3"``, ``"projector"``, ``"llm.8"``, ``"pixels"``), ``keep`` tokens per image (``None``: the method decides),
-    ``adaptive`` it decides image by image and ``keep`` is only the least it leaves,
-    ``inside`` the decision falls between attention and MLP of that block, ``restore`` the cut brings routed tokens back instead of dropping any, ``stash``
-    it puts them aside first, ``context`` the tokens put aside give this layer keys and values and nothing else,
-    ``proportional`` the tower adds the log of the merged sizes to its attention logits from here on (ToMe, arXiv 2210.09461, eq. 1), ``observe`` decoder
-    layers whose input the decision looks at."""
+    """One planned decision: ``site`` (``"vision.3"``, ``"projector"``, ``"llm.8"``, ``"pixels"``), ``keep`` tokens per
+    image (``None``: the method decides), ``adaptive`` it decides image by image and ``keep`` is only the least it
+    leaves, ``inside`` the decision falls between attention and MLP of that block, ``restore`` the cut brings routed
+    tokens back instead of dropping any, ``stash`` it puts them aside first, ``context`` the tokens put aside give this
+    layer keys and values and nothing else, ``proportional`` the tower adds the log of the merged sizes to its attention
+    logits from here on (ToMe, arXiv 2210.09461, eq. 1), ``observe`` decoder layers whose input the decision looks
+    at."""
 
     site: str
     keep: int | None = None
@@ -47,13 +49,13 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodInfo:
-    """The registered facts of a method. ``needs`` maps a site kind to the sources it uses there; ``cases`` are (mild, aggressive) keyword sets for the
-    generated tests;
-    ``exact`` tells whether an integer ``keep`` is met exactly; ``budgeted`` whether ``keep`` means anything to it; ``draws`` whether the seed does;
-    ``raster`` whether it looks at the image plane, so that an image of several rasters is decided raster by raster; ``whole`` it needs every token of the
-    raster, ``even`` as many in every image, ``carries`` it remembers something of each token from cut to cut, which a merge in between would blur;
-    ``elsewhere`` options that make it work where its defaults are refused; ``score`` what its tokens are ranked by, in words (higher stays; empty: it does not
-    rank)."""
+    """The registered facts of a method. ``needs`` maps a site kind to the sources it uses there; ``cases`` are (mild,
+    aggressive) keyword sets for the generated tests; ``exact`` tells whether an integer ``keep`` is met exactly;
+    ``budgeted`` whether ``keep`` means anything to it; ``draws`` whether the seed does; ``raster`` whether it looks at
+    the image plane, so that an image of several rasters is decided raster by raster; ``whole`` it needs every token of
+    the raster, ``even`` as many in every image, ``carries`` it remembers something of each token from cut to cut, which
+    a merge in between would blur; ``elsewhere`` options that make it work where its defaults are refused; ``score``
+    what its tokens are ranked by, in words (higher stays; empty: it does not rank)."""
 
     name: str
     paper: str
@@ -98,7 +100,8 @@ class Method:
     info: ClassVar[MethodInfo]
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
-        """The cuts, in execution order, for ``keep`` tokens per image after the last one. Raises :class:`VtpruneError` for an impossible schedule."""
+        """The cuts, in execution order, for ``keep`` tokens per image after the last one. Raises :class:`VtpruneError`
+        for an impossible schedule."""
         raise NotImplementedError
 
     def select(self, view: TokenView, cut: Cut) -> Selection | None:
@@ -106,9 +109,9 @@ class Method:
         raise NotImplementedError
 
     def restore(self, hidden: Tensor, run: Callable[..., Tensor], module: Any) -> Tensor:
-        """Routing methods only: the tokens that come back. ``hidden`` ``[B, V, C]``, the visual rows as stashed; ``run(layer, hidden)`` runs a decoder layer
-        over
-        them, causally, at their own positions, ``module`` is what :meth:`build` made."""
+        """Routing methods only: the tokens that come back. ``hidden`` ``[B, V, C]``, the visual rows as stashed;
+        ``run(layer, hidden)`` runs a decoder layer over them, causally, at their own positions, ``module`` is what
+        :meth:`build` made."""
         raise NotImplementedError
 
     def build(self, branch: Callable[[int], Any], geometry: Geometry) -> Any:
@@ -122,8 +125,9 @@ M = TypeVar("M", bound=type[Method])
 
 
 def register(info: MethodInfo) -> Callable[[M], M]:
-    """Class decorator. A method without at least two cases or without a paper id (or the word "baseline") is refused, and a name that a class of another name
-    or module has; the same class again, as a notebook's cell makes it, replaces itself."""
+    """Class decorator. A method without at least two cases or without a paper id (or the word "baseline") is refused,
+    and a name that a class of another name or module has; the same class again, as a notebook's cell makes it, replaces
+    itself."""
     if len(info.cases) < 2:
         raise ValueError(f"method {info.name!r} needs at least two cases, a mild and an aggressive one")
     if not info.paper:
@@ -139,8 +143,8 @@ def register(info: MethodInfo) -> Callable[[M], M]:
 
 
 def make(name: str, options: Mapping[str, Any]) -> Method:
-    """The method ``name`` with ``options``; an unknown option raises and lists the known ones, so does a value of another type than annotated or outside of
-    what :func:`option` declares."""
+    """The method ``name`` with ``options``; an unknown option raises and lists the known ones, so does a value of
+    another type than annotated or outside of what :func:`option` declares."""
     info = METHODS.get(name)
     unknown = set(options) - set(info.options)
     if unknown:
@@ -157,7 +161,8 @@ def make(name: str, options: Mapping[str, Any]) -> Method:
 
 
 def _check(what: str, value: Any, declared: Mapping[str, Any]) -> None:
-    """Raises :class:`VtpruneError` unless ``value``, or each of a list that is not empty, is what :func:`option` allows."""
+    """Raises :class:`VtpruneError` unless ``value``, or each of a list that is not empty, is what :func:`option`
+    allows."""
     if isinstance(value, tuple | list):
         if not value:
             raise VtpruneError(f"{what}: the list is empty")
@@ -172,7 +177,10 @@ def _check(what: str, value: Any, declared: Mapping[str, Any]) -> None:
     # Whole numbers of more than 63 bits fit nowhere; NaN compares with nothing.
     finite = -(2**63) <= value < 2**63 if isinstance(value, int) else -math.inf < value < math.inf
     if not (finite and all(holds(value, limit) for _, limit, holds in limits)):
-        raise VtpruneError(f"{what}={value!r} must be {' and '.join(f'{word} {limit:g}' for word, limit, _ in limits) or 'a finite number'}")
+        raise VtpruneError(
+            f"{what}={value!r} must be "
+            f"{' and '.join(f'{word} {limit:g}' for word, limit, _ in limits) or 'a finite number'}"
+        )
 
 
 _LIMITS: tuple[tuple[str, str, Callable[[Any, Any], bool]], ...] = (
@@ -184,7 +192,8 @@ _LIMITS: tuple[tuple[str, str, Callable[[Any, Any], bool]], ...] = (
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether ``value`` is of the annotated type: unions, tuples of one kind (lists too), numbers, words; an integer is a float, a bool is no number."""
+    """Whether ``value`` is of the annotated type: unions, tuples of one kind (lists too), numbers, words; an integer is
+    a float, a bool is no number."""
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, h) for h in get_args(hint))
     if get_origin(hint) is tuple:
@@ -213,9 +222,13 @@ def option(
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A dataclass field with its help text and the values that it may have: one of ``choices``, or numbers from ``least`` to ``most``, ``above`` or ``below``
-    a limit. The same holds for each number of a list, which must not be empty."""
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most, "above": above, "below": below})
+    """A dataclass field with its help text and the values that it may have: one of ``choices``, or numbers from
+    ``least`` to ``most``, ``above`` or ``below`` a limit. The same holds for each number of a list, which must not be
+    empty."""
+    return field(
+        default=default,
+        metadata={"help": help, "choices": choices, "least": least, "most": most, "above": above, "below": below},
+    )
 
 
 def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -231,6 +244,8 @@ def layers(name: str, given: Any, geometry: Geometry, default: tuple[int, ...]) 
     found = default if given is None else tuple(given) if isinstance(given, list | tuple) else (given,)
     if given is not None and not found:
         raise VtpruneError(f"{name}: the list of layers is empty")
-    if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < geometry.llm_layers for i in found) or list(found) != sorted(set(found)):
+    if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < geometry.llm_layers for i in found) or list(
+        found
+    ) != sorted(set(found)):
         raise VtpruneError(f"{name}: layers {list(found)} must ascend and lie in 0..{geometry.llm_layers - 1}")
     return found

@@ -1,4 +1,5 @@
-"""Down-sampling: fewer pixels in, the baseline that beats many methods at equal tokens (VTC-Bench, arXiv 2510.07143)."""
+"""Down-sampling: fewer pixels in, the baseline that beats many methods at equal tokens (VTC-Bench, arXiv
+2510.07143)."""
 
 from __future__ import annotations
 
@@ -24,12 +25,17 @@ from .base import Cut, Method, MethodInfo, register
 )
 @dataclass(frozen=True, kw_only=True)
 class Downsample(Method):
-    """The largest raster of patches with at most ``keep`` tokens (squarest on ties); each low-resolution token stands where its centre lies in the full
-    raster."""
+    """The largest raster of patches with at most ``keep`` tokens (squarest on ties); each low-resolution token stands
+    where its centre lies in the full raster."""
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
         rows, columns = geometry.grid
-        options = [(r * c, -abs(r * columns - c * rows), r, c) for r in range(1, rows + 1) for c in range(1, columns + 1) if r * c <= (keep or 0)]
+        options = [
+            (r * c, -abs(r * columns - c * rows), r, c)
+            for r in range(1, rows + 1)
+            for c in range(1, columns + 1)
+            if r * c <= (keep or 0)
+        ]
         if not options:
             raise VtpruneError(f"downsample: no raster of at most {keep} patches")
         _, _, r, c = max(options)

@@ -1,4 +1,5 @@
-"""DPVR-LF: "Late-Layer Fusion is Enough: Dual-Path Vision Token Routing for MLLMs under Visual Saturation" (arXiv 2606.09131)."""
+"""DPVR-LF: "Late-Layer Fusion is Enough: Dual-Path Vision Token Routing for MLLMs under Visual Saturation" (arXiv
+2606.09131)."""
 
 from __future__ import annotations
 
@@ -24,13 +25,19 @@ from .base import Cut, Method, MethodInfo, layers, option, register
         keep=None,
         budgeted=False,
         routes=True,
-        cases=({"split": 3}, {"split": 1, "variant": "pc"}, {"split": 1, "variant": "kv"}, {"split": 0, "fusion_rows": "keys"}),
+        cases=(
+            {"split": 3},
+            {"split": 1, "variant": "pc"},
+            {"split": 1, "variant": "kv"},
+            {"split": 0, "fusion_rows": "keys"},
+        ),
     )
 )
 @dataclass(frozen=True, kw_only=True)
 class DpvrLf(Method):
-    """Section 3: layers ``0 .. s-1`` see everything; a side branch B of the backbone's own layers runs over the visual rows of ``h^s``; the layers between
-    see text only, at their original positions; the last ``fusion`` layers see both again. Variants PC and KV give the same text and differ in cost.
+    """Section 3: layers ``0 .. s-1`` see everything; a side branch B of the backbone's own layers runs over the visual
+    rows of ``h^s``; the layers between see text only, at their original positions; the last ``fusion`` layers see both
+    again. Variants PC and KV give the same text and differ in cost.
 
     Train with ``vtprune train dpvr-lf``; the branch is ``handle.modules["dpvr-lf"]``."""
 
@@ -38,16 +45,20 @@ class DpvrLf(Method):
     fusion: int = option(1, "K: last layers that see text and visual tokens", least=0)
     branch_layers: int = option(1, "d_v: layers in the side branch", least=1)
     init: str = option(
-        "copy", "side branch before training: 'copy' of layer s, 'identity' (outputs zeroed) or 'random'", choices=("copy", "identity", "random")
+        "copy",
+        "side branch before training: 'copy' of layer s, 'identity' (outputs zeroed) or 'random'",
+        choices=("copy", "identity", "random"),
     )
     fusion_rows: str = option(
         "full",
-        "visual rows in the last layer: 'full', or 'keys': keys and values only; the text is the same, the work less (fusion=1)",
+        "visual rows in the last layer: 'full', or 'keys': keys and values only; the text is the same, the work less "
+        "(fusion=1)",
         choices=("full", "keys"),
     )
     variant: str = option(
         "lf",
-        "'lf' late fusion; 'pc': every deep layer gets B's output as visual rows (no saving); 'kv': as their keys and values only",
+        "'lf' late fusion; 'pc': every deep layer gets B's output as visual rows (no saving); 'kv': as their keys and "
+        "values only",
         choices=("lf", "pc", "kv"),
     )
     weights: str | None = option(None, "a trained branch (safetensors)")
@@ -58,7 +69,9 @@ class DpvrLf(Method):
         if s + self.fusion > depth:
             raise VtpruneError(f"dpvr-lf: split={s} and fusion={self.fusion} do not fit into {depth} layers")
         if self.branch_layers > depth:
-            raise VtpruneError(f"dpvr-lf: branch_layers={self.branch_layers} is more than the {depth} layers of this model")
+            raise VtpruneError(
+                f"dpvr-lf: branch_layers={self.branch_layers} is more than the {depth} layers of this model"
+            )
         if self.variant == "pc":
             return (Cut(site=f"llm.{s}", stash=True), *(Cut(site=f"llm.{i}", restore=True) for i in range(s, depth)))
         away = Cut(site=f"llm.{s}", keep=0, stash=True)
@@ -66,7 +79,10 @@ class DpvrLf(Method):
             return (away, *(Cut(site=f"llm.{i}", context=True) for i in range(s, depth)))
         if self.fusion_rows == "keys":
             if self.fusion != 1:
-                raise VtpruneError(f"dpvr-lf: fusion_rows='keys' needs fusion=1, the visual rows of an earlier fusion layer go on (got fusion={self.fusion})")
+                raise VtpruneError(
+                    "dpvr-lf: fusion_rows='keys' needs fusion=1, the visual rows of an earlier fusion layer go on "
+                    f"(got fusion={self.fusion})"
+                )
             return (away, Cut(site=f"llm.{depth - 1}", context=True))
         back = () if self.fusion == 0 else (Cut(site=f"llm.{depth - self.fusion}", restore=True),)
         return (away, *back)
@@ -83,7 +99,8 @@ class DpvrLf(Method):
             for layer in copies:
                 if self.init == "identity":
                     for name, p in layer.named_parameters():
-                        if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):  # the last: all experts in one
+                        # the last: all experts in one
+                        if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
                             p.zero_()
                 elif self.init == "random":
                     for name, p in layer.named_parameters():
@@ -100,16 +117,27 @@ class DpvrLf(Method):
                 with safe_open(self.weights, framework="pt") as file:
                     told, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
                 if told.get("split", str(s)) != str(s):
-                    raise VtpruneError(f"dpvr-lf: {self.weights} was trained for split={told['split'][:40]}, this is split={s}")
-                if bad := [name for name, tensor in state.items() if not tensor.is_floating_point() or not tensor.isfinite().all()]:
-                    raise VtpruneError(f"dpvr-lf: {self.weights} holds values that are no finite numbers, in {bad[0]} for one")
+                    raise VtpruneError(
+                        f"dpvr-lf: {self.weights} was trained for split={told['split'][:40]}, this is split={s}"
+                    )
+                if bad := [
+                    name
+                    for name, tensor in state.items()
+                    if not tensor.is_floating_point() or not tensor.isfinite().all()
+                ]:
+                    raise VtpruneError(
+                        f"dpvr-lf: {self.weights} holds values that are no finite numbers, in {bad[0]} for one"
+                    )
                 module.load_state_dict(state)
             except SafetensorError as e:
                 raise VtpruneError(f"dpvr-lf: {self.weights} is not a safetensors file: {e}") from e
             except OSError as e:
                 raise VtpruneError(f"dpvr-lf: cannot read {self.weights}: {e.strerror or e}") from e
             except RuntimeError as e:
-                raise VtpruneError(f"dpvr-lf: {self.weights} does not fit {self.branch_layers} layers of this model: {str(e).splitlines()[0]}") from e
+                raise VtpruneError(
+                    f"dpvr-lf: {self.weights} does not fit {self.branch_layers} layers of this model: "
+                    f"{str(e).splitlines()[0]}"
+                ) from e
         return module
 
     def restore(self, hidden: Tensor, run: Any, module: nn.ModuleList) -> Tensor:

@@ -1,4 +1,5 @@
-"""Drop-all: every visual token leaves after some layer (the idea of VTW, and of DPVR's LF-ideal, arXiv 2606.09131 section 3)."""
+"""Drop-all: every visual token leaves after some layer (the idea of VTW, and of DPVR's LF-ideal, arXiv 2606.09131
+section 3)."""
 
 from __future__ import annotations
 

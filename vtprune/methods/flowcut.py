@@ -1,4 +1,5 @@
-"""FlowCut: "Rethinking Redundancy via Information Flow for Efficient Vision-Language Models" (arXiv 2505.19536, NeurIPS 2025)."""
+"""FlowCut: "Rethinking Redundancy via Information Flow for Efficient Vision-Language Models" (arXiv 2505.19536, NeurIPS
+2025)."""
 
 from __future__ import annotations
 
@@ -28,31 +29,42 @@ from .base import Cut, Method, MethodInfo, option, register
 )
 @dataclass(frozen=True, kw_only=True)
 class FlowCut(Method):
-    """Score of a block (section 3.3): class-token attention and value similarity, each normalised over patches, times the L1 norm of the mean value; a
-    running average
-    over blocks decides; every second block prunes by the entropy of the class attention, the last decision is a hard cut to ``keep``."""
+    """Score of a block (section 3.3): class-token attention and value similarity, each normalised over patches, times
+    the L1 norm of the mean value; a running average over blocks decides; every second block prunes by the entropy of
+    the class attention, the last decision is a hard cut to ``keep``."""
 
     batch: str = option(
         "image",
-        "'image': every image prunes by its own entropy, so results do not depend on the batch; 'max': the batch maximum (official code)",
+        "'image': every image prunes by its own entropy, so results do not depend on the batch; 'max': the batch "
+        "maximum (official code)",
         choices=("image", "max"),
     )
     every: int = option(2, "blocks between two prunings", least=1)
     ema: float = option(0.5, "weight of the old value in the running average", least=0, below=1)
-    query: str = option("auto", "global token: 'class', 'mean' (mean query and value, for towers without one), 'auto'", choices=("auto", "class", "mean"))
+    query: str = option(
+        "auto",
+        "global token: 'class', 'mean' (mean query and value, for towers without one), 'auto'",
+        choices=("auto", "class", "mean"),
+    )
     semantic: str = option(
         "code",
-        "'code': softmax of raw value products over all tokens; 'paper': scaled by 1/sqrt(d), over patches only (appendix)",
+        "'code': softmax of raw value products over all tokens; 'paper': scaled by 1/sqrt(d), over patches only "
+        "(appendix)",
         choices=("code", "paper"),
     )
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
         has_class = "class_token" in geometry.traits
         if self.query == "class" and not has_class:
-            raise UnsupportedError(f"flowcut: query='class' needs a class token and a {geometry.arch} tower has none; use query='mean'")
+            raise UnsupportedError(
+                f"flowcut: query='class' needs a class token and a {geometry.arch} tower has none; use query='mean'"
+            )
         chosen = "class" if self.query != "mean" and has_class else "mean"
         last = max(geometry.vision_layers - 2, 0)  # the output of the block behind it is what the model reads
-        return tuple(Cut(site=f"vision.{i}", keep=keep, adaptive=i < last, data={"remaining": last - i, "query": chosen}) for i in range(last + 1))
+        return tuple(
+            Cut(site=f"vision.{i}", keep=keep, adaptive=i < last, data={"remaining": last - i, "query": chosen})
+            for i in range(last + 1)
+        )
 
     def select(self, view: TokenView, cut: Cut) -> Selection | None:
         target, remaining = cut.keep or 0, cut.data["remaining"]
@@ -65,7 +77,9 @@ class FlowCut(Method):
         running = score
         if "score" in view.memory:  # by original index: other stages may have dropped tokens since
             running = self.ema * view.memory["score"].gather(1, view.index.clamp_min(0)) + (1 - self.ema) * score
-        table = running.new_zeros(len(running), view.grid[0] * view.grid[1] + 1).scatter_(1, view.index % (view.grid[0] * view.grid[1] + 1), running)
+        table = running.new_zeros(len(running), view.grid[0] * view.grid[1] + 1).scatter_(
+            1, view.index % (view.grid[0] * view.grid[1] + 1), running
+        )
         view.memory["score"] = table
         if remaining % self.every:
             return None
@@ -73,7 +87,8 @@ class FlowCut(Method):
         return top(running, kept, view.valid, view.protected, span=view.extent)
 
     def _counts(self, attention: Tensor, counts: Tensor, target: int, remaining: int) -> Tensor:
-        """``n' = max(n - P, T)`` with ``P = round((n - T) / sqrt(rho) * (1 - (H / ln n)^2))`` (eq. 8); ``0 ln 0 := 0``."""
+        """``n' = max(n - P, T)`` with ``P = round((n - T) / sqrt(rho) * (1 - (H / ln n)^2))`` (eq. 8); ``0 ln 0 :=
+        0``."""
         p = attention / attention.sum(1, keepdim=True)
         entropy = -torch.special.xlogy(p, p).sum(1)
         n = counts.to(p.dtype)
@@ -99,7 +114,9 @@ class FlowCut(Method):
             seen = real.clone()
             seen[:, :p] = False
         bias = None if t.bias is None else t.bias[:, 0, 0]
-        found = kernels.flow_scores(q, v, t.k, t.v, scale=t.scale, value_scale=t.scale if paper else 1.0, bias=bias, value_seen=seen)
+        found = kernels.flow_scores(
+            q, v, t.k, t.v, scale=t.scale, value_scale=t.scale if paper else 1.0, bias=bias, value_seen=seen
+        )
         attention, similar, strength = (s[:, p:] * view.valid for s in found)
         score = attention / attention.sum(1, keepdim=True) + similar / similar.sum(1, keepdim=True)
         return attention, score * strength

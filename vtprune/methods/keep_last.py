@@ -1,4 +1,5 @@
-"""Keep-last: early attention's bias for late positions made explicit (FEATHER, arXiv 2412.13180: FastV keeps the bottom of the image)."""
+"""Keep-last: early attention's bias for late positions made explicit (FEATHER, arXiv 2412.13180: FastV keeps the bottom
+of the image)."""
 
 from __future__ import annotations
 

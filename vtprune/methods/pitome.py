@@ -17,8 +17,8 @@ from .tome import bipartite
 
 @dataclass(frozen=True)
 class Variant:
-    """How one official wrapper runs it: ``metric`` keys or hidden states, ``inside`` between attention and MLP, ``margin(l, L)``, ``kind(l, L)``: pitome,
-    bsm or tome."""
+    """How one official wrapper runs it: ``metric`` keys or hidden states, ``inside`` between attention and MLP,
+    ``margin(l, L)``, ``kind(l, L)``: pitome, bsm or tome."""
 
     metric: str
     inside: bool
@@ -29,10 +29,18 @@ class Variant:
 
 
 VARIANTS = {
-    "deit": Variant("keys", True, lambda i, n: 0.75 * (1 - i / n), lambda i, n: "bsm" if i < (n + 1) // 2 else "pitome"),
+    "deit": Variant(
+        "keys", True, lambda i, n: 0.75 * (1 - i / n), lambda i, n: "bsm" if i < (n + 1) // 2 else "pitome"
+    ),
     "mae": Variant("keys", True, lambda i, n: 0.75 * (1 - i / n), lambda i, n: "pitome" if i < (n + 1) // 2 else "bsm"),
     "clip": Variant("hidden", True, lambda i, n: 0.95 * (1 - i / n), lambda i, n: "pitome"),
-    "hf-clip": Variant("hidden", False, lambda i, n: 0.9 * (1 - i / n), lambda i, n: "tome" if i <= n // 2 else "pitome", weighted=False),
+    "hf-clip": Variant(
+        "hidden",
+        False,
+        lambda i, n: 0.9 * (1 - i / n),
+        lambda i, n: "tome" if i <= n // 2 else "pitome",
+        weighted=False,
+    ),
     "blip": Variant("hidden", True, lambda i, n: 0.9 * (1 - i / n), lambda i, n: "pitome"),
     "blip2": Variant("keys", True, lambda i, n: 0.75 - 0.4 * i / n, lambda i, n: "pitome", proportional=True),
     "paper": Variant("keys", True, lambda i, n: 0.9 - 0.9 * i / n, lambda i, n: "pitome", proportional=True),
@@ -49,37 +57,61 @@ _BY_ARCH = {"clip": "hf-clip"}
         needs={"vision": frozenset({"projections"})},
         merges=True,
         even=True,
-        score="minus the energy (mean similarity to all); in blocks that match by similarity (bsm, tome), minus that to the nearest of the other half",
+        score=(
+            "minus the energy (mean similarity to all); in blocks that match by similarity (bsm, tome), minus that to "
+            "the nearest of the other half"
+        ),
         cases=({"keep": 0.8}, {"keep": 0.25}),
     )
 )
 @dataclass(frozen=True, kw_only=True)
 class PiToMe(Method):
-    """Energy ``E_i = mean_j f(cos(k_i, k_j) - m)`` (eq. 4); of the 2r tokens of highest energy every second merges into its nearest among the others
-    (algorithm 1)."""
+    """Energy ``E_i = mean_j f(cos(k_i, k_j) - m)`` (eq. 4); of the 2r tokens of highest energy every second merges into
+    its nearest among the others (algorithm 1)."""
 
     variant: str = option(
         "auto",
-        f"placement, metric and margins of one official wrapper: {', '.join(VARIANTS)}; 'auto': hf-clip for CLIP towers of an MLLM, else deit",
+        f"placement, metric and margins of one official wrapper: {', '.join(VARIANTS)}; 'auto': hf-clip for CLIP "
+        "towers of an MLLM, else deit",
         choices=("auto", *VARIANTS),
     )
-    ratio: float | None = option(None, "tokens kept per block, the paper's rho; replaces keep= (a block merges at most half)", least=0.5, most=1)
+    ratio: float | None = option(
+        None, "tokens kept per block, the paper's rho; replaces keep= (a block merges at most half)", least=0.5, most=1
+    )
     matching: str | None = option(
         None,
-        "'pitome', 'bsm' (energy-rank parity, then ToMe's rule) or 'tome' in every block instead of the variant's mixture",
+        "'pitome', 'bsm' (energy-rank parity, then ToMe's rule) or 'tome' in every block instead of the variant's "
+        "mixture",
         choices=(None, "pitome", "bsm", "tome"),
     )
     alpha: float = option(1.0, "scale of the energy's negative branch (eq. 4)", above=0)
-    energy: str = option("elu", "'elu': ELU(x - m), the official code; 'paper': x above the margin, alpha (exp(x - m) - 1) below it", choices=("elu", "paper"))
-    proportional: bool | None = option(None, "add the log of the sizes to the attention logits; default: as the variant")
+    energy: str = option(
+        "elu",
+        "'elu': ELU(x - m), the official code; 'paper': x above the margin, alpha (exp(x - m) - 1) below it",
+        choices=("elu", "paper"),
+    )
+    proportional: bool | None = option(
+        None, "add the log of the sizes to the attention logits; default: as the variant"
+    )
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
-        name = self.variant if self.variant != "auto" else _BY_ARCH.get(geometry.arch, "deit") if geometry.llm_layers else "deit"
+        name = (
+            self.variant
+            if self.variant != "auto"
+            else _BY_ARCH.get(geometry.arch, "deit")
+            if geometry.llm_layers
+            else "deit"
+        )
         v = VARIANTS[name]
         depth, count = geometry.vision_depth, geometry.vision_layers
         if self.ratio is not None:
             # Plain ToMe blocks count the prefix tokens as well (official code).
-            counts = falling(geometry.tokens, self.ratio, count, [geometry.prefix * ((self.matching or v.kind(i, depth)) == "tome") for i in range(count)])
+            counts = falling(
+                geometry.tokens,
+                self.ratio,
+                count,
+                [geometry.prefix * ((self.matching or v.kind(i, depth)) == "tome") for i in range(count)],
+            )
         else:
             assert keep is not None
             counts = reach(geometry.tokens, keep, count)
@@ -90,17 +122,32 @@ class PiToMe(Method):
                 keep=k,
                 inside=v.inside,
                 proportional=proportional,
-                data={"margin": v.margin(i, depth), "kind": self.matching or v.kind(i, depth), "metric": v.metric, "weighted": v.weighted},
+                data={
+                    "margin": v.margin(i, depth),
+                    "kind": self.matching or v.kind(i, depth),
+                    "metric": v.metric,
+                    "weighted": v.weighted,
+                },
             )
             for i, k in enumerate(counts)
         )
 
     def select(self, view: TokenView, cut: Cut) -> Selection:
         if view.extent[0] < view.valid.shape[1]:
-            raise UnsupportedError("merging needs the same number of tokens in every image; the stage before it kept different numbers")
-        metric = view.features if cut.data["metric"] == "hidden" else view.source("projections").k[:, :, view.prefix :].mean(1)
+            raise UnsupportedError(
+                "merging needs the same number of tokens in every image; the stage before it kept different numbers"
+            )
+        metric = (
+            view.features
+            if cut.data["metric"] == "hidden"
+            else view.source("projections").k[:, :, view.prefix :].mean(1)
+        )
         r = view.features.shape[1] - (cut.keep or 0)
-        found = bipartite(metric, view, r) if cut.data["kind"] == "tome" else self._match(metric, r, cut.data["margin"], cut.data["kind"])
+        found = (
+            bipartite(metric, view, r)
+            if cut.data["kind"] == "tome"
+            else self._match(metric, r, cut.data["margin"], cut.data["kind"])
+        )
         if cut.data["weighted"]:
             return found
         return replace(found, weight=torch.ones_like(view.size))  # the HF CLIP wrapper takes the plain mean
@@ -110,7 +157,8 @@ class PiToMe(Method):
         identity = torch.arange(n, device=metric.device).repeat(b, 1)
         if r <= 0:
             return merged(torch.ones_like(identity, dtype=torch.bool), identity, span=(n, n))
-        energy = kernels.energy(metric, "elu" if self.energy == "elu" else "jump", margin=margin, alpha=self.alpha)  # self-similarity included: official code
+        # self-similarity included: official code
+        energy = kernels.energy(metric, "elu" if self.energy == "elu" else "jump", margin=margin, alpha=self.alpha)
         rank = energy.argsort(dim=1, descending=True, stable=True)
         if kind == "pitome":
             a, d = rank[:, 0 : 2 * r : 2], rank[:, 1 : 2 * r : 2]  # [B, r] each
@@ -127,7 +175,8 @@ class PiToMe(Method):
 
 
 def falling(tokens: int, ratio: float, count: int, extra: Sequence[int] = ()) -> list[int]:
-    """Tokens after each block: ``n - floor(n - n * ratio)``, evaluated in this form; ``extra`` tokens per block count in the ratio but never merge."""
+    """Tokens after each block: ``n - floor(n - n * ratio)``, evaluated in this form; ``extra`` tokens per block count
+    in the ratio but never merge."""
     out = []
     for more in extra or [0] * count:
         tokens -= min(int(tokens + more - (tokens + more) * ratio), tokens // 2)
@@ -136,7 +185,8 @@ def falling(tokens: int, ratio: float, count: int, extra: Sequence[int] = ()) ->
 
 
 def reach(tokens: int, keep: int, count: int) -> list[int]:
-    """The falling schedule that ends at exactly ``keep``: the smallest ratio that does not pass it, the last blocks take the rest."""
+    """The falling schedule that ends at exactly ``keep``: the smallest ratio that does not pass it, the last blocks
+    take the rest."""
     low, high = 0.5, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -145,5 +195,8 @@ def reach(tokens: int, keep: int, count: int) -> list[int]:
     extra = counts[-1] - keep
     previous = counts[-2] if count > 1 else tokens
     if extra and previous - keep > previous // 2:
-        raise VtpruneError(f"pitome: {count} blocks cannot merge {tokens} tokens down to {keep}; ask for keep >= {previous - previous // 2}")
+        raise VtpruneError(
+            f"pitome: {count} blocks cannot merge {tokens} tokens down to {keep}; ask for keep >= "
+            f"{previous - previous // 2}"
+        )
     return [*counts[:-1], keep]

@@ -1,4 +1,5 @@
-"""PyramidDrop: "Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction" (arXiv 2410.17247, CVPR 2025)."""
+"""PyramidDrop: "Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction" (arXiv
+2410.17247, CVPR 2025)."""
 
 from __future__ import annotations
 
@@ -26,19 +27,25 @@ from .base import Cut, Method, MethodInfo, layers, option, register
 )
 @dataclass(frozen=True, kw_only=True)
 class PyramidDrop(Method):
-    """Section 3.2. With S cuts and ``keep`` = K of N tokens at the end, cut i leaves ``floor(N * (K / N) ** (i / S))`` (lambda = (K / N) ** (1 / S)); the
-    defaults give
-    1/2, 1/4, 1/8. Training (labels present): the query rows are all tokens in front of an answer, the selection is hard and gradients flow through what is
-    kept."""
+    """Section 3.2. With S cuts and ``keep`` = K of N tokens at the end, cut i leaves ``floor(N * (K / N) ** (i / S))``
+    (lambda = (K / N) ** (1 / S)); the defaults give 1/2, 1/4, 1/8. Training (labels present): the query rows are all
+    tokens in front of an answer, the selection is hard and gradients flow through what is kept."""
 
-    layers: tuple[int, ...] | None = option(None, "first layer of each shortened stage (default: a quarter, half and three quarters of the depth)")
-    ratios: tuple[float, ...] | None = option(None, "tokens left after each cut as fractions of the original number; replaces keep=", most=1)
+    layers: tuple[int, ...] | None = option(
+        None, "first layer of each shortened stage (default: a quarter, half and three quarters of the depth)"
+    )
+    ratios: tuple[float, ...] | None = option(
+        None, "tokens left after each cut as fractions of the original number; replaces keep=", most=1
+    )
     score_layer: str = option(
         "next",
-        "'next': projections of the layer behind the cut (official code); 'previous': attention of the layer before it (paper)",
+        "'next': projections of the layer behind the cut (official code); 'previous': attention of the layer before it "
+        "(paper)",
         choices=("next", "previous"),
     )
-    keys: str = option("all", "softmax over 'all' causal keys (official) or 'visual' keys only", choices=("all", "visual"))
+    keys: str = option(
+        "all", "softmax over 'all' causal keys (official) or 'visual' keys only", choices=("all", "visual")
+    )
     rope: bool = option(True, "use rotary positions in the score")
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
@@ -47,8 +54,15 @@ class PyramidDrop(Method):
         if self.score_layer == "previous" and cuts[0] == 0:
             raise VtpruneError("pyramiddrop: score_layer='previous' needs layers >= 1")
         if self.ratios is not None:
-            if len(self.ratios) != len(cuts) or any(not 0 < r <= 1 for r in self.ratios) or list(self.ratios) != sorted(self.ratios, reverse=True):
-                raise VtpruneError(f"pyramiddrop: ratios={list(self.ratios)} must be {len(cuts)} falling fractions in (0, 1], one per layer of {list(cuts)}")
+            if (
+                len(self.ratios) != len(cuts)
+                or any(not 0 < r <= 1 for r in self.ratios)
+                or list(self.ratios) != sorted(self.ratios, reverse=True)
+            ):
+                raise VtpruneError(
+                    f"pyramiddrop: ratios={list(self.ratios)} must be {len(cuts)} falling fractions in (0, 1], one per "
+                    f"layer of {list(cuts)}"
+                )
             counts = [max(1, int(n * r)) for r in self.ratios]
         else:
             assert keep is not None
@@ -58,5 +72,6 @@ class PyramidDrop(Method):
 
     def select(self, view: TokenView, cut: Cut) -> Selection:
         score = view.source("query_attention", layer=self.score_layer, keys=self.keys, rope=self.rope)
-        keep = torch.where(view.source("queried"), cut.keep or 0, view.counts)  # a training sample without an answer stays whole (official code)
+        # a training sample without an answer stays whole (official code)
+        keep = torch.where(view.source("queried"), cut.keep or 0, view.counts)
         return top(score, keep, view.valid, view.protected)

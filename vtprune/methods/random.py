@@ -25,8 +25,8 @@ from .base import Cut, Method, MethodInfo, option, register
 )
 @dataclass(frozen=True, kw_only=True)
 class Random(Method):
-    """One draw per seed, the same for every image of the run, so that batches equal single samples; :meth:`Handle.reseed` takes one seed for all samples of
-    the next forward, or one for each."""
+    """One draw per seed, the same for every image of the run, so that batches equal single samples;
+    :meth:`Handle.reseed` takes one seed for all samples of the next forward, or one for each."""
 
     site: str | None = option(None, "where to cut: 'projector' (default), 'vision.<i>' or 'llm.<i>'")
 
@@ -36,7 +36,13 @@ class Random(Method):
     def select(self, view: TokenView, cut: Cut) -> Selection:
         seeds = (view.seed,) if isinstance(view.seed, int) else view.seed
         if len(seeds) not in (1, len(view.index)):
-            raise VtpruneError(f"{len(seeds)} seeds were given for {len(view.index)} images; inside the tower there must be one for each image or tile")
-        draws = [torch.rand(view.grid[0] * view.grid[1], generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+            raise VtpruneError(
+                f"{len(seeds)} seeds were given for {len(view.index)} images; inside the tower there must be one for "
+                "each image or tile"
+            )
+        draws = [
+            torch.rand(view.grid[0] * view.grid[1], generator=torch.Generator().manual_seed(s), dtype=torch.float64)
+            for s in seeds
+        ]
         draw = torch.stack(draws).to(view.features.device).expand(len(view.index), -1)  # [B, tokens of the raster]
         return top(draw.gather(1, view.index.clamp_min(0)), cut.keep or 0, view.valid, view.protected, span=view.extent)

@@ -28,14 +28,23 @@ from .base import Cut, Method, MethodInfo, option, register
 )
 @dataclass(frozen=True, kw_only=True)
 class ToMe(Method):
-    """Section 3: between attention and MLP of every block; metric = keys, mean over heads; size-weighted mean; proportional attention (eq. 1)."""
+    """Section 3: between attention and MLP of every block; metric = keys, mean over heads; size-weighted mean;
+    proportional attention (eq. 1)."""
 
-    r: int | tuple[int, ...] | None = option(None, "tokens merged per block: an int, or a list with one entry per block; replaces keep=", least=0)
-    inflect: float = option(0.0, "with an int r: -1 merges most in the first blocks, 1 in the last (the official (r, inflect) schedule)", least=-1, most=1)
+    r: int | tuple[int, ...] | None = option(
+        None, "tokens merged per block: an int, or a list with one entry per block; replaces keep=", least=0
+    )
+    inflect: float = option(
+        0.0,
+        "with an int r: -1 merges most in the first blocks, 1 in the last (the official (r, inflect) schedule)",
+        least=-1,
+        most=1,
+    )
     proportional: bool = option(True, "add the log of the sizes to the attention logits (eq. 1)")
     order: str = option(
         "position",
-        "'position': tokens stay in raster order; 'official': [unmerged A, all B] as the official code, which changes later matchings",
+        "'position': tokens stay in raster order; 'official': [unmerged A, all B] as the official code, which changes "
+        "later matchings",
         choices=("position", "official"),
     )
 
@@ -60,7 +69,8 @@ class ToMe(Method):
 
 
 def schedule(r: int | tuple[int, ...], inflect: float, count: int) -> list[int]:
-    """The official ``parse_r``: constant, linear from ``r (1 - inflect)`` to ``r (1 + inflect)`` (each truncated), or as given."""
+    """The official ``parse_r``: constant, linear from ``r (1 - inflect)`` to ``r (1 + inflect)`` (each truncated), or
+    as given."""
     if isinstance(r, list | tuple):
         if len(r) != count:
             raise VtpruneError(f"tome: r has {len(r)} entries, the tower has {count} blocks that count")
@@ -71,10 +81,12 @@ def schedule(r: int | tuple[int, ...], inflect: float, count: int) -> list[int]:
 
 
 def spread(total: int, count: int, tokens: int, prefix: int) -> list[int]:
-    """``total`` merges over ``count`` blocks as evenly as the halving limit allows; raises :class:`VtpruneError` if they do not fit."""
+    """``total`` merges over ``count`` blocks as evenly as the halving limit allows; raises :class:`VtpruneError` if
+    they do not fit."""
     out, n = [], tokens
     for left in range(count, 0, -1):
-        r = min(max(-(-total // left), n - (n - total) * 2 ** (left - 1)), n // 2)  # an even share, or what the blocks behind could not make up for
+        # an even share, or what the blocks behind could not make up for
+        r = min(max(-(-total // left), n - (n - total) * 2 ** (left - 1)), n // 2)
         out.append(r)
         n, total = n - r, total - r
     if total:
@@ -83,12 +95,16 @@ def spread(total: int, count: int, tokens: int, prefix: int) -> list[int]:
 
 
 def bipartite(metric: Tensor, view: TokenView, r: int, *, official: bool = False) -> Selection:
-    """Bipartite soft matching (section 3, steps 1-5) of patches ``metric`` ``[B, N, c]``; prefix tokens take part in the parity only.
+    """Bipartite soft matching (section 3, steps 1-5) of patches ``metric`` ``[B, N, c]``; prefix tokens take part in
+    the parity only.
 
-    Positions alternate between A and B counting the prefix; every a finds its most similar b; the ``r`` most similar pairs merge.
+    Positions alternate between A and B counting the prefix; every a finds its most similar b; the ``r`` most similar
+    pairs merge.
     """
     if view.extent[0] < view.valid.shape[1]:
-        raise UnsupportedError("merging needs the same number of tokens in every image; the stage before it kept different numbers")
+        raise UnsupportedError(
+            "merging needs the same number of tokens in every image; the stage before it kept different numbers"
+        )
     b, n, _ = metric.shape
     first, second = (torch.arange((view.prefix + side) % 2, n, 2, device=metric.device) for side in (0, 1))
     identity = torch.arange(n, device=metric.device).repeat(b, 1)
@@ -101,7 +117,8 @@ def bipartite(metric: Tensor, view: TokenView, r: int, *, official: bool = False
     destination = identity.scatter(1, source, second[partner.gather(1, ranked[:, :r])])
     kept = torch.ones_like(identity, dtype=torch.bool).scatter(1, source, False)
     chosen = merged(kept, destination, span=(n - r, n - r))
-    score = best.new_full(identity.shape, torch.nan).scatter(1, first.expand(b, -1), best.neg())  # the B side is not ranked
+    # the B side is not ranked
+    score = best.new_full(identity.shape, torch.nan).scatter(1, first.expand(b, -1), best.neg())
     if not official:
         return replace(chosen, score=score)
     # The official order: unmerged A (by position with a class token, by falling similarity without), then B.

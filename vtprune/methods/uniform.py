@@ -33,4 +33,6 @@ class Uniform(Method):
     def select(self, view: TokenView, cut: Cut) -> Selection:
         centre, _ = cells(*view.grid, cut.keep or 0)
         # A later stage may find some centres gone; then the first of the other tokens fill up.
-        return top(centre.double().to(view.features.device)[view.index.clamp_min(0)], cut.keep or 0, view.valid, view.protected)
+        return top(
+            centre.double().to(view.features.device)[view.index.clamp_min(0)], cut.keep or 0, view.valid, view.protected
+        )

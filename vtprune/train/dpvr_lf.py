@@ -1,11 +1,13 @@
-"""Trains the side branch of DPVR-LF (arXiv 2606.09131, section 3) beside a frozen LLaVA, and compares it with the controls that cost no training.
+"""Trains the side branch of DPVR-LF (arXiv 2606.09131, section 3) beside a frozen LLaVA, and compares it with the
+controls that cost no training.
 
     vtprune train dpvr-lf --out branch.safetensors               # the bundled VLM, about ten minutes on two cores
     vtprune train dpvr-lf --out branch.safetensors --compare-only
 
-The model is used through :func:`vtprune.attach` and its own forward: labels in, its own loss out. Every parameter of the model is frozen, so the gradient
-runs from the answers through the keys and values of the last ``fusion`` layers into the branch and nowhere else. The visual tokens of an image are computed
-once (transformers 5.18 and later take them; older ones get the pixels each time) and serve all of its questions.
+The model is used through :func:`vtprune.attach` and its own forward: labels in, its own loss out. Every parameter of
+the model is frozen, so the gradient runs from the answers through the keys and values of the last ``fusion`` layers
+into the branch and nowhere else. The visual tokens of an image are computed once (transformers 5.18 and later take
+them; older ones get the pixels each time) and serve all of its questions.
 """
 
 from __future__ import annotations
@@ -54,12 +56,14 @@ def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------------ data
+# ------------------------------------------------------------------------------------------------------------------
+# data
 
 
 @dataclass(frozen=True)
 class Row:
-    """One question: ``image`` number, ``kind`` one of :data:`KINDS`, ``ids`` the prompt with visual placeholders, ``answer`` the reply with its end token."""
+    """One question: ``image`` number, ``kind`` one of :data:`KINDS`, ``ids`` the prompt with visual placeholders,
+    ``answer`` the reply with its end token."""
 
     image: int
     kind: str
@@ -69,7 +73,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Questions:
-    """``images`` ``[I, N, C]`` projected visual tokens if ``projected``, else pixels ``[I, 3, H, W]``; ``pad`` the padding token."""
+    """``images`` ``[I, N, C]`` projected visual tokens if ``projected``, else pixels ``[I, 3, H, W]``; ``pad`` the
+    padding token."""
 
     images: Tensor
     projected: bool
@@ -77,7 +82,8 @@ class Questions:
     pad: int = 0
 
     def batch(self, rows: list[Row], device: torch.device) -> dict[str, Any]:
-        """Right-padded keyword arguments of the stock forward for ``rows``; labels are -100 everywhere but on the answers."""
+        """Right-padded keyword arguments of the stock forward for ``rows``; labels are -100 everywhere but on the
+        answers."""
         width = max(len(r.ids) + len(r.answer) for r in rows)
         ids = torch.full((len(rows), width), self.pad)
         labels = torch.full((len(rows), width), -100)
@@ -87,7 +93,11 @@ class Questions:
             ids[b, :end] = torch.tensor(r.ids + r.answer)
             labels[b, start:end] = torch.tensor(r.answer)
             mask[b, :end] = 1
-        out: dict[str, Any] = {"input_ids": ids.to(device), "labels": labels.to(device), "attention_mask": mask.to(device)}
+        out: dict[str, Any] = {
+            "input_ids": ids.to(device),
+            "labels": labels.to(device),
+            "attention_mask": mask.to(device),
+        }
         images = self.images[[r.image for r in rows]].to(device)
         if not self.projected:
             return {**out, "pixel_values": images}
@@ -97,7 +107,8 @@ class Questions:
 
 
 def takes_projected(model: nn.Module) -> bool:
-    """Whether the model's forward accepts visual tokens that were computed before (transformers 5.23 does, 5.17 does not)."""
+    """Whether the model's forward accepts visual tokens that were computed before (transformers 5.23 does, 5.17 does
+    not)."""
     return ENCODED in inspect.signature(model.forward).parameters
 
 
@@ -127,12 +138,17 @@ def easy_items(split: str, count: int) -> Iterator[Item]:
         yield open_image(path), rows
 
 
-def encode(model: Any, processor: Any, items: Iterable[Item], *, dtype: torch.dtype = torch.float32, size: int = 32) -> Questions:
-    """Tokenises ``items`` with the processor's chat template and, where the model allows it, runs tower and projector once per image (``size`` at a time)."""
+def encode(
+    model: Any, processor: Any, items: Iterable[Item], *, dtype: torch.dtype = torch.float32, size: int = 32
+) -> Questions:
+    """Tokenises ``items`` with the processor's chat template and, where the model allows it, runs tower and projector
+    once per image (``size`` at a time)."""
     adapter = bind(model)
     geometry = adapter.geometry
     if geometry.family != "llava":
-        raise UnsupportedError(f"questions are laid out for LLaVA, one run of visual tokens per image; this is a {geometry.family} model")
+        raise UnsupportedError(
+            f"questions are laid out for LLaVA, one run of visual tokens per image; this is a {geometry.family} model"
+        )
     tokenizer, tokens, place = processor.tokenizer, geometry.tokens, adapter.image_token
     projected, device = takes_projected(model), next(model.parameters()).device
     stored: list[Tensor] = []
@@ -146,7 +162,9 @@ def encode(model: Any, processor: Any, items: Iterable[Item], *, dtype: torch.dt
         waiting.clear()
         if projected:
             with torch.no_grad(), arithmetic(model, dtype):
-                pixels = torch.stack(list(features(model.get_image_features(pixel_values=pixels.to(device, model.dtype)))))
+                pixels = torch.stack(
+                    list(features(model.get_image_features(pixel_values=pixels.to(device, model.dtype))))
+                )
         stored.append(pixels.to("cpu", dtype))
 
     for number, (image, asked) in enumerate(items):
@@ -162,16 +180,22 @@ def encode(model: Any, processor: Any, items: Iterable[Item], *, dtype: torch.dt
     flush()
     if not rows:
         raise VtpruneError("there are no questions: give more scenes or easy-VQA images")
-    return Questions(torch.cat(stored), projected, rows, 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    return Questions(
+        torch.cat(stored), projected, rows, 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------------------
+# training
 
 
 def arithmetic(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """bfloat16 arithmetic over float32 weights (two to three times as fast on recent CPUs); weights of another type are used as they are."""
+    """bfloat16 arithmetic over float32 weights (two to three times as fast on recent CPUs); weights of another type are
+    used as they are."""
     p = next(model.parameters())
-    return torch.autocast(p.device.type, dtype) if p.dtype == torch.float32 and dtype != torch.float32 else nullcontext()
+    return (
+        torch.autocast(p.device.type, dtype) if p.dtype == torch.float32 and dtype != torch.float32 else nullcontext()
+    )
 
 
 @contextmanager
@@ -201,19 +225,25 @@ def train(
     say: Say = _tell,
     **options: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Trains ``handle.modules["dpvr-lf"]`` of ``attach(model, "dpvr-lf", split=split, **options)`` on ``data``; the model is left exactly as it was.
+    """Trains ``handle.modules["dpvr-lf"]`` of ``attach(model, "dpvr-lf", split=split, **options)`` on ``data``; the
+    model is left exactly as it was.
 
-    AdamW without weight decay over float32 copies of the branch's weights, linear warm-up, cosine to zero over ``steps`` or ``minutes`` of wall clock,
-    whichever ends first. ``options``: ``fusion``, ``branch_layers``, ``init``, ``variant`` and ``weights`` (to go on from).
+    AdamW without weight decay over float32 copies of the branch's weights, linear warm-up, cosine to zero over
+    ``steps`` or ``minutes`` of wall clock, whichever ends first. ``options``: ``fusion``, ``branch_layers``, ``init``,
+    ``variant`` and ``weights`` (to go on from).
 
     Returns:
-        the branch and JSON-safe facts; ``facts["loss"]`` is the answer loss (nats per token), at most 100 means over equal parts of the run.
+        the branch and JSON-safe facts; ``facts["loss"]`` is the answer loss (nats per token), at most 100 means over
+        equal parts of the run.
     """
     for name, value in (("steps", steps), ("batch", batch), ("lr", lr), ("minutes", minutes)):
         if not value > 0:
             raise VtpruneError(f"{name}={value} must be above 0")
     if options.get("variant", "lf") == "lf" and options.get("fusion", 1) == 0:
-        raise VtpruneError("fusion=0 leaves nothing to train: no layer that sees the answers ever sees what the branch made (use fusion=1 or more)")
+        raise VtpruneError(
+            "fusion=0 leaves nothing to train: no layer that sees the answers ever sees what the branch made (use "
+            "fusion=1 or more)"
+        )
     options = {"split": split, **options}
     device, began = next(model.parameters()).device, time.monotonic()
     rng, order, losses = random.Random(seed), list[Row](), list[float]()
@@ -238,7 +268,10 @@ def train(
                 master.grad, w.grad = None if w.grad is None else w.grad.float(), None
             norm = nn.utils.clip_grad_norm_(masters, CLIP)
             if step == 0 and not float(norm) > 0:
-                raise VtpruneError("the branch gets no gradient: the layers behind it do not read the visual tokens (a larger fusion= may)")
+                raise VtpruneError(
+                    "the branch gets no gradient: the layers behind it do not read the visual tokens (a larger fusion= "
+                    "may)"
+                )
             optimiser.step()
             with torch.no_grad():
                 for master, w in zip(masters, weights, strict=True):
@@ -246,7 +279,10 @@ def train(
             losses.append(float(loss.detach()))
             if step % 20 == 19:
                 recent = losses[-20:]
-                say(f"step {step + 1} t {time.monotonic() - began:.0f}s lr {optimiser.param_groups[0]['lr']:.1e} loss {sum(recent) / len(recent):.4f}")
+                say(
+                    f"step {step + 1} t {time.monotonic() - began:.0f}s lr {optimiser.param_groups[0]['lr']:.1e} loss "
+                    f"{sum(recent) / len(recent):.4f}"
+                )
     branch.requires_grad_(False)
     own, whole = sum(w.numel() for w in weights), sum(p.numel() for p in model.parameters())
     width = max(1, math.ceil(len(losses) / 100))
@@ -276,12 +312,17 @@ def _own_version() -> str:
 
 
 def save(branch: nn.Module, path: Path, facts: dict[str, Any]) -> None:
-    """Writes the branch in half precision (``attach(..., weights=path)`` reads it) and, beside it as ``.json``, how it was made."""
+    """Writes the branch in half precision (``attach(..., weights=path)`` reads it) and, beside it as ``.json``, how it
+    was made."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     told: dict[str, str] = {name: str(facts[name]) for name in ("split", "branch_layers") if name in facts}
-    save_file({k: v.detach().cpu().half().contiguous() for k, v in branch.state_dict().items()}, path, metadata={"format": "pt", "method": METHOD, **told})
+    save_file(
+        {k: v.detach().cpu().half().contiguous() for k, v in branch.state_dict().items()},
+        path,
+        metadata={"format": "pt", "method": METHOD, **told},
+    )
     path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
@@ -293,17 +334,27 @@ def read_facts(path: Path) -> dict[str, Any]:
     return read(path.with_suffix(".json"))
 
 
-# ------------------------------------------------------------------------------------------------------------ comparison
+# ------------------------------------------------------------------------------------------------------------
+# comparison
 
 
 @torch.no_grad()
-def evaluate(model: Any, data: Questions, recipe: str | None = None, *, batch: int = 32, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
+def evaluate(
+    model: Any,
+    data: Questions,
+    recipe: str | None = None,
+    *,
+    batch: int = 32,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> dict[str, Any]:
     """One pass over ``data`` under ``recipe`` (``None``: unpruned).
 
     Returns:
-        ``accuracy`` per kind, the share of questions whose answer tokens are all the arg-max, which is when greedy decoding gives exactly that answer;
-        ``mean`` over kinds; ``tokens`` the share of visual tokens per layer and ``flops`` that of the dense prefill, tower included
-        (:class:`vtprune.Report`); ``parameters`` of the recipe's own modules.
+        ``accuracy`` per kind, the share of questions whose answer tokens are all the arg-max, which is when greedy
+        decoding gives exactly that answer; ``mean`` over kinds; ``tokens`` the share of visual tokens per layer and
+        ``flops`` that of the dense prefill, tower included (:class:`vtprune.Report`); ``parameters`` of the recipe's
+        own modules.
     """
     device = next(model.parameters()).device
     hits: dict[str, list[bool]] = {}
@@ -326,29 +377,46 @@ def evaluate(model: Any, data: Questions, recipe: str | None = None, *, batch: i
         if handle is not None:
             parameters = sum(p.numel() for module in handle.modules.values() for p in module.parameters())
     accuracy = {kind: sum(hits[kind]) / len(hits[kind]) for kind in KINDS if kind in hits}
-    shares = {"tokens": processed / visual, "flops": spent / dense} if recipe is not None else {"tokens": 1.0, "flops": 1.0}
+    shares = (
+        {"tokens": processed / visual, "flops": spent / dense} if recipe is not None else {"tokens": 1.0, "flops": 1.0}
+    )
     return {"accuracy": accuracy, "mean": sum(accuracy.values()) / len(accuracy), **shares, "parameters": parameters}
 
 
-def withdrawal_curve(model: Any, data: Questions, *, batch: int = 32, dtype: torch.dtype = torch.float32, say: Say = _tell) -> list[dict[str, Any]]:
-    """What taking the image away before layer 0, 1, … costs without training (the last entry: never): ``layer``, ``accuracy`` per kind, ``mean``."""
+def withdrawal_curve(
+    model: Any, data: Questions, *, batch: int = 32, dtype: torch.dtype = torch.float32, say: Say = _tell
+) -> list[dict[str, Any]]:
+    """What taking the image away before layer 0, 1, … costs without training (the last entry: never): ``layer``,
+    ``accuracy`` per kind, ``mean``."""
     depth = bind(model).geometry.llm_layers
     curve = []
     for layer in range(depth + 1):
-        found = evaluate(model, data, batch=batch, dtype=dtype) if layer == depth else evaluate(model, data, "drop-all", batch=batch, dtype=dtype, layer=layer)
+        found = (
+            evaluate(model, data, batch=batch, dtype=dtype)
+            if layer == depth
+            else evaluate(model, data, "drop-all", batch=batch, dtype=dtype, layer=layer)
+        )
         curve.append({"layer": layer, "mean": found["mean"], "accuracy": found["accuracy"]})
-        say(f"image withdrawn before layer {layer:2d}: mean accuracy {found['mean']:.3f}" + " (never)" * (layer == depth))
+        say(
+            f"image withdrawn before layer {layer:2d}: mean accuracy {found['mean']:.3f}"
+            + " (never)" * (layer == depth)
+        )
     return curve
 
 
 def choose_split(curve: list[dict[str, Any]], fusion: int) -> int:
-    """The deepest layer where withdrawal costs at least half of what the image is worth (unpruned minus blind): later, little is left to recover.
+    """The deepest layer where withdrawal costs at least half of what the image is worth (unpruned minus blind): later,
+    little is left to recover.
 
-    At least one layer stays without visual tokens. The paper's own rule (four layers before the 50 % transition of a logit-lens curve) is made for 32 layers.
+    At least one layer stays without visual tokens. The paper's own rule (four layers before the 50 % transition of a
+    logit-lens curve) is made for 32 layers.
     """
     blind, whole = curve[0]["mean"], curve[-1]["mean"]
     if whole - blind < 0.02:
-        raise VtpruneError(f"the image makes no difference to this model's answers ({blind:.3f} without, {whole:.3f} with it); give --split a number")
+        raise VtpruneError(
+            f"the image makes no difference to this model's answers ({blind:.3f} without, {whole:.3f} with it); give "
+            "--split a number"
+        )
     last = max(1, len(curve) - 1 - fusion - 1)
     return max((p["layer"] for p in curve[1 : last + 1] if whole - p["mean"] >= 0.5 * (whole - blind)), default=1)
 
@@ -366,9 +434,19 @@ def compare(
     say: Say = _tell,
     **options: Any,
 ) -> dict[str, Any]:
-    """The table of :func:`compare_on` over the scenes test split (two questions of each ability per image) and easy-VQA test."""
+    """The table of :func:`compare_on` over the scenes test split (two questions of each ability per image) and easy-VQA
+    test."""
     items = chain(scene_items("test", 0, eval_scenes, 2), easy_items("test", eval_easy))
-    return compare_on(model, encode(model, processor, items, dtype=dtype), weights, split=split, batch=batch, dtype=dtype, say=say, **options)
+    return compare_on(
+        model,
+        encode(model, processor, items, dtype=dtype),
+        weights,
+        split=split,
+        batch=batch,
+        dtype=dtype,
+        say=say,
+        **options,
+    )
 
 
 def compare_on(
@@ -382,17 +460,22 @@ def compare_on(
     say: Say = _tell,
     **options: Any,
 ) -> dict[str, Any]:
-    """One table: the unpruned model, the image withdrawn at ``split`` without training, DPVR-LF with an untrained branch (identity, copy) and with ``weights``.
+    """One table: the unpruned model, the image withdrawn at ``split`` without training, DPVR-LF with an untrained
+    branch (identity, copy) and with ``weights``.
 
-    A second withdrawal, later, spends as many effective tokens as late fusion. The paper's tables have none of these controls, so a trained branch is not
-    told apart from what late fusion gives by itself.
+    A second withdrawal, later, spends as many effective tokens as late fusion. The paper's tables have none of these
+    controls, so a trained branch is not told apart from what late fusion gives by itself.
     """
     options = {"split": split, **{k: v for k, v in options.items() if k != "init"}}
     fusion = options.get("fusion", 1)
     runs: list[tuple[str, str | None, dict[str, Any]]] = [
         ("unpruned", None, {}),
         (f"withdrawn at layer {split}", "drop-all", {"layer": split}),
-        (f"withdrawn at layer {split + fusion}: as many visual tokens as {METHOD}", "drop-all", {"layer": split + fusion}),
+        (
+            f"withdrawn at layer {split + fusion}: as many visual tokens as {METHOD}",
+            "drop-all",
+            {"layer": split + fusion},
+        ),
         (f"{METHOD}, identity branch, untrained", METHOD, {**options, "init": "identity"}),
         (f"{METHOD}, copied branch, untrained", METHOD, {**options, "init": "copy"}),
     ]
@@ -412,9 +495,17 @@ def compare_on(
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The result of :func:`compare` as a markdown table; accuracies in percent, the number of questions under each name."""
+    """The result of :func:`compare` as a markdown table; accuracies in percent, the number of questions under each
+    name."""
     kinds = list(table["questions"])
-    head = ["", *(f"{k} ({table['questions'][k]})" for k in kinds), "mean", "trained parameters", "visual tokens", "prefill FLOPs"]
+    head = [
+        "",
+        *(f"{k} ({table['questions'][k]})" for k in kinds),
+        "mean",
+        "trained parameters",
+        "visual tokens",
+        "prefill FLOPs",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
     for row in table["rows"]:
         cells = [row["name"], *(f"{100 * row['accuracy'][k]:.1f}" for k in kinds), f"{100 * row['mean']:.1f}"]
@@ -423,7 +514,8 @@ def markdown(table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------------------- command
+# line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -431,17 +523,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..cli import seed_value
 
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="where the branch goes (.safetensors); FILE.json and FILE.compare.json are written beside it")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="where the branch goes (.safetensors); FILE.json and FILE.compare.json are written beside it",
+    )
     add("--model", help="folder or hub id of a LLaVA (default: the bundled VLM)")
-    add("--split", default="auto", help="first layer without visual tokens; 'auto' measures where withdrawing the image still costs accuracy")
+    add(
+        "--split",
+        default="auto",
+        help="first layer without visual tokens; 'auto' measures where withdrawing the image still costs accuracy",
+    )
     add("--fusion", type=int, default=1, help="last layers that see text and visual tokens (default 1)")
     add("--branch-layers", type=int, default=1, help="layers of the side branch (default 1)")
-    add("--init", default="copy", choices=("copy", "identity", "random"), help="the branch before training (default copy, of layer SPLIT)")
-    add("--variant", default="lf", choices=("lf", "pc", "kv"), help="late fusion; persistent context, or the same with keys and values only (default lf)")
-    add("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3 for the bundled VLM; the paper's 7B model takes 1e-4)")
+    add(
+        "--init",
+        default="copy",
+        choices=("copy", "identity", "random"),
+        help="the branch before training (default copy, of layer SPLIT)",
+    )
+    add(
+        "--variant",
+        default="lf",
+        choices=("lf", "pc", "kv"),
+        help="late fusion; persistent context, or the same with keys and values only (default lf)",
+    )
+    add(
+        "--lr",
+        type=float,
+        default=1e-3,
+        help="peak learning rate (default 1e-3 for the bundled VLM; the paper's 7B model takes 1e-4)",
+    )
     add("--steps", type=int, default=600, help="optimiser steps (default 600)")
     add("--batch", type=int, default=32, help="questions per step (default 32)")
-    add("--minutes", type=float, default=10.0, help="wall clock of the training; the learning rate ends with whatever ends first (default 10)")
+    add(
+        "--minutes",
+        type=float,
+        default=10.0,
+        help="wall clock of the training; the learning rate ends with whatever ends first (default 10)",
+    )
     add("--scenes", type=int, default=1000, help="generated training images (default 1000)")
     add("--easy", type=int, default=150, help="easy-VQA training images (default 150)")
     add("--val-scenes", type=int, default=30, help="images for --split auto (default 30, about 330 questions)")
@@ -449,7 +570,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eval-easy", type=int, default=30, help="easy-VQA test images for it (default 30)")
     add("--compare-only", action="store_true", help="no training: compare the branch that lies at --out")
     add("--device", default="cpu")
-    add("--dtype", default="bfloat16", choices=tuple(DTYPES), help="arithmetic (default bfloat16; the branch's own weights are float32 while it is trained)")
+    add(
+        "--dtype",
+        default="bfloat16",
+        choices=tuple(DTYPES),
+        help="arithmetic (default bfloat16; the branch's own weights are float32 while it is trained)",
+    )
     add("--seed", type=seed_value, default=0, help="order of the questions")
 
 
@@ -473,7 +599,8 @@ def _check(args: argparse.Namespace) -> int | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """``vtprune train dpvr-lf``: split, training, saving, comparison. Returns the exit code; raises :class:`VtpruneError` for what the user can put right."""
+    """``vtprune train dpvr-lf``: split, training, saving, comparison. Returns the exit code; raises
+    :class:`VtpruneError` for what the user can put right."""
     split, dtype = _check(args), DTYPES[args.dtype]
     facts = read_facts(args.out) if args.compare_only else {}
     from ..cli import load, output
@@ -491,15 +618,36 @@ def run(args: argparse.Namespace) -> int:
             curve = withdrawal_curve(model, val, batch=args.batch, dtype=dtype)
             split = choose_split(curve, args.fusion)
             _tell(f"split {split}")
-        options = {"split": split, "fusion": args.fusion, "branch_layers": args.branch_layers, "init": args.init, "variant": args.variant}
+        options = {
+            "split": split,
+            "fusion": args.fusion,
+            "branch_layers": args.branch_layers,
+            "init": args.init,
+            "variant": args.variant,
+        }
         began = time.monotonic()
-        data = encode(model, processor, chain(scene_items("train", 0, args.scenes, 3), easy_items("train", args.easy)), dtype=dtype)
+        data = encode(
+            model,
+            processor,
+            chain(scene_items("train", 0, args.scenes, 3), easy_items("train", args.easy)),
+            dtype=dtype,
+        )
         _tell(f"{len(data.images)} images, {len(data.rows)} questions, {time.monotonic() - began:.0f}s")
-        settings = {"steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed, "minutes": args.minutes, "dtype": dtype}
+        settings = {
+            "steps": args.steps,
+            "batch": args.batch,
+            "lr": args.lr,
+            "seed": args.seed,
+            "minutes": args.minutes,
+            "dtype": dtype,
+        }
         branch, facts = train(model, data, **settings, **options)
         facts["model"] = "bundled" if args.model is None else Path(args.model).name
         save(branch, args.out, facts if curve is None else {**facts, "withdrawal": curve})
-        print(f"{args.out}: {facts['parameters']:,} parameters ({100 * facts['parameter_share']:.2f} %), {facts['steps']} steps, {facts['seconds']:.0f} s")
+        print(
+            f"{args.out}: {facts['parameters']:,} parameters ({100 * facts['parameter_share']:.2f} %), "
+            f"{facts['steps']} steps, {facts['seconds']:.0f} s"
+        )
     if args.eval_scenes + args.eval_easy > 0:
         sizes = {"eval_scenes": args.eval_scenes, "eval_easy": args.eval_easy, "batch": args.batch}
         table = compare(model, processor, args.out, dtype=dtype, **sizes, **options)

@@ -1,4 +1,5 @@
-"""Does the bundled VLM need its visual tokens? Dense, without any, random ones, and an oracle that keeps the tokens around the objects asked about.
+"""Does the bundled VLM need its visual tokens? Dense, without any, random ones, and an oracle that keeps the tokens
+around the objects asked about.
 
 python -m vtprune.train.sensitivity --out models/demo_vlm/sensitivity.json
 """
@@ -32,7 +33,8 @@ def majority(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def oracle_tokens(sample: Sample, grid: tuple[int, int], size: int, keep: int) -> Tensor:
-    """The ``keep`` tokens nearest to the sample's boxes (distance from a patch's centre to the box, pixels), bool ``[N]``; without boxes an even grid."""
+    """The ``keep`` tokens nearest to the sample's boxes (distance from a patch's centre to the box, pixels), bool
+    ``[N]``; without boxes an even grid."""
     from ..methods._sites import cells
 
     rows, columns = grid
@@ -51,8 +53,16 @@ def oracle_tokens(sample: Sample, grid: tuple[int, int], size: int, keep: int) -
     return mask
 
 
-def oracle(model: Any, processor: Any, samples: Sequence[Sample], keep: int, batch: int, progress: Callable[[int], object] | None = None) -> list[bool]:
-    """Right or wrong per sample when only the oracle's tokens enter the language model: a stage behind the projector, decided by the oracle."""
+def oracle(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    keep: int,
+    batch: int,
+    progress: Callable[[int], object] | None = None,
+) -> list[bool]:
+    """Right or wrong per sample when only the oracle's tokens enter the language model: a stage behind the projector,
+    decided by the oracle."""
     out: list[bool] = []
     config = model.config.vision_config
     for lo in range(0, len(samples), batch):
@@ -60,8 +70,13 @@ def oracle(model: Any, processor: Any, samples: Sequence[Sample], keep: int, bat
         with attach(model, "random", keep=keep) as handle:
             masks = torch.stack([oracle_tokens(s, handle.geometry.grid, config.image_size, keep) for s in part])
             engine = handle.adapter.decoder
-            engine.entry = [replace(cut, select=lambda view, masks=masks: from_mask(masks.to(view.valid.device) & view.valid)) for cut in engine.entry]
-            answers = generate(model, processor, prepare(processor, [s.picture() for s in part], [s.question for s in part]))
+            engine.entry = [
+                replace(cut, select=lambda view, masks=masks: from_mask(masks.to(view.valid.device) & view.valid))
+                for cut in engine.entry
+            ]
+            answers = generate(
+                model, processor, prepare(processor, [s.picture() for s in part], [s.question for s in part])
+            )
         out += [matches(a, s.answer) for a, s in zip(answers, part, strict=True)]
         if progress is not None:
             progress(len(part))
@@ -78,13 +93,22 @@ def measure(model: Any, processor: Any, scenes: int, easy: int, batch: int = 32,
     keep = model.config.image_seq_length // 4
     rows: dict[str, dict[str, float]] = {"majority answer": majority(samples)}
     rows["dense"] = per_ability(evaluate(model, processor, samples, None, batch=batch)["correct"], samples)
-    rows["no visual tokens"] = per_ability(evaluate(model, processor, samples, "drop-all", batch=batch, layer=0)["correct"], samples)
-    draws = [evaluate(model, processor, samples, "random", batch=batch, seed=s, keep=keep)["correct"] for s in range(seeds)]
+    rows["no visual tokens"] = per_ability(
+        evaluate(model, processor, samples, "drop-all", batch=batch, layer=0)["correct"], samples
+    )
+    draws = [
+        evaluate(model, processor, samples, "random", batch=batch, seed=s, keep=keep)["correct"] for s in range(seeds)
+    ]
     rows["random 25 %"] = per_ability([sum(d) / seeds for d in zip(*draws, strict=True)], samples)
     rows["oracle 25 %"] = per_ability(oracle(model, processor, samples, keep, batch), samples)
     questions = easy_vqa_samples(easy)
     easy_rows = per_ability(evaluate(model, processor, questions, None, batch=batch)["correct"], questions)
-    return {"scenes": rows, "easy_vqa": easy_rows, "samples": {"scenes": len(samples), "easy_vqa": len(questions)}, **environment(model)}
+    return {
+        "scenes": rows,
+        "easy_vqa": easy_rows,
+        "samples": {"scenes": len(samples), "easy_vqa": len(questions)},
+        **environment(model),
+    }
 
 
 def markdown(result: dict[str, Any]) -> str:
