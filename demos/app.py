@@ -1,5 +1,5 @@
 """The page of ``vtprune demo``: wiring only. The model lives in :mod:`vtprune.demos.worker`'s process, drawing in
-:mod:`vtprune.demos.render` and :mod:`vtprune.theatre`."""
+:mod:`vtprune.demos.render` and :mod:`vtprune.show.theatre`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from vtprune import figures, report, theatre
-from vtprune.ledger import UndoLedger
-from vtprune.types import VtpruneError
+from vtprune.core.ledger import UndoLedger
+from vtprune.core.types import VtpruneError
+from vtprune.show import figures, theatre
+from vtprune.show import page as report
 
 from .guard import Guard, hashes, names
 from .samples import saved

@@ -20,9 +20,9 @@ from typing import Any
 from vtprune.demos import TRAINED
 
 import vtprune
-from vtprune import cli
-from vtprune.ledger import UndoLedger
-from vtprune.types import VtpruneError
+from vtprune.cli import options
+from vtprune.core.ledger import UndoLedger
+from vtprune.core.types import VtpruneError
 
 SETTINGS = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # read when gradio is imported
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         raise VtpruneError(f"no such folder: {args.results}")
     if args.recipe not in (known := ("dense", TRAINED, *vtprune.recipes())):
         raise VtpruneError(f"unknown recipe {args.recipe!r}; there are {', '.join(known)}")
-    cli.is_local(args.model)  # says now what can be neither a folder nor a hub id
+    options.is_local(args.model)  # says now what can be neither a folder nor a hub id
     if args.port is not None:
         refuse_taken(args.host, args.port)
     os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
@@ -26,14 +27,17 @@ from PIL import Image, ImageOps
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from vtprune.demos import TRAINED
-from vtprune.models import _demo
 
 import vtprune
-from vtprune import answer, bench, render
-from vtprune.attach import ATTACH_OPTIONS, TARGETS, Handle, bind, check_seed, load_recipe
+from vtprune.core.handle import Handle
+from vtprune.core.planning import ATTACH_OPTIONS, TARGETS, bind, check_seed, load_recipe
+from vtprune.core.recipe import Recipe
+from vtprune.core.report import Report
+from vtprune.core.types import UnsupportedError, VtpruneError
+from vtprune.inputs import chats, demo_model, images
 from vtprune.lmms import meter
-from vtprune.recipe import Recipe
-from vtprune.types import Report, UnsupportedError, VtpruneError
+from vtprune.measure import run, samples
+from vtprune.show import pictures
 
 BUDGETS = ("own", "keep", "effective")
 LONGEST_QUESTION = 2000  # characters
@@ -248,27 +252,27 @@ def is_video(path: str | os.PathLike) -> bool:
 
 
 def part_of(shown: Shown | None, processor: Any) -> dict[str, Any]:
-    """A message part for :func:`vtprune.answer.prepare_chats`; pictures are upright, in RGB and at most
+    """A message part for :func:`vtprune.inputs.chats.prepare_chats`; pictures are upright, in RGB and at most
     :data:`LARGEST_SIDE` pixels long.
 
-    Raises :class:`VtpruneError` for ``None``, for files that cannot be read (:func:`vtprune.answer.open_image`,
-    :func:`vtprune.answer.video_part`) and for a video where the processor takes none."""
+    Raises :class:`VtpruneError` for ``None``, for files that cannot be read (:func:`vtprune.inputs.images.open_image`,
+    :func:`vtprune.inputs.chats.video_part`) and for a video where the processor takes none."""
     if shown is None:
         raise VtpruneError("choose a picture")
     if isinstance(shown, Image.Image):
-        if shown.width * shown.height > answer.MEGAPIXELS * 1_000_000:
+        if shown.width * shown.height > images.MEGAPIXELS * 1_000_000:
             raise VtpruneError(
-                f"the picture has {shown.width} x {shown.height} pixels; the limit is {answer.MEGAPIXELS} megapixels"
+                f"the picture has {shown.width} x {shown.height} pixels; the limit is {images.MEGAPIXELS} megapixels"
             )
         image = ImageOps.exif_transpose(shown).convert("RGB")
     elif is_video(shown):
         if getattr(processor, "video_processor", None) is None:  # told before the video is decoded
             raise VtpruneError(f"{type(processor).__name__} takes no videos")
-        return answer.video_part(Path(shown))
+        return chats.video_part(Path(shown))
     else:
-        image = answer.open_image(Path(shown))
+        image = images.open_image(Path(shown))
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))  # leaves smaller ones as they are
-    return answer.image_part(image)
+    return chats.image_part(image)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -311,8 +315,8 @@ class Engine:
         self.geometry = bind(model).geometry
         if self.geometry.llm_layers == 0:
             raise UnsupportedError(f"{type(model).__name__} has no language model, so it answers no questions")
-        self.bundled = Path(getattr(model, "name_or_path", "") or ".") == _demo.FOLDER
-        self.trained = _demo.branch() if self.bundled else None
+        self.bundled = Path(getattr(model, "name_or_path", "") or ".") == demo_model.FOLDER
+        self.trained = demo_model.branch() if self.bundled else None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="vtprune-engine")
         self._worker_id = 0  # of the thread that works on the model
         self._offers: list[Offer] | None = None
@@ -469,7 +473,7 @@ class Engine:
                 inputs, asked, handle, max_new_tokens, streamer=_Tell(self._text, tell), stopping_criteria=[halt]
             )
             report = self._report(inputs, handle)
-            views, note = render.views_or_blank(self.processor, inputs, report)
+            views, note = pictures.views_or_blank(self.processor, inputs, report)
         later = cost["new_tokens"] - 1
         return Result(
             side=side,
@@ -491,8 +495,8 @@ class Engine:
 
     def _inputs(self, part: dict[str, Any], question: str) -> Any:
         try:
-            inputs = answer.prepare_chats(
-                self.processor, [[{"role": "user", "content": [part, answer.text_part(question)]}]]
+            inputs = chats.prepare_chats(
+                self.processor, [[{"role": "user", "content": [part, chats.text_part(question)]}]]
             )
         except VtpruneError:
             raise
@@ -501,7 +505,7 @@ class Engine:
         return inputs.to(self.model.device, self.model.dtype)
 
     def _report(self, inputs: Any, handle: Handle | None) -> Report:
-        return bench.dense_report(self.model, inputs) if handle is None else handle.report()
+        return run.dense_report(self.model, inputs) if handle is None else handle.report()
 
     def _generate(
         self, inputs: Any, asked: float, handle: Handle | None, max_new_tokens: int, **extra: Any
@@ -629,9 +633,7 @@ class Engine:
         for name in (None, *([o.name for o in self.recipes()] if names is None else names)):
             own = name is None or (name == TRAINED and self.trained is not None)
             side = Side(name, "own" if own else budget, share, seed=seed)
-            entry = (
-                None if stop.is_set() else self._do(lambda side=side: self._entry(side, part, question, truth), stop)
-            )  # type: ignore[misc]
+            entry = None if stop.is_set() else self._do(partial(self._entry, side, part, question, truth), stop)
             if entry is None:
                 return
             yield (
@@ -642,11 +644,13 @@ class Engine:
 
     def _entry(self, side: Side, part: dict[str, Any], question: str, truth: str | None) -> Entry:
         try:
-            result = self._answer(side, part, question, bench.MAX_NEW_TOKENS, lambda: False, lambda text: None)
+            result = self._answer(side, part, question, run.MAX_NEW_TOKENS, lambda: False, lambda text: None)
             (prefill, _), _ = self._first_token(solved(side, result.recipe), part, question)
         except VtpruneError as e:
             return Entry(side.name, note=str(e))
-        return Entry(side.name, result, None if truth is None else bench.matches(result.answer, truth), 1000 * prefill)
+        return Entry(
+            side.name, result, None if truth is None else samples.matches(result.answer, truth), 1000 * prefill
+        )
 
 
 def solved(side: Side, ran: Handle | Recipe | None) -> Side:

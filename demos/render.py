@@ -16,10 +16,11 @@ from typing import Any
 from PIL import Image, ImageDraw
 from vtprune.demos.engine import LARGEST_SIDE, TRAINED, Entry, Result, Rounds, Side, medians, ratios
 
-from vtprune import render
+from vtprune.core.recipe import Recipe
+from vtprune.core.types import VtpruneError
+from vtprune.inputs import demo_model
 from vtprune.methods.base import METHODS
-from vtprune.recipe import Recipe
-from vtprune.types import VtpruneError
+from vtprune.show import pictures as render
 
 THUMB = 160  # longer side of a card's picture, pixels
 COLUMNS = 4  # cards beside each other in the PNG
@@ -364,8 +365,8 @@ def snippet(
         *(["import torch"] if "torch." in load[0] else []),
         "import vtprune",
         *(["from transformers import AutoModelForImageTextToText, AutoProcessor"] if model_path is not None else []),
-        "from vtprune.answer import open_image",
-        *(["from vtprune.bench import dense_report"] if any(side.recipe is None for side in sides) else []),
+        "from vtprune.inputs.images import open_image",
+        *(["from vtprune.measure.run import dense_report"] if any(side.recipe is None for side in sides) else []),
     ]
     before, loaded = "\n".join(used), "\n".join(load)
     return f"""{before}
@@ -417,13 +418,11 @@ def _run(side: Side, trained: Recipe | None) -> str:
 
 def _written(recipe: Recipe) -> str:
     """``recipe`` as an expression; a bundled branch is found beside the model, wherever that lies."""
-    from vtprune.models import _demo
-
     data = recipe.to_dict()
     marks = {}
     for i, stage in enumerate(data["stages"]):
         weights = stage["options"].get("weights")
-        if weights and Path(weights).parent == _demo.FOLDER:
+        if weights and Path(weights).parent == demo_model.FOLDER:
             stage["options"]["weights"] = f"<weights-{i}>"
             marks[repr(f"<weights-{i}>")] = f"str(Path(model.name_or_path) / {Path(weights).name!r})"
     text = pprint.pformat(data, width=120, sort_dicts=False)

@@ -7,23 +7,25 @@ from pathlib import Path
 
 from PIL import Image
 
-from vtprune import bench
+from vtprune.core.types import VtpruneError
 from vtprune.data import scenes
-from vtprune.types import VtpruneError
+from vtprune.measure import samples as samples_module
 
 
-def samples(n: int) -> list[bench.Sample]:
+def samples(n: int) -> list[samples_module.Sample]:
     """``n`` generated test pictures with one question each and its right answer, abilities in turn; always the same.
     Raises :class:`VtpruneError` for ``n < 1``."""
     if n < 1:
         raise VtpruneError(f"the number of samples must be at least 1, got {n}")
     order = ("attribute", "counting", "text", "location", "relation", "existence")
-    out: list[bench.Sample] = []
+    out: list[samples_module.Sample] = []
     for index in itertools.count():
         scene, ability = scenes.scene(index, "test"), order[len(out) % len(order)]
         for q in [q for q in scene.questions if q.ability == ability][:1]:
             out.append(
-                bench.Sample(Image.fromarray(scene.image), q.text, q.answer, ability, q.boxes, f"scenes/{index}")
+                samples_module.Sample(
+                    Image.fromarray(scene.image), q.text, q.answer, ability, q.boxes, f"scenes/{index}"
+                )
             )
         if len(out) == n:
             return out

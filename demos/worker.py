@@ -20,8 +20,17 @@ from multiprocessing.managers import BaseManager, IteratorProxy  # type: ignore[
 from pathlib import Path
 from typing import Any
 
-from vtprune.render import encode
-from vtprune.types import VtpruneError
+from vtprune.demos import render
+from vtprune.demos.engine import Engine, Side, is_video, proper, short
+
+import vtprune
+from vtprune.cli import options as options_module
+from vtprune.core.recipe import Recipe
+from vtprune.core.types import VtpruneError
+from vtprune.inputs import demo_model
+from vtprune.measure import run
+from vtprune.show import theatre
+from vtprune.show.pictures import encode
 
 NAMES = ("A", "B")
 KILL = 9  # what Linux does to a process when memory runs out
@@ -39,23 +48,18 @@ class Desk:
 
     def load(self, model: str | None, device: str, dtype: str) -> None:
         """Loads ``model`` (folder or hub id, ``None``: the bundled one). Raises :class:`VtpruneError` as
-        :func:`vtprune.cli.load` does."""
+        :func:`vtprune.cli.options.load` does."""
         import torch
-        from vtprune.demos.engine import Engine
-
-        from vtprune import cli
 
         gc.enable()
         # the page needs a core as well; threads that wait for each other take it away
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
         self.path, self.device, self.dtype = model, device, dtype
-        self.engine = Engine(*cli.load(argparse.Namespace(model=model, device=device, dtype=dtype)))
+        self.engine = Engine(*options_module.load(argparse.Namespace(model=model, device=device, dtype=dtype)))
 
     def about(self) -> dict[str, Any]:
         """``model`` in words, ``recipes`` that it takes, ``refused`` ``[name, why]``, and whether it takes
         ``videos``."""
-        import vtprune
-
         offers, geometry = self.engine.recipes(), self.engine.geometry
         name = Path(self.path).name if self.path else "the bundled VLM"
         about = (
@@ -92,10 +96,6 @@ class Desk:
         Args:
             shown: path of a picture or a video. sides: two, each as :meth:`side` takes it.
         """
-        from vtprune.demos import render
-
-        from vtprune import theatre
-
         chosen = [self.side(given, name) for given, name in zip(sides, NAMES, strict=True)]
         with self._registered(token) as stop:
             results = []
@@ -159,11 +159,6 @@ class Desk:
     ) -> Iterator[dict[str, Any]]:
         """Every recipe at one budget: dicts with ``cards`` (HTML of what is done), ``done`` and ``of``; the last one
         has ``files`` name -> bytes as well."""
-        from vtprune.demos import render
-        from vtprune.demos.engine import Side
-
-        from vtprune import bench
-
         truth = (truth or "").strip() or None
         entries: list[Any] = []
         cards: list[str] = []
@@ -198,7 +193,7 @@ class Desk:
             "of": of,
             "files": {
                 "methods.png": encode(render.sheet(entries, (question or "").strip(), truth=truth)),
-                **self._program(sides, (question or "").strip(), shown, bench.MAX_NEW_TOKENS),
+                **self._program(sides, (question or "").strip(), shown, run.MAX_NEW_TOKENS),
             },
         }
 
@@ -206,11 +201,6 @@ class Desk:
         """A :class:`vtprune.demos.engine.Side` from what the page sends: ``recipe`` (a name; ``"dense"``), ``file`` (a
         recipe's JSON text instead), ``budget``, ``share``, ``options`` (JSON text) and ``seed``. Raises
         :class:`VtpruneError` that says which side and what is wrong."""
-        from vtprune.demos.engine import Side, short
-        from vtprune.models import _demo
-
-        from vtprune.recipe import Recipe
-
         try:
             options = _json(given.get("options") or "{}", "options")
             recipe: Any = None if given["recipe"] == "dense" else given["recipe"]
@@ -223,7 +213,7 @@ class Desk:
                 raise VtpruneError(f"unknown recipe {recipe!r}")
             stages = recipe.stages if isinstance(recipe, Recipe) else ()
             weights = [o["weights"] for o in (options, *(s.options for s in stages)) if o.get("weights")]
-            if any(Path(str(w)).parent != _demo.FOLDER for w in weights):
+            if any(Path(str(w)).parent != demo_model.FOLDER for w in weights):
                 raise VtpruneError(
                     "weights= names a file of the machine that runs the demo; give it on the command line"
                 )
@@ -233,9 +223,6 @@ class Desk:
 
     def _program(self, sides: Sequence[Any], question: str, shown: str | None, max_new_tokens: int) -> dict[str, bytes]:
         """The program that repeats ``sides``; none for a video."""
-        from vtprune.demos import render
-        from vtprune.demos.engine import is_video
-
         if shown is None or is_video(shown):
             return {}
         how = {
@@ -289,8 +276,6 @@ def _named(name: str, turns: Iterator[Any]) -> Iterator[Any]:
 
 
 def _json(text: str, what: str) -> dict[str, Any]:
-    from vtprune.demos.engine import proper, short
-
     short(text, what, LONGEST_JSON)
     try:
         found = json.loads(text)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registry import Registry
-from ..types import VtpruneError
+from ..core.registry import Registry
+from ..core.types import VtpruneError
 
 BACKENDS = ("triton", "reference")
 # elements of the largest similarity tile that a reference makes at once: 4 MB, which stays in a CPU's cache

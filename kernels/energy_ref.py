@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import VtpruneError
+from ..core.types import VtpruneError
 from .base import CHUNK, KernelInfo, check, kinds, register, run, tokens, unit
 
 FUNCTIONS = ("elu", "jump", "above", "exp", "nearest")

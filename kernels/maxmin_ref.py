@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import VtpruneError
+from ..core.types import VtpruneError
 from .base import KernelInfo, check, kinds, register, rows, run, tokens, unit
 from .energy_ref import reference as energy
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import VtpruneError
+from ..core.types import VtpruneError
 from .base import CHUNK, KernelInfo, kinds, register, rotate, run, wide
 
 

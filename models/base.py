@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import vtprune.models as package
 from torch import nn
 
-from ..ledger import UndoLedger
-from ..registry import Registry
-from ..types import Seed, Selection, TokenView
+from ..core.ledger import UndoLedger
+from ..core.registry import Registry
+from ..core.types import Seed, Selection, TokenView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +81,6 @@ def named(module: object, *names: str) -> str | None:
 def _load() -> None:
     from importlib import import_module
     from pkgutil import iter_modules
-
-    import vtprune.models as package
 
     for module in iter_modules(package.__path__):
         if module.name != "base" and not module.name.startswith("_"):

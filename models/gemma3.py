@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..types import Geometry, UnsupportedError
-from ._mllm import BEHIND, Mllm, tiny_build, tiny_prompts, tiny_text, tower_shapes
+from ..core.types import Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, named
+from .parts.mllm import BEHIND, Mllm, tower_shapes
+from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
 
 class Gemma3(Mllm):

@@ -19,12 +19,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..types import Geometry, UnsupportedError
-from . import _host
-from ._layout import Part, some
-from ._mllm import LLM, Mllm, tiny_build, tiny_model, tiny_prompts, tiny_text
-from ._probe import probe, probe_queries
+from ..core.types import Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, named
+from .engine import host
+from .engine.layout import Part, some
+from .engine.probe import probe, probe_queries
+from .parts.mllm import LLM, Mllm
+from .parts.tiny import tiny_build, tiny_model, tiny_prompts, tiny_text
 
 CROSS = (
     "its language model reads the image through cross-attention layers, at every position, so no visual tokens stand "
@@ -70,7 +71,7 @@ REFUSED = {
 
 KINDS = ("full_attention", "sliding_attention")
 RECURRENT = ("linear", "conv", "mamba", "recurrent", "hybrid")  # in the names of layers that carry a state
-TAKES = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache", "cache_position", *_host.CACHES}
+TAKES = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache", "cache_position", *host.CACHES}
 MORE = {
     "output_attentions",
     "output_hidden_states",

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..types import UnsupportedError
-from ._mllm import Mllm, tiny_build, tiny_prompts, tiny_text
+from ..core.types import UnsupportedError
 from .base import ADAPTERS, AdapterInfo, named
+from .parts.mllm import Mllm
+from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 from .qwen_vl import QwenVL, folded
 
 CLASSES = ("Glm4vForConditionalGeneration", "Glm4vMoeForConditionalGeneration", "Glm46VForConditionalGeneration")

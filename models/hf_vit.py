@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ledger import UndoLedger
-from ..types import UnsupportedError
-from . import _hf_vit
-from ._cost import Shapes
-from ._vit import BareVit, mlp_shape
+from ..core.ledger import UndoLedger
+from ..core.types import UnsupportedError
 from .base import ADAPTERS, AdapterInfo, named
+from .engine.shapes import Shapes
+from .parts import hf_vit
+from .parts.vit import BareVit, mlp_shape
 
 # Accepted only to say why not.
 _MAPS = (
@@ -30,7 +30,7 @@ REFUSED = {
     "the SigLIP 2 "
     "checkpoints of one resolution load as SiglipVisionModel and are supported",
 }
-KNOWN = (*_hf_vit.BARE, *_hf_vit.CLASSIFIERS, *REFUSED)
+KNOWN = (*hf_vit.BARE, *hf_vit.CLASSIFIERS, *REFUSED)
 
 
 class HfVit(BareVit):
@@ -44,20 +44,20 @@ class HfVit(BareVit):
         if name in REFUSED:
             raise UnsupportedError(REFUSED[name])
         self.model = model
-        self.base = getattr(model, _hf_vit.CLASSIFIERS[name]) if name in _hf_vit.CLASSIFIERS else model
-        self.averages = name.startswith("Dinov2") and name in _hf_vit.CLASSIFIERS
+        self.base = getattr(model, hf_vit.CLASSIFIERS[name]) if name in hf_vit.CLASSIFIERS else model
+        self.averages = name.startswith("Dinov2") and name in hf_vit.CLASSIFIERS
         config = self.base.config
-        tower = _hf_vit.describe(self.base, len(_hf_vit.layers(self.base)), _hf_vit.core(self.base), bare=True)
+        tower = hf_vit.describe(self.base, len(hf_vit.layers(self.base)), hf_vit.core(self.base), bare=True)
         block: Any = tower.blocks[0]
         cost = Shapes(
             vd=config.hidden_size,
             vheads=config.num_attention_heads,
             vdepth=len(tower.blocks),
-            patch=sum(p.numel() for p in _hf_vit.core(self.base).embeddings.parameters() if p.ndim == 4),
+            patch=sum(p.numel() for p in hf_vit.core(self.base).embeddings.parameters() if p.ndim == 4),
             prefix=tower.prefix,
             **mlp_shape(block.mlp, config.hidden_size),
         )
-        arch = _hf_vit.BARE[str(named(self.base, *_hf_vit.BARE))]
+        arch = hf_vit.BARE[str(named(self.base, *hf_vit.BARE))]
         super().__init__(
             tower, family="hf-vit", arch=arch, class_token=tower.prefix > 0, cost=cost, class_readout=not self.averages
         )
@@ -67,7 +67,7 @@ class HfVit(BareVit):
             ledger.before(self.tower.root, _no_maps)
         if self.averages:
             self._average(ledger)
-        pool = getattr(_hf_vit.core(self.model), "head", None)  # SigLIP's attention pooling
+        pool = getattr(hf_vit.core(self.model), "head", None)  # SigLIP's attention pooling
         if pool is not None:
             self.pooler(ledger, pool.attention, heads=pool.attention.num_heads, tokens=1)
 
@@ -127,7 +127,7 @@ def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
     )
     model: Any = model_class(config).eval()
     torch.random.set_rng_state(state)
-    _hf_vit.randomise(model, 1)
+    hf_vit.randomise(model, 1)
     return model, {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))}
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..types import Geometry, UnsupportedError
-from ._mllm import BEHIND, Mllm, tiny_build, tiny_prompts, tiny_text
+from ..core.types import Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, named
+from .parts.mllm import BEHIND, Mllm
+from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
 
 class InternVL(Mllm):

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from ..ledger import UndoLedger
-from ..types import Geometry, UnsupportedError
-from . import _hf_vit
-from ._mllm import LLM, Mllm, tiny_model, tiny_text
-from ._tower import TowerEngine
+from ..core.ledger import UndoLedger
+from ..core.types import Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
+from .engine.tower import TowerEngine
+from .parts import hf_vit
+from .parts.mllm import LLM, Mllm
+from .parts.tiny import tiny_model, tiny_text
 
 
 class Llava(Mllm):
@@ -25,25 +26,25 @@ class Llava(Mllm):
     def __init__(self, model: Any):
         core, config = model.model, model.config
         self.tower = core.vision_tower
-        arch = _hf_vit.arch(self.tower)
+        arch = hf_vit.arch(self.tower)
         if arch is None:
             raise UnsupportedError(
                 f"{self.family} with a {type(self.tower).__name__} tower is not supported; there are CLIP, SigLIP and "
                 "DINOv2"
             )
-        depth = len(_hf_vit.layers(self.tower))
+        depth = len(hf_vit.layers(self.tower))
         feature = config.vision_feature_layer
         # hidden_states[0] is the embedding, so index i is the output of block i - 1; a list of layers needs equal
         # lengths, so no block may cut.
         self.used = feature % (depth + 1) if isinstance(feature, int) else 0
         v = self.tower.config
-        side, prefix = v.image_size // v.patch_size, _hf_vit.prefix(self.tower)
+        side, prefix = v.image_size // v.patch_size, hf_vit.prefix(self.tower)
         if (config.vision_feature_select_strategy == "default") != (prefix == 1):
             raise UnsupportedError(
                 f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with a {arch} tower "
                 "gives the language model something else than the patches"
             )
-        self.tower_mask = _hf_vit.mask_name(self.tower)
+        self.tower_mask = hf_vit.mask_name(self.tower)
         tower = frozenset({"projections", "prefix"})
         geometry = Geometry(
             family=self.family,
@@ -86,10 +87,10 @@ class Llava(Mllm):
         )
 
     def tower_blocks(self) -> list[nn.Module]:
-        return _hf_vit.layers(self.tower)[: self.used]
+        return hf_vit.layers(self.tower)[: self.used]
 
     def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> TowerEngine:
-        described = _hf_vit.describe(self.tower, self.used if cuts else 0)
+        described = hf_vit.describe(self.tower, self.used if cuts else 0)
         return TowerEngine(described, cuts, ledger, seed=seed, done=done, tokens=self.geometry.tokens)
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..types import Recent
-from ._layout import Part, Raster, per_sample
-from ._mllm import tiny_build, tiny_prompts, tiny_text
+from ..core.types import Recent
 from .base import ADAPTERS, AdapterInfo, named
+from .engine.layout import Part, Raster, per_sample
 from .llava import Llava
+from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
 
 class LlavaNext(Llava):

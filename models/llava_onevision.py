@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..types import UnsupportedError
-from ._layout import Part, Raster, per_sample
-from ._mllm import tiny_build, tiny_prompts, tiny_text
+from ..core.types import UnsupportedError
 from .base import ADAPTERS, AdapterInfo, named
+from .engine.layout import Part, Raster, per_sample
 from .llava_next import LlavaNext
+from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
 
 class LlavaOnevision(LlavaNext):

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..types import Geometry, VtpruneError
-from ._layout import Part, Raster
-from ._mllm import BEHIND, Mllm, tiny_build, tiny_prompts, tiny_text, tower_shapes
+from ..core.types import Geometry, VtpruneError
 from .base import ADAPTERS, AdapterInfo, named
+from .engine.layout import Part, Raster
+from .parts.mllm import BEHIND, Mllm, tower_shapes
+from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
 
 def matches(model: Any) -> bool:

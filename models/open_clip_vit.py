@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ledger import UndoLedger
-from ..types import UnsupportedError
+from ..core.ledger import UndoLedger
+from ..core.types import UnsupportedError
 from . import timm_vit
-from ._cost import Shapes
-from ._hf_vit import randomise
-from ._tower import Tower
-from ._vit import BareVit, mlp_shape, per_head
 from .base import ADAPTERS, AdapterInfo, named
+from .engine.shapes import Shapes
+from .engine.tower import Tower
+from .parts.hf_vit import randomise
+from .parts.vit import BareVit, mlp_shape, per_head
 
 FAMILY = "open-clip"
 

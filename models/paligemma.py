@@ -13,13 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..ledger import UndoLedger
-from ..types import Geometry, UnsupportedError
-from . import _hf_vit
-from ._layout import Part
-from ._mllm import LLM, Mllm, tiny_build, tiny_prompts, tiny_text, tower_shapes
-from ._tower import TowerEngine
+from ..core.ledger import UndoLedger
+from ..core.types import Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
+from .engine.layout import Part
+from .engine.tower import TowerEngine
+from .parts import hf_vit
+from .parts.mllm import LLM, Mllm, tower_shapes
+from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
 
 class PaliGemma(Mllm):
@@ -31,11 +32,11 @@ class PaliGemma(Mllm):
     def __init__(self, model: Any):
         core, config = model.model, model.config
         self.tower, v = core.vision_tower, config.vision_config
-        if _hf_vit.arch(self.tower) != "siglip":
+        if hf_vit.arch(self.tower) != "siglip":
             raise UnsupportedError(
                 f"PaliGemma with a {type(self.tower).__name__} tower is not supported; there is SigLIP"
             )
-        self.tower_mask = _hf_vit.mask_name(self.tower)
+        self.tower_mask = hf_vit.mask_name(self.tower)
         side = v.image_size // v.patch_size
         geometry = Geometry(
             family="paligemma",
@@ -68,10 +69,10 @@ class PaliGemma(Mllm):
         return super().parts(ids, inputs)
 
     def tower_blocks(self) -> list[nn.Module]:
-        return _hf_vit.layers(self.tower)
+        return hf_vit.layers(self.tower)
 
     def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> TowerEngine:
-        described = _hf_vit.describe(self.tower, self.geometry.vision_layers)
+        described = hf_vit.describe(self.tower, self.geometry.vision_layers)
         return TowerEngine(described, cuts, ledger, seed=seed, done=done, tokens=self.geometry.tokens)
 
 

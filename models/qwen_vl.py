@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..ledger import UndoLedger
-from ..types import Geometry
-from ._layout import Part, Raster, per_sample, some
-from ._mllm import BEHIND, Mllm, tiny_build, tiny_prompts, tiny_text
-from ._scores import take
+from ..core.ledger import UndoLedger
+from ..core.types import Geometry
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
+from .engine.layout import Part, Raster, per_sample, some
+from .engine.scores import take
+from .parts.mllm import BEHIND, Mllm
+from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
 FAMILIES = {
     "Qwen2VLForConditionalGeneration": "qwen2-vl",

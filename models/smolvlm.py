@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..types import Geometry
-from ._layout import Part
-from ._mllm import BEHIND, Mllm, tiny_build, tiny_prompts, tiny_text, tower_shapes
+from ..core.types import Geometry
 from .base import ADAPTERS, AdapterInfo, named
+from .engine.layout import Part
+from .parts.mllm import BEHIND, Mllm, tower_shapes
+from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
 CLASSES = {"SmolVLMForConditionalGeneration": "smolvlm", "Idefics3ForConditionalGeneration": "idefics3"}
 

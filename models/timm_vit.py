@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ledger import UndoLedger
-from ..types import UnsupportedError
-from ._cost import Shapes
-from ._hf_vit import randomise
-from ._tower import Tower, rotate
-from ._vit import BareVit, mlp_shape
+from ..core.ledger import UndoLedger
+from ..core.types import UnsupportedError
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
+from .engine.shapes import Shapes
+from .engine.tower import Tower, rotate
+from .parts.hf_vit import randomise
+from .parts.vit import BareVit, mlp_shape
 
 POOLS = ("", "token", "avg", "max", "map")
 MIXES = "global_pool={!r} mixes the tokens in a way that has no exact form with merged tokens"

@@ -21,7 +21,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from vtprune import versions
+from vtprune.check import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
@@ -123,7 +123,7 @@ def main() -> int:
         return int(told is not None)
     known = {t.package: t.oldest for t in versions.TESTED}
     if args.first is None and args.package not in known:
-        parser.error(f"say --from: vtprune/versions.py names {', '.join(known)}, not {args.package}")
+        parser.error(f"say --from: vtprune/check/versions.py names {', '.join(known)}, not {args.package}")
     wanted = releases(args.package, args.first or known[args.package], args.last)
     if not wanted:
         parser.error(f"there is no release of {args.package} in that range")

@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import vtprune
-from vtprune.attach import bind
+from vtprune.core.planning import bind
 
 
 def case_options(model: Any, method: str, number: int) -> dict[str, Any]:
@@ -21,6 +21,6 @@ def mixes_pictures() -> bool:
     """Releases whose ``generate`` encodes pictures after it has repeated prompts, picture by picture: beams of a prompt
     with two see one twice."""
     from transformers import LlavaForConditionalGeneration
-    from vtprune.models._host import ENCODED
+    from vtprune.models.engine.host import ENCODED
 
     return ENCODED not in inspect.signature(LlavaForConditionalGeneration.forward).parameters

@@ -1,6 +1,6 @@
 """The dense model made to compute what a pruned one must: dropped columns hidden, merged rows averaged, routed rows
-replaced. Written apart from the package's own reference (``models/_masked.py``): no cache, so prompt and answer are one
-forward, and merges are followed as well.
+replaced. Written apart from the package's own reference (``models/engine/masked.py``): no cache, so prompt and answer
+are one forward, and merges are followed as well.
 
 A merged token equals a cluster whose members all hold the mean: with proportional attention every member stays visible,
 else one of them.

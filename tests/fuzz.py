@@ -45,11 +45,11 @@ from vtprune.models.base import ADAPTERS
 
 import vtprune
 from dense import Dense, Done, NoReference
-from vtprune import ledger
-from vtprune.attach import bind, plan
+from vtprune.core import ledger
+from vtprune.core.planning import bind, plan
+from vtprune.core.recipe import Recipe, Stage
+from vtprune.core.types import VtpruneError
 from vtprune.methods.base import METHODS
-from vtprune.recipe import Recipe, Stage
-from vtprune.types import VtpruneError
 
 LIMITS = {torch.float32: 5e-5, torch.float64: 1e-5, torch.bfloat16: 8e-2}  # relative to the largest value (at least 1)
 WORDS = range(8, 64)  # the tiny models' words; below are pad, start, end, placeholders

@@ -10,8 +10,9 @@ from vtprune.models.base import ADAPTERS
 
 import vtprune
 from fake import FakeProcessor, picture, tiny
-from vtprune import analyze, cli, timing
-from vtprune.attach import bind
+from vtprune.cli import main, options
+from vtprune.core.planning import bind
+from vtprune.measure import analyze, timing
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def one_thread(monkeypatch):
 @pytest.fixture
 def vlm(monkeypatch):
     """The tiny model in place of the bundled one."""
-    monkeypatch.setattr(cli, "load", lambda args: tiny())
+    monkeypatch.setattr(options, "load", lambda args: tiny())
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def test_a_real_run(capsys, vlm, tmp_path):
         "--out",
         str(out),
     ]
-    assert cli.main([*words, "--out", str(tmp_path / "t.md")]) == 0
+    assert main.main([*words, "--out", str(tmp_path / "t.md")]) == 0
     printed = capsys.readouterr().out
     told = json.loads(out.read_text())
     assert (
@@ -209,7 +210,7 @@ def test_a_real_run(capsys, vlm, tmp_path):
 
 def test_defaults(capsys, vlm, instant):
     """Every method at four budgets, alone and eight at a time."""
-    assert cli.main(["analyze"]) == 0
+    assert main.main(["analyze"]) == 0
     assert instant == [(m, b, n) for n in (1, 8) for m in vtprune.methods() for b in (0.75, 0.5, 0.25, 0.11)]
     printed = capsys.readouterr().out
     assert (
@@ -219,11 +220,13 @@ def test_defaults(capsys, vlm, instant):
 
 
 def test_a_refused_budget_is_a_row_with_the_reason(capsys, vlm, instant):
-    assert cli.main(["analyze", "--recipes", "drop-all,tome", "--batches", "1", "--budgets", "0.5,0.25", "--json"]) == 0
+    assert (
+        main.main(["analyze", "--recipes", "drop-all,tome", "--batches", "1", "--budgets", "0.5,0.25", "--json"]) == 0
+    )
     told = json.loads(capsys.readouterr().out)
     assert [r.get("error") for r in told["rows"]] == [None, "drop-all cannot reach it", None, None]
     assert [e["budgets"] for e in told["break_even"]] == [[0.5], [0.5, 0.25]]
-    assert cli.main(["analyze", "--recipes", "drop-all", "--batches", "1", "--budgets", "0.25"]) == 1
+    assert main.main(["analyze", "--recipes", "drop-all", "--batches", "1", "--budgets", "0.25"]) == 1
     assert "nothing could be measured" in capsys.readouterr().err
 
 
@@ -237,7 +240,7 @@ def test_what_was_measured_before_an_interruption_is_saved(capsys, vlm, instant,
 
     monkeypatch.setattr(timing, "measure", stop)
     assert (
-        cli.main(
+        main.main(
             [
                 "analyze",
                 "--recipes",
@@ -337,13 +340,13 @@ def test_two_images_on_the_bundled_model():
     ],
 )
 def test_mistakes_take_one_line(capsys, vlm, words, code, says):
-    assert cli.main(["analyze", *words]) == code
+    assert main.main(["analyze", *words]) == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("vtprune: error: ") and says in lines[0], lines
 
 
 def test_help(capsys):
-    assert cli.main(["analyze", "--help"]) == 0
+    assert main.main(["analyze", "--help"]) == 0
     assert "--batches" in capsys.readouterr().out
     with pytest.raises(vtprune.UnsupportedError, match="no language model"):
         analyze.times(ADAPTERS.get("hf-vit").tiny["clip"]()[0], None, ["uniform"], [0.5])

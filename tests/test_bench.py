@@ -11,9 +11,12 @@ from PIL import Image
 
 import vtprune
 from fake import IMAGE, FakeProcessor, picture, tiny
-from vtprune import bench
-from vtprune.answer import ask, open_image, prepare
-from vtprune.bench import Sample
+from vtprune.inputs.chats import ask, prepare
+from vtprune.inputs.images import open_image
+from vtprune.measure import bench, statistics, text
+from vtprune.measure import run as run_module
+from vtprune.measure import samples as samples_module
+from vtprune.measure.samples import Sample
 
 
 @pytest.fixture(scope="module")
@@ -109,19 +112,19 @@ def test_open_image_turns_and_converts(tmp_path):
 
 def test_easy_vqa_samples_are_balanced_and_stable():
     pytest.importorskip("easy_vqa")
-    found = bench.easy_vqa_samples(60)
-    assert found == bench.easy_vqa_samples(90)[:60]
+    found = samples_module.easy_vqa_samples(60)
+    assert found == samples_module.easy_vqa_samples(90)[:60]
     kinds = [s.ability for s in found]
     assert {k: kinds.count(k) for k in set(kinds)} == {"color": 20, "shape": 20, "yes/no": 20}
     assert sum(s.answer == "yes" for s in found) == 10
 
 
 def test_scenes_samples_carry_boxes_and_their_scene():
-    found = bench.scenes_samples(2)
+    found = samples_module.scenes_samples(2)
     assert {s.source for s in found} == {"scenes/0", "scenes/1"} and {s.set for s in found} == {"scenes"}
     assert any(s.boxes for s in found) and found[0].picture().size == (168, 168)
     with pytest.raises(vtprune.VtpruneError):
-        bench.scenes_samples(0)
+        samples_module.scenes_samples(0)
 
 
 def test_a_sample_belongs_to_its_picture():
@@ -135,7 +138,7 @@ def test_a_sample_belongs_to_its_picture():
 
 
 def test_exact_match_ignores_spaces_and_case():
-    assert bench.matches("k X 7", "kx7") and not bench.matches("kx", "kx7")
+    assert samples_module.matches("k X 7", "kx7") and not samples_module.matches("kx", "kx7")
 
 
 # -------------------------------------------------------------------------------------------------------------
@@ -144,8 +147,8 @@ def test_exact_match_ignores_spaces_and_case():
 
 def test_evaluate_dense_and_full_budget_agree(vlm):
     part = samples()
-    dense = bench.evaluate(*vlm, part, None, batch=2)
-    full = bench.evaluate(*vlm, part, "uniform", batch=2, keep=1.0)
+    dense = run_module.evaluate(*vlm, part, None, batch=2)
+    full = run_module.evaluate(*vlm, part, "uniform", batch=2, keep=1.0)
     assert dense["answers"] == full["answers"] == ask(*vlm, [s.picture() for s in part], [s.question for s in part])
     assert (
         dense["flops"] == dense["dense_flops"] == full["flops"]
@@ -156,7 +159,9 @@ def test_evaluate_dense_and_full_budget_agree(vlm):
 
 def test_evaluate_counts_and_leaves_the_model_clean(vlm):
     seen = []
-    out = bench.evaluate(*vlm, samples(), "pyramiddrop", batch=2, keep=4, layers=[2], timing=1, progress=seen.append)
+    out = run_module.evaluate(
+        *vlm, samples(), "pyramiddrop", batch=2, keep=4, layers=[2], timing=1, progress=seen.append
+    )
     assert seen == [2, 2, 1]
     assert out["effective_tokens"] == pytest.approx((2 * 16 + 4 * 4) / 6)
     assert out["flops"] < out["dense_flops"] and out["kv_bytes"] < out["dense_kv_bytes"]
@@ -165,47 +170,47 @@ def test_evaluate_counts_and_leaves_the_model_clean(vlm):
         out["prefill_range"][0] == out["prefill_ratio"] == out["prefill_range"][1] and out["prefill_verdict"] == "noise"
     )  # one round tells nothing
     with pytest.raises(vtprune.VtpruneError):
-        bench.evaluate(*vlm, samples(), "pyramiddrop", keep=99)
+        run_module.evaluate(*vlm, samples(), "pyramiddrop", keep=99)
     with pytest.raises(vtprune.VtpruneError):
-        bench.evaluate(*vlm, [], None)
+        run_module.evaluate(*vlm, [], None)
     vtprune.attach(vlm[0], "random").remove()
 
 
 def test_merged_groups_spread_over_the_rows_they_cover(vlm):
-    rows = bench.evaluate(*vlm, samples(), "pool", keep=4)["rows"]
+    rows = run_module.evaluate(*vlm, samples(), "pool", keep=4)["rows"]
     assert rows == [5, 5, 5, 5]
 
 
 def test_random_draws_differ_between_seeds_and_batches(vlm):
     part = [samples()[0]] * 8
-    rows = [bench.evaluate(*vlm, part[:1], "random", keep=5, seed=s)["rows"] for s in range(6)]
+    rows = [run_module.evaluate(*vlm, part[:1], "random", keep=5, seed=s)["rows"] for s in range(6)]
     assert len({tuple(r) for r in rows}) > 1
-    many = bench.evaluate(*vlm, part, "random", keep=5, batch=1, seed=0)["rows"]
+    many = run_module.evaluate(*vlm, part, "random", keep=5, batch=1, seed=0)["rows"]
     assert many != [8 * v for v in rows[0]] and sum(many) == 40
-    assert many == bench.evaluate(*vlm, part, "random", keep=5, batch=1, seed=0)["rows"]
+    assert many == run_module.evaluate(*vlm, part, "random", keep=5, batch=1, seed=0)["rows"]
 
 
 def test_bootstrap_contains_the_difference_and_respects_groups():
     a, b = [1.0, 1, 0, 1, 1, 0, 1, 1] * 10, [1.0, 0, 0, 1, 0, 0, 1, 1] * 10
-    low, high = bench.bootstrap(a, b)
-    assert 0 < low < 0.25 < high and (low, high) == bench.bootstrap(a, b)
-    assert bench.bootstrap(a, a) == (0, 0)
+    low, high = statistics.bootstrap(a, b)
+    assert 0 < low < 0.25 < high and (low, high) == statistics.bootstrap(a, b)
+    assert statistics.bootstrap(a, a) == (0, 0)
     alike = [str(i // 20) for i in range(80)]
     values = [float(i < 40) for i in range(80)]
-    wide, narrow = bench.interval(values, groups=alike), bench.interval(values)
+    wide, narrow = statistics.interval(values, groups=alike), statistics.interval(values)
     assert wide[1] - wide[0] > narrow[1] - narrow[0]
     with pytest.raises(vtprune.VtpruneError, match="paired"):
-        bench.bootstrap([1], [])
+        statistics.bootstrap([1], [])
 
 
 def test_the_interval_of_an_average_weighs_abilities_alike():
     part = [Sample(picture(), "q", "a", "rare" if i % 10 == 0 else "common", source=f"s/{i}") for i in range(200)]
     correct = [float(s.ability == "common") for s in part]
-    assert bench.average_interval(correct, part) == (0.5, 0.5)  # the mean over questions is 0.9
+    assert statistics.average_interval(correct, part) == (0.5, 0.5)  # the mean over questions is 0.9
     noisy = [float(i % 3 == 0) for i in range(200)]
-    low, high = bench.average_interval(noisy, part)
-    assert low < bench.score(noisy, part)["average"] < high and high - low > 0.15
-    assert bench.score(noisy, part)["average_interval"] == (low, high)
+    low, high = statistics.average_interval(noisy, part)
+    assert low < statistics.score(noisy, part)["average"] < high and high - low > 0.15
+    assert statistics.score(noisy, part)["average_interval"] == (low, high)
 
 
 def test_table_has_every_row_and_says_what_is_impossible(vlm, tmp_path):
@@ -232,22 +237,21 @@ def test_table_has_every_row_and_says_what_is_impossible(vlm, tmp_path):
     assert by["mine", None]["effective_tokens"] == 9 and by["mine", None]["budget"] is None
     assert set(by["dense", 1.0]["abilities"]) == {"one", "two"}
     assert {"python", "torch", "transformers", "vtprune"} <= set(out["versions"]) and out["device"]["type"] == "cpu"
-    bench.save(out, tmp_path / "t.md")
+    text.save(out, tmp_path / "t.md")
     page = (tmp_path / "t.md").read_text()
     assert "not possible: pyramiddrop cannot reach" in page and "| mine | own | " in page and "layer 3" in page
     columns = {len(line.split(" | ")) for line in page.split("Per ability")[1].splitlines() if line.startswith("| ")}
     assert len(columns) == 1 and page.count("\n| random | ") == 3
     assert (
-        list(bench.kept_per_row(out))
-        == ["random 50%", "pyramiddrop 50%", "drop-all 50%"][: len(bench.kept_per_row(out))]
+        list(text.kept_per_row(out)) == ["random 50%", "pyramiddrop 50%", "drop-all 50%"][: len(text.kept_per_row(out))]
     )
-    bench.save(out, tmp_path / "t.json")
+    text.save(out, tmp_path / "t.json")
     assert json.loads((tmp_path / "t.json").read_text())["rows"][1]["recipe"]["type"] == "vtprune.Recipe"
     for wide in (True, False):
-        cells = bench.cells(out, abilities=wide)
-        assert len({len(row) for row in cells}) == 1 and len(bench.text(cells).splitlines()) == len(cells) + 1
+        cells = text.cells(out, abilities=wide)
+        assert len({len(row) for row in cells}) == 1 and len(text.text(cells).splitlines()) == len(cells) + 1
     with pytest.raises(vtprune.VtpruneError, match="cannot write"):
-        bench.save(out, tmp_path / "no" / "t.json")
+        text.save(out, tmp_path / "no" / "t.json")
     with pytest.raises(vtprune.VtpruneError, match="budgets"):
         bench.table(*vlm, samples(), names, [2.0])
 
@@ -277,9 +281,9 @@ def test_the_bundled_model_knows_the_questions_and_needs_the_image():
     """Seeing, it answers both sets; blind, it is no better than guessing (measured at size:
     models/demo_vlm/README.md)."""
     model, processor = vtprune.load_demo_model()
-    easy, scenes = bench.easy_vqa_samples(24), bench.scenes_samples(6)
-    out = bench.evaluate(model, processor, [*easy, *scenes], None)
+    easy, scenes = samples_module.easy_vqa_samples(24), samples_module.scenes_samples(6)
+    out = run_module.evaluate(model, processor, [*easy, *scenes], None)
     assert sum(out["correct"][:24]) >= 22 and out["visual_tokens"] == 144
     assert sum(out["correct"][24:]) >= 0.9 * len(scenes)
-    blind = bench.evaluate(model, processor, scenes, "drop-all", layer=0)
+    blind = run_module.evaluate(model, processor, scenes, "drop-all", layer=0)
     assert sum(blind["correct"]) <= 0.5 * len(scenes) and blind["effective_tokens"] == 0

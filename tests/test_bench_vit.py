@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from vtprune.models._hf_vit import randomise
+from vtprune.models.parts.hf_vit import randomise
 
 import vtprune
-from vtprune.types import VtpruneError
+from vtprune.core.types import VtpruneError
 
 SIDE = 56  # px: 4 x 4 patches
 CALL = [

@@ -10,17 +10,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from vtprune.models import _demo
 
 import vtprune
 from fake import picture, tiny
-from vtprune import bench, cli, quickstart, render
+from vtprune.cli import main, options, quickstart
+from vtprune.inputs import demo_model
+from vtprune.measure import bench, samples
+from vtprune.show import pictures
 
 
 @pytest.fixture
 def vlm(monkeypatch):
     """The tiny model in place of the bundled one."""
-    monkeypatch.setattr(cli, "load", lambda args: tiny())
+    monkeypatch.setattr(options, "load", lambda args: tiny())
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def image(tmp_path):
 
 def refused(capsys, code: int, *words: str) -> str:
     """The one error line that ``words`` give."""
-    assert cli.main(list(words)) == code
+    assert main.main(list(words)) == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("vtprune: error: "), lines
     return lines[0]
@@ -40,7 +42,8 @@ def refused(capsys, code: int, *words: str) -> str:
 
 def test_import_loads_no_model_library(tmp_path):
     code = (
-        "import sys, vtprune.cli, vtprune.quickstart; vtprune.cli.parser(); print([m for m in ('transformers', 'timm', "
+        "import sys, vtprune.cli.main, vtprune.cli.quickstart; vtprune.cli.main.parser(); print([m for m in "
+        "('transformers', 'timm', "
         "'gradio') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
@@ -55,18 +58,19 @@ def test_python_m(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "names"), [("methods", vtprune.methods), ("recipes", vtprune.recipes), ("adapters", vtprune.adapters)]
+    ("command", "names"),
+    [("methods", vtprune.methods), ("recipes", vtprune.core.recipes), ("adapters", vtprune.adapters)],
 )
 def test_lists(capsys, command, names):
-    assert cli.main([command]) == 0
+    assert main.main([command]) == 0
     plain = capsys.readouterr().out
     assert all(name in plain for name in names())
-    assert cli.main([command, "--json"]) == 0
+    assert main.main([command, "--json"]) == 0
     assert [entry["name"] for entry in json.loads(capsys.readouterr().out)] == names()
 
 
 def test_one_method_shows_its_options(capsys):
-    assert cli.main(["methods", "pyramiddrop"]) == 0
+    assert main.main(["methods", "pyramiddrop"]) == 0
     assert "score_layer" in capsys.readouterr().out
     assert "did you mean pyramiddrop" in refused(capsys, 1, "methods", "pyramid-drop")
 
@@ -80,17 +84,17 @@ def test_one_method_shows_its_options(capsys):
     ],
 )
 def test_help(capsys, words):
-    assert cli.main([*words, "--help"]) == 0
+    assert main.main([*words, "--help"]) == 0
     assert "usage: vtprune" in capsys.readouterr().out
 
 
 def test_run(capsys, vlm, image, tmp_path):
     out = tmp_path / "kept.png"
     words = ["run", "--image", image, "--question", "what is it", "--keep", "4", "--option", "layers=[2]"]
-    assert cli.main([*words, "--picture", str(out)]) == 0
+    assert main.main([*words, "--picture", str(out)]) == 0
     text = capsys.readouterr().out
     assert "16 16 4 4 4 4" in text and out.read_bytes().startswith(b"\x89PNG")
-    assert cli.main([*words, "--json"]) == 0
+    assert main.main([*words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["layer_tokens"] == [[16, 16, 4, 4, 4, 4]] and {"dense", "pruned", "flops", "kv_bytes"} <= set(told)
 
@@ -110,7 +114,7 @@ def test_run_writes_the_theatre(capsys, vlm, image, tmp_path):
         "--picture",
         str(out),
     ]
-    assert cli.main([*words, "--json"]) == 0
+    assert main.main([*words, "--json"]) == 0
     told, page = json.loads(capsys.readouterr().out), out.read_text(encoding="utf-8")
     shown = json.loads(html.unescape(re.search("data-scenes='([^']*)'", page)[1]))
     assert [s["title"] for s in shown["scenes"]] == [f"dense: {told['dense']}", f"pyramiddrop: {told['pruned']}"]
@@ -123,9 +127,10 @@ def test_rasters_that_lie_on_no_picture_cost_no_answer(capsys, vlm, image, tmp_p
     def fails(*args):
         raise vtprune.VtpruneError("nothing true to draw")
 
-    monkeypatch.setattr(render, "views", fails)
+    monkeypatch.setattr(pictures, "views", fails)
     assert (
-        cli.main(["run", "--image", image, "--question", "what", "--keep", "4", "--picture", str(tmp_path / name)]) == 0
+        main.main(["run", "--image", image, "--question", "what", "--keep", "4", "--picture", str(tmp_path / name)])
+        == 0
     )
     told = capsys.readouterr()
     assert "answer, pruned" in told.out and told.err == "vtprune: note: the picture is left out: nothing true to draw\n"
@@ -135,7 +140,7 @@ def test_rasters_that_lie_on_no_picture_cost_no_answer(capsys, vlm, image, tmp_p
 def test_run_takes_a_recipe_file(capsys, vlm, image, tmp_path):
     path = tmp_path / "r.yaml"
     vtprune.Recipe(name="mine", stages=(vtprune.Stage(method="uniform", keep=9),)).save(path)
-    assert cli.main(["run", "--image", image, "--question", "q", "--recipe", str(path)]) == 0
+    assert main.main(["run", "--image", image, "--question", "q", "--recipe", str(path)]) == 0
     assert "16 -> 9" in capsys.readouterr().out
 
 
@@ -184,14 +189,14 @@ def test_unknown_commands_list_what_exists(capsys):
 
 def test_debug_gives_the_traceback(vlm, image):
     with pytest.raises(vtprune.VtpruneError):
-        cli.main(["run", "--image", image, "--question", "q", "--keep", "0", "--debug"])
+        main.main(["run", "--image", image, "--question", "q", "--keep", "0", "--debug"])
 
 
 def test_interrupt(capsys, monkeypatch, image):
     def stop(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load", stop)
+    monkeypatch.setattr(options, "load", stop)
     assert "interrupted" in refused(capsys, 130, "run", "--image", image, "--question", "q")
 
 
@@ -211,7 +216,7 @@ def test_bench(capsys, vlm, tmp_path):
         str(out),
     ]
     words += ["--out", str(tmp_path / "b.md"), "--rows", str(tmp_path / "rows.png")]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     assert "| pyramiddrop |" in (tmp_path / "b.md").read_text() and (tmp_path / "rows.png").stat().st_size > 1000
     assert "pyramiddrop" in capsys.readouterr().out
     told = json.loads(out.read_text())
@@ -227,7 +232,7 @@ def test_bench(capsys, vlm, tmp_path):
     assert "no option" in refused(capsys, 1, *small, "--methods", "uniform", "--option", "foo=1")
     assert "each once" in refused(capsys, 1, *small, "--methods", "uniform,uniform")
     assert "must not be negative" in refused(capsys, 1, *small[:3], "--timing", "-1", "--methods", "uniform")
-    assert cli.main([*small, "--methods", "uniform", "--budgets", "0.01", "--no-baselines"]) == 1
+    assert main.main([*small, "--methods", "uniform", "--budgets", "0.01", "--no-baselines"]) == 1
     assert "no method could be measured" in capsys.readouterr().err
     assert "at least 1" in refused(capsys, 2, "bench", "--samples", "0")
 
@@ -247,14 +252,14 @@ def test_bench_goes_on_in_its_folder(capsys, vlm, tmp_path):
         "--results",
         str(tmp_path / "a" / "b"),
     ]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     files = {p.name for p in (tmp_path / "a" / "b" / "runs").iterdir()}
     assert (
         files == {"dense.json", "tome-0.5-0.json", "tome-0.5-0.time.json"}
         and (tmp_path / "a" / "b" / "bench.md").is_file()
     )
     first = (tmp_path / "a" / "b" / "bench.json").read_text()
-    assert cli.main([*words, "--methods", "tome,uniform"]) == 0
+    assert main.main([*words, "--methods", "tome,uniform"]) == 0
     assert json.loads(first)["rows"] == json.loads((tmp_path / "a" / "b" / "bench.json").read_text())["rows"][:2]
     assert "choose another folder" in refused(capsys, 1, *words, "--samples", "2")
     (tmp_path / "file").write_text("")
@@ -262,21 +267,21 @@ def test_bench_goes_on_in_its_folder(capsys, vlm, tmp_path):
 
 
 def test_verify(capsys, vlm):
-    assert cli.main(["verify", "--recipe", "uniform", "--keep", "4", "--json"]) == 0
+    assert main.main(["verify", "--recipe", "uniform", "--keep", "4", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["passed"] and len(told["checks"]) > 3
 
 
 def test_quickstart(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(quickstart, "load", lambda args: tiny())
+    monkeypatch.setattr(options, "load", lambda args: tiny())
     monkeypatch.setattr(vtprune, "methods", lambda: ["dpvr-lf", "random", "tome", "uniform"])
-    monkeypatch.setattr(bench, "easy_vqa_samples", lambda n: bench.scenes_samples(1)[:n])
+    monkeypatch.setattr(bench, "easy_vqa_samples", lambda n: samples.scenes_samples(1)[:n])
     own = vtprune.Recipe(
         name="dpvr-lf (trained)",
         stages=(vtprune.Stage(method="dpvr-lf", options={"split": 3}),),
         source="as if trained",
     )
-    monkeypatch.setattr(_demo, "branch", lambda: own)
+    monkeypatch.setattr(demo_model, "branch", lambda: own)
     assert quickstart.main(["--samples", "3", "--scenes", "1", "--budgets", "0.6", "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
     assert "untrained side branch" in text and "dpvr-lf (trained)" in text and "as if trained" in text
@@ -287,22 +292,25 @@ def test_quickstart(capsys, monkeypatch, tmp_path):
 
 
 def test_quickstart_finds_the_trained_branch(tmp_path):
-    assert _demo.branch(tmp_path) is None
+    assert demo_model.branch(tmp_path) is None
     (tmp_path / "dpvr_lf.safetensors").write_bytes(b"")
     with pytest.raises(vtprune.VtpruneError, match="cannot be read"):
-        _demo.branch(tmp_path)
+        demo_model.branch(tmp_path)
     (tmp_path / "dpvr_lf.json").write_text('{"split": 7, "other": 1}')
-    assert _demo.branch(tmp_path).stages[0].options == {"weights": str(tmp_path / "dpvr_lf.safetensors"), "split": 7}
+    assert demo_model.branch(tmp_path).stages[0].options == {
+        "weights": str(tmp_path / "dpvr_lf.safetensors"),
+        "split": 7,
+    }
     (tmp_path / "dpvr_lf.json").write_text("{")
     with pytest.raises(vtprune.VtpruneError, match="cannot be read"):
-        _demo.branch(tmp_path)
+        demo_model.branch(tmp_path)
 
 
 def test_run_on_the_bundled_model(capsys, tmp_path):
     path = tmp_path / "scene.png"
-    bench.scenes_samples(1)[0].picture().save(path)
+    samples.scenes_samples(1)[0].picture().save(path)
     assert (
-        cli.main(
+        main.main(
             [
                 "run",
                 "--image",

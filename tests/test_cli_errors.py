@@ -17,11 +17,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from vtprune.models import _demo
 
 import vtprune
 from fake import picture, tiny
-from vtprune import answer, cli, loading, quickstart
+from vtprune.cli import main, options, quickstart
+from vtprune.inputs import demo_model, images, loading
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
@@ -35,7 +35,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
         for name, sub in inner[0].choices.items() if inner else ():
             walk(sub, (*words, name))
 
-    walk(cli.parser(), ())
+    walk(main.parser(), ())
     return out
 
 
@@ -78,7 +78,7 @@ def here(tmp_path, monkeypatch):
     def never(args):
         raise AssertionError("the model was loaded before the mistake was told")
 
-    monkeypatch.setattr(cli, "load", never)
+    monkeypatch.setattr(options, "load", never)
     return tmp_path
 
 
@@ -95,13 +95,13 @@ def call(command: str, *words: str) -> int:
         if name in given:
             at = given.index(name)
             del given[at : at + 2]
-    return cli.main([*command.split(), *given, *words])
+    return main.main([*command.split(), *given, *words])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_unknown_flags_and_help(capfd, here, command):
     assert "no-such-flag" in one_line(capfd, call(command, "--no-such-flag"))
-    assert cli.main([*command.split(), "--help"]) == 0 and "usage: vtprune" in capfd.readouterr().out
+    assert main.main([*command.split(), "--help"]) == 0 and "usage: vtprune" in capfd.readouterr().out
 
 
 def numbers() -> list[tuple[str, str, str]]:
@@ -142,7 +142,7 @@ def numbers() -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize(("command", "name", "value"), numbers())
 def test_values_that_are_none(capfd, here, monkeypatch, command, name, value):
     if (command, name) == ("bench", "--timing"):
-        monkeypatch.setattr(cli, "load", lambda args: tiny())
+        monkeypatch.setattr(options, "load", lambda args: tiny())
     one_line(capfd, call(command, f"{name}={value}"))
 
 
@@ -220,15 +220,15 @@ def test_recipe_files_say_what_they_mean_in_utf_8(tmp_path):
 
 def test_what_recipes_prints_is_a_recipe_file(capfd, tmp_path):
     for name in vtprune.recipes():
-        assert cli.main(["recipes", name, "--json"]) == 0
+        assert main.main(["recipes", name, "--json"]) == 0
         (tmp_path / "r.json").write_text(capfd.readouterr().out, encoding="utf-8")
         assert vtprune.Recipe.load(tmp_path / "r.json").name == name
-    assert cli.main(["recipes", "fastv*", "--json"]) == 0
+    assert main.main(["recipes", "fastv*", "--json"]) == 0
     listed = json.loads(capfd.readouterr().out)
     assert [vtprune.Recipe.from_dict(entry).key() for entry in listed] == [entry["key"] for entry in listed] and len(
         listed
     ) > 2
-    assert "did you mean" in one_line(capfd, cli.main(["recipes", "fastv-k2-r51"]))
+    assert "did you mean" in one_line(capfd, main.main(["recipes", "fastv-k2-r51"]))
 
 
 @pytest.mark.parametrize(("command", "name"), having("--image"))
@@ -254,14 +254,14 @@ def test_no_picture_starts_another_program(tmp_path, monkeypatch):
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n"
     )
     with pytest.raises(vtprune.VtpruneError, match="not an image in a format"):
-        answer.open_image(tmp_path / "picture.png")
+        images.open_image(tmp_path / "picture.png")
     assert not ran.exists()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
 def test_raster_formats_are_read(tmp_path, kind):
     picture().save(tmp_path / "x", kind)
-    assert answer.open_image(tmp_path / "x").size == picture().size
+    assert images.open_image(tmp_path / "x").size == picture().size
 
 
 OUTPUTS = ("--out", "--picture", "--rows")
@@ -307,7 +307,7 @@ def test_quickstart_says_it_in_one_line(capfd, here):
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
-    return load_file(_demo.FOLDER / "model.safetensors")
+    return load_file(demo_model.FOLDER / "model.safetensors")
 
 
 class Runs:
@@ -414,7 +414,7 @@ DAMAGES: dict[str, Callable[[Path, dict], None]] = {
 def folder_of(tmp_path: Path, damage: str, weights: dict) -> Path:
     """The bundled model with one thing wrong; what is not changed is linked."""
     out = tmp_path / "model"
-    shutil.copytree(_demo.FOLDER, out, copy_function=os.link)
+    shutil.copytree(demo_model.FOLDER, out, copy_function=os.link)
     DAMAGES[damage](out, weights)
     return out
 
@@ -426,7 +426,7 @@ def test_model_folders_with_something_wrong(capfd, tmp_path, monkeypatch, weight
     picture().save("GOOD.png")
     folder = folder_of(tmp_path, damage, weights)
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("a question on the terminal"))
-    one_line(capfd, cli.main(["run", "--image", "GOOD.png", "--question", "what", "--model", str(folder)]))
+    one_line(capfd, main.main(["run", "--image", "GOOD.png", "--question", "what", "--model", str(folder)]))
     assert not Path("RAN").exists()
 
 
@@ -450,7 +450,7 @@ def test_model_folders_that_are_not_there(capfd, tmp_path, monkeypatch, command,
 
 def test_a_good_folder_still_loads(tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(_demo.FOLDER, folder, copy_function=os.link)
+    shutil.copytree(demo_model.FOLDER, folder, copy_function=os.link)
     model, _ = loading.load(folder, dtype=torch.float32, local=True)
     assert not model.training
     before = transformers.utils.logging.get_verbosity()
@@ -462,7 +462,7 @@ def test_a_good_folder_still_loads(tmp_path):
 def test_marks_of_pictures_in_a_question(capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture().save("GOOD.png")
-    assert "'<image>'" in one_line(capfd, cli.main(["run", "--image", "GOOD.png", "--question", "<image> what color"]))
+    assert "'<image>'" in one_line(capfd, main.main(["run", "--image", "GOOD.png", "--question", "<image> what color"]))
 
 
 # -------------------------------------------------------------------------------------------------------------- the
@@ -473,14 +473,14 @@ def test_what_nobody_foresaw_is_one_line_as_well(capfd, monkeypatch):
     def fails(args):
         raise IndexError("tuple index out of range\nsecond line")
 
-    monkeypatch.setattr(cli, "cmd_methods", fails)
-    assert cli.main(["methods"]) == 1
+    monkeypatch.setattr(main, "cmd_methods", fails)
+    assert main.main(["methods"]) == 1
     lines = capfd.readouterr().err.splitlines()
     assert lines == [
         "vtprune: error: unexpected IndexError: tuple index out of range second line (--debug shows where)"
     ]
     with pytest.raises(IndexError):
-        cli.main(["methods", "--debug"])
+        main.main(["methods", "--debug"])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -498,13 +498,13 @@ def test_a_full_disk_behind_stdout():
 
 
 def test_options_of_attach_are_options_of_every_command(capfd, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "load", lambda args: tiny())
+    monkeypatch.setattr(options, "load", lambda args: tiny())
     monkeypatch.chdir(tmp_path)
     picture().save("GOOD.png")
     small = ["--option", 'positions="compact"', "--option", "per=image"]
-    assert cli.main(["run", "--image", "GOOD.png", "--question", "what", "--recipe", "uniform", *small]) == 0
+    assert main.main(["run", "--image", "GOOD.png", "--question", "what", "--recipe", "uniform", *small]) == 0
     bench = ["bench", "--samples", "1", "--budgets", "0.5", "--methods", "uniform", "--no-baselines"]
-    assert cli.main([*bench, "--timing", "1", "--out", "b.json", *small]) == 0
+    assert main.main([*bench, "--timing", "1", "--out", "b.json", *small]) == 0
     assert "error" not in json.loads(Path("b.json").read_text(encoding="utf-8"))["rows"][1]
     analyze = [
         "analyze",
@@ -521,7 +521,7 @@ def test_options_of_attach_are_options_of_every_command(capfd, monkeypatch, tmp_
         "--out",
         "a.json",
     ]
-    assert cli.main([*analyze, *small]) == 0
+    assert main.main([*analyze, *small]) == 0
     assert "error" not in json.loads(Path("a.json").read_text(encoding="utf-8"))["rows"][0]
     capfd.readouterr()
     for words in (
@@ -532,7 +532,7 @@ def test_options_of_attach_are_options_of_every_command(capfd, monkeypatch, tmp_
         ["model=x"],
         ["foo=1"],
     ):
-        one_line(capfd, cli.main([*bench, "--timing", "0", *(w for word in words for w in ("--option", word))]))
+        one_line(capfd, main.main([*bench, "--timing", "0", *(w for word in words for w in ("--option", word))]))
     for command in (["run", "--image", "GOOD.png", "--question", "what"], ["verify"]):
         for word in ("model=x", "recipe=y", "self=1", "foo=1"):
-            one_line(capfd, cli.main([*command, "--option", word]))
+            one_line(capfd, main.main([*command, "--option", word]))

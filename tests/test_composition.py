@@ -15,13 +15,13 @@ from vtprune.models.base import ADAPTERS
 
 import vtprune
 from cases import mixes_pictures
-from vtprune.attach import bind, for_units, plan
+from vtprune.check.verify import check, output
+from vtprune.core.planning import bind, for_units, plan
+from vtprune.core.recipe import Recipe, Stage
+from vtprune.core.select import bands
+from vtprune.core.types import VtpruneError
 from vtprune.methods._sites import cells
 from vtprune.methods.base import METHODS
-from vtprune.recipe import Recipe, Stage
-from vtprune.select import bands
-from vtprune.types import VtpruneError
-from vtprune.verify import check, output
 
 # What a stage may be: every method with its defaults and at every kind of site it can be put, routing and ranking
 # variants, mild and aggressive.
@@ -177,8 +177,8 @@ def test_flowcut_carries_its_average_over_what_others_drop(tiny, stages):
 
 def test_flowcuts_average_stays_with_its_token():
     """By hand: a token that another stage dropped takes its average along, and its neighbours keep theirs."""
+    from vtprune.core.types import Projections, TokenView
     from vtprune.methods.base import Cut, make
-    from vtprune.types import Projections, TokenView
 
     generator = torch.Generator().manual_seed(0)
     method = make("flowcut", {})
@@ -420,7 +420,7 @@ def test_verify_knows_compact_positions(tiny, method, positions):
 
 
 def test_the_compact_reference_can_fail(tiny, monkeypatch):
-    from vtprune.models._decoder import DecoderEngine
+    from vtprune.models.engine.decoder import DecoderEngine
 
     model, inputs = tiny("llava", "clip-llama")
     right = DecoderEngine._compact
@@ -562,8 +562,8 @@ def test_long_thin_images(tiny, family, size):
 def test_several_answers_with_a_stage_in_the_tower(tiny, family, ways):
     """``generate`` repeats prompts but not the sizes of their images; each answer is that of the dense model under
     masks."""
-    from vtprune.attach import load_recipe
-    from vtprune.verify import _Case, _masks
+    from vtprune.check.verify import _Case, _masks
+    from vtprune.core.planning import load_recipe
 
     model, x = tiny(family, next(iter(ADAPTERS.get(family).tiny)))
     if mixes_pictures():

@@ -13,9 +13,9 @@ from vtprune.models.base import ADAPTERS
 
 import vtprune
 from cases import case_options
-from vtprune.attach import load_recipe
-from vtprune.types import UnsupportedError
-from vtprune.verify import CHECKS, _Case, check
+from vtprune.check.verify import CHECKS, _Case, check
+from vtprune.core.planning import load_recipe
+from vtprune.core.types import UnsupportedError
 
 REFUSED = Path(__file__).with_name("refused_pairs.json")
 # The first variant of a family meets every check; the others the ones in which their parts could make a difference.
@@ -241,8 +241,8 @@ def bundled():
     """The bundled VLM and one padded batch of two questions."""
     from PIL import Image
 
-    from vtprune.answer import prepare
     from vtprune.data import scenes
+    from vtprune.inputs.chats import prepare
 
     model, processor = vtprune.load_demo_model()
     found = [scenes.scene(i, "test") for i in (0, 1)]
@@ -270,9 +270,9 @@ def test_bundled_model_meets_the_contract(bundled, some_method):
 
 def test_a_check_can_fail(tiny, monkeypatch):
     """The contract notices a wrong position: rotary rows taken one too far."""
-    from vtprune.models import _decoder
+    from vtprune.models.engine import decoder
 
     model, inputs = tiny("llava", "clip-llama")
-    right = _decoder.take
-    monkeypatch.setattr(_decoder, "take", lambda table, rows: right(table, (rows + 1).clamp_max(table.shape[1] - 1)))
+    right = decoder.take
+    monkeypatch.setattr(decoder, "take", lambda table, rows: right(table, (rows + 1).clamp_max(table.shape[1] - 1)))
     assert check("prefill_is_masked_dense", model, "fastv", inputs, keep=4).passed is False

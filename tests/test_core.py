@@ -11,17 +11,17 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
-from vtprune.models._host import cache_of, cached
+from vtprune.models.engine.host import cache_of, cached
 
 import vtprune
 from vtprune import Recipe, Stage, UnsupportedError, VtpruneError
-from vtprune.attach import bind, load_recipe, plan
-from vtprune.ledger import UndoLedger, snapshot
+from vtprune.core.ledger import UndoLedger, snapshot
+from vtprune.core.planning import bind, load_recipe, plan
+from vtprune.core.recipe import resolve
+from vtprune.core.recipes import RECIPES
+from vtprune.core.registry import Registry
+from vtprune.core.select import bands, combine, merged, top
 from vtprune.methods.base import METHODS, Cut, Method, MethodInfo, register
-from vtprune.recipe import resolve
-from vtprune.recipes import RECIPES
-from vtprune.registry import Registry
-from vtprune.select import bands, combine, merged, top
 
 
 def test_registry_refuses_clashes_and_suggests():
@@ -483,7 +483,7 @@ def test_sliding_windows_count_the_callers_positions(method):
     from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig
     from vtprune.models.base import ADAPTERS
 
-    from vtprune.verify import check
+    from vtprune.check.verify import check
 
     model, inputs = ADAPTERS.get("llava").tiny["dinov2-mistral"]()
     words = {**model.config.text_config.to_dict(), "sliding_window": 8}
@@ -553,7 +553,7 @@ def test_budgets_that_contradict_each_other_and_wrong_values_are_refused(tiny):
 def test_predicted_flops_and_tokens_are_the_reported_ones(tiny, options):
     """Behind a stage that dropped some: what returns is what was put aside, and a side branch that never runs costs
     nothing."""
-    from vtprune.solve import _predict
+    from vtprune.core.solve import _predict
 
     model, inputs = tiny("llava", "clip-llama")
     one = {k: v[:1] for k, v in inputs.items()}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from vtprune.models._count import fit
-from vtprune.models._host import cache_of
 from vtprune.models.base import ADAPTERS
+from vtprune.models.engine.count import fit
+from vtprune.models.engine.host import cache_of
 
 import vtprune
-from vtprune import cost
-from vtprune.attach import bind
-from vtprune.types import UnsupportedError
+from vtprune.core import cost
+from vtprune.core.planning import bind
+from vtprune.core.types import UnsupportedError
 
 METHODS = [
     ("random", {"keep": 1.0}),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vtprune.types import VtpruneError
+from vtprune.core.types import VtpruneError
 
 gr = pytest.importorskip("gradio")
 

@@ -207,7 +207,7 @@ def pictures(tmp_path_factory) -> list[tuple[Path, str, str]]:
     """Files with a question each and what the dense model answers."""
     from vtprune.demos.samples import samples
 
-    from vtprune.answer import ask
+    from vtprune.inputs.chats import ask
 
     folder, out = tmp_path_factory.mktemp("pictures"), []
     model, processor = vtprune.load_demo_model()
@@ -238,7 +238,8 @@ def test_a_visit(seat, pictures, tmp_path):
         one.page.locator("#get-recipe-b-json").click()
     found.value.save_as(tmp_path / "recipe.json")
     model, processor = vtprune.load_demo_model()
-    from vtprune.answer import generate, open_image, prepare
+    from vtprune.inputs.chats import generate, prepare
+    from vtprune.inputs.images import open_image
 
     with vtprune.attach(model, tmp_path / "recipe.json") as handle:
         generate(model, processor, prepare(processor, [open_image(path)], [question]), 1)

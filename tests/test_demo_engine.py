@@ -18,8 +18,9 @@ from vtprune.models.base import ADAPTERS
 
 import vtprune
 from fake import FakeProcessor, picture, tiny
-from vtprune import answer, bench
-from vtprune.ledger import snapshot
+from vtprune.core.ledger import snapshot
+from vtprune.inputs import chats
+from vtprune.measure import samples as samples_module
 
 LONG = 200  # tokens of an answer that a test stops
 
@@ -101,9 +102,9 @@ def test_an_answer_grows_and_carries_what_ran(engine):
     texts, result = [t.text for t in turns], turns[-1].result
     assert [t.done for t in turns] == [False] * (len(turns) - 1) + [True] and all(t.result is None for t in turns[:-1])
     assert all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False)) and len(set(texts)) > 2
-    inputs = answer.prepare(engine.processor, [sample.image], [sample.question])
+    inputs = chats.prepare(engine.processor, [sample.image], [sample.question])
     with vtprune.attach(engine.model, "pyramiddrop", effective_tokens=0.5) as handle:
-        assert result.answer == answer.generate(engine.model, engine.processor, inputs, 32)[0]
+        assert result.answer == chats.generate(engine.model, engine.processor, inputs, 32)[0]
         assert result.recipe == handle.recipe and result.report.to_dict() == handle.report().to_dict()
     assert result.recipe.stages[-1].keep is not None and result.name == "pyramiddrop" and not result.stopped
     assert 0 < result.prefill_ms < result.ttft_ms < result.total_ms and result.new_tokens == len(turns) - 1
@@ -114,7 +115,7 @@ def test_an_answer_grows_and_carries_what_ran(engine):
 def test_dense_is_the_model_as_it_is(engine):
     sample = samples(1)[0]
     result = last(engine.stream(Side(), sample.image, sample.question))
-    assert result.answer == answer.ask(engine.model, engine.processor, [sample.image], [sample.question])[0]
+    assert result.answer == chats.ask(engine.model, engine.processor, [sample.image], [sample.question])[0]
     report = result.report
     assert (
         report.layer_tokens == [[144] * 12]
@@ -128,7 +129,7 @@ def test_dense_is_the_model_as_it_is(engine):
 
 def test_times_are_those_of_the_clock(long, monkeypatch):
     """Attaching and preparing take as long as they are made to here, generate takes no time of its own."""
-    now, real = [100.0], answer.prepare_chats
+    now, real = [100.0], chats.prepare_chats
 
     def prepare(*args):
         now[0] += 2
@@ -357,7 +358,7 @@ def test_every_recipe_at_one_budget(engine):
                 and e.prefill_ms is None
             )
             continue
-        assert e.right == bench.matches(e.answer, sample.answer) and e.prefill_ms > 0
+        assert e.right == samples_module.matches(e.answer, sample.answer) and e.prefill_ms > 0
         if e.name not in ("dense", demo.TRAINED):
             assert 0.2 * 144 < e.effective_tokens <= 0.25 * 144 and e.flops_share < 1 and e.kv_share < 1, e.name
     entries = {e.name: e for e in found}

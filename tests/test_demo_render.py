@@ -16,8 +16,10 @@ from vtprune.demos.samples import samples
 
 import vtprune
 from fake import picture
-from vtprune import Stage, answer, cli
-from vtprune.types import Report, StageReport
+from vtprune import Stage
+from vtprune.cli import main
+from vtprune.core.report import Report, StageReport
+from vtprune.inputs import chats, images
 
 EVIL = '<script>alert(1)</script> & "quoted"\n\'\'\' """ \\ {0} #'
 
@@ -291,9 +293,9 @@ def test_a_program_for_a_folder_and_a_recipe_file(engine, asked, tmp_path):
 
 
 def test_a_recipe_file_repeats_what_ran(engine, asked, tmp_path, capsys):
-    image = answer.open_image(asked[0])
+    image = images.open_image(asked[0])
     image.thumbnail((2048, 2048))
-    inputs = answer.prepare(engine.processor, [image], [asked[1]])
+    inputs = chats.prepare(engine.processor, [image], [asked[1]])
     for side in SIDES[:-1]:
         ran = answered(engine, side, asked)
         path = tmp_path / "saved.json"
@@ -303,12 +305,12 @@ def test_a_recipe_file_repeats_what_ran(engine, asked, tmp_path, capsys):
         assert loaded.key() == ran.recipe.key() and ("--seed 11" in loaded.source) == (side.seed == 11)
         with vtprune.attach(engine.model, path, seed=side.seed, **extra) as handle:
             assert (
-                answer.generate(engine.model, engine.processor, inputs, 32)[0] == ran.answer
+                chats.generate(engine.model, engine.processor, inputs, 32)[0] == ran.answer
                 and handle.report().to_dict() == ran.report.to_dict()
             )
     picture().save(tmp_path / "small.png")
     path.write_text(shown.recipe_json(answered(engine, SIDES[0], ("small.png", asked[1]))))
-    assert cli.main(["run", "--image", "small.png", "--question", asked[1], "--recipe", str(path), "--json"]) == 0
+    assert main.main(["run", "--image", "small.png", "--question", asked[1], "--recipe", str(path), "--json"]) == 0
     told, ran = json.loads(capsys.readouterr().out), answered(engine, SIDES[0], ("small.png", asked[1]))
     assert told["pruned"] == ran.answer and told["flops"] == ran.report.flops
     with pytest.raises(vtprune.VtpruneError, match="dense"):

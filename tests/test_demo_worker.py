@@ -53,7 +53,8 @@ def test_an_answer_comes_in_pieces_and_ends_with_everything(desk, sample):
         and tome["title"].endswith(last["answers"][1])
     )
     model, processor = vtprune.load_demo_model()
-    from vtprune.answer import generate, open_image, prepare
+    from vtprune.inputs.chats import generate, prepare
+    from vtprune.inputs.images import open_image
 
     with vtprune.attach(model, "tome", effective_tokens=0.5) as handle:
         generate(model, processor, prepare(processor, [open_image(path)], [question]), 1)

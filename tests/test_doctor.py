@@ -8,8 +8,9 @@ import pytest
 
 import canary
 import vtprune
-from vtprune import cli, doctor, versions
-from vtprune.verify import CHECKS, _Fail
+from vtprune.check import doctor, versions
+from vtprune.check.verify import CHECKS, _Fail
+from vtprune.cli import main
 
 
 def pretend(monkeypatch, **releases: str | None) -> None:
@@ -102,7 +103,7 @@ def test_a_family_that_computes_otherwise_is_told(monkeypatch, capsys):
     (found,) = doctor.families(["timm-vit"])
     assert found["passed"] is False and found["detail"] == "tome: restored: relative error 1.0e+00 is above 1e-05"
     monkeypatch.setitem(CHECKS, "restored", raw)
-    assert cli.main(["doctor", "--family", "timm-vit"]) == 1  # no traceback
+    assert main.main(["doctor", "--family", "timm-vit"]) == 1  # no traceback
     out = capsys.readouterr().out
     assert "TypeError: forward() got an unexpected keyword argument" in out and "NOT sound" in out
 
@@ -115,20 +116,20 @@ def test_another_proof_can_be_given():
 def test_the_command(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "verified", lambda family: None)
     monkeypatch.setattr(versions, "conflicts", lambda: [])
-    assert cli.main(["doctor", "--json"]) == 0
+    assert main.main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [p["package"] for p in found["packages"]] == [t.package for t in versions.TESTED]
     assert {f["family"] for f in found["families"]} == {*vtprune.adapters()}
     pretend(monkeypatch, transformers="6.0.0")
-    assert cli.main(["doctor", "--family", "llava"]) == 0  # newer is said, not refused: the families decide
+    assert main.main(["doctor", "--family", "llava"]) == 0  # newer is said, not refused: the families decide
     out = capsys.readouterr().out
     assert "newer than tested" in out and "timm-vit" not in out
     pretend(monkeypatch, transformers="5.0.0")
-    assert cli.main(["doctor", "--family", "llava"]) == 1 and "OLDER" in capsys.readouterr().out
+    assert main.main(["doctor", "--family", "llava"]) == 1 and "OLDER" in capsys.readouterr().out
     pretend(monkeypatch, transformers="5.24.0")
     monkeypatch.setattr(versions, "conflicts", lambda: ["a and b quarrel"])
-    assert cli.main(["doctor", "--family", "llava"]) == 1 and "conflict: a and b quarrel" in capsys.readouterr().out
-    assert cli.main(["doctor", "--family", "lava"]) == 1 and "did you mean llava" in capsys.readouterr().err
+    assert main.main(["doctor", "--family", "llava"]) == 1 and "conflict: a and b quarrel" in capsys.readouterr().out
+    assert main.main(["doctor", "--family", "lava"]) == 1 and "did you mean llava" in capsys.readouterr().err
 
 
 def test_adapters_that_cannot_be_imported_are_told(monkeypatch):

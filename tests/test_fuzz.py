@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vtprune.models import _books, _decoder, _tower
+from vtprune.models.engine import books, decoder, tower
 
 import fuzz
 
@@ -92,15 +92,15 @@ def _unweighted(right):
 
 
 PLANTS = {
-    "prefill mask off by one row": lambda m: m.setattr(_decoder, "prefill_mask", _late_row(_decoder.prefill_mask)),
-    "kept index shifted in the tower": lambda m: m.setattr(_tower, "gather", _shifted(_tower.gather)),
-    "columns of a cut shifted": lambda m: m.setattr(_decoder, "pack", _packed(_decoder.pack)),
+    "prefill mask off by one row": lambda m: m.setattr(decoder, "prefill_mask", _late_row(decoder.prefill_mask)),
+    "kept index shifted in the tower": lambda m: m.setattr(tower, "gather", _shifted(tower.gather)),
+    "columns of a cut shifted": lambda m: m.setattr(decoder, "pack", _packed(decoder.pack)),
     "decoding mask without the prompt's first token": lambda m: m.setattr(
-        _decoder, "decode_mask", _blind(_decoder.decode_mask)
+        decoder, "decode_mask", _blind(decoder.decode_mask)
     ),
-    "passes of the tower in another order": lambda m: m.setattr(_books, "passes", _swapped(_books.passes)),
-    "scores of the wrong row": lambda m: m.setattr(_decoder, "query_rows", _earlier(_decoder.query_rows)),
-    "merged rows weighted wrongly": lambda m: m.setattr(_tower, "combine", _unweighted(_tower.combine)),
+    "passes of the tower in another order": lambda m: m.setattr(books, "passes", _swapped(books.passes)),
+    "scores of the wrong row": lambda m: m.setattr(decoder, "query_rows", _earlier(decoder.query_rows)),
+    "merged rows weighted wrongly": lambda m: m.setattr(tower, "combine", _unweighted(tower.combine)),
 }
 
 

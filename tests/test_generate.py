@@ -10,12 +10,12 @@ import inspect
 import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
-from vtprune.models._host import cache_of, cached
+from vtprune.models.engine.host import cache_of, cached
 
 import vtprune
-from vtprune.attach import load_recipe
-from vtprune.types import UnsupportedError
-from vtprune.verify import _Case, _masks
+from vtprune.check.verify import _Case, _masks
+from vtprune.core.planning import load_recipe
+from vtprune.core.types import UnsupportedError
 
 PAIRS = [
     ("llava", "clip-llama", "fastv"),

@@ -17,15 +17,17 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
 from PIL import Image
-from vtprune.models import _demo
 
 import vtprune
 from fake import picture
-from vtprune import bench, cli
-from vtprune.answer import prepare
+from vtprune.cli import main
+from vtprune.inputs import demo_model
+from vtprune.inputs.chats import prepare
 from vtprune.lmms import evaluate, tasks
 from vtprune.lmms.model import Chat, Simple
-from vtprune.runs import RunError
+from vtprune.measure import bench, samples, statistics
+from vtprune.measure import run as run_module
+from vtprune.measure.runs import RunError
 
 SIZE = 4  # easy-VQA questions, and scenes
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # tests share the cores
@@ -48,8 +50,8 @@ def manager(exported):
     return TaskManager("ERROR", include_path=str(exported), model_name="vtprune")
 
 
-def questions(name: str) -> list[bench.Sample]:
-    return bench.SETS[tasks.TASKS[name]](SIZE)
+def questions(name: str) -> list[samples.Sample]:
+    return samples.SETS[tasks.TASKS[name]](SIZE)
 
 
 MADE: list[Chat] = []
@@ -122,7 +124,7 @@ def test_every_recipe_answers_as_the_benchmark_does(bundled, manager, some_metho
     out, answers = evaluated(lm, manager, ["easy_vqa", "scenes"], limit=9)
     for name in ("easy_vqa", "scenes"):
         part = questions(name)[:9]
-        expected = bench.evaluate(*bundled, part, some_method, effective_tokens=0.25)
+        expected = run_module.evaluate(*bundled, part, some_method, effective_tokens=0.25)
         assert answers[name] == dict(enumerate(expected["answers"]))
         assert out["results"][name]["accuracy,none"] == pytest.approx(sum(expected["correct"]) / len(part))
     assert out["throughput"]["avg_effective_tokens"] == pytest.approx(expected["effective_tokens"])
@@ -133,14 +135,14 @@ def test_every_recipe_answers_as_the_benchmark_does(bundled, manager, some_metho
 def test_abilities_are_metrics_of_their_own(bundled, manager):
     out, _ = evaluated(plugin(bundled, batch_size=8), manager, ["scenes"])
     part = questions("scenes")
-    expected = bench.means(bench.evaluate(*bundled, part, None)["correct"], (s.ability for s in part))
+    expected = statistics.means(run_module.evaluate(*bundled, part, None)["correct"], (s.ability for s in part))
     assert {k.removesuffix(",none") for k in out["results"]["scenes"] if k.endswith(",none")} >= {*expected, "accuracy"}
     assert all(out["results"]["scenes"][f"{a},none"] == pytest.approx(v) for a, v in expected.items())
 
 
 def test_two_processes_give_the_results_of_one(exported, bundled, tmp_path):
     """The command of the README, under the launcher."""
-    given = f"pretrained={_demo.FOLDER},recipe=random,effective_tokens=0.25,report={tmp_path / 'costs.json'}"
+    given = f"pretrained={demo_model.FOLDER},recipe=random,effective_tokens=0.25,report={tmp_path / 'costs.json'}"
     command = [
         sys.executable,
         "-m",
@@ -172,7 +174,7 @@ def test_two_processes_give_the_results_of_one(exported, bundled, tmp_path):
         (path,) = (tmp_path / "out").glob(f"*/*_samples_{name}.jsonl")
         found = {e["doc_id"]: e["filtered_resps"] for e in map(json.loads, path.read_text().splitlines())}
         assert found == dict(
-            enumerate(bench.evaluate(*bundled, questions(name), "random", effective_tokens=0.25)["answers"])
+            enumerate(run_module.evaluate(*bundled, questions(name), "random", effective_tokens=0.25)["answers"])
         )
     costs = json.loads((tmp_path / "costs.json").read_text())
     assert (
@@ -202,15 +204,15 @@ def request(number: int, settings: dict | None = None, kind: str = "generate_unt
     return Instance(request_type=kind, arguments=arguments, idx=0, metadata=metadata(number) | more)
 
 
-def docs(lm: Chat, n: int = 6) -> list[bench.Sample]:
-    part = bench.easy_vqa_samples(n)
+def docs(lm: Chat, n: int = 6) -> list[samples.Sample]:
+    part = samples.easy_vqa_samples(n)
     entries = [{"pictures": [{"type": "image", "url": s.picture()}], "text": s.question} for s in part]
     lm.task_dict = {"t": {"test": entries}}
     return part
 
 
 def test_settings_until_and_text_without_pictures(bundled):
-    dense = bench.evaluate(*bundled, bench.easy_vqa_samples(6), "uniform", keep=36)["answers"]
+    dense = run_module.evaluate(*bundled, samples.easy_vqa_samples(6), "uniform", keep=36)["answers"]
     lm = plugin(bundled, batch_size=4, recipe="uniform", keep=36, system_prompt="")
     docs(lm)
     lm.task_dict["t"]["test"][2]["pictures"] = []
@@ -326,7 +328,7 @@ def test_rounds_build_on_each_other(bundled):
 
     lm.task_dict["t"]["test"][0]["turns"] = turns
     (answers,) = lm.generate_until_multi_round([request(0, kind="generate_until_multi_round")])
-    assert answers == bench.evaluate(*bundled, part, None)["answers"][:2]
+    assert answers == run_module.evaluate(*bundled, part, None)["answers"][:2]
     assert seen == [(1, answers[:1], None), (2, answers, 1)]
     with pytest.raises(vtprune.VtpruneError, match="chat class"):
         plugin(bundled, Simple).generate_until_multi_round([])
@@ -438,7 +440,7 @@ def test_videos_several_images_and_text_share_a_run(tmp_path):
     assert "cannot read the video" in str(caught.value) and "no such video" in lm.failures[1]
 
 
-def slow_likelihood(bundled, sample: bench.Sample, words: str) -> tuple[float, bool]:
+def slow_likelihood(bundled, sample: samples.Sample, words: str) -> tuple[float, bool]:
     """One forward per token, without cache."""
     model, processor = bundled
     inputs, loss, greedy = dict(prepare(processor, [sample.picture()], [sample.question])), 0.0, True
@@ -453,7 +455,7 @@ def slow_likelihood(bundled, sample: bench.Sample, words: str) -> tuple[float, b
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_likelihoods_equal_a_slow_loop(bundled, batch):
-    part = bench.easy_vqa_samples(3)
+    part = samples.easy_vqa_samples(3)
     endings = [("blue",), ("circle", "red circle yes"), ("yes", "no")]
     asked = [(i, w) for i, words in enumerate(endings) for w in words]
     expected = [slow_likelihood(bundled, part[i], w) for i, w in asked]
@@ -521,7 +523,7 @@ def test_a_failed_request_ends_the_run_and_keeps_the_others(bundled, tmp_path):
     ask = again._answer
     again._answer = lambda *a: calls.append(a[1]) or ask(*a)
     found = again.generate_until([request(i) for i in range(6)])
-    expected = bench.evaluate(*bundled, part, None)["answers"]
+    expected = run_module.evaluate(*bundled, part, None)["answers"]
     assert calls == [[4]] and [a for i, a in enumerate(found) if i != 4] == [
         a for i, a in enumerate(expected) if i != 4
     ]
@@ -559,9 +561,9 @@ def test_under_lmms_eval_a_failure_ends_the_process(bundled, tmp_path):
         Chat(device="cpu")
     with pytest.raises(SystemExit, match="cannot load"):
         Chat(pretrained="/nowhere", device="cpu")
-    shutil.copytree(_demo.FOLDER, tmp_path / "cut")
-    (tmp_path / "cut" / "model.safetensors").write_bytes((_demo.FOLDER / "model.safetensors").read_bytes()[:5000])
-    for given in ({"pretrained": str(tmp_path / "cut")}, {"pretrained": str(_demo.FOLDER), "dtype": "float33"}):
+    shutil.copytree(demo_model.FOLDER, tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes((demo_model.FOLDER / "model.safetensors").read_bytes()[:5000])
+    for given in ({"pretrained": str(tmp_path / "cut")}, {"pretrained": str(demo_model.FOLDER), "dtype": "float33"}):
         with pytest.raises(SystemExit, match="vtprune: refused: "):
             Chat(device="cpu", **given)
     vtprune.attach(bundled[0], "random").remove()
@@ -611,7 +613,7 @@ def test_another_model_as_base(monkeypatch):
     assert base.dtype == "float16"
     with pytest.raises(vtprune.VtpruneError, match="attn_implementation"):
         Chat(base="theirs", attn_implementation="eager", device="cpu", exits=False)
-    expected = bench.evaluate(*vtprune.load_demo_model(), part, "fastv", keep=36)
+    expected = run_module.evaluate(*vtprune.load_demo_model(), part, "fastv", keep=36)
     assert lm.generate_until([request(i) for i in range(3)]) == expected["answers"]
     assert sum(c["flops"] for c in lm.costs) == expected["flops"]
     base.broken = True
@@ -627,7 +629,7 @@ def test_another_model_as_base(monkeypatch):
 
 
 def refused(capsys, *words: str) -> str:
-    assert cli.main(["eval", *words]) in (1, 2)
+    assert main.main(["eval", *words]) in (1, 2)
     (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("vtprune: error")]
     return line
 
@@ -668,7 +670,7 @@ def test_releases_that_stop_lmms_eval_are_told_before_the_work(monkeypatch, tmp_
         == f"vtprune: error: {said}"
     )
     assert not (tmp_path / "r").exists()
-    assert cli.main(["eval", "--export", str(tmp_path / "tasks"), "--samples", "1"]) == 0  # needs no lmms-eval
+    assert main.main(["eval", "--export", str(tmp_path / "tasks"), "--samples", "1"]) == 0  # needs no lmms-eval
     with pytest.raises(vtprune.VtpruneError, match="filelock<4"):
         plugin(bundled)
     with pytest.raises(SystemExit) as end:  # as under python -m lmms_eval, which would end with code 0
@@ -692,7 +694,7 @@ def test_eval_runs_once_and_tells_refusals(monkeypatch, tmp_path, capsys):
         "--results",
         str(tmp_path),
     ]
-    assert cli.main(["eval", *words]) == 0
+    assert main.main(["eval", *words]) == 0
     table = capsys.readouterr().out
     assert (
         "not possible: fastv cannot do that" in table
@@ -700,7 +702,7 @@ def test_eval_runs_once_and_tells_refusals(monkeypatch, tmp_path, capsys):
         and table.count("tome") == 2
         and len(calls) == 4
     )
-    assert cli.main(["eval", *words, "--json"]) == 0 and len(calls) == 6  # refusals are tried again, results are not
+    assert main.main(["eval", *words, "--json"]) == 0 and len(calls) == 6  # refusals are tried again, results are not
     result = json.loads(capsys.readouterr().out)
     assert [r.get("scores", {}).get("scenes") for r in result["rows"]] == [
         None,
@@ -740,7 +742,7 @@ def test_eval_says_what_is_wrong(capsys, tmp_path):
     assert "no tasks" in refused(capsys, "--tasks", ",", *out)
     (tmp_path / "a,b").mkdir()
     assert "no such model folder" in refused(capsys, "--model", "a,b", *out)
-    assert cli.main(["eval", "--list-suites"]) == 0 and "mmvet" in capsys.readouterr().out
+    assert main.main(["eval", "--list-suites"]) == 0 and "mmvet" in capsys.readouterr().out
     out = ["--results", str(tmp_path / "dry")]
     words = [
         "--dry-run",
@@ -753,7 +755,7 @@ def test_eval_says_what_is_wrong(capsys, tmp_path):
         "--system-prompt",
         "a, b",
     ]
-    assert cli.main(["eval", *words, *out]) == 0
+    assert main.main(["eval", *words, *out]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = {line.split("recipe=")[1].split(",")[0] for line in lines}
     assert names == {"dense", "pyramiddrop"} and 'system_prompt="a, b"' in lines[0]
@@ -762,7 +764,7 @@ def test_eval_says_what_is_wrong(capsys, tmp_path):
         and "layers=4+8" in lines[1]
     )
     for budget in (["--keep", "36,0.5,36"], ["--budgets", "0.25,0.5"]):
-        assert cli.main(["eval", "--dry-run", "--recipe", "fastv", "--seeds", "2", *budget, *out]) == 0
+        assert main.main(["eval", "--dry-run", "--recipe", "fastv", "--seeds", "2", *budget, *out]) == 0
         lines = capsys.readouterr().out.splitlines()
         names = [line.split("recipe=")[1].split(",")[0] for line in lines]
         assert (
@@ -798,7 +800,7 @@ def test_eval_end_to_end(tmp_path, bundled):
     )
     assert done.returncode == 0, done.stderr
     run = json.loads((tmp_path / "r" / "runs" / "lmms-flowcut-effe0.25-0.json").read_text())
-    expected = bench.evaluate(*bundled, bench.scenes_samples(1), "flowcut", effective_tokens=0.25)
+    expected = run_module.evaluate(*bundled, samples.scenes_samples(1), "flowcut", effective_tokens=0.25)
     assert [a["answer"] for a in run["answers"]["scenes"]] == expected["answers"]
     assert (
         run["row"]["costs"]["effective_tokens"] == pytest.approx(expected["effective_tokens"])

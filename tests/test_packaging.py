@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from vtprune import versions
+from vtprune.check import versions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -114,17 +114,17 @@ import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
 sys.path.insert(0, {str(site)!r})
 from importlib.util import find_spec
-import vtprune, vtprune.cli, vtprune.data, vtprune.kernels, vtprune.methods, vtprune.models
+import vtprune, vtprune.cli.main, vtprune.data, vtprune.kernels, vtprune.methods, vtprune.models
 assert all(module.__file__.startswith({str(site)!r}) for name, module in sys.modules.items() if name.split(".")[0] == "vtprune"), "not from the wheel"
 assert find_spec("models") is None and find_spec("kernels") is None, "leaked to the top level"
-assert callable(vtprune.cli.main)
+assert callable(vtprune.cli.main.main)
 assert vtprune.methods("*") and vtprune.adapters("*") and vtprune.recipes("*")
 vtprune.load_demo_model()
 """  # noqa: E501
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (entry_points,) = site.glob("vtprune-*.dist-info/entry_points.txt")
-    assert "vtprune = vtprune.cli:main" in entry_points.read_text(encoding="utf-8")
+    assert "vtprune = vtprune.cli.main:main" in entry_points.read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------- bounds, tested
@@ -223,8 +223,8 @@ def test_the_locked_pythons_are_those_that_are_supported():
 
 
 def asked(word: str, *, python: str = "") -> subprocess.CompletedProcess:
-    """``vtprune/versions.py`` as the Makefile calls it; ``python``: as if it ran on that one."""
-    path = str(ROOT / "vtprune" / "versions.py")
+    """``vtprune/check/versions.py`` as the Makefile calls it; ``python``: as if it ran on that one."""
+    path = str(ROOT / "vtprune" / "check" / "versions.py")
     other = (
         "import runpy, sys; _, *sys.argv, v = sys.argv; sys.version_info = (*map(int, v.split('.')),); "
         "runpy.run_path(sys.argv[0], run_name='__main__')"

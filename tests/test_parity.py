@@ -26,7 +26,7 @@ from vtprune.models.base import ADAPTERS
 
 import vtprune
 from cases import mixes_pictures
-from vtprune.types import VtpruneError
+from vtprune.core.types import VtpruneError
 
 FAMILIES = {
     "llava": ("llava", "clip-llama"),
@@ -407,7 +407,7 @@ def _answers(inputs: Inputs) -> Tensor:
 
 
 def _one(model: Any, inputs: Inputs, b: int) -> Inputs:
-    from vtprune.attach import bind
+    from vtprune.core.planning import bind
 
     adapter = bind(model)
     real = inputs["attention_mask"][b].bool()

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from vtprune.models import _decoder, _host
 from vtprune.models.base import ADAPTERS
+from vtprune.models.engine import decoder, host
 
 import vtprune
-from vtprune import prove, versions
+from vtprune.check import prove, versions
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_a_new_release_proves_itself_once(future, monkeypatch):
     (line,) = json.loads(future.read_text())
     assert "transformers 99.1.0: llava" in line
     monkeypatch.setattr(prove, "_proved", set())
-    monkeypatch.setattr(prove, "_verified", lambda name: pytest.fail("it is remembered on disk"))
+    monkeypatch.setattr(prove, "verified", lambda *given: pytest.fail("it is remembered on disk"))
     assert run() == 3
     future.write_text("[1, {")  # damaged: proved again
     monkeypatch.setattr(prove, "_proved", set())
@@ -42,8 +42,8 @@ def test_a_new_release_proves_itself_once(future, monkeypatch):
 
 
 def test_a_release_that_computes_otherwise_is_refused_by_name(future, monkeypatch):
-    real = _decoder.put
-    monkeypatch.setattr(_decoder, "put", lambda x, rows, values: real(x, rows, 1.1 * values))
+    real = decoder.put
+    monkeypatch.setattr(decoder, "put", lambda x, rows, values: real(x, rows, 1.1 * values))
     model, _ = ADAPTERS.get("internvl").tiny["qwen3"]()
     with pytest.raises(
         vtprune.UnsupportedError, match=r"transformers 99\.1\.0 is newer than .* internvl does not come out exact"
@@ -55,16 +55,16 @@ def test_a_release_that_computes_otherwise_is_refused_by_name(future, monkeypatc
 
 
 def test_a_renamed_cache_is_refused_not_guessed(future, monkeypatch):
-    monkeypatch.setattr(_host, "CACHES", ("kv_store",))
-    _host._cache_name.cache_clear()
+    monkeypatch.setattr(host, "CACHES", ("kv_store",))
+    host._cache_name.cache_clear()
     try:
         with pytest.raises(vtprune.UnsupportedError, match="kv_store|none of the"):
             run()
     finally:
-        _host._cache_name.cache_clear()
+        host._cache_name.cache_clear()
 
 
 def test_tested_releases_prove_nothing(monkeypatch):
-    monkeypatch.setattr(prove, "_verified", lambda name: pytest.fail("tested releases need no proof"))
+    monkeypatch.setattr(prove, "verified", lambda *given: pytest.fail("tested releases need no proof"))
     assert versions.find("transformers").status == "tested"
     assert run() == 3

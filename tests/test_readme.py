@@ -10,7 +10,7 @@ from pathlib import Path
 
 import vtprune
 from fake import picture
-from vtprune import cli
+from vtprune.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,5 +57,5 @@ def test_the_commands_of_the_table_exist(capsys):
     }
     assert {"run", "bench", "eval", "doctor", "recipes"} <= named
     for name in sorted(named):
-        assert cli.main([name, "--help"]) == 0, name
+        assert main.main([name, "--help"]) == 0, name
     capsys.readouterr()

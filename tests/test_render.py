@@ -14,8 +14,8 @@ from PIL import Image
 
 import vtprune
 from fake import FakeProcessor, picture
-from vtprune import render
-from vtprune.types import Report, StageReport
+from vtprune.core.report import Report, StageReport
+from vtprune.show import pictures
 
 GRID = (4, 4)
 
@@ -34,45 +34,45 @@ def merge(kept: list[int], slots: list[int]) -> StageReport:
 
 def test_owners_follow_merges_drops_and_returns():
     slots = [0, 0, 1, 1, *[2] * 4, *[-1] * 8]
-    first, second, third = render.owners(report(merge([0, 2, 5], slots), drop([2, 5], 3), drop([2, 5, 9], 2)), 0)
+    first, second, third = pictures.owners(report(merge([0, 2, 5], slots), drop([2, 5], 3), drop([2, 5, 9], 2)), 0)
     assert first.tolist() == [0, 0, 2, 2, 5, 5, 5, 5, *[-1] * 8]
     assert second.tolist() == [-1, -1, 2, 2, 5, 5, 5, 5, *[-1] * 8]
     assert third.tolist() == [-1, -1, 2, 2, 5, 5, 5, 5, -1, 9, *[-1] * 6]
-    out, back = render.owners(report(drop([]), drop(list(range(16)), 0)), 0)
+    out, back = pictures.owners(report(drop([]), drop(list(range(16)), 0)), 0)
     assert (out == -1).all() and back.tolist() == list(range(16))
 
 
 def test_owners_of_the_second_image_of_a_sample():
     stage = StageReport("llm.1", "some", [32], [3], [torch.tensor([1, 16, 31])])
-    (second,) = render.owners(Report([32], (stage,), [[32]], 1, 1, 1, 1, grids=[[GRID, GRID]]), 0, number=1)
+    (second,) = pictures.owners(Report([32], (stage,), [[32]], 1, 1, 1, 1, grids=[[GRID, GRID]]), 0, number=1)
     assert [i for i in range(16) if second[i] >= 0] == [0, 15]
 
 
 def test_dropped_patches_are_dim_and_kept_ones_are_not():
     white = Image.new("RGB", (40, 40), "white")
-    out = np.asarray(render.token_picture(white, report(drop([0, 5])), 0, panel=80, boxes=[(2, 2, 9, 9)]))
-    panel = out[render.GAP + render.TITLE :, render.GAP * 2 + 80 :][:80, :80]
+    out = np.asarray(pictures.token_picture(white, report(drop([0, 5])), 0, panel=80, boxes=[(2, 2, 9, 9)]))
+    panel = out[pictures.GAP + pictures.TITLE :, pictures.GAP * 2 + 80 :][:80, :80]
     means = panel.reshape(4, 20, 4, 20, 3).mean((1, 3, 4))
     assert (means.ravel()[[0, 5]] > 240).all() and (np.delete(means.ravel(), [0, 5]) < 120).all()
 
 
 def test_groups_get_their_own_colour():
-    out = render.token_picture(picture(), report(merge([0, 15], [0] * 8 + [1] * 8)), 0, panel=80)
+    out = pictures.token_picture(picture(), report(merge([0, 15], [0] * 8 + [1] * 8)), 0, panel=80)
     seen = {tuple(p) for p in np.asarray(out).reshape(-1, 3)}
-    assert render.color(0) in seen and render.color(15) in seen and render.color(0) != render.color(15)
+    assert pictures.color(0) in seen and pictures.color(15) in seen and pictures.color(0) != pictures.color(15)
 
 
 def test_many_stages_are_thinned_but_the_last_stays():
     stages = [drop(list(range(16 - i)), 17 - i) for i in range(1, 10)]
-    out = render.token_picture(picture(), report(*stages), 0, panel=40, limit=3)
-    assert out.width == 4 * (40 + render.GAP) + render.GAP
+    out = pictures.token_picture(picture(), report(*stages), 0, panel=40, limit=3)
+    assert out.width == 4 * (40 + pictures.GAP) + pictures.GAP
     with pytest.raises(vtprune.VtpruneError, match="no sample 1"):
-        render.token_picture(picture(), report(*stages), 1)
+        pictures.token_picture(picture(), report(*stages), 1)
 
 
 def test_model_view_undoes_the_normalisation():
     flat = Image.new("RGB", (50, 70), (200, 30, 90))
-    view = render.model_view(FakeProcessor(), flat)
+    view = pictures.model_view(FakeProcessor(), flat)
     assert view.size == (32, 32) and view.getpixel((5, 5)) == (200, 30, 90)
 
 
@@ -93,40 +93,40 @@ def scored(kept: list[int], scores: list[float], units: list[int]) -> StageRepor
 
 
 def test_ranks_start_at_one_in_every_unit_and_ties_go_to_the_lower_index():
-    rank, ranked = render.ranks(scored([0], [3, 1, NAN, 3, 2, 9], [0, 0, -1, 0, 1, 1]), 0)
+    rank, ranked = pictures.ranks(scored([0], [3, 1, NAN, 3, 2, 9], [0, 0, -1, 0, 1, 1]), 0)
     assert rank.tolist() == [1, 3, 0, 2, 2, 1] and ranked.tolist() == [3, 3, 0, 3, 2, 2]
-    assert render.ranks(drop([0]), 0) is None
+    assert pictures.ranks(drop([0]), 0) is None
 
 
 def test_heat_runs_from_dark_blue_to_yellow():
     stages = scored([0, 1], [16.0 - i for i in range(15)] + [NAN], [0] * 15 + [-1]), drop([0], 2)
     grey = Image.new("RGB", (40, 40), (128, 128, 128))
-    out = np.asarray(render.token_picture(grey, report(*stages), 0, panel=80, heat=True), float)
+    out = np.asarray(pictures.token_picture(grey, report(*stages), 0, panel=80, heat=True), float)
     for x, gone in ((100, [False, False]), (190, [False, True])):  # the second panel keeps the colours of the first
         cells = (
-            out[render.GAP + render.TITLE :, x:][:80, :80]
+            out[pictures.GAP + pictures.TITLE :, x:][:80, :80]
             .reshape(4, 20, 4, 20, 3)[:, 8:12, :, 8:12]
             .mean((1, 3))
             .reshape(16, 3)
         )
         best, next_, worst, unranked = cells[0], cells[1], cells[14], cells[15]
-        assert best == pytest.approx(0.3 * 128 + 0.7 * np.array(render.HEAT[-1]), abs=1)
-        assert worst == pytest.approx(0.55 * (0.3 * 128 + 0.7 * np.array(render.HEAT[0])), abs=1)
+        assert best == pytest.approx(0.3 * 128 + 0.7 * np.array(pictures.HEAT[-1]), abs=1)
+        assert worst == pytest.approx(0.55 * (0.3 * 128 + 0.7 * np.array(pictures.HEAT[0])), abs=1)
         assert (next_.sum() < best.sum() * 0.7) == gone[1] and np.ptp(unranked) < 15
     with pytest.raises(vtprune.VtpruneError, match="no stage of this report ranks"):
-        render.token_picture(grey, report(drop([1])), 0, heat=True)
+        pictures.token_picture(grey, report(drop([1])), 0, heat=True)
 
 
 def test_heat_is_that_of_the_latest_ranking():
     rising, falling = [float(i) for i in range(16)], [16.0 - i for i in range(16)]
     made = report(scored(list(range(16)), rising, [0] * 16), scored(list(range(8)), falling, [0] * 16), drop([0, 1], 8))
     grey = Image.new("RGB", (40, 40), (128, 128, 128))
-    out = np.asarray(render.token_picture(grey, made, 0, panel=80, heat=True), float)
-    yellow = 0.3 * 128 + 0.7 * np.array(render.HEAT[-1])
+    out = np.asarray(pictures.token_picture(grey, made, 0, panel=80, heat=True), float)
+    yellow = 0.3 * 128 + 0.7 * np.array(pictures.HEAT[-1])
     for x in (100, 190):  # the first ranking changed nothing and has no panel
-        assert out[render.GAP + render.TITLE + 10, x + 10] == pytest.approx(yellow, abs=1)
-    single = np.asarray(render.token_picture(grey, report(*made.stages[:1]), 0, panel=80, heat=True), float)
-    assert single[render.GAP + render.TITLE + 70, 170] == pytest.approx(yellow, abs=1)
+        assert out[pictures.GAP + pictures.TITLE + 10, x + 10] == pytest.approx(yellow, abs=1)
+    single = np.asarray(pictures.token_picture(grey, report(*made.stages[:1]), 0, panel=80, heat=True), float)
+    assert single[pictures.GAP + pictures.TITLE + 70, 170] == pytest.approx(yellow, abs=1)
 
 
 def test_a_group_that_reaches_into_another_raster():
@@ -134,10 +134,10 @@ def test_a_group_that_reaches_into_another_raster():
     slots = [0] * 16 + [0] * 2 + list(range(1, 15))
     stage = StageReport("projector", "pool", [32], [15], [torch.tensor([0, *range(18, 32)])], [torch.tensor(slots)])
     made = Report([32], (stage, drop([0, 31], 15)), [[32]], 1, 1, 1, 1, grids=[[GRID, GRID]])
-    first, second = render.owners(made, 0, number=1)
+    first, second = pictures.owners(made, 0, number=1)
     assert first.tolist() == [0, 0, *range(18, 32)] and second.tolist() == [0, 0, *[-1] * 13, 31]
-    outer = np.asarray(render.token_picture(picture(), made, 0, number=1, panel=80)).reshape(-1, 3)
-    assert (outer == render.color(0)).all(1).sum() > 50
+    outer = np.asarray(pictures.token_picture(picture(), made, 0, number=1, panel=80)).reshape(-1, 3)
+    assert (outer == pictures.color(0)).all(1).sum() > 50
 
 
 class Notebook:
@@ -169,10 +169,10 @@ def test_show_in_a_notebook(monkeypatch):
     )
     ranked = Report([16, 32], (joined,), [[16], [32]], 1, 1, 1, 1, grids=[[GRID], [GRID, GRID]])
     ranked.show([picture(), picture(1)], sample=1, heat=True)
-    assert notebook.shown.pop().tobytes() == render.sheet([picture(), picture(1)], ranked, 1, heat=True).tobytes()
+    assert notebook.shown.pop().tobytes() == pictures.sheet([picture(), picture(1)], ranked, 1, heat=True).tobytes()
     assert (
-        render.sheet([picture(), picture(1)], ranked, 1).tobytes()
-        != render.sheet([picture(), picture(1)], ranked, 1, heat=True).tobytes()
+        pictures.sheet([picture(), picture(1)], ranked, 1).tobytes()
+        != pictures.sheet([picture(), picture(1)], ranked, 1, heat=True).tobytes()
     )
     page = Links()
     page.feed(notebook.shown[2])
@@ -191,7 +191,7 @@ def test_show_without_a_notebook(monkeypatch, shell):
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     monkeypatch.setattr(Image.Image, "show", lambda self: shown.append(self.size))
     report(drop([1])).show(picture())
-    assert shown == [render.token_picture(picture(), report(drop([1])), 0).size]
+    assert shown == [pictures.token_picture(picture(), report(drop([1])), 0).size]
     with pytest.raises(vtprune.VtpruneError, match=r"--picture OUT\.html"):
         report(drop([1])).show(interactive=True)
     with pytest.raises(vtprune.VtpruneError, match="no sample 3"):
@@ -203,29 +203,29 @@ def test_show_without_a_notebook(monkeypatch, shell):
 def test_a_sheet_has_a_strip_for_every_raster(monkeypatch):
     made = Report([32], (drop([1, 17], 32),), [[32, 2]], 1, 1, 1, 1, grids=[[GRID, GRID]])
     strips = [
-        render.token_picture(picture(i), made, 0, number=i, caption=c)
+        pictures.token_picture(picture(i), made, 0, number=i, caption=c)
         for i, c in enumerate(("raster 1 of 2", "raster 2 of 2"))
     ]
     written = []
-    monkeypatch.setattr(render, "fit", lambda draw, words, *size: (written.append(words), words)[1])
-    out = np.asarray(render.sheet([picture(0), picture(1)], made))
+    monkeypatch.setattr(pictures, "fit", lambda draw, words, *size: (written.append(words), words)[1])
+    out = np.asarray(pictures.sheet([picture(0), picture(1)], made))
     assert written[::2] == ["raster 1 of 2", "llm.2  some", "raster 2 of 2", "llm.2  some"]
     assert written[1::2] == ["16 of 32 visual tokens", "1 of 16 here, 32 -> 2 tokens in all"] * 2
     assert out.shape[:2] == (sum(s.height for s in strips), strips[0].width)
     assert (out == np.concatenate([np.asarray(s) for s in strips])).all()
     one = report(drop([1]))
     assert (
-        render.sheet([picture()], one, caption="why").tobytes()
-        == render.token_picture(picture(), one, 0, caption="why").tobytes()
+        pictures.sheet([picture()], one, caption="why").tobytes()
+        == pictures.token_picture(picture(), one, 0, caption="why").tobytes()
     )
 
 
 def test_row_figure():
-    figure = render.row_bias_figure({"fastv 25%": [0, 0, 2, 30], "uniform 25%": [8, 8, 8, 8]})
+    figure = pictures.row_bias_figure({"fastv 25%": [0, 0, 2, 30], "uniform 25%": [8, 8, 8, 8]})
     assert len(figure.getcolors(10**6)) > 4
     for bad in ({}, {"a": [1], "b": [1, 2]}):
         with pytest.raises(vtprune.VtpruneError):
-            render.row_bias_figure(bad)
+            pictures.row_bias_figure(bad)
 
 
 class Links(HTMLParser):
@@ -241,7 +241,7 @@ class Links(HTMLParser):
 def test_report_is_self_contained_and_escaped(tmp_path):
     path = tmp_path / "r.html"
     table = [["method", "note"], ["a<script>", "b & c"]]
-    render.html_report(table, [("one <b>", picture())], path, title="t", intro="<i>", facts="f")
+    pictures.html_report(table, [("one <b>", picture())], path, title="t", intro="<i>", facts="f")
     page = path.read_text()
     found = Links()
     found.feed(page)
@@ -249,13 +249,13 @@ def test_report_is_self_contained_and_escaped(tmp_path):
     assert not {"script", "link", "b", "i"} & set(found.tags) and "url(" not in page and "@import" not in page
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
     with pytest.raises(vtprune.VtpruneError, match="cannot write"):
-        render.html_report(table, [], tmp_path / "no" / "r.html")
+        pictures.html_report(table, [], tmp_path / "no" / "r.html")
 
 
 def test_contact_sheet(tmp_path):
-    sheet = render.contact_sheet([("a", picture()), ("b" * 300, picture(1, 60))])
+    sheet = pictures.contact_sheet([("a", picture()), ("b" * 300, picture(1, 60))])
     assert sheet.width == 60
-    render.write(tmp_path / "s.png", sheet)
+    pictures.write(tmp_path / "s.png", sheet)
     assert Image.open(tmp_path / "s.png").size == sheet.size
     with pytest.raises(vtprune.VtpruneError):
-        render.contact_sheet([])
+        pictures.contact_sheet([])

@@ -7,6 +7,7 @@ import copy
 import errno
 import itertools
 import json
+import os
 import re
 import sys
 from html.parser import HTMLParser
@@ -17,7 +18,9 @@ import pytest
 from matplotlib.colors import to_hex, to_rgb
 
 import vtprune
-from vtprune import cli, figures, report
+from vtprune.cli import main
+from vtprune.show import figures
+from vtprune.show import page as report
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ["colour", "count"]
@@ -219,7 +222,7 @@ def made(tmp_path_factory):
     printed: list[str] = []
     capture.setattr("builtins.print", lambda *a, **k: printed.append(" ".join(map(str, a))))
     try:
-        assert cli.main(["report", str(folder), "--out", str(folder / "new" / "site"), "--json"]) == 0
+        assert main.main(["report", str(folder), "--out", str(folder / "new" / "site"), "--json"]) == 0
     finally:
         capture.undo()
     return folder / "new" / "site", json.loads(printed[0])
@@ -231,7 +234,7 @@ def page(made) -> Page:
 
 
 def refused(capsys, *words: str, code: int = 1) -> str:
-    assert cli.main(["report", *words]) == code
+    assert main.main(["report", *words]) == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("vtprune: error: "), lines
     return lines[0]
@@ -608,10 +611,10 @@ def test_a_table_of_own_schedules_only(tmp_path):
 
 def test_another_report_takes_the_place_of_the_first(tmp_path, capsys):
     folder = put(tmp_path / "in", vits=vit())
-    assert cli.main(["report", str(folder)]) == 0
+    assert main.main(["report", str(folder)]) == 0
     assert capsys.readouterr().out == f"wrote {folder / 'report.html'}\n"
     put(folder, vits={**vit(), "rows": [{"method": "second"}]})
-    assert cli.main(["report", str(folder), "--title", "mine & yours"]) == 0
+    assert main.main(["report", str(folder), "--title", "mine & yours"]) == 0
     text = (folder / "report.html").read_text()
     assert "second" in text and "pitome" not in text and "<h1>mine &amp; yours</h1>" in text
 
@@ -739,7 +742,7 @@ def test_what_cannot_be_written_is_told_before_the_work(tmp_path, capsys, monkey
         (tmp_path / "out" / name).mkdir(parents=True)
         assert f"{name}: it is a folder" in refused(capsys, str(folder), "--out", str(tmp_path / "out"))
         (tmp_path / "out" / name).rmdir()
-    monkeypatch.setattr(cli.os, "access", lambda *a: False)
+    monkeypatch.setattr(os, "access", lambda *a: False)
     assert "cannot be written" in refused(capsys, str(folder))
 
 

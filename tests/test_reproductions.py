@@ -19,11 +19,13 @@ import torch
 import yaml
 
 import vtprune
-from vtprune import bench, cli
-from vtprune.attach import ATTACH_OPTIONS, TARGETS, bind, load_recipe, plan
+from vtprune.cli import main
+from vtprune.cli import options as options_module
+from vtprune.core.planning import ATTACH_OPTIONS, TARGETS, bind, load_recipe, plan
+from vtprune.core.recipe import Recipe
+from vtprune.core.solve import _predict
 from vtprune.lmms.suites import JUDGED, NOTES, SUITES
-from vtprune.recipe import Recipe
-from vtprune.solve import _predict
+from vtprune.measure import samples
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 CARDS = {
@@ -146,12 +148,12 @@ def from_lmms(words: list[str]) -> Run:
 def from_cli(words: list[str]) -> Run:
     assert words[:2] == ["vtprune", "eval"]
     parser = argparse.ArgumentParser(exit_on_error=False)
-    cli.model_options(parser)
-    cli.recipe_options(parser)
-    parser.add_argument("--tasks", type=cli.words)
+    options_module.model_options(parser)
+    options_module.recipe_options(parser)
+    parser.add_argument("--tasks", type=options_module.words)
     parser.add_argument("--system-prompt")
     args = parser.parse_args(words[2:])
-    given = cli.overrides(args)
+    given = options_module.overrides(args)
     own = {key: given.pop(key) for key in ATTACH_OPTIONS if key in given}
     rest = {key: value for key, value in own.items() if (key, value) != ("seed", 0)} | {
         "dtype": args.dtype,
@@ -318,7 +320,7 @@ def test_every_task_in_the_commands_exists(name):
 
 
 def test_the_eval_command_takes_what_the_cards_write():
-    parser = cli.parser()
+    parser = main.parser()
     choices = next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     if "eval" not in choices:
         pytest.skip("vtprune has no eval command yet")
@@ -363,7 +365,7 @@ def test_suites_name_tasks_that_exist_once():
     assert set(SUITES) == {"standard", "hard", "local"}
     for suite in ("standard", "hard"):
         assert len(set(SUITES[suite])) == len(SUITES[suite]) and set(SUITES[suite]) <= set(tasks())
-    assert {name.replace("_", "-") for name in SUITES["local"]} == set(bench.SETS)
+    assert {name.replace("_", "-") for name in SUITES["local"]} == set(samples.SETS)
     everything = {name for suite in SUITES.values() for name in suite}
     assert set(NOTES) <= everything and set(JUDGED) <= set(NOTES)
 

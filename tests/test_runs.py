@@ -18,9 +18,11 @@ import pytest
 
 import vtprune
 from fake import picture, tiny
-from vtprune import bench
-from vtprune.bench import Sample
-from vtprune.runs import Journal, RunError, fingerprint, write
+from vtprune.measure import bench, statistics
+from vtprune.measure import run as run_module
+from vtprune.measure import samples as samples_module
+from vtprune.measure.runs import Journal, RunError, fingerprint, write
+from vtprune.measure.samples import Sample
 
 NAMES = ["random", "downsample", "fastv"]
 
@@ -252,22 +254,24 @@ def test_a_killed_run_ends_with_the_same_files(tmp_path):
 @pytest.fixture(scope="module")
 def bundled():
     model, processor = vtprune.load_demo_model()
-    return model, processor, [*bench.easy_vqa_samples(8), *bench.scenes_samples(1)[:8]]
+    return model, processor, [*samples_module.easy_vqa_samples(8), *samples_module.scenes_samples(1)[:8]]
 
 
 def test_batches_do_not_change_an_answer(bundled, some_method):
     model, processor, part = bundled
-    runs = [bench.evaluate(model, processor, part, some_method, batch=b, effective_tokens=0.25) for b in (1, 4, 16)]
+    runs = [
+        run_module.evaluate(model, processor, part, some_method, batch=b, effective_tokens=0.25) for b in (1, 4, 16)
+    ]
     for name in ("answers", "correct", "effective_tokens", "nominal_tokens", "flops", "kv_bytes", "key"):
         assert runs[0][name] == runs[1][name] == runs[2][name], name
 
 
 def test_samples_draw_on_their_own(vlm):
     part = [samples()[0]] * 6
-    one = bench.evaluate(*vlm, part, "random", keep=5, batch=1)
-    assert one["rows"] == bench.evaluate(*vlm, part, "random", keep=5, batch=4)["rows"]
+    one = run_module.evaluate(*vlm, part, "random", keep=5, batch=1)
+    assert one["rows"] == run_module.evaluate(*vlm, part, "random", keep=5, batch=4)["rows"]
     with vtprune.attach(vlm[0], "random", keep=5) as handle:
-        from vtprune.answer import prepare
+        from vtprune.inputs.chats import prepare
 
         inputs = prepare(vlm[1], [picture()] * 3, ["a b"] * 3)
         handle.reseed([1, 2, 1])
@@ -303,7 +307,7 @@ def test_group_a_is_what_down_sampling_loses(vlm):
         {"method": "x", "budget": 0.25, "correct": [1.0] * 6},
         {"method": "y", "budget": 0.5, "error": "no"},
     ]
-    bench.add_group_a(rows, part)
+    statistics.add_group_a(rows, part)
     assert [r["group_a"] and (r["group_a"]["accuracy"], r["group_a"]["samples"]) for r in rows] == [
         None,
         (0, 3),

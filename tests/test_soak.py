@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import vtprune
-from vtprune.ledger import snapshot
+from vtprune.core.ledger import snapshot
 
 RECIPES: dict[str, dict[str, Any]] = {
     "fastv": {"keep": 3},

@@ -8,21 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from vtprune.models import _decoder, generic
+from vtprune.models import generic
 from vtprune.models.base import ADAPTERS
+from vtprune.models.engine import decoder
 
 import vtprune
-from vtprune import support
-from vtprune.attach import bind
-from vtprune.types import UnsupportedError
+from vtprune.core.planning import bind
+from vtprune.core.types import UnsupportedError
+from vtprune.measure import support
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_table_in_the_docs_is_true():
-    assert (ROOT / "docs" / "support.md").read_text() == support.document(), "run python -m vtprune.support"
+    assert (ROOT / "docs" / "support.md").read_text() == support.document(), "run python -m vtprune.measure.support"
     text = (ROOT / "README.md").read_text()
-    assert support.readme(text) == text, "run python -m vtprune.support"
+    assert support.readme(text) == text, "run python -m vtprune.measure.support"
 
 
 def test_every_family_has_a_method_of_every_kind_it_offers():
@@ -128,15 +129,15 @@ def test_an_unknown_model_without_placeholders_is_refused():
 
 def test_the_probe_sees_a_wrong_engine(monkeypatch):
     model, _ = _unknown()
-    right = _decoder.take
-    monkeypatch.setattr(_decoder, "take", lambda table, rows: right(table, (rows + 1).clamp_max(table.shape[1] - 1)))
+    right = decoder.take
+    monkeypatch.setattr(decoder, "take", lambda table, rows: right(table, (rows + 1).clamp_max(table.shape[1] - 1)))
     with pytest.raises(UnsupportedError, match="off the dense model"):
         vtprune.attach(model, "random", keep=3)
 
 
 def test_cross_attention_is_refused_with_the_reason_whatever_the_class_is_called():
     import transformers as hf
-    from vtprune.models._mllm import tiny_build, tiny_text
+    from vtprune.models.parts.tiny import tiny_build, tiny_text
 
     sizes = {
         "hidden_size": 32,

@@ -17,11 +17,11 @@ from vtprune.models.base import ADAPTERS
 import vtprune
 from cases import case_options
 from fake import picture
-from vtprune import render, theatre
-from vtprune.answer import prepare
+from vtprune.core.recipe import Recipe, Stage
+from vtprune.core.report import Report, StageReport
 from vtprune.data import scenes
-from vtprune.recipe import Recipe, Stage
-from vtprune.types import Report, StageReport
+from vtprune.inputs.chats import prepare
+from vtprune.show import pictures, theatre
 
 
 @cache
@@ -271,7 +271,7 @@ def test_script_and_module_agree_on_numbers():
     script = theatre.head()
     for name in ("KEPT", "MERGED", "DROPPED", "BACK", "GONE"):
         assert f"{name} = {getattr(theatre, name)}" in script
-    assert json.dumps([list(c) for c in render.HEAT]) in script
+    assert json.dumps([list(c) for c in pictures.HEAT]) in script
 
 
 # ----------------------------------------------------------------------------------------------------------------- in
@@ -377,7 +377,7 @@ def test_keys_clicks_bars_and_play(opened):
     )
     assert canvas.evaluate(pixel, [0, 0]) != [255, 255, 255] == canvas.evaluate(pixel, [1, 0])
     tab.locator(".vt-heat").check()
-    assert canvas.evaluate(pixel, [1, 0]) == pytest.approx([0.3 * 255 + 0.7 * c for c in render.HEAT[-1]], abs=2)
+    assert canvas.evaluate(pixel, [1, 0]) == pytest.approx([0.3 * 255 + 0.7 * c for c in pictures.HEAT[-1]], abs=2)
     assert "llm.1 fastv" in tab.locator(".vt-note").inner_text()
     canvas.focus()
     for key in ("ArrowDown", "ArrowRight", "ArrowRight", "Enter"):
@@ -432,7 +432,7 @@ def test_groups_have_the_outlines_of_the_still_pictures(opened):
         "(node, [x, y]) => [...node.getContext('2d').getImageData(x * (node.width - 1), y * (node.height - 1), 1, "
         "1).data].slice(0, 3)"
     )
-    for bar, colors in ((0, [(255, 255, 255)] * 2), (1, [render.color(0), render.color(3)])):
+    for bar, colors in ((0, [(255, 255, 255)] * 2), (1, [pictures.color(0), pictures.color(3)])):
         tab.locator(".vt-bar").nth(bar).click()
         for y, color in enumerate(colors):
             for x in (0, 1):

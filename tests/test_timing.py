@@ -6,14 +6,16 @@ import time
 
 import pytest
 import torch
-from vtprune.models._decoder import DecoderEngine
 from vtprune.models.base import ADAPTERS
+from vtprune.models.engine.decoder import DecoderEngine
 
 import vtprune
-from vtprune import bench, timing
-from vtprune.ledger import snapshot, stopwatch
+from vtprune.core.ledger import snapshot
+from vtprune.core.stopwatch import stopwatch
+from vtprune.measure import run, timing
 from vtprune.methods.tome import ToMe
 from vtprune.methods.uniform import Uniform
+from vtprune.show import figures
 
 FAMILIES = [
     ("llava", "clip-llama"),
@@ -226,7 +228,7 @@ def test_moments_on_a_gpu_are_events(monkeypatch):
 def test_what_ratios_of_times_tell(ratios, noise, rest, says):
     assert timing.verdict(ratios, noise, rest) == says
     row = {"prefill_ratio": ratios[1], "prefill_range": [min(ratios), max(ratios)], "prefill_verdict": says}
-    text = bench.prefill_text(row)
+    text = figures.prefill_text(row)
     assert text.startswith(says or f"{ratios[1]:.2f}") and f"[{min(ratios):.2f}, {max(ratios):.2f}]" in text
 
 
@@ -237,7 +239,7 @@ def test_cpu_time_is_of_one_thread_and_ends(llava):
         1 / 0  # noqa: B018
     assert timing.timer is before and torch.get_num_threads() == threads
     model, inputs = llava
-    out = bench.prefill(
+    out = run.prefill(
         model,
         inputs,
         vtprune.Recipe(name="u", stages=(vtprune.Stage(method="uniform", keep=2),)),
@@ -262,7 +264,7 @@ def test_every_pruned_prefill_stands_between_two_dense_ones(llava, monkeypatch):
         return float(next(now))
 
     monkeypatch.setattr(timing, "clock", clock)
-    out = bench.prefill(
+    out = run.prefill(
         model, inputs, vtprune.Recipe(name="u", stages=(vtprune.Stage(method="uniform", keep=2),)), repeats=3
     )
     assert seen == [False, False, *[True, True, False] * 3]
@@ -271,5 +273,5 @@ def test_every_pruned_prefill_stands_between_two_dense_ones(llava, monkeypatch):
 
 def test_the_prefill_of_the_benchmark_keeps_its_ways(llava):
     model, inputs = llava
-    out = bench.prefill(model, inputs, None, repeats=1)
+    out = run.prefill(model, inputs, None, repeats=1)
     assert out["prefill_ratio"] == 1 and out["prefill_ms"] == out["dense_prefill_ms"] > 0

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
-from vtprune.models._hf_vit import randomise
-from vtprune.models._mllm import tiny_prompts, tiny_text
+from vtprune.models.parts.hf_vit import randomise
+from vtprune.models.parts.tiny import tiny_prompts, tiny_text
 
 import vtprune
-from vtprune.attach import bind
-from vtprune.types import UnsupportedError
-from vtprune.verify import check
+from vtprune.check.verify import check
+from vtprune.core.planning import bind
+from vtprune.core.types import UnsupportedError
 
 IMAGE, VIDEO = 3, 4
 TEXT = tiny_text(4, head_dim=12)

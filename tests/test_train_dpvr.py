@@ -11,10 +11,10 @@ import torch
 from vtprune.models.base import ADAPTERS
 
 import vtprune
-from vtprune import cli
-from vtprune.ledger import snapshot
+from vtprune.cli import options as options_module
+from vtprune.core.ledger import snapshot
+from vtprune.core.types import VtpruneError
 from vtprune.train import dpvr_lf
-from vtprune.types import VtpruneError
 
 QUIET = {"say": lambda line: None}
 
@@ -194,7 +194,7 @@ def arguments(*words: str) -> argparse.Namespace:
 def test_encoded_questions_are_what_the_processor_makes(folder):
     from PIL import Image
 
-    model, processor = cli.load(argparse.Namespace(model=str(folder), device="cpu", dtype="float32"))
+    model, processor = options_module.load(argparse.Namespace(model=str(folder), device="cpu", dtype="float32"))
     image, rows = next(dpvr_lf.scene_items("val", 3, 4, 1))
     data = dpvr_lf.encode(model, processor, [(image, rows)])
     assert isinstance(image, Image.Image) and [r.kind for r in data.rows] == [kind for kind, *_ in rows]
@@ -251,7 +251,7 @@ def test_the_command_trains_saves_and_compares(folder, tmp_path, capsys):
 
 
 def test_the_curve_ends_with_the_unpruned_model(folder):
-    model, processor = cli.load(argparse.Namespace(model=str(folder), device="cpu", dtype="float32"))
+    model, processor = options_module.load(argparse.Namespace(model=str(folder), device="cpu", dtype="float32"))
     data = dpvr_lf.encode(model, processor, dpvr_lf.scene_items("val", 0, 1, 1))
     curve = dpvr_lf.withdrawal_curve(model, data, **QUIET)
     assert [p["layer"] for p in curve] == [0, 1, 2, 3, 4]

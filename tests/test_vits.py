@@ -20,9 +20,9 @@ from vtprune.models.base import PlannedCut
 
 import oracles as O
 import vtprune
-from vtprune.attach import bind
-from vtprune.ledger import UndoLedger
-from vtprune.select import from_mask
+from vtprune.core.ledger import UndoLedger
+from vtprune.core.planning import bind
+from vtprune.core.select import from_mask
 
 # -------------------------------------------------------------------------------------------------------------- the
 # slow reference
@@ -530,11 +530,12 @@ def test_reduced_pixels_have_their_own_rotary_rows(tiny, family, variant, apart,
 @torch.no_grad()
 def test_a_block_that_mistreats_its_rotary_table_is_refused(tiny, monkeypatch):
     """The probe runs rotary blocks with a rotary table: parts that leave it out are seen when attaching."""
-    from vtprune.models import _hf_vit, timm_vit
+    from vtprune.models import timm_vit
+    from vtprune.models.parts import hf_vit
 
     for module, name, family, variant in (
         (timm_vit, "_eva_attend", "timm-vit", "dinov3"),
-        (_hf_vit, "_attend", "hf-vit", "dinov3"),
+        (hf_vit, "_attend", "hf-vit", "dinov3"),
     ):
         model, _ = tiny(family, variant)
         right = getattr(module, name)
@@ -1048,9 +1049,9 @@ def test_functional_gradients_and_checkpoints_around_the_model(tiny):
 
 
 def test_a_checkpoint_of_a_forgotten_pass_is_refused(tiny, monkeypatch):
-    from vtprune.models import _tower
+    from vtprune.models.engine import tower
 
-    monkeypatch.setattr(_tower, "REPLAYS", 1)
+    monkeypatch.setattr(tower, "REPLAYS", 1)
     model, inputs = tiny("timm-vit", "class")
     model.set_grad_checkpointing()
     with vtprune.attach(model, "random", keep=5):
@@ -1163,10 +1164,10 @@ def test_weights_stored_in_integers(tiny, monkeypatch):
                 -1
             ].tokens_out == [4, 4]
         assert all(m.training for m in model.modules())
-    from vtprune.models import _hf_vit
+    from vtprune.models.parts import hf_vit
 
     model, _ = tiny("hf-vit", "clip")
-    monkeypatch.setattr(_hf_vit, "_feed", lambda block, x: x)
+    monkeypatch.setattr(hf_vit, "_feed", lambda block, x: x)
     with pytest.raises(vtprune.UnsupportedError, match="off"):
         vtprune.attach(model.train(), "tome", r=3)
     assert all(m.training for m in model.modules())
@@ -1231,13 +1232,14 @@ def test_a_block_costs_no_host_reads(method, monkeypatch):
     """Counts that follow from the plan are not asked of the device. FlowCut's follow from the images: one question for
     every second block."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
-    from vtprune.models import _tower
+    from vtprune.models.engine import tower
 
-    from vtprune import select, types
+    from vtprune.core import select
+    from vtprune.core import types as types_module
 
     asked = []
-    for module in (select, types, _tower):
-        monkeypatch.setattr(module, "extent", lambda mask, extent=types.extent: asked.append(1) or extent(mask))
+    for module in (select, types_module, tower):
+        monkeypatch.setattr(module, "extent", lambda mask, extent=types_module.extent: asked.append(1) or extent(mask))
     found = []
     for depth in (4, 12):
         config = CLIPVisionConfig(

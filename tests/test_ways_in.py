@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from vtprune.models._host import ENCODED, cache_of, cached
 from vtprune.models.base import ADAPTERS
+from vtprune.models.engine.host import ENCODED, cache_of, cached
 
 import vtprune
-from vtprune.ledger import snapshot
+from vtprune.core.ledger import snapshot
 
 SEQUENCES = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 FAMILIES = [("llava", "clip-llama"), ("qwen2.5-vl", "images"), ("gemma3", "sliding")]
@@ -35,8 +35,8 @@ def tiny(family="llava", variant="clip-llama"):
 
 def alone(family="llava", variant="clip-llama", sample=-1):
     """The model and one sample of its batch without padding."""
-    from vtprune.attach import load_recipe
-    from vtprune.verify import _Case
+    from vtprune.check.verify import _Case
+    from vtprune.core.planning import load_recipe
 
     model, inputs = tiny(family, variant)
     one = _Case(model, load_recipe("fastv"), inputs, {}).samples()[sample]

@@ -8,8 +8,6 @@ from __future__ import annotations
 from pathlib import Path as _Path
 from typing import Any
 
-__version__ = "0.1.0"
-
 # In a checkout the folders models/ and kernels/ stand beside this package; installed, they lie inside it.
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "models" / "base.py").is_file():
@@ -17,12 +15,15 @@ if (_root / "pyproject.toml").is_file() and (_root / "models" / "base.py").is_fi
 
 # The core needs torch only. It is imported here, not lazily: a public function may bear its module's name (attach,
 # methods, solve, verify), and only the first import of a module binds that name, so the functions below win for good.
-from vtprune.attach import Handle, attach  # noqa: E402
-from vtprune.info import adapters, describe, methods, recipes  # noqa: E402
-from vtprune.recipe import Recipe, Stage  # noqa: E402
-from vtprune.solve import solve  # noqa: E402
-from vtprune.types import Report, StageReport, UnsupportedError, VtpruneError  # noqa: E402
-from vtprune.verify import VerifyReport, verify  # noqa: E402
+from vtprune.check.attach import attach  # noqa: E402
+from vtprune.check.verify import VerifyReport, verify  # noqa: E402
+from vtprune.core.handle import Handle  # noqa: E402
+from vtprune.core.info import adapters, describe, methods, recipes  # noqa: E402
+from vtprune.core.recipe import Recipe, Stage  # noqa: E402
+from vtprune.core.report import Report, StageReport  # noqa: E402
+from vtprune.core.solve import solve  # noqa: E402
+from vtprune.core.types import UnsupportedError, VtpruneError  # noqa: E402
+from vtprune.version import __version__  # noqa: E402, F401
 
 __all__ = [
     "Handle",
@@ -47,6 +48,6 @@ __all__ = [
 def load_demo_model(device: str = "cpu", dtype: Any = None) -> tuple[Any, Any]:
     """The bundled trained VLM: ``(LlavaForConditionalGeneration, LlavaProcessor)``, stock classes, evaluation mode, no
     network. ``dtype``: float32 by default."""
-    from vtprune.models._demo import load
+    from vtprune.inputs.demo_model import load
 
     return load(device, dtype)

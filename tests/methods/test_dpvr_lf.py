@@ -9,7 +9,7 @@ import builders as B
 import pytest
 import torch
 from torch import Tensor, nn
-from vtprune.models._host import cache_of, cached
+from vtprune.models.engine.host import cache_of, cached
 
 import oracles as O
 import vtprune
@@ -401,8 +401,8 @@ def test_trained_weights_load(tmp_path: Path) -> None:
 
 
 def test_default_split_and_impossible_ones() -> None:
+    from vtprune.core.types import Geometry
     from vtprune.methods.base import make
-    from vtprune.types import Geometry
 
     geometry = Geometry(
         "llava", "clip", 576, (24, 24), 1, 23, 24, 32, {"llm": frozenset({"query_attention", "layers"})}

@@ -7,7 +7,7 @@ from typing import Any
 import builders as B
 import pytest
 import torch
-from vtprune.models._host import cache_of, cached
+from vtprune.models.engine.host import cache_of, cached
 
 import oracles as O
 import vtprune

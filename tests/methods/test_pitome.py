@@ -55,8 +55,8 @@ def test_published_counts(ratio: float) -> None:
 def test_plain_tome_blocks_count_the_class_token() -> None:
     """LLaVA-1.5-7B's setting, block by block: 13 blocks of plain ToMe over n + 1 tokens, then PiToMe over the
     patches."""
+    from vtprune.core.types import Geometry
     from vtprune.methods.base import make
-    from vtprune.types import Geometry
 
     geometry = Geometry(
         "llava", "clip", 576, (24, 24), 1, 23, 24, 32, {"vision": frozenset({"projections", "class_token"})}

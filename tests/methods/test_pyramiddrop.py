@@ -89,8 +89,8 @@ def test_budget_gives_a_geometric_schedule() -> None:
         B.final(model, inputs)
         got = [s.tokens_out[0] for s in handle.report().stages]
     assert got == [math.floor(36 * (5 / 36) ** (1 / 3)), math.floor(36 * (5 / 36) ** (2 / 3)), 5]
+    from vtprune.core.types import Geometry
     from vtprune.methods.base import make
-    from vtprune.types import Geometry
 
     geometry = Geometry("llava", "clip", 576, (24, 24), 1, 23, 24, 32, {"llm": frozenset({"query_attention"})})
     assert [(c.layer, c.keep) for c in make("pyramiddrop", {}).plan(geometry, 72)] == [(8, 288), (16, 144), (24, 72)]

@@ -16,10 +16,28 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..cli import folder, fractions, is_local, keep_value, key_value, model_options, output, positive, show, words
-from ..runs import RunError, alike, digest, read, slug, write
-from ..types import VtpruneError
-from ..versions import conflicts
+from vtprune.inputs import demo_model
+
+from ..check.versions import conflicts
+from ..cli.options import (
+    folder,
+    fractions,
+    is_local,
+    keep_value,
+    key_value,
+    model_options,
+    output,
+    positive,
+    show,
+    words,
+)
+from ..core.planning import load_recipe
+from ..core.types import VtpruneError
+from ..measure.bench import baselines, draws
+from ..measure.run import portable
+from ..measure.runs import RunError, alike, digest, read, slug, write
+from ..methods.base import METHODS, make
+from . import tasks as local
 from .suites import NOTES, SUITES
 
 REFUSED, FAILED = "vtprune: refused: ", "vtprune: error: "  # how a run says that it never began, or broke off
@@ -126,8 +144,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if find_spec("lmms_eval") is None:
         raise VtpruneError("lmms-eval is not installed: pip install 'vtprune[lmms-eval]'")
-    from . import tasks as local
-
     if args.export is not None:
         for path in local.export(folder(args.export) or args.export, args.samples):
             print(path)
@@ -187,10 +203,6 @@ def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The runs: the dense model, then every recipe at every budget (and seed, where it draws), then the baselines at
     the same budgets; on its own schedule a recipe is compared with the dense model alone. A wrong recipe or option
     raises :class:`VtpruneError` here."""
-    from ..attach import load_recipe
-    from ..bench import baselines, draws, portable
-    from ..methods.base import METHODS, make
-
     names = list(METHODS) if args.recipes == ["all"] else args.recipes
     options = dict(args.option)
     budgets: list[dict[str, Any]] = (
@@ -242,9 +254,7 @@ def line(
     args: argparse.Namespace, job: Mapping[str, Any], tasks: Sequence[str], include: Sequence[Path], runs: Path
 ) -> list[str]:
     """The command of one run."""
-    from vtprune.models import _demo
-
-    given: dict[str, Any] = {"pretrained": args.model or str(_demo.FOLDER), "recipe": job["recipe"]}
+    given: dict[str, Any] = {"pretrained": args.model or str(demo_model.FOLDER), "recipe": job["recipe"]}
     given |= {"base": args.base} if args.base else {"dtype": args.dtype, "journal": runs / f"{stem(job)}.journal"}
     given |= {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     given |= {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {}

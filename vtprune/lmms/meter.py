@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from ..types import Report
+from ..core.report import Report
 
 SUMS = ("visual_tokens", "effective_tokens", "flops", "dense_flops", "kv_bytes", "dense_kv_bytes")
 

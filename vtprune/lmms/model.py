@@ -22,17 +22,22 @@ from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from .. import loading
-from ..answer import image_part, kinds, open_image, prepare_chats, text_part, video_part, whole_pictures
-from ..attach import ATTACH_OPTIONS, TARGETS, attach, load_recipe
-from ..bench import dense_report, environment, identity, sample_seed
-from ..ledger import UndoLedger
+from ..check.attach import attach
+from ..core.failures import FAILURES
+from ..core.ledger import UndoLedger
+from ..core.planning import ATTACH_OPTIONS, TARGETS, load_recipe
+from ..core.recipe import Recipe
+from ..core.types import VtpruneError
+from ..inputs import loading
+from ..inputs.chats import image_part, kinds, prepare_chats, text_part, video_part
+from ..inputs.images import open_image, whole_pictures
+from ..measure.bench import environment
+from ..measure.run import dense_report, identity
+from ..measure.runs import Journal, RunError, digest, fingerprint
+from ..measure.runs import write as write_file
+from ..measure.samples import sample_seed
 from ..methods.base import METHODS, OWN_BUDGETS
-from ..models._host import backend
-from ..recipe import Recipe
-from ..runs import FAILURES, Journal, RunError, digest, fingerprint
-from ..runs import write as write_file
-from ..types import VtpruneError
+from ..models.engine.host import backend
 from . import meter
 from .evaluate import FAILED, REFUSED, usable
 

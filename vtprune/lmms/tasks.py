@@ -8,8 +8,9 @@ import re
 import shutil
 from pathlib import Path
 
-from ..bench import MAX_NEW_TOKENS, SETS, Sample
-from ..types import VtpruneError
+from ..core.types import VtpruneError
+from ..measure.run import MAX_NEW_TOKENS
+from ..measure.samples import SETS, Sample
 
 TASKS = {"easy_vqa": "easy-vqa", "scenes": "scenes"}  # lmms-eval's name -> ours
 

@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import torch
 
-from ..select import bands
-from ..types import Geometry, VtpruneError
+from ..core.select import bands
+from ..core.types import Geometry, VtpruneError
 
 
 def place(name: str, geometry: Geometry, site: str | None) -> str:

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type
 
 from torch import Tensor
 
-from ..registry import Registry
-from ..types import Geometry, Selection, TokenView, UnsupportedError, VtpruneError
+from ..core.registry import Registry
+from ..core.types import Geometry, Selection, TokenView, UnsupportedError, VtpruneError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..select import merged
-from ..types import Geometry, Selection, TokenView, VtpruneError
+from ..core.select import merged
+from ..core.types import Geometry, Selection, TokenView, VtpruneError
 from .base import Cut, Method, MethodInfo, register
 
 

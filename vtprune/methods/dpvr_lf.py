@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..select import from_mask
-from ..types import Geometry, Selection, TokenView, VtpruneError
+from ..core.select import from_mask
+from ..core.types import Geometry, Selection, TokenView, VtpruneError
 from .base import Cut, Method, MethodInfo, layers, option, register
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..select import from_mask
-from ..types import Geometry, Selection, TokenView
+from ..core.select import from_mask
+from ..core.types import Geometry, Selection, TokenView
 from .base import Cut, Method, MethodInfo, layers, option, register
 
 

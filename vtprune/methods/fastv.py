@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..select import top
-from ..types import Geometry, Selection, TokenView, VtpruneError
+from ..core.select import top
+from ..core.types import Geometry, Selection, TokenView, VtpruneError
 from .base import Cut, Method, MethodInfo, layers, option, register
 
 

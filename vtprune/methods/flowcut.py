@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..select import from_mask, top
-from ..types import Geometry, Selection, TokenView, UnsupportedError
+from ..core.select import from_mask, top
+from ..core.types import Geometry, Selection, TokenView, UnsupportedError
 from .base import Cut, Method, MethodInfo, option, register
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..select import top
-from ..types import Geometry, Selection, TokenView
+from ..core.select import top
+from ..core.types import Geometry, Selection, TokenView
 from ._sites import place
 from .base import Cut, Method, MethodInfo, option, register
 

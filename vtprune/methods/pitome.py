@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..select import merged
-from ..types import Geometry, Selection, TokenView, UnsupportedError, VtpruneError
+from ..core.select import merged
+from ..core.types import Geometry, Selection, TokenView, UnsupportedError, VtpruneError
 from .base import Cut, Method, MethodInfo, option, register
 from .tome import bipartite
 

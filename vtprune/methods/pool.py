@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..select import merged
-from ..types import Geometry, Selection, TokenView, UnsupportedError
+from ..core.select import merged
+from ..core.types import Geometry, Selection, TokenView, UnsupportedError
 from ._sites import cells, place
 from .base import Cut, Method, MethodInfo, option, register
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..select import top
-from ..types import Geometry, Selection, TokenView, VtpruneError
+from ..core.select import top
+from ..core.types import Geometry, Selection, TokenView, VtpruneError
 from ._sites import place
 from .base import Cut, Method, MethodInfo, option, register
 

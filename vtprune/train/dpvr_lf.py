@@ -30,12 +30,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..answer import open_image
-from ..attach import attach, bind
+import vtprune
+
+from ..check.attach import attach
+from ..cli.options import load, output, seed_value
+from ..core.planning import bind
+from ..core.types import UnsupportedError, VtpruneError
 from ..data import easyvqa, scenes
-from ..models._host import ENCODED, features
-from ..runs import read
-from ..types import UnsupportedError, VtpruneError
+from ..inputs.images import open_image
+from ..measure.runs import read
+from ..models.engine.host import ENCODED, features
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -306,8 +310,6 @@ def train(
 
 
 def _own_version() -> str:
-    import vtprune
-
     return vtprune.__version__
 
 
@@ -520,8 +522,6 @@ def markdown(table: dict[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All options of ``vtprune train dpvr-lf``."""
-    from ..cli import seed_value
-
     add = parser.add_argument
     add(
         "--out",
@@ -603,8 +603,6 @@ def run(args: argparse.Namespace) -> int:
     :class:`VtpruneError` for what the user can put right."""
     split, dtype = _check(args), DTYPES[args.dtype]
     facts = read_facts(args.out) if args.compare_only else {}
-    from ..cli import load, output
-
     for path in (args.out, args.out.with_suffix(".json"), args.out.with_suffix(".compare.json")):
         output(path)
     weights = "float32" if args.device == "cpu" else args.dtype  # on a CPU only the arithmetic is short

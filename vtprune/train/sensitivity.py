@@ -17,11 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..answer import generate, prepare
-from ..attach import attach
-from ..bench import Sample, easy_vqa_samples, environment, evaluate, matches, means, scenes_samples
-from ..cli import load
-from ..select import from_mask
+from ..check.attach import attach
+from ..cli.options import load
+from ..core.select import from_mask
+from ..inputs.chats import generate, prepare
+from ..measure.bench import environment
+from ..measure.run import evaluate
+from ..measure.samples import Sample, easy_vqa_samples, matches, scenes_samples
+from ..measure.statistics import means
+from ..methods._sites import cells
 
 
 def majority(samples: Sequence[Sample]) -> dict[str, float]:
@@ -35,8 +39,6 @@ def majority(samples: Sequence[Sample]) -> dict[str, float]:
 def oracle_tokens(sample: Sample, grid: tuple[int, int], size: int, keep: int) -> Tensor:
     """The ``keep`` tokens nearest to the sample's boxes (distance from a patch's centre to the box, pixels), bool
     ``[N]``; without boxes an even grid."""
-    from ..methods._sites import cells
-
     rows, columns = grid
     if not sample.boxes:
         return cells(rows, columns, keep)[0]

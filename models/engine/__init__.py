@@ -1,0 +1,1 @@
+"""The machinery under the adapters: towers, decoders, requests, levels, masks."""

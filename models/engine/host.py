@@ -1,0 +1,204 @@
+"""What is known of transformers: the one place that names its conventions. What is not recognised is refused, never
+guessed.
+
+A release that renames something is mended here; ``tests/test_house_rules.py`` keeps the names out of every other file.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...core.types import UnsupportedError
+
+CACHES = ("cache", "past_key_values")  # the key-value cache: 5.24 and later, before
+PIXELS = "pixel_values"  # what names of raw pictures and videos begin with
+ENCODED = "mm_encoder_outputs"  # what generate() encoded before the forward (5.18 and later)
+MOVES = {
+    "reorder_cache": "move",
+    "batch_select_indices": "move",
+    "batch_repeat_interleave": "repeat",
+}  # a cache's methods that move its samples, and ours
+ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
+PLANES = "deepstack_visual_embeds"  # what DeepStack adds to early layers
+PACKED = (
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+)  # flash attention: where the sequences of a packed row begin
+PRIVATE = {"assistant": "_get_candidate_generator", "prefill": "_prefill"}
+
+
+def release() -> str:
+    """The installed transformers, ``"5.24.0"``."""
+    return version("transformers")
+
+
+@functools.cache
+def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
+@functools.cache
+def _cache_name(kind: Any) -> str:
+    names = [n for n in CACHES if n in _parameters(kind.forward)]
+    if len(names) != 1:
+        raise UnsupportedError(
+            f"{kind.__name__} of transformers {release()} takes its key-value cache under none of the names this "
+            "library knows "
+            f"({', '.join(CACHES)}): its decoding steps could not be told apart, so it is not pruned"
+        )
+    return names[0]
+
+
+def cache_name(module: Any) -> str:
+    """The keyword under which ``module`` takes its key-value cache. Raises :class:`UnsupportedError` where it is none
+    of :data:`CACHES`."""
+    kind: Any = type(module)
+    return _cache_name(kind)
+
+
+def cached(module: Any, cache: Any) -> dict[str, Any]:
+    """``cache`` as the keyword that ``module`` takes it by."""
+    return {cache_name(module): cache}
+
+
+def cache_in(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among ``kwargs``, under any name (deprecated ones too), or ``None``."""
+    return next((kwargs[n] for n in CACHES if kwargs.get(n) is not None), None)
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that an output carries (also a tuple, ``return_dict=False``), or ``None``; :class:`UnsupportedError`
+    where its class has no field for one."""
+    if isinstance(output, tuple):
+        return next((part for part in output if hasattr(part, "get_seq_length")), None)
+    if isinstance(output, Tensor):
+        return None
+    names = [n for n in CACHES if n in getattr(output, "__dataclass_fields__", ())]
+    if not names:
+        raise UnsupportedError(
+            f"{type(output).__name__} of transformers {release()} has none of the fields {', '.join(CACHES)}: the "
+            "cache of a pruned prompt does not come back"
+        )
+    return getattr(output, names[0])
+
+
+def new_cache() -> Any:
+    """An empty key-value cache."""
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def held(cache: Any, layer: int = 0) -> int:
+    """Tokens that layer ``layer`` of ``cache`` holds. Raises :class:`UnsupportedError` for caches that hold several
+    requests (continuous batching)."""
+    if not hasattr(cache, "get_seq_length"):
+        raise UnsupportedError(
+            f"a {type(cache).__name__} does not tell how many tokens it holds for which prompt: use generate(), one "
+            "prompt per row"
+        )
+    return int(cache.get_seq_length(layer))
+
+
+def columns(cache: Any, queries: int, layer: int) -> tuple[int, int]:
+    """Columns that layer ``layer`` of ``cache`` will show for ``queries`` more tokens, and the first one's place in all
+    it has seen."""
+    size, offset = cache.get_mask_sizes(queries, layer)
+    return int(size), int(offset)
+
+
+def stored(cache: Any, layer: int) -> tuple[int, int, int]:
+    """What layer ``layer`` of ``cache`` holds: numbers per token in keys and in values, over all heads, and the tokens
+    that it keeps at most (0: all)."""
+    found = cache.layers[layer]
+    window = getattr(found, "sliding_window", None) if getattr(found, "is_sliding", False) else None
+    sizes = [t.numel() // (t.shape[0] * t.shape[-2]) for t in (found.keys, found.values)]
+    return sizes[0], sizes[1], window - 1 if window else 0
+
+
+def fixed(cache: Any) -> bool:
+    """Whether the cache has a fixed size (static), so that its lengths are no Python numbers."""
+    return bool(getattr(cache, "is_compileable", False))
+
+
+def arguments(module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a forward of ``module`` was given, by name, also what came by position."""
+    if not args:
+        return kwargs
+    names = [n for n in _parameters(type(module).forward) if n != "self"]
+    if len(args) > len(names):
+        raise TypeError(f"{type(module).__name__} takes {len(names)} arguments, {len(args)} were given")
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def backend(config: Any) -> str:
+    """The name of a model's attention backend."""
+    return getattr(config, "_attn_implementation", None) or "eager"
+
+
+def checkpointed(module: nn.Module) -> bool:
+    """Whether ``module`` is a layer whose checkpoints run its hooks again in the backward pass, as in transformers up
+    to 5.17."""
+    return (
+        module.training
+        and getattr(module, "gradient_checkpointing", False)
+        and type(module).__call__ is not nn.Module.__call__
+    )
+
+
+def features(output: Any) -> Any:
+    """The rows for the language model that an encoder's output carries, or the output itself where it is a tensor or a
+    list."""
+    return getattr(output, "pooler_output", output)
+
+
+def private(model: Any, what: str) -> Callable | None:
+    """A private method of ``generate`` (a key of :data:`PRIVATE`), ``None`` where this release has none of the name."""
+    return getattr(model, PRIVATE[what], None)
+
+
+def sharded(module: nn.Module) -> bool:
+    """Whether weights of ``module`` are shared out among processes, and not gathered now."""
+    return any(hasattr(p, "full_tensor") for p in module.parameters())
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within it, ``module`` holds whole weights, also where FSDP2 (``fully_shard``) has shared them out and does not
+    gather them now."""
+    opened: list[Any] = []
+    try:
+        part: Any
+        # the inner ones first: what is then left of an outer one is its own
+        for part in reversed(list(module.modules())):
+            if hasattr(part, "unshard") and sharded(part):
+                part.unshard()
+                opened.append(part)
+        if sharded(module):
+            raise UnsupportedError(
+                f"the weights of a {type(module).__name__} are sharded, and it has no unshard() of its own: they "
+                "cannot be read here"
+            )
+        yield
+    finally:
+        for part in opened:
+            part.reshard()
+
+
+def forget_compiled() -> None:
+    """Throws away what ``torch.compile`` has made in this process: compiled code does not look whether hooks have come
+    or gone, so it would run on as if they had not. What is needed again is compiled again."""
+    import sys
+
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset_code_caches()

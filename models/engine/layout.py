@@ -1,0 +1,147 @@
+"""Where a prompt's visual tokens are: parts (one raster each) of images and videos, and the units that budgets apply
+to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ...core.types import VtpruneError
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Raster:
+    """``grid`` rows and columns of visual tokens; ``passes`` the tokens that each pass of the tower behind it makes
+    (default: the raster is one pass); ``joins``: it belongs to the frame before it."""
+
+    grid: Grid
+    passes: tuple[int, ...] = (-1,)
+    joins: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One raster in a sample: ``columns`` ``[n]`` its placeholders' positions in the sequence; ``image`` and ``video``
+    (-1: none) count within the sample."""
+
+    columns: Tensor
+    grid: Grid
+    image: int
+    video: int
+    passes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one budget applies to: ``columns`` ``[n]`` ascending, made of ``rasters``."""
+
+    sample: int
+    columns: Tensor
+    rasters: tuple[Grid, ...]
+
+
+def parts(
+    ids: Tensor,
+    visual: Tensor,
+    video_token: int | None,
+    images: Iterator[list[Raster]],
+    videos: Iterator[list[Raster]],
+    *,
+    runs: bool,
+) -> list[list[Part]]:
+    """Gives the placeholders ``visual`` ``[B, T]`` of ``ids`` to images and videos in order. An image is a list of
+    rasters, a video one of frames.
+
+    ``runs``: images that follow each other without a token between them are tiles of one image.
+
+    Raises:
+        VtpruneError: placeholders and images do not match.
+    """
+    out: list[list[Part]] = []
+    for row, marks in zip(ids, visual, strict=True):
+        columns = marks.nonzero()[:, 0]
+        places, kinds = columns.tolist(), row[columns].tolist()
+        found: list[Part] = []
+        image = video = -1
+        at = 0
+        while at < len(places):
+            moving = kinds[at] == video_token
+            rasters = next(videos if moving else images, None)
+            if rasters is None:
+                kind = "video" if moving else "image"
+                raise VtpruneError(
+                    f"the prompt has more {kind} placeholders than the inputs have {kind}s; pass the sizes that the "
+                    "processor returns along"
+                )
+            video += moving
+            for i, raster in enumerate(rasters):
+                n = raster.tokens
+                if len(places) < at + n or kinds[at : at + n].count(kinds[at]) < n:
+                    raise VtpruneError(
+                        f"the prompt's visual tokens are not whole images: the next one has {raster.grid[0]} x "
+                        f"{raster.grid[1]} of them"
+                    )
+                joined = runs and not moving and found and int(found[-1].columns[-1]) == places[at] - 1
+                image += not raster.joins and (moving or (i == 0 and not joined))
+                passes = tuple(n if p < 0 else p for p in raster.passes)
+                found.append(Part(columns[at : at + n], raster.grid, image, video if moving else -1, passes))
+                at += n
+        out.append(found)
+    return out
+
+
+def units(found: list[list[Part]], per: str, segments: Tensor | None = None) -> list[Unit]:
+    """Parts joined by ``per``: ``"tile"`` every raster alone, ``"image"`` an image (a video's frame), ``"video"`` also
+    all frames of a video, ``"sample"`` everything in a sample, or in each of the prompts that are packed into a row
+    (``segments`` ``[B, T]``)."""
+    out: list[Unit] = []
+    for b, sample in enumerate(found):
+        groups: dict[object, list[Part]] = {}
+        for i, part in enumerate(sample):
+            whole = ("video", part.video) if part.video >= 0 else ("image", part.image)
+            prompt = 0 if segments is None else int(segments[b, int(part.columns[0])])
+            key = {"tile": i, "image": part.image, "video": whole, "sample": prompt}[per]
+            groups.setdefault(key, []).append(part)
+        out += [Unit(b, torch.cat([p.columns for p in g]), tuple(p.grid for p in g)) for g in groups.values()]
+    return out
+
+
+def present(sample: list[Part], sources: Tensor, alive: Tensor, held: Tensor | None = None) -> Tensor:
+    """Which of a sample's visual tokens are left, ``[n]`` bool: those ``alive`` ``[n]`` of the ones that the tower made
+    (``sources`` ``[n]``, -1: it did not). A new-line token ends a row and leaves with the row's last token, unless it
+    is ``held`` ``[n]``; one that has no row of its own stays."""
+    out, at = alive.clone(), 0
+    for part in sample:
+        here = slice(at, at := at + len(part.columns))
+        lines = (sources[here] < 0).view(part.grid)
+        if not bool(lines.any()):
+            continue
+        bare = lines.all(1, keepdim=True).to(alive.device)
+        lines, rows = lines.to(alive.device), alive[here].view(part.grid)
+        stays = (rows & ~lines).any(1, keepdim=True) | bare
+        if held is not None:
+            stays = stays | held[here].view(part.grid)
+        out[here] = torch.where(lines, stays, rows).flatten()
+    return out
+
+
+def some(grids: Tensor, pixels: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """``count`` images from ``first`` on of those whose sizes in patches are ``grids`` ``[n, 3]``: theirs, and their
+    rows of ``pixels``, one per patch."""
+    rows = [0, *accumulate(grids.prod(-1).tolist())]
+    return grids[first : first + count], pixels[rows[first] : rows[first + count]]
+
+
+def per_sample(found: list[list[Part]], *, videos: bool = False) -> list[int]:
+    """Images (without the frames of videos), or videos, in each sample."""
+    return [len({p.video if videos else p.image for p in sample if (p.video >= 0) == videos}) for sample in found]

@@ -1,0 +1,75 @@
+"""The dense model under the masks that a pruned run is equal to: the reference of the correctness contract. Nothing is
+dropped, columns are only hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.ledger import UndoLedger
+from . import host
+
+
+def hide_in_decoder(ledger: UndoLedger, layers: Sequence[nn.Module], hidden: Sequence[Tensor]) -> None:
+    """Layer i hides the prompt columns ``hidden[i]`` ``[B, T]`` (bool) from every other query, on top of the model's
+    own mask. Works at prefill and, by the cache's length, at decoding."""
+
+    def make(number: int) -> Callable:
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            x = args[0] if args else kwargs["hidden_states"]
+            cache, own, q = host.cache_in(kwargs), kwargs.get("attention_mask"), x.shape[1]
+            size, offset, past = q, 0, 0
+            if cache is not None:
+                size, offset = host.columns(cache, q, number)
+                past = host.held(cache, number)
+            place = torch.arange(size, device=x.device) + offset  # the position of each of the cache's columns
+            query = torch.arange(past, past + q, device=x.device)
+            prompt = nn.functional.pad(
+                hidden[number].to(x.device), (0, max(int(place[-1]) + 1 - hidden[number].shape[1], 0))
+            )
+            lost = prompt[:, place][:, None] & (place != query[:, None])  # every row sees itself
+            if own is None:
+                own = (place <= query[:, None])[None, None]
+            elif own.dtype != torch.bool:
+                own = own == 0
+            seen = own & ~lost[:, None]
+            mask = torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill(~seen, torch.finfo(x.dtype).min)
+            return args, {**kwargs, "attention_mask": mask}
+
+        return enter
+
+    for i, layer in enumerate(layers):
+        ledger.before(layer, make(i))
+
+
+def hide_in_tower(
+    ledger: UndoLedger,
+    blocks: Sequence[nn.Module],
+    name: str,
+    prefix: int,
+    hidden: Sequence[Tensor],
+    form: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Block i hides the patches ``hidden[i]`` ``[G, N]`` (bool); ``form`` makes of a mask ``[G, 1, 1, P + N]`` what the
+    blocks take."""
+
+    def make(number: int) -> Callable:
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            if not bool(hidden[number].any()):
+                return None
+            x = args[0] if args else kwargs["hidden_states"]
+            mask = torch.zeros(hidden[number].shape, dtype=x.dtype, device=x.device).masked_fill(
+                hidden[number], -torch.inf
+            )
+            mask = nn.functional.pad(mask, (prefix, 0))[:, None, None]
+            mask = mask if form is None else form(mask)
+            rest: Any = (args[0], mask, *args[2:]) if len(args) > 1 else args
+            return rest, kwargs if len(args) > 1 else {**kwargs, name: mask}
+
+        return enter
+
+    for i, block in enumerate(blocks):
+        ledger.before(block, make(i))

@@ -1,0 +1,167 @@
+"""What is known of one prefill while it runs, and what its decoding steps need afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layout import Part, Unit
+from .level import Level
+from .tower import Record, Run
+
+
+@dataclass(eq=False)
+class Encoded:
+    """One call of an encoder: what it was given, pixels by their shape alone, and the tower's passes that it made, row
+    by row."""
+
+    inputs: dict[str, Any]
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def passes(self) -> list[tuple[Run, int]]:
+        return [(run, g) for run in self.runs for g in range(run.images)]
+
+
+@dataclass
+class Request:
+    """One prefill and what its decoding steps need."""
+
+    length: int
+    parts: list[list[Part]]
+    units: list[Unit]
+    real: Tensor  # [B, T]
+    next: Tensor  # [B] position behind the prompt
+    levels: list[Level] = field(default_factory=list)
+    # what was decided, told when somebody asks
+    notes: list[Record | Callable[[], Record]] = field(default_factory=list)
+    layer_tokens: list[list[int]] = field(default_factory=list)  # per layer, per sample
+    text_tokens: list[int] = field(default_factory=list)
+    memory: dict[int, dict[str, Any]] = field(default_factory=dict)
+    # stage -> per sample, visual tokens that its side branch ran over
+    branched: dict[int, list[int]] = field(default_factory=dict)
+    cached: dict[int, Level] = field(default_factory=dict)  # layers whose cache holds more rows than pass through them
+    # layer -> per sample, visual tokens that gave it keys and values only
+    keys_only: dict[int, list[int]] = field(default_factory=dict)
+    arrived: Tensor | None = None  # [B, T] visual tokens that the tower handed over; None: no stage there
+    held: Tensor | None = None  # [B, T] visual tokens that must not go; None: none
+    entry: Run | None = None  # the books of the stages behind the projector
+    # per sample, per visual token: which token of its passes of the tower (-1: none)
+    sources: list[Tensor] = field(default_factory=list)
+    vision: list[list[tuple[Run, int]]] | None = (
+        None  # per sample, per pass of the tower: where its books are; None: no stage there
+    )
+    packed: bool = False  # several prompts in one row
+    at: tuple[Level, ...] = ()  # per layer what its cache holds, once the prompt has been read
+    first: dict[tuple[int, str], int] = field(default_factory=dict)  # the first layer of each level and attention type
+    pruned: frozenset[int] = frozenset()  # layers whose cache is shorter than the prompt
+    # those of them that need a mask at every step: samples of different lengths, sliding windows
+    uneven: frozenset[int] = frozenset()
+
+    @property
+    def records(self) -> list[Record]:
+        """The decisions inside the language model so far."""
+        self.notes = [note() if callable(note) else note for note in self.notes]
+        return self.notes  # type: ignore[return-value]
+
+    @cached_property
+    def table(self) -> Tensor:
+        """The columns of every unit's placeholders, ``[G, N]``, padded with -1."""
+        if not self.units:
+            return torch.empty(0, 1, dtype=torch.long, device=self.real.device)
+        return nn.utils.rnn.pad_sequence([u.columns for u in self.units], batch_first=True, padding_value=-1).to(
+            self.real.device
+        )
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """The sample of every unit, ``[G]``."""
+        return torch.tensor([u.sample for u in self.units], dtype=torch.long).to(self.real.device)
+
+    def move(self, index: Tensor) -> None:
+        """The cache's samples ``index`` ``[B']`` take the places of all."""
+        self.next = self.next[index.to(self.next.device)]
+        for level in {id(level): level for level in (*self.levels, *self.at)}.values():
+            level.move(index)
+
+    def repeat(self, times: int) -> None:
+        """Every sample of the cache stands there ``times`` times."""
+        self.move(torch.arange(len(self.next)).repeat_interleave(times))
+
+    def level_at(self, number: int) -> Level:
+        if number in self.cached:
+            return self.cached[number]
+        return [level for level in self.levels if level.first <= number][-1]
+
+
+@dataclass
+class Stash:
+    """The rows that a routing method takes out of the stack: ``hidden`` ``[B, M, C]`` of ``level``; ``out`` what its
+    side branch made of them; ``joined`` what a layer that they give only keys and values caches, and its mask and
+    rotary table."""
+
+    hidden: Tensor
+    level: Level
+    out: Tensor | None = None
+    joined: tuple[Level, dict[str, Any]] | None = None
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Columns of the visual rows, ``[B, V]``, padded with -1."""
+        found = [r.nonzero()[:, 0] for r in self.level.visual & self.level.valid]
+        return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
+
+    @cached_property
+    def alone(self) -> Level:
+        """The visual rows as a level of their own."""
+        real, index = self.rows >= 0, self.rows.clamp_min(0)
+        return Level(self.level.first, self.level.rows.gather(1, index), real, real, self.level.shift)
+
+
+@dataclass(eq=False)
+class Call:
+    """One forward of the root."""
+
+    request: Request | None = None
+    prefill: bool = False
+    plain: Tensor | None = None  # the ids of a prompt without visual tokens
+    labels: Tensor | None = None
+    visual: Tensor | None = None
+    found: list[list[Part]] = field(default_factory=list)
+    sources: list[Tensor] = field(default_factory=list)
+    encoded: dict[str, Encoded] = field(default_factory=dict)  # modality -> what its encoder did for this forward
+    cache: Any = None
+    mask: Any = None
+    positions: Any = None  # the caller's
+    prompt: Tensor | None = None  # [B] columns of the prompt where more follows; None: all of them
+    segments: Tensor | None = (
+        None  # [B, T] which of several prompts packed into a row each token belongs to; None: one prompt a row
+    )
+    question: Tensor | None = None  # [B, T] the rows that ask: the last of the prompt, those in front of answers
+    ids: Tensor | None = None  # decoding: positions of the new tokens
+    tail: Tensor | None = None  # decoding: which tokens behind the prompt are real
+    serve: frozenset[int] = frozenset()  # decoding: layers that need a mask or positions of their own
+    gone: Tensor | None = None  # [B, T] visual tokens dropped before layer 0
+    level: Level | None = None
+    ran: int = 0  # layers that came by
+    # layer -> what its cut took, for checkpoints that run it again
+    done: dict[int, tuple[Tensor | None, Level]] = field(default_factory=dict)
+    # attention type -> what the model made for the whole sequence
+    dense: dict[str, dict[str, Any]] = field(default_factory=dict)
+    served: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    inputs: dict[int, tuple[Tensor, Level]] = field(default_factory=dict)
+    stash: dict[int, Stash] = field(default_factory=dict)
+
+    @property
+    def held(self) -> Tensor | None:
+        """``[B, T]`` visual tokens that must not go; ``None``: there are none."""
+        return None if self.request is None else self.request.held
+
+    @property
+    def placed(self) -> bool:
+        return self.positions is not None

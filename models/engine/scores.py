@@ -1,0 +1,131 @@
+"""Scores from a few query rows and the keys of one decoder layer, recomputed from the layer's own projections: any
+attention backend will do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import kernels
+from ...kernels.base import rotate
+from .level import Level, allowed, backend
+
+ROWS = 64  # query rows whose masks are made at once
+
+
+def heads(attention: Any, name: str, x: Tensor) -> Tensor:
+    """Projection ``name`` (q, k, v) of ``x`` ``[B, M, C]`` with the norm per head that Qwen3 and Gemma 3 have: ``[B, H,
+    M, d]``."""
+    out = getattr(attention, f"{name}_proj")(x).view(*x.shape[:2], -1, attention.head_dim)
+    norm = getattr(attention, f"{name}_norm", None)
+    return (out if norm is None else norm(out)).transpose(1, 2)
+
+
+def take(table: Tensor, rows: Tensor) -> Tensor:
+    """Rows ``[B, M]`` of a table ``[B or 1, T, ...]``."""
+    return kernels.gather(rows, table.to(rows.device))[0]
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
+    """``x`` ``[B, H, M, d]`` rotated as its model does it: the first channels that the tables ``[B or 1, M, r]`` have,
+    half against half, or, ``pairs``, each with its neighbour (GLM-4V)."""
+    r = cos.shape[-1]
+    if not pairs:
+        return torch.cat([rotate(x[..., :r], cos, sin), x[..., r:]], -1) if r < x.shape[-1] else rotate(x, cos, sin)
+    even, odd = x[..., :r:2], x[..., 1:r:2]
+    c, s = (t[:, None].to(x.dtype) for t in (cos, sin))
+    return torch.cat([x[..., :r] * c + torch.stack((-odd, even), -1).flatten(-2) * s, x[..., r:]], -1)
+
+
+def fold(x: Tensor, r: int, pairs: bool) -> Tensor:
+    """Channels ``[..., d]`` in another order, in which :func:`turn` is a rotation of half against half: products of
+    queries and keys are the same."""
+    a, b = (x[..., :r:2], x[..., 1:r:2]) if pairs else x[..., :r].chunk(2, -1)
+    c, d = x[..., r:].chunk(2, -1)
+    return torch.cat([a, c, b, d], -1)
+
+
+def folded(cos: Tensor, sin: Tensor, d: int, pairs: bool) -> tuple[Tensor, Tensor]:
+    """The tables ``[B or 1, M, r]`` for channels in that order, ``[B or 1, M, d]``."""
+    r = cos.shape[-1]
+    halves = [t[..., ::2] if pairs else t[..., : r // 2] for t in (cos, sin)]
+    c, s = (nn.functional.pad(t, (0, (d - r) // 2), value=still) for t, still in zip(halves, (1.0, 0.0), strict=True))
+    return torch.cat([c, c], -1), torch.cat([s, s], -1)
+
+
+def question(
+    block: Any, x: Tensor, rows: Tensor, rotary: tuple[Tensor, Tensor] | None, pairs: bool = False
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """What :func:`vtprune.kernels.query_scores` needs to know of a layer that reads ``x`` ``[B, M, C]``: the rotated
+    queries of ``rows`` ``[B, R]``, all keys, and how its logits are made; ``rotary`` tables ``[B or 1, M, r]`` of x,
+    ``pairs`` as for :func:`turn`."""
+    attention = block.self_attn
+    h = block.input_layernorm(x)
+    q, k = heads(attention, "q", take(h, rows)), heads(attention, "k", h)
+    if rotary is not None and (pairs or rotary[0].shape[-1] < q.shape[-1]):
+        r, d = rotary[0].shape[-1], q.shape[-1]
+        q, k, rotary = fold(q, r, pairs), fold(k, r, pairs), folded(*rotary, d, pairs)
+    if rotary is not None:
+        q = rotate(q, *(take(t, rows) for t in rotary))
+    cap = getattr(attention, "attn_logit_softcapping", None)  # Gemma 2
+    return (
+        q,
+        k,
+        {"scale": attention.scaling, "rotary": rotary, "cap": None if backend(attention.config) == "sdpa" else cap},
+    )  # sdpa leaves the cap out
+
+
+def visible(level: Level, rows: Tensor, own: Any, keys: str, segments: Tensor | None = None) -> Tensor:
+    """``[B, R, M]`` bool: what ``rows`` ``[B, R]`` see of the level's M tokens under the model's ``own`` mask, and of
+    their own prompt among several packed into a row (``segments`` ``[B, M]``); ``keys="visual"``: of the visual
+    ones."""
+    seen = allowed(own, level.rows.gather(1, rows), level.rows)
+    if seen is None:
+        seen = torch.arange(level.width, device=rows.device) <= rows[..., None]
+    if segments is not None:
+        seen = seen & (segments.gather(1, rows)[..., None] == segments[:, None])
+    seen = seen & level.valid[:, None]
+    return seen & level.visual[:, None] if keys == "visual" else seen
+
+
+def attention_to(
+    block: Any,
+    x: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    level: Level,
+    rotary: tuple[Tensor, Tensor] | None,
+    own: Any,
+    keys: str,
+    segments: Tensor | None = None,
+    pairs: bool = False,
+) -> Tensor:
+    """Attention of ``rows`` ``[B, R]``, weighted by ``weight`` ``[B, R]`` and averaged over heads, to each of the
+    level's M tokens: ``[B, M]``. A few rows at a time meet the keys, never a full map."""
+    q, k, how = question(block, x, rows, rotary, pairs)
+    parts = []
+    for i in range(0, rows.shape[1], ROWS):
+        some = rows[:, i : i + ROWS]
+        seen = visible(level, some, own, keys, segments)
+        parts.append(kernels.query_scores(q[:, :, i : i + ROWS], k, weight=weight[:, i : i + ROWS], seen=seen, **how))
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def answer_starts(labels: Tensor, level: Level) -> Tensor:
+    """The rows in front of each answer, ``[B, T]`` bool. ``labels`` ``[B, T]``; ``level`` the whole sequence. A
+    placeholder is no part of an answer, whatever its label says: where everything is supervised, the answer is what
+    follows the image."""
+    answer = (labels != -100) & ~level.visual
+    return nn.functional.pad(~answer[:, :-1] & answer[:, 1:], (0, 1)) & level.valid
+
+
+def query_rows(asking: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """The columns that ``asking`` ``[B, M]`` marks, ``[B, R]`` with zeros behind, and their weights, which sum to one.
+    ``most`` of them, if that is known."""
+    m = asking.shape[1]
+    most = max(int(asking.sum(1).max()), 1) if most is None else most
+    rows = torch.where(asking, torch.arange(m, device=asking.device), m).sort(1).values[:, :most]
+    weight = (rows < m).float()
+    return torch.where(rows < m, rows, 0), weight / weight.sum(1, keepdim=True).clamp_min(1)

@@ -1,0 +1,56 @@
+"""The shapes that the cost model needs (see :mod:`vtprune.core.cost`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one decoder layer does with a token: ``row`` multiply-adds if it passes through (queries, output projection,
+    MLP, router), ``key`` for its keys and values, ``pair`` per query and key, ``kept`` numbers in the cache."""
+
+    row: int
+    key: int
+    pair: int
+    kept: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """Widths of a model.
+
+    Vision: ``vd`` width, ``vf`` MLP width, ``vdepth`` blocks run, ``vmlp`` matrices in its MLP (2, gated 3), ``patch``
+    multiply-adds per patch of the patch embedding, ``group`` patches that one visual token stands for (merger, pixel
+    shuffle), ``window`` patches that a block's attention spans at most except in the blocks ``whole``. Projector:
+    ``proj`` multiply-adds per token. Language model: ``d`` width, ``vocab``, ``layers``, ``held`` tokens that each
+    layer's cache keeps at most (0: all).
+    """
+
+    vd: int
+    vf: int
+    vheads: int
+    vdepth: int
+    patch: int
+    prefix: int
+    group: int = 1
+    vmlp: int = 2
+    window: int = 0
+    whole: tuple[int, ...] = ()
+    proj: int = 0
+    d: int = 0
+    vocab: int = 0
+    layers: tuple[Layer, ...] = ()
+    held: tuple[int, ...] = ()
+    bytes: int = 2
+
+    @property
+    def depth(self) -> int:
+        """Layers of the language model."""
+        return len(self.layers)
+
+
+def attention(d: int, heads: int, hd: int, kv: int, mlp: int) -> Layer:
+    """A layer of width ``d`` with ``heads`` x ``hd`` queries, ``kv`` x ``hd`` keys and values, and ``mlp``
+    multiply-adds per token behind them."""
+    return Layer(row=2 * d * heads * hd + mlp, key=2 * d * kv * hd, pair=2 * heads * hd, kept=2 * kv * hd)

@@ -1,0 +1,371 @@
+"""What the adapters of multimodal models share."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import threading
+from collections.abc import Collection, Iterator
+from itertools import repeat
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ...core.ledger import UndoLedger
+from ...core.types import Geometry, Seed, UnsupportedError
+from ..base import PlannedCut, named
+from ..engine import host
+from ..engine.decoder import Decoder, DecoderEngine, put
+from ..engine.layout import Part, Raster, parts
+from ..engine.probe import ADAPTED, count, probe, probe_queries
+from ..engine.request import Encoded, Request
+from ..engine.shapes import Layer, Shapes, attention
+from ..engine.tower import Run, TowerEngine
+from .tiny import TEXT
+
+LLM = frozenset({"query_attention", "queried"})  # what methods may ask of a site in the language model
+
+BEHIND = {"projector": frozenset[str](), "llm": LLM}  # what a family without stages in its tower provides
+
+
+class Mllm:
+    """One bound model. A family says where its parts are and overrides what differs: :meth:`images` (rasters of each
+    image), :meth:`videos`, :meth:`slice_` (one sample's inputs), :meth:`sources` (which of the tower's tokens become
+    which placeholders)."""
+
+    tested: ClassVar[Collection[str]] = TEXT  # language models that are not probed
+    tower_mask: str | None = None
+    runs = False  # tiles that follow each other without a token between them are one image
+    follows: ClassVar[dict[str, int]] = {}  # inputs with one entry per token, and what a generated token has there
+    first_position = 0  # of a prompt's first token
+    pairs = False  # rotary tables turn each channel with its neighbour
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        geometry: Geometry,
+        projector: Any,
+        lm: Any,
+        image_token: int,
+        vision: dict[str, Any],
+        video_token: int | None = None,
+    ):
+        text = lm.config
+        self.model, self.geometry, self.projector, self.lm = model, geometry, projector, lm
+        self.image_token, self.video_token = image_token, video_token
+        self.unspoken = tuple(t for t in (image_token, video_token) if t is not None)  # tokens that no answer holds
+        self.notes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # an encoder's output -> how it was made
+        self.encoding = threading.local()  # the call of an encoder that this thread is in
+        self.passes = threading.local()  # the tower's pass that the projector's call belongs to
+        known = named(lm, *self.tested) is not None
+        if not known:
+            self.probe()
+        try:
+            layers, held = self.costs() if known else count(self.describe(), self._said())
+            self.cost = Shapes(
+                **vision,
+                proj=sum(m.weight.numel() for m in projector.modules() if isinstance(m, nn.Linear)),
+                d=text.hidden_size,
+                vocab=text.vocab_size,
+                layers=layers,
+                held=held,
+                bytes=next(lm.parameters()).element_size(),
+            )
+        except AttributeError as e:
+            raise UnsupportedError(
+                f"{type(lm).__name__} is not shaped like the decoders this library knows: its configuration has no "
+                f"{e.name}"
+            ) from e
+
+    def probe(self) -> None:
+        """A language model that nobody has tested here must show that it can be pruned."""
+        probe(self.describe())
+        probe_queries(self.describe())
+
+    def _said(self) -> tuple[Layer, ...] | None:
+        """What the configuration says of the layers of an unknown language model, if it does."""
+        try:
+            return self.costs()[0]
+        except (AttributeError, TypeError, RuntimeError):  # the last: values that differ from layer to layer (Gemma 4)
+            return None
+
+    def costs(self) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
+        """What each decoder layer does with a token, and the tokens that its cache keeps at most (0: all), by the
+        configuration."""
+        text = self.lm.config
+        d, heads = text.hidden_size, text.num_attention_heads
+        hd, kv = getattr(text, "head_dim", None) or d // heads, getattr(text, "num_key_value_heads", None) or heads
+        window = getattr(text, "sliding_window", None)
+        held = tuple(window - 1 if window and kind == "sliding_attention" else 0 for kind in self.kinds())
+        return tuple(attention(d, heads, hd, kv, self.mlp(layer)) for layer in self.lm.layers), held
+
+    # ------------------------------------------------------------------------------------------------- what families
+    # override
+
+    def mlp(self, layer: Any) -> int:
+        """Multiply-adds per token of a decoder layer's MLP; by default a gated one."""
+        return 3 * self.lm.config.hidden_size * self.lm.config.intermediate_size
+
+    def images(self, inputs: dict[str, Any]) -> Iterator[list[Raster]]:
+        """The rasters of every image of the batch, in order; by default images of one size without end."""
+        return repeat([Raster(self.geometry.grid)])
+
+    def videos(self, inputs: dict[str, Any]) -> Iterator[list[Raster]]:
+        """The frames of every video of the batch, in order."""
+        return iter(())
+
+    def sources(self, inputs: dict[str, Any], found: list[list[Part]]) -> list[Tensor]:
+        """Per sample, for each of its visual tokens ``[n]``, the tower's token it was made of, counted over the
+        sample's passes (-1: none)."""
+        return [torch.arange(sum(len(p.columns) for p in sample)) for sample in found]
+
+    def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
+        """The pixels of sample ``b`` as keywords; by default one row per pass of the tower."""
+        passes = [sum(len(p.passes) for p in sample) for sample in found]
+        at = sum(passes[:b])
+        return (
+            {"pixel_values": inputs["pixel_values"][at : at + passes[b]]}
+            if passes[b] and inputs.get("pixel_values") is not None
+            else {}
+        )
+
+    def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> TowerEngine | None:
+        """Serves ``cuts`` inside the tower (and before it); ``None`` for a family that offers none there."""
+        return None
+
+    def tower_blocks(self) -> list[nn.Module]:
+        return []
+
+    def rotary(self, x: Tensor, ids: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+        return self.lm.rotary_emb(x, position_ids=ids)
+
+    def moving(self, inputs: dict[str, Any]) -> int | None:
+        """The token that stands for videos in a prompt of these inputs, ``None``: there are none."""
+        return self.video_token
+
+    # -------------------------------------------------------------------------------------------------------- what is
+    # shared
+
+    def visual(self, ids: Tensor) -> Tensor:
+        """Placeholders of images and videos, bool as ``ids``."""
+        found = ids == self.image_token
+        return found if self.video_token is None else found | (ids == self.video_token)
+
+    def parts(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[Part]]:
+        """Per sample of ``ids`` ``[B, T]`` the rasters of visual tokens in it."""
+        inputs = self.noted(inputs)
+        images, videos, copies = self.images(inputs), self.videos(inputs), 1
+        if not isinstance(images, repeat):
+            images, videos = iter(known := list(images)), iter(moving := list(videos))
+            have, want = sum(r.tokens for group in (*known, *moving) for r in group), int(self.visual(ids).sum())
+            copies = want // have if have and want % have == 0 and len(ids) % (want // have) == 0 else 1
+            marks = self.visual(ids)  # answers differ, prompts do not
+            if not torch.equal(marks[::copies].repeat_interleave(copies, 0), marks):
+                copies = 1
+        # Beam search repeats every prompt, but not the sizes of its images.
+        found = parts(ids[::copies], self.visual(ids[::copies]), self.moving(inputs), images, videos, runs=self.runs)
+        return [sample for sample in found for _ in range(copies)]
+
+    def noted(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """``inputs`` with what the encoders' outputs among them were made from."""
+        for known in self.encoded(inputs).values():
+            inputs = {**known.inputs, **inputs}
+        return inputs
+
+    def encoded(self, inputs: dict[str, Any]) -> dict[str, Encoded]:
+        """What the encoders did for a forward: those that ran before it and whose outputs it is given, then those that
+        ran in it."""
+        given = (inputs.get(host.ENCODED) or {}).items()
+        return {kind: known for kind, output in given if (known := self.notes.get(output)) is not None}
+
+    def encoders(self) -> list[str]:
+        """The methods of the model's core that turn pixels into rows of the prompt: tower, projector, and packing where
+        there is some."""
+        return [name for name in host.ENCODERS.values() if hasattr(self.model.base_model, name)]
+
+    def _note_inputs(self, ledger: UndoLedger) -> None:
+        """``generate`` encodes images before the forward and does not hand their sizes on; so it is noted what the
+        encoders' outputs were made from, and by which passes of the tower."""
+        core = self.model.base_model
+        for kind, name in host.ENCODERS.items():
+            if not hasattr(core, name):
+                continue
+            original = getattr(core, name)
+
+            @functools.wraps(original)
+            def noted(
+                *args: Any, __original: Any = original, __kind: str = kind, __name: str = name, **kwargs: Any
+            ) -> Any:
+                given = dict(inspect.signature(__original).bind(*args, **kwargs).arguments)
+                given |= given.pop("kwargs", {})
+                # Pixels are remembered by their shape alone.
+                known = Encoded(
+                    {
+                        k: v.to("meta") if k.startswith("pixel") and isinstance(v, Tensor) else v
+                        for k, v in given.items()
+                        if v is not None
+                    }
+                )
+                outer, self.encoding.now = getattr(self.encoding, "now", None), known
+                try:
+                    output = __original(*args, **kwargs)
+                finally:
+                    self.encoding.now = outer
+                    run, self.passes.last = getattr(self.passes, "last", None), None
+                if run is not None:
+                    raise UnsupportedError(
+                        f"{__name}() did not hand the tower's output to the {type(self.projector).__name__} that was "
+                        "there at attach(): it was replaced since; "
+                        "remove() and attach again"
+                    )
+                if hasattr(output, "__dataclass_fields__"):
+                    self.notes[output] = known
+                call = self.decoder.call
+                if call is not None:
+                    call.encoded[__kind] = known
+                return output
+
+            ledger.replace(core, name, noted)
+
+    def decoder_layers(self) -> list[nn.Module]:
+        return list(self.lm.layers)
+
+    def all_layers(self) -> list[nn.Module]:
+        return self.decoder_layers()
+
+    def kinds(self) -> tuple[str, ...]:
+        """Each decoder layer's attention type."""
+        config = self.lm.config
+        everywhere = (
+            "sliding_attention" if named(self.lm, "MistralModel") and config.sliding_window else "full_attention"
+        )
+        return tuple(getattr(config, "layer_types", None) or [everywhere] * config.num_hidden_layers)
+
+    def describe(self) -> Decoder:
+        """What the decoder engine has to know."""
+        return Decoder(
+            root=self.model,
+            lm=self.lm,
+            layers=self.lm.layers,
+            visual=self.visual,
+            parts=self.parts,
+            sources=self.sources,
+            kinds=self.kinds(),
+            window=getattr(self.lm.config, "sliding_window", None),
+            rotary=self.rotary,
+            mrope=self.geometry.mrope,
+            pairs=self.pairs,
+            first_position=self.first_position,
+            core=None if self.model.base_model is self.model else self.model.base_model,
+            encoded=self.encoded,
+        )
+
+    def branch(self, layer: int) -> nn.Module:
+        """A copy of decoder layer ``layer`` that belongs to nobody (its hooks are not copied)."""
+        source = self.lm.layers[layer]
+        parameter = next(source.parameters())
+        if parameter.is_meta and any(hasattr(m, "_hf_hook") for m in source.modules()):
+            raise UnsupportedError(
+                f"decoder layer {layer} cannot be copied: its weights are offloaded; give the model a device_map that "
+                "keeps it in memory"
+            )
+        foreign = sorted({type(m).__name__ for m in source.modules() if type(m).__module__.startswith(ADAPTED)})
+        if foreign:
+            raise UnsupportedError(
+                f"decoder layer {layer} cannot be copied: it holds {', '.join(foreign)}; merge adapters into the "
+                "weights, or attach to the model as it was "
+                "before they were added or it was quantised"
+            )
+        with torch.random.fork_rng(devices=[]):  # the throw-away initialisation must not move the user's random numbers
+            fresh = type(source)(self.lm.config, layer_idx=layer).to(parameter.device, parameter.dtype)
+        state = source.state_dict()
+        if host.sharded(source):
+            raise UnsupportedError(
+                f"decoder layer {layer} cannot be copied: its weights are sharded; attach before fully_shard()"
+            )
+        odd = sorted(set(state) ^ set(fresh.state_dict())) or [
+            n for n, t in state.items() if type(t) is not Tensor or not t.is_floating_point()
+        ]
+        if odd:
+            raise UnsupportedError(
+                f"decoder layer {layer} cannot be copied: its weights are not those of a {type(source).__name__} "
+                f"({odd[0]})"
+            )
+        fresh.load_state_dict(state)
+        return copy.deepcopy(fresh).train(source.training)
+
+    def reseed(self, seed: Seed) -> None:
+        self.seed = seed
+        for engine in self.engines:
+            engine.seed = seed
+
+    def install(
+        self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, per: str, seed: int
+    ) -> None:
+        self._note_inputs(ledger)
+        tower = [c for c in cuts if c.site == "pixels" or c.site.startswith("vision.")]
+        engine = self._install_tower(tower, ledger, recorder, seed) if tower else None
+
+        def done(request: Request) -> None:
+            decoder.finish_counts(request)
+            recorder.finished(request)
+
+        decoder = DecoderEngine(
+            self.describe(),
+            [c for c in cuts if c.site.startswith("llm.")],
+            ledger,
+            positions=positions,
+            per=per,
+            tower=engine is not None,
+            entry=[c for c in cuts if c.site == "projector"],
+            seed=seed,
+            done=done,
+            arrived=recorder.arrived,
+        )
+        self.seed, self.engines = seed, [e for e in (engine, decoder) if e is not None]
+        self.decoder = decoder
+
+    def _install_tower(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, seed: int) -> TowerEngine:
+        """The tower's stages. What they leave is put back to its placeholders behind the projector, with zeros in
+        between: which rows those are is known from the books of the passes, never from the values."""
+
+        def passed(run: Run) -> None:
+            self.passes.last = run
+
+        engine = self.tower_engine(cuts, ledger, seed=seed, done=passed)
+        assert engine is not None
+
+        def expand(module: nn.Module, args: tuple, kwargs: dict, features: Tensor) -> Tensor | None:
+            run, self.passes.last = getattr(self.passes, "last", None), None
+            if run is None:
+                return None
+            recorder.vision(run)
+            known: Encoded | None = getattr(self.encoding, "now", None)
+            if known is not None:
+                known.runs.append(run)
+            if features.shape[1] == run.tokens and run.slot is run.raster:
+                return None
+            where = torch.where(run.valid, run.index, run.tokens)
+            return put(features.new_zeros(run.images, run.tokens + 1, features.shape[2]), where, features)[
+                :, : run.tokens
+            ]
+
+        ledger.after(self.projector, expand)
+        return engine
+
+
+def tower_shapes(config: Any, **more: Any) -> dict[str, Any]:
+    """Keywords of :class:`Shapes` for a tower with the usual names in its configuration; ``more`` adds to them."""
+    return {
+        "vd": config.hidden_size,
+        "vf": config.intermediate_size,
+        "vheads": config.num_attention_heads,
+        "vdepth": config.num_hidden_layers,
+        "patch": config.num_channels * config.patch_size**2 * config.hidden_size,
+        "prefix": 0,
+        **more,
+    }

@@ -1,0 +1,1 @@
+"""The correctness contract, and whether it holds with what is installed."""

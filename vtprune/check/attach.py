@@ -1,0 +1,33 @@
+"""``attach``: the handle's, behind the proof that a release nobody has tested owes."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from ..core.handle import Handle, put
+from ..core.recipe import Recipe
+from .prove import prove
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: Any) -> Handle:
+    """Puts ``recipe`` into ``model`` and returns the :class:`Handle` that takes it out again (also a context manager).
+
+    Args:
+        model: an unmodified Hugging Face MLLM or vision tower, or a timm ``VisionTransformer``.
+        recipe: a registered name, a :class:`Recipe`, or a path to its JSON / YAML form.
+        **overrides: ``keep=`` tokens per image after the last cut (int) or their fraction (float in (0, 1]);
+        ``effective_tokens=`` / ``flops=`` let the budget solver
+            derive the schedule; ``positions="original" | "compact"`` (in-LLM and projector cuts); ``seed=`` for random
+            methods; ``per=`` what a budget applies to behind the projector: ``"image"`` (a video's frame), ``"tile"``,
+            ``"video"`` (all its frames) or ``"sample"`` (everything in a prompt), the default being the family's first;
+            all else are the last stage's options.
+
+    Raises:
+        VtpruneError: unknown recipe or option, impossible budget, a model that is attached already;
+        :class:`UnsupportedError` if the model lacks what a method needs.
+    """
+    return put(model, recipe, overrides, prove, level=3)

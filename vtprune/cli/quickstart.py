@@ -1,0 +1,165 @@
+"""``python -m vtprune.cli.quickstart``: every method on the bundled VLM and real test questions, in minutes on a CPU.
+Writes ``out/quickstart.{html,png,json}``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import vtprune
+
+from ..core.types import VtpruneError
+from ..inputs import demo_model
+from ..inputs.chats import generate, prepare
+from ..measure import bench, text
+from ..measure import samples as samples_module
+from ..show import pictures as render
+from . import options
+from .errors import Parser, guarded
+from .options import fractions, model_options, output, positive, show
+
+BUDGETS = (0.5, 0.25)
+WORK = 2400  # questions in all, divided among the passes
+QUESTIONS_PER_SCENE = 11
+SHOWN = ("uniform", "downsample", "tome", "flowcut", "fastv", "pyramiddrop", "dpvr-lf")  # methods in the pictures
+
+
+def parser() -> argparse.ArgumentParser:
+    out = Parser(prog="python -m vtprune.cli.quickstart", description=__doc__)
+    out.add_argument(
+        "--samples",
+        type=positive,
+        metavar="N",
+        help="easy-VQA questions per row (default: what takes about four minutes in all)",
+    )
+    out.add_argument(
+        "--scenes",
+        type=positive,
+        metavar="N",
+        help="generated scenes per row, about 11 questions each (default: a tenth of the samples)",
+    )
+    out.add_argument(
+        "--budgets",
+        type=fractions,
+        default=list(BUDGETS),
+        help="fractions of the dense effective tokens (default 0.5,0.25)",
+    )
+    out.add_argument("--seeds", type=positive, default=3, help="runs of random methods (default 3)")
+    out.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER")
+    out.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    model_options(out)
+    return out
+
+
+def pictures(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Any],
+    methods: Sequence[str],
+    budget: float,
+    options: Mapping[str, Any],
+) -> list[tuple[str, Any]]:
+    """``(label, picture)`` for each of ``methods`` on each of ``samples``, with the answer it led to."""
+    out = []
+    for sample in samples:
+        image = sample.picture()
+        inputs = prepare(processor, [image], [sample.question]).to(model.device, model.dtype)
+        seen = render.model_view(processor, image)
+        x, y = seen.width / image.width, seen.height / image.height
+        boxes = [(a * x, b * y, c * x, d * y) for a, b, c, d in sample.boxes]
+        for name in methods:
+            how = options.get(name, {"effective_tokens": budget})
+            try:
+                with vtprune.attach(model, name, **how) as handle:
+                    answer = generate(model, processor, inputs)[0]
+                    report = handle.report()
+            except VtpruneError:  # the table says why
+                continue
+            label = (
+                f"{name} ({report.effective_tokens:.0f} effective tokens): {sample.question}  answer: {answer}  "
+                f"(right: {sample.answer})"
+            )
+            out.append((label, render.token_picture(seen, report, 0, boxes=boxes, panel=192)))
+    return out
+
+
+def run(args: argparse.Namespace) -> int:
+    """The whole tour. Raises :class:`VtpruneError` for what the user can put right."""
+    from tqdm import tqdm
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    page, sheet, data = (args.out / f"quickstart.{kind}" for kind in ("html", "png", "json"))
+    for path in (page, sheet, data):
+        output(path)
+    methods = vtprune.methods()
+    trained = demo_model.branch() if args.model is None else None
+    fixed = [] if trained is None else [(trained, trained.source)]
+    passes = bench.runs(methods, args.budgets, args.seeds, len(fixed))
+    easy = args.samples or max(24, WORK // passes // 2)
+    scenes = args.scenes or max(2, round(easy / QUESTIONS_PER_SCENE))
+    model, processor = options.load(args)
+    samples = samples_module.easy_vqa_samples(easy) + samples_module.scenes_samples(scenes)
+    print(f"{easy} easy-VQA questions and {len(samples) - easy} questions about {scenes} scenes; {passes} passes")
+    with tqdm(total=len(samples) * passes, unit="question", disable=None) as bar:
+        result = bench.table(
+            model,
+            processor,
+            samples,
+            methods,
+            args.budgets,
+            seeds=args.seeds,
+            seed=args.seed,
+            batch=32,
+            timing=3,
+            cpu_time=model.device.type == "cpu",
+            fixed=fixed,
+            progress=bar.update,
+            started=bar.set_description,
+            command=f"python -m vtprune.cli.quickstart --samples {easy} --scenes {scenes}",
+        )
+    cells = text.cells(result, abilities=False)
+    show(cells)
+    print(
+        "prefill x: pruned over dense in turns [least, most of the rounds]; noise: they tell nothing; ?: slower for "
+        "less work, unexplained"
+    )
+    own = {"dpvr-lf": trained.stages[-1].options} if trained is not None else {}
+    chosen = [m for m in SHOWN if m in methods]
+    busy = max(
+        (s for s in samples if s.set == "scenes" and s.ability in ("attribute", "location")),
+        key=lambda s: s.question.count("sign") + len(s.boxes),
+    )
+    drawn = pictures(model, processor, [samples[0], busy], chosen, args.budgets[0], own)
+    kept = text.kept_per_row(result)
+    figures = [("Where tokens are kept: image rows, all questions", render.row_bias_figure(kept))] if kept else []
+    about, versions = result["device"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    facts = f"{result['command']} | {about['name']}, {about['threads']} threads, {about['dtype']} | {versions}"
+    timer = "CPU time of one thread" if result["timer"] == "CPU" else "time"
+    intro = (
+        f"Every method at equal effective tokens (the mean over language-model layers). Prefill x: {timer} of a "
+        "prefill divided by dense, in turns, "
+    )
+    intro += (
+        "with the least and most of its rounds; noise: they tell nothing; ?: slower for less work, which neither own "
+        "code nor noise explains."
+    )
+    text.save(result, data)
+    render.write(sheet, render.contact_sheet(drawn))
+    render.html_report(cells, [*figures, *drawn], page, title="vtprune quickstart", intro=intro, facts=facts)
+    print(f"wrote {page}, {sheet}, {data}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 only on success; see :func:`vtprune.cli.main.main` for the other codes."""
+    try:
+        args = parser().parse_args(argv)
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else 2
+    return guarded(run, args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Decides and owns: data, recipes, planning, the handle and its ledger."""

@@ -1,0 +1,69 @@
+"""FLOPs and cache bytes from what the layers really processed. A multiply-add counts 2; attention is counted whole, not
+halved for causality.
+
+Matrix products only, as ``torch.utils.flop_counter.FlopCounterMode`` counts them (a test compares the two); a
+selector's own arithmetic is not included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vtprune.models.engine.shapes import Shapes
+
+
+def tower_block(s: Shapes, n: int, after: int | None = None, seen: int | None = None) -> int:
+    """One vision block over ``n`` tokens (prefix included); ``after`` tokens reach its MLP if a merge happens inside
+    it; each sees ``seen`` tokens (default all)."""
+    attention = 4 * n * s.vd * s.vd + 2 * n * (n if seen is None else min(seen, n)) * s.vd
+    return 2 * (attention + s.vmlp * (n if after is None else after) * s.vd * s.vf)
+
+
+def vision(
+    s: Shapes,
+    images: int,
+    patches: int,
+    per_block: Sequence[float],
+    inside: bool = False,
+    projected: float | None = None,
+) -> int:
+    """Patch embedding, blocks and projector for ``images`` images; ``per_block`` patch tokens entering each block,
+    ``projected`` tokens through the projector.
+
+    Blocks beyond ``per_block`` (run, but not used by LLaVA) see the last count.
+    """
+    counts: list[float] = [n * s.group for n in per_block or [patches]]
+    total = 2 * patches * s.group * s.patch
+    counts += [projected if projected is not None and inside else counts[-1]] * (s.vdepth - len(counts))
+    for i, n in enumerate(counts):
+        after = counts[i + 1] if inside and i + 1 < len(counts) else n
+        seen = s.window if s.window and i not in s.whole else None
+        total += tower_block(s, round(n) + s.prefix, round(after) + s.prefix, seen)
+    total += 2 * round(counts[-1] / s.group if projected is None else projected) * s.proj
+    return images * total
+
+
+def decoder_layer(s: Shapes, layer: int, n: int, keys: int | None = None) -> int:
+    """Decoder layer ``layer`` over ``n`` tokens: projections, the full attention, the MLP (of experts those that a
+    token is sent to). ``keys`` (default ``n``) counts the tokens with keys and values."""
+    at, seen = s.layers[layer], n if keys is None else keys
+    return 2 * (n * at.row + seen * at.key + n * seen * at.pair)
+
+
+def prefill(s: Shapes, per_layer: Sequence[int], keys: Sequence[int] | None = None) -> int:
+    """Decoder layers over ``per_layer`` tokens (text and visual) and the head for one position; ``keys`` as for
+    :func:`decoder_layer`."""
+    return (
+        sum(decoder_layer(s, i, n, k) for i, (n, k) in enumerate(zip(per_layer, keys or per_layer, strict=True)))
+        + 2 * s.d * s.vocab
+    )
+
+
+def kv_bytes(s: Shapes, per_layer: Sequence[int]) -> int:
+    """Bytes of keys and values that the prefill leaves behind; a sliding window's cache keeps the last of them only."""
+    held = s.held or [0] * len(per_layer)
+    return sum(
+        (min(n, most) if most else n) * at.kept * s.bytes for at, n, most in zip(s.layers, per_layer, held, strict=True)
+    )

@@ -1,0 +1,151 @@
+"""Asks a method for its decision at one cut, unit by unit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..methods.base import Cut, Method
+from .planning import budget
+from .recipe import Stage
+from .select import from_mask, gather, join, merged, subview
+from .types import Geometry, Recent, Selection, TokenView, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Rasters = tuple[tuple[int, int], ...]
+
+
+class Decider:
+    """Asks a method for its decision at one cut. Units of other sizes than the model's typical one have plans of their
+    own: the method is called once per kind of unit. Decisions carry no gradient: it flows through what is kept
+    (PyramidDrop, arXiv 2410.17247, trains this way)."""
+
+    def __init__(self, geometry: Geometry, stage: Stage, method: Method, cuts: tuple[Cut, ...], number: int):
+        self.geometry, self.stage, self.method, self.cuts, self.number = geometry, stage, method, cuts, number
+        self.plans: Recent[Rasters, Cut] = Recent(256)
+        self.plans[(geometry.grid,)] = cuts[number]
+
+    def __call__(self, view: TokenView) -> Selection | None:
+        import torch
+
+        promised = self.geometry.provides.get(self.cuts[self.number].kind, frozenset())
+        view = replace(view, sources={name: source for name, source in view.sources.items() if name in promised})
+        with torch.no_grad():
+            if not view.rasters:
+                return self.method.select(view, self.cuts[self.number])
+            kinds: dict[Rasters, list[int]] = {}
+            for g, rasters in enumerate(view.rasters):
+                kinds.setdefault(rasters, []).append(g)
+            groups: dict[tuple[Rasters, tuple[int, ...]], list[int]] = {}
+            for rasters, rows in kinds.items():
+                left = (
+                    self._left(view, rasters, rows)
+                    if self.method.info.raster and len(rasters) > 1
+                    else [()] * len(rows)
+                )
+                for row, counts in zip(rows, left, strict=True):
+                    groups.setdefault((rasters, counts), []).append(row)
+            shared: dict[Any, Any] = {}
+            parts = []
+            for (rasters, counts), rows in groups.items():
+                cut, whole = self._cut(rasters), len(rasters) == 1
+                part = subview(view, rows, rasters[0] if whole else (sum(r * c for r, c in rasters), 1), shared)
+                if not whole:
+                    part = replace(part, rasters=(rasters,) * len(rows))
+                parts.append(
+                    (rows, self._rasters(part, cut, rasters, counts) if counts else self.method.select(part, cut))
+                )
+            return join(view, parts)
+
+    def _cut(self, rasters: Rasters) -> Cut:
+        """The cut as planned for a unit made of ``rasters``."""
+        if rasters not in self.plans:
+            n = sum(r * c for r, c in rasters)
+            one = len(rasters) == 1
+            geometry = replace(
+                self.geometry,
+                tokens=n,
+                grid=rasters[0] if one else (n, 1),
+                rasters=() if one else rasters,
+                variable=True,
+            )
+            cuts = self.method.plan(geometry, budget(geometry, self.stage, self.method))
+            if [c.site for c in cuts] != [c.site for c in self.cuts]:
+                raise UnsupportedError(
+                    f"{self.method.info.name} would cut elsewhere for an image of {n} tokens than for one of "
+                    f"{self.geometry.tokens}"
+                )
+            self.plans[rasters] = cuts[self.number]
+        return self.plans[rasters]
+
+    @staticmethod
+    def _left(view: TokenView, rasters: Rasters, rows: list[int]) -> list[tuple[int, ...]]:
+        """How many tokens are left in each of the ``rasters`` of the units ``rows``."""
+        import torch
+
+        at = torch.tensor(rows, device=view.index.device)
+        ends = torch.tensor([r * c for r, c in rasters], device=at.device).cumsum(0)
+        valid = view.valid[at]
+        number = torch.bucketize(torch.where(valid, view.index[at], 0), ends, right=True)
+        counts = torch.zeros(len(rows), len(rasters), dtype=torch.long, device=at.device).scatter_add_(
+            1, number, valid.long()
+        )
+        return [tuple(row) for row in counts.tolist()]
+
+    def _rasters(self, view: TokenView, cut: Cut, rasters: Rasters, left: tuple[int, ...]) -> Selection:
+        """A method of the image plane on units of several rasters, of which ``left`` tokens are there: each raster's
+        share of the budget is that of its tokens (largest remainders)."""
+        import torch
+
+        b, n = view.index.shape
+        sizes = [r * c for r, c in rasters]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        budget = min(cut.keep or 0, sum(left))
+        exact = [budget * m / max(sum(left), 1) for m in left]
+        shares = [int(x) for x in exact]
+        for i in sorted(range(len(sizes)), key=lambda i: shares[i] - exact[i])[: budget - sum(shares)]:
+            shares[i] += 1
+        keep = torch.zeros(b, n + 1, dtype=torch.bool, device=view.valid.device)  # the last column takes the padding
+        target, weight, merges = torch.full_like(view.index, -1), view.size.clone(), False
+        score: Tensor | None = None
+        for grid, m, start, share in zip(rasters, left, starts, shares, strict=True):
+            if not share:
+                continue
+            at = (
+                (view.valid & (view.index >= start) & (view.index < start + grid[0] * grid[1]))
+                .nonzero()[:, 1]
+                .view(b, m)
+            )
+            small = replace(
+                view,
+                features=gather(view.features, at),
+                valid=torch.ones_like(at, dtype=torch.bool),
+                index=view.index.gather(1, at) - start,
+                size=view.size.gather(1, at),
+                protected=view.protected.gather(1, at),
+                grid=grid,
+                rasters=(),
+                memory=view.memory.setdefault(f"raster {start}", {}),
+                sources={},
+            )
+            found = self.method.select(small, replace(cut, keep=share))
+            chosen = at if found is None else torch.where(found.kept >= 0, at.gather(1, found.kept.clamp_min(0)), n)
+            keep.scatter_(1, chosen, True)
+            if found is not None and found.score is not None:
+                score = (
+                    torch.full(view.valid.shape, torch.nan, dtype=torch.float64, device=keep.device)
+                    if score is None
+                    else score
+                )
+                score.scatter_(1, at, found.score.double())
+            if found is None or found.target is None:  # what stays is its own slot
+                target.scatter_(1, at, torch.where(keep.gather(1, at), at, -1))
+                continue
+            merges = True
+            target.scatter_(1, at, torch.where(found.target >= 0, chosen.gather(1, found.target.clamp_min(0)), -1))
+            if found.weight is not None:
+                weight.scatter_(1, at, found.weight)
+        keep = keep[:, :n]
+        return replace(merged(keep, target, weight) if merges else from_mask(keep), score=score)

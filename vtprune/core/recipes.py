@@ -1,0 +1,46 @@
+"""Named recipes. Every method has one of its own name with the paper's defaults; the presets below are published
+settings, as data with their source."""
+
+from __future__ import annotations
+
+from ..methods.base import METHODS
+from .recipe import Recipe, Stage
+from .registry import Registry
+
+
+class Recipes(Registry[Recipe]):
+    """The recipes registered here, and for every method, whenever it was registered, one of its name."""
+
+    def reserve(self, name: str, owner: str, what: str) -> None:
+        METHODS.reserve(name, owner, what)  # so that no method takes the name, nor this recipe a method's
+        super().reserve(name, owner, what)
+
+    def _ready(self) -> dict[str, Recipe]:
+        own = {n: Recipe(name=n, stages=(Stage(method=n),), source=METHODS.get(n).paper) for n in METHODS}
+        return {**own, **super()._ready()}
+
+
+RECIPES = Recipes("recipe")
+
+# (name, source, (method, keep, options) ...)
+PRESETS: tuple = (
+    ("fastv-k2-r50", "arXiv 2403.06764, table 1: K=2, R=50 %", ("fastv", 0.5, {"layer": 2})),
+    ("fastv-k3-r75", "arXiv 2403.06764, table 1: K=3, R=75 %", ("fastv", 0.25, {"layer": 3})),
+    ("fastv-norope", "arXiv 2412.13180: FastV's ranking without rotary positions", ("fastv", 0.5, {"rope": False})),
+    (
+        "pitome-llava-7b",
+        "arXiv 2405.16148, LLaVA-1.5-7B at ratio 0.9",
+        ("pitome", None, {"ratio": 0.9, "variant": "hf-clip"}),
+    ),
+    (
+        "flowcut-then-fastv",
+        "vtprune: a vision stage and a language-model stage together",
+        ("flowcut", 0.5, {}),
+        ("fastv", 0.25, {}),
+    ),
+)
+for _name, _source, *_stages in PRESETS:
+    RECIPES.register(
+        _name,
+        Recipe(name=_name, stages=tuple(Stage(method=m, keep=k, options=o) for m, k, o in _stages), source=_source),
+    )

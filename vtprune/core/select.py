@@ -1,0 +1,166 @@
+"""The only place that turns scores into indices, and assignments into merged tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from .types import Selection, TokenView, extent
+
+
+def top(
+    score: Tensor,
+    keep: int | Tensor,
+    valid: Tensor,
+    protected: Tensor | None = None,
+    *,
+    span: tuple[int, int] | None = None,
+) -> Selection:
+    """Keeps the ``keep`` best tokens of each image, positions ascending; ties go to the lower position.
+
+    score ``[B, N]`` (higher is better) · keep: int or ``[B]`` · valid, protected ``[B, N]`` bool. Protected tokens come
+    first whatever their score. NaN ranks last. ``span``: the fewest and the most valid tokens of an image, if known
+    (:attr:`TokenView.extent`): then the device need not be asked.
+    """
+    given = score
+    kept = (min(keep, span[0]), min(keep, span[1])) if span is not None and isinstance(keep, int) else None
+    score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
+    score = torch.where(torch.isnan(score), -torch.inf, score)
+    if protected is not None:
+        score = torch.where(protected, torch.inf, score)
+    # A stable sort, with padding behind everything (two keys: first by score, then by validity).
+    order = score.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, valid.gather(1, order).int().argsort(dim=1, descending=True, stable=True))
+    counts = valid.sum(1)
+    keep = torch.as_tensor(keep, device=score.device).expand(score.shape[0])
+    keep = torch.minimum(keep, counts)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    return replace(from_mask(rank < keep[:, None], kept), score=given)
+
+
+def from_mask(mask: Tensor, span: tuple[int, int] | None = None) -> Selection:
+    """``[B, N]`` bool to a :class:`Selection`; rows with fewer tokens end in -1. ``span``: the fewest and the most of a
+    row, if known; else the device is asked, once."""
+    n = mask.shape[1]
+    span = extent(mask) if span is None else span
+    position = torch.where(mask, torch.arange(n, device=mask.device), n)
+    kept = position.sort(dim=1).values[:, : span[1]]
+    return Selection(kept if span[0] == span[1] else torch.where(kept == n, -1, kept), span=span)
+
+
+def merged(
+    kept_mask: Tensor, destination: Tensor, weight: Tensor | None = None, *, span: tuple[int, int] | None = None
+) -> Selection:
+    """A merge: ``kept_mask`` ``[B, N]``, ``destination`` ``[B, N]`` position of the token that absorbs each one (itself
+    if kept, -1 if dropped); ``span`` as in :func:`from_mask`."""
+    plain = from_mask(kept_mask, span)
+    column = (kept_mask.long().cumsum(1) - 1).clamp_min(0)  # position -> column of kept
+    target = torch.where(destination >= 0, column.gather(1, destination.clamp_min(0)), -1)
+    return Selection(plain.kept, target, weight, span=plain.span)
+
+
+def gather(x: Tensor, kept: Tensor) -> Tensor:
+    """Rows ``kept`` ``[B, K]`` (-1: zeros) of ``x`` ``[B, N, ...]``."""
+    return kernels.gather(kept, x)[0]
+
+
+def combine(x: Tensor, selection: Selection, size: Tensor) -> tuple[Tensor, Tensor]:
+    """The kept rows of ``x`` ``[B, N, C]`` and their sizes ``[B, K]``. With a target each row is the weighted mean of
+    the tokens it absorbs (``size`` ``[B, N]`` are the default weights) and sizes add up; pruned tokens vanish."""
+    if selection.target is None:
+        rows, sizes = kernels.gather(selection.kept, x, size)
+        return rows, sizes
+    return kernels.merge(x, selection.target, selection.kept.shape[1], weight=selection.weight, size=size)
+
+
+def bands(rows: int, columns: int, keep: int) -> Tensor:
+    """Splits a ``rows x columns`` raster into exactly ``keep`` near-square cells; returns the cell number of every
+    token, ``[rows * columns]``, raster order.
+
+    The rows form ``round(sqrt(keep * rows / columns))`` bands and each band is cut into as many columns as an even
+    share of ``keep`` gives.
+    """
+    if not 1 <= keep <= rows * columns:
+        raise ValueError(f"keep must be in 1..{rows * columns}, got {keep}")
+    count = min(max(round(math.sqrt(keep * rows / columns)), -(-keep // columns)), rows, keep)
+    first = torch.arange(count + 1) * keep // count  # the first cell of each band
+    band = torch.arange(rows) * count // rows
+    return (first[band][:, None] + torch.arange(columns)[None] * first.diff()[band][:, None] // columns).flatten()
+
+
+def subview(view: TokenView, rows: Sequence[int], grid: tuple[int, int], shared: dict[Any, Any]) -> TokenView:
+    """The images ``rows`` of ``view``, without padding that they do not need. What sources compute for all images goes
+    through ``shared``."""
+    if len(rows) == len(view.valid):
+        return replace(view, grid=grid, rasters=())
+    at = torch.tensor(rows, device=view.valid.device)
+    width = int(view.valid[at].sum(1).max())
+
+    def only(name: str, source: Callable[..., Any]) -> Callable[..., Any]:
+        def call(**kwargs: Any) -> Tensor:
+            key = (name, *sorted(kwargs.items()))
+            if key not in shared:
+                shared[key] = source(**kwargs)
+            found = shared[key][at]
+            return found[:, :width] if found.ndim > 1 else found
+
+        return call
+
+    return replace(
+        view,
+        features=view.features[at, :width],
+        valid=view.valid[at, :width],
+        index=view.index[at, :width],
+        size=view.size[at, :width],
+        protected=view.protected[at, :width],
+        grid=grid,
+        rasters=(),
+        seed=view.seed if isinstance(view.seed, int) else tuple(view.seed[r] for r in rows),
+        memory=view.memory.setdefault(str(rows), {}),
+        sources={name: only(name, source) for name, source in view.sources.items()},
+    )
+
+
+def join(view: TokenView, parts: Sequence[tuple[Sequence[int], Selection | None]]) -> Selection | None:
+    """One selection for all images of ``view`` from those of its sub-views; ``None`` where a sub-view is left as it is
+    (for all: ``None``)."""
+    if all(s is None for _, s in parts):
+        return None
+    full = [(rows, from_mask(view.valid[list(rows)]) if s is None else s) for rows, s in parts]
+    b, n = view.valid.shape
+    if len(full) == 1 and len(full[0][0]) == b:
+        return full[0][1]
+    kept = torch.full((b, max(s.kept.shape[1] for _, s in full)), -1, device=view.valid.device)
+    target, weight, layout, score = None, None, None, None
+    if any(s.target is not None for _, s in full):
+        target, weight = torch.full((b, n), -1, device=kept.device), view.size.clone()
+    if any(s.layout is not None for _, s in full):
+        layout = torch.arange(kept.shape[1], device=kept.device).repeat(b, 1)
+    if any(s.score is not None for _, s in full):
+        score = torch.full((b, n), torch.nan, dtype=torch.float64, device=kept.device)
+    for rows, s in full:
+        at = torch.tensor(rows, device=kept.device)
+        kept[at, : s.kept.shape[1]] = s.kept
+        if target is not None and weight is not None:
+            own = s.target
+            if own is None:  # kept tokens are their own slot
+                slot = torch.arange(s.kept.shape[1], device=kept.device).expand_as(s.kept)
+                own = torch.full((len(rows), n + 1), -1, device=kept.device).scatter(
+                    1, torch.where(s.kept >= 0, s.kept, n), slot
+                )[:, :n]
+            target[at, : own.shape[1]] = own
+            if s.weight is not None:
+                weight[at, : s.weight.shape[1]] = s.weight.to(weight.dtype)
+        if layout is not None and s.layout is not None:
+            layout[at, : s.layout.shape[1]] = s.layout
+        if score is not None and s.score is not None:
+            score[at, : s.score.shape[1]] = s.score.double()
+    return Selection(kept, target, weight, layout, score)

@@ -1,0 +1,231 @@
+"""The budget solver: turns a target of effective tokens or FLOPs into a schedule, so that methods can be compared at
+equal cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..methods.base import METHODS, OWN_BUDGETS, Cut
+from . import cost
+from .planning import bind, check_options, for_units, load_recipe, plan
+from .recipe import Recipe
+from .types import Geometry, VtpruneError
+
+
+def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes: int = 1) -> tuple[float, int]:
+    """Effective tokens and FLOPs that the planned cuts give for one image (adaptive cuts count as no cut until their
+    hard one), of which the tower makes its share in ``passes`` equal passes."""
+    n = geometry.tokens
+    tower: list[float] = []
+    llm: list[float] = []
+    through_llm: list[float] = []
+    stages = plan(geometry, recipe)
+    cuts = [c for *_, cs in stages for c in cs]
+    pixels = [c for c in cuts if c.kind == "pixels"]
+    patches = (pixels[0].keep or n) if pixels else n
+    now, aside = float(patches), float(n)
+    inside = any(c.inside for c in cuts)
+
+    def outcome(c: Cut, now: float) -> float:
+        if c.restore:
+            return aside
+        return now if c.keep is None or c.adaptive else min(float(c.keep), now)
+
+    for i in range(geometry.vision_layers):
+        tower.append(now)
+        for c in cuts:
+            if c.site == f"vision.{i}":
+                now = outcome(c, now)
+    through = now
+    if geometry.unmade:  # every patch that is left may keep the new-line token of its row
+        now = sum(now * (1 - share) + n * share * min(1.0, width * now / n) for share, width in geometry.unmade) / len(
+            geometry.unmade
+        )
+    for c in cuts:
+        if c.kind == "projector":
+            now = outcome(c, now)
+    for i in range(geometry.llm_layers):
+        for c in cuts:
+            if c.site == f"llm.{i}":
+                aside = now if c.stash else aside
+                now = outcome(c, now)
+        through_llm.append(now)
+        llm.append(aside if any(c.context and c.site == f"llm.{i}" for c in cuts) else now)
+    rows = llm or tower
+    flops = passes * cost.vision(
+        shapes, 1, round(patches / passes), [t / passes for t in tower], inside, through / passes
+    )
+    if llm:
+        flops += cost.prefill(shapes, [round(k) + text for k in through_llm], [round(k) + text for k in llm])
+        for stage, _, own in stages:  # the side branches of routing stages
+            if any(c.restore or c.context for c in own):
+                split = next(c.layer for c in own if c.stash)
+                flops += stage.options.get("branch_layers", 1) * cost.decoder_layer(shapes, split, round(aside))
+    return sum(rows) / len(rows), int(flops)
+
+
+def solve(
+    model: Any,
+    recipe: Any,
+    *,
+    effective_tokens: float | None = None,
+    flops: float | None = None,
+    inputs: dict[str, Any] | None = None,
+    positions: str = "original",
+    seed: int = 0,
+    per: str | None = None,
+    **overrides: Any,
+) -> Recipe:
+    """A recipe like ``recipe`` whose last stage meets a budget as closely as whole tokens (or layers, for methods
+    without ``keep``) allow, without passing it.
+
+    A budget below what the method's default layers can reach moves its cuts to half their depth, again if need be;
+    layers that the recipe states stay.
+
+    Args:
+        model: the model that will run it.
+        recipe: name, path or :class:`Recipe`.
+        effective_tokens: visual tokens averaged over language-model layers (bare ViT: blocks); a float in (0, 1] is a
+            fraction of the dense model's (1.0 all of them, the integer 1 one token).
+        flops: tower, projector and prefill of one image; a float in (0, 1] is a fraction of the dense model's.
+        inputs: a prompt, for the number of text tokens that ``flops`` counts (default: 32) and, in families whose
+        images vary in size, of visual ones. positions, seed, per, **overrides: as for :func:`attach`, which takes the
+        recipe that comes out with the same ``positions``, ``seed`` and ``per``.
+
+    There the schedule keeps fractions, so that it serves other images too; without ``inputs`` budgets are fractions as
+    well. A stage in the tower leaves the new-line tokens of rows that keep a patch: with ``inputs`` the most that can
+    be of them; without, of the mean over the shapes that the model's configuration names, which a single image may
+    pass.
+
+    Raises:
+        VtpruneError: not exactly one target, or none of the schedules meets it (the smallest reachable budget is named,
+            or why there is none).
+    """
+    if (effective_tokens is None) == (flops is None):
+        raise VtpruneError("give exactly one of effective_tokens= and flops=")
+    adapter, chosen = bind(model), load_recipe(recipe)
+    check_options(adapter.geometry, positions=positions, seed=seed, per=per)
+    chosen = chosen.override(**overrides) if overrides else chosen
+    geometry, shapes = for_units(adapter.geometry, per), adapter.cost
+    text, passes = 32, 1
+    if inputs is not None and geometry.llm_layers:
+        found = adapter.parts(inputs["input_ids"], inputs)
+        first = sum(len(p.columns) for p in found[0])
+        length = (
+            inputs["attention_mask"][0].sum()
+            if inputs.get("attention_mask") is not None
+            else inputs["input_ids"].shape[1]
+        )
+        text = int(length) - first
+        if geometry.variable and first:
+            passes = max(sum(len(p.passes) for p in found[0]), 1)
+            geometry = replace(geometry, tokens=first, grid=(first, 1), unmade=_unmade(adapter, chosen, inputs, found))
+    column = 0 if flops is None else 1
+    wanted: Any = effective_tokens if flops is None else flops
+    if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not 0 < wanted < 1e300:
+        raise VtpruneError(f"the budget must be a positive number, got {wanted!r}")
+    target = float(wanted)
+    fraction = isinstance(wanted, float) and target <= 1
+    if geometry.variable and geometry.llm_layers and inputs is None and not fraction:
+        raise VtpruneError(
+            f"images of {geometry.family} vary in size: give a fraction of the dense budget, or solve(..., inputs=) "
+            "with a prompt of yours"
+        )
+    if column == 0 and target > geometry.tokens:
+        raise VtpruneError(f"effective_tokens={target:g} is above the {geometry.tokens} visual tokens of an image")
+    if fraction:
+        dense = (
+            float(geometry.tokens),
+            passes
+            * cost.vision(
+                shapes, 1, round(geometry.tokens / passes), [geometry.tokens / passes] * geometry.vision_depth
+            )
+            + (cost.prefill(shapes, [geometry.tokens + text] * geometry.llm_layers) if geometry.llm_layers else 0),
+        )
+        target *= dense[column]
+    smallest, why, sound = float("inf"), "", chosen
+    for start in _schedules(geometry, chosen):
+        best: tuple[float, Recipe] | None = None
+        candidates = _candidates(geometry, start)
+        low, high = 0, len(candidates) - 1
+        # more tokens, or a later layer, cost more; a budget that cannot be planned is too small for its method
+        while low <= high:
+            middle = (low + high) // 2
+            try:
+                value = _predict(geometry, shapes, candidates[middle], text, passes)[column]
+            except VtpruneError as e:
+                low, why = middle + 1, str(e)
+                continue
+            smallest, sound = min(smallest, value), candidates[middle]
+            if value <= target * (1 + 1e-9):
+                best, low = (value, candidates[middle]), middle + 1
+            else:
+                high = middle - 1
+        if best is not None:
+            return best[1]
+    if smallest == float("inf"):
+        raise VtpruneError(why)
+    what = "effective tokens" if column == 0 else "FLOPs"
+    inside = any(c.kind in ("pixels", "vision") for *_, cuts in plan(geometry, sound) for c in cuts)
+    also = " (new-line tokens among them, which stay while their row has a patch)" if geometry.unmade and inside else ""
+    raise VtpruneError(
+        f"{chosen.name} cannot reach {target:.4g} {what} here; its smallest schedule has {smallest:.4g}{also}"
+    )
+
+
+def _unmade(adapter: Any, recipe: Recipe, inputs: dict[str, Any], found: Any) -> tuple[tuple[float, float], ...]:
+    """:attr:`Geometry.unmade` of the first sample; nothing for recipes without a stage in the tower."""
+    if (
+        not any({"pixels", "vision"} & set(METHODS.get(s.method).kinds) for s in recipe.stages)
+        or not adapter.geometry.unmade
+    ):
+        return ()
+    sources, lines, patches, at = adapter.sources(inputs, found)[0], 0, 0.0, 0
+    for part in found[0]:
+        mine = int((sources[at : (at := at + len(part.columns))] < 0).sum())
+        bare = mine == len(part.columns)  # one that ends a whole image always stays
+        lines, patches = lines + mine, patches + (math.inf if bare else len(part.columns) - mine if mine else 0)
+    return ((lines / len(sources), patches / lines),) if lines else ()
+
+
+def _schedules(geometry: Geometry, recipe: Recipe) -> list[Recipe]:
+    """``recipe``, then the same with the last stage's cuts at 1/2, 1/4 ... of their depth if it has default layers in
+    the language model."""
+    last, info = recipe.stages[-1], METHODS.get(recipe.stages[-1].method)
+    name = next((n for n in ("layers", "layer") if n in info.options), None)
+    if not info.budgeted or name is None or name in last.options or geometry.llm_layers == 0:
+        return [recipe]
+    cuts = plan(
+        geometry, replace(recipe, stages=(*recipe.stages[:-1], replace(last, keep=1, options=_free(last.options))))
+    )[-1][2]
+    found, depths = [recipe], [c.layer for c in cuts]
+    while all(c.kind == "llm" for c in cuts) and max(depths, default=0) > 0:
+        depths = sorted({d // 2 for d in depths})
+        options = {**_free(last.options), name: tuple(depths) if name == "layers" else depths[0]}
+        found.append(replace(recipe, stages=(*recipe.stages[:-1], replace(last, options=options))))
+    return found
+
+
+def _free(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` without those that would replace ``keep``."""
+    return {k: v for k, v in options.items() if k not in OWN_BUDGETS}
+
+
+def _candidates(geometry: Geometry, recipe: Recipe) -> list[Recipe]:
+    last = recipe.stages[-1]
+    info = METHODS.get(last.method)
+    if info.budgeted:
+        n = geometry.tokens
+        counts: list[int | float] = (
+            [min((k + 1e-6) / n, 1.0) for k in range(1, n + 1)] if geometry.variable else list(range(1, n + 1))
+        )
+        stages = [replace(last, keep=k, options=_free(last.options)) for k in counts]
+    else:
+        name = "layer" if "layer" in info.options else "split"
+        if last.options.get(name) is not None:
+            return [recipe]
+        stages = [replace(last, options={**last.options, name: i}) for i in range(geometry.llm_layers)]
+    return [replace(recipe, stages=(*recipe.stages[:-1], s)) for s in stages]

@@ -1,0 +1,173 @@
+"""The data that travels between adapters, methods and handles. Shapes: B images, N candidate visual tokens, P prefix
+tokens, K kept tokens, C channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Seed = int | tuple[int, ...]  # for all samples of a batch, or one for each
+
+
+class VtpruneError(ValueError):
+    """Anything the user can put right: what was asked, what exists, what would work."""
+
+
+class UnsupportedError(VtpruneError):
+    """A method needs something that the model (or one of its sites) does not provide."""
+
+
+K = TypeVar("K")
+
+V = TypeVar("V")
+
+
+class Recent(dict[K, V]):
+    """A table that forgets its oldest entries beyond ``most``."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.most = most
+
+    def __setitem__(self, key: K, value: V) -> None:
+        super().__setitem__(key, value)
+        while len(self) > self.most:
+            self.pop(next(iter(self)), None)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a plan needs to know of a model.
+
+    ``tokens`` visual tokens per image on ``grid`` (``variable``: only typical ones, they follow the image's size) ·
+    ``vision_layers`` blocks whose output is used (0-based sites ``vision.0`` .. ``vision.<vision_layers - 1>``),
+    ``vision_depth`` all blocks · ``llm_layers`` decoder layers (0 for a bare ViT) · ``prefix`` tokens in front of the
+    patches · ``provides`` site kind -> the names that :meth:`TokenView.source` answers there · ``traits`` what else
+    methods may need (``class_token`` in front of the patches, decoder ``layers`` that can be copied) · ``arch`` the
+    tower's architecture name · ``per`` what a budget may apply to, the default first · ``refuses`` what is not offered
+    -> why · ``overview`` the raster of an image that shows all of it (0 the first, -1 the last) · ``raster`` whether
+    the image plane is known · ``mrope`` whether rotary positions have three axes · ``rasters`` those that one unit of a
+    budget is made of, if it has several (``tokens`` counts them all) · ``unmade`` for each shape an image may have, the
+    share of new-line tokens among its visual tokens and how many patches each of them stands behind: a stage in the
+    tower cannot drop them, they leave with the last patch of their row.
+    """
+
+    family: str
+    arch: str
+    tokens: int
+    grid: tuple[int, int]
+    prefix: int
+    vision_layers: int
+    vision_depth: int
+    llm_layers: int
+    provides: Mapping[str, frozenset[str]]
+    per: tuple[str, ...] = ("image", "sample")
+    overview: int = 0
+    variable: bool = False
+    raster: bool = True
+    mrope: bool = False
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    traits: frozenset[str] = frozenset({"layers"})
+    rasters: tuple[tuple[int, int], ...] = ()
+    unmade: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Queries, keys and values of one vision block, ``[B, H, P + N, d]`` each, prefix tokens first; ``bias`` is what
+    the block adds to its logits."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    prefix: int
+    bias: Tensor | None = None  # [B, 1, 1, P + N]
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """What a method may look at: the visual tokens of B images (or whatever else one budget applies to) at one site.
+
+    ``features`` ``[B, N, C]`` · ``valid`` ``[B, N]`` bool, False for padding rows · ``index`` ``[B, N]`` original
+    visual-token index within the image (-1: padding) · ``size`` ``[B, N]`` tokens already merged into each ·
+    ``protected`` ``[B, N]`` bool, must be kept · ``grid`` rows and columns of the original raster · ``prefix`` class /
+    register / distillation tokens in front (not part of N) · ``layer`` and ``depth`` of the site · ``seed`` of the run,
+    or one per image · ``rasters`` per image the rasters (tiles, rows with new-line tokens, frames of a video) it is
+    made of, if they are not one ``grid`` (the library calls the method once per kind of image) · ``memory`` belongs to
+    one method in one forward call (running averages) · ``sources`` lazily computed extras named by
+    :attr:`MethodInfo.needs` · ``known`` a mask and the fewest and most tokens of an image in it, where that is known
+    without asking the device (see :attr:`extent`).
+    """
+
+    features: Tensor
+    valid: Tensor
+    index: Tensor
+    size: Tensor
+    protected: Tensor
+    grid: tuple[int, int]
+    prefix: int = 0
+    layer: int = 0
+    depth: int = 1
+    seed: Seed = 0
+    memory: dict[str, Any] = field(default_factory=dict)
+    sources: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    rasters: tuple[tuple[tuple[int, int], ...], ...] = ()
+    known: tuple[Tensor, int, int] | None = field(default=None, repr=False)
+
+    def source(self, name: str, **kwargs: Any) -> Any:
+        """An extra of the site, e.g. ``projections`` (:class:`Projections`) or ``query_attention`` (``[B, N]``). Raises
+        :class:`UnsupportedError` if absent."""
+        if name not in self.sources:
+            raise UnsupportedError(f"this site provides {', '.join(sorted(self.sources)) or 'nothing'}, not {name!r}")
+        return self.sources[name](**kwargs)
+
+    @property
+    def counts(self) -> Tensor:
+        """Real tokens per image, ``[B]``."""
+        return self.valid.sum(1)
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The fewest and the most real tokens of an image. The device is asked only where they do not follow from what
+        was decided before."""
+        if self.known is not None and self.known[0] is self.valid:
+            return self.known[1:]
+        return extent(self.valid)
+
+
+def extent(mask: Tensor) -> tuple[int, int]:
+    """The fewest and the most True of the rows of ``mask`` ``[B, N]``, read from the device at once; ``(0, 0)`` without
+    rows."""
+    if not mask.shape[0]:
+        return 0, 0
+    least, most = torch.stack(mask.sum(1).aminmax()).tolist()
+    return least, most
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A method's answer. ``kept`` ``[B, K]``: ascending positions in the view, padded with -1 at the end where images
+    keep different numbers.
+
+    Merging methods add ``target`` ``[B, N]``: for every token the column of ``kept`` that absorbs it (its own if it is
+    kept, -1 if dropped), and ``weight`` ``[B, N]``, its weight in that slot's mean (``None``: the tokens' sizes).
+    ``layout`` ``[B, K]`` optionally permutes the columns of ``kept`` in the running sequence. ``score`` ``[B, N]`` is
+    what the tokens were ranked by, higher stays, NaN where a token was not ranked; it explains, nothing is computed
+    from it. ``span`` the fewest and the most tokens kept of an image, where they are known without asking the device.
+    """
+
+    kept: Tensor
+    target: Tensor | None = None
+    weight: Tensor | None = None
+    layout: Tensor | None = None
+    score: Tensor | None = None
+    span: tuple[int, int] | None = None
+
+    @property
+    def counts(self) -> Tensor:
+        return (self.kept >= 0).sum(1)

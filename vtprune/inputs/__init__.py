@@ -1,0 +1,1 @@
+"""From files and questions to model inputs: images, chats, models, processors."""

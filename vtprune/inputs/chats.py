@@ -1,0 +1,209 @@
+"""Questions about images, as model inputs through the processor's chat template, and batched greedy answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from PIL import Image
+
+from ..core.types import VtpruneError
+
+# What a processor or its chat template raises on inputs that it does not take; templates are programs of the model's
+# maker.
+PROCESSING = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StopIteration,
+    TypeError,
+    ValueError,
+    TemplateError,
+)
+
+
+def prepare(processor: Any, images: Sequence[Image.Image | Sequence[Image.Image]], questions: Sequence[str]) -> Any:
+    """Left-padded model inputs for one question about each image, or about several: ``input_ids`` and
+    ``attention_mask`` ``[B, T]``, ``pixel_values`` ``[B, 3, H, W]``.
+
+    Raises :class:`VtpruneError` for lists of unequal or zero length and for what :func:`prepare_chats` refuses.
+    """
+    if not images or len(images) != len(questions):
+        raise VtpruneError(f"give one question per image; got {len(images)} images and {len(questions)} questions")
+    shown = [[i] if isinstance(i, Image.Image) else i for i in images]
+    return prepare_chats(
+        processor,
+        [
+            [{"role": "user", "content": [*map(image_part, s), text_part(q)]}]
+            for s, q in zip(shown, questions, strict=True)
+        ],
+    )
+
+
+def image_part(image: Image.Image) -> dict[str, Any]:
+    return {"type": "image", "image": image}
+
+
+def text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def video_part(path: str | Path, frames: int = 32) -> dict[str, Any]:
+    """``frames`` evenly spaced frames of a video file (fewer if it is shorter). Raises :class:`VtpruneError` if it
+    cannot be read."""
+    from transformers.video_utils import load_video
+
+    path = Path(path)
+    if not path.is_file():
+        raise VtpruneError(f"no such video file: {path}")
+    try:
+        return {
+            "type": "video",
+            "video": load_video(
+                str(path),
+                backend="pyav",
+                sample_indices_fn=lambda metadata, **_: _even(metadata.total_num_frames, frames),
+            ),
+        }
+    except ImportError as e:
+        raise VtpruneError("reading videos needs PyAV: pip install av") from e
+    except (OSError, ValueError, IndexError) as e:
+        raise VtpruneError(f"cannot read the video {path}: {str(e).strip() or type(e).__name__}") from e
+
+
+def _even(there: int, wanted: int) -> Any:
+    return np.linspace(0, there - 1, min(there, wanted)).round().astype(int)
+
+
+def prepare_chats(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> Any:
+    """Left-padded model inputs for conversations that the model is to go on with.
+
+    Args:
+        chats: per sample the messages, ``{"role": ..., "content": [part, ...]}`` with :func:`image_part`,
+            :func:`video_part` and :func:`text_part`; all samples must show the same kinds of things (:func:`kinds`).
+
+    Raises :class:`VtpruneError` for a processor without chat template, for one that takes no videos, for a mixture of
+    kinds, for text that holds the mark of an image or video, for a template that leaves no place for them, and where
+    the processor or its template fails.
+    """
+    if not getattr(processor, "chat_template", None):
+        raise VtpruneError(
+            f"{type(processor).__name__} has no chat template, so it cannot say how a question is put to the model"
+        )
+    if len(shown := {kinds(chat) for chat in chats}) > 1:
+        raise VtpruneError(
+            "samples that show different kinds of things cannot share a batch: "
+            f"{' / '.join(', '.join(k) or 'text' for k in sorted(shown))}"
+        )
+    for mark in marks(processor):
+        if any(mark in text for chat in chats for text in _parts(chat, "text")):
+            raise VtpruneError(
+                f"the text holds {mark!r}, which stands for a picture in this model's prompts: leave it out, pictures "
+                "are put in by themselves"
+            )
+    with _told(f"the chat template of {type(processor).__name__}"):
+        bare = [[{**m, "content": [_bare(p) for p in m["content"]]} for m in chat] for chat in chats]
+        texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in bare]
+    if not all(isinstance(t, str) for t in texts):
+        raise VtpruneError(f"the chat template of {type(processor).__name__} gives no text")
+    start = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
+    special = not (
+        start and texts[0].startswith(start)
+    )  # a template that writes the start token itself must not get a second one
+    given: dict[str, Any] = {"images": None}
+    if "image" in (seen := shown.pop()):
+        images = [_parts(chat, "image") for chat in chats]
+        given["images"] = [found[0] for found in images] if all(len(found) == 1 for found in images) else images
+    if "video" in seen:
+        if getattr(processor, "video_processor", None) is None:
+            raise VtpruneError(f"{type(processor).__name__} takes no videos")
+        videos = [_parts(chat, "video") for chat in chats]
+        given |= {
+            "videos": [[v for v, _ in found] for found in videos],
+            "video_metadata": [[m for _, m in found] for found in videos],
+        }
+        given["do_sample_frames"] = False
+    with _told(type(processor).__name__):
+        inputs = processor(
+            **given, text=texts, padding=True, padding_side="left", add_special_tokens=special, return_tensors="pt"
+        )
+    _check_places(processor, inputs["input_ids"], seen)
+    return inputs
+
+
+def _check_places(processor: Any, ids: torch.Tensor, seen: tuple[str, ...]) -> None:
+    """``ids`` ``[B, T]`` hold a place for what is seen: a template that forgets it leaves the model to guess, and not
+    every processor counts."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    if not seen or tokenizer is None:
+        return
+    known = {number for number in map(tokenizer.convert_tokens_to_ids, marks(processor)) if isinstance(number, int)} - {
+        tokenizer.unk_token_id
+    }
+    places = torch.tensor(sorted(known), device=ids.device)
+    if known and not torch.isin(ids, places).any(1).all():
+        raise VtpruneError(
+            f"the chat template of {type(processor).__name__} leaves no place for the {seen[0]} in the prompt"
+        )
+
+
+def marks(processor: Any) -> set[str]:
+    """What stands for pictures and videos in a prompt: the words that the processor holds as ``..._token`` or
+    ``..._tag``, and that of the placeholder."""
+    found = {value for name, value in vars(processor).items() if name.endswith(("_token", "_tag"))}
+    place = getattr(processor, "image_token_id", None)
+    if isinstance(place, int):
+        found.add(processor.tokenizer.convert_ids_to_tokens(place))
+    return {word for word in found if isinstance(word, str) and word}
+
+
+@contextmanager
+def _told(who: str) -> Iterator[None]:
+    """What ``who`` raises, as an error of ours in one line."""
+    try:
+        yield
+    except VtpruneError:
+        raise
+    except PROCESSING as e:
+        raise VtpruneError(
+            f"{who} fails on this: {type(e).__name__}: {' '.join(str(e).split())[:300] or 'no reason given'}"
+        ) from e
+
+
+def _parts(chat: Sequence[dict[str, Any]], kind: str) -> list[Any]:
+    return [part[kind] for message in chat for part in message["content"] if part["type"] == kind]
+
+
+def kinds(chat: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """What a conversation shows: ``()``, ``("image",)``, ``("video",)`` or both."""
+    return tuple(kind for kind in ("image", "video") if _parts(chat, kind))
+
+
+def _bare(part: dict[str, Any]) -> dict[str, Any]:
+    """A part for the template: an image is a placeholder."""
+    return part if part["type"] == "text" else {"type": part["type"]}
+
+
+@torch.no_grad()
+def generate(model: Any, processor: Any, inputs: Any, max_new_tokens: int = 5) -> list[str]:
+    """Greedy continuations of ``inputs`` (see :func:`prepare`), decoded and stripped."""
+    out = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False)
+    return [
+        text.strip()
+        for text in processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ]
+
+
+def ask(
+    model: Any, processor: Any, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int = 5
+) -> list[str]:
+    """The model's greedy answers to one question about each image, as one batch."""
+    return generate(model, processor, prepare(processor, images, questions), max_new_tokens)

@@ -1,0 +1,45 @@
+"""The bundled VLM: loading only. How it was trained: ``vtprune/train/demo_vlm.py``; what it is and can do:
+``demo_vlm/README.md``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .. import models
+from ..core.recipe import Recipe, Stage
+from ..core.types import VtpruneError
+
+FOLDER = Path(models.__file__).parent / "demo_vlm"
+
+
+def load(device: str = "cpu", dtype: Any = None) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(
+        FOLDER, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    return model.to(device).eval(), AutoProcessor.from_pretrained(
+        FOLDER, local_files_only=True, trust_remote_code=False
+    )
+
+
+def branch(folder: Path = FOLDER) -> Recipe | None:
+    """DPVR-LF with the side branch that ``vtprune train dpvr-lf`` left in ``folder``, ``None`` if there is none.
+    :class:`VtpruneError` for a damaged one."""
+    weights, facts = folder / "dpvr_lf.safetensors", folder / "dpvr_lf.json"
+    if not weights.is_file():
+        return None
+    try:
+        told = json.loads(facts.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise VtpruneError(f"{facts}, the description of the trained branch, cannot be read: {e}") from e
+    if not isinstance(told, dict):
+        raise VtpruneError(
+            f"{facts}, the description of the trained branch, cannot be read: it holds a {type(told).__name__}"
+        )
+    options = {k: told[k] for k in ("split", "fusion", "branch_layers", "variant") if k in told}
+    stage = Stage(method="dpvr-lf", options={"weights": str(weights), **options})
+    return Recipe(name="dpvr-lf (trained)", stages=(stage,), source="trained side branch")

@@ -1,0 +1,63 @@
+"""Loading a model and its processor from a folder or the hub: no code of the folder's own is run, and whatever is wrong
+with the files is one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..core.types import VtpruneError
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Whatever the libraries that read model folders raise, as a :class:`VtpruneError` that begins with ``what``. They
+    have no common class of errors: those in Rust raise bare ones, cut files ``SafetensorError``, pickles
+    ``UnpicklingError``, configurations errors of their own."""
+    try:
+        yield
+    except BaseException as e:
+        if isinstance(e, Exception) and not isinstance(e, VtpruneError):
+            raise VtpruneError(f"{what}: {reason(e)}") from e
+        raise
+
+
+def reason(e: BaseException, most: int = 300) -> str:
+    """What an exception says, on one line of at most ``most`` characters; of several paragraphs the first."""
+    text = " ".join(str(e).strip().split("\n\n")[0].split())
+    text = text if len(text) <= most else text[: most - 3] + "..."
+    return (
+        text if isinstance(e, OSError | VtpruneError) and text else f"{type(e).__name__}: {text or 'no reason given'}"
+    )
+
+
+def load(source: Any, *, dtype: Any, local: bool, **extra: Any) -> tuple[Any, Any]:
+    """``(model, processor)`` of a folder (``local``: no network) or hub id, on the CPU, in evaluation mode; ``extra``
+    goes to the model's ``from_pretrained``.
+
+    Raises :class:`VtpruneError` for files that are missing, cut or of another kind, for a checkpoint that lacks
+    weights, which transformers would fill with random numbers, and for a model that only its folder's own code can
+    build: that code is never run.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
+
+    extra = {"trust_remote_code": False, **extra}
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # its reports of what does not fit are many lines; ours is below
+    try:
+        with told(f"cannot load {source}"):
+            model, found = AutoModelForImageTextToText.from_pretrained(
+                source, dtype=dtype, local_files_only=local, output_loading_info=True, **extra
+            )
+        if missing := sorted(map(str, found["missing_keys"])):
+            raise VtpruneError(
+                f"cannot load {source}: its files lack {len(missing)} of the model's weights, {missing[0]} among them"
+            )
+        with told(f"cannot load the processor of {source}"):
+            return model.eval(), AutoProcessor.from_pretrained(
+                source, local_files_only=local, trust_remote_code=extra["trust_remote_code"]
+            )
+    finally:
+        logging.set_verbosity(before)

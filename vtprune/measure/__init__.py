@@ -1,0 +1,1 @@
+"""Accuracy, cost and time of methods on questions with known answers."""

@@ -1,0 +1,137 @@
+"""Which method works in which model family, found out by trying: the table in docs/support.md and, shorter, in the
+README.
+
+``python -m vtprune.measure.support`` writes both; a test compares them with the registries.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vtprune.models.base import ADAPTERS
+
+from ..check.attach import attach
+from ..core.types import UnsupportedError
+from ..methods.base import METHODS
+
+SIGNS = {"exact": "●", "option": "◐", "refused": "–"}
+START, END = "<!-- support table: made by python -m vtprune.measure.support -->", "<!-- end of the support table -->"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """``status``: ``"exact"`` with the method's defaults, ``"option"`` with ``note``'s option or for some of the
+    family's models or inputs, ``"refused"`` because of ``note``."""
+
+    status: str
+    note: str = ""
+
+
+@functools.cache
+def _tiny(family: str, variant: str) -> Any:
+    """A tiny model and its inputs, built once: an attachment leaves it as it was."""
+    return ADAPTERS.get(family).tiny[variant]()
+
+
+@functools.cache
+def tried(family: str, variant: str, method: str) -> Entry:
+    """One method on one tiny model: attached and run, with its defaults or with the options it names for such cases."""
+    (model, inputs), info = _tiny(family, variant), METHODS.get(method)
+    reason = ""
+    for options in ({}, info.elsewhere):
+        try:
+            with attach(model, method, **options), torch.no_grad():
+                model(**inputs)
+        except UnsupportedError as e:
+            reason = reason or str(e)
+            continue
+        return Entry("option", "with " + _said(options)) if options else Entry("exact")
+    return Entry("refused", reason)
+
+
+def entry(family: str, method: str) -> Entry:
+    """What holds for a family, over its variants."""
+    found = {variant: tried(family, variant, method) for variant in ADAPTERS.get(family).tiny}
+    kinds = {e.status for e in found.values()}
+    if len(kinds) == 1 and len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    if kinds == {"refused"}:
+        return Entry("refused", next(iter(found.values())).note)
+    return Entry(
+        "option",
+        "; ".join(
+            f"{v}: {e.note or 'as it is'}" if e.status != "refused" else f"not {v} ({e.note})" for v, e in found.items()
+        ),
+    )
+
+
+def _said(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{k}={v!r}`" for k, v in options.items())
+
+
+def table() -> str:
+    """Families down, methods across."""
+    methods = list(METHODS)
+    rows = ["| | " + " | ".join(methods) + " |", "|---|" + ":-:|" * len(methods)]
+    rows += [
+        f"| {family} | " + " | ".join(SIGNS[entry(family, m).status] for m in methods) + " |" for family in ADAPTERS
+    ]
+    return "\n".join(rows)
+
+
+def document() -> str:
+    """docs/support.md."""
+    lines = [
+        "# What works where",
+        "",
+        "Made by `python -m vtprune.measure.support` from the registries: every method is attached to the tiny models "
+        "of every "
+        "family and run; a test compares "
+        "this page with what it finds. The contract tests then check each pair that is not refused.",
+        "",
+        "● works with the method's defaults · ◐ works with an option, or for some of the family's models or inputs · – "
+        "refused, with the reason below",
+        "",
+        table(),
+        "",
+    ]
+    for family in ADAPTERS:
+        info = ADAPTERS.get(family)
+        notes: dict[tuple[str, str], list[str]] = {}
+        for method in METHODS:
+            found = entry(family, method)
+            if found.status != "exact":
+                # Methods that are refused for the same reason stand together.
+                note = re.sub(rf"^{re.escape(method)}:? ", "", found.note)
+                notes.setdefault((found.status, note), []).append(method)
+        lines += [f"## {family}", "", f"{info.idea[0].upper()}{info.idea[1:]}. Tested as: {', '.join(info.tiny)}.", ""]
+        lines += [f"- {SIGNS[status]} {', '.join(methods)}: {note}" for (status, note), methods in notes.items()]
+        lines += [""] if notes else []
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def readme(text: str) -> str:
+    """``text`` with the table between its marks."""
+    before, rest = text.split(START)
+    return f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> int:
+    root = Path(__file__).resolve().parents[2]
+    (root / "docs" / "support.md").write_text(document(), encoding="utf-8")
+    page = root / "README.md"
+    page.write_text(readme(page.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"written: {root / 'docs' / 'support.md'} and the table in {root / 'README.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
