@@ -143,7 +143,8 @@ class Seat:
         self.errors: list[str] = []
         self.elsewhere: list[str] = []
         self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
-        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
+        # gradio 6.25's own page tells, on leaving, that it gave up what it was waiting for
+        self.page.on("pageerror", lambda e: None if "AbortError" in str(e) else self.errors.append(str(e)))
         self.page.on(
             "request",
             lambda r: self.elsewhere.append(r.url) if urlsplit(r.url).hostname not in ("127.0.0.1", None) else None,

@@ -351,6 +351,22 @@ def test_guidance_does_not_hide_the_report():
         assert handle.report().visual_tokens == [16] and handle.report().layer_tokens[0][-1] == 3
 
 
+@pytest.mark.parametrize("family", ["llava", "llava-next", "llava-onevision", "paligemma"])
+@pytest.mark.parametrize(("recipe", "keep"), [("tome", 0.5), ("flowcut", 0.4), ("fastv", 0.5), ("dpvr-lf", None)])
+def test_the_report_of_a_cache_is_that_of_its_own_request(family, recipe, keep):
+    """Whatever was read since: another number of images, other counts in the tower."""
+    model, both = next(iter(ADAPTERS.get(family).tiny.values()))()
+    _, one = alone(family, next(iter(ADAPTERS.get(family).tiny)))
+    with torch.no_grad(), vtprune.attach(model, recipe, **({} if keep is None else {"keep": keep})) as handle:
+        known = []
+        for inputs in (both, one, both):
+            cache = cache_of(model(**inputs, use_cache=True))
+            known.append((cache, handle.report().to_dict()))
+        for cache, report in known:
+            assert handle.report(of=cache).to_dict() == report
+    assert known[0][1]["flops"] != known[1][1]["flops"]
+
+
 @pytest.mark.parametrize("family", ["qwen2.5-vl", "llava"])
 @pytest.mark.parametrize("way", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
 def test_several_answers_without_a_cache(family, way):

@@ -5,22 +5,21 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from vtprune.models.base import PlannedCut
-from vtprune.models.engine.books import by_sample, carry, told, tower_record
+from vtprune.models.engine.books import carry
 from vtprune.models.engine.host import forget_compiled
 
-from ..methods.base import OWN_BUDGETS, Method
-from . import cost
+from ..methods.base import OWN_BUDGETS
+from .accounts import Accounts, passes_of
 from .decider import Decider
 from .ledger import UndoLedger, strip
 from .planning import ATTACH_OPTIONS, TARGETS, bind, check_options, compose, for_units, load_recipe, plan
 from .recipe import Recipe
-from .report import Report, StageReport
+from .report import Report
 from .solve import solve
 from .types import VtpruneError
 from .wrappers import unwrap
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vtprune.models.engine.request import Request
-    from vtprune.models.engine.tower import Record, Run
+    from vtprune.models.engine.tower import Run
 
 # The handle is kept alive by its hooks in the model: a strong value here would keep the model alive for good.
 _live: WeakKeyDictionary[Any, ReferenceType[Handle]] = WeakKeyDictionary()
@@ -102,7 +101,7 @@ class Handle:
         seed: int = 0,
         per: str | None = None,
     ):
-        self.recipe, self.geometry, self._cost, self.adapter = recipe, adapter.geometry, adapter.cost, adapter
+        self.recipe, self.geometry, self.adapter = recipe, adapter.geometry, adapter
         stages = plan(for_units(adapter.geometry, per), recipe)
         check_options(adapter.geometry, positions=positions, seed=seed, per=per)
         for stage, method, cuts in stages:
@@ -118,24 +117,17 @@ class Handle:
                     "fraction, or with per='tile' tokens of a tile"
                 )
         self._ledger = UndoLedger()
-        self._methods: list[Method] = []
         self.modules: dict[
             str, Any
         ] = {}  # by method; behind the first of one method, by method and number of the stage
-        self._modules: dict[int, Any] = {}  # by number of the stage
-        self._splits = {
-            n: cut.layer for n, (_, _, cuts) in enumerate(stages) for cut in cuts if cut.stash
-        }  # which layer side branches are copies of
+        branches: dict[int, Any] = {}  # by number of the stage
         planned: list[PlannedCut] = []
-        self._inside = False
         for number, (stage, method, cuts) in enumerate(stages):
             module = method.build(adapter.branch, adapter.geometry) if method.info.routes else None
             if module is not None:
-                self._modules[number] = module
+                branches[number] = module
                 self.modules[stage.method if stage.method not in self.modules else f"{stage.method}.{number}"] = module
             for i, cut in enumerate(cuts):
-                self._methods.append(method)
-                self._inside |= cut.inside
                 planned.append(
                     PlannedCut(
                         site=cut.site,
@@ -154,13 +146,9 @@ class Handle:
                         ),
                     )
                 )
-        self._names = [stage.method for stage, *_ in stages]
-        self._rasters = [method.info.raster for _, method, _ in stages]
-        self._vision: deque[ReferenceType[Run]] = deque(maxlen=32)  # recent passes of the tower; who needs one holds it
-        self._local = threading.local()
+        self._accounts = Accounts(adapter.geometry, adapter.cost, recipe.key(), stages, branches)
         # each thread's most recent prefill
         self._threads: WeakKeyDictionary[threading.Thread, Any] = WeakKeyDictionary()
-        self._requests: WeakKeyDictionary[Any, Request] | None = None
         try:
             adapter.install(
                 planned, self._ledger, self, positions=positions, per=per or adapter.geometry.per[0], seed=seed
@@ -188,7 +176,6 @@ class Handle:
 
     def vision(self, run: Run) -> None:
         """Called by the adapter after each pass of the vision side."""
-        self._vision.append(ref(run))
         if self.geometry.llm_layers == 0:
             self._last = (run, None)
 
@@ -235,13 +222,13 @@ class Handle:
             request = next((request for cache, request in list(known) if cache is of), None)
             if request is None:
                 raise VtpruneError("no prompt with visual tokens was read into this cache by this attachment")
-            return self._report_mllm(request)
+            return self._accounts.of_request(request)
         last = self._last
         if last is None:
             more = "; several threads have run some: report(of=cache) tells of one" if len(self._threads) > 1 else ""
             raise VtpruneError(f"no prefill with visual tokens has run yet{' in this thread' if more else ''}{more}")
         run, request = last
-        return self._report_vit(run) if request is None else self._report_mllm(request)
+        return self._accounts.of_run(run) if request is None else self._accounts.of_request(request)
 
     @property
     def passes(self) -> list[tuple[Run, int]]:
@@ -251,77 +238,4 @@ class Handle:
         if last is None:
             return []
         run, request = last
-        if request is None:
-            return [(run, g) for g in range(run.images)]
-        return [found for rows in request.vision or [] for found in rows]
-
-    def _report_vit(self, run: Run) -> Report:
-        s, n = self._cost, run.tokens
-        per = list(zip(*run.layer_tokens, strict=True))  # per image, per block
-        flops = sum(
-            cost.vision(s, 1, self._patches(run), row, self._inside, float(run.valid[g].sum()))
-            for g, row in enumerate(per)
-        )
-        stages = tuple(self._stage(told(r, n)) for r in run.records)
-        return Report(
-            visual_tokens=[n] * run.images,
-            stages=stages,
-            layer_tokens=[list(row) for row in per],
-            flops=flops,
-            dense_flops=run.images * cost.vision(s, 1, n, [n] * s.vdepth),
-            kv_bytes=0,
-            dense_kv_bytes=0,
-            recipe=self.recipe.key(),
-            grids=[[run.grid or self.geometry.grid]] * run.images,
-        )
-
-    def _patches(self, run: Run) -> int:
-        """Patches embedded: fewer if the pixels were reduced."""
-        return run.records[0].tokens_out[0] if run.records and run.records[0].site == "pixels" else run.tokens
-
-    def _stage(self, record: Record) -> StageReport:
-        r = record
-        return StageReport(
-            r.site, self._names[r.stage], r.tokens_in, r.tokens_out, r.kept, r.assignment, r.scores, r.units
-        )
-
-    def _report_mllm(self, request: Request) -> Report:
-        s = self._cost
-        samples = len(request.parts)
-        tower = [run.records for rows in request.vision or [] for run, _ in rows]
-        stages = [self._stage(tower_record(request, i)) for i in range(len(tower[0]) if tower else 0)]
-        behind = (*(request.entry.records if request.entry else ()), *request.records)
-        stages += [self._stage(by_sample(request, r, self._rasters[r.stage])) for r in behind]
-        sizes = [n for parts in request.parts for p in parts for n in p.passes]  # tokens of each pass of the tower
-        dense_vision = sum(cost.vision(s, 1, n, [n] * s.vdepth) for n in sizes)
-        flops = dense_vision
-        if request.vision is not None:
-            flops = 0
-            lengths = {id(run): run.layer_tokens for run, _ in self.passes}
-            for run, g in self.passes:
-                out = [r for r in run.records if r.site.startswith(("vision", "pixels"))]
-                projected = float(out[-1].tokens_out[g] if out else run.tokens)
-                flops += cost.vision(
-                    s, 1, self._patches(run), [row[g] for row in lengths[id(run)]], self._inside, projected
-                )
-        layers = [list(row) for row in zip(*request.layer_tokens, strict=True)]  # per sample, per layer
-        total = [sum(len(p.columns) for p in parts) for parts in request.parts]
-        text = request.text_tokens
-        dense = [[total[b] + text[b]] * s.depth for b in range(samples)]
-        real = [[c + text[b] for c in layers[b]] for b in range(samples)]  # whose keys and values the layer holds
-        whole = [
-            [c - request.keys_only.get(i, [0] * samples)[b] for i, c in enumerate(real[b])] for b in range(samples)
-        ]  # that pass through it
-        for stage, counts in request.branched.items():  # a routing method's side branch
-            flops += sum(len(self._modules[stage]) * cost.decoder_layer(s, self._splits[stage], n) for n in counts)
-        return Report(
-            visual_tokens=total,
-            stages=tuple(stages),
-            layer_tokens=layers,
-            flops=flops + sum(cost.prefill(s, w, r) for w, r in zip(whole, real, strict=True)),
-            dense_flops=dense_vision + sum(cost.prefill(s, r) for r in dense),
-            kv_bytes=sum(cost.kv_bytes(s, r) for r in real),
-            dense_kv_bytes=sum(cost.kv_bytes(s, r) for r in dense),
-            recipe=self.recipe.key(),
-            grids=[[p.grid for p in parts] for parts in request.parts],
-        )
+        return [(run, g) for g in range(run.images)] if request is None else passes_of(request)

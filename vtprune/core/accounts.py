@@ -1,0 +1,126 @@
+"""From the engine's books of one prefill to its :class:`Report`: who is whose, FLOPs, cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vtprune.models.engine.books import by_sample, told, tower_record
+
+from . import cost
+from .planning import Planned
+from .report import Report, StageReport
+from .types import Geometry
+
+if TYPE_CHECKING:
+    from vtprune.models.engine.request import Request
+    from vtprune.models.engine.tower import Record, Run
+
+
+def passes_of(request: Request) -> list[tuple[Run, int]]:
+    """The tower's passes ``(run, row)`` behind a prefill, in the prompt's order; empty without stages in the tower."""
+    return [found for rows in request.vision or [] for found in rows]
+
+
+class Accounts:
+    """What the reports of one attachment are made from, besides the books of a prefill.
+
+    Args:
+        geometry, shapes: of the adapter.
+        key: of the recipe.
+        stages: as planned.
+        branches: by number of the stage, the side branch of a routing method.
+    """
+
+    def __init__(
+        self, geometry: Geometry, shapes: Any, key: str, stages: Sequence[Planned], branches: Mapping[int, Any]
+    ):
+        self.geometry, self.shapes, self.key, self.branches = geometry, shapes, key, branches
+        self.methods = [stage.method for stage, *_ in stages]
+        self.raster = [method.info.raster for _, method, _ in stages]
+        self.inside = any(cut.inside for *_, cuts in stages for cut in cuts)
+        # which layer side branches are copies of
+        self.splits = {n: cut.layer for n, (*_, cuts) in enumerate(stages) for cut in cuts if cut.stash}
+
+    def of_run(self, run: Run) -> Report:
+        """The report of a bare tower."""
+        s, n = self.shapes, run.tokens
+        per = list(zip(*run.layer_tokens, strict=True))  # per image, per block
+        return Report(
+            visual_tokens=[n] * run.images,
+            stages=tuple(self._stage(told(r, n)) for r in run.records),
+            layer_tokens=[list(row) for row in per],
+            flops=sum(self._tower(run, row, float(run.valid[g].sum())) for g, row in enumerate(per)),
+            dense_flops=run.images * cost.vision(s, 1, n, [n] * s.vdepth),
+            kv_bytes=0,
+            dense_kv_bytes=0,
+            recipe=self.key,
+            grids=[[run.grid or self.geometry.grid]] * run.images,
+        )
+
+    def of_request(self, request: Request) -> Report:
+        """The report of a prefill of the language model."""
+        s = self.shapes
+        samples = range(len(request.parts))
+        layers = [list(row) for row in zip(*request.layer_tokens, strict=True)]  # per sample, per layer
+        total = [sum(len(p.columns) for p in parts) for parts in request.parts]
+        text = request.text_tokens
+        dense = [[total[b] + text[b]] * s.depth for b in samples]
+        held = [[c + text[b] for c in layers[b]] for b in samples]  # whose keys and values the layer holds
+        only = [[request.keys_only.get(i, [0] * len(samples))[b] for i in range(len(held[b]))] for b in samples]
+        passing = [[h - o for h, o in zip(held[b], only[b], strict=True)] for b in samples]  # that go through it
+        dense_vision, vision = self._vision(request)
+        return Report(
+            visual_tokens=total,
+            stages=tuple(self._stages(request)),
+            layer_tokens=layers,
+            flops=vision
+            + self._side_branches(request)
+            + sum(cost.prefill(s, p, h) for p, h in zip(passing, held, strict=True)),
+            dense_flops=dense_vision + sum(cost.prefill(s, row) for row in dense),
+            kv_bytes=sum(cost.kv_bytes(s, row) for row in held),
+            dense_kv_bytes=sum(cost.kv_bytes(s, row) for row in dense),
+            recipe=self.key,
+            grids=[[p.grid for p in parts] for parts in request.parts],
+        )
+
+    def _stages(self, request: Request) -> list[StageReport]:
+        tower = [run.records for run, _ in passes_of(request)]
+        stages = [self._stage(tower_record(request, i)) for i in range(len(tower[0]) if tower else 0)]
+        behind = (*(request.entry.records if request.entry else ()), *request.records)
+        return stages + [self._stage(by_sample(request, r, self.raster[r.stage])) for r in behind]
+
+    def _stage(self, record: Record) -> StageReport:
+        r = record
+        method = self.methods[r.stage]
+        return StageReport(r.site, method, r.tokens_in, r.tokens_out, r.kept, r.assignment, r.scores, r.units)
+
+    def _vision(self, request: Request) -> tuple[int, int]:
+        """FLOPs of tower and projector, dense and as they ran."""
+        s = self.shapes
+        sizes = [n for parts in request.parts for p in parts for n in p.passes]  # tokens of each pass of the tower
+        dense = sum(cost.vision(s, 1, n, [n] * s.vdepth) for n in sizes)
+        if request.vision is None:
+            return dense, dense
+        spent = 0
+        lengths = {id(run): run.layer_tokens for run, _ in passes_of(request)}  # read once: they may lie on the device
+        for run, g in passes_of(request):
+            cuts = [r for r in run.records if r.site.startswith(("vision", "pixels"))]
+            projected = float(cuts[-1].tokens_out[g] if cuts else run.tokens)
+            spent += self._tower(run, [row[g] for row in lengths[id(run)]], projected)
+        return dense, spent
+
+    def _tower(self, run: Run, layer_tokens: Sequence[int], projected: float) -> int:
+        """FLOPs of one image in the tower and of ``projected`` tokens in the projector."""
+        reduced = run.records and run.records[0].site == "pixels"
+        patches = run.records[0].tokens_out[0] if reduced else run.tokens  # that are embedded
+        return cost.vision(self.shapes, 1, patches, layer_tokens, self.inside, projected)
+
+    def _side_branches(self, request: Request) -> int:
+        """FLOPs of routing methods' own layers."""
+        flops = 0
+        for stage, counts in request.branched.items():
+            flops += sum(
+                len(self.branches[stage]) * cost.decoder_layer(self.shapes, self.splits[stage], n) for n in counts
+            )
+        return flops
