@@ -100,3 +100,14 @@ for name in names:
 print(json.dumps([name for name in names if not inspect.isroutine(getattr(vtprune, name, None))]))
 """
     assert fresh(code, tmp_path, "-I") == []
+
+
+def test_names_of_the_first_layout_lead_to_where_things_are(tmp_path):
+    """Own methods import them; the function ``vtprune.verify`` is still the function."""
+    code = (
+        "import json, vtprune; from vtprune.types import VtpruneError, TokenView; from vtprune.select import top; "
+        "from vtprune.recipe import Recipe; from vtprune.ledger import snapshot; from vtprune.verify import check; "
+        "from vtprune.core import types; "
+        "print(json.dumps([types.VtpruneError is VtpruneError, Recipe is vtprune.Recipe, vtprune.verify.__name__]))"
+    )
+    assert fresh(code, tmp_path, "-I") == [True, True, "verify"]

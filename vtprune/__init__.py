@@ -5,6 +5,8 @@ Importing this package imports no model library and changes nothing in the proce
 
 from __future__ import annotations
 
+import sys as _sys
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import Any
 
@@ -13,8 +15,8 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "models" / "base.py").is_file():
     __path__.append(str(_root))
 
-# The core needs torch only. It is imported here, not lazily: a public function may bear its module's name (attach,
-# methods, solve, verify), and only the first import of a module binds that name, so the functions below win for good.
+# The core needs torch only. It is imported here, not lazily: `methods` is a package and a function, and only the first
+# import of a package binds its name, so that the function below wins for good.
 from vtprune.check.attach import attach  # noqa: E402
 from vtprune.check.verify import VerifyReport, verify  # noqa: E402
 from vtprune.core.handle import Handle  # noqa: E402
@@ -43,6 +45,16 @@ __all__ = [
     "solve",
     "verify",
 ]
+
+# Own methods that were written against the first layout name these modules.
+for _old, _new in {
+    "ledger": "core.ledger",
+    "recipe": "core.recipe",
+    "select": "core.select",
+    "types": "core.types",
+    "verify": "check.verify",
+}.items():
+    _sys.modules[f"{__name__}.{_old}"] = _import_module(f"{__name__}.{_new}")
 
 
 def load_demo_model(device: str = "cpu", dtype: Any = None) -> tuple[Any, Any]:

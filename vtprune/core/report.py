@@ -11,11 +11,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage of the most recent prefill; lists have one entry per sample of the batch. See :class:`Report`.
+    """One stage of one prefill. Lists have one entry per sample of the batch.
 
-    ``scores`` ``[n]`` float64: what the stage ranked the sample's original visual tokens by, higher stays; NaN for
-    those it did not rank. ``None`` for stages that rank nothing. ``units`` ``[n]`` int64: tokens with the same number
-    shared one budget and were ranked against each other; -1 for those not ranked."""
+    Attributes:
+        site: ``"vision.3"``, ``"projector"``, ``"llm.8"``, ``"pixels"``.
+        method: name of the method.
+        tokens_in: visual tokens in front of the stage.
+        tokens_out: visual tokens behind it.
+        kept: ascending indices into the sample's visual tokens of the dense model (images in order, raster order within
+            an image).
+        assignment: of merging methods, for every visual token the position in ``kept`` of the slot that absorbed it; -1
+            if it was dropped.
+        scores: ``[n]`` float64 per sample, what the stage ranked its visual tokens by: higher stays, NaN for those it
+            did not rank; ``None`` for stages that rank nothing.
+        units: ``[n]`` int64 per sample: tokens with the same number shared one budget and were ranked against each
+            other; -1 for those not ranked.
+    """
 
     site: str
     method: str
@@ -29,9 +40,18 @@ class StageReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What one prefill really did. ``layer_tokens``: visual tokens each language-model layer (bare ViT: each block)
-    processed, per sample; a token that only gives a layer keys and values counts, as the text sees it. ``grids``: per
-    sample the rasters (rows, columns) that its visual tokens form, in order."""
+    """What one prefill really did. Lists have one entry per sample of the batch.
+
+    Attributes:
+        visual_tokens: what the dense model would have given the language model (bare ViT: its patches).
+        stages: in execution order.
+        layer_tokens: visual tokens that each layer of the language model (bare ViT: each block) processed. A token that
+            only gives a layer keys and values counts, as the text sees it.
+        flops, dense_flops: tower, projector and prefill, two per multiply-add, attention counted in full.
+        kv_bytes, dense_kv_bytes: of the key-value cache behind the prefill.
+        recipe: its key.
+        grids: the rasters (rows, columns) that a sample's visual tokens form, in order.
+    """
 
     visual_tokens: list[int]
     stages: tuple[StageReport, ...]

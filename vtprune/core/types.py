@@ -43,17 +43,29 @@ class Recent(dict[K, V]):
 class Geometry:
     """What a plan needs to know of a model.
 
-    ``tokens`` visual tokens per image on ``grid`` (``variable``: only typical ones, they follow the image's size) ·
-    ``vision_layers`` blocks whose output is used (0-based sites ``vision.0`` .. ``vision.<vision_layers - 1>``),
-    ``vision_depth`` all blocks · ``llm_layers`` decoder layers (0 for a bare ViT) · ``prefix`` tokens in front of the
-    patches · ``provides`` site kind -> the names that :meth:`TokenView.source` answers there · ``traits`` what else
-    methods may need (``class_token`` in front of the patches, decoder ``layers`` that can be copied) · ``arch`` the
-    tower's architecture name · ``per`` what a budget may apply to, the default first · ``refuses`` what is not offered
-    -> why · ``overview`` the raster of an image that shows all of it (0 the first, -1 the last) · ``raster`` whether
-    the image plane is known · ``mrope`` whether rotary positions have three axes · ``rasters`` those that one unit of a
-    budget is made of, if it has several (``tokens`` counts them all) · ``unmade`` for each shape an image may have, the
-    share of new-line tokens among its visual tokens and how many patches each of them stands behind: a stage in the
-    tower cannot drop them, they leave with the last patch of their row.
+    Attributes:
+        family: the adapter's name.
+        arch: the tower's architecture.
+        tokens: visual tokens per image; where ``variable``, of a typical one. Of a unit of several ``rasters`` it
+            counts them all.
+        grid: rows and columns of those tokens.
+        prefix: class, register and distillation tokens in front of the patches.
+        vision_layers: blocks whose output is used: sites ``vision.0`` to ``vision.<vision_layers - 1>``.
+        vision_depth: all blocks.
+        llm_layers: decoder layers; 0 for a bare ViT.
+        provides: by kind of site, the names that :meth:`TokenView.source` answers there.
+        per: what a budget may apply to, the default first.
+        overview: the raster of an image that shows all of it: 0 the first, -1 the last.
+        variable: whether the number of tokens follows the image's size.
+        raster: whether the image plane is known.
+        mrope: whether rotary positions have three axes.
+        refuses: what is not offered, and why.
+        traits: what else methods may need: ``class_token`` in front of the patches, decoder ``layers`` that can be
+            copied.
+        rasters: those that one unit of a budget is made of, if it has several.
+        unmade: for each shape an image may have, the share of new-line tokens among its visual tokens and how many
+            patches each of them stands behind. A stage in the tower cannot drop them: they leave with the last patch of
+            their row.
     """
 
     family: str
@@ -78,30 +90,44 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Projections:
-    """Queries, keys and values of one vision block, ``[B, H, P + N, d]`` each, prefix tokens first; ``bias`` is what
-    the block adds to its logits."""
+    """Queries, keys and values of one vision block, prefix tokens first.
+
+    Attributes:
+        q, k, v: ``[B, H, P + N, d]``.
+        scale: of the logits.
+        prefix: P.
+        bias: what the block adds to its logits, ``[B, 1, 1, P + N]``.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     scale: float
     prefix: int
-    bias: Tensor | None = None  # [B, 1, 1, P + N]
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class TokenView:
     """What a method may look at: the visual tokens of B images (or whatever else one budget applies to) at one site.
 
-    ``features`` ``[B, N, C]`` · ``valid`` ``[B, N]`` bool, False for padding rows · ``index`` ``[B, N]`` original
-    visual-token index within the image (-1: padding) · ``size`` ``[B, N]`` tokens already merged into each ·
-    ``protected`` ``[B, N]`` bool, must be kept · ``grid`` rows and columns of the original raster · ``prefix`` class /
-    register / distillation tokens in front (not part of N) · ``layer`` and ``depth`` of the site · ``seed`` of the run,
-    or one per image · ``rasters`` per image the rasters (tiles, rows with new-line tokens, frames of a video) it is
-    made of, if they are not one ``grid`` (the library calls the method once per kind of image) · ``memory`` belongs to
-    one method in one forward call (running averages) · ``sources`` lazily computed extras named by
-    :attr:`MethodInfo.needs` · ``known`` a mask and the fewest and most tokens of an image in it, where that is known
-    without asking the device (see :attr:`extent`).
+    Attributes:
+        features: ``[B, N, C]``.
+        valid: ``[B, N]`` bool, False for padding rows.
+        index: ``[B, N]``, each token's number within its image in the dense model; -1 for padding.
+        size: ``[B, N]``, tokens that were merged into each.
+        protected: ``[B, N]`` bool, must be kept.
+        grid: rows and columns of the dense model's raster.
+        prefix: class, register and distillation tokens in front, which are not part of N.
+        layer: of the site.
+        depth: layers that the site's stack has.
+        seed: of the run, or one per image.
+        memory: belongs to one method in one forward call (running averages).
+        sources: lazily computed extras, by the names in :attr:`MethodInfo.needs`.
+        rasters: per image, those it is made of (tiles, rows with new-line tokens, frames of a video) where they are not
+            one ``grid``. A method is called once per kind of image.
+        known: a mask and the fewest and most tokens of an image in it, where that is known without asking the device
+            (see :attr:`extent`).
     """
 
     features: Tensor
@@ -151,14 +177,18 @@ def extent(mask: Tensor) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Selection:
-    """A method's answer. ``kept`` ``[B, K]``: ascending positions in the view, padded with -1 at the end where images
-    keep different numbers.
+    """A method's answer.
 
-    Merging methods add ``target`` ``[B, N]``: for every token the column of ``kept`` that absorbs it (its own if it is
-    kept, -1 if dropped), and ``weight`` ``[B, N]``, its weight in that slot's mean (``None``: the tokens' sizes).
-    ``layout`` ``[B, K]`` optionally permutes the columns of ``kept`` in the running sequence. ``score`` ``[B, N]`` is
-    what the tokens were ranked by, higher stays, NaN where a token was not ranked; it explains, nothing is computed
-    from it. ``span`` the fewest and the most tokens kept of an image, where they are known without asking the device.
+    Attributes:
+        kept: ``[B, K]``, ascending positions in the view, padded with -1 at the end where images keep different
+            numbers.
+        target: ``[B, N]``, of merging methods: for every token the column of ``kept`` that absorbs it; its own if it is
+            kept, -1 if it is dropped.
+        weight: ``[B, N]``, a token's weight in the mean of its slot; ``None``: the tokens' sizes.
+        layout: ``[B, K]``, an order of the columns of ``kept`` in the running sequence.
+        score: ``[B, N]``, what the tokens were ranked by: higher stays, NaN where a token was not ranked. It explains,
+            nothing is computed from it.
+        span: the fewest and the most tokens kept of an image, where they are known without asking the device.
     """
 
     kept: Tensor
