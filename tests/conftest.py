@@ -20,6 +20,7 @@ if not torch.cuda.is_available():  # before anything imports triton: its kernels
 from vtprune.models.base import ADAPTERS
 
 import vtprune
+from choice import covering, kinds, pairs
 
 # Parallel test processes share the cores.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
@@ -60,49 +61,16 @@ def tiny():
     return build
 
 
-SOME = (
-    "downsample",
-    "dpvr-lf",
-    "flowcut",
-    "pitome",
-    "pool",
-    "pyramiddrop",
-    "random",
-)  # of every kind; with the bundled model the others are slow
-THOROUGH = ("llava", "qwen2.5-vl", "gemma3", "timm-vit")  # families of different kinds, in every case of every method
-
-
-def pairs() -> list[tuple[str, str, str, int]]:
-    """(family, variant, method, case number) of everything registered."""
-    return [
-        (family, variant, name, case)
-        for family in ADAPTERS
-        for variant in ADAPTERS.get(family).tiny
-        for name in vtprune.methods()
-        for case in range(len(vtprune.describe(name).cases))
-    ]
-
-
-def covering(pair: tuple[str, str, str, int]) -> bool:
-    """Whether a pair belongs to the choice that every run makes: every method in the first variant of every family, in
-    one of its cases by turns; every third method in the other variants. The rest runs under the slow marker."""
-    family, variant, name, case = pair
-    variants = list(ADAPTERS.get(family).tiny)
-    turn = list(ADAPTERS).index(family) + variants.index(variant) + vtprune.methods().index(name)
-    cases = len(vtprune.describe(name).cases)
-    if variant == variants[0]:
-        return family in THOROUGH or case == turn % cases
-    return turn % 3 == 0 and case == turn // 3 % cases
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "some_method" in metafunc.fixturenames:
-        names = [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in vtprune.methods()]
+        some = {group[0] for group in kinds()}  # with the bundled model the others are slow
+        names = [pytest.param(name, marks=() if name in some else pytest.mark.slow) for name in vtprune.methods()]
         metafunc.parametrize("some_method", names)
     if "method_name" in metafunc.fixturenames:
         metafunc.parametrize("method_name", vtprune.methods())
     if "pair" in metafunc.fixturenames:
         everything = [
-            pytest.param(p, id="-".join(map(str, p)), marks=() if covering(p) else pytest.mark.slow) for p in pairs()
+            pytest.param(p, id="-".join(map(str, p)), marks=() if p in covering() else pytest.mark.slow)
+            for p in pairs()
         ]
         metafunc.parametrize("pair", everything)

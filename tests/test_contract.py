@@ -13,12 +13,14 @@ from vtprune.models.base import ADAPTERS
 
 import vtprune
 from cases import case_options
+from choice import covering, kinds, taken
 from vtprune.check.verify import CHECKS, _Case, check
 from vtprune.core.planning import load_recipe
 from vtprune.core.types import UnsupportedError
 
 REFUSED = Path(__file__).with_name("refused_pairs.json")
-# The first variant of a family meets every check; the others the ones in which their parts could make a difference.
+# Variants of a family meet the checks in which their parts could make a difference, and so do, in the choice of every
+# run, methods whose kind the family has met with another.
 CORE = (
     "prefill_is_masked_dense",
     "decode_is_masked_dense",
@@ -29,8 +31,11 @@ CORE = (
 )
 
 
-def _checks(family: str, variant: str) -> tuple[str, ...]:
-    return tuple(CHECKS) if variant == next(iter(ADAPTERS.get(family).tiny)) else CORE
+def _checks(pair: tuple[str, str, str, int]) -> tuple[str, ...]:
+    family, variant, method, _ = pair
+    number = list(ADAPTERS).index(family)
+    met = pair in covering() and not any(group[number % len(group)] == method for group in kinds())
+    return CORE if met or variant != next(iter(ADAPTERS.get(family).tiny)) else tuple(CHECKS)
 
 
 def test_pair(pair, tiny):
@@ -48,13 +53,25 @@ def test_pair(pair, tiny):
     assert listed is None, "this pair works, and refused_pairs.json says that it is refused"
     failed = []
     ran = 0
-    for name in _checks(family, variant):
+    for name in _checks(pair):
         result = check(name, model, method, inputs, **options)
         ran += result.passed is not None
         if result.passed is False:
             failed.append(f"{name}: {result.detail}")
     assert ran >= 3
     assert not failed, "\n".join(failed)
+
+
+def test_the_choice_of_every_run_covers():
+    """Each family meets every kind of method, each method three families and every case, also once there are forty."""
+    chosen = covering()
+    for family in ADAPTERS:
+        met = {name for f, _, name, _ in chosen if f == family}
+        assert all(met & set(group) for group in kinds())
+    for name in vtprune.methods():
+        works = [pair for pair in chosen if pair[2] == name and taken(pair)]
+        assert len({family for family, *_ in works}) >= 3, name
+        assert {case for *_, case in works} == set(range(len(vtprune.describe(name).cases))), name
 
 
 @pytest.mark.slow

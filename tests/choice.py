@@ -1,0 +1,90 @@
+"""Which pairs of method and family every run of the tests checks: all of them would grow with methods times families."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from vtprune.models.base import ADAPTERS
+
+import vtprune
+
+# Families of different kinds: a class token and a plain prompt, three rotary axes and merged patches, sliding windows,
+# a bare tower, tiles.
+DIFFERENT = ("llava", "qwen2.5-vl", "gemma3", "timm-vit", "llava-next")
+MEET = 3  # families of different kinds that every method meets, with all its cases among them
+
+
+def pairs() -> list[tuple[str, str, str, int]]:
+    """(family, variant, method, case number) of everything registered."""
+    return [
+        (family, variant, name, case)
+        for family in ADAPTERS
+        for variant in ADAPTERS.get(family).tiny
+        for name in vtprune.methods()
+        for case in range(len(vtprune.describe(name).cases))
+    ]
+
+
+@functools.cache
+def kinds() -> tuple[tuple[str, ...], ...]:
+    """Methods by what the engine has to do for them: where they cut, what they need there, whether they merge, route or
+    look at the image plane."""
+    groups: dict[Any, list[str]] = {}
+    for name in vtprune.methods():
+        info = vtprune.describe(name)
+        needs = tuple(sorted((kind, tuple(sorted(names))) for kind, names in info.needs.items()))
+        groups.setdefault((info.kinds, needs, info.merges, info.routes, info.raster), []).append(name)
+    return tuple(map(tuple, groups.values()))
+
+
+@functools.cache
+def refused() -> dict[str, dict[str, str]]:
+    return json.loads(Path(__file__).with_name("refused_pairs.json").read_text(encoding="utf-8"))
+
+
+def taken(pair: tuple[str, str, str, int]) -> bool:
+    """Whether the checked-in table of refused pairs lets the pair work."""
+    family, variant, name, case = pair
+    listed = refused().get(f"{family}/{variant}", {})
+    return name not in listed and f"{name} {case}" not in listed
+
+
+@functools.cache
+def covering() -> frozenset[tuple[str, str, str, int]]:
+    """The pairs that every run checks; the rest runs under the slow marker.
+
+    Every family's first variant meets every kind of method, and its other variants one in the tower or in front of it
+    and one behind, by turns. Every method meets :data:`MEET` families of different kinds, in each of its cases at least
+    once.
+    """
+    chosen: set[tuple[str, str, str, int]] = set()
+    groups = kinds()
+    first = {family: next(iter(ADAPTERS.get(family).tiny)) for family in ADAPTERS}
+    turn = 0
+    for f, family in enumerate(ADAPTERS):
+        for group in groups:
+            name = group[f % len(group)]
+            chosen.add((family, first[family], name, f % len(vtprune.describe(name).cases)))
+        for variant in list(ADAPTERS.get(family).tiny)[1:]:
+            turn += 1
+            for ahead in (True, False):
+                able = [
+                    (family, variant, name, case)
+                    for name in vtprune.methods()
+                    for case in range(len(vtprune.describe(name).cases))
+                    if (vtprune.describe(name).kinds[0] in ("pixels", "vision")) == ahead
+                    and taken((family, variant, name, case))
+                ]
+                if able:
+                    chosen.add(able[5 * turn % len(able)])
+    for m, name in enumerate(vtprune.methods()):
+        cases = range(len(vtprune.describe(name).cases))
+        order = DIFFERENT[m % len(DIFFERENT) :] + DIFFERENT[: m % len(DIFFERENT)]
+        able = [family for family in order if any(taken((family, first[family], name, case)) for case in cases)]
+        for n in range(max(MEET, len(cases))):
+            wanted = [(family, first[family], name, n % len(cases)) for family in able[n % len(able) :] + able]
+            chosen.update([pair for pair in wanted if taken(pair)][:1])
+    return frozenset(chosen)
