@@ -1,4 +1,4 @@
-"""Which pairs of method and family every run of the tests checks: all of them would grow with methods times families."""
+"""Which pairs of method and family every run of the tests checks: their number grows with methods plus families."""
 
 from __future__ import annotations
 
