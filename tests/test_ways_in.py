@@ -279,6 +279,28 @@ def test_answers_are_scored_with_the_tokens_they_were_generated_with(family, var
         assert handle.report().visual_tokens
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl"])
+@pytest.mark.parametrize("way", [{"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 2}])
+def test_answers_of_beams_are_known_again(family, way):
+    """Fewer answers than beams, and prompts of different lengths."""
+    model, inputs = next(iter(ADAPTERS.get(family).tiny.values()))()
+    each, n = way.get("num_return_sequences", 1), inputs["input_ids"].shape[1]
+    way = {**way, "suppress_tokens": [model.config.image_token_id]}  # what a random model may well say
+    with torch.no_grad(), vtprune.attach(model, "fastv", keep=0.3) as handle:
+        sequences = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, **way)
+        for answer in range(each):
+            mine = sequences[answer::each]
+            whole = {**inputs, "input_ids": mine}
+            for name in SEQUENCES[1:]:
+                if name in inputs:
+                    whole[name] = nn.functional.pad(inputs[name], (0, 4), value=int(name == "attention_mask"))
+            kept = []
+            for more in ({"labels": torch.where(torch.arange(n + 4) < n, -100, mine)}, {}):
+                model(**whole, **more, use_cache=False)
+                kept.append([k.tolist() for k in handle.report().stages[0].kept])
+            assert kept[0] == kept[1]
+
+
 def test_training_without_labels_is_refused_by_methods_that_rank():
     model, one = alone()
     model.train()

@@ -175,9 +175,10 @@ class Entry:
         sequences = getattr(output, "sequences", output)
         if prompt is None or real is None or not isinstance(sequences, Tensor) or sequences.shape[1] <= prompt.shape[1]:
             return
-        each = len(prompt) // len(sequences)  # beams of one answer
         for r, row in enumerate(sequences.tolist()):
-            mask = real[r * each].tolist()
+            mask = real[
+                r * len(prompt) // len(sequences)
+            ].tolist()  # a prompt has as many rows as beams, and as few answers
             asked = [token for token, there in zip(row, mask, strict=False) if there]
             with self.lock:
                 self.answers[(*asked, *row[len(mask) :])] = len(asked)
