@@ -6,6 +6,7 @@ import inspect
 import pickle
 import threading
 import weakref
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -371,6 +372,22 @@ def test_guidance_does_not_hide_the_report():
     with torch.no_grad(), vtprune.attach(model, "pyramiddrop", keep=3) as handle:
         model.generate(**one, max_new_tokens=3, do_sample=False, guidance_scale=1.5)
         assert handle.report().visual_tokens == [16] and handle.report().layer_tokens[0][-1] == 3
+
+
+def test_solver_and_contract_look_into_the_wrappers_that_attach_looks_into():
+    from vtprune.measure.run import dense_report
+
+    model, inputs = tiny()
+    want = vtprune.solve(model, "fastv", effective_tokens=0.5)
+    wrapped = [torch.compile(model)]
+    if find_spec("peft") is not None:
+        from peft import LoraConfig, get_peft_model
+
+        wrapped.append(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).eval())
+    for outer in wrapped:
+        assert vtprune.solve(outer, "fastv", effective_tokens=0.5) == want
+        assert dense_report(outer, inputs).dense_flops > 0
+        assert vtprune.verify(outer, "fastv", inputs, keep=0.5).passed
 
 
 @pytest.mark.parametrize("family", ["llava", "llava-next", "llava-onevision", "paligemma"])

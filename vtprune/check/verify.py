@@ -22,7 +22,7 @@ from ..core.recipe import Recipe
 from ..core.report import Report
 from ..core.solve import solve
 from ..core.types import VtpruneError
-from ..core.wrappers import check_model
+from ..core.wrappers import unwrap
 from ..methods.base import METHODS, OWN_BUDGETS
 
 TOLERANCE = 1e-5  # float32, relative to the largest reference value (at least 1)
@@ -409,7 +409,7 @@ def check(name: str, model: nn.Module, recipe: Any, inputs: dict[str, Any], **op
     attached: dict[str, Any] = {k: options.pop(k) for k in ATTACH_OPTIONS if k in options}
     if options:
         chosen = chosen.override(**options)
-    case = _Case(model, chosen, dict(inputs), attached)
+    case = _Case(unwrap(model), chosen, dict(inputs), attached)
     try:
         return Check(name, True, CHECKS[name](case))
     except _Skip as e:
@@ -430,7 +430,7 @@ def verify(model: nn.Module, recipe: Any, inputs: dict[str, Any], **options: Any
     Raises:
         VtpruneError: the recipe does not fit the model at all, or the model is in training mode.
     """
-    check_model(model)
+    model = unwrap(model)
     if model.training:
         raise VtpruneError("verify needs the model in evaluation mode: model.eval()")
     chosen = load_recipe(recipe)

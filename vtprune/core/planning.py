@@ -14,7 +14,7 @@ from ..methods.base import Cut, Method, make
 from .recipe import Recipe, Stage, resolve
 from .recipes import RECIPES
 from .types import Geometry, UnsupportedError, VtpruneError
-from .wrappers import check_model
+from .wrappers import unwrap
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +28,7 @@ TARGETS = ("effective_tokens", "flops")  # budgets that the solver turns into a 
 
 def bind(model: nn.Module) -> Any:
     """The adapter for ``model``, or :class:`UnsupportedError` naming the families there are."""
-    check_model(model)
+    model = unwrap(model)
     for name in ADAPTERS:
         info = ADAPTERS.get(name)
         if info.matches(model):
