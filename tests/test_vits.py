@@ -23,6 +23,7 @@ import vtprune
 from vtprune.core.ledger import UndoLedger
 from vtprune.core.planning import bind
 from vtprune.core.select import from_mask
+from vtprune.core.types import Cut as MethodCut
 
 # -------------------------------------------------------------------------------------------------------------- the
 # slow reference
@@ -394,20 +395,7 @@ def test_pruned_zero_shot_scores(tiny):
 
 def install(model: Any, select: Callable, *, layer: int = 1, inside: bool = False) -> UndoLedger:
     """One cut with a rule of the test's own."""
-    cut = PlannedCut(
-        site=f"vision.{layer}",
-        layer=layer,
-        inside=inside,
-        restore=False,
-        stash=False,
-        context=False,
-        proportional=False,
-        observe=(),
-        stage=0,
-        select=select,
-        bring_back=lambda *_: None,
-        memory_key=0,
-    )
+    cut = PlannedCut(cut=MethodCut(site=f"vision.{layer}", inside=inside), stage=0, select=select)
     ledger = UndoLedger()
 
     class Recorder:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ... import kernels
 from ...core.ledger import MARK, UndoLedger, close, follow, mark
 from ...core.select import combine
-from ...core.types import Seed, TokenView, UnsupportedError, VtpruneError
+from ...core.types import Action, Seed, TokenView, UnsupportedError, VtpruneError
 from ..base import PlannedCut
 from . import host
 from .entry import Entry
@@ -84,11 +84,11 @@ class DecoderEngine:
         backend(decoder.lm.config)
         for module in (decoder.lm, decoder.layers[0]):
             host.cache_name(module)
-        for cut in cuts:
-            if cut.context and decoder.window_of(cut.layer) is not None:
+        for planned in cuts:
+            if planned.cut.action is Action.CONTEXT and decoder.window_of(planned.cut.layer) is not None:
                 raise UnsupportedError(
-                    f"layer {cut.layer} has a sliding window, whose cache does not hold visual tokens ahead of the "
-                    "text; choose another variant"
+                    f"layer {planned.cut.layer} has a sliding window, whose cache does not hold visual tokens ahead "
+                    "of the text; choose another variant"
                 )
         self.d, self.cuts, self.positions, self.per, self.tower, self.entry, self.seed = (
             decoder,
@@ -105,8 +105,8 @@ class DecoderEngine:
         self.whole: WeakSet[Any] = WeakSet()  # caches filled without this attachment that were looked at
         # id of a rotary table -> the forward that a checkpoint repeats
         self.replays: WeakValueDictionary[int, Call] = WeakValueDictionary()
-        self.observed = {i for c in cuts for i in c.observe}
-        first = 0 if tower or entry else min((c.layer for c in cuts), default=0)
+        self.observed = {i for c in cuts for i in c.cut.observe}
+        first = 0 if tower or entry else min((c.cut.layer for c in cuts), default=0)
         roots = [decoder.root] if decoder.core is None else [decoder.root, decoder.core]
         self.entrance = Entry(roots, ledger, opens=self._open, closes=self._close, continues=self._continues)
         self.local = self.entrance.local
@@ -116,7 +116,7 @@ class DecoderEngine:
         for i, layer in enumerate(decoder.layers):
             if i >= first or i in self.observed:
                 self.watched[i] = layer
-                ledger.before(layer, self._layer(i, [c for c in cuts if c.layer == i]))
+                ledger.before(layer, self._layer(i, [c for c in cuts if c.cut.layer == i]))
 
     # -------------------------------------------------------------------------------------------------------------
     # calls
@@ -338,19 +338,26 @@ class DecoderEngine:
         spread = [p.new_zeros(*visual.shape, p.shape[-1]).masked_scatter(visual[..., None], p) for p in planes or ()]
         extra = [p[owner, at] for p in spread]
         rasters = tuple(u.rasters for u in found)
-        for cut in self.entry:
+        for planned in self.entry:
             view = run.view(
-                x, cut, grid=(x.shape[1], 1), prefix=0, depth=1, seed=self._seed(request), sources={}, rasters=rasters
+                x,
+                planned,
+                grid=(x.shape[1], 1),
+                prefix=0,
+                depth=1,
+                seed=self._seed(request),
+                sources={},
+                rasters=rasters,
             )
             if call.held is not None:
                 at = columns.gather(1, run.index.clamp_min(0))
                 view = replace(view, protected=call.held.to(embeds.device)[owner, at] & run.valid)
-            selection = cut.select(view)
+            selection = planned.select(view)
             if selection is None:
-                run.note(cut, run.index)
+                run.note(planned, run.index)
                 continue
             extra = [combine(p, selection, run.size)[0] for p in extra]
-            x = run.apply(x, selection, cut)
+            x = run.apply(x, selection, planned)
         request.entry = run
         at = columns.gather(1, run.index.clamp_min(0))
         where = owner.expand_as(at)[run.valid], at[run.valid]
@@ -514,12 +521,14 @@ class DecoderEngine:
             level, changed = call.level, x
             if number == 0 and call.gone is not None:
                 changed = self._drop(call, 0, level.valid & ~call.gone.to(level.rows.device), x)
-            for cut in cuts:
-                if not cut.context:
-                    changed = self._cut(call, cut, number, changed)
-            context = [cut for cut in cuts if cut.context and cut.stage in call.stash]
-            for cut in context:
-                kwargs = {**kwargs, **self._context(call, cut, number, module, changed, kwargs)}
+            for planned in cuts:
+                if planned.cut.action is not Action.CONTEXT:
+                    changed = self._cut(call, planned, number, changed)
+            context = [
+                planned for planned in cuts if planned.cut.action is Action.CONTEXT and planned.stage in call.stash
+            ]
+            for planned in context:
+                kwargs = {**kwargs, **self._context(call, planned, number, module, changed, kwargs)}
             self._count(call, number + 1)
             level = call.level
             if number in self.observed:
@@ -537,7 +546,7 @@ class DecoderEngine:
     def _remember(self, call: Call, number: int, level: Level) -> None:
         """What a checkpointed layer must find when it runs again in the backward pass, hooks included, as in
         transformers releases up to 5.17."""
-        if any(c.restore or c.context or c.stash for c in self.cuts):
+        if any(c.cut.action is not Action.SELECT for c in self.cuts):
             raise UnsupportedError(
                 "routing methods need a newer transformers for gradient checkpointing, or "
                 "gradient_checkpointing_disable()"
@@ -648,14 +657,14 @@ class DecoderEngine:
         call.done[number] = (order if before is None else before.gather(1, order), call.level)
         return take(x, order.to(x.device))
 
-    def _cut(self, call: Call, cut: PlannedCut, number: int, x: Tensor) -> Tensor:
+    def _cut(self, call: Call, planned: PlannedCut, number: int, x: Tensor) -> Tensor:
         request = call.request
         assert request is not None and call.level is not None
         level = call.level
-        if cut.restore:
-            return self._restore(call, cut, number, x)
-        if cut.stash:
-            call.stash[cut.stage] = Stash(x, level)
+        if planned.cut.action is Action.RESTORE:
+            return self._restore(call, planned, number, x)
+        if planned.cut.action is Action.STASH:
+            call.stash[planned.stage] = Stash(x, level)
         level = level.on(x.device)
         # each unit's remaining tokens: columns of the present level, and places in the unit
         where, index = _remaining(request, level, x.device)
@@ -668,20 +677,20 @@ class DecoderEngine:
             size=valid.to(torch.float32),
             protected=torch.zeros_like(valid) if call.held is None else self._held(call, level, where, owner),
             grid=(where.shape[1], 1),
-            layer=cut.layer,
+            layer=planned.cut.layer,
             depth=len(self.d.layers),
             seed=self._seed(request),
-            memory=request.memory.setdefault(cut.memory_key, {}),
+            memory=request.memory.setdefault(planned.stage, {}),
             sources={
-                "query_attention": lambda **kw: self.query_attention(call, cut, x, where, owner, **kw),
+                "query_attention": lambda **kw: self.query_attention(call, planned, x, where, owner, **kw),
                 "queried": lambda: self._queried(call, owner),
             },
             rasters=tuple(u.rasters for u in request.units),
         )
-        selection = cut.select(view)
+        selection = planned.select(view)
         if selection is None:
             return x
-        request.notes.append(partial(_record, cut.site, cut.stage, index, selection.kept, selection.score))
+        request.notes.append(partial(_record, planned.cut.site, planned.stage, index, selection.kept, selection.score))
         if selection.target is not None:
             raise UnsupportedError("merging inside the language model is not supported by this adapter")
         if torch.equal(valid.sum(1), selection.counts):
@@ -704,15 +713,15 @@ class DecoderEngine:
         held = call.held.to(where.device).gather(1, level.rows) & level.valid
         return held[owner[:, None], where.clamp_min(0)] & (where >= 0)
 
-    def _restore(self, call: Call, cut: PlannedCut, number: int, x: Tensor) -> Tensor:
+    def _restore(self, call: Call, planned: PlannedCut, number: int, x: Tensor) -> Tensor:
         """Routing (DPVR, arXiv 2606.09131, phase 4): the stashed visual rows come back, changed by the method's side
         branch, into the positions they left."""
         request, level = call.request, call.level
         assert request is not None and level is not None
-        if cut.stage not in call.stash:  # no image in this batch
+        if planned.stage not in call.stash:  # no image in this batch
             return x
-        stash = call.stash[cut.stage]
-        made = self.branch(call, cut, stash)
+        stash = call.stash[planned.stage]
+        made = self.branch(call, planned, stash)
         if level is stash.level:
             return torch.where(level.visual[..., None], made, x)
         place = torch.where(level.valid, within(stash.level, level), made.shape[1])
@@ -722,19 +731,21 @@ class DecoderEngine:
         call.level = Level(number, old.rows, old.valid, old.visual, old.shift.clone())
         call.done.pop(number, None)  # what was taken before counts other columns
         request.levels.append(call.level)
-        self._record_return(request, cut, old)
+        self._record_return(request, planned, old)
         return out
 
     @staticmethod
-    def _record_return(request: Request, cut: PlannedCut, level: Level) -> None:
+    def _record_return(request: Request, planned: PlannedCut, level: Level) -> None:
         back = []
         for unit in request.units:
             there = set(level.rows[unit.sample][level.valid[unit.sample]].tolist())
             back.append(torch.tensor([i for i, p in enumerate(unit.columns.tolist()) if p in there], dtype=torch.long))
-        request.notes.append(Record(cut.site, cut.stage, [0] * len(back), [len(k) for k in back], back, None))
+        request.notes.append(
+            Record(planned.cut.site, planned.stage, [0] * len(back), [len(k) for k in back], back, None)
+        )
 
     def _context(
-        self, call: Call, cut: PlannedCut, number: int, module: Any, x: Tensor, kwargs: dict
+        self, call: Call, planned: PlannedCut, number: int, module: Any, x: Tensor, kwargs: dict
     ) -> dict[str, Any]:
         """Routing (DPVR, arXiv 2606.09131, variant KV): the stashed visual rows, changed by the side branch, give this
         layer keys and values and nothing else.
@@ -742,9 +753,9 @@ class DecoderEngine:
         They are put into the layer's cache ahead of its own rows; without a cache, into one that lives for this layer
         only.
         """
-        request, level, stash = call.request, call.level, call.stash[cut.stage]
+        request, level, stash = call.request, call.level, call.stash[planned.stage]
         assert request is not None and level is not None
-        made = self.branch(call, cut, stash)
+        made = self.branch(call, planned, stash)
         alone = stash.alone
         if self.positions == "compact":  # the text keeps the places it has among the visual tokens
             old = self._serve_prefill(call, stash.level, number, kwargs, stash.hidden)
@@ -763,7 +774,7 @@ class DecoderEngine:
                 )
                 keys.shift = stash.level.shift.clone()
             stash.joined = keys, serving
-            self._record_return(request, cut, stash.level)
+            self._record_return(request, planned, stash.level)
         request.cached[number], serving = stash.joined
         request.keys_only[number] = alone.valid.sum(1).tolist()
         index = stash.rows.clamp_min(0)
@@ -775,14 +786,14 @@ class DecoderEngine:
         cache.update(turn(key, tables[0], tables[1], self.d.pairs), value, number)
         return {**serving, **host.cached(module, cache)}
 
-    def _branch(self, call: Call, cut: PlannedCut, stash: Stash) -> Tensor:
+    def _branch(self, call: Call, planned: PlannedCut, stash: Stash) -> Tensor:
         """The side branch over the visual rows alone, once: they see each other as in the dense model, at their own
         positions; no cache. ``[B, M, C]`` with the other rows unchanged."""
         if stash.out is not None:
             return stash.out
         x, alone, rows = stash.hidden, stash.alone, stash.rows
         assert call.request is not None
-        call.request.branched[cut.stage] = alone.valid.sum(1).tolist()
+        call.request.branched[planned.stage] = alone.valid.sum(1).tolist()
 
         def run(layer: Any, hidden: Tensor) -> Tensor:
             own, source = next(layer.parameters()), next(self.d.layers[layer.self_attn.layer_idx].parameters())
@@ -808,7 +819,7 @@ class DecoderEngine:
             out = layer(hidden, attention_mask=bias, position_embeddings=tables)
             return out[0] if isinstance(out, tuple) else out
 
-        out = cut.bring_back(take(x, rows.clamp_min(0)), run)
+        out = planned.bring_back(take(x, rows.clamp_min(0)), run)
         place = torch.where(rows >= 0, rows, x.shape[1])
         stash.out = put(torch.cat([x, x[:, :1]], dim=1), place, out)[:, :-1]
         return stash.out
@@ -819,7 +830,7 @@ class DecoderEngine:
     def query_attention(
         self,
         call: Call,
-        cut: PlannedCut,
+        planned: PlannedCut,
         x: Tensor,
         where: Tensor,
         owner: Tensor,
@@ -838,12 +849,13 @@ class DecoderEngine:
         """
         assert call.level is not None
         level = call.level.on(x.device)
-        number = cut.layer if layer == "next" else cut.layer - 1
+        number = planned.cut.layer if layer == "next" else planned.cut.layer - 1
         if layer == "previous":
             x, seen_at = call.inputs[number]
             if seen_at is not call.level:
                 raise UnsupportedError(
-                    f"two stages cut before layer {cut.layer}; the second cannot use the attention of the layer before"
+                    f"two stages cut before layer {planned.cut.layer}; the second cannot use the attention of the "
+                    "layer before"
                 )
             level = level.on(x.device)
         dense = call.dense[self.d.kinds[number]]

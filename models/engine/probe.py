@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ... import kernels
 from ...core.ledger import UndoLedger
 from ...core.select import from_mask
-from ...core.types import Selection, TokenView, UnsupportedError, VtpruneError
+from ...core.types import Cut, Selection, TokenView, UnsupportedError, VtpruneError
 from ..base import PlannedCut
 from . import host
 from .books import carry
@@ -58,20 +58,7 @@ def _cut(layer: int, number: int, keep: int) -> PlannedCut:
     def select(view: TokenView) -> Selection:
         return from_mask(view.valid & (view.index % (2 * number + 2) == 0)) if keep else from_mask(view.valid)
 
-    return PlannedCut(
-        site=f"llm.{layer}",
-        layer=layer,
-        inside=False,
-        restore=False,
-        stash=False,
-        context=False,
-        proportional=False,
-        observe=(),
-        stage=number,
-        select=select,
-        bring_back=lambda *_: None,
-        memory_key=number,
-    )
+    return PlannedCut(cut=Cut(site=f"llm.{layer}"), stage=number, select=select)
 
 
 _passed: WeakKeyDictionary[Any, set[tuple[str, str]]] = WeakKeyDictionary()  # language model -> probes it has passed

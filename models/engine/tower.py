@@ -163,7 +163,7 @@ class Run:
     def view(
         self,
         features: Tensor,
-        cut: PlannedCut,
+        planned: PlannedCut,
         *,
         grid: tuple[int, int],
         prefix: int,
@@ -180,16 +180,16 @@ class Run:
             protected=torch.zeros_like(self.valid),
             grid=grid,
             prefix=prefix,
-            layer=cut.layer,
+            layer=planned.cut.layer,
             depth=depth,
             seed=seed,
-            memory=self.memory.setdefault(cut.memory_key, {}),
+            memory=self.memory.setdefault(planned.stage, {}),
             sources=sources,
             rasters=rasters,
             known=self._present()[1:],
         )
 
-    def apply(self, x: Tensor, selection: Selection, cut: PlannedCut) -> Tensor:
+    def apply(self, x: Tensor, selection: Selection, planned: PlannedCut) -> Tensor:
         """Applies a selection to the visual tokens ``x`` ``[G, n, C]`` and keeps the books."""
         before = self.index
         n, k = x.shape[1], selection.kept.shape[1]
@@ -217,13 +217,15 @@ class Run:
             if selection.span is not None:
                 self.present = (self.index, self.index >= 0, *selection.span)
         self.merges |= selection.target is not None
-        self.note(cut, before, selection.score)
+        self.note(planned, before, selection.score)
         return x
 
-    def note(self, cut: PlannedCut, before: Tensor, score: Tensor | None = None) -> None:
+    def note(self, planned: PlannedCut, before: Tensor, score: Tensor | None = None) -> None:
         """Keeps the present state, and the index ``before`` with its ``score``, as the outcome of ``cut``."""
         self.notes.append(
-            partial(_record, cut.site, cut.stage, self.tokens, before, self.index, self.slot, self.merges, score)
+            partial(
+                _record, planned.cut.site, planned.stage, self.tokens, before, self.index, self.slot, self.merges, score
+            )
         )
 
     def weights(self) -> Tensor | None:
@@ -295,8 +297,8 @@ class TowerEngine:
         self.seed: Seed = seed
         self.local = threading.local()
         self.decide = ledger.timed(self._decide)  # also called from within blocks, outside of any hook
-        self.pixels = [c for c in cuts if c.site == "pixels"]
-        self.proportional = any(c.proportional for c in cuts)
+        self.pixels = [c for c in cuts if c.cut.site == "pixels"]
+        self.proportional = any(c.cut.proportional for c in cuts)
         # features that were handed out, and the pass that made them
         self.made: WeakIdKeyDictionary = WeakIdKeyDictionary()
         # what a block found when it ran, by the place of its input
@@ -306,9 +308,9 @@ class TowerEngine:
         self.mask = tower.mask or next(own, "attention_mask")  # a composed block takes any name
         ledger.before(tower.root, self._open)
         for i, block in enumerate(tower.blocks):
-            mine = [c for c in cuts if c.site == f"vision.{i}"]
-            inside = [c for c in mine if c.inside]
-            behind = [c for c in mine if not c.inside]
+            mine = [c for c in cuts if c.cut.site == f"vision.{i}"]
+            inside = [c for c in mine if c.cut.inside]
+            behind = [c for c in mine if not c.cut.inside]
             if inside or (tower.mask is None and cuts):
                 self._compose(block, i, inside)
             caught: list[nn.Module] = []
@@ -342,10 +344,10 @@ class TowerEngine:
         if self.cuts and torch.is_grad_enabled():
             run.decided = {}
         self.local.run = run
-        for cut in self.pixels:
+        for planned in self.pixels:
             view = run.view(
                 pixels.new_zeros(run.images, run.tokens, 1),
-                cut,
+                planned,
                 grid=grid,
                 prefix=0,
                 depth=1,
@@ -353,14 +355,14 @@ class TowerEngine:
                 sources={},
                 rasters=self._rasters(run),
             )
-            selection = cut.select(view)
+            selection = planned.select(view)
             if selection is None or selection.kept.shape[1] == run.tokens:
-                run.note(cut, run.index)
+                run.note(planned, run.index)
                 continue
             if self.tower.resize is None:
                 raise UnsupportedError("this tower takes images of one size only, so it cannot be given fewer pixels")
             rows, columns = run.cells = cell_grid(selection, grid)
-            run.apply(view.features, selection, cut)
+            run.apply(view.features, selection, planned)
             pixels, extra = self.tower.resize(pixels, rows, columns)
             kwargs = {**kwargs, **extra}
             args, kwargs = ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, self.tower.pixels: pixels})
@@ -564,14 +566,14 @@ class TowerEngine:
         run, p = self.run, self.tower.prefix
         if run is None:
             return x
-        for cut in cuts:
+        for planned in cuts:
             if run.again and run.decided is not None:
-                selection = run.decided[id(cut)]
+                selection = run.decided[id(planned)]
                 if selection is not None:
                     x = (
-                        torch.cat([x[:, :p], run.apply(x[:, p:], selection, cut)], dim=1)
+                        torch.cat([x[:, :p], run.apply(x[:, p:], selection, planned)], dim=1)
                         if p
-                        else run.apply(x, selection, cut)
+                        else run.apply(x, selection, planned)
                     )
                 continue
 
@@ -581,7 +583,7 @@ class TowerEngine:
 
             view = run.view(
                 x[:, p:],
-                cut,
+                planned,
                 grid=run.grid or self.tower.grid,
                 prefix=p,
                 depth=len(self.tower.blocks),
@@ -589,14 +591,14 @@ class TowerEngine:
                 sources={"projections": projections, "prefix": lambda x=x: x[:, :p]},
                 rasters=self._rasters(run),
             )
-            selection = cut.select(view)
+            selection = planned.select(view)
             if run.decided is not None:
-                run.decided[id(cut)] = selection
+                run.decided[id(planned)] = selection
             if selection is not None:
                 x = (
-                    torch.cat([x[:, :p], run.apply(x[:, p:], selection, cut)], dim=1)
+                    torch.cat([x[:, :p], run.apply(x[:, p:], selection, planned)], dim=1)
                     if p
-                    else run.apply(x, selection, cut)
+                    else run.apply(x, selection, planned)
                 )
         return x
 

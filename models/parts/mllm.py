@@ -307,7 +307,7 @@ class Mllm:
         self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, per: str, seed: int
     ) -> None:
         self._note_inputs(ledger)
-        tower = [c for c in cuts if c.site == "pixels" or c.site.startswith("vision.")]
+        tower = [c for c in cuts if c.cut.site == "pixels" or c.cut.site.startswith("vision.")]
         engine = self._install_tower(tower, ledger, recorder, seed) if tower else None
 
         def done(request: Request) -> None:
@@ -316,12 +316,12 @@ class Mllm:
 
         decoder = DecoderEngine(
             self.describe(),
-            [c for c in cuts if c.site.startswith("llm.")],
+            [c for c in cuts if c.cut.site.startswith("llm.")],
             ledger,
             positions=positions,
             per=per,
             tower=engine is not None,
-            entry=[c for c in cuts if c.site == "projector"],
+            entry=[c for c in cuts if c.cut.site == "projector"],
             seed=seed,
             done=done,
             arrived=recorder.arrived,

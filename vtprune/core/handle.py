@@ -22,7 +22,7 @@ from .planning import ATTACH_OPTIONS, TARGETS, bind, check_options, compose, for
 from .recipe import Recipe
 from .report import Report, StageReport
 from .solve import solve
-from .types import VtpruneError
+from .types import Action, VtpruneError
 from .wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Handle:
         ] = {}  # by method; behind the first of one method, by method and number of the stage
         self._modules: dict[int, Any] = {}  # by number of the stage
         self._splits = {
-            n: cut.layer for n, (_, _, cuts) in enumerate(stages) for cut in cuts if cut.stash
+            n: cut.layer for n, (_, _, cuts) in enumerate(stages) for cut in cuts if cut.action is Action.STASH
         }  # which layer side branches are copies of
         planned: list[PlannedCut] = []
         self._inside = False
@@ -138,16 +138,8 @@ class Handle:
                 self._inside |= cut.inside
                 planned.append(
                     PlannedCut(
-                        site=cut.site,
-                        layer=cut.layer,
-                        inside=cut.inside,
-                        restore=cut.restore,
-                        stash=cut.stash,
-                        context=cut.context,
-                        proportional=cut.proportional,
-                        observe=cut.observe,
+                        cut=cut,
                         stage=number,
-                        memory_key=number,
                         select=Decider(adapter.geometry, stage, method, cuts, i),
                         bring_back=lambda hidden, run, method=method, module=module: method.restore(
                             hidden, run, module
