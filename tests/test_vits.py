@@ -1037,9 +1037,9 @@ def test_functional_gradients_and_checkpoints_around_the_model(tiny):
 
 
 def test_a_checkpoint_of_a_forgotten_pass_is_refused(tiny, monkeypatch):
-    from vtprune.models.engine import tower
+    from vtprune.models.engine import tower_replays
 
-    monkeypatch.setattr(tower, "REPLAYS", 1)
+    monkeypatch.setattr(tower_replays, "REPLAYS", 1)
     model, inputs = tiny("timm-vit", "class")
     model.set_grad_checkpointing()
     with vtprune.attach(model, "random", keep=5):
@@ -1220,13 +1220,13 @@ def test_a_block_costs_no_host_reads(method, monkeypatch):
     """Counts that follow from the plan are not asked of the device. FlowCut's follow from the images: one question for
     every second block."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
-    from vtprune.models.engine import tower
+    from vtprune.models.engine import run
 
     from vtprune.core import select
     from vtprune.core import types as types_module
 
     asked = []
-    for module in (select, types_module, tower):
+    for module in (select, types_module, run):
         monkeypatch.setattr(module, "extent", lambda mask, extent=types_module.extent: asked.append(1) or extent(mask))
     found = []
     for depth in (4, 12):

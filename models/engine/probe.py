@@ -20,11 +20,13 @@ from ..base import PlannedCut
 from . import host
 from .books import carry
 from .count import Products, fit
-from .decoder import Decoder, DecoderEngine
+from .decoder import DecoderEngine
+from .description import Decoder
 from .layout import Part
 from .level import dense_level
 from .masked import hide_in_decoder
-from .scores import heads, question, take, visible
+from .rows import take
+from .scores import heads, question, visible
 from .shapes import Layer
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}

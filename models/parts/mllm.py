@@ -18,12 +18,15 @@ from ...core.ledger import UndoLedger
 from ...core.types import Geometry, Seed, UnsupportedError
 from ..base import PlannedCut, named
 from ..engine import host
-from ..engine.decoder import Decoder, DecoderEngine, put
+from ..engine.decoder import DecoderEngine
+from ..engine.description import Decoder
 from ..engine.layout import Part, Raster, parts
 from ..engine.probe import ADAPTED, count, probe, probe_queries
 from ..engine.request import Encoded, Request
+from ..engine.rows import put
+from ..engine.run import Run
 from ..engine.shapes import Layer, Shapes, attention
-from ..engine.tower import Run, TowerEngine
+from ..engine.tower import TowerEngine
 from .tiny import TEXT
 
 LLM = frozenset({"query_attention", "queried"})  # what methods may ask of a site in the language model

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vtprune.models.engine.request import Request
-    from vtprune.models.engine.tower import Record, Run
+    from vtprune.models.engine.run import Record, Run
 
 # The handle is kept alive by its hooks in the model: a strong value here would keep the model alive for good.
 _live: WeakKeyDictionary[Any, ReferenceType[Handle]] = WeakKeyDictionary()
