@@ -8,29 +8,32 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import vtprune.models as package
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.ledger import UndoLedger
 from ..core.registry import Registry
-from ..core.types import Seed, Selection, TokenView
+from ..core.types import Cut, Seed, Selection, TokenView
+
+
+def _nothing_back(hidden: Tensor, run: Callable[..., Tensor]) -> Tensor:
+    raise NotImplementedError("this cut's method routes no tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedCut:
-    """A cut as the adapter sees it: where, what has to be recorded for it, and a call that answers with a decision."""
+    """A cut as the adapter sees it.
 
-    site: str
-    layer: int
-    inside: bool
-    restore: bool
-    stash: bool
-    context: bool
-    proportional: bool
-    observe: tuple[int, ...]
+    Attributes:
+        cut: where, and what happens there.
+        stage: the number of its stage in the recipe; cuts of one stage share what the method remembers.
+        select: answers with the method's decision.
+        bring_back: the method's :meth:`~vtprune.methods.base.Method.restore`, its module bound.
+    """
+
+    cut: Cut
     stage: int
     select: Callable[[TokenView], Selection | None]
-    bring_back: Callable[..., Any]
-    memory_key: int
+    bring_back: Callable[..., Tensor] = _nothing_back
 
 
 class Recorder(Protocol):

@@ -14,8 +14,8 @@ from ..core.ledger import UndoLedger
 from ..core.types import UnsupportedError
 from . import timm_vit
 from .base import ADAPTERS, AdapterInfo, named
+from .engine.description import Tower
 from .engine.shapes import Shapes
-from .engine.tower import Tower
 from .parts.hf_vit import randomise
 from .parts.vit import BareVit, mlp_shape, per_head
 

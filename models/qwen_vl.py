@@ -20,7 +20,7 @@ from ..core.ledger import UndoLedger
 from ..core.types import Geometry
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
 from .engine.layout import Part, Raster, per_sample, some
-from .engine.scores import take
+from .engine.rows import take
 from .parts.mllm import BEHIND, Mllm
 from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 

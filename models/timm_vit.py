@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..core.ledger import UndoLedger
 from ..core.types import UnsupportedError
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
+from .engine.description import Tower
+from .engine.rotary import rotate
 from .engine.shapes import Shapes
-from .engine.tower import Tower, rotate
 from .parts.hf_vit import randomise
 from .parts.vit import BareVit, mlp_shape
 

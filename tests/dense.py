@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtprune.core.types import Action
+
 SECOND_NORM = ("layer_norm2", "norm2", "layernorm_after", "ln_2")  # in front of a tower block's MLP
 
 
@@ -98,11 +100,11 @@ class Dense:
             for stage, cut in self.done.cuts:
                 if cut.site != f"llm.{i}":
                     continue
-                if cut.restore or cut.context:
+                if cut.returns:
                     steps.append(("back", stage, held[stage]))
-                    now, aside = (held[stage], aside) if cut.restore else (now, held[stage])
+                    now, aside = (held[stage], aside) if cut.action is Action.RESTORE else (now, held[stage])
                     continue
-                if cut.stash:
+                if cut.action is Action.STASH:
                     steps.append(("stash", stage, now))
                     held[stage] = now
                 elif held and any(bool((h != now).any()) for h in held.values()):

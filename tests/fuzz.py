@@ -48,7 +48,7 @@ from dense import Dense, Done, NoReference
 from vtprune.core import ledger
 from vtprune.core.planning import bind, plan
 from vtprune.core.recipe import Recipe, Stage
-from vtprune.core.types import VtpruneError
+from vtprune.core.types import Action, VtpruneError
 from vtprune.methods.base import METHODS
 
 LIMITS = {torch.float32: 5e-5, torch.float64: 1e-5, torch.bfloat16: 8e-2}  # relative to the largest value (at least 1)
@@ -629,7 +629,12 @@ def forward(c: Case) -> None:
 def _lengths(c: Case, cache: Any) -> None:
     report = c.handle.report()
     text = (c.mask.sum(1) - torch.tensor(report.visual_tokens)).tolist()
-    beside = {cut.layer for *_, cuts in plan(c.handle.geometry, c.handle.recipe) for cut in cuts if cut.context}
+    beside = {
+        cut.layer
+        for *_, cuts in plan(c.handle.geometry, c.handle.recipe)
+        for cut in cuts
+        if cut.action is Action.CONTEXT
+    }
     for i, held in enumerate(cache.layers):
         want = max(t + row[i] for t, row in zip(text, report.layer_tokens, strict=True))
         if i in beside:  # rows of visual tokens beside rows of text, each as wide as its widest sample

@@ -420,12 +420,12 @@ def test_verify_knows_compact_positions(tiny, method, positions):
 
 
 def test_the_compact_reference_can_fail(tiny, monkeypatch):
-    from vtprune.models.engine.decoder import DecoderEngine
+    from vtprune.models.engine.serving import Serving
 
     model, inputs = tiny("llava", "clip-llama")
-    right = DecoderEngine._compact
+    right = Serving._compact
     monkeypatch.setattr(
-        DecoderEngine, "_compact", lambda self, level, ids: right(self, level, ids) + level.valid.cumsum(1) // 9
+        Serving, "_compact", lambda self, level, ids: right(self, level, ids) + level.valid.cumsum(1) // 9
     )
     assert check("prefill_is_masked_dense", model, "fastv", inputs, keep=4, positions="compact").passed is False
 

@@ -287,9 +287,9 @@ def test_bundled_model_meets_the_contract(bundled, some_method):
 
 def test_a_check_can_fail(tiny, monkeypatch):
     """The contract notices a wrong position: rotary rows taken one too far."""
-    from vtprune.models.engine import decoder
+    from vtprune.models.engine import cuts
 
     model, inputs = tiny("llava", "clip-llama")
-    right = decoder.take
-    monkeypatch.setattr(decoder, "take", lambda table, rows: right(table, (rows + 1).clamp_max(table.shape[1] - 1)))
+    right = cuts.take
+    monkeypatch.setattr(cuts, "take", lambda table, rows: right(table, (rows + 1).clamp_max(table.shape[1] - 1)))
     assert check("prefill_is_masked_dense", model, "fastv", inputs, keep=4).passed is False

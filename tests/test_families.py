@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from vtprune.models.base import ADAPTERS
-from vtprune.models.engine import decoder
+from vtprune.models.engine import serving
 from vtprune.models.engine.host import cache_of, cached
 from vtprune.models.engine.level import shaped
 from vtprune.models.engine.probe import probe_queries
@@ -34,7 +34,7 @@ def test_sliding_windows_span_the_prompts_positions(tiny, family, variant, monke
     names = ("prefill_is_masked_dense", "decode_is_masked_dense")
     assert model.config.text_config.sliding_window == WINDOW < int(inputs["attention_mask"].sum(1).min())
     assert _results(model, inputs, names, keep=2) == dict.fromkeys(names, True)
-    right_prefill, right_decode = decoder.prefill_mask, decoder.decode_mask
+    right_prefill, right_decode = serving.prefill_mask, serving.decode_mask
 
     def prefill(own, level, keys, x, cached, how, sliding):
         mask = right_prefill(own, level, keys, x, cached, how, sliding)
@@ -50,10 +50,10 @@ def test_sliding_windows_span_the_prompts_positions(tiny, family, variant, monke
             window += length - level.width  # as far as the tokens dropped reach
         return right_decode(level, tail, length, q, columns, window, x, how)
 
-    monkeypatch.setattr(decoder, "prefill_mask", prefill)
+    monkeypatch.setattr(serving, "prefill_mask", prefill)
     assert not any(_results(model, inputs, names, keep=2).values())
-    monkeypatch.setattr(decoder, "prefill_mask", right_prefill)
-    monkeypatch.setattr(decoder, "decode_mask", decode)
+    monkeypatch.setattr(serving, "prefill_mask", right_prefill)
+    monkeypatch.setattr(serving, "decode_mask", decode)
     assert _results(model, inputs, names, keep=2) == {names[0]: True, names[1]: False}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vtprune.models.engine import books, decoder, tower
+from vtprune.models.engine import books, cuts, ranking, run, serving
 
 import fuzz
 
@@ -92,15 +92,15 @@ def _unweighted(right):
 
 
 PLANTS = {
-    "prefill mask off by one row": lambda m: m.setattr(decoder, "prefill_mask", _late_row(decoder.prefill_mask)),
-    "kept index shifted in the tower": lambda m: m.setattr(tower, "gather", _shifted(tower.gather)),
-    "columns of a cut shifted": lambda m: m.setattr(decoder, "pack", _packed(decoder.pack)),
+    "prefill mask off by one row": lambda m: m.setattr(serving, "prefill_mask", _late_row(serving.prefill_mask)),
+    "kept index shifted in the tower": lambda m: m.setattr(run, "gather", _shifted(run.gather)),
+    "columns of a cut shifted": lambda m: m.setattr(cuts, "pack", _packed(cuts.pack)),
     "decoding mask without the prompt's first token": lambda m: m.setattr(
-        decoder, "decode_mask", _blind(decoder.decode_mask)
+        serving, "decode_mask", _blind(serving.decode_mask)
     ),
     "passes of the tower in another order": lambda m: m.setattr(books, "passes", _swapped(books.passes)),
-    "scores of the wrong row": lambda m: m.setattr(decoder, "query_rows", _earlier(decoder.query_rows)),
-    "merged rows weighted wrongly": lambda m: m.setattr(tower, "combine", _unweighted(tower.combine)),
+    "scores of the wrong row": lambda m: m.setattr(ranking, "query_rows", _earlier(ranking.query_rows)),
+    "merged rows weighted wrongly": lambda m: m.setattr(run, "combine", _unweighted(run.combine)),
 }
 
 

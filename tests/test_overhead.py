@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from vtprune.models.base import ADAPTERS
-from vtprune.models.engine import decoder
+from vtprune.models.engine import serving
 from vtprune.models.engine.host import cache_of, cached
 
 import vtprune
@@ -103,9 +103,9 @@ def test_nothing_is_done_once_per_layer(method, options):
 def test_masks_and_tables_are_made_once_per_stage(monkeypatch):
     model, inputs = llava(12)
     made = []
-    stock = decoder.prefill_mask
+    stock = serving.prefill_mask
     monkeypatch.setattr(
-        decoder, "prefill_mask", lambda own, level, *rest: made.append(level.width) or stock(own, level, *rest)
+        serving, "prefill_mask", lambda own, level, *rest: made.append(level.width) or stock(own, level, *rest)
     )
     with torch.no_grad(), vtprune.attach(model, "pyramiddrop", keep=3, layers=(2, 5, 8)):
         model(**prompt(inputs))
@@ -119,13 +119,13 @@ def test_decoding_serves_only_layers_that_need_it(attention, monkeypatch):
     model, inputs = ADAPTERS.get("llava").tiny["clip-llama"]()
     model.set_attn_implementation(attention)
     served: list[int] = []
-    stock = decoder.DecoderEngine._serve_decode
+    stock = serving.Serving.decode
 
     def serve(self, call, level, number, kwargs, x):
         served.append(number)
         return stock(self, call, level, number, kwargs, x)
 
-    monkeypatch.setattr(decoder.DecoderEngine, "_serve_decode", serve)
+    monkeypatch.setattr(serving.Serving, "decode", serve)
     layers = model.config.text_config.num_hidden_layers
     for one in (True, False):
         given = prompt({k: v[:1] for k, v in inputs.items()}) if one else inputs

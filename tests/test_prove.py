@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from vtprune.models.base import ADAPTERS
-from vtprune.models.engine import decoder, host
+from vtprune.models.engine import host, prefill
 
 import vtprune
 from vtprune.check import prove, versions
@@ -42,8 +42,8 @@ def test_a_new_release_proves_itself_once(future, monkeypatch):
 
 
 def test_a_release_that_computes_otherwise_is_refused_by_name(future, monkeypatch):
-    real = decoder.put
-    monkeypatch.setattr(decoder, "put", lambda x, rows, values: real(x, rows, 1.1 * values))
+    real = prefill.put
+    monkeypatch.setattr(prefill, "put", lambda x, rows, values: real(x, rows, 1.1 * values))
     model, _ = ADAPTERS.get("internvl").tiny["qwen3"]()
     with pytest.raises(
         vtprune.UnsupportedError, match=r"transformers 99\.1\.0 is newer than .* internvl does not come out exact"

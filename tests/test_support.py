@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from vtprune.models import generic
 from vtprune.models.base import ADAPTERS
-from vtprune.models.engine import decoder
+from vtprune.models.engine import cuts
 
 import vtprune
 from vtprune.core.planning import bind
@@ -129,8 +129,8 @@ def test_an_unknown_model_without_placeholders_is_refused():
 
 def test_the_probe_sees_a_wrong_engine(monkeypatch):
     model, _ = _unknown()
-    right = decoder.take
-    monkeypatch.setattr(decoder, "take", lambda table, rows: right(table, (rows + 1).clamp_max(table.shape[1] - 1)))
+    right = cuts.take
+    monkeypatch.setattr(cuts, "take", lambda table, rows: right(table, (rows + 1).clamp_max(table.shape[1] - 1)))
     with pytest.raises(UnsupportedError, match="off the dense model"):
         vtprune.attach(model, "random", keep=3)
 

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from vtprune.models.base import ADAPTERS
-from vtprune.models.engine.decoder import DecoderEngine
+from vtprune.models.engine.routing import Routing
 
 import vtprune
 from vtprune.core.ledger import snapshot
@@ -124,8 +124,8 @@ def test_the_scorer_is_the_librarys_own_time(llava, monkeypatch):
 def test_a_side_branch_is_no_overhead(llava, monkeypatch):
     """A layer of the model that takes 30 ms, run by the branch from within a hook."""
     model, inputs = llava
-    stock = DecoderEngine._branch
-    monkeypatch.setattr(DecoderEngine, "_branch", lambda self, *args: time.sleep(0.03) or stock(self, *args))
+    stock = Routing._branch
+    monkeypatch.setattr(Routing, "_branch", lambda self, *args: time.sleep(0.03) or stock(self, *args))
     with stopwatch() as watch, vtprune.attach(model, "dpvr-lf"), torch.no_grad():
         spent = timing.clock(lambda: model(**inputs), CPU)
     signs = [sign for sign, *_ in watch.laps]

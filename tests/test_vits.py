@@ -23,6 +23,7 @@ import vtprune
 from vtprune.core.ledger import UndoLedger
 from vtprune.core.planning import bind
 from vtprune.core.select import from_mask
+from vtprune.core.types import Cut as MethodCut
 
 # -------------------------------------------------------------------------------------------------------------- the
 # slow reference
@@ -394,20 +395,7 @@ def test_pruned_zero_shot_scores(tiny):
 
 def install(model: Any, select: Callable, *, layer: int = 1, inside: bool = False) -> UndoLedger:
     """One cut with a rule of the test's own."""
-    cut = PlannedCut(
-        site=f"vision.{layer}",
-        layer=layer,
-        inside=inside,
-        restore=False,
-        stash=False,
-        context=False,
-        proportional=False,
-        observe=(),
-        stage=0,
-        select=select,
-        bring_back=lambda *_: None,
-        memory_key=0,
-    )
+    cut = PlannedCut(cut=MethodCut(site=f"vision.{layer}", inside=inside), stage=0, select=select)
     ledger = UndoLedger()
 
     class Recorder:
@@ -1049,9 +1037,9 @@ def test_functional_gradients_and_checkpoints_around_the_model(tiny):
 
 
 def test_a_checkpoint_of_a_forgotten_pass_is_refused(tiny, monkeypatch):
-    from vtprune.models.engine import tower
+    from vtprune.models.engine import tower_replays
 
-    monkeypatch.setattr(tower, "REPLAYS", 1)
+    monkeypatch.setattr(tower_replays, "REPLAYS", 1)
     model, inputs = tiny("timm-vit", "class")
     model.set_grad_checkpointing()
     with vtprune.attach(model, "random", keep=5):
@@ -1232,13 +1220,13 @@ def test_a_block_costs_no_host_reads(method, monkeypatch):
     """Counts that follow from the plan are not asked of the device. FlowCut's follow from the images: one question for
     every second block."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
-    from vtprune.models.engine import tower
+    from vtprune.models.engine import run
 
     from vtprune.core import select
     from vtprune.core import types as types_module
 
     asked = []
-    for module in (select, types_module, tower):
+    for module in (select, types_module, run):
         monkeypatch.setattr(module, "extent", lambda mask, extent=types_module.extent: asked.append(1) or extent(mask))
     found = []
     for depth in (4, 12):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .layout import present
 from .request import Request
-from .tower import Record, Run
+from .run import Record, Run
 
 Pass = tuple[Run, int]  # one image's row in one pass of the tower
 

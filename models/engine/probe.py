@@ -15,16 +15,18 @@ from torch import Tensor, nn
 from ... import kernels
 from ...core.ledger import UndoLedger
 from ...core.select import from_mask
-from ...core.types import Selection, TokenView, UnsupportedError, VtpruneError
+from ...core.types import Cut, Selection, TokenView, UnsupportedError, VtpruneError
 from ..base import PlannedCut
 from . import host
 from .books import carry
 from .count import Products, fit
-from .decoder import Decoder, DecoderEngine
+from .decoder import DecoderEngine
+from .description import Decoder
 from .layout import Part
 from .level import dense_level
 from .masked import hide_in_decoder
-from .scores import heads, question, take, visible
+from .rows import take
+from .scores import heads, question, visible
 from .shapes import Layer
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -58,20 +60,7 @@ def _cut(layer: int, number: int, keep: int) -> PlannedCut:
     def select(view: TokenView) -> Selection:
         return from_mask(view.valid & (view.index % (2 * number + 2) == 0)) if keep else from_mask(view.valid)
 
-    return PlannedCut(
-        site=f"llm.{layer}",
-        layer=layer,
-        inside=False,
-        restore=False,
-        stash=False,
-        context=False,
-        proportional=False,
-        observe=(),
-        stage=number,
-        select=select,
-        bring_back=lambda *_: None,
-        memory_key=number,
-    )
+    return PlannedCut(cut=Cut(site=f"llm.{layer}"), stage=number, select=select)
 
 
 _passed: WeakKeyDictionary[Any, set[tuple[str, str]]] = WeakKeyDictionary()  # language model -> probes it has passed

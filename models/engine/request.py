@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .layout import Part, Unit
 from .level import Level
-from .tower import Record, Run
+from .run import Record, Run
 
 
 @dataclass(eq=False)
@@ -132,7 +132,7 @@ class Call:
     plain: Tensor | None = None  # the ids of a prompt without visual tokens
     labels: Tensor | None = None
     visual: Tensor | None = None
-    found: list[list[Part]] = field(default_factory=list)
+    parts: list[list[Part]] = field(default_factory=list)  # what the placeholders stand for, per sample
     sources: list[Tensor] = field(default_factory=list)
     encoded: dict[str, Encoded] = field(default_factory=dict)  # modality -> what its encoder did for this forward
     cache: Any = None

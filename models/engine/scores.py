@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ... import kernels
 from ...kernels.base import rotate
 from .level import Level, allowed, backend
+from .rows import take
 
 ROWS = 64  # query rows whose masks are made at once
 
@@ -21,11 +22,6 @@ def heads(attention: Any, name: str, x: Tensor) -> Tensor:
     out = getattr(attention, f"{name}_proj")(x).view(*x.shape[:2], -1, attention.head_dim)
     norm = getattr(attention, f"{name}_norm", None)
     return (out if norm is None else norm(out)).transpose(1, 2)
-
-
-def take(table: Tensor, rows: Tensor) -> Tensor:
-    """Rows ``[B, M]`` of a table ``[B or 1, T, ...]``."""
-    return kernels.gather(rows, table.to(rows.device))[0]
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base import named
-from ..engine.tower import Tower, rotate
+from ..engine.description import Tower
+from ..engine.rotary import rotate
 
 CLASSES = {
     "CLIPVisionModel": "clip",

@@ -18,12 +18,15 @@ from ...core.ledger import UndoLedger
 from ...core.types import Geometry, Seed, UnsupportedError
 from ..base import PlannedCut, named
 from ..engine import host
-from ..engine.decoder import Decoder, DecoderEngine, put
+from ..engine.decoder import DecoderEngine
+from ..engine.description import Decoder
 from ..engine.layout import Part, Raster, parts
 from ..engine.probe import ADAPTED, count, probe, probe_queries
 from ..engine.request import Encoded, Request
+from ..engine.rows import put
+from ..engine.run import Run
 from ..engine.shapes import Layer, Shapes, attention
-from ..engine.tower import Run, TowerEngine
+from ..engine.tower import TowerEngine
 from .tiny import TEXT
 
 LLM = frozenset({"query_attention", "queried"})  # what methods may ask of a site in the language model
@@ -307,7 +310,7 @@ class Mllm:
         self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, per: str, seed: int
     ) -> None:
         self._note_inputs(ledger)
-        tower = [c for c in cuts if c.site == "pixels" or c.site.startswith("vision.")]
+        tower = [c for c in cuts if c.cut.site == "pixels" or c.cut.site.startswith("vision.")]
         engine = self._install_tower(tower, ledger, recorder, seed) if tower else None
 
         def done(request: Request) -> None:
@@ -316,12 +319,12 @@ class Mllm:
 
         decoder = DecoderEngine(
             self.describe(),
-            [c for c in cuts if c.site.startswith("llm.")],
+            [c for c in cuts if c.cut.site.startswith("llm.")],
             ledger,
             positions=positions,
             per=per,
             tower=engine is not None,
-            entry=[c for c in cuts if c.site == "projector"],
+            entry=[c for c in cuts if c.cut.site == "projector"],
             seed=seed,
             done=done,
             arrived=recorder.arrived,

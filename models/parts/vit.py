@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from ...core.ledger import UndoLedger
 from ...core.types import Geometry, Seed, UnsupportedError
 from ..base import PlannedCut
+from ..engine.description import Tower
+from ..engine.run import Run
 from ..engine.shapes import Shapes
-from ..engine.tower import Run, Tower, TowerEngine
+from ..engine.tower import TowerEngine
 
 
 class BareVit:

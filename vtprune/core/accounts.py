@@ -10,11 +10,11 @@ from vtprune.models.engine.books import by_sample, told, tower_record
 from . import cost
 from .planning import Planned
 from .report import Report, StageReport
-from .types import Geometry
+from .types import Action, Geometry
 
 if TYPE_CHECKING:
     from vtprune.models.engine.request import Request
-    from vtprune.models.engine.tower import Record, Run
+    from vtprune.models.engine.run import Record, Run
 
 
 def passes_of(request: Request) -> list[tuple[Run, int]]:
@@ -40,7 +40,9 @@ class Accounts:
         self.raster = [method.info.raster for _, method, _ in stages]
         self.inside = any(cut.inside for *_, cuts in stages for cut in cuts)
         # which layer side branches are copies of
-        self.splits = {n: cut.layer for n, (*_, cuts) in enumerate(stages) for cut in cuts if cut.stash}
+        self.splits = {
+            n: cut.layer for n, (*_, cuts) in enumerate(stages) for cut in cuts if cut.action is Action.STASH
+        }
 
     def of_run(self, run: Run) -> Report:
         """The report of a bare tower."""

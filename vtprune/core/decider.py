@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..methods.base import Cut, Method
+from ..methods.base import Method
 from .planning import budget
 from .recipe import Stage
 from .select import from_mask, gather, join, merged, subview
-from .types import Geometry, Recent, Selection, TokenView, UnsupportedError
+from .types import Cut, Geometry, Recent, Selection, TokenView, UnsupportedError
 
 if TYPE_CHECKING:
     from torch import Tensor

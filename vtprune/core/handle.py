@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vtprune.models.engine.request import Request
-    from vtprune.models.engine.tower import Run
+    from vtprune.models.engine.run import Run
 
 # The handle is kept alive by its hooks in the model: a strong value here would keep the model alive for good.
 _live: WeakKeyDictionary[Any, ReferenceType[Handle]] = WeakKeyDictionary()
@@ -117,9 +117,8 @@ class Handle:
                     "fraction, or with per='tile' tokens of a tile"
                 )
         self._ledger = UndoLedger()
-        self.modules: dict[
-            str, Any
-        ] = {}  # by method; behind the first of one method, by method and number of the stage
+        # by method; behind the first of one method, by method and number of the stage
+        self.modules: dict[str, Any] = {}
         branches: dict[int, Any] = {}  # by number of the stage
         planned: list[PlannedCut] = []
         for number, (stage, method, cuts) in enumerate(stages):
@@ -130,16 +129,8 @@ class Handle:
             for i, cut in enumerate(cuts):
                 planned.append(
                     PlannedCut(
-                        site=cut.site,
-                        layer=cut.layer,
-                        inside=cut.inside,
-                        restore=cut.restore,
-                        stash=cut.stash,
-                        context=cut.context,
-                        proportional=cut.proportional,
-                        observe=cut.observe,
+                        cut=cut,
                         stage=number,
-                        memory_key=number,
                         select=Decider(adapter.geometry, stage, method, cuts, i),
                         bring_back=lambda hidden, run, method=method, module=module: method.restore(
                             hidden, run, module

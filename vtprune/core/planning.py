@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from vtprune.models.base import ADAPTERS
 
-from ..methods.base import Cut, Method, make
+from ..methods.base import Method, make
 from .recipe import Recipe, Stage, resolve
 from .recipes import RECIPES
-from .types import Geometry, UnsupportedError, VtpruneError
+from .types import Action, Cut, Geometry, UnsupportedError, VtpruneError
 from .wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def compose(geometry: Geometry, stages: Sequence[Planned]) -> list[str]:
         int, int, bool
     ]:  # within a block what is inside comes first, within a decoder layer what is context last
         cut = stages[at[0]][2][at[1]]
-        return _ORDER[cut.kind], cut.layer, cut.context or (cut.kind == "vision" and not cut.inside)
+        return _ORDER[cut.kind], cut.layer, cut.action is Action.CONTEXT or (cut.kind == "vision" and not cut.inside)
 
     order = sorted(((s, i) for s, (*_, cuts) in enumerate(stages) for i in range(len(cuts))), key=when)
     first, last = {s: n for n, (s, _) in reversed(list(enumerate(order)))}, {s: n for n, (s, _) in enumerate(order)}
@@ -165,10 +165,10 @@ def compose(geometry: Geometry, stages: Sequence[Planned]) -> list[str]:
                 "from before the first: move one"
             )
         before = most
-        if cut.restore or cut.context:
+        if cut.returns:
             most = least = aside
             continue
-        if cut.stash:
+        if cut.action is Action.STASH:
             aside = most
         if cut.keep is None:
             continue

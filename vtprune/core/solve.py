@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..methods.base import METHODS, OWN_BUDGETS, Cut
+from ..methods.base import METHODS, OWN_BUDGETS
 from . import cost
 from .planning import bind, check_options, for_units, load_recipe, plan
 from .recipe import Recipe
-from .types import Geometry, VtpruneError
+from .types import Action, Cut, Geometry, VtpruneError
 
 
 def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes: int = 1) -> tuple[float, int]:
@@ -30,7 +30,7 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes:
     inside = any(c.inside for c in cuts)
 
     def outcome(c: Cut, now: float) -> float:
-        if c.restore:
+        if c.action is Action.RESTORE:
             return aside
         return now if c.keep is None or c.adaptive else min(float(c.keep), now)
 
@@ -50,10 +50,10 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes:
     for i in range(geometry.llm_layers):
         for c in cuts:
             if c.site == f"llm.{i}":
-                aside = now if c.stash else aside
+                aside = now if c.action is Action.STASH else aside
                 now = outcome(c, now)
         through_llm.append(now)
-        llm.append(aside if any(c.context and c.site == f"llm.{i}" for c in cuts) else now)
+        llm.append(aside if any(c.action is Action.CONTEXT and c.site == f"llm.{i}" for c in cuts) else now)
     rows = llm or tower
     flops = passes * cost.vision(
         shapes, 1, round(patches / passes), [t / passes for t in tower], inside, through / passes
@@ -61,8 +61,8 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes:
     if llm:
         flops += cost.prefill(shapes, [round(k) + text for k in through_llm], [round(k) + text for k in llm])
         for stage, _, own in stages:  # the side branches of routing stages
-            if any(c.restore or c.context for c in own):
-                split = next(c.layer for c in own if c.stash)
+            if any(c.returns for c in own):
+                split = next(c.layer for c in own if c.action is Action.STASH)
                 flops += stage.options.get("branch_layers", 1) * cost.decoder_layer(shapes, split, round(aside))
     return sum(rows) / len(rows), int(flops)
 

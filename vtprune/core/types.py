@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, TypeVar
 
 import torch
@@ -86,6 +87,58 @@ class Geometry:
     traits: frozenset[str] = frozenset({"layers"})
     rasters: tuple[tuple[int, int], ...] = ()
     unmade: tuple[tuple[float, float], ...] = ()
+
+
+class Action(Enum):
+    """What happens to the visual tokens at a cut. Only routing methods need another one than ``SELECT``."""
+
+    SELECT = "select"
+    """The method decides: tokens are dropped or merged."""
+    STASH = "stash"
+    """The visual tokens are put aside for the method's side branch, then the method decides as at ``SELECT``."""
+    RESTORE = "restore"
+    """The tokens put aside come back into the sequence, changed by the side branch; nothing is dropped."""
+    CONTEXT = "context"
+    """The tokens put aside, changed by the side branch, give this layer keys and values and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """One planned decision of a method.
+
+    Attributes:
+        site: where: ``"vision.3"``, ``"projector"``, ``"llm.8"``, ``"pixels"``.
+        keep: tokens per image; ``None``: the method decides.
+        action: what happens there.
+        inside: the decision falls between attention and MLP of that block.
+        proportional: the tower adds the log of the merged sizes to its attention logits from here on (ToMe, arXiv
+            2210.09461, eq. 1).
+        observe: decoder layers whose input the decision looks at.
+        adaptive: the method decides image by image, and ``keep`` is only the least it leaves.
+        data: what else the method wants to find again in :meth:`~vtprune.methods.base.Method.select`.
+    """
+
+    site: str
+    keep: int | None = None
+    action: Action = Action.SELECT
+    inside: bool = False
+    proportional: bool = False
+    observe: tuple[int, ...] = ()
+    adaptive: bool = False
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        return self.site.partition(".")[0]
+
+    @property
+    def layer(self) -> int:
+        return int(self.site.partition(".")[2] or 0)
+
+    @property
+    def returns(self) -> bool:
+        """Whether tokens that were put aside have a part in it."""
+        return self.action in (Action.RESTORE, Action.CONTEXT)
 
 
 @dataclass(frozen=True)

@@ -14,37 +14,21 @@ from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type
 from torch import Tensor
 
 from ..core.registry import Registry
-from ..core.types import Geometry, Selection, TokenView, UnsupportedError, VtpruneError
+from ..core.types import Action, Cut, Geometry, Selection, TokenView, UnsupportedError, VtpruneError
 
-
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """One planned decision: ``site`` (``"vision.3"``, ``"projector"``, ``"llm.8"``, ``"pixels"``), ``keep`` tokens per
-    image (``None``: the method decides), ``adaptive`` it decides image by image and ``keep`` is only the least it
-    leaves, ``inside`` the decision falls between attention and MLP of that block, ``restore`` the cut brings routed
-    tokens back instead of dropping any, ``stash`` it puts them aside first, ``context`` the tokens put aside give this
-    layer keys and values and nothing else, ``proportional`` the tower adds the log of the merged sizes to its attention
-    logits from here on (ToMe, arXiv 2210.09461, eq. 1), ``observe`` decoder layers whose input the decision looks
-    at."""
-
-    site: str
-    keep: int | None = None
-    inside: bool = False
-    restore: bool = False
-    stash: bool = False
-    context: bool = False
-    proportional: bool = False
-    observe: tuple[int, ...] = ()
-    adaptive: bool = False
-    data: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def kind(self) -> str:
-        return self.site.partition(".")[0]
-
-    @property
-    def layer(self) -> int:
-        return int(self.site.partition(".")[2] or 0)
+__all__ = [
+    "METHODS",
+    "OWN_BUDGETS",
+    "Action",
+    "Cut",
+    "Method",
+    "MethodInfo",
+    "choice",
+    "layers",
+    "make",
+    "option",
+    "register",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.select import from_mask
 from ..core.types import Geometry, Selection, TokenView, VtpruneError
-from .base import Cut, Method, MethodInfo, layers, option, register
+from .base import Action, Cut, Method, MethodInfo, layers, option, register
 
 
 @register(
@@ -73,18 +73,19 @@ class DpvrLf(Method):
                 f"dpvr-lf: branch_layers={self.branch_layers} is more than the {depth} layers of this model"
             )
         if self.variant == "pc":
-            return (Cut(site=f"llm.{s}", stash=True), *(Cut(site=f"llm.{i}", restore=True) for i in range(s, depth)))
-        away = Cut(site=f"llm.{s}", keep=0, stash=True)
+            aside = Cut(site=f"llm.{s}", action=Action.STASH)
+            return (aside, *(Cut(site=f"llm.{i}", action=Action.RESTORE) for i in range(s, depth)))
+        away = Cut(site=f"llm.{s}", keep=0, action=Action.STASH)
         if self.variant == "kv":
-            return (away, *(Cut(site=f"llm.{i}", context=True) for i in range(s, depth)))
+            return (away, *(Cut(site=f"llm.{i}", action=Action.CONTEXT) for i in range(s, depth)))
         if self.fusion_rows == "keys":
             if self.fusion != 1:
                 raise VtpruneError(
                     "dpvr-lf: fusion_rows='keys' needs fusion=1, the visual rows of an earlier fusion layer go on "
                     f"(got fusion={self.fusion})"
                 )
-            return (away, Cut(site=f"llm.{depth - 1}", context=True))
-        back = () if self.fusion == 0 else (Cut(site=f"llm.{depth - self.fusion}", restore=True),)
+            return (away, Cut(site=f"llm.{depth - 1}", action=Action.CONTEXT))
+        back = () if self.fusion == 0 else (Cut(site=f"llm.{depth - self.fusion}", action=Action.RESTORE),)
         return (away, *back)
 
     def select(self, view: TokenView, cut: Cut) -> Selection | None:

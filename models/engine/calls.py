@@ -1,0 +1,177 @@
+"""Forwards of an attached model, opened and closed: which request a forward belongs to, and what its cache's next steps
+need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+
+from ...core.ledger import MARK, UndoLedger, close, follow, mark
+from ...core.types import UnsupportedError
+from . import host
+from .decoding import check_conversation, check_foreign
+from .description import Decoder
+from .entry import Entry
+from .level import dense_level
+from .prompt import prompts_in_rows, real_tokens
+from .request import Call, Request
+
+
+class Calls:
+    """Every forward of the root.
+
+    Attributes:
+        decoder: the language model.
+        tower: whether the tower may drop tokens.
+        done: called with the request after each prefill.
+        requests: the request that each cache belongs to.
+        whole: caches filled without this attachment that were looked at.
+        entrance: the ways into the model.
+    """
+
+    def __init__(self, decoder: Decoder, ledger: UndoLedger, *, tower: bool, done: Callable[[Request], None]):
+        self.decoder, self.tower, self.done = decoder, tower, done
+        self.requests: WeakKeyDictionary[Any, Request] = WeakKeyDictionary()
+        self.whole: WeakSet[Any] = WeakSet()
+        roots = [decoder.root] if decoder.core is None else [decoder.root, decoder.core]
+        self.entrance = Entry(roots, ledger, opens=self._open, closes=self._close, continues=self._continues)
+
+    @property
+    def now(self) -> Call | None:
+        """The forward that this thread is in."""
+        return self.entrance.call
+
+    def end(self) -> None:
+        """The attachment is over: what was read with it cannot go on without it."""
+        for cache, request in list(self.requests.items()):
+            if any(not level.dense for level in request.levels):
+                close(
+                    cache,
+                    "the attachment that this cache's prompt was pruned with has been removed; start a new prompt",
+                )
+
+    def look_at(self, cache: Any, kwargs: dict) -> None:
+        """A cache that was filled without this attachment is checked once."""
+        if cache is not None and cache not in self.whole:
+            check_foreign(self.decoder, cache, kwargs)
+            self.whole.add(cache)
+
+    def _continues(self, cache: Any) -> None:
+        check_conversation(self.requests.get(cache) if cache is not None else None, cache)
+
+    def _open(self, call: Call, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Finds out whether a forward reads a prompt or goes on with one. Answers with what the model is called
+        with."""
+        call.cache, call.mask, call.positions = (
+            host.cache_in(inputs),
+            inputs.get("attention_mask"),
+            inputs.get("position_ids"),
+        )
+        ids = inputs.get("input_ids")
+        filled = call.cache is not None and host.held(call.cache) > 0
+        if self._goes_on(call, inputs, filled):
+            return inputs
+        if ids is None:
+            raise UnsupportedError(
+                "pruning needs input_ids to find the visual tokens; inputs_embeds alone do not tell where they are"
+            )
+        call.visual = self.decoder.visual(ids)
+        call.prefill = bool(call.visual.any())
+        if not call.prefill:
+            call.plain = ids
+            return inputs
+        call.parts = self.decoder.parts(ids, inputs)
+        call.sources = self.decoder.sources(inputs, call.parts) if self.tower else []
+        call.encoded = self.decoder.encoded(inputs)
+        call.segments = prompts_in_rows(inputs, call)
+        if inputs.get("labels") is not None:
+            # positions without a prediction are masked out of it before the loss reads it
+            call.labels = inputs["labels"].clone()
+            return {**inputs, "labels": call.labels}
+        call.prompt = self.entrance.prompt(ids, real_tokens(call.mask, *ids.shape).to(ids.device))
+        return inputs
+
+    def _goes_on(self, call: Call, inputs: dict[str, Any], filled: bool) -> bool:
+        """Whether the call's cache is ``filled`` with a prompt that the forward continues; its request, if it was read
+        with this attachment."""
+        known = call.cache is not None and call.cache in self.requests
+        ids = inputs.get("input_ids")
+        encoded = (v for k, v in inputs.items() if k.startswith(host.PIXELS) or k == host.ENCODED)
+        pixels = any(v is not None and len(v) for v in encoded)
+        if filled and pixels and ids is not None and bool(self.decoder.visual(ids).any()):
+            raise UnsupportedError(
+                "visual tokens in a continuation of a cache cannot be pruned; start a new prompt with the whole "
+                "conversation"
+            )
+        if known and filled:
+            call.request = self.requests[call.cache]
+            if call.request.packed:
+                raise UnsupportedError(
+                    "several prompts packed into one row cannot be continued; read each prompt in a row of its own"
+                )
+            return True
+        if filled and getattr(call.cache, MARK, False):
+            raise UnsupportedError(
+                "this cache is a copy of a pruned one, or of another attachment: only the one that the prompt was read "
+                "into goes on"
+            )
+        if known:  # it was emptied for another prompt
+            del self.requests[call.cache]
+            mark(call.cache, False)
+        return filled  # a request whose prompt was read without this attachment: it stays dense
+
+    def _close(self, call: Call, output: Any) -> None:
+        if call.plain is not None:  # nothing to prune, and the report says so
+            self._tell(_dense_request(call))
+            return
+        if not call.prefill:
+            return
+        request = call.request
+        if request is None:
+            raise UnsupportedError(
+                f"{type(self.decoder.root).__name__} did not call its language model as this library knows it, so "
+                "nothing was pruned"
+            )
+        self._finish(request)
+        cache = host.cache_of(output)
+        cache = call.cache if cache is None else cache
+        if cache is not None:
+            self.requests[cache] = request
+            pruned = any(not level.dense for level in request.levels)
+            mark(cache, pruned)
+            if pruned:
+                follow(cache, {name: getattr(request, how) for name, how in host.MOVES.items()})
+        self._tell(request)
+
+    def _finish(self, request: Request) -> None:
+        """What the steps behind the prompt have to know of each layer's cache."""
+        request.at = tuple(request.level_at(i) for i in range(len(self.decoder.layers)))
+        for i, level in enumerate(request.at):
+            request.first.setdefault((id(level), self.decoder.kinds[i]), i)
+        request.pruned = frozenset(i for i, level in enumerate(request.at) if not level.dense)
+        request.uneven = frozenset(
+            i for i in request.pruned if not request.at[i].whole or self.decoder.window_of(i) is not None
+        )
+
+    def _tell(self, request: Request) -> None:
+        """Reports a prefill. The unconditional prompt that guidance reads beside the real one is not what a user asks
+        about."""
+        running = self.entrance.generation
+        if running is not None:
+            if running.told and not request.units:
+                return
+            running.told |= bool(request.units)
+        self.done(request)
+
+
+def _dense_request(call: Call) -> Request:
+    """The books of a prompt without visual tokens."""
+    assert call.plain is not None
+    b, t = call.plain.shape
+    real = real_tokens(call.mask, b, t).to(call.plain.device)
+    level = dense_level(real, torch.zeros_like(call.plain, dtype=torch.bool))
+    counts = level.valid.sum(1).tolist()
+    return Request(t, [[] for _ in range(b)], [], level.valid, level.shift, [level], text_tokens=counts)

@@ -1,0 +1,111 @@
+"""Cuts inside the language model: what a method may look at there, and the sequence that its decision leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ...core.types import Action, Seed, Selection, TokenView, UnsupportedError
+from ..base import PlannedCut
+from .candidates import Candidates
+from .description import Decoder
+from .level import Level, pack
+from .prompt import ENDS
+from .ranking import Ranking
+from .request import Call, Request, Stash
+from .routing import Routing
+from .rows import take
+from .run import Record
+
+
+class Cuts:
+    """Applies cuts to the hidden states in front of a layer. ``seeds(request)``: the seed of each unit."""
+
+    def __init__(self, decoder: Decoder, ranking: Ranking, routing: Routing, seeds: Callable[[Request], Seed]):
+        self.decoder, self.ranking, self.routing, self.seeds = decoder, ranking, routing, seeds
+
+    def count(self, call: Call, upto: int) -> None:
+        """Notes the visual tokens of the layers in front of ``upto``."""
+        assert call.request is not None and call.level is not None
+        while (number := len(call.request.layer_tokens)) < upto:
+            counts = call.level.counts
+            extra = call.request.keys_only.get(number, [0] * len(counts))
+            call.request.layer_tokens.append([a + b for a, b in zip(counts, extra, strict=True)])
+
+    def drop(self, call: Call, number: int, keep: Tensor, x: Tensor) -> Tensor:
+        """Starts the level that keeps ``keep`` ``[B, M]`` of the present one."""
+        assert call.request is not None and call.level is not None
+        call.level, order = pack(number, keep, call.level)
+        call.request.levels.append(call.level)
+        before = call.done.get(number, (None, None))[0]
+        call.done[number] = (order if before is None else before.gather(1, order), call.level)
+        return take(x, order.to(x.device))
+
+    def apply(self, call: Call, planned: PlannedCut, number: int, x: Tensor) -> Tensor:
+        """What a cut that may change the sequence leaves of ``x`` ``[B, M, C]``."""
+        request = call.request
+        assert request is not None and call.level is not None
+        if planned.cut.action is Action.RESTORE:
+            return self.routing.restore(call, planned, number, x)
+        if planned.cut.action is Action.STASH:
+            call.stash[planned.stage] = Stash(x, call.level)
+        level = call.level.on(x.device)
+        candidates = Candidates.of(request, level, x.device)
+        selection = planned.select(self._view(call, planned, level, candidates, x))
+        if selection is None:
+            return x
+        request.notes.append(
+            partial(_record, planned.cut.site, planned.stage, candidates.index, selection.kept, selection.score)
+        )
+        if selection.target is not None:
+            raise UnsupportedError("merging inside the language model is not supported by this adapter")
+        if torch.equal(candidates.valid.sum(1), selection.counts):
+            return x
+        keep = _columns_kept(candidates, selection, level)
+        if call.held is not None:
+            held = call.held.to(x.device).gather(1, level.rows) & level.visual & level.valid
+            if bool((held & ~keep).any()):
+                raise UnsupportedError(ENDS)
+        call.level = level
+        return self.drop(call, number, keep, x)
+
+    def _view(self, call: Call, planned: PlannedCut, level: Level, candidates: Candidates, x: Tensor) -> TokenView:
+        request, valid = call.request, candidates.valid
+        assert request is not None
+        ask = partial(self.ranking.query_attention, call, planned, x, candidates)
+        return TokenView(
+            features=candidates.rows(x.detach()),  # decisions carry no gradient
+            valid=valid,
+            index=candidates.index,
+            size=valid.to(torch.float32),
+            protected=torch.zeros_like(valid) if call.held is None else candidates.marked(call.held, level),
+            grid=(valid.shape[1], 1),
+            layer=planned.cut.layer,
+            depth=len(self.decoder.layers),
+            seed=self.seeds(request),
+            memory=request.memory.setdefault(planned.stage, {}),
+            sources={
+                "query_attention": ask,
+                "queried": lambda: self.ranking.queried(call, candidates.owner),
+            },
+            rasters=tuple(u.rasters for u in request.units),
+        )
+
+
+def _columns_kept(candidates: Candidates, selection: Selection, level: Level) -> Tensor:
+    """``[B, M]`` bool: the level's text, and the candidates that the selection keeps."""
+    where, owner = candidates.where, candidates.owner
+    chosen = torch.where(selection.kept >= 0, where.gather(1, selection.kept.clamp_min(0)), level.width)
+    text = nn.functional.pad(level.valid & ~level.visual, (0, 1))  # the extra column takes the padding
+    marks = torch.ones((), dtype=torch.bool, device=where.device)
+    return text.index_put((owner[:, None].expand_as(chosen), chosen), marks)[:, :-1]
+
+
+def _record(site: str, stage: int, index: Tensor, kept: Tensor, score: Tensor | None) -> Record:
+    index, kept = index.cpu(), kept.cpu()
+    left = [row[mine[mine >= 0]] for row, mine in zip(index, kept, strict=True)]
+    ranked = None if score is None else (index, score)
+    return Record(site, stage, (index >= 0).sum(1).tolist(), [len(k) for k in left], left, None, ranked)

@@ -1,0 +1,50 @@
+"""What a decoder layer finds when gradient checkpointing runs it again in the backward pass, hooks included, as in
+transformers releases up to 5.17."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakValueDictionary
+
+from ...core.types import UnsupportedError
+from .description import Decoder
+from .level import Level
+from .request import Call
+from .rows import take
+from .serving import Serving
+
+
+class LayerReplays:
+    """Remembers forwards by the rotary table that each of their checkpoints keeps. ``routes``: a method routes tokens,
+    which cannot be repeated."""
+
+    def __init__(self, decoder: Decoder, serving: Serving, *, routes: bool):
+        self.decoder, self.serving, self.routes = decoder, serving, routes
+        self.calls: WeakValueDictionary[int, Call] = WeakValueDictionary()
+
+    def remember(self, call: Call, number: int, level: Level) -> None:
+        """Layer ``number`` reads ``level``."""
+        if self.routes:
+            raise UnsupportedError(
+                "routing methods need a newer transformers for gradient checkpointing, or "
+                "gradient_checkpointing_disable()"
+            )
+        if number not in call.done:
+            call.done[number] = (None, level)
+        table = call.dense[self.decoder.kinds[number]]["position_embeddings"][0]
+        table._vtprune_call = call  # the checkpoint keeps the table, and nobody else keeps the call
+        self.calls[id(table)] = call
+
+    def again(self, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """What layer ``number``, called outside of any forward that is known, is called with; ``None``: what it
+        was."""
+        tables: Any = kwargs.get("position_embeddings")
+        call = self.calls.get(id(tables[0])) if isinstance(tables, tuple) else None
+        if call is None or number not in call.done:
+            return None
+        order, level = call.done[number]
+        x = args[0] if args else kwargs["hidden_states"]
+        if order is not None:
+            x = take(x, order)
+        kwargs = {**kwargs, **self.serving.prefill(call, level.on(x.device), number, kwargs, x)}
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})

@@ -1,0 +1,101 @@
+"""What a family's adapter tells the engines of its model: the language model and the vision tower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .layout import Part
+from .request import Encoded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """A family's description of its language model.
+
+    Attributes:
+        root: takes ``input_ids`` / ``labels``.
+        lm: the decoder stack that ``root`` calls.
+        layers: those of the stack.
+        visual: ``visual(input_ids)``: a bool mask of the placeholders ``[B, T]``.
+        parts: ``parts(input_ids, inputs)``: what the placeholders stand for.
+        sources: ``sources(inputs, parts)``: which of the tower's tokens each was made of.
+        kinds: each layer's attention type.
+        window: of the sliding layers.
+        rotary: ``rotary(x, ids, kind)``: the rotary table of other positions.
+        mrope: positions have three axes.
+        pairs: the rotary table turns each channel with its neighbour.
+        first_position: of a prompt's first token.
+        core: the model in ``root`` that takes ``input_ids`` as well; ``None``: there is none.
+        encoded: ``encoded(inputs)``: what the encoders did for the forward, by modality.
+    """
+
+    root: Any
+    lm: Any
+    layers: Any
+    visual: Callable[[Tensor], Tensor]
+    parts: Callable[[Tensor, dict[str, Any]], list[list[Part]]]
+    sources: Callable[[dict[str, Any], list[list[Part]]], list[Tensor]]
+    kinds: tuple[str, ...]
+    window: int | None
+    rotary: Callable[[Tensor, Tensor, str], tuple[Tensor, Tensor]]
+    mrope: bool
+    pairs: bool = False
+    first_position: int = 0
+    core: Any = None
+    encoded: Callable[[dict[str, Any]], dict[str, Encoded]] = lambda inputs: {}
+
+    def window_of(self, number: int) -> int | None:
+        return self.window if self.kinds[number] == "sliding_attention" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tower:
+    """A family's description of its vision tower.
+
+    ``caught`` is what one call of a block leaves for :attr:`project`: the block's input under ``"x"``, its rotary table
+    under ``"rope"`` (None without), the captured outputs under their names; ``attend`` may add to it.
+
+    Attributes:
+        root: the module whose call is one pass.
+        blocks: those whose output is used.
+        prefix: tokens in front of the patches.
+        grid: rows and columns of patches of a typical image.
+        mask: the block's keyword for an additive mask; ``None``: it takes none of the shape ``[B, 1, 1, n]``, so that
+            every block has to be composed of its halves.
+        attend: ``attend(block, x, mask, caught)``: the first residual half, made of the block's own children.
+        feed: ``feed(block, x)``: the second one.
+        capture: ``capture(block)``: modules whose outputs :attr:`project` needs.
+        project: ``project(block, caught)``: q, k, v (``[B, H, n, d]`` each, as the attention uses them, rotated if it
+            rotates) and a scale.
+        resize: ``resize(pixels, rows, columns)``: fewer pixels in, as call keywords; ``None``: images have one size.
+        pixels: the root's keyword for them.
+        width: of the residual stream; ``None``: that of the block's first norm.
+        rope: the block's keyword for a rotary table with one row per patch (:func:`~.rotary.rotary_rows` says in which
+            shapes); prefix tokens are not rotated. Behind a cut every block gets the rows of the tokens that are left,
+            image by image; a merged token stands at the position of the token that absorbed the others.
+        sample: ``sample(block, n)``: a table for ``n`` patches, so that rotary blocks can be probed.
+        raster: ``raster(pixels)``: the rows and columns of patches that the root makes of them (``None``: always
+            ``grid``); it raises for images that the root cannot take.
+        variable: whether the root takes images of any size.
+    """
+
+    root: nn.Module
+    blocks: Sequence[nn.Module]
+    prefix: int
+    grid: tuple[int, int]
+    mask: str | None
+    attend: Callable[[nn.Module, Tensor, Tensor | None, dict[str, Any]], Tensor]
+    feed: Callable[[nn.Module, Tensor], Tensor]
+    capture: Callable[[nn.Module], dict[str, nn.Module]]
+    project: Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Tensor, Tensor, float]]
+    resize: Callable[[Tensor, int, int], tuple[Tensor, dict[str, Any]]] | None = None
+    pixels: str = "pixel_values"
+    width: int | None = None
+    rope: str | None = None
+    sample: Callable[[nn.Module, int], Any] | None = None
+    raster: Callable[[Tensor], tuple[int, int]] | None = None
+    variable: bool = False

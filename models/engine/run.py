@@ -1,0 +1,258 @@
+"""One pass of the vision tower: which tokens run, what became of the others, and the decisions on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.select import combine, gather
+from ...core.types import Seed, Selection, TokenView, extent
+from ..base import PlannedCut
+from .rotary import rotary_rows
+
+
+@dataclass
+class Record:
+    """One applied decision.
+
+    Attributes:
+        site: where it fell.
+        stage: its stage's number in the recipe.
+        tokens_in: per image, the tokens in front of it.
+        tokens_out: per image, those behind it.
+        kept: per image, the original indices kept, ascending.
+        assignment: per image, for merges, the slot of every original token.
+        ranked: the original index and the score of each token, ``[G, n]`` each.
+        scores: of a record told per sample, as in :class:`vtprune.core.report.StageReport`.
+        units: likewise.
+    """
+
+    site: str
+    stage: int
+    tokens_in: list[int]
+    tokens_out: list[int]
+    kept: list[Tensor]
+    assignment: list[Tensor] | None
+    ranked: tuple[Tensor, Tensor] | None = None
+    scores: list[Tensor] | None = None
+    units: list[Tensor] | None = None
+
+    def scored(self, g: int, tokens: int) -> Tensor:
+        """The scores of image ``g``'s original tokens, ``[tokens]`` float64, NaN where there is none."""
+        out = torch.full((tokens,), torch.nan, dtype=torch.float64)
+        if self.ranked is not None:
+            self.ranked = self.ranked[0].cpu(), self.ranked[1].cpu()  # once for all images
+            index, score = (t[g] for t in self.ranked)
+            out[index[index >= 0]] = score[index >= 0].double()
+        return out
+
+
+@dataclass
+class Run:
+    """One pass of G images.
+
+    Attributes:
+        images: G.
+        tokens: N, of the largest image.
+        index: ``[G, n]`` original index of each running token (-1: padding).
+        size: ``[G, n]`` tokens merged into each.
+        slot: ``[G, N]`` running position of every original token (-1: dropped).
+        memory: what each stage's method remembers.
+        captured: what the block that runs has left so far.
+        merges: whether tokens were merged.
+        raster: ``[G, N]`` the slots where the blocks begin (other than 0 .. N - 1 if the pixels were reduced).
+        grid: the original rows and columns.
+        cells: those where the blocks begin.
+        early: whether it may end in front of the last block.
+        again: whether gradient checkpointing runs a block of it once more.
+        decided: what was decided the first time, by the cut's id.
+        rotary: the last rotary table, for which tokens, and its rows.
+        present: an index, which of it is a token, the fewest and most tokens of an image.
+        counts: per block, its index: lengths are read when somebody asks.
+        slots: per block, ``slot`` behind it.
+        notes: the decisions, each as a call that makes its record.
+        made: the records so far.
+    """
+
+    images: int
+    tokens: int
+    index: Tensor
+    size: Tensor
+    slot: Tensor
+    memory: dict[int, dict[str, Any]] = field(default_factory=dict)
+    captured: dict[str, Any] = field(default_factory=dict)
+    merges: bool = False
+    raster: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    cells: tuple[int, int] | None = None
+    early: bool = False
+    again: bool = False
+    decided: dict[int, Selection | None] | None = None
+    rotary: tuple[Any, Tensor, Any] | None = None
+    present: tuple[Tensor, Tensor, int, int] | None = None
+    counts: list[Tensor] = field(default_factory=list)
+    slots: list[Tensor] = field(default_factory=list)
+    notes: list[Callable[[], Record]] = field(default_factory=list)
+    made: list[Record] = field(default_factory=list)
+
+    @staticmethod
+    def start(images: int, tokens: int, device: torch.device, counts: Sequence[int] | None = None) -> Run:
+        """``counts`` tokens of each image if they differ, ``tokens`` the largest."""
+        index = torch.arange(tokens, device=device).repeat(images, 1)
+        span = (tokens, tokens)
+        if counts is not None:
+            index = torch.where(index < torch.tensor(counts, device=device)[:, None], index, -1)
+            span = (min(counts), max(counts))
+        valid = index >= 0
+        return Run(images, tokens, index, valid.to(torch.float32), index.clone(), present=(index, valid, *span))
+
+    @property
+    def valid(self) -> Tensor:
+        return self._present()[1]
+
+    @property
+    def whole(self) -> bool:
+        """Whether no image has padding."""
+        return self._present()[2] == self.index.shape[1]
+
+    def _present(self) -> tuple[Tensor, Tensor, int, int]:
+        if self.present is None or self.present[0] is not self.index:
+            valid = self.index >= 0
+            self.present = (self.index, valid, *extent(valid))
+        return self.present
+
+    @property
+    def layer_tokens(self) -> list[list[int]]:
+        """Per block that has run, per image, the tokens it processed."""
+        return [(index >= 0).sum(1).tolist() for index in self.counts]
+
+    @property
+    def records(self) -> list[Record]:
+        """The decisions so far."""
+        while len(self.made) < len(self.notes):
+            self.made.append(self.notes[len(self.made)]())
+        return self.made
+
+    def view(
+        self,
+        features: Tensor,
+        planned: PlannedCut,
+        *,
+        grid: tuple[int, int],
+        prefix: int,
+        depth: int,
+        seed: Seed,
+        sources: dict[str, Callable],
+        rasters: tuple = (),
+    ) -> TokenView:
+        return TokenView(
+            features=features,
+            valid=self.valid,
+            index=self.index,
+            size=self.size,
+            protected=torch.zeros_like(self.valid),
+            grid=grid,
+            prefix=prefix,
+            layer=planned.cut.layer,
+            depth=depth,
+            seed=seed,
+            memory=self.memory.setdefault(planned.stage, {}),
+            sources=sources,
+            rasters=rasters,
+            known=self._present()[1:],
+        )
+
+    def apply(self, x: Tensor, selection: Selection, planned: PlannedCut) -> Tensor:
+        """Applies a selection to the visual tokens ``x`` ``[G, n, C]`` and keeps the books."""
+        before = self.index
+        n, k = x.shape[1], selection.kept.shape[1]
+        whole = n == k and selection.layout is None
+        if whole and selection.span is not None:
+            whole = selection.span[0] == n  # ascending positions, as many as there are
+        elif whole:
+            whole = torch.equal(selection.kept, torch.arange(n, device=x.device).expand_as(selection.kept))
+        if not whole:
+            x, self.size = combine(x, selection, self.size)
+            column = _columns(selection, n)
+            self.index = gather(self.index + 1, selection.kept) - 1
+            if selection.layout is not None:
+                x = gather(x, selection.layout)
+                self.index, self.size = self.index.gather(1, selection.layout), self.size.gather(1, selection.layout)
+                back = selection.layout.argsort(1)
+                column = torch.where(column >= 0, back.gather(1, column.clamp_min(0)), -1)
+            self.slot = torch.where(self.slot >= 0, column.gather(1, self.slot.clamp_min(0)), -1)
+            if selection.span is not None:
+                self.present = (self.index, self.index >= 0, *selection.span)
+        self.merges |= selection.target is not None
+        self.note(planned, before, selection.score)
+        return x
+
+    def note(self, planned: PlannedCut, before: Tensor, score: Tensor | None = None) -> None:
+        """Keeps the present state, and the index ``before`` with its ``score``, as the outcome of ``planned``."""
+        self.notes.append(
+            partial(
+                _record, planned.cut.site, planned.stage, self.tokens, before, self.index, self.slot, self.merges, score
+            )
+        )
+
+    def weights(self) -> Tensor | None:
+        """``[G, n]``, ``None`` while all are 1: how often each running token counts in a mean. Every original token
+        that is still represented counts once (ToMe, arXiv 2210.09461, MAE pooling: sum of size times token over N),
+        padding does not."""
+        if not self.merges and self.whole:
+            return None
+        return (self.size if self.merges else torch.ones_like(self.size)) * self.valid
+
+    def positions(self, block: int) -> Tensor:
+        """``[G, cells]``: for every cell of the raster at which the blocks begin, where the token that holds it stands
+        behind ``block`` (-1: dropped)."""
+        assert self.raster is not None and self.cells is not None
+        # Original tokens of one cell share their fate, so any of them tells; those that have no cell write to a place
+        # that is cut off.
+        n = self.cells[0] * self.cells[1]
+        where = torch.where(self.raster >= 0, self.raster, n)
+        return self.slots[block].new_full((self.images, n + 1), -1).scatter_(1, where, self.slots[block])[:, :n]
+
+    def maps(self, block: int, x: Tensor) -> Tensor:
+        """Patches ``x`` ``[G, n, C]`` behind ``block`` as feature maps ``[G, C, rows, columns]``: every cell holds the
+        token that stands for it, its own or the one that absorbed it, and zeros where it was dropped."""
+        assert self.cells is not None
+        return gather(x, self.positions(block)).unflatten(1, self.cells).permute(0, 3, 1, 2).contiguous()
+
+    def rows(self, table: Any) -> Any:
+        """The rows of a rotary table that belong to the running tokens."""
+        if self.rotary is None or self.rotary[0] is not table or self.rotary[1] is not self.index:
+            assert self.raster is not None
+            self.rotary = (table, self.index, rotary_rows(table, self.raster.gather(1, self.index.clamp_min(0))))
+        return self.rotary[2]
+
+
+def _columns(selection: Selection, n: int) -> Tensor:
+    """``[G, n]``: where each of n running tokens goes (-1: dropped)."""
+    if selection.target is not None:
+        return selection.target
+    kept = selection.kept
+    column = torch.full((kept.shape[0], n + 1), -1, device=kept.device)
+    where = torch.where(kept >= 0, kept, n)
+    column.scatter_(1, where, torch.arange(kept.shape[1], device=kept.device).expand_as(where))
+    return column[:, :n]
+
+
+def _record(
+    site: str, stage: int, tokens: int, before: Tensor, index: Tensor, slots: Tensor, merges: bool, score: Tensor | None
+) -> Record:
+    kept, assignment = [], []
+    for row, slot in zip(index.cpu(), slots.cpu(), strict=True):
+        order = torch.where(row >= 0, row, tokens).argsort(stable=True)
+        kept.append(row[order[: int((row >= 0).sum())]])
+        rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        assignment.append(torch.where(slot >= 0, rank[slot.clamp_min(0)], -1))
+    ranked = None if score is None else (before, score)
+    return Record(
+        site, stage, (before >= 0).sum(1).tolist(), [len(k) for k in kept], kept, assignment if merges else None, ranked
+    )
