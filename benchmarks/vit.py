@@ -56,6 +56,7 @@ from torch import Tensor, nn
 
 from vtprune.cli import errors, options
 from vtprune.core.handle import attach
+from vtprune.core.paths import output
 from vtprune.core.planning import bind, load_recipe
 from vtprune.core.recipe import Recipe
 from vtprune.core.solve import solve
@@ -741,7 +742,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         for ending in ("json", "md"):
-            options.output(args.out / f"{args.name}.{ending}")
+            output(args.out / f"{args.name}.{ending}")
     if args.cpu_time:
         global timer
         timer = time.thread_time

@@ -3,7 +3,6 @@ while the model computes, and everything that crosses between the two is plain d
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import multiprocessing
@@ -24,10 +23,9 @@ from vtprune.demos import render
 from vtprune.demos.engine import Engine, Side, is_video, proper, short
 
 import vtprune
-from vtprune.cli import options as options_module
 from vtprune.core.recipe import Recipe
 from vtprune.core.types import VtpruneError
-from vtprune.inputs import demo_model
+from vtprune.inputs import demo_model, models
 from vtprune.measure import run
 from vtprune.show import theatre
 from vtprune.show.pictures import encode
@@ -48,14 +46,14 @@ class Desk:
 
     def load(self, model: str | None, device: str, dtype: str) -> None:
         """Loads ``model`` (folder or hub id, ``None``: the bundled one). Raises :class:`VtpruneError` as
-        :func:`vtprune.cli.options.load` does."""
+        :func:`vtprune.inputs.models.load` does."""
         import torch
 
         gc.enable()
         # the page needs a core as well; threads that wait for each other take it away
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
         self.path, self.device, self.dtype = model, device, dtype
-        self.engine = Engine(*options_module.load(argparse.Namespace(model=model, device=device, dtype=dtype)))
+        self.engine = Engine(*models.load(model, device, dtype))
 
     def about(self) -> dict[str, Any]:
         """``model`` in words, ``recipes`` that it takes, ``refused`` ``[name, why]``, and whether it takes

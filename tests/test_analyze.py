@@ -10,7 +10,7 @@ from vtprune.models.base import ADAPTERS
 
 import vtprune
 from fake import FakeProcessor, picture, tiny
-from vtprune.cli import main, options
+from vtprune.cli import main, models
 from vtprune.core.planning import bind
 from vtprune.measure import analyze, timing
 
@@ -28,7 +28,7 @@ def one_thread(monkeypatch):
 @pytest.fixture
 def vlm(monkeypatch):
     """The tiny model in place of the bundled one."""
-    monkeypatch.setattr(options, "load", lambda args: tiny())
+    monkeypatch.setattr(models, "load", lambda args: tiny())
 
 
 @pytest.fixture

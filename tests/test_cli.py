@@ -13,7 +13,7 @@ import pytest
 
 import vtprune
 from fake import picture, tiny
-from vtprune.cli import main, options, quickstart
+from vtprune.cli import main, models, quickstart
 from vtprune.inputs import demo_model
 from vtprune.measure import bench, samples
 from vtprune.show import pictures
@@ -22,7 +22,7 @@ from vtprune.show import pictures
 @pytest.fixture
 def vlm(monkeypatch):
     """The tiny model in place of the bundled one."""
-    monkeypatch.setattr(options, "load", lambda args: tiny())
+    monkeypatch.setattr(models, "load", lambda args: tiny())
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_python_m(tmp_path):
 
 @pytest.mark.parametrize(
     ("command", "names"),
-    [("methods", vtprune.methods), ("recipes", vtprune.core.recipes), ("adapters", vtprune.adapters)],
+    [("methods", vtprune.methods), ("recipes", vtprune.recipes), ("adapters", vtprune.adapters)],
 )
 def test_lists(capsys, command, names):
     assert main.main([command]) == 0
@@ -196,7 +196,7 @@ def test_interrupt(capsys, monkeypatch, image):
     def stop(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(options, "load", stop)
+    monkeypatch.setattr(models, "load", stop)
     assert "interrupted" in refused(capsys, 130, "run", "--image", image, "--question", "q")
 
 
@@ -273,9 +273,9 @@ def test_verify(capsys, vlm):
 
 
 def test_quickstart(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(options, "load", lambda args: tiny())
+    monkeypatch.setattr(models, "load", lambda args: tiny())
     monkeypatch.setattr(vtprune, "methods", lambda: ["dpvr-lf", "random", "tome", "uniform"])
-    monkeypatch.setattr(bench, "easy_vqa_samples", lambda n: samples.scenes_samples(1)[:n])
+    monkeypatch.setattr(quickstart, "easy_vqa_samples", lambda n: samples.scenes_samples(1)[:n])
     own = vtprune.Recipe(
         name="dpvr-lf (trained)",
         stages=(vtprune.Stage(method="dpvr-lf", options={"split": 3}),),
@@ -348,7 +348,9 @@ def test_a_hub_id_is_asked_for_at_the_hub(monkeypatch, capsys, image):
 def test_demo_says_what_is_wrong_before_it_starts_anything(capsys, monkeypatch, tmp_path):
     import socket
 
-    from vtprune.demos import command, worker
+    from vtprune.demos import worker
+
+    from vtprune.cli import demo
 
     def never(*args):
         raise AssertionError("a process was started")
@@ -361,14 +363,14 @@ def test_demo_says_what_is_wrong_before_it_starts_anything(capsys, monkeypatch, 
     assert "no such folder" in refused(capsys, 1, "demo", "--results", str(tmp_path / "gone"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "cannot listen" in refused(capsys, 1, "demo", "--port", str(taken.getsockname()[1]))
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
     assert "vtprune[demo]" in refused(capsys, 1, "demo")
 
 
 def test_gradio_writes_no_stubs_and_inspect_is_as_before():
     import inspect
 
-    from vtprune.demos.command import without_stubs
+    from vtprune.cli.demo import without_stubs
 
     before = inspect.getfile
     with without_stubs():

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import vtprune
 from fake import picture, tiny
-from vtprune.cli import main, options, quickstart
+from vtprune.cli import main, methods, models, quickstart
 from vtprune.inputs import demo_model, images, loading
 
 
@@ -78,7 +78,7 @@ def here(tmp_path, monkeypatch):
     def never(args):
         raise AssertionError("the model was loaded before the mistake was told")
 
-    monkeypatch.setattr(options, "load", never)
+    monkeypatch.setattr(models, "load", never)
     return tmp_path
 
 
@@ -142,7 +142,7 @@ def numbers() -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize(("command", "name", "value"), numbers())
 def test_values_that_are_none(capfd, here, monkeypatch, command, name, value):
     if (command, name) == ("bench", "--timing"):
-        monkeypatch.setattr(options, "load", lambda args: tiny())
+        monkeypatch.setattr(models, "load", lambda args: tiny())
     one_line(capfd, call(command, f"{name}={value}"))
 
 
@@ -473,7 +473,7 @@ def test_what_nobody_foresaw_is_one_line_as_well(capfd, monkeypatch):
     def fails(args):
         raise IndexError("tuple index out of range\nsecond line")
 
-    monkeypatch.setattr(main, "cmd_methods", fails)
+    monkeypatch.setattr(methods, "run", fails)
     assert main.main(["methods"]) == 1
     lines = capfd.readouterr().err.splitlines()
     assert lines == [
@@ -498,7 +498,7 @@ def test_a_full_disk_behind_stdout():
 
 
 def test_options_of_attach_are_options_of_every_command(capfd, monkeypatch, tmp_path):
-    monkeypatch.setattr(options, "load", lambda args: tiny())
+    monkeypatch.setattr(models, "load", lambda args: tiny())
     monkeypatch.chdir(tmp_path)
     picture().save("GOOD.png")
     small = ["--option", 'positions="compact"', "--option", "per=image"]

@@ -11,9 +11,10 @@ import torch
 from vtprune.models.base import ADAPTERS
 
 import vtprune
-from vtprune.cli import options as options_module
+from vtprune.cli import train as command
 from vtprune.core.ledger import snapshot
 from vtprune.core.types import VtpruneError
+from vtprune.inputs import models
 from vtprune.train import dpvr_lf
 
 QUIET = {"say": lambda line: None}
@@ -187,14 +188,14 @@ def folder(tmp_path_factory):
 
 def arguments(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    dpvr_lf.add_arguments(parser)
+    command.branch_arguments(parser)
     return parser.parse_args(list(words))
 
 
 def test_encoded_questions_are_what_the_processor_makes(folder):
     from PIL import Image
 
-    model, processor = options_module.load(argparse.Namespace(model=str(folder), device="cpu", dtype="float32"))
+    model, processor = models.load(str(folder), "cpu", "float32")
     image, rows = next(dpvr_lf.scene_items("val", 3, 4, 1))
     data = dpvr_lf.encode(model, processor, [(image, rows)])
     assert isinstance(image, Image.Image) and [r.kind for r in data.rows] == [kind for kind, *_ in rows]
@@ -229,7 +230,7 @@ def test_the_command_trains_saves_and_compares(folder, tmp_path, capsys):
         f"--model={folder}",
         f"--out={out}",
     )
-    assert dpvr_lf.run(arguments(*sizes)) == 0
+    assert command.run(arguments(*sizes)) == 0
     facts, table = dpvr_lf.read_facts(out), json.loads(out.with_suffix(".compare.json").read_text())
     assert (facts["split"], facts["steps"], facts["images"], len(facts["loss"])) == (1, 3, 3, 3)
     assert set(facts["versions"]) == {"torch", "transformers", "vtprune"}
@@ -246,12 +247,12 @@ def test_the_command_trains_saves_and_compares(folder, tmp_path, capsys):
     ] == pytest.approx(2 / 4)
     printed = capsys.readouterr().out
     assert "dpvr-lf, trained" in printed and "easy-vqa" in printed
-    assert dpvr_lf.run(arguments(*sizes, "--compare-only")) == 0
+    assert command.run(arguments(*sizes, "--compare-only")) == 0
     assert json.loads(out.with_suffix(".compare.json").read_text()) == table
 
 
 def test_the_curve_ends_with_the_unpruned_model(folder):
-    model, processor = options_module.load(argparse.Namespace(model=str(folder), device="cpu", dtype="float32"))
+    model, processor = models.load(str(folder), "cpu", "float32")
     data = dpvr_lf.encode(model, processor, dpvr_lf.scene_items("val", 0, 1, 1))
     curve = dpvr_lf.withdrawal_curve(model, data, **QUIET)
     assert [p["layer"] for p in curve] == [0, 1, 2, 3, 4]
@@ -272,4 +273,4 @@ def test_the_curve_ends_with_the_unpruned_model(folder):
 def test_bad_command_lines(words, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(VtpruneError, match=word):
-        dpvr_lf.run(arguments(*words))
+        command.run(arguments(*words))

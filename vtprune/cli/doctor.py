@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from ..check.doctor import diagnose
-from .options import show
+from ..measure.text import text
 
 WORDS = {
     "tested": "ok",
@@ -15,6 +17,7 @@ WORDS = {
     "absent": "not installed (optional)",
     "missing": "MISSING",
 }
+STATES = {True: "ok", False: "FAILED", None: "-"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,25 +35,27 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     with tqdm(unit=" families", disable=None, leave=False) as bar:
-        found = diagnose(args.family, done=lambda family: bar.update())
+        diagnosis = diagnose(args.family, done=lambda family: bar.update())
     if args.json:
-        print(json.dumps(found, indent=1))
-        return 0 if found["passed"] else 1
-    print(f"vtprune {found['vtprune']}, Python {found['python']}, {found['system']}\n")
-    rows = [
+        print(json.dumps(diagnosis, indent=1))
+    else:
+        _show(diagnosis)
+    return 0 if diagnosis["passed"] else 1
+
+
+def _show(diagnosis: Mapping[str, Any]) -> None:
+    """The packages, their conflicts and the families as text, and whether all of it is sound."""
+    print(f"vtprune {diagnosis['vtprune']}, Python {diagnosis['python']}, {diagnosis['system']}\n")
+    packages = [
         [p["package"], p["installed"] or "-", f"{p['oldest']} to {p['newest']}", WORDS[p["status"]]]
-        for p in found["packages"]
+        for p in diagnosis["packages"]
     ]
-    show([["package", "installed", "tested", ""], *rows])
-    print("".join(f"\nconflict: {said}" for said in found["conflicts"]))
-    state = {True: "ok", False: "FAILED", None: "-"}
-    show([["family", "result", "detail"], *([f["family"], state[f["passed"]], f["detail"]] for f in found["families"])])
-    failed = [f["family"] for f in found["families"] if f["passed"] is False]
-    print(
-        "\neverything is sound"
-        if found["passed"]
-        else f"\nNOT sound: {', '.join(failed)} failed"
-        if failed
-        else "\nNOT sound: see the packages"
-    )
-    return 0 if found["passed"] else 1
+    print(text([["package", "installed", "tested", ""], *packages]))
+    print("".join(f"\nconflict: {conflict}" for conflict in diagnosis["conflicts"]))
+    families = [[f["family"], STATES[f["passed"]], f["detail"]] for f in diagnosis["families"]]
+    print(text([["family", "result", "detail"], *families]))
+    failed = [f["family"] for f in diagnosis["families"] if f["passed"] is False]
+    if diagnosis["passed"]:
+        print("\neverything is sound")
+    else:
+        print(f"\nNOT sound: {', '.join(failed)} failed" if failed else "\nNOT sound: see the packages")

@@ -1,22 +1,13 @@
-"""Values, options and checks that commands share."""
+"""Values and options that commands share."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import vtprune
-
 from ..core.types import VtpruneError
-from ..inputs import loading
-from ..measure.text import text
-
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -47,12 +38,12 @@ def key_value(text: str) -> tuple[str, Any]:
 def fractions(text: str) -> list[float]:
     """``0.5,0.25``."""
     try:
-        found = [float(part) for part in text.split(",")]
+        budgets = [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of fractions such as 0.5,0.25") from None
-    if any(not 0 < f <= 1 for f in found):
+    if any(not 0 < f <= 1 for f in budgets):
         raise argparse.ArgumentTypeError(f"budgets are fractions in (0, 1], got {text!r}")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(budgets))
 
 
 def seed_value(text: str) -> int:
@@ -71,34 +62,10 @@ def words(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def output(path: Path | None, *endings: str) -> Path | None:
-    """``path`` if a file can be put there, told before the long work, and its name ends in one of ``endings`` (none:
-    anyhow). Raises :class:`VtpruneError`."""
-    if path is not None and endings and path.suffix.lower() not in endings:
-        raise VtpruneError(f"cannot write {path}: its name ends in {' or '.join(endings)}, which says what is written")
-    if path is not None and (path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
-        what = (
-            "is a folder"
-            if path.is_dir()
-            else "lies in a folder that cannot be written"
-            if path.parent.is_dir()
-            else "lies in a folder that does not exist"
-        )
-        raise VtpruneError(f"cannot write {path}: it {what}")
-    return path
-
-
-def folder(path: Path | None) -> Path | None:
-    """``path``, made if need be. Raises :class:`VtpruneError` if it cannot be written."""
-    if path is None:
-        return None
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise VtpruneError(f"cannot make the folder {path}: {e.strerror or e}") from e
-    if not os.access(path, os.W_OK):
-        raise VtpruneError(f"the folder {path} cannot be written")
-    return path
+def list_options(parser: argparse.ArgumentParser) -> None:
+    """Of the commands that list what is registered."""
+    parser.add_argument("pattern", nargs="?", default="*", help="only names that match, e.g. 'py*'")
+    parser.add_argument("--json", action="store_true")
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:
@@ -147,46 +114,3 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
         **({} if args.keep is None else {"keep": args.keep}),
         **chosen_options(args.option, *["keep"] * (args.keep is not None)),
     }
-
-
-def is_local(model: str | None) -> bool:
-    """Whether ``--model`` names a folder (or the bundled VLM) and no hub id. Raises :class:`VtpruneError` if it can be
-    neither."""
-    if model is None or Path(model).is_dir():
-        return True
-    if not HUB_ID.fullmatch(model):
-        raise VtpruneError(f"no such model folder: {model}")
-    return False
-
-
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """``(model, processor)``. A folder is read without a network, anything else is a hub id (``HF_HUB_OFFLINE=1``: as
-    cached). :class:`VtpruneError` for a device that is not there and for a folder or hub id that holds no such model or
-    cannot be reached."""
-    import torch
-
-    try:
-        device = torch.device(args.device)
-    except RuntimeError as e:
-        raise VtpruneError(f"unknown device {args.device!r}") from e
-    if device.type not in ("cpu", "cuda") or (
-        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise VtpruneError(
-            f"device {args.device!r} is not available here; there are cpu and {torch.cuda.device_count()} CUDA devices"
-        )
-    local = is_local(args.model)
-    from transformers.utils import logging
-
-    if local:
-        logging.disable_progress_bar()
-    dtype = getattr(torch, args.dtype)
-    if args.model is None:
-        return vtprune.load_demo_model(args.device, dtype)
-    model, processor = loading.load(args.model, dtype=dtype, local=local)
-    with loading.told(f"cannot move {args.model} to {device}"):
-        return model.to(device), processor
-
-
-def show(table: Sequence[Sequence[str]]) -> None:
-    print(text(table))

@@ -10,15 +10,17 @@ from typing import Any
 
 import vtprune
 
+from ..core.paths import output
+from ..core.recipe import Recipe
 from ..core.types import VtpruneError
 from ..inputs import demo_model
 from ..inputs.chats import generate, prepare
 from ..measure import bench, text
-from ..measure import samples as samples_module
+from ..measure.samples import Sample, easy_vqa_samples, scenes_samples
 from ..show import pictures as render
-from . import options
+from . import models
 from .errors import Parser, guarded
-from .options import fractions, model_options, output, positive, show
+from .options import fractions, model_options, positive
 
 BUDGETS = (0.5, 0.25)
 WORK = 2400  # questions in all, divided among the passes
@@ -87,8 +89,6 @@ def pictures(
 
 def run(args: argparse.Namespace) -> int:
     """The whole tour. Raises :class:`VtpruneError` for what the user can put right."""
-    from tqdm import tqdm
-
     args.out.mkdir(parents=True, exist_ok=True)
     page, sheet, data = (args.out / f"quickstart.{kind}" for kind in ("html", "png", "json"))
     for path in (page, sheet, data):
@@ -99,11 +99,42 @@ def run(args: argparse.Namespace) -> int:
     passes = bench.runs(methods, args.budgets, args.seeds, len(fixed))
     easy = args.samples or max(24, WORK // passes // 2)
     scenes = args.scenes or max(2, round(easy / QUESTIONS_PER_SCENE))
-    model, processor = options.load(args)
-    samples = samples_module.easy_vqa_samples(easy) + samples_module.scenes_samples(scenes)
+    model, processor = models.load(args)
+    samples = easy_vqa_samples(easy) + scenes_samples(scenes)
     print(f"{easy} easy-VQA questions and {len(samples) - easy} questions about {scenes} scenes; {passes} passes")
+    command = f"python -m vtprune.cli.quickstart --samples {easy} --scenes {scenes}"
+    result = _measure(args, model, processor, samples, methods, fixed, passes, command)
+    table = text.cells(result, abilities=False)
+    print(text.text(table))
+    print(
+        "prefill x: pruned over dense in turns [least, most of the rounds]; noise: they tell nothing; ?: slower for "
+        "less work, unexplained"
+    )
+    own = {"dpvr-lf": trained.stages[-1].options} if trained is not None else {}
+    shown = [m for m in SHOWN if m in methods]
+    drawn = pictures(model, processor, [samples[0], _busiest(samples)], shown, args.budgets[0], own)
+    text.save(result, data)
+    render.write(sheet, render.contact_sheet(drawn))
+    _write_page(page, result, table, drawn)
+    print(f"wrote {page}, {sheet}, {data}")
+    return 0
+
+
+def _measure(
+    args: argparse.Namespace,
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    methods: Sequence[str],
+    fixed: Sequence[tuple[Recipe, str]],
+    passes: int,
+    command: str,
+) -> dict[str, Any]:
+    """The table of all methods; ``command`` is what it says of how it was made."""
+    from tqdm import tqdm
+
     with tqdm(total=len(samples) * passes, unit="question", disable=None) as bar:
-        result = bench.table(
+        return bench.table(
             model,
             processor,
             samples,
@@ -117,21 +148,22 @@ def run(args: argparse.Namespace) -> int:
             fixed=fixed,
             progress=bar.update,
             started=bar.set_description,
-            command=f"python -m vtprune.cli.quickstart --samples {easy} --scenes {scenes}",
+            command=command,
         )
-    cells = text.cells(result, abilities=False)
-    show(cells)
-    print(
-        "prefill x: pruned over dense in turns [least, most of the rounds]; noise: they tell nothing; ?: slower for "
-        "less work, unexplained"
-    )
-    own = {"dpvr-lf": trained.stages[-1].options} if trained is not None else {}
-    chosen = [m for m in SHOWN if m in methods]
-    busy = max(
+
+
+def _busiest(samples: Sequence[Sample]) -> Sample:
+    """The question about a scene's attributes or places that has the most to look at."""
+    return max(
         (s for s in samples if s.set == "scenes" and s.ability in ("attribute", "location")),
         key=lambda s: s.question.count("sign") + len(s.boxes),
     )
-    drawn = pictures(model, processor, [samples[0], busy], chosen, args.budgets[0], own)
+
+
+def _write_page(
+    path: Path, result: Mapping[str, Any], table: Sequence[Sequence[str]], drawn: Sequence[tuple[str, Any]]
+) -> None:
+    """The result as one page: how it was made, the table, where tokens are kept, and the pictures of ``drawn``."""
     kept = text.kept_per_row(result)
     figures = [("Where tokens are kept: image rows, all questions", render.row_bias_figure(kept))] if kept else []
     about, versions = result["device"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
@@ -139,17 +171,10 @@ def run(args: argparse.Namespace) -> int:
     timer = "CPU time of one thread" if result["timer"] == "CPU" else "time"
     intro = (
         f"Every method at equal effective tokens (the mean over language-model layers). Prefill x: {timer} of a "
-        "prefill divided by dense, in turns, "
+        "prefill divided by dense, in turns, with the least and most of its rounds; noise: they tell nothing; ?: "
+        "slower for less work, which neither own code nor noise explains."
     )
-    intro += (
-        "with the least and most of its rounds; noise: they tell nothing; ?: slower for less work, which neither own "
-        "code nor noise explains."
-    )
-    text.save(result, data)
-    render.write(sheet, render.contact_sheet(drawn))
-    render.html_report(cells, [*figures, *drawn], page, title="vtprune quickstart", intro=intro, facts=facts)
-    print(f"wrote {page}, {sheet}, {data}")
-    return 0
+    render.html_report(table, [*figures, *drawn], path, title="vtprune quickstart", intro=intro, facts=facts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,185 +12,23 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from vtprune.inputs import demo_model
 
 from ..check.versions import conflicts
-from ..cli.options import (
-    folder,
-    fractions,
-    is_local,
-    keep_value,
-    key_value,
-    model_options,
-    output,
-    positive,
-    show,
-    words,
-)
 from ..core.planning import load_recipe
 from ..core.types import VtpruneError
 from ..measure.bench import baselines, draws
 from ..measure.run import portable
 from ..measure.runs import RunError, alike, digest, read, slug, write
 from ..methods.base import METHODS, make
-from . import tasks as local
-from .suites import NOTES, SUITES
 
 REFUSED, FAILED = "vtprune: refused: ", "vtprune: error: "  # how a run says that it never began, or broke off
 ATTACH = ("positions", "per")  # options of attach() that --option takes as well
 
 OURS = ("alias", "samples", " ")  # what lmms-eval puts beside a task's metrics
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--tasks",
-        type=words,
-        default=["easy_vqa", "scenes"],
-        help="lmms-eval tasks, with commas (default easy_vqa,scenes, which need no download)",
-    )
-    add("--suite", choices=list(SUITES), help="a named list of tasks instead (--list-suites shows them)")
-    add("--list-suites", action="store_true", help="print the suites and stop")
-    add(
-        "--recipe",
-        "--recipes",
-        dest="recipes",
-        type=words,
-        metavar="NAMES",
-        default=["pyramiddrop"],
-        help="recipes, with commas; 'all' is every method (default pyramiddrop)",
-    )
-    add("--no-baselines", action="store_true", help="leave the baselines and the dense model out")
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument(
-        "--budgets",
-        type=fractions,
-        default=[],
-        help="fractions of the dense effective tokens (default: each recipe on its own schedule)",
-    )
-    budget.add_argument(
-        "--keep",
-        type=_keeps,
-        default=[],
-        metavar="N_OR_FRACTION",
-        help="visual tokens left after the last cut, with commas: 64,0.25",
-    )
-    add(
-        "--option",
-        type=key_value,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option for the named recipes, value as JSON; repeatable",
-    )
-    add("--seeds", type=positive, default=3, help="runs of random methods (default 3)")
-    add("--limit", type=positive, metavar="N", help="only the first N samples of every task")
-    add(
-        "--samples",
-        type=positive,
-        default=100,
-        metavar="N",
-        help="size of the local tasks, as for 'vtprune bench' (default 100)",
-    )
-    add("--batch", type=positive, default=1)
-    add(
-        "--processes",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="data-parallel processes (one GPU each, or one CPU process each)",
-    )
-    add("--include-path", type=Path, metavar="FOLDER", help="your own task folders")
-    add(
-        "--base",
-        metavar="NAME",
-        help="attach to this lmms-eval model instead of our own, for protocols that depend on its prompts",
-    )
-    add("--system-prompt", metavar="TEXT", help="put in front of every conversation")
-    add("--max-new-tokens", type=positive, metavar="N", help="for tasks that do not say (default 1024)")
-    add("--attn-implementation", metavar="NAME", help="sdpa (default), eager, flash_attention_2 ...")
-    add(
-        "--results",
-        type=Path,
-        default=Path("out/eval"),
-        metavar="FOLDER",
-        help="what is there is not done again (default out/eval)",
-    )
-    add("--force-simple", action="store_true", help="lmms-eval's simple interface, which log-likelihood tasks need")
-    add(
-        "--export",
-        type=Path,
-        metavar="FOLDER",
-        help="only write easy_vqa and scenes as lmms-eval task folders into FOLDER",
-    )
-    add("--dry-run", action="store_true", help="print the commands and stop")
-    add("--json", action="store_true")
-    model_options(parser)
-
-
-def _keeps(text: str) -> list[int | float]:
-    return list(dict.fromkeys(keep_value(part) for part in words(text)))
-
-
-def run(args: argparse.Namespace) -> int:
-    """Returns 0 if every run ended well. Raises :class:`RunError` if one did not, with everything before it kept."""
-    if args.list_suites:
-        show([["suite", "task", "remark"], *([s, t, NOTES.get(t, "")] for s, tasks in SUITES.items() for t in tasks)])
-        return 0
-    if find_spec("lmms_eval") is None:
-        raise VtpruneError("lmms-eval is not installed: pip install 'vtprune[lmms-eval]'")
-    if args.export is not None:
-        for path in local.export(folder(args.export) or args.export, args.samples):
-            print(path)
-        return 0
-    usable()
-    names = list(SUITES[args.suite] if args.suite else args.tasks)
-    if not names:
-        raise VtpruneError("no tasks: name them with --tasks, or a --suite")
-    jobs = plan(args)  # what is wrong with recipes and options is told first
-    is_local(args.model)
-    runs = args.results / "runs" if args.dry_run else folder(args.results / "runs")
-    assert runs is not None
-    include = [args.include_path] if args.include_path else []
-    wanted = tuple(n for n in names if n in local.TASKS)
-    if include and (absent := [n for n in wanted if not any(args.include_path.rglob(f"{n}.yaml"))]):
-        raise VtpruneError(
-            f"{absent[0]} is not in {args.include_path}: 'vtprune eval --export {args.include_path}' puts it there"
-        )
-    if wanted and not include:
-        place = args.results / f"tasks-{args.samples}"
-        if not args.dry_run and any(not (place / n / f"{n}.yaml").is_file() for n in wanted):
-            local.export(folder(place) or place, args.samples, wanted)
-        include = [place]
-    table = []
-    for job in jobs:
-        command = line(args, job, names, include, runs)
-        if args.dry_run:
-            print(" ".join([*(f"{k}={v}" for k, v in surroundings(args).items()), shlex.join(command)]))
-            continue
-        table.append(one(args, job, names, command, runs))
-    if args.dry_run:
-        return 0
-    result = {
-        "type": "vtprune.Eval",
-        "version": 1,
-        "command": "vtprune " + " ".join(args.argv),
-        "tasks": names,
-        "rows": table,
-    }
-    write(output(args.results / "eval.json") or args.results / "eval.json", json.dumps(result) + "\n")
-    if args.json:
-        print(json.dumps(result))
-    else:
-        show(cells(table))
-    if all("error" in r for r in table):
-        raise VtpruneError("no recipe could be measured; the notes say why")
-    return 0
 
 
 def usable() -> None:

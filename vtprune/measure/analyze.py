@@ -1,30 +1,22 @@
-"""``vtprune analyze``: for this model, device, batch and number of visual tokens, does a recipe pay, and from which
+"""For this model, device, batch and number of visual tokens, does a recipe pay, and from which
 budget on?"""
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import vtprune
-
-from ..cli import options as options_module
-from ..cli.options import fractions, key_value, model_options, positive, words
-from ..core.planning import ATTACH_OPTIONS, bind, load_recipe
+from ..core.planning import bind, load_recipe
 from ..core.recipe import Recipe
 from ..core.types import UnsupportedError, VtpruneError
 from ..data import scenes
 from ..inputs.chats import prepare
-from ..inputs.images import open_image
-from ..methods.base import make
 from . import timing
 from .bench import environment
 from .runs import write
-from .text import text
 from .timing import spread
 
 REPEATS = 3  # rounds at least: fewer do not tell the noise
@@ -325,104 +317,3 @@ def save(result: Mapping[str, Any], path: Path) -> None:
     """Writes a result as JSON, or as Markdown if the name ends in ``.md``; an interruption leaves the file before.
     Raises :class:`VtpruneError` if it cannot be written."""
     write(path, markdown(result) if path.suffix == ".md" else json.dumps(result) + "\n")
-
-
-# ---------------------------------------------------------------------------------------------------------- command
-# line
-
-
-def counts(text: str) -> list[int]:
-    """``1,8``."""
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers of at least 1, such as 1,8")
-    return list(dict.fromkeys(map(int, parts)))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All options of ``vtprune analyze``."""
-    add = parser.add_argument
-    add("--recipes", type=words, metavar="NAMES", help="names or files, with commas (default: every method)")
-    add(
-        "--budgets",
-        type=fractions,
-        default=list(BUDGETS),
-        help="fractions of the dense effective tokens (default 0.75,0.5,0.25,0.11)",
-    )
-    add("--batches", type=counts, default=[1, 8], metavar="NUMBERS", help="prompts per batch (default 1,8)")
-    add(
-        "--images",
-        type=counts,
-        default=[1],
-        metavar="NUMBERS",
-        help="images per prompt, e.g. 1,2,4: more visual tokens (default 1)",
-    )
-    add(
-        "--image",
-        type=Path,
-        metavar="FILE",
-        help="the picture, for families whose tokens depend on its size (default: generated ones)",
-    )
-    add("--new-tokens", type=positive, default=8, help="of the long generation (default 8)")
-    add("--repeats", type=positive, default=5, help=f"rounds after the warm-up, at least {REPEATS} (default 5)")
-    add("--cpu-time", action="store_true", help="one thread and its CPU time: for a CPU that others use as well")
-    what = "an option for all of them, or positions= or per=, value as JSON; repeatable"
-    add("--option", type=key_value, action="append", default=[], metavar="KEY=VALUE", help=what)
-    add(
-        "--out",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="the result, saved after every row: all as .json, tables as .md; repeatable",
-    )
-    add("--json", action="store_true")
-    model_options(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """``vtprune analyze``. Returns the exit code; raises :class:`VtpruneError` for what the user can put right."""
-    from tqdm import tqdm
-
-    for path in args.out:
-        options_module.output(path, ".json", ".md")
-    recipes = check(vtprune.methods() if args.recipes is None else args.recipes, args.repeats)
-    options = options_module.chosen_options(args.option, "seed", "budgets")
-    for recipe in recipes:
-        own = {k: v for k, v in options.items() if k not in ATTACH_OPTIONS}
-        # a wrong option is told before the long work
-        make(recipe.stages[-1].method, {**recipe.stages[-1].options, **own})
-    picture = None if args.image is None else open_image(args.image)
-    if args.cpu_time:
-        timing.use_cpu_time(args.device)
-    model, processor = options_module.load(args)
-
-    def saved(result: dict[str, Any]) -> None:
-        bar.update()
-        for path in args.out:
-            save(result, path)
-
-    with tqdm(
-        total=len(recipes) * len(args.budgets) * len(args.batches) * len(args.images), unit="row", disable=None
-    ) as bar:
-        result = times(
-            model,
-            processor,
-            recipes,
-            args.budgets,
-            batches=args.batches,
-            images=args.images,
-            new_tokens=args.new_tokens,
-            repeats=args.repeats,
-            seed=args.seed,
-            options=options,
-            pictures=None if picture is None else lambda i: picture,
-            command="vtprune " + " ".join(args.argv),
-            saved=saved,
-            progress=bar.set_description,
-        )
-    verdicts = "\n".join(entry["verdict"] for entry in result["break_even"])
-    print(json.dumps(result) if args.json else f"{text(cells(result))}\n\n{verdicts}")
-    if all("error" in row for row in result["rows"]):
-        raise VtpruneError("nothing could be measured; the notes say why")
-    return 0

@@ -12,7 +12,6 @@ them; older ones get the pixels each time) and serve all of its questions.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 import math
@@ -33,7 +32,6 @@ from torch import Tensor, nn
 import vtprune
 
 from ..check.attach import attach
-from ..cli.options import load, output, seed_value
 from ..core.planning import bind
 from ..core.types import UnsupportedError, VtpruneError
 from ..data import easyvqa, scenes
@@ -47,7 +45,6 @@ if TYPE_CHECKING:
 METHOD = "dpvr-lf"
 EASY = "easy-vqa"
 KINDS = (*scenes.ABILITIES, EASY)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WARM_UP = 0.03  # share of the run; the cosine, weight decay 0 and AdamW are the paper's, the clipping norm is ours
 CLIP = 1.0
 BRANCH = ("split", "fusion", "branch_layers", "init", "variant")  # options of the method that a branch was trained with
@@ -56,7 +53,7 @@ Item = tuple["Image", list[tuple[str, str, str]]]  # an image and its (kind, que
 Say = Callable[[str], None]
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -226,7 +223,7 @@ def train(
     seed: int = 0,
     minutes: float = math.inf,
     dtype: torch.dtype = torch.float32,
-    say: Say = _tell,
+    say: Say = tell,
     **options: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Trains ``handle.modules["dpvr-lf"]`` of ``attach(model, "dpvr-lf", split=split, **options)`` on ``data``; the
@@ -386,7 +383,7 @@ def evaluate(
 
 
 def withdrawal_curve(
-    model: Any, data: Questions, *, batch: int = 32, dtype: torch.dtype = torch.float32, say: Say = _tell
+    model: Any, data: Questions, *, batch: int = 32, dtype: torch.dtype = torch.float32, say: Say = tell
 ) -> list[dict[str, Any]]:
     """What taking the image away before layer 0, 1, … costs without training (the last entry: never): ``layer``,
     ``accuracy`` per kind, ``mean``."""
@@ -433,7 +430,7 @@ def compare(
     eval_easy: int = 30,
     batch: int = 32,
     dtype: torch.dtype = torch.float32,
-    say: Say = _tell,
+    say: Say = tell,
     **options: Any,
 ) -> dict[str, Any]:
     """The table of :func:`compare_on` over the scenes test split (two questions of each ability per image) and easy-VQA
@@ -459,7 +456,7 @@ def compare_on(
     split: int,
     batch: int = 32,
     dtype: torch.dtype = torch.float32,
-    say: Say = _tell,
+    say: Say = tell,
     **options: Any,
 ) -> dict[str, Any]:
     """One table: the unpruned model, the image withdrawn at ``split`` without training, DPVR-LF with an untrained
@@ -514,141 +511,3 @@ def markdown(table: dict[str, Any]) -> str:
         cells += [f"{100 * row['trained_share']:.2f} %", f"{100 * row['tokens']:.1f} %", f"{100 * row['flops']:.1f} %"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-# ----------------------------------------------------------------------------------------------------------- command
-# line
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All options of ``vtprune train dpvr-lf``."""
-    add = parser.add_argument
-    add(
-        "--out",
-        type=Path,
-        required=True,
-        help="where the branch goes (.safetensors); FILE.json and FILE.compare.json are written beside it",
-    )
-    add("--model", help="folder or hub id of a LLaVA (default: the bundled VLM)")
-    add(
-        "--split",
-        default="auto",
-        help="first layer without visual tokens; 'auto' measures where withdrawing the image still costs accuracy",
-    )
-    add("--fusion", type=int, default=1, help="last layers that see text and visual tokens (default 1)")
-    add("--branch-layers", type=int, default=1, help="layers of the side branch (default 1)")
-    add(
-        "--init",
-        default="copy",
-        choices=("copy", "identity", "random"),
-        help="the branch before training (default copy, of layer SPLIT)",
-    )
-    add(
-        "--variant",
-        default="lf",
-        choices=("lf", "pc", "kv"),
-        help="late fusion; persistent context, or the same with keys and values only (default lf)",
-    )
-    add(
-        "--lr",
-        type=float,
-        default=1e-3,
-        help="peak learning rate (default 1e-3 for the bundled VLM; the paper's 7B model takes 1e-4)",
-    )
-    add("--steps", type=int, default=600, help="optimiser steps (default 600)")
-    add("--batch", type=int, default=32, help="questions per step (default 32)")
-    add(
-        "--minutes",
-        type=float,
-        default=10.0,
-        help="wall clock of the training; the learning rate ends with whatever ends first (default 10)",
-    )
-    add("--scenes", type=int, default=1000, help="generated training images (default 1000)")
-    add("--easy", type=int, default=150, help="easy-VQA training images (default 150)")
-    add("--val-scenes", type=int, default=30, help="images for --split auto (default 30, about 330 questions)")
-    add("--eval-scenes", type=int, default=100, help="test images for the comparison afterwards (default 100; 0: none)")
-    add("--eval-easy", type=int, default=30, help="easy-VQA test images for it (default 30)")
-    add("--compare-only", action="store_true", help="no training: compare the branch that lies at --out")
-    add("--device", default="cpu")
-    add(
-        "--dtype",
-        default="bfloat16",
-        choices=tuple(DTYPES),
-        help="arithmetic (default bfloat16; the branch's own weights are float32 while it is trained)",
-    )
-    add("--seed", type=seed_value, default=0, help="order of the questions")
-
-
-def _check(args: argparse.Namespace) -> int | None:
-    """The split as a number, ``None`` for auto; everything wrong is told before anything is loaded."""
-    if args.out.suffix != ".safetensors":
-        raise VtpruneError(f"--out {args.out} must end in .safetensors")
-    for name in ("scenes", "easy", "val_scenes", "eval_scenes", "eval_easy"):
-        if getattr(args, name) < 0:
-            raise VtpruneError(f"--{name.replace('_', '-')} must not be negative")
-    for name in ("steps", "batch", "lr", "minutes"):
-        if not getattr(args, name) > 0:
-            raise VtpruneError(f"--{name} must be above 0")
-    if not args.compare_only and args.scenes + args.easy == 0:
-        raise VtpruneError("--scenes and --easy are both 0: there is nothing to train on")
-    if args.split == "auto":
-        return None
-    if not str(args.split).isdecimal():
-        raise VtpruneError(f"--split {args.split} is neither 'auto' nor a layer number")
-    return int(args.split)
-
-
-def run(args: argparse.Namespace) -> int:
-    """``vtprune train dpvr-lf``: split, training, saving, comparison. Returns the exit code; raises
-    :class:`VtpruneError` for what the user can put right."""
-    split, dtype = _check(args), DTYPES[args.dtype]
-    facts = read_facts(args.out) if args.compare_only else {}
-    for path in (args.out, args.out.with_suffix(".json"), args.out.with_suffix(".compare.json")):
-        output(path)
-    weights = "float32" if args.device == "cpu" else args.dtype  # on a CPU only the arithmetic is short
-    model, processor = load(argparse.Namespace(model=args.model, device=args.device, dtype=weights))
-    if args.compare_only:
-        options = {k: facts[k] for k in BRANCH if k in facts}
-    else:
-        curve = None
-        if split is None:
-            val = encode(model, processor, scene_items("val", 0, args.val_scenes, 2), dtype=dtype)
-            curve = withdrawal_curve(model, val, batch=args.batch, dtype=dtype)
-            split = choose_split(curve, args.fusion)
-            _tell(f"split {split}")
-        options = {
-            "split": split,
-            "fusion": args.fusion,
-            "branch_layers": args.branch_layers,
-            "init": args.init,
-            "variant": args.variant,
-        }
-        began = time.monotonic()
-        data = encode(
-            model,
-            processor,
-            chain(scene_items("train", 0, args.scenes, 3), easy_items("train", args.easy)),
-            dtype=dtype,
-        )
-        _tell(f"{len(data.images)} images, {len(data.rows)} questions, {time.monotonic() - began:.0f}s")
-        settings = {
-            "steps": args.steps,
-            "batch": args.batch,
-            "lr": args.lr,
-            "seed": args.seed,
-            "minutes": args.minutes,
-            "dtype": dtype,
-        }
-        branch, facts = train(model, data, **settings, **options)
-        facts["model"] = "bundled" if args.model is None else Path(args.model).name
-        save(branch, args.out, facts if curve is None else {**facts, "withdrawal": curve})
-        print(
-            f"{args.out}: {facts['parameters']:,} parameters ({100 * facts['parameter_share']:.2f} %), "
-            f"{facts['steps']} steps, {facts['seconds']:.0f} s"
-        )
-    if args.eval_scenes + args.eval_easy > 0:
-        sizes = {"eval_scenes": args.eval_scenes, "eval_easy": args.eval_easy, "batch": args.batch}
-        table = compare(model, processor, args.out, dtype=dtype, **sizes, **options)
-        args.out.with_suffix(".compare.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        print(markdown(table))
-    return 0

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..check.attach import attach
-from ..cli.options import load
 from ..core.select import from_mask
+from ..inputs import models
 from ..inputs.chats import generate, prepare
 from ..measure.bench import environment
 from ..measure.run import evaluate
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--model", help="a folder (default: the bundled model)")
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
-    model, processor = load(argparse.Namespace(model=a.model, device="cpu", dtype="float32"))
+    model, processor = models.load(a.model, "cpu", "float32")
     result = measure(model, processor, a.scenes, a.easy)
     print(markdown(result))
     print(json.dumps(result["easy_vqa"]))

@@ -15,14 +15,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-from vtprune.demos import TRAINED
+from typing import Any, NoReturn
 
 import vtprune
-from vtprune.cli import options
-from vtprune.core.ledger import UndoLedger
-from vtprune.core.types import VtpruneError
+from vtprune.demos import TRAINED
+
+from ..core.ledger import UndoLedger
+from ..core.types import VtpruneError
+from ..inputs.models import is_local
+from .options import model_options
 
 SETTINGS = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # read when gradio is imported
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -38,7 +39,7 @@ def port_number(text: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``vtprune demo`` that no other command has."""
+    """All options of ``vtprune demo``."""
     add = parser.add_argument
     add("--port", type=port_number, metavar="N", help="default: the first free one from 7860 on")
     add(
@@ -65,22 +66,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="result files (.json of bench, analyze ...) for the tab that draws them; they can be uploaded as well",
     )
+    model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command until it is interrupted: 0. Raises :class:`VtpruneError` for what the user can put right, and
     when the model's process has ended."""
-    if find_spec("gradio") is None:
-        raise VtpruneError("the demo needs gradio: pip install 'vtprune[demo]'")
-    if args.results is not None and not args.results.is_dir():
-        raise VtpruneError(f"no such folder: {args.results}")
-    if args.recipe not in (known := ("dense", TRAINED, *vtprune.recipes())):
-        raise VtpruneError(f"unknown recipe {args.recipe!r}; there are {', '.join(known)}")
-    options.is_local(args.model)  # says now what can be neither a folder nor a hub id
-    if args.port is not None:
-        refuse_taken(args.host, args.port)
+    _check(args)
     os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})
-    from .worker import Worker
+    from vtprune.demos.worker import Worker
 
     gc.disable()  # imports leave no garbage, and looking for it takes a fifth of their time
     worker = Worker(args.model, args.device, args.dtype)
@@ -92,24 +86,7 @@ def run(args: argparse.Namespace) -> int:
     # nobody else reads it, and it goes with the demo
     os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder.name) / "uploads"))
     try:
-        with without_stubs():
-            from . import app
-
-        page = app.build(worker, Path(folder.name), recipe=args.recipe, seed=args.seed, results=args.results)
-        url = app.launch(page, worker, args.host, args.port, args.allow_host)
-        gc.enable()
-        if args.host not in LOOPBACK:
-            print(f"vtprune demo: everybody who reaches {args.host} can use this model", file=sys.stderr)
-        print(f"vtprune demo: {url} (Ctrl-C ends it)", flush=True)
-        try:
-            worker.desk.about()  # raises what loading raised
-            print("vtprune demo: the model is loaded", flush=True)
-        except (EOFError, ConnectionError):  # it ended while it loaded
-            pass
-        why = worker.wait()
-        print(f"vtprune demo: {why}", file=sys.stderr, flush=True)
-        time.sleep(app.LINGER)  # every page is told
-        raise VtpruneError(f"{why}; start vtprune demo again")
+        _serve(worker, Path(folder.name), args)
     except KeyboardInterrupt:
         return 0
     finally:
@@ -117,6 +94,41 @@ def run(args: argparse.Namespace) -> int:
             signal.signal(number, signal.SIG_IGN)
         worker.close()
         folder.cleanup()
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises :class:`VtpruneError` for what can be told before anything is started."""
+    if find_spec("gradio") is None:
+        raise VtpruneError("the demo needs gradio: pip install 'vtprune[demo]'")
+    if args.results is not None and not args.results.is_dir():
+        raise VtpruneError(f"no such folder: {args.results}")
+    if args.recipe not in (known := ("dense", TRAINED, *vtprune.recipes())):
+        raise VtpruneError(f"unknown recipe {args.recipe!r}; there are {', '.join(known)}")
+    is_local(args.model)  # says now what can be neither a folder nor a hub id
+    if args.port is not None:
+        refuse_taken(args.host, args.port)
+
+
+def _serve(worker: Any, folder: Path, args: argparse.Namespace) -> NoReturn:
+    """Shows the page while the model's process lives. Raises :class:`VtpruneError` when it has ended."""
+    with without_stubs():
+        from vtprune.demos import app
+
+    page = app.build(worker, folder, recipe=args.recipe, seed=args.seed, results=args.results)
+    url = app.launch(page, worker, args.host, args.port, args.allow_host)
+    gc.enable()
+    if args.host not in LOOPBACK:
+        print(f"vtprune demo: everybody who reaches {args.host} can use this model", file=sys.stderr)
+    print(f"vtprune demo: {url} (Ctrl-C ends it)", flush=True)
+    try:
+        worker.desk.about()  # raises what loading raised
+        print("vtprune demo: the model is loaded", flush=True)
+    except (EOFError, ConnectionError):  # it ended while it loaded
+        pass
+    why = worker.wait()
+    print(f"vtprune demo: {why}", file=sys.stderr, flush=True)
+    time.sleep(app.LINGER)  # every page is told
+    raise VtpruneError(f"{why}; start vtprune demo again")
 
 
 @contextmanager
@@ -127,9 +139,9 @@ def without_stubs() -> Iterator[None]:
     def getfile(thing: Any) -> str:
         if getattr(thing, "__module__", "").partition(".")[0] == "gradio":
             raise OSError
-        return found(thing)
+        return stock(thing)
 
-    ledger, found = UndoLedger(), inspect.getfile
+    ledger, stock = UndoLedger(), inspect.getfile
     ledger.replace(inspect, "getfile", getfile)
     try:
         yield

@@ -1,0 +1,14 @@
+"""The model that a command's options name. Every command calls ``models.load(args)``: one place for all of them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..inputs import models
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """``(model, processor)`` of ``--model``, ``--device`` and ``--dtype``; raises as
+    :func:`vtprune.inputs.models.load` does."""
+    return models.load(args.model, args.device, args.dtype)

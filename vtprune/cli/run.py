@@ -1,0 +1,103 @@
+"""``vtprune run``: a question about an image, answered dense and pruned."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import vtprune
+
+from ..core.paths import output
+from ..core.planning import load_recipe
+from ..core.report import Report
+from ..inputs.chats import generate, prepare
+from ..inputs.images import open_image
+from ..show import pictures, theatre
+from ..version import __version__
+from . import models
+from .options import model_options, overrides, positive, recipe_options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All options of ``vtprune run``."""
+    parser.add_argument("--image", type=Path, required=True)
+    parser.add_argument("--question", required=True)
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        metavar="OUT",
+        help="the tokens that each stage kept: .png a strip of pictures, .html an interactive page",
+    )
+    parser.add_argument("--max-new-tokens", type=positive, default=16)
+    parser.add_argument("--json", action="store_true")
+    model_options(parser)
+    recipe_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code; raises :class:`VtpruneError` for what the user can put right."""
+    recipe = load_recipe(args.recipe)
+    image, picture, chosen = open_image(args.image), output(args.picture, ".png", ".html"), overrides(args)
+    model, processor = models.load(args)
+    inputs = prepare(processor, [image], [args.question]).to(model.device, model.dtype)
+    dense = generate(model, processor, inputs, args.max_new_tokens)[0]
+    with vtprune.attach(model, recipe, **chosen) as handle:
+        pruned = generate(model, processor, inputs, args.max_new_tokens)[0]
+        report = handle.report()
+    if picture is not None:
+        views, missing = pictures.views_or_blank(processor, inputs, report)
+        if missing:  # the answers are there all the same
+            print(f"vtprune: note: the picture is left out: {missing}", file=sys.stderr)
+        if picture.suffix.lower() == ".html":
+            titles = (f"dense: {dense}", f"{handle.recipe.name}: {pruned}")
+            pictures.write(picture, _theatre(args, report, views, *titles).encode())
+        else:
+            pictures.write(picture, pictures.sheet(views, report, caption=args.question))
+    if args.json:
+        print(json.dumps({"question": args.question, "dense": dense, "pruned": pruned, **report.to_dict()}))
+        return 0
+    answers = [("question", args.question), ("answer, dense", dense), ("answer, pruned", pruned)]
+    drawn = [("picture", str(picture))] if picture is not None else []
+    rows = [("recipe", report.recipe), *answers, *_costs(report), *drawn]
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
+    return 0
+
+
+def _theatre(args: argparse.Namespace, report: Report, views: Sequence[Any], dense: str, pruned: str) -> str:
+    """The interactive page of both runs; ``dense`` and ``pruned`` are their titles."""
+    scenes = [
+        theatre.scene(theatre.dense(report), views, title=dense),
+        theatre.scene(report, views, title=pruned),
+    ]
+    model = args.model or "the bundled VLM"
+    facts = f"{args.image.name} | vtprune {__version__} | {model}, {args.device}, {args.dtype}"
+    return theatre.page(scenes, args.question, facts)
+
+
+def _costs(report: Report) -> list[tuple[str, str]]:
+    """What each stage kept, and what of the dense model's costs is left."""
+    visual, effective = report.visual_tokens[0], report.effective_tokens
+    stages = [
+        (f"{stage.site} {stage.method}", f"{stage.tokens_in[0]} -> {stage.tokens_out[0]} visual tokens")
+        for stage in report.stages
+    ]
+    flops, dense_flops = report.flops, report.dense_flops
+    cache, dense_cache = report.kv_bytes, report.dense_kv_bytes
+    return [
+        *stages,
+        ("tokens per layer", " ".join(map(str, report.layer_tokens[0]))),
+        ("effective tokens", f"{effective:.1f} of {visual} ({100 * (effective / visual):.1f} %)"),
+        (
+            "prefill FLOPs",
+            f"{flops / 1e9:.3f} of {dense_flops / 1e9:.3f} G ({100 * (flops / dense_flops):.1f} %)",
+        ),
+        (
+            "KV cache",
+            f"{cache / 1024:.1f} of {dense_cache / 1024:.1f} KiB ({100 * (cache / dense_cache):.1f} %)",
+        ),
+    ]
