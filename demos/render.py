@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
-from vtprune.demos.engine import LARGEST_SIDE, TRAINED, Entry, Result, Rounds, Side, medians, ratios
 
 from vtprune.core.recipe import Recipe
 from vtprune.core.types import VtpruneError
 from vtprune.inputs import demo_model
 from vtprune.methods.base import METHODS
 from vtprune.show import pictures as render
+
+from . import TRAINED
+from .checks import LARGEST_SIDE
+from .results import Entry, Result, Rounds, medians, ratios
+from .sides import Side
 
 THUMB = 160  # longer side of a card's picture, pixels
 COLUMNS = 4  # cards beside each other in the PNG

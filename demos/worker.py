@@ -19,9 +19,6 @@ from multiprocessing.managers import BaseManager, IteratorProxy  # type: ignore[
 from pathlib import Path
 from typing import Any
 
-from vtprune.demos import render
-from vtprune.demos.engine import Engine, Side, is_video, proper, short
-
 import vtprune
 from vtprune.core.recipe import Recipe
 from vtprune.core.types import VtpruneError
@@ -29,6 +26,11 @@ from vtprune.inputs import demo_model, models
 from vtprune.measure import run
 from vtprune.show import theatre
 from vtprune.show.pictures import encode
+
+from . import render
+from .checks import is_video, proper, short
+from .engine import Engine
+from .sides import Side
 
 NAMES = ("A", "B")
 KILL = 9  # what Linux does to a process when memory runs out

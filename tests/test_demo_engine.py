@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vtprune.demos import engine as demo
-from vtprune.demos.engine import Engine, Side, part_of
+from vtprune.demos import TRAINED, answers
+from vtprune.demos.checks import part_of
+from vtprune.demos.engine import Engine
+from vtprune.demos.results import medians, ratios
 from vtprune.demos.samples import samples
+from vtprune.demos.sides import Side
 from vtprune.models.base import ADAPTERS
 
 import vtprune
@@ -139,17 +142,17 @@ def test_times_are_those_of_the_clock(long, monkeypatch):
         now[0] += 50
         return _real(*args, **kwargs)
 
-    class Slow(demo._Halt):
+    class Slow(answers._Halt):
         def __call__(
             self, *args, **kwargs
         ):  # runs behind the note of the first token: each token but the last takes this
             now[0] += 3
             return super().__call__(*args, **kwargs)
 
-    monkeypatch.setattr(demo.meter, "clock", lambda device: lambda: now[0])
-    monkeypatch.setattr(demo.answer, "prepare_chats", prepare)
+    monkeypatch.setattr(answers.meter, "clock", lambda device: lambda: now[0])
+    monkeypatch.setattr(answers.chats, "prepare_chats", prepare)
     monkeypatch.setattr(vtprune, "attach", attach)
-    monkeypatch.setattr(demo, "_Halt", Slow)
+    monkeypatch.setattr(answers, "_Halt", Slow)
     result = last(long.stream(Side("random"), picture(), "a b", max_new_tokens=4))
     assert (result.ttft_ms, result.prefill_ms, result.token_ms, result.total_ms) == pytest.approx(
         (2000, 0, 4000, 14000)
@@ -164,7 +167,7 @@ def test_two_users_at_once_get_their_own_answers(engine):
         Side(),
         Side("random", "keep", 0.5, seed=3),
         Side("flowcut"),
-        Side(demo.TRAINED),
+        Side(TRAINED),
     ]
     jobs = list(zip(sides, asked, strict=True))
     alone = [last(engine.stream(side, s.image, s.question)) for side, s in jobs]
@@ -222,7 +225,7 @@ def test_an_answer_ends_in_the_middle(long, how):
 def test_a_closed_answer_does_not_run_to_its_end(long, monkeypatch):
     made = []
     monkeypatch.setattr(
-        demo._Tell, "put", lambda self, value, _put=demo._Tell.put: (_put(self, value), made.append(value.ndim))
+        answers._Tell, "put", lambda self, value, _put=answers._Tell.put: (_put(self, value), made.append(value.ndim))
     )
     turns = long.stream(Side(), picture(), "what is it", max_new_tokens=LONG)
     next(turns)
@@ -232,7 +235,7 @@ def test_a_closed_answer_does_not_run_to_its_end(long, monkeypatch):
 
 def test_a_request_leaves_the_queue(long):
     gate, stop = threading.Event(), threading.Event()
-    running = long._submit(lambda: gate.wait(10))
+    running = long.thread.submit(lambda: gate.wait(10))
     try:
         waiting = long.stream(Side("fastv"), picture(), "a", stop=stop)
         stop.set()
@@ -251,10 +254,10 @@ def test_the_working_thread_does_not_wait_for_itself(long):
 
     def job():
         known.wait(10)
-        long._settle(mine[0])
+        long.thread.settle(mine[0])
         return "done"
 
-    mine.append(long._submit(job))
+    mine.append(long.thread.submit(job))
     known.set()
     assert mine[0].result(10) == "done"
 
@@ -287,14 +290,14 @@ def test_exceptions_arrive_as_they_are(long, monkeypatch):
 
 def test_recipes_are_tried_once(engine, long, monkeypatch):
     found = {o.name: o.reason for o in engine.recipes()}
-    assert list(found) == [*vtprune.recipes(), demo.TRAINED] and not any(found.values())
+    assert list(found) == [*vtprune.recipes(), TRAINED] and not any(found.values())
     monkeypatch.setattr(engine, "_refusal", None)
     assert {o.name for o in engine.recipes()} == {*found}
-    assert demo.TRAINED not in {o.name for o in long.recipes()}
+    assert TRAINED not in {o.name for o in long.recipes()}
     other = Engine(*tiny())
     monkeypatch.setattr(
-        other,
-        "_recipe",
+        other.answerer,
+        "recipe",
         lambda side: vtprune.Recipe(name="deep", stages=(vtprune.Stage(method="fastv", options={"layer": 99}),)),
     )
     assert all("0.." in o.reason for o in other.recipes())
@@ -308,7 +311,7 @@ def test_rounds_go_to_and_fro(long, monkeypatch):
         value = next(times[side.name])
         return (value, value + 1), side
 
-    monkeypatch.setattr(long, "_first_token", first)
+    monkeypatch.setattr(long.answerer, "first_token", first)
     found = long.rounds([Side(), Side("fastv")], picture(), "a", repeats=3, limit_s=100)
     assert turns == ["dense", "fastv", "fastv", "dense", "dense", "fastv"]
     assert (
@@ -316,14 +319,16 @@ def test_rounds_go_to_and_fro(long, monkeypatch):
         and found.prefill_ms == ((4000, 2000), (5000, 4000), (9000, 3000))
         and found.ttft_ms[2] == (10000, 4000)
     )
-    assert demo.medians(found.prefill_ms) == (5000, 3000)
-    assert demo.ratios(found.prefill_ms) == (0.5, pytest.approx(1 / 3), 0.8), "of the rounds, not of the medians"
+    assert medians(found.prefill_ms) == (5000, 3000)
+    assert ratios(found.prefill_ms) == (0.5, pytest.approx(1 / 3), 0.8), "of the rounds, not of the medians"
 
 
 def test_the_first_prefill_of_an_attachment_is_in_no_time(long, monkeypatch):
     costs = iter([{"prefill": 9.0, "ttft": 9.5}, {"prefill": 2.0, "ttft": 3.0}])
-    monkeypatch.setattr(long, "_generate", lambda *args: (None, next(costs)))
-    times, side = long._first_token(Side("random", "effective", 0.5, seed=4), part_of(picture(), long.processor), "a")
+    monkeypatch.setattr(long.answerer, "generate", lambda *args: (None, next(costs)))
+    times, side = long.answerer.first_token(
+        Side("random", "effective", 0.5, seed=4), part_of(picture(), long.processor), "a"
+    )
     # solved once
     assert times == (2.0, 3.0) and side.recipe.stages[-1].keep == 8 and side.attach_options() == {"seed": 4}
 
@@ -359,11 +364,11 @@ def test_every_recipe_at_one_budget(engine):
             )
             continue
         assert e.right == samples_module.matches(e.answer, sample.answer) and e.prefill_ms > 0
-        if e.name not in ("dense", demo.TRAINED):
+        if e.name not in ("dense", TRAINED):
             assert 0.2 * 144 < e.effective_tokens <= 0.25 * 144 and e.flops_share < 1 and e.kv_share < 1, e.name
     entries = {e.name: e for e in found}
     assert entries["dense"].flops_share == entries["dense"].kv_share == 1 and entries["dense"].effective_tokens == 144
-    assert "own budget" in entries[demo.TRAINED].note and entries[demo.TRAINED].result.name == demo.TRAINED
+    assert "own budget" in entries[TRAINED].note and entries[TRAINED].result.name == TRAINED
     assert (
         entries["pyramiddrop"].report.to_dict()
         == last(engine.stream(Side("pyramiddrop", "effective", 0.25), sample.image, sample.question)).report.to_dict()
@@ -529,7 +534,7 @@ def test_a_processor_that_refuses_speaks_plainly(engine, monkeypatch):
     def refuse(*args):
         raise ValueError("absolute aspect ratio must be smaller than 200")
 
-    monkeypatch.setattr(demo.answer, "prepare_chats", refuse)
+    monkeypatch.setattr(answers.chats, "prepare_chats", refuse)
     with pytest.raises(vtprune.VtpruneError, match="cannot take this: absolute aspect"):
         list(engine.stream(Side(), picture(), "a"))
 

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from vtprune.demos import TRAINED
 from vtprune.demos import render as shown
-from vtprune.demos.engine import TRAINED, Engine, Entry, Result, Rounds, Side
+from vtprune.demos.engine import Engine
+from vtprune.demos.results import Entry, Result, Rounds
 from vtprune.demos.samples import samples
+from vtprune.demos.sides import Side
 
 import vtprune
 from fake import picture

@@ -23,7 +23,7 @@ from fake import picture
 from vtprune.cli import main
 from vtprune.inputs import demo_model
 from vtprune.inputs.chats import prepare
-from vtprune.lmms import evaluate, tasks
+from vtprune.lmms import errors, one, tasks
 from vtprune.lmms.model import Chat, Simple
 from vtprune.measure import bench, samples, statistics
 from vtprune.measure import run as run_module
@@ -664,7 +664,7 @@ def finished(command: list[str], env: dict, stdout, **kwargs) -> subprocess.Comp
 
 def test_releases_that_stop_lmms_eval_are_told_before_the_work(monkeypatch, tmp_path, capsys, bundled):
     said = "lmms-eval 0.7.3 imports filelock._api, which filelock 4.3.1 does not have: pip install 'filelock<4'"
-    monkeypatch.setattr(evaluate, "conflicts", lambda: [said])
+    monkeypatch.setattr(errors, "conflicts", lambda: [said])
     assert (
         refused(capsys, "--tasks", "scenes", "--samples", "1", "--results", str(tmp_path / "r"))
         == f"vtprune: error: {said}"
@@ -680,7 +680,7 @@ def test_releases_that_stop_lmms_eval_are_told_before_the_work(monkeypatch, tmp_
 
 def test_eval_runs_once_and_tells_refusals(monkeypatch, tmp_path, capsys):
     calls = []
-    monkeypatch.setattr(evaluate.subprocess, "run", lambda *a, **k: calls.append(a) or finished(*a, **k))
+    monkeypatch.setattr(one.subprocess, "run", lambda *a, **k: calls.append(a) or finished(*a, **k))
     words = [
         "--tasks",
         "scenes",
@@ -723,7 +723,7 @@ def test_eval_does_not_believe_lmms_evals_exit_code(monkeypatch, tmp_path, capsy
         stdout.write(b"... Error during evaluation: something broke\n")
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(evaluate.subprocess, "run", broken)
+    monkeypatch.setattr(one.subprocess, "run", broken)
     left = tmp_path / "runs" / "lmms-pyramiddrop-own-0" / "model"
     left.mkdir(parents=True)
     (left / "1_results.json").write_text('{"results": {}}')

@@ -13,8 +13,13 @@ from typing import Any
 from ..core.paths import folder, output
 from ..core.types import VtpruneError
 from ..inputs.models import is_local
-from ..lmms import evaluate, tasks
+from ..lmms import tasks
+from ..lmms.commands import line, surroundings
+from ..lmms.errors import usable
+from ..lmms.jobs import plan
+from ..lmms.one import one
 from ..lmms.suites import NOTES, SUITES
+from ..lmms.table import cells
 from ..measure.runs import write
 from ..measure.text import text
 from .options import fractions, keep_value, key_value, model_options, positive, words
@@ -146,22 +151,22 @@ def run(args: argparse.Namespace) -> int:
         for path in tasks.export(folder(args.export) or args.export, args.samples):
             print(path)
         return 0
-    evaluate.usable()
+    usable()
     names = list(SUITES[args.suite] if args.suite else args.tasks)
     if not names:
         raise VtpruneError("no tasks: name them with --tasks, or a --suite")
-    jobs = evaluate.plan(args)  # what is wrong with recipes and options is told first
+    jobs = plan(args)  # what is wrong with recipes and options is told first
     is_local(args.model)
     runs = args.results / "runs" if args.dry_run else folder(args.results / "runs")
     assert runs is not None
     include = _task_folders(args, names)
     rows = []
     for job in jobs:
-        command = evaluate.line(args, job, names, include, runs)
+        command = line(args, job, names, include, runs)
         if args.dry_run:
-            print(" ".join([*(f"{k}={v}" for k, v in evaluate.surroundings(args).items()), shlex.join(command)]))
+            print(" ".join([*(f"{k}={v}" for k, v in surroundings(args).items()), shlex.join(command)]))
         else:
-            rows.append(evaluate.one(args, job, names, command, runs))
+            rows.append(one(args, job, names, command, runs))
     return 0 if args.dry_run else _finish(args, names, rows)
 
 
@@ -199,7 +204,7 @@ def _finish(args: argparse.Namespace, names: Sequence[str], rows: Sequence[Mappi
         "rows": rows,
     }
     write(output(args.results / "eval.json") or args.results / "eval.json", json.dumps(result) + "\n")
-    print(json.dumps(result) if args.json else text(evaluate.cells(rows)))
+    print(json.dumps(result) if args.json else text(cells(rows)))
     if all("error" in r for r in rows):
         raise VtpruneError("no recipe could be measured; the notes say why")
     return 0

@@ -1,0 +1,155 @@
+"""What the engine gives back: steps of an answer, what one side did, times in turns, lines of a comparison."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from vtprune.core.recipe import Recipe
+from vtprune.core.report import Report
+
+from .sides import Side
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One step of a streamed answer.
+
+    Attributes:
+        text: all of the answer so far.
+        done: whether this is the last step.
+        result: what the last step carries; ``None``: stopped before the model began.
+    """
+
+    text: str
+    done: bool = False
+    result: Result | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one side did with one question.
+
+    Milliseconds are taken with the device's queue empty.
+
+    Attributes:
+        side: as it was asked for.
+        name: of the recipe; of an uploaded file, the one inside.
+        question: as it was put to the model.
+        answer: decoded, without special tokens.
+        stopped: whether somebody ended the answer before the model did.
+        report: of the prefill.
+        recipe: as it ran, behind the solver; ``None``: dense.
+        views: one picture for each raster of ``report.grids[0]``, plain grey where none can be matched.
+        overview: the number of the view that shows the whole image.
+        new_tokens: with the end token.
+        ttft_ms: from the question to the first token, with the preparation of the picture and without attaching and
+            waiting for others.
+        prefill_ms: from the start of ``generate`` to the first token.
+        token_ms: per later token; ``None``: there is none.
+        total_ms: from the question to the last token.
+        note: why no picture could be matched to the views.
+    """
+
+    side: Side
+    name: str
+    question: str
+    answer: str
+    stopped: bool
+    report: Report
+    recipe: Recipe | None
+    views: tuple[Image.Image, ...]
+    overview: int
+    new_tokens: int
+    ttft_ms: float
+    prefill_ms: float
+    token_ms: float | None
+    total_ms: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Times of two sides measured in turns, milliseconds: ``(first, second)`` of every round. Both of a round saw the
+    same machine, so their ratio means more than that of two medians, and the spread of the ratios tells how far to
+    believe it.
+
+    Attributes:
+        prefill_ms: from the start of ``generate`` to the first token.
+        ttft_ms: from the question to the first token.
+    """
+
+    prefill_ms: tuple[tuple[float, float], ...]
+    ttft_ms: tuple[tuple[float, float], ...]
+
+    @property
+    def rounds(self) -> int:
+        return len(self.prefill_ms)
+
+
+def medians(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Of either side."""
+    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+
+
+def ratios(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """Second over first, round by round: the median, the lowest and the highest."""
+    quotients = [second / first for first, second in pairs]
+    return statistics.median(quotients), min(quotients), max(quotients)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A recipe that there is.
+
+    Attributes:
+        name: as it is registered.
+        reason: why this model does not take it; empty: it does.
+    """
+
+    name: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a comparison.
+
+    Attributes:
+        name: of the recipe.
+        result: ``None`` where the recipe cannot run at the budget.
+        right: whether the answer is; ``None`` where no right one is known.
+        prefill_ms: one prefill behind a warm-up; :meth:`vtprune.demos.engine.Engine.rounds` compares times properly.
+        note: why it cannot run, or at which budget it did.
+    """
+
+    name: str
+    result: Result | None = None
+    right: bool | None = None
+    prefill_ms: float | None = None
+    note: str = ""
+
+    @property
+    def answer(self) -> str | None:
+        return None if self.result is None else self.result.answer
+
+    @property
+    def report(self) -> Report | None:
+        return None if self.result is None else self.result.report
+
+    @property
+    def effective_tokens(self) -> float | None:
+        return None if self.result is None else self.result.report.effective_tokens
+
+    @property
+    def flops_share(self) -> float | None:
+        """Of the dense model's."""
+        return None if self.result is None else self.result.report.flops / self.result.report.dense_flops
+
+    @property
+    def kv_share(self) -> float | None:
+        """Of the dense model's."""
+        return None if self.result is None else self.result.report.kv_bytes / self.result.report.dense_kv_bytes
