@@ -37,7 +37,7 @@ from vtprune.core.types import UnsupportedError, VtpruneError
 from vtprune.inputs import chats, demo_model, images
 from vtprune.lmms import meter
 from vtprune.measure import run, samples
-from vtprune.show import pictures
+from vtprune.show.views import views_or_blank
 
 BUDGETS = ("own", "keep", "effective")
 LONGEST_QUESTION = 2000  # characters
@@ -473,7 +473,7 @@ class Engine:
                 inputs, asked, handle, max_new_tokens, streamer=_Tell(self._text, tell), stopping_criteria=[halt]
             )
             report = self._report(inputs, handle)
-            views, note = pictures.views_or_blank(self.processor, inputs, report)
+            views, note = views_or_blank(self.processor, inputs, report)
         later = cost["new_tokens"] - 1
         return Result(
             side=side,

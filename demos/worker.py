@@ -30,7 +30,7 @@ from vtprune.core.types import VtpruneError
 from vtprune.inputs import demo_model
 from vtprune.measure import run
 from vtprune.show import theatre
-from vtprune.show.pictures import encode
+from vtprune.show.web import encode
 
 NAMES = ("A", "B")
 KILL = 9  # what Linux does to a process when memory runs out

@@ -24,7 +24,8 @@ from ..inputs.images import open_image
 from ..lmms import evaluate
 from ..measure import analyze, bench, text
 from ..measure import samples as samples_module
-from ..show import page, pictures, theatre
+from ..show import page, pictures, row_bias, theatre, web
+from ..show.views import views_or_blank
 from ..train import dpvr_lf
 from ..version import __version__
 from . import doctor, options
@@ -99,7 +100,7 @@ def cmd_run(args: argparse.Namespace) -> int:
     with vtprune.attach(model, recipe, **chosen) as handle:
         pruned = generate(model, processor, inputs, args.max_new_tokens)[0]
         page = handle.report()
-    views, missing = ([], "") if picture is None else pictures.views_or_blank(processor, inputs, page)
+    views, missing = ([], "") if picture is None else views_or_blank(processor, inputs, page)
     if missing:  # the answers are there all the same
         print(f"vtprune: note: the picture is left out: {missing}", file=sys.stderr)
     if picture is not None and picture.suffix.lower() == ".html":
@@ -110,9 +111,9 @@ def cmd_run(args: argparse.Namespace) -> int:
         facts = (
             f"{args.image.name} | vtprune {_version()} | {args.model or 'the bundled VLM'}, {args.device}, {args.dtype}"
         )
-        pictures.write(picture, theatre.page(scenes, args.question, facts).encode())
+        web.write(picture, theatre.page(scenes, args.question, facts).encode())
     elif picture is not None:
-        pictures.write(picture, pictures.sheet(views, page, caption=args.question))
+        web.write(picture, pictures.sheet(views, page, caption=args.question))
     if args.json:
         print(json.dumps({"question": args.question, "dense": dense, "pruned": pruned, **page.to_dict()}))
         return 0
@@ -185,7 +186,7 @@ def cmd_bench(args: argparse.Namespace) -> int:
     for path in (*own, *args.out):
         text.save(result, path)
     if args.rows is not None and (kept := text.kept_per_row(result)):
-        pictures.write(args.rows, pictures.row_bias_figure(kept))
+        web.write(args.rows, row_bias.row_bias_figure(kept))
     if args.json:
         print(json.dumps(result))
         return 0

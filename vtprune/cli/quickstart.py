@@ -15,7 +15,8 @@ from ..inputs import demo_model
 from ..inputs.chats import generate, prepare
 from ..measure import bench, text
 from ..measure import samples as samples_module
-from ..show import pictures as render
+from ..show import row_bias, views, web
+from ..show.pictures import contact_sheet, token_picture
 from . import options
 from .errors import Parser, guarded
 from .options import fractions, model_options, output, positive, show
@@ -66,7 +67,7 @@ def pictures(
     for sample in samples:
         image = sample.picture()
         inputs = prepare(processor, [image], [sample.question]).to(model.device, model.dtype)
-        seen = render.model_view(processor, image)
+        seen = views.model_view(processor, image)
         x, y = seen.width / image.width, seen.height / image.height
         boxes = [(a * x, b * y, c * x, d * y) for a, b, c, d in sample.boxes]
         for name in methods:
@@ -81,7 +82,7 @@ def pictures(
                 f"{name} ({report.effective_tokens:.0f} effective tokens): {sample.question}  answer: {answer}  "
                 f"(right: {sample.answer})"
             )
-            out.append((label, render.token_picture(seen, report, 0, boxes=boxes, panel=192)))
+            out.append((label, token_picture(seen, report, 0, boxes=boxes, panel=192)))
     return out
 
 
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     )
     drawn = pictures(model, processor, [samples[0], busy], chosen, args.budgets[0], own)
     kept = text.kept_per_row(result)
-    figures = [("Where tokens are kept: image rows, all questions", render.row_bias_figure(kept))] if kept else []
+    figures = [("Where tokens are kept: image rows, all questions", row_bias.row_bias_figure(kept))] if kept else []
     about, versions = result["device"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     facts = f"{result['command']} | {about['name']}, {about['threads']} threads, {about['dtype']} | {versions}"
     timer = "CPU time of one thread" if result["timer"] == "CPU" else "time"
@@ -146,8 +147,8 @@ def run(args: argparse.Namespace) -> int:
         "code nor noise explains."
     )
     text.save(result, data)
-    render.write(sheet, render.contact_sheet(drawn))
-    render.html_report(cells, [*figures, *drawn], page, title="vtprune quickstart", intro=intro, facts=facts)
+    web.write(sheet, contact_sheet(drawn))
+    web.html_report(cells, [*figures, *drawn], page, title="vtprune quickstart", intro=intro, facts=facts)
     print(f"wrote {page}, {sheet}, {data}")
     return 0
 
