@@ -20,7 +20,7 @@ from vtprune.core.types import UnsupportedError, VtpruneError
 from vtprune.inputs import chats, demo_model
 from vtprune.lmms import meter
 from vtprune.measure import run
-from vtprune.show import pictures
+from vtprune.show.views import views_or_blank
 
 from . import TRAINED
 from .results import Result
@@ -106,7 +106,7 @@ class Answerer:
                 inputs, asked, handle, max_new_tokens, streamer=streamer, stopping_criteria=[halt]
             )
             report = self.report(inputs, handle)
-            views, note = pictures.views_or_blank(self.processor, inputs, report)
+            views, note = views_or_blank(self.processor, inputs, report)
         later = cost["new_tokens"] - 1
         return Result(
             side=side,

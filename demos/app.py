@@ -23,8 +23,9 @@ from starlette.routing import Route
 
 from vtprune.core.ledger import UndoLedger
 from vtprune.core.types import VtpruneError
-from vtprune.show import figures, theatre
 from vtprune.show import page as report
+from vtprune.show import theatre
+from vtprune.show.figures import accuracy
 
 from .guard import Guard, hashes, names
 from .samples import saved
@@ -481,8 +482,8 @@ def _results(folder: Path | None) -> None:
             if source is None:
                 return [status_html("upload result files first"), ""]
             try:
-                if cost not in [*figures.COST]:
-                    raise VtpruneError(f"no such cost: {cost!r}; there are {', '.join(figures.COST)}")
+                if cost not in [*accuracy.COST]:
+                    raise VtpruneError(f"no such cost: {cost!r}; there are {', '.join(accuracy.COST)}")
                 drawn = report.page(
                     source,
                     budget=budget / 100,

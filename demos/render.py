@@ -20,6 +20,7 @@ from vtprune.core.types import VtpruneError
 from vtprune.inputs import demo_model
 from vtprune.methods.base import METHODS
 from vtprune.show import pictures as render
+from vtprune.show.web import data_url
 
 from . import TRAINED
 from .checks import LARGEST_SIDE
@@ -201,7 +202,7 @@ def card(entry: Entry) -> str:
     alt = esc(f"visual tokens that {entry.name} kept: {told[0]}", quote=True)
     small = "<br>".join(map(esc, told))
     mark = "" if entry.right is None else f" <strong>{MARKS[entry.right]}</strong>"
-    picture = f'<img alt="{alt}" src="{render.data_url(thumb(entry.result))}">'
+    picture = f'<img alt="{alt}" src="{data_url(thumb(entry.result))}">'
     return f'<li><h3>{esc(entry.name)}</h3>{picture}<p>{esc(entry.result.answer)}{mark}</p><p class="vtp-small">{small}</p>{note}</li>'  # noqa: E501
 
 

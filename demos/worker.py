@@ -25,7 +25,7 @@ from vtprune.core.types import VtpruneError
 from vtprune.inputs import demo_model, models
 from vtprune.measure import run
 from vtprune.show import theatre
-from vtprune.show.pictures import encode
+from vtprune.show.web import encode
 
 from . import render
 from .checks import is_video, proper, short

@@ -16,7 +16,7 @@ from fake import picture, tiny
 from vtprune.cli import main, models, quickstart
 from vtprune.inputs import demo_model
 from vtprune.measure import bench, samples
-from vtprune.show import pictures
+from vtprune.show import views
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_rasters_that_lie_on_no_picture_cost_no_answer(capsys, vlm, image, tmp_p
     def fails(*args):
         raise vtprune.VtpruneError("nothing true to draw")
 
-    monkeypatch.setattr(pictures, "views", fails)
+    monkeypatch.setattr(views, "views", fails)
     assert (
         main.main(["run", "--image", image, "--question", "what", "--keep", "4", "--picture", str(tmp_path / name)])
         == 0

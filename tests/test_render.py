@@ -15,7 +15,7 @@ from PIL import Image
 import vtprune
 from fake import FakeProcessor, picture
 from vtprune.core.report import Report, StageReport
-from vtprune.show import pictures
+from vtprune.show import heat, pictures, row_bias, token_states, views, web
 
 GRID = (4, 4)
 
@@ -34,17 +34,17 @@ def merge(kept: list[int], slots: list[int]) -> StageReport:
 
 def test_owners_follow_merges_drops_and_returns():
     slots = [0, 0, 1, 1, *[2] * 4, *[-1] * 8]
-    first, second, third = pictures.owners(report(merge([0, 2, 5], slots), drop([2, 5], 3), drop([2, 5, 9], 2)), 0)
+    first, second, third = token_states.owners(report(merge([0, 2, 5], slots), drop([2, 5], 3), drop([2, 5, 9], 2)), 0)
     assert first.tolist() == [0, 0, 2, 2, 5, 5, 5, 5, *[-1] * 8]
     assert second.tolist() == [-1, -1, 2, 2, 5, 5, 5, 5, *[-1] * 8]
     assert third.tolist() == [-1, -1, 2, 2, 5, 5, 5, 5, -1, 9, *[-1] * 6]
-    out, back = pictures.owners(report(drop([]), drop(list(range(16)), 0)), 0)
+    out, back = token_states.owners(report(drop([]), drop(list(range(16)), 0)), 0)
     assert (out == -1).all() and back.tolist() == list(range(16))
 
 
 def test_owners_of_the_second_image_of_a_sample():
     stage = StageReport("llm.1", "some", [32], [3], [torch.tensor([1, 16, 31])])
-    (second,) = pictures.owners(Report([32], (stage,), [[32]], 1, 1, 1, 1, grids=[[GRID, GRID]]), 0, number=1)
+    (second,) = token_states.owners(Report([32], (stage,), [[32]], 1, 1, 1, 1, grids=[[GRID, GRID]]), 0, number=1)
     assert [i for i in range(16) if second[i] >= 0] == [0, 15]
 
 
@@ -72,7 +72,7 @@ def test_many_stages_are_thinned_but_the_last_stays():
 
 def test_model_view_undoes_the_normalisation():
     flat = Image.new("RGB", (50, 70), (200, 30, 90))
-    view = pictures.model_view(FakeProcessor(), flat)
+    view = views.model_view(FakeProcessor(), flat)
     assert view.size == (32, 32) and view.getpixel((5, 5)) == (200, 30, 90)
 
 
@@ -93,9 +93,9 @@ def scored(kept: list[int], scores: list[float], units: list[int]) -> StageRepor
 
 
 def test_ranks_start_at_one_in_every_unit_and_ties_go_to_the_lower_index():
-    rank, ranked = pictures.ranks(scored([0], [3, 1, NAN, 3, 2, 9], [0, 0, -1, 0, 1, 1]), 0)
+    rank, ranked = token_states.ranks(scored([0], [3, 1, NAN, 3, 2, 9], [0, 0, -1, 0, 1, 1]), 0)
     assert rank.tolist() == [1, 3, 0, 2, 2, 1] and ranked.tolist() == [3, 3, 0, 3, 2, 2]
-    assert pictures.ranks(drop([0]), 0) is None
+    assert token_states.ranks(drop([0]), 0) is None
 
 
 def test_heat_runs_from_dark_blue_to_yellow():
@@ -110,8 +110,8 @@ def test_heat_runs_from_dark_blue_to_yellow():
             .reshape(16, 3)
         )
         best, next_, worst, unranked = cells[0], cells[1], cells[14], cells[15]
-        assert best == pytest.approx(0.3 * 128 + 0.7 * np.array(pictures.HEAT[-1]), abs=1)
-        assert worst == pytest.approx(0.55 * (0.3 * 128 + 0.7 * np.array(pictures.HEAT[0])), abs=1)
+        assert best == pytest.approx(0.3 * 128 + 0.7 * np.array(heat.HEAT[-1]), abs=1)
+        assert worst == pytest.approx(0.55 * (0.3 * 128 + 0.7 * np.array(heat.HEAT[0])), abs=1)
         assert (next_.sum() < best.sum() * 0.7) == gone[1] and np.ptp(unranked) < 15
     with pytest.raises(vtprune.VtpruneError, match="no stage of this report ranks"):
         pictures.token_picture(grey, report(drop([1])), 0, heat=True)
@@ -122,7 +122,7 @@ def test_heat_is_that_of_the_latest_ranking():
     made = report(scored(list(range(16)), rising, [0] * 16), scored(list(range(8)), falling, [0] * 16), drop([0, 1], 8))
     grey = Image.new("RGB", (40, 40), (128, 128, 128))
     out = np.asarray(pictures.token_picture(grey, made, 0, panel=80, heat=True), float)
-    yellow = 0.3 * 128 + 0.7 * np.array(pictures.HEAT[-1])
+    yellow = 0.3 * 128 + 0.7 * np.array(heat.HEAT[-1])
     for x in (100, 190):  # the first ranking changed nothing and has no panel
         assert out[pictures.GAP + pictures.TITLE + 10, x + 10] == pytest.approx(yellow, abs=1)
     single = np.asarray(pictures.token_picture(grey, report(*made.stages[:1]), 0, panel=80, heat=True), float)
@@ -134,7 +134,7 @@ def test_a_group_that_reaches_into_another_raster():
     slots = [0] * 16 + [0] * 2 + list(range(1, 15))
     stage = StageReport("projector", "pool", [32], [15], [torch.tensor([0, *range(18, 32)])], [torch.tensor(slots)])
     made = Report([32], (stage, drop([0, 31], 15)), [[32]], 1, 1, 1, 1, grids=[[GRID, GRID]])
-    first, second = pictures.owners(made, 0, number=1)
+    first, second = token_states.owners(made, 0, number=1)
     assert first.tolist() == [0, 0, *range(18, 32)] and second.tolist() == [0, 0, *[-1] * 13, 31]
     outer = np.asarray(pictures.token_picture(picture(), made, 0, number=1, panel=80)).reshape(-1, 3)
     assert (outer == pictures.color(0)).all(1).sum() > 50
@@ -221,11 +221,11 @@ def test_a_sheet_has_a_strip_for_every_raster(monkeypatch):
 
 
 def test_row_figure():
-    figure = pictures.row_bias_figure({"fastv 25%": [0, 0, 2, 30], "uniform 25%": [8, 8, 8, 8]})
+    figure = row_bias.row_bias_figure({"fastv 25%": [0, 0, 2, 30], "uniform 25%": [8, 8, 8, 8]})
     assert len(figure.getcolors(10**6)) > 4
     for bad in ({}, {"a": [1], "b": [1, 2]}):
         with pytest.raises(vtprune.VtpruneError):
-            pictures.row_bias_figure(bad)
+            row_bias.row_bias_figure(bad)
 
 
 class Links(HTMLParser):
@@ -241,7 +241,7 @@ class Links(HTMLParser):
 def test_report_is_self_contained_and_escaped(tmp_path):
     path = tmp_path / "r.html"
     table = [["method", "note"], ["a<script>", "b & c"]]
-    pictures.html_report(table, [("one <b>", picture())], path, title="t", intro="<i>", facts="f")
+    web.html_report(table, [("one <b>", picture())], path, title="t", intro="<i>", facts="f")
     page = path.read_text()
     found = Links()
     found.feed(page)
@@ -249,13 +249,13 @@ def test_report_is_self_contained_and_escaped(tmp_path):
     assert not {"script", "link", "b", "i"} & set(found.tags) and "url(" not in page and "@import" not in page
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
     with pytest.raises(vtprune.VtpruneError, match="cannot write"):
-        pictures.html_report(table, [], tmp_path / "no" / "r.html")
+        web.html_report(table, [], tmp_path / "no" / "r.html")
 
 
 def test_contact_sheet(tmp_path):
     sheet = pictures.contact_sheet([("a", picture()), ("b" * 300, picture(1, 60))])
     assert sheet.width == 60
-    pictures.write(tmp_path / "s.png", sheet)
+    web.write(tmp_path / "s.png", sheet)
     assert Image.open(tmp_path / "s.png").size == sheet.size
     with pytest.raises(vtprune.VtpruneError):
         pictures.contact_sheet([])

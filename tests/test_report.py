@@ -19,8 +19,10 @@ from matplotlib.colors import to_hex, to_rgb
 
 import vtprune
 from vtprune.cli import main
-from vtprune.show import figures
+from vtprune.show import drawings, inline, results, sections
 from vtprune.show import page as report
+from vtprune.show.figures import accuracy, places, reading, staircase, style
+from vtprune.show.figures import bars as bar_figures
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ["colour", "count"]
@@ -281,7 +283,7 @@ def test_it_reads_in_the_dark_on_a_phone_and_from_the_keyboard(made, page):
         if tag == "img":
             svg = base64.b64decode(attrs["src"].partition(",")[2]).decode()
             style, rest = re.search(r"<style>.*?</style>", svg).group(), re.sub(r"<style>.*?</style>", "", svg, count=1)
-            assert "prefers-color-scheme: dark" in style and not any(c in rest for c in report.DARK)
+            assert "prefers-color-scheme: dark" in style and not any(c in rest for c in inline.DARK)
 
 
 @pytest.mark.parametrize("budget", [0.5, 0.25])
@@ -407,11 +409,11 @@ def test_accuracy_figures_show_the_table(cost):
         "colour": lambda r: r["abilities"]["colour"],
         "count": lambda r: r["abilities"]["count"],
     }
-    figure = figures.pareto(data, cost)
+    figure = accuracy.pareto(data, cost)
     axes = [ax for ax in figure.axes if ax.get_visible()]
     assert [ax.get_title("left") or ax.get_title() for ax in axes] == list(values)
     for ax, y in zip(
-        [*axes, figures.overview(data, 0.25, cost).axes[0]],
+        [*axes, accuracy.overview(data, 0.25, cost).axes[0]],
         [*values.values(), values["average of abilities"]],
         strict=True,
     ):
@@ -433,7 +435,7 @@ def test_the_front_is_what_nothing_else_beats():
     points = [
         {"c": c, "v": v} for c, v in ((3, 0.5), (1, 0.2), (2, 0.5), (2, 0.4), (4, 0.9), (5, 0.9), (1, 0.1), (0.5, None))
     ]
-    assert [(p["c"], p["v"]) for p in figures.front(points, lambda r: r["c"], lambda r: r["v"])] == [
+    assert [(p["c"], p["v"]) for p in reading.front(points, lambda r: r["c"], lambda r: r["v"])] == [
         (1, 0.2),
         (2, 0.5),
         (4, 0.9),
@@ -441,17 +443,17 @@ def test_the_front_is_what_nothing_else_beats():
 
 
 def test_heat_maps_show_shares_of_kept_tokens():
-    figure = figures.kept(bench(), 0.25)
+    figure = places.kept(bench(), 0.25)
     for ax, counts in zip(figure.axes, ([4.0, 0.0, 2.0, 3.0], [1.0, 1.0, 4.0, 5.0]), strict=False):
         assert [t.get_text() for t in ax.get_yticklabels()] == ["tome", "fastv", "uniform", "even spread"]
         ratios = 4 * np.array(counts) / sum(counts)
         np.testing.assert_allclose(np.ma.getdata(ax.collections[0].get_array()), [ratios, ratios, ratios, [1.0] * 4])
         assert [t.get_text() for t in ax.texts[:4]] == [f"{25 * r:.0f}" for r in ratios]
-    assert figures.kept({**bench(), "rows": [r for r in bench()["rows"] if not r.get("rows")]}, 0.25) is None
+    assert places.kept({**bench(), "rows": [r for r in bench()["rows"] if not r.get("rows")]}, 0.25) is None
 
 
 def test_staircases_show_the_tokens_of_each_layer():
-    figure = figures.staircase(bench(), 0.5)
+    figure = staircase.staircase(bench(), 0.5)
     found = {ax.get_title("left") or ax.get_title(): ax for ax in figure.axes if ax.get_visible()}
     assert list(found) == ["tome", "fastv", "uniform"]
     for name, tokens in (("tome", 8.0), ("fastv", 7.5), ("uniform", 8.0)):
@@ -467,18 +469,18 @@ def bars(ax, label: str) -> list[tuple[float, float]]:
 
 
 def test_latency_bars_and_the_limit():
-    figure = figures.latency(times(), 0.25)
+    figure = bar_figures.latency(times(), 0.25)
     assert [ax.get_title("left") or ax.get_title() for ax in figure.axes] == ["batch 1, 1 image", "batch 8, 1 image"]
     ax = figure.axes[1]
     assert bars(ax, "vision") == [(0, 160), (0, 120)] * 2  # dense, pruned, for each method
     assert bars(ax, "language model") == [(160, 240), (120, 132)] * 2
     assert bars(ax, "scorer") == [(249.5, 2.5)]
     assert [line.get_xdata()[0] for line in ax.lines if line.get_label() == "limit"] == [249.5]
-    assert figures.latency({**times(), "rows": []}, 0.25) is None
+    assert bar_figures.latency({**times(), "rows": []}, 0.25) is None
 
 
 def test_overhead_bars_and_the_limit():
-    prefill, decode, _ = figures.overhead(overhead()).axes
+    prefill, decode, _ = bar_figures.overhead(overhead()).axes
     assert bars(prefill, "dense") == [(0, 100), (0, 101)] and bars(prefill, "pruned") == [(0, 44), (0, 45)]
     assert [line.get_xdata()[0] for line in prefill.lines] == [40, 41] and bars(decode, "dense") == []
 
@@ -486,10 +488,10 @@ def test_overhead_bars_and_the_limit():
 @pytest.mark.parametrize(
     "make",
     [
-        figures.pareto,
-        lambda d: figures.kept(d, 0.25),
-        lambda d: figures.staircase(d, 0.5),
-        lambda d: figures.overview(d, 0.25),
+        accuracy.pareto,
+        lambda d: places.kept(d, 0.25),
+        lambda d: staircase.staircase(d, 0.5),
+        lambda d: accuracy.overview(d, 0.25),
     ],
 )
 def test_nothing_is_cut_off(make):
@@ -514,17 +516,17 @@ def inside(figure) -> None:
 
 
 def test_no_bar_label_is_cut_off():
-    inside(figures.latency(times(), 0.25))
-    inside(figures.latency({"rows": times()["rows"][:1]}, 0.25))
-    inside(figures.overhead(json.loads((ROOT / "benchmarks/results/overhead-cpu.json").read_text())))
+    inside(bar_figures.latency(times(), 0.25))
+    inside(bar_figures.latency({"rows": times()["rows"][:1]}, 0.25))
+    inside(bar_figures.overhead(json.loads((ROOT / "benchmarks/results/overhead-cpu.json").read_text())))
 
 
 def test_methods_stay_tellable_apart():
     names = [f"m{i}" for i in range(30)]
-    look = figures.styles(names, names[24:])
+    look = style.styles(names, names[24:])
     assert len({(s["color"], s["marker"], s["linestyle"], s["markerfacecolor"]) for s in look.values()}) == 30
-    for color in (*figures.PALETTE, *figures.GREYS):
-        for paper in (figures.PAPER, report.DARK[figures.PAPER]):
+    for color in (*style.PALETTE, *style.GREYS):
+        for paper in (style.PAPER, inline.DARK[style.PAPER]):
             a, b = sorted(
                 np.dot(
                     [0.2126, 0.7152, 0.0722],
@@ -536,17 +538,17 @@ def test_methods_stay_tellable_apart():
 
 
 def test_hollow_markers_belong_to_baselines_only():
-    ax = figures.pareto(bench()).axes[0]
+    ax = accuracy.pareto(bench()).axes[0]
     hollow = {
         line.get_label()
         for line in ax.lines
-        if to_hex(line.get_markerfacecolor()) == figures.PAPER and not line.get_label().startswith("_")
+        if to_hex(line.get_markerfacecolor()) == style.PAPER and not line.get_label().startswith("_")
     }
     assert hollow == {"uniform"}
 
 
 def test_the_same_result_gives_the_same_drawing():
-    one, two = (figures.encode(figures.kept(bench(), 0.25), "svg") for _ in range(2))
+    one, two = (style.encode(places.kept(bench(), 0.25), "svg") for _ in range(2))
     assert one == two
 
 
@@ -568,8 +570,8 @@ def test_a_table_of_version_1(tmp_path):
         "average_interval",
     )
     data = {**data, "version": 1, "rows": [{k: v for k, v in r.items() if k not in strip} for r in data["rows"]]}
-    found, unknown = report.load(put(tmp_path, demo=data))
-    planned = report.drawings(found[0], 0.25, "tokens")
+    found, unknown = results.load(put(tmp_path, demo=data))
+    planned = drawings.drawings(found[0], 0.25, "tokens")
     assert (
         unknown == []
         and [d.name for d in planned] == ["demo-overview", "demo-pareto", "demo-kept"]
@@ -586,7 +588,7 @@ def test_a_table_of_version_1(tmp_path):
 
 def test_the_committed_vit_table_shows_its_figures(tmp_path):
     data = json.loads((ROOT / "benchmarks/results/vit-cpu.json").read_text())
-    found, _ = report.load(put(tmp_path, vit=data))
+    found, _ = results.load(put(tmp_path, vit=data))
     page = Page(report.page_html(found, [], {}, "t"))
     heads, *lines = next(table for name, table in page.tables.items() if "Vision" in name)
     assert len(lines) == len(data["rows"]) and {
@@ -602,11 +604,11 @@ def test_the_committed_vit_table_shows_its_figures(tmp_path):
 def test_a_table_of_own_schedules_only(tmp_path):
     data = bench()
     data["rows"] = [r for r in data["rows"] if r["budget"] in (None, 1.0)]
-    (found,), _ = report.load(put(tmp_path, own=data))
-    assert [d.name for d in report.drawings(found, 0.25, "tokens")] == ["own-pareto"]
+    (found,), _ = results.load(put(tmp_path, own=data))
+    assert [d.name for d in drawings.drawings(found, 0.25, "tokens")] == ["own-pareto"]
     data["rows"] = data["rows"][:1]
-    (found,), _ = report.load(put(tmp_path, own=data))
-    assert report.drawings(found, 0.25, "tokens") == [] and "a &lt;CPU&gt;" in report.page_html([found], [], {}, "t")
+    (found,), _ = results.load(put(tmp_path, own=data))
+    assert drawings.drawings(found, 0.25, "tokens") == [] and "a &lt;CPU&gt;" in report.page_html([found], [], {}, "t")
 
 
 def test_another_report_takes_the_place_of_the_first(tmp_path, capsys):
@@ -694,15 +696,15 @@ def test_times_that_tell_nothing_are_not_printed_as_ratios(tmp_path):
 def test_figures_show_what_can_be_told_apart():
     rows = [row(f"m{i}", j / 100, 0.3 + i / 400, 8.0) for i in range(80) for j in range(1, 51)]
     table = {**bench(), "rows": [bench()["rows"][0], *rows]}
-    fewer, left_out = figures.fewer(table)
-    names = dict.fromkeys(r["method"] for r in figures.measured(fewer))
+    fewer, left_out = reading.fewer(table)
+    names = dict.fromkeys(r["method"] for r in reading.measured(fewer))
     assert (
         list(names) == [f"m{i}" for i in range(20, 80)]
         and len(fewer["rows"]) == 1 + 60 * 25
         and left_out == 80 * 50 - 60 * 25
     )
-    assert len(figures.stairs(fewer, figures.nearest(figures.measured(fewer), 0.25))) == figures.MOST_STAIRS
-    assert figures.fewer(bench()) == (bench(), 0)
+    assert len(staircase.stairs(fewer, reading.nearest(reading.measured(fewer), 0.25))) == staircase.MOST_STAIRS
+    assert reading.fewer(bench()) == (bench(), 0)
 
 
 def test_tables_take_linear_time():
@@ -718,7 +720,9 @@ def test_tables_take_linear_time():
                 return super().get(key, default)
 
         rows = [Row(row("tome", (i + 1) / n, 0.5, 8.0)) for i in range(n)]
-        report.bench_html(report.Found("x", "vtprune.Bench", {**bench(), "rows": [bench()["rows"][0], *rows]}), [])
+        sections.bench_html(
+            results.ResultFile("x", "vtprune.Bench", {**bench(), "rows": [bench()["rows"][0], *rows]}), []
+        )
         looks.append(count)
     assert looks[1] < 3 * looks[0], looks
 
@@ -735,7 +739,7 @@ def test_nothing_to_report(tmp_path, capsys):
 
 
 def test_what_cannot_be_written_is_told_before_the_work(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(figures, "encode", lambda *a: pytest.fail("drawn in vain"))
+    monkeypatch.setattr(style, "encode", lambda *a: pytest.fail("drawn in vain"))
     folder = put(tmp_path / "in", accuracy=bench())
     assert "cannot write" in refused(capsys, str(folder), "--out", str(folder / "accuracy.json" / "below"))
     for name in ("report.html", "accuracy-layers.svg"):
@@ -758,4 +762,4 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install 'vtprune[report]'" in refused(capsys, str(put(tmp_path, vits=vit())))
     with pytest.raises(vtprune.VtpruneError, match="matplotlib"):
-        figures.pareto(bench())
+        accuracy.pareto(bench())

@@ -10,7 +10,7 @@ import vtprune
 from cases import case_options
 from vtprune.core.report import Report
 from vtprune.core.types import UnsupportedError
-from vtprune.show import pictures
+from vtprune.show import token_states
 
 # One image per sample, several images, tiles, frames of a video, and bare towers.
 FAMILIES = ["llava", "llava-next", "llava-onevision", "internvl", "qwen2-vl", "hf-vit", "timm-vit"]
@@ -64,7 +64,7 @@ def test_scores_explain_what_was_kept(tiny, family, method_name, case):
                     assert score[mine & kept].min() >= score[mine & ~kept].max(), (
                         f"{stage.site}: unit {int(u)} kept a token below one that it dropped"
                     )
-                    ranks = pictures.ranks(stage, b)[0][(mine & kept).numpy()]
+                    ranks = token_states.ranks(stage, b)[0][(mine & kept).numpy()]
                     assert sorted(ranks) == list(range(1, len(ranks) + 1)), (
                         f"{stage.site}: unit {int(u)} did not keep those that rank first"
                     )

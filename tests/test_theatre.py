@@ -21,7 +21,7 @@ from vtprune.core.recipe import Recipe, Stage
 from vtprune.core.report import Report, StageReport
 from vtprune.data import scenes
 from vtprune.inputs.chats import prepare
-from vtprune.show import pictures, theatre
+from vtprune.show import heat, pictures, theatre
 
 
 @cache
@@ -271,7 +271,7 @@ def test_script_and_module_agree_on_numbers():
     script = theatre.head()
     for name in ("KEPT", "MERGED", "DROPPED", "BACK", "GONE"):
         assert f"{name} = {getattr(theatre, name)}" in script
-    assert json.dumps([list(c) for c in pictures.HEAT]) in script
+    assert json.dumps([list(c) for c in heat.HEAT]) in script
 
 
 # ----------------------------------------------------------------------------------------------------------------- in
@@ -377,7 +377,7 @@ def test_keys_clicks_bars_and_play(opened):
     )
     assert canvas.evaluate(pixel, [0, 0]) != [255, 255, 255] == canvas.evaluate(pixel, [1, 0])
     tab.locator(".vt-heat").check()
-    assert canvas.evaluate(pixel, [1, 0]) == pytest.approx([0.3 * 255 + 0.7 * c for c in pictures.HEAT[-1]], abs=2)
+    assert canvas.evaluate(pixel, [1, 0]) == pytest.approx([0.3 * 255 + 0.7 * c for c in heat.HEAT[-1]], abs=2)
     assert "llm.1 fastv" in tab.locator(".vt-note").inner_text()
     canvas.focus()
     for key in ("ArrowDown", "ArrowRight", "ArrowRight", "Enter"):

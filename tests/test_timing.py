@@ -13,9 +13,9 @@ import vtprune
 from vtprune.core.ledger import snapshot
 from vtprune.core.stopwatch import stopwatch
 from vtprune.measure import run, timing
+from vtprune.measure.text import prefill_text
 from vtprune.methods.tome import ToMe
 from vtprune.methods.uniform import Uniform
-from vtprune.show import figures
 
 FAMILIES = [
     ("llava", "clip-llama"),
@@ -228,7 +228,7 @@ def test_moments_on_a_gpu_are_events(monkeypatch):
 def test_what_ratios_of_times_tell(ratios, noise, rest, says):
     assert timing.verdict(ratios, noise, rest) == says
     row = {"prefill_ratio": ratios[1], "prefill_range": [min(ratios), max(ratios)], "prefill_verdict": says}
-    text = figures.prefill_text(row)
+    text = prefill_text(row)
     assert text.startswith(says or f"{ratios[1]:.2f}") and f"[{min(ratios):.2f}, {max(ratios):.2f}]" in text
 
 

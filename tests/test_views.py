@@ -16,7 +16,7 @@ from fake import FakeProcessor, picture
 from vtprune.core.planning import bind
 from vtprune.core.report import Report
 from vtprune.inputs.chats import prepare
-from vtprune.show import pictures
+from vtprune.show import views as views_module
 
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 SIZES = [(60, 40), (20, 64), (60, 60), (33, 64)]  # width, height
@@ -66,7 +66,7 @@ def test_unpadded_tiles_lie_under_the_tokens_made_of_them(tiny, family, variant)
     inputs = processor.image_processor(images=[[noise(s, i)] for i, s in enumerate(SIZES)], return_tensors="pt")
     made = report(*grids_of(adapter, inputs, len(SIZES)))
     for sample in range(len(SIZES)):
-        first, second = pictures.views(processor, inputs, made, sample)
+        first, second = views_module.views(processor, inputs, made, sample)
         assert (first.info["label"], second.info["label"]) == ("overview", "tiles")
         tiles = [plain(processor.image_processor, t) for t in inputs["pixel_values"][sample]]
         assert near(first, tiles[0])
@@ -95,7 +95,7 @@ def test_images_that_share_a_sample_stay_whole(tiny):
     one, two, three = grids_of(bind(model), inputs, 3)
     made = report([*one, *two], three)
     processor = SimpleNamespace(image_processor=part, vision_aspect_ratio="anyres_max_9")
-    labels = [[v.info["label"] for v in pictures.views(processor, inputs, made, i)] for i in range(2)]
+    labels = [[v.info["label"] for v in views_module.views(processor, inputs, made, i)] for i in range(2)]
     assert labels == [
         ["overview 1 of 2", "new line 1 of 2", "overview 2 of 2", "new line 2 of 2"],
         ["overview", "tiles"],
@@ -107,7 +107,7 @@ def test_tiles_one_by_one():
     inputs = part(images=[noise((60, 32)), noise((32, 32)), noise((64, 64), 1)], return_tensors="pt")
     counts = inputs["num_patches"].tolist()
     made = report([(4, 4)] * (counts[0] + counts[1]), [(4, 4)] * counts[2])
-    views = pictures.views(SimpleNamespace(image_processor=part), inputs, made, 1)
+    views = views_module.views(SimpleNamespace(image_processor=part), inputs, made, 1)
     assert counts[2] > 1 and views[1].info["label"] == f"tile 2 of {counts[2]}"
     for view, pixels in zip(views, inputs["pixel_values"][counts[0] + counts[1] :], strict=True):
         assert near(view, plain(part, pixels))
@@ -123,7 +123,7 @@ def test_tiles_that_only_fill_up_are_no_rasters(name):
     made = report(*([(4, 4)] * n for n in real))
     assert real[0] < real[1] == inputs["pixel_values"].shape[1]
     for sample, n in enumerate(real):
-        last = pictures.views(SimpleNamespace(image_processor=part), inputs, made, sample)[-1]
+        last = views_module.views(SimpleNamespace(image_processor=part), inputs, made, sample)[-1]
         assert (
             near(last, plain(part, inputs["pixel_values"][sample, n - 1])) and last.info["label"] == f"tile {n} of {n}"
         )
@@ -141,21 +141,21 @@ def test_patches_become_the_image_and_the_first_frame_of_each_pair():
     inputs["input_ids"] = torch.tensor([[9] * 6 + [3] * 40 + [9], [4] * 12 + [9] + [3] * 6 + [9] * 28])
     processor = SimpleNamespace(image_processor=part, video_processor=film, image_token_id=3, video_token_id=4)
     made = report([(5, 8)], [(2, 3), (2, 3), (3, 2)])
-    (first,) = pictures.views(processor, inputs, made, 0)
-    one, two, image = pictures.views(processor, inputs, made, 1)
+    (first,) = views_module.views(processor, inputs, made, 0)
+    one, two, image = views_module.views(processor, inputs, made, 1)
     assert [v.info["label"] for v in (first, one, two, image)] == ["image", "frame 1 of 2", "frame 2 of 2", "image"]
     for view, wanted in ((first, images[0]), (image, images[1])):
         assert near(view, np.asarray(wanted, float))
     for view, wanted in ((one, frames[0]), (two, frames[2])):
         assert near(view, wanted.permute(1, 2, 0).numpy().astype(float))
     with pytest.raises(vtprune.VtpruneError, match="placeholders"):
-        pictures.views(SimpleNamespace(image_processor=part, video_processor=film), inputs, made, 0)
+        views_module.views(SimpleNamespace(image_processor=part, video_processor=film), inputs, made, 0)
 
 
 def test_images_of_any_size_lose_their_padding():
     part = transformers.PixtralImageProcessor(patch_size=8, size={"longest_edge": 64})
     inputs = part(images=[noise((64, 40)), noise((24, 32), 2)], return_tensors="pt")
-    first, second = pictures.views(SimpleNamespace(image_processor=part), inputs, report([(5, 8), (4, 3)]))
+    first, second = views_module.views(SimpleNamespace(image_processor=part), inputs, report([(5, 8), (4, 3)]))
     assert near(first, np.asarray(noise((64, 40)), float)) and near(second, np.asarray(noise((24, 32), 2), float))
 
 
@@ -163,7 +163,7 @@ def test_frames_and_the_new_line_behind_them(tiny):
     film = transformers.LlavaOnevisionVideoProcessor(size={"height": 32, "width": 32})
     frames = torch.from_numpy(np.random.RandomState(1).randint(0, 255, (3, 3, 32, 32), dtype=np.uint8))
     inputs = film(videos=[frames], do_sample_frames=False, return_tensors="pt")
-    views = pictures.views(SimpleNamespace(video_processor=film), inputs, report([(2, 2)] * 3 + [(1, 1)]))
+    views = views_module.views(SimpleNamespace(video_processor=film), inputs, report([(2, 2)] * 3 + [(1, 1)]))
     assert [v.info["label"] for v in views] == ["frame 1 of 3", "frame 2 of 3", "frame 3 of 3", "new line"]
     assert near(views[2], frames[2].permute(1, 2, 0).numpy().astype(float)) and views[3].getpixel((0, 0)) == (
         255,
@@ -175,7 +175,7 @@ def test_frames_and_the_new_line_behind_them(tiny):
 def test_one_picture_per_sample_in_half_precision():
     processor = FakeProcessor()
     inputs = prepare(processor, [picture(0, 32), picture(1, 32)], ["a", "b"]).to(torch.bfloat16)
-    (view,) = pictures.views(processor, inputs, report([(4, 4)], [(4, 4)]), 1)
+    (view,) = views_module.views(processor, inputs, report([(4, 4)], [(4, 4)]), 1)
     assert (
         view.info["label"] == "image" and np.abs(np.asarray(view, float) - np.asarray(picture(1, 32), float)).max() <= 2
     )
@@ -190,8 +190,8 @@ def test_what_does_not_match_is_refused():
         (report([(4, 4)], [(4, 4)] * 2), "3 rasters of images"),
     ]:
         with pytest.raises(vtprune.VtpruneError, match=words):
-            pictures.views(processor, inputs, made)
+            views_module.views(processor, inputs, made)
     with pytest.raises(vtprune.VtpruneError, match="no sample 2"):
-        pictures.views(processor, inputs, report([(4, 4)], [(4, 4)]), 2)
+        views_module.views(processor, inputs, report([(4, 4)], [(4, 4)]), 2)
     with pytest.raises(vtprune.VtpruneError, match="2 dimensions"):
-        pictures.views(processor, {"pixel_values": torch.zeros(3, 4)}, report([(4, 4)]))
+        views_module.views(processor, {"pixel_values": torch.zeros(3, 4)}, report([(4, 4)]))

@@ -17,7 +17,8 @@ from ..core.types import VtpruneError
 from ..inputs import demo_model
 from ..measure import bench, text
 from ..measure.samples import SETS
-from ..show import pictures
+from ..show import web
+from ..show.row_bias import row_bias_figure
 from . import models
 from .options import chosen_options, fractions, key_value, model_options, positive, words
 
@@ -116,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     for path in (*own, *args.out):
         text.save(result, path)
     if args.rows is not None and (kept := text.kept_per_row(result)):
-        pictures.write(args.rows, pictures.row_bias_figure(kept))
+        web.write(args.rows, row_bias_figure(kept))
     if args.json:
         print(json.dumps(result))
         return 0

@@ -17,7 +17,10 @@ from ..inputs import demo_model
 from ..inputs.chats import generate, prepare
 from ..measure import bench, text
 from ..measure.samples import Sample, easy_vqa_samples, scenes_samples
-from ..show import pictures as render
+from ..show import web
+from ..show.pictures import contact_sheet, token_picture
+from ..show.row_bias import row_bias_figure
+from ..show.views import model_view
 from . import models
 from .errors import Parser, guarded
 from .options import fractions, model_options, positive
@@ -68,7 +71,7 @@ def pictures(
     for sample in samples:
         image = sample.picture()
         inputs = prepare(processor, [image], [sample.question]).to(model.device, model.dtype)
-        seen = render.model_view(processor, image)
+        seen = model_view(processor, image)
         x, y = seen.width / image.width, seen.height / image.height
         boxes = [(a * x, b * y, c * x, d * y) for a, b, c, d in sample.boxes]
         for name in methods:
@@ -83,7 +86,7 @@ def pictures(
                 f"{name} ({report.effective_tokens:.0f} effective tokens): {sample.question}  answer: {answer}  "
                 f"(right: {sample.answer})"
             )
-            out.append((label, render.token_picture(seen, report, 0, boxes=boxes, panel=192)))
+            out.append((label, token_picture(seen, report, 0, boxes=boxes, panel=192)))
     return out
 
 
@@ -114,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     shown = [m for m in SHOWN if m in methods]
     drawn = pictures(model, processor, [samples[0], _busiest(samples)], shown, args.budgets[0], own)
     text.save(result, data)
-    render.write(sheet, render.contact_sheet(drawn))
+    web.write(sheet, contact_sheet(drawn))
     _write_page(page, result, table, drawn)
     print(f"wrote {page}, {sheet}, {data}")
     return 0
@@ -165,7 +168,7 @@ def _write_page(
 ) -> None:
     """The result as one page: how it was made, the table, where tokens are kept, and the pictures of ``drawn``."""
     kept = text.kept_per_row(result)
-    figures = [("Where tokens are kept: image rows, all questions", render.row_bias_figure(kept))] if kept else []
+    figures = [("Where tokens are kept: image rows, all questions", row_bias_figure(kept))] if kept else []
     about, versions = result["device"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     facts = f"{result['command']} | {about['name']}, {about['threads']} threads, {about['dtype']} | {versions}"
     timer = "CPU time of one thread" if result["timer"] == "CPU" else "time"
@@ -174,7 +177,7 @@ def _write_page(
         "prefill divided by dense, in turns, with the least and most of its rounds; noise: they tell nothing; ?: "
         "slower for less work, which neither own code nor noise explains."
     )
-    render.html_report(table, [*figures, *drawn], path, title="vtprune quickstart", intro=intro, facts=facts)
+    web.html_report(table, [*figures, *drawn], path, title="vtprune quickstart", intro=intro, facts=facts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

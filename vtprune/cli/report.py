@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..show import figures
+from ..show.figures import accuracy
 from ..show.page import write
 from .options import fractions
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--cost",
-        choices=tuple(figures.COST),
+        choices=tuple(accuracy.COST),
         default="tokens",
         help="horizontal axis of the accuracy figures (default tokens)",
     )

@@ -16,7 +16,8 @@ from ..core.planning import load_recipe
 from ..core.report import Report
 from ..inputs.chats import generate, prepare
 from ..inputs.images import open_image
-from ..show import pictures, theatre
+from ..show import pictures, theatre, web
+from ..show.views import views_or_blank
 from ..version import __version__
 from . import models
 from .options import model_options, overrides, positive, recipe_options
@@ -49,14 +50,14 @@ def run(args: argparse.Namespace) -> int:
         pruned = generate(model, processor, inputs, args.max_new_tokens)[0]
         report = handle.report()
     if picture is not None:
-        views, missing = pictures.views_or_blank(processor, inputs, report)
+        views, missing = views_or_blank(processor, inputs, report)
         if missing:  # the answers are there all the same
             print(f"vtprune: note: the picture is left out: {missing}", file=sys.stderr)
         if picture.suffix.lower() == ".html":
             titles = (f"dense: {dense}", f"{handle.recipe.name}: {pruned}")
-            pictures.write(picture, _theatre(args, report, views, *titles).encode())
+            web.write(picture, _theatre(args, report, views, *titles).encode())
         else:
-            pictures.write(picture, pictures.sheet(views, report, caption=args.question))
+            web.write(picture, pictures.sheet(views, report, caption=args.question))
     if args.json:
         print(json.dumps({"question": args.question, "dense": dense, "pruned": pruned, **report.to_dict()}))
         return 0

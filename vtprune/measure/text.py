@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..show.figures import prefill_text
 from .runs import write
 
 
@@ -55,6 +54,18 @@ def _overall(row: Mapping[str, Any]) -> list[str]:
         hard and hard["accuracy"],
     ]
     return ["-" if v is None else f"{100 * v:.1f}" for v in found]
+
+
+def prefill_text(row: Mapping[str, Any]) -> str:
+    """The ratio of prefill times with its range; only the range, behind the verdict, where it tells nothing. Empty if
+    there is none."""
+    if row.get("prefill_ratio") is None:
+        return ""
+    ratio = row.get("prefill_verdict") or f"{row['prefill_ratio']:.2f}"
+    if not row.get("prefill_range"):
+        return ratio
+    low, high = row["prefill_range"]
+    return f"{ratio} [{low:.2f}, {high:.2f}]"
 
 
 def _costs(row: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,9 @@ from PIL import Image
 
 from ..core.types import VtpruneError
 from . import theatre
-from .pictures import blank, check_sample, sheet
+from .pictures import sheet
+from .token_states import check_sample
+from .views import blank
 
 if TYPE_CHECKING:
     from ..core.report import Report

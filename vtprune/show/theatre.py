@@ -11,15 +11,13 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from ..core.types import VtpruneError
-from . import pictures as render
+from . import token_states, web
 
 if TYPE_CHECKING:
     from ..core.report import Report, StageReport
@@ -58,8 +56,8 @@ def scene(report: Report, views: Sequence[Image.Image] = (), *, sample: int = 0,
         raise VtpruneError(
             f"sample {sample} has {len(grids)} rasters, but there are {len(views)} pictures; give one for each"
         )
-    bounds = render.starts(report, sample)
-    states = [np.arange(bounds[-1]), *render.owners(report, sample)]
+    bounds = token_states.starts(report, sample)
+    states = [np.arange(bounds[-1]), *token_states.owners(report, sample)]
     rasters = []
     for i, (rows, columns) in enumerate(grids):
         label = views[i].info.get("label") if views else None
@@ -129,7 +127,7 @@ def _picture(view: Image.Image) -> str:
     """As a JPEG: photographs as PNG would make pages of several megabytes."""
     small = view.convert("RGB")
     small.thumbnail((LARGEST, LARGEST))
-    return render.data_url(small, "JPEG", quality=92, subsampling=0)
+    return web.data_url(small, "JPEG", quality=92, subsampling=0)
 
 
 def _steps(report: Report, sample: int, states: Sequence[np.ndarray]) -> list[dict[str, Any]]:
@@ -177,10 +175,10 @@ def _stage(stage: StageReport, sample: int, before: np.ndarray, after: np.ndarra
         "unit": None,
         "units": None,
     }
-    found = render.ranks(stage, sample)
-    if found is None or stage.scores is None or stage.units is None:
+    ranks = token_states.ranks(stage, sample)
+    if ranks is None or stage.scores is None or stage.units is None:
         return out
-    rank, ranked = found
+    rank, _ = ranks
     units = stage.units[sample].cpu().numpy()
     numbers, unit = np.unique(np.where(rank > 0, units, -1), return_inverse=True)
     unit = unit - int((numbers < 0).any())  # -1: not ranked
@@ -203,14 +201,9 @@ def _rounded(score: float) -> float | str:
 # HTML
 
 
-@cache
-def _source(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
-
-
 def head() -> str:
     """Style and script that :func:`element` needs, once per page, for its head."""
-    return f"<style>\n{_source('theatre.css')}</style>\n<script>\n{_source('theatre.js')}</script>\n"
+    return f"<style>\n{web.source('theatre.css')}</style>\n<script>\n{web.source('theatre.js')}</script>\n"
 
 
 def element(scenes: Sequence[Mapping[str, Any]]) -> str:
@@ -237,6 +230,5 @@ def element(scenes: Sequence[Mapping[str, Any]]) -> str:
 def page(scenes: Sequence[Mapping[str, Any]], title: str = "vtprune", facts: str = "") -> str:
     """A complete HTML page that needs nothing from elsewhere: ``title``, the theatre, and ``facts`` below it."""
     body = f"<h1>{html.escape(title)}</h1>\n{element(scenes)}\n<footer>{html.escape(facts)}</footer>"
-    return render.document(
-        title, render.CSS + "\n" + _source("theatre.css"), f"<script>\n{_source('theatre.js')}</script>\n{body}"
-    )
+    css = web.style_sheet("web.css") + "\n" + web.source("theatre.css")
+    return web.document(title, css, f"<script>\n{web.source('theatre.js')}</script>\n{body}")

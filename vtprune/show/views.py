@@ -1,0 +1,61 @@
+"""The pictures under the tokens, as the vision tower saw them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ..core.types import VtpruneError
+from ..models.engine import pixels as pixels_engine
+from .token_states import check_sample
+
+if TYPE_CHECKING:
+    from ..core.report import Report
+
+PLAIN = (217, 220, 225)  # under patches without a picture
+
+
+def model_view(processor: Any, image: Image.Image, overview: int = 0) -> Image.Image:
+    """``image`` as the vision tower sees it (resized and cropped by the processor), so that patches lie where they
+    should; of several tiles the one that shows all of it, ``overview``. Processors that cut the whole image into
+    patches leave it as it is."""
+    part = processor.image_processor
+    pixels = pixels_engine.numbers(part(images=[image], return_tensors="np")["pixel_values"])
+    if pixels.ndim < 4:
+        return image.convert("RGB")
+    return pixels_engine.picture(part, (pixels[0] if pixels.ndim == 5 else pixels)[overview])
+
+
+def views(processor: Any, inputs: Mapping[str, Any], report: Report, sample: int = 0) -> list[Image.Image]:
+    """What lies under each raster of a sample, as the vision tower saw it: an image, each of its tiles, LLaVA-NeXT's
+    tiles put together (with a blank column where its new-line tokens are), the frames of a video (Qwen: the first of
+    each pair). Their ``info["label"]`` says which: ``"tile 2 of 5"``.
+
+    Args:
+        inputs: what ``processor`` returned and the model was given, the whole batch of ``report``; any device and type.
+
+    Raises:
+        VtpruneError: there is no such sample, or the rasters cannot be matched with the pixels.
+    """
+    check_sample(report, sample)
+    pieces = pixels_engine.rasters(processor, inputs, report)[sample]
+    nouns = [p.noun for p in pieces]
+    for i, (noun, piece) in enumerate(zip(nouns, pieces, strict=True)):
+        of = f" {nouns[: i + 1].count(noun)} of {nouns.count(noun)}" if nouns.count(noun) > 1 else ""
+        piece.picture.info["label"] = noun + of
+    return [p.picture for p in pieces]
+
+
+def views_or_blank(processor: Any, inputs: Mapping[str, Any], report: Report) -> tuple[list[Image.Image], str]:
+    """The :func:`views` of the first sample; or plain light grey, and why."""
+    try:
+        return views(processor, inputs, report), ""
+    except VtpruneError as e:
+        return blank(report, 0), str(e)
+
+
+def blank(report: Report, sample: int) -> list[Image.Image]:
+    """Plain light grey in the place of :func:`views`."""
+    return [Image.new("RGB", (16 * columns, 16 * rows), PLAIN) for rows, columns in report.grids[sample]]
