@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..methods.base import METHODS, OWN_BUDGETS
@@ -109,68 +109,106 @@ def solve(
     adapter, chosen = bind(model), load_recipe(recipe)
     check_options(adapter.geometry, positions=positions, seed=seed, per=per)
     chosen = chosen.override(**overrides) if overrides else chosen
-    geometry, shapes = for_units(adapter.geometry, per), adapter.cost
-    text, passes = 32, 1
-    if inputs is not None and geometry.llm_layers:
-        found = adapter.parts(inputs["input_ids"], inputs)
-        first = sum(len(p.columns) for p in found[0])
-        length = (
-            inputs["attention_mask"][0].sum()
-            if inputs.get("attention_mask") is not None
-            else inputs["input_ids"].shape[1]
-        )
-        text = int(length) - first
-        if geometry.variable and first:
-            passes = max(sum(len(p.passes) for p in found[0]), 1)
-            geometry = replace(geometry, tokens=first, grid=(first, 1), unmade=_unmade(adapter, chosen, inputs, found))
-    column = 0 if flops is None else 1
-    wanted: Any = effective_tokens if flops is None else flops
+    image = _image(adapter, chosen, inputs, per)
+    if flops is None:
+        target = _target(image, effective_tokens, 0, known=inputs is not None)
+        return _search(image, chosen, target, 0)
+    return _search(image, chosen, _target(image, flops, 1, known=inputs is not None), 1)
+
+
+@dataclass(frozen=True)
+class _Image:
+    """What a schedule is planned for: one image in its prompt.
+
+    Attributes:
+        geometry: with the image's own number of tokens, where it is known.
+        shapes: of the model.
+        text: tokens of the prompt that are not visual.
+        passes: of the tower.
+    """
+
+    geometry: Geometry
+    shapes: Any
+    text: int = 32
+    passes: int = 1
+
+    def predict(self, recipe: Recipe) -> tuple[float, int]:
+        """Effective tokens and FLOPs of ``recipe``. Raises :class:`VtpruneError` where it cannot be planned."""
+        return _predict(self.geometry, self.shapes, recipe, self.text, self.passes)
+
+    def dense(self) -> tuple[float, int]:
+        """The same without pruning."""
+        g, each = self.geometry, self.geometry.tokens / self.passes
+        tower = self.passes * cost.vision(self.shapes, 1, round(each), [each] * g.vision_depth)
+        language = cost.prefill(self.shapes, [g.tokens + self.text] * g.llm_layers) if g.llm_layers else 0
+        return float(g.tokens), tower + language
+
+
+def _image(adapter: Any, recipe: Recipe, inputs: dict[str, Any] | None, per: str | None) -> _Image:
+    """The first sample of ``inputs``; without any, a typical image."""
+    geometry = for_units(adapter.geometry, per)
+    if inputs is None or not geometry.llm_layers:
+        return _Image(geometry, adapter.cost)
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    found = adapter.parts(ids, inputs)
+    visual = sum(len(p.columns) for p in found[0])
+    text = int(ids.shape[1] if mask is None else mask[0].sum()) - visual
+    if not geometry.variable or not visual:
+        return _Image(geometry, adapter.cost, text)
+    passes = max(sum(len(p.passes) for p in found[0]), 1)
+    unmade = _unmade(adapter, recipe, inputs, found)
+    own = replace(geometry, tokens=visual, grid=(visual, 1), unmade=unmade)
+    return _Image(own, adapter.cost, text, passes)
+
+
+def _target(image: _Image, wanted: Any, column: int, *, known: bool) -> float:
+    """The budget ``wanted`` as effective tokens (``column`` 0) or FLOPs (1); ``known``: an image was given. Raises
+    :class:`VtpruneError` for what is no budget of it."""
+    geometry = image.geometry
     if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not 0 < wanted < 1e300:
         raise VtpruneError(f"the budget must be a positive number, got {wanted!r}")
-    target = float(wanted)
-    fraction = isinstance(wanted, float) and target <= 1
-    if geometry.variable and geometry.llm_layers and inputs is None and not fraction:
+    fraction = isinstance(wanted, float) and wanted <= 1
+    if geometry.variable and geometry.llm_layers and not known and not fraction:
         raise VtpruneError(
             f"images of {geometry.family} vary in size: give a fraction of the dense budget, or solve(..., inputs=) "
             "with a prompt of yours"
         )
-    if column == 0 and target > geometry.tokens:
-        raise VtpruneError(f"effective_tokens={target:g} is above the {geometry.tokens} visual tokens of an image")
-    if fraction:
-        dense = (
-            float(geometry.tokens),
-            passes
-            * cost.vision(
-                shapes, 1, round(geometry.tokens / passes), [geometry.tokens / passes] * geometry.vision_depth
-            )
-            + (cost.prefill(shapes, [geometry.tokens + text] * geometry.llm_layers) if geometry.llm_layers else 0),
+    if column == 0 and wanted > geometry.tokens:
+        raise VtpruneError(
+            f"effective_tokens={float(wanted):g} is above the {geometry.tokens} visual tokens of an image"
         )
-        target *= dense[column]
+    return float(wanted) * image.dense()[column] if fraction else float(wanted)
+
+
+def _search(image: _Image, chosen: Recipe, target: float, column: int) -> Recipe:
+    """The schedule that spends most of ``target`` without passing it. Raises :class:`VtpruneError` if none is small
+    enough."""
     smallest, why, sound = float("inf"), "", chosen
-    for start in _schedules(geometry, chosen):
-        best: tuple[float, Recipe] | None = None
-        candidates = _candidates(geometry, start)
+    for start in _schedules(image.geometry, chosen):
+        best: Recipe | None = None
+        candidates = _candidates(image.geometry, start)
         low, high = 0, len(candidates) - 1
         # more tokens, or a later layer, cost more; a budget that cannot be planned is too small for its method
         while low <= high:
             middle = (low + high) // 2
             try:
-                value = _predict(geometry, shapes, candidates[middle], text, passes)[column]
+                value = image.predict(candidates[middle])[column]
             except VtpruneError as e:
                 low, why = middle + 1, str(e)
                 continue
             smallest, sound = min(smallest, value), candidates[middle]
             if value <= target * (1 + 1e-9):
-                best, low = (value, candidates[middle]), middle + 1
+                best, low = candidates[middle], middle + 1
             else:
                 high = middle - 1
         if best is not None:
-            return best[1]
+            return best
     if smallest == float("inf"):
         raise VtpruneError(why)
     what = "effective tokens" if column == 0 else "FLOPs"
-    inside = any(c.kind in ("pixels", "vision") for *_, cuts in plan(geometry, sound) for c in cuts)
-    also = " (new-line tokens among them, which stay while their row has a patch)" if geometry.unmade and inside else ""
+    inside = any(c.kind in ("pixels", "vision") for *_, cuts in plan(image.geometry, sound) for c in cuts)
+    lines = image.geometry.unmade and inside
+    also = " (new-line tokens among them, which stay while their row has a patch)" if lines else ""
     raise VtpruneError(
         f"{chosen.name} cannot reach {target:.4g} {what} here; its smallest schedule has {smallest:.4g}{also}"
     )
