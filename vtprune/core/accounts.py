@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vtprune.models.engine.books import by_sample, told, tower_record
 
 from . import cost
-from .planning import Planned
+from .composition import Planned
 from .report import Report, StageReport
 from .types import Action, Geometry
 

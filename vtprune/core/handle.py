@@ -15,9 +15,10 @@ from vtprune.models.engine.host import forget_compiled
 
 from ..methods.base import OWN_BUDGETS
 from .accounts import Accounts, passes_of
+from .composition import compose
 from .decider import Decider
 from .ledger import UndoLedger, strip
-from .planning import ATTACH_OPTIONS, TARGETS, bind, check_options, compose, for_units, load_recipe, plan
+from .planning import ATTACH_OPTIONS, TARGETS, bind, check_options, for_units, load_recipe, plan
 from .recipe import Recipe
 from .report import Report
 from .solve import solve

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from vtprune.models.base import ADAPTERS
 
 from ..methods.base import Method, make
+from .composition import ORDER, Planned, compose
 from .recipe import Recipe, Stage, resolve
 from .recipes import RECIPES
-from .types import Action, Cut, Geometry, UnsupportedError, VtpruneError
+from .types import Geometry, UnsupportedError, VtpruneError
 from .wrappers import unwrap
 
 if TYPE_CHECKING:
     from torch import nn
 
-_ORDER = {"pixels": 0, "vision": 1, "projector": 2, "llm": 3}
 
 ATTACH_OPTIONS = ("positions", "seed", "per")
 
@@ -58,9 +57,6 @@ def for_units(geometry: Geometry, per: str | None) -> Geometry:
     return replace(geometry, variable=True) if several else geometry
 
 
-Planned = tuple[Stage, Method, tuple[Cut, ...]]
-
-
 def plan(geometry: Geometry, recipe: Recipe) -> list[Planned]:
     """Every stage with its method and cuts, in execution order. Raises for unknown options, impossible budgets, needs
     that the model does not meet and stages that cannot follow each other."""
@@ -96,8 +92,8 @@ def plan(geometry: Geometry, recipe: Recipe) -> list[Planned]:
                     f"{info.name} needs {lacks}, which {geometry.family} ({geometry.arch}) does not provide{why}"
                 )
         out.append((stage, method, cuts))
-    flat = [(_ORDER[c.kind], c.layer) for *_, cuts in out for c in cuts]
-    starts = [(_ORDER[cuts[0].kind], cuts[0].layer) for *_, cuts in out if cuts]
+    flat = [(ORDER[c.kind], c.layer) for *_, cuts in out for c in cuts]
+    starts = [(ORDER[cuts[0].kind], cuts[0].layer) for *_, cuts in out if cuts]
     if starts != sorted(starts):
         raise VtpruneError(
             f"recipe {recipe.name!r}: stages must be listed in execution order (pixels, vision, projector, llm; then "
@@ -107,103 +103,6 @@ def plan(geometry: Geometry, recipe: Recipe) -> list[Planned]:
         raise VtpruneError(f"recipe {recipe.name!r} resizes the pixels twice")
     compose(geometry, out)
     return out
-
-
-def compose(geometry: Geometry, stages: Sequence[Planned]) -> list[str]:
-    """Follows the tokens of an image through all cuts. Answers with a sentence for every stage that changes nothing;
-    raises :class:`VtpruneError` for stages that cannot follow each other: one that finds no tokens, needs the whole
-    raster, equal counts or the attention in front of its cut behind a stage that leaves none of these, remembers tokens
-    that are merged meanwhile, or cuts while others are put aside."""
-
-    def when(
-        at: tuple[int, int],
-    ) -> tuple[
-        int, int, bool
-    ]:  # within a block what is inside comes first, within a decoder layer what is context last
-        cut = stages[at[0]][2][at[1]]
-        return _ORDER[cut.kind], cut.layer, cut.action is Action.CONTEXT or (cut.kind == "vision" and not cut.inside)
-
-    order = sorted(((s, i) for s, (*_, cuts) in enumerate(stages) for i in range(len(cuts))), key=when)
-    first, last = {s: n for n, (s, _) in reversed(list(enumerate(order)))}, {s: n for n, (s, _) in enumerate(order)}
-    names = [method.info.name for _, method, _ in stages]
-    most = least = full = geometry.tokens  # an image has so many when a cut decides
-    reducer, merger, aside, idle = "", -1, 0, dict.fromkeys(first, 0)
-    ints = (
-        False  # budgets of whole tokens in the tower: one of its passes need not be what a budget behind it applies to
-    )
-    for n, (s, i) in enumerate(order):
-        stage, method, cuts = stages[s]
-        cut, info = cuts[i], method.info
-        if cut.kind in ("projector", "llm") and ints and geometry.variable:
-            most, ints = full, False
-        busy = next((t for t in first if t != s and stages[t][1].info.routes and first[t] < n <= last[t]), None)
-        if busy is not None:
-            where = "in front of all its sites or behind them"
-            raise VtpruneError(
-                f"{info.name} cuts at {cut.site}, where {names[busy]} has put the visual tokens aside: place it {where}"
-            )
-        if most == 0 and n == first[s]:
-            raise VtpruneError(f"{info.name} at {cut.site} finds no visual tokens: {reducer} has taken them all")
-        if info.whole and reducer:
-            raise VtpruneError(
-                f"{info.name} needs the whole raster; it cannot follow {reducer}, which drops or merges tokens"
-            )
-        if info.even and least < most:
-            raise VtpruneError(
-                f"{info.name} needs the same number of tokens in every image; {reducer} keeps different numbers in "
-                f"front of {cut.site}"
-            )
-        if info.carries and first[s] < merger < n and order[merger][0] != s:
-            raise VtpruneError(
-                f"{info.name} averages each token's score over the blocks, which {names[order[merger][0]]} in between "
-                "would merge"
-            )
-        looks = cut.observe or "projections" in info.needs.get(cut.kind, ())
-        if looks and n and stages[order[n - 1][0]][2][order[n - 1][1]].site == cut.site:
-            raise VtpruneError(
-                f"{names[order[n - 1][0]]} and {info.name} both cut at {cut.site}; the second cannot use attention "
-                "from before the first: move one"
-            )
-        before = most
-        if cut.returns:
-            most = least = aside
-            continue
-        if cut.action is Action.STASH:
-            aside = most
-        if cut.keep is None:
-            continue
-        least = min(least, cut.keep)
-        most = most if cut.adaptive else min(most, cut.keep)
-        idle[s] += cut.keep >= before
-        wanted = info.keep if stage.keep is None else stage.keep
-        ints |= cut.kind in ("pixels", "vision") and isinstance(wanted, int)
-        if not (isinstance(wanted, float) and wanted == 1 if geometry.variable else cut.keep >= full):
-            reducer = info.name
-            merger = n if info.merges else merger
-    return [
-        _idle(geometry, stages, s)
-        for s, count in idle.items()
-        if count == len(stages[s][2]) and _wants(geometry, stages[s])
-    ]
-
-
-def _wants(geometry: Geometry, planned: Planned) -> bool:
-    """Whether a stage's budget is less than everything."""
-    stage, method, cuts = planned
-    wanted = method.info.keep if stage.keep is None else stage.keep
-    if geometry.variable:  # tokens of one image, of which there may be more or larger ones: only fractions compare
-        return isinstance(wanted, float) and wanted < 1
-    return any(c.keep is not None and c.keep < geometry.tokens for c in cuts)
-
-
-def _idle(geometry: Geometry, stages: Sequence[Planned], s: int) -> str:
-    stage, method, cuts = stages[s]
-    keep = cuts[-1].keep
-    return (
-        f"{method.info.name} changes nothing: its budget is {keep} of an image's {geometry.tokens} visual tokens, and "
-        "no more than that are left in front of it"
-        " (a fraction keep= counts from the original tokens)"
-    )
 
 
 def budget(geometry: Geometry, stage: Stage, method: Method) -> int | None:
