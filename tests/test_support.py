@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from vtprune.models import generic
 from vtprune.models.base import ADAPTERS
 from vtprune.models.engine import cuts
+from vtprune.models.parts import hindrance
 
 import vtprune
 from vtprune.core.planning import bind
@@ -162,12 +162,12 @@ def test_cross_attention_is_refused_with_the_reason_whatever_the_class_is_called
     for options in ({"keep": 0.25}, {"keep": 3}):
         with pytest.raises(UnsupportedError, match="cross-attention"):
             vtprune.attach(model, "random", **options)
-    generic.REFUSED, known = {}, generic.REFUSED  # found by how it is built, not by its name
+    hindrance.REFUSED, known = {}, hindrance.REFUSED  # found by how it is built, not by its name
     try:
         with pytest.raises(UnsupportedError, match="cross-attention"):
             vtprune.attach(model, "random", keep=3)
     finally:
-        generic.REFUSED = known
+        hindrance.REFUSED = known
 
 
 @pytest.mark.parametrize(
