@@ -3,11 +3,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ...core.ledger import UndoLedger
 from ...core.types import UnsupportedError
+from . import host
+from .adapted import adapted
+from .description import Decoder
+from .shapes import Layer
+from .toy import Toy, toy_prompt
 
 PRODUCTS = {  # which arguments are multiplied
     "mm": (0, 1),
@@ -65,3 +74,68 @@ def fit(name: str, number: int, work: list[tuple[int, int]]) -> tuple[int, int]:
             f"{n}, {m} and {p} tokens), so that what pruning saves could not be told"
         )
     return row, pair
+
+
+_counted: WeakKeyDictionary[Any, tuple[tuple[Layer, ...], tuple[int, ...]]] = WeakKeyDictionary()
+
+
+def count(decoder: Decoder, said: tuple[Layer, ...] | None) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
+    """What each layer does with a token, and the tokens that its cache keeps at most (0: all): counted on toy prompts.
+    ``said`` by the configuration, ``None`` where it does not tell: it holds where the count agrees, and where quantised
+    or adapted modules do work that cannot be counted.
+
+    Raises:
+        UnsupportedError: the work cannot be told.
+    """
+    lm, name = decoder.lm, type(decoder.lm).__name__
+    with toy_prompt(decoder, "work") as toy:
+        if toy is None:
+            return _counted[lm]
+        foreign = adapted(lm)
+        if foreign and (said is None or not all(_plain(layer) for layer in decoder.layers)):
+            raise UnsupportedError(
+                f"{name} with {', '.join(foreign)}: what its layers do with a token cannot be counted; attach to the "
+                "model as it was before"
+            )
+        work, cache, blind = _work(toy, decoder)
+        layers, held = [], []
+        for i, runs in enumerate(work):
+            key, value, most = host.stored(cache, i)
+            held.append(most)
+            if foreign and said is not None:
+                layers.append(replace(said[i], kept=key + value))
+                continue
+            row, pair = fit(name, i, runs)
+            if blind:  # every query head meets keys and values of the width that the cache has
+                heads = lm.config.num_attention_heads
+                pair = (key + value) * heads // (getattr(lm.config, "num_key_value_heads", None) or heads)
+            known = None if said is None else said[i]
+            agrees = known is not None and (known.row + known.key, known.pair, known.kept) == (row, pair, key + value)
+            layers.append(known if known is not None and agrees else Layer(row, 0, pair, key + value))
+        _counted[lm] = tuple(layers), tuple(held)
+    return _counted[lm]
+
+
+def _work(toy: Toy, decoder: Decoder) -> tuple[list[list[tuple[int, int]]], Any, bool]:
+    """Per layer the multiply-adds of prompts of a few lengths, ``(length, multiply-adds)``; the last one's cache, and
+    whether attention was not counted in it."""
+    work: list[list[tuple[int, int]]] = [[] for _ in decoder.layers]
+    for n in (3, 6, 11):
+        ledger, mode = UndoLedger(), Products()
+        for i, layer in enumerate(decoder.layers):
+            ledger.before(layer, lambda m, a, k, i=i, n=n, mode=mode: work[i].append((n, -mode.total)))
+            ledger.after(
+                layer, lambda m, a, k, o, i=i, n=n, mode=mode: work[i].append((n, work[i].pop()[1] + mode.total))
+            )
+        try:
+            with mode:
+                cache = host.cache_of(toy.root(toy.ids[:1, :n], attention_mask=torch.ones_like(toy.ids[:1, :n])))
+        finally:
+            ledger.undo()
+    return work, cache, mode.blind
+
+
+def _plain(layer: Any) -> bool:
+    """Whether a decoder layer is made of the projections that the usual configuration names."""
+    parts = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+    return all(hasattr(getattr(layer, part, None), name) for part, names in parts.items() for name in names)

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
-import threading
 from collections.abc import Collection, Iterator
 from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ...core.ledger import UndoLedger
 from ...core.types import Geometry, Seed, UnsupportedError
 from ..base import PlannedCut, named
-from ..engine import host
+from ..engine.count import count
 from ..engine.decoder import DecoderEngine
 from ..engine.description import Decoder
 from ..engine.layout import Part, Raster, parts
-from ..engine.probe import ADAPTED, count, probe, probe_queries
+from ..engine.probe import probe, probe_queries
 from ..engine.request import Encoded, Request
-from ..engine.rows import put
-from ..engine.run import Run
 from ..engine.shapes import Layer, Shapes, attention
 from ..engine.tower import TowerEngine
+from .copies import copied
+from .encoders import Encoders
 from .tiny import TEXT
 
 LLM = frozenset({"query_attention", "queried"})  # what methods may ask of a site in the language model
@@ -61,9 +56,8 @@ class Mllm:
         self.model, self.geometry, self.projector, self.lm = model, geometry, projector, lm
         self.image_token, self.video_token = image_token, video_token
         self.unspoken = tuple(t for t in (image_token, video_token) if t is not None)  # tokens that no answer holds
-        self.notes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # an encoder's output -> how it was made
-        self.encoding = threading.local()  # the call of an encoder that this thread is in
-        self.passes = threading.local()  # the tower's pass that the projector's call belongs to
+        self.encoding = Encoders(model.base_model, projector)
+        self.notes = self.encoding.notes  # an encoder's output -> how it was made
         known = named(lm, *self.tested) is not None
         if not known:
             self.probe()
@@ -182,57 +176,12 @@ class Mllm:
     def encoded(self, inputs: dict[str, Any]) -> dict[str, Encoded]:
         """What the encoders did for a forward: those that ran before it and whose outputs it is given, then those that
         ran in it."""
-        given = (inputs.get(host.ENCODED) or {}).items()
-        return {kind: known for kind, output in given if (known := self.notes.get(output)) is not None}
+        return self.encoding.known(inputs)
 
     def encoders(self) -> list[str]:
         """The methods of the model's core that turn pixels into rows of the prompt: tower, projector, and packing where
         there is some."""
-        return [name for name in host.ENCODERS.values() if hasattr(self.model.base_model, name)]
-
-    def _note_inputs(self, ledger: UndoLedger) -> None:
-        """``generate`` encodes images before the forward and does not hand their sizes on; so it is noted what the
-        encoders' outputs were made from, and by which passes of the tower."""
-        core = self.model.base_model
-        for kind, name in host.ENCODERS.items():
-            if not hasattr(core, name):
-                continue
-            original = getattr(core, name)
-
-            @functools.wraps(original)
-            def noted(
-                *args: Any, __original: Any = original, __kind: str = kind, __name: str = name, **kwargs: Any
-            ) -> Any:
-                given = dict(inspect.signature(__original).bind(*args, **kwargs).arguments)
-                given |= given.pop("kwargs", {})
-                # Pixels are remembered by their shape alone.
-                known = Encoded(
-                    {
-                        k: v.to("meta") if k.startswith("pixel") and isinstance(v, Tensor) else v
-                        for k, v in given.items()
-                        if v is not None
-                    }
-                )
-                outer, self.encoding.now = getattr(self.encoding, "now", None), known
-                try:
-                    output = __original(*args, **kwargs)
-                finally:
-                    self.encoding.now = outer
-                    run, self.passes.last = getattr(self.passes, "last", None), None
-                if run is not None:
-                    raise UnsupportedError(
-                        f"{__name}() did not hand the tower's output to the {type(self.projector).__name__} that was "
-                        "there at attach(): it was replaced since; "
-                        "remove() and attach again"
-                    )
-                if hasattr(output, "__dataclass_fields__"):
-                    self.notes[output] = known
-                call = self.decoder.call
-                if call is not None:
-                    call.encoded[__kind] = known
-                return output
-
-            ledger.replace(core, name, noted)
+        return self.encoding.names()
 
     def decoder_layers(self) -> list[nn.Module]:
         return list(self.lm.layers)
@@ -269,37 +218,7 @@ class Mllm:
 
     def branch(self, layer: int) -> nn.Module:
         """A copy of decoder layer ``layer`` that belongs to nobody (its hooks are not copied)."""
-        source = self.lm.layers[layer]
-        parameter = next(source.parameters())
-        if parameter.is_meta and any(hasattr(m, "_hf_hook") for m in source.modules()):
-            raise UnsupportedError(
-                f"decoder layer {layer} cannot be copied: its weights are offloaded; give the model a device_map that "
-                "keeps it in memory"
-            )
-        foreign = sorted({type(m).__name__ for m in source.modules() if type(m).__module__.startswith(ADAPTED)})
-        if foreign:
-            raise UnsupportedError(
-                f"decoder layer {layer} cannot be copied: it holds {', '.join(foreign)}; merge adapters into the "
-                "weights, or attach to the model as it was "
-                "before they were added or it was quantised"
-            )
-        with torch.random.fork_rng(devices=[]):  # the throw-away initialisation must not move the user's random numbers
-            fresh = type(source)(self.lm.config, layer_idx=layer).to(parameter.device, parameter.dtype)
-        state = source.state_dict()
-        if host.sharded(source):
-            raise UnsupportedError(
-                f"decoder layer {layer} cannot be copied: its weights are sharded; attach before fully_shard()"
-            )
-        odd = sorted(set(state) ^ set(fresh.state_dict())) or [
-            n for n, t in state.items() if type(t) is not Tensor or not t.is_floating_point()
-        ]
-        if odd:
-            raise UnsupportedError(
-                f"decoder layer {layer} cannot be copied: its weights are not those of a {type(source).__name__} "
-                f"({odd[0]})"
-            )
-        fresh.load_state_dict(state)
-        return copy.deepcopy(fresh).train(source.training)
+        return copied(self.lm.layers[layer], layer, self.lm.config)
 
     def reseed(self, seed: Seed) -> None:
         self.seed = seed
@@ -309,7 +228,7 @@ class Mllm:
     def install(
         self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, *, positions: str, per: str, seed: int
     ) -> None:
-        self._note_inputs(ledger)
+        self.encoding.watch(ledger, lambda: self.decoder.call)
         tower = [c for c in cuts if c.cut.site == "pixels" or c.cut.site.startswith("vision.")]
         engine = self._install_tower(tower, ledger, recorder, seed) if tower else None
 
@@ -333,31 +252,9 @@ class Mllm:
         self.decoder = decoder
 
     def _install_tower(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, seed: int) -> TowerEngine:
-        """The tower's stages. What they leave is put back to its placeholders behind the projector, with zeros in
-        between: which rows those are is known from the books of the passes, never from the values."""
-
-        def passed(run: Run) -> None:
-            self.passes.last = run
-
-        engine = self.tower_engine(cuts, ledger, seed=seed, done=passed)
+        engine = self.tower_engine(cuts, ledger, seed=seed, done=self.encoding.passed)
         assert engine is not None
-
-        def expand(module: nn.Module, args: tuple, kwargs: dict, features: Tensor) -> Tensor | None:
-            run, self.passes.last = getattr(self.passes, "last", None), None
-            if run is None:
-                return None
-            recorder.vision(run)
-            known: Encoded | None = getattr(self.encoding, "now", None)
-            if known is not None:
-                known.runs.append(run)
-            if features.shape[1] == run.tokens and run.slot is run.raster:
-                return None
-            where = torch.where(run.valid, run.index, run.tokens)
-            return put(features.new_zeros(run.images, run.tokens + 1, features.shape[2]), where, features)[
-                :, : run.tokens
-            ]
-
-        ledger.after(self.projector, expand)
+        self.encoding.expand(ledger, recorder.vision)
         return engine
 
 
