@@ -15,7 +15,9 @@ from vtprune.models.base import ADAPTERS
 
 import vtprune
 from cases import mixes_pictures
-from vtprune.check.verify import check, output
+from vtprune.check.case import Case, output
+from vtprune.check.dense import masks
+from vtprune.check.verify import check
 from vtprune.core.planning import bind, for_units, plan
 from vtprune.core.recipe import Recipe, Stage
 from vtprune.core.select import bands
@@ -562,7 +564,6 @@ def test_long_thin_images(tiny, family, size):
 def test_several_answers_with_a_stage_in_the_tower(tiny, family, ways):
     """``generate`` repeats prompts but not the sizes of their images; each answer is that of the dense model under
     masks."""
-    from vtprune.check.verify import _Case, _masks
     from vtprune.core.planning import load_recipe
 
     model, x = tiny(family, next(iter(ADAPTERS.get(family).tiny)))
@@ -571,7 +572,7 @@ def test_several_answers_with_a_stage_in_the_tower(tiny, family, ways):
             "this transformers repeats picture by picture, so that an answer to a prompt with two sees one of them "
             "twice, dense as well"
         )
-    case = _Case(model, load_recipe("flowcut").override(keep=0.5), x, {})
+    case = Case(model, load_recipe("flowcut").override(keep=0.5), x, {})
     rules = {
         "max_new_tokens": 4,
         "min_new_tokens": 4,
@@ -585,7 +586,7 @@ def test_several_answers_with_a_stage_in_the_tower(tiny, family, ways):
         got = model.generate(**x, **rules)
         report, passes = handle.report(), list({(id(run), g): (run, g) for run, g in handle.passes}.values())
     repeated = {k: x[k].repeat_interleave(2, 0) for k in ("input_ids", "attention_mask")}
-    ledger = _masks(_Case(model, case.recipe, repeated, {}), report, passes)[2]
+    ledger = masks(Case(model, case.recipe, repeated, {}), report, passes)[2]
     torch.manual_seed(0)
     want = model.generate(**x, **rules)
     ledger.undo()

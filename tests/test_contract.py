@@ -14,7 +14,9 @@ from vtprune.models.base import ADAPTERS
 import vtprune
 from cases import case_options
 from choice import covering, kinds, taken
-from vtprune.check.verify import CHECKS, _Case, check
+from vtprune.check.case import Case
+from vtprune.check.contract import CHECKS
+from vtprune.check.verify import check
 from vtprune.core.planning import load_recipe
 from vtprune.core.types import UnsupportedError
 
@@ -164,7 +166,7 @@ def test_mixed_batches_and_single_samples_equal_the_masked_dense_model(tiny, fam
         result = check(name, model, method, mixed, **options)
         assert result.passed, f"{name}: {result.detail}"
     result = check(
-        "decode_is_masked_dense", model, method, _Case(model, load_recipe(method), mixed, {}).samples()[0], **options
+        "decode_is_masked_dense", model, method, Case(model, load_recipe(method), mixed, {}).samples()[0], **options
     )
     assert result.passed, f"alone: {result.detail}"
 

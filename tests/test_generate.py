@@ -13,7 +13,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vtprune.models.engine.host import cache_of, cached
 
 import vtprune
-from vtprune.check.verify import _Case, _masks
+from vtprune.check.case import Case
+from vtprune.check.dense import masks
 from vtprune.core.planning import load_recipe
 from vtprune.core.types import UnsupportedError
 
@@ -29,7 +30,7 @@ PAIRS = [
 
 def both(model, inputs, method, **ways):
     """What ``generate`` gives pruned, and dense under the same masks."""
-    case = _Case(model, load_recipe(method).override(keep=3), dict(inputs), {})
+    case = Case(model, load_recipe(method).override(keep=3), dict(inputs), {})
     rules = {
         "max_new_tokens": 6,
         "min_new_tokens": 6,
@@ -45,7 +46,7 @@ def both(model, inputs, method, **ways):
             report = handle.report()
             # beams share their image's pass
             passes = list({(id(run), g): (run, g) for run, g in handle.passes}.values())
-        ledger = _masks(_Case(model, case.recipe, _repeated(inputs, len(report.visual_tokens)), {}), report, passes)[2]
+        ledger = masks(Case(model, case.recipe, _repeated(inputs, len(report.visual_tokens)), {}), report, passes)[2]
         torch.manual_seed(0)
         want = model.generate(**inputs, **{**rules, **ways})
         ledger.undo()
@@ -92,7 +93,7 @@ def test_every_way_of_generating_equals_the_masked_dense_model(tiny, monkeypatch
         and "mm_encoder_outputs" not in inspect.signature(model.forward).parameters
     ):
         # Before it encoded images ahead, generate() repeated them one by one: beams then fit prompts of one image only.
-        inputs = _Case(model, load_recipe(method), inputs, {}).samples()[-1]
+        inputs = Case(model, load_recipe(method), inputs, {}).samples()[-1]
     got, want = both(model, inputs, method, **WAYS[way])
     assert torch.equal(got.sequences, want.sequences)
     for a, b in zip(got.scores, want.scores, strict=True):

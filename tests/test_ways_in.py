@@ -36,11 +36,11 @@ def tiny(family="llava", variant="clip-llama"):
 
 def alone(family="llava", variant="clip-llama", sample=-1):
     """The model and one sample of its batch without padding."""
-    from vtprune.check.verify import _Case
+    from vtprune.check.case import Case
     from vtprune.core.planning import load_recipe
 
     model, inputs = tiny(family, variant)
-    one = _Case(model, load_recipe("fastv"), inputs, {}).samples()[sample]
+    one = Case(model, load_recipe("fastv"), inputs, {}).samples()[sample]
     n = int(one["attention_mask"].sum())
     return model, {k: v[:, -n:] if k in SEQUENCES else v for k, v in one.items()}
 

@@ -17,7 +17,8 @@ from ..core.types import UnsupportedError, VtpruneError
 from ..methods.base import METHODS
 from ..version import __version__
 from . import versions
-from .verify import CHECKS, check
+from .contract import CHECKS
+from .verify import check
 
 PROOFS = ("fastv", "tome")  # a cut in the language model, merging in the tower; where a family takes neither:
 ELSE = "random"
