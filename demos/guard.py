@@ -62,8 +62,8 @@ def _address(name: str) -> bool:
 
 def name_of(authority: str) -> str:
     """``localhost`` of ``LOCALHOST:7860``, ``::1`` of ``[::1]:7860``; empty for what is none."""
-    found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]/@\s]+))(?::\d{1,5})?", authority.lower())
-    return (found[1] or found[2]).removesuffix(".") if found else ""
+    match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]/@\s]+))(?::\d{1,5})?", authority.lower())
+    return (match[1] or match[2]).removesuffix(".") if match else ""
 
 
 def policy(hashes: Iterable[str] = ()) -> str:

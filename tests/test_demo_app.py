@@ -18,7 +18,7 @@ gr = pytest.importorskip("gradio")
 
 def test_files_are_read_only_from_the_folder_of_uploads(tmp_path):
     from gradio.data_classes import FileData, ListFiles
-    from vtprune.demos.app import own_upload
+    from vtprune.demos.parts import own_upload
 
     field = SimpleNamespace(GRADIO_CACHE=str(tmp_path / "uploads"), file_types=[".json"])
     mine = str(tmp_path / "uploads" / "a" / "cat.json")
@@ -58,7 +58,7 @@ def test_choices_that_do_not_exist_are_not_repeated_as_html(tmp_path):
 
 
 def test_messages_name_files_without_their_folder():
-    from vtprune.demos.app import served
+    from vtprune.demos.messages import served
 
     def updates():
         raise VtpruneError("/tmp/up/abc/cat.png is not an image")
@@ -67,13 +67,13 @@ def test_messages_name_files_without_their_folder():
 
 
 def test_messages_are_text_that_a_stream_can_carry(monkeypatch):
-    from vtprune.demos import app
+    from vtprune.demos import messages
 
-    assert app.why(VtpruneError("a\ud800b")).encode() == b"a\\ud800b"
-    assert len(app.why(VtpruneError("x" * 10**6))) < 1100
+    assert messages.why(VtpruneError("a\ud800b")).encode() == b"a\\ud800b"
+    assert len(messages.why(VtpruneError("x" * 10**6))) < 1100
     shown = []
     monkeypatch.setattr(gr, "Warning", shown.append)
-    app.warn("<img src=x> & 'more'")
+    messages.warn("<img src=x> & 'more'")
     assert shown == ["&lt;img src=x&gt; &amp; &#x27;more&#x27;"]
 
 
@@ -124,33 +124,33 @@ def test_a_page_of_results_tells_no_path_and_runs_nothing(tmp_path):
 
 
 def test_an_empty_recipe_file_is_not_taken_for_none(tmp_path):
-    from vtprune.demos.app import _sent
+    from vtprune.demos.tab_watch import sent
 
     empty, marked = tmp_path / "a.json", tmp_path / "b.json"
     empty.touch()
     marked.write_text("{}", encoding="utf-8-sig")
     for path, text in ((empty, ""), (marked, "{}"), (None, None)):
-        assert _sent(["fastv", path and str(path), "own", 25, "", None])["file"] == text
+        assert sent(["fastv", path and str(path), "own", 25, "", None])["file"] == text
 
 
 def test_a_model_s_process_that_has_ended_is_told():
-    from vtprune.demos import app
+    from vtprune.demos import app, messages
 
     class Gone:
         @property
         def desk(self):
             raise ConnectionRefusedError
 
-    assert app.stopped(Gone(), SimpleNamespace(session_hash="x")) == app.GONE
+    assert messages.stopped(Gone(), SimpleNamespace(session_hash="x")) == messages.GONE
     assert "has ended; start" in app._welcome(Gone())[0]
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"layer": ' + "9" * 5000 + "}", "{"])
 def test_options_that_json_cannot_take_are_refused(text):
-    from vtprune.demos.worker import _json
+    from vtprune.demos.forms import json_object
 
     with pytest.raises(VtpruneError, match="the options: not JSON"):
-        _json(text, "the options")
+        json_object(text, "the options")
 
 
 @pytest.mark.parametrize("number, says", [(9, "SIGKILL, perhaps for want of memory"), (15, "SIGTERM")])

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vtprune.demos import TRAINED
-from vtprune.demos import render as shown
+from vtprune.demos import TRAINED, cards, drawings, metrics, repeat
 from vtprune.demos.engine import Engine
 from vtprune.demos.results import Entry, Result, Rounds
 from vtprune.demos.samples import samples
@@ -86,18 +85,18 @@ class Page(HTMLParser):
 
 def test_layers_are_told_in_runs():
     assert (
-        shown.layers_text([144, 144, 144, 72, 36, 36, 144]) == "144 x 3, 72 x 1, 36 x 2, 144 x 1"
-        and shown.layers_text([7]) == "7 x 1"
+        metrics.layers_text([144, 144, 144, 72, 36, 36, 144]) == "144 x 3, 72 x 1, 36 x 2, 144 x 1"
+        and metrics.layers_text([7]) == "7 x 1"
     )
 
 
 def cards_page(entries) -> str:
-    return shown.cards_html([shown.card(e) for e in entries])
+    return cards.cards_html([cards.card(e) for e in entries])
 
 
 def test_rows_hold_both_sides_and_their_difference():
     a, b = result("dense", None), result(ttft_ms=60.0, prefill_ms=40.0, token_ms=None)
-    rows = [(r.first, r.second, r.difference, r.ratio) for r in shown.metrics(a, b)]
+    rows = [(r.first, r.second, r.difference, r.ratio) for r in metrics.metrics(a, b)]
     assert rows == [
         ("100.0", "60.0", "", ""),
         ("80.0", "40.0", "", ""),
@@ -107,15 +106,15 @@ def test_rows_hold_both_sides_and_their_difference():
         ("2.000", "1.250", "-0.750", "x 0.62"),
         ("8.0", "5.0", "-3.0", "x 0.62"),
     ]
-    timed = shown.metrics(a, b, Rounds(((50, 30), (40, 20), (60, 30)), ((70, 40), (60, 39), (80, 40))))
+    timed = metrics.metrics(a, b, Rounds(((50, 30), (40, 20), (60, 30)), ((70, 40), (60, 39), (80, 40))))
     assert [(r.first, r.second, r.difference, r.ratio) for r in timed[:2]] == [
         ("70.0", "40.0", "-30.0", "x 0.57 (0.50 to 0.65)"),
         ("50.0", "30.0", "-20.0", "x 0.50 (0.50 to 0.60)"),
     ]
     assert "median of 3 in turns" in timed[0].name and all(
-        "one run each" in r.name for r in (*shown.metrics(a, b)[:3], timed[2])
+        "one run each" in r.name for r in (*metrics.metrics(a, b)[:3], timed[2])
     )
-    assert shown.figures_of(b)["effective_tokens"] == 10 and shown.figures_of(b)["layer_tokens"] == [16, 16, 4, 4]
+    assert metrics.figures_of(b)["effective_tokens"] == 10 and metrics.figures_of(b)["layer_tokens"] == [16, 16, 4, 4]
 
 
 def test_a_ratio_is_told_with_what_it_is_worth():
@@ -125,7 +124,7 @@ def test_a_ratio_is_told_with_what_it_is_worth():
     def told(*pairs, sides=(a, b)):
         return next(
             (r.difference, r.ratio)
-            for r in shown.metrics(*sides, Rounds(pairs, pairs))
+            for r in metrics.metrics(*sides, Rounds(pairs, pairs))
             if r.name.startswith("prefill, ms")
         )
 
@@ -145,8 +144,8 @@ def test_a_ratio_is_told_with_what_it_is_worth():
 
 
 def test_the_table_has_heads_and_no_foreign_markup():
-    rows = [*shown.metrics(result(), result()), shown.Row(EVIL, EVIL, "1", "", "")]
-    page = Page(shown.metrics_html(rows, EVIL, "b"))
+    rows = [*metrics.metrics(result(), result()), metrics.Row(EVIL, EVIL, "1", "", "")]
+    page = Page(metrics.metrics_html(rows, EVIL, "b"))
     scopes = [th["scope"] for th in page.named("th")]
     assert (
         scopes == ["col"] * 5 + ["row"] * len(rows)
@@ -195,36 +194,36 @@ def test_a_card_shows_the_tokens_that_were_left():
     )  # a last stage that changes nothing
     for report in (cut.report, replace(cut.report, stages=stages)):
         small = (
-            np.asarray(shown.thumb(replace(cut, report=report), 80)).reshape(4, 20, 4, 20, 3).mean((1, 3, 4)).ravel()
+            np.asarray(cards.thumb(replace(cut, report=report), 80)).reshape(4, 20, 4, 20, 3).mean((1, 3, 4)).ravel()
         )
         assert [i for i in range(16) if small[i] > 200] == [0, 5, 9, 15] and small.min() < 120
-    assert np.asarray(shown.thumb(result("dense", None))).min() == 255
+    assert np.asarray(cards.thumb(result("dense", None))).min() == 255
     two = replace(
         cut,
         views=(Image.new("RGB", (8, 8), "black"), cut.views[0]),
         overview=1,
         report=replace(cut.report, visual_tokens=[32], grids=[[(4, 4)] * 2]),
     )
-    assert np.asarray(shown.thumb(two)).max() < 120  # the second raster, of which nothing is left
+    assert np.asarray(cards.thumb(two)).max() < 120  # the second raster, of which nothing is left
 
 
 def test_pictures_to_keep():
-    few, many = shown.sheet(entries(), EVIL), shown.sheet(entries() * 3, "word " * 500, truth="red")
+    few, many = drawings.sheet(entries(), EVIL), drawings.sheet(entries() * 3, "word " * 500, truth="red")
     assert (
         few.width == many.width and many.height > 2.5 * (few.height - 100) and few.getpixel((0, 0)) == (255, 255, 255)
     )
-    refused = shown.sheet([entries()[3]], "what is it ?")
+    refused = drawings.sheet([entries()[3]], "what is it ?")
     assert len(refused.getcolors(10**6)) > 2
     one, two = (
-        shown.picture("what is it ?", result()),
-        shown.picture(EVIL + "x" * 3000, result("dense", None), result(answer="word " * 300, stopped=True)),
+        drawings.picture("what is it ?", result()),
+        drawings.picture(EVIL + "x" * 3000, result("dense", None), result(answer="word " * 300, stopped=True)),
     )
     assert one.width == two.width and two.height > 1.8 * one.height
     assert (
-        np.asarray(shown.picture("q", result(answer="a"))).tolist()
-        != np.asarray(shown.picture("q", result(answer="b"))).tolist()
+        np.asarray(drawings.picture("q", result(answer="a"))).tolist()
+        != np.asarray(drawings.picture("q", result(answer="b"))).tolist()
     )
-    for draw in (lambda: shown.sheet([], "a"), lambda: shown.picture("a")):
+    for draw in (lambda: drawings.sheet([], "a"), lambda: drawings.picture("a")):
         with pytest.raises(vtprune.VtpruneError):
             draw()
 
@@ -274,7 +273,7 @@ def test_a_program_repeats_what_is_on_screen(engine, asked, monkeypatch, capsys)
     # loading it again would change nothing
     monkeypatch.setattr(vtprune, "load_demo_model", lambda device: (engine.model, engine.processor))
     there = {"__name__": "snippet"}
-    exec(compile(shown.snippet(SIDES, asked[1], None, asked[0], trained=engine.trained), "snippet", "exec"), there)
+    exec(compile(repeat.snippet(SIDES, asked[1], None, asked[0], trained=engine.trained), "snippet", "exec"), there)
     for side, (said, report) in zip(SIDES, there["results"], strict=True):
         on_screen = answered(engine, side, asked)
         assert (said, report.to_dict()) == (on_screen.answer, on_screen.report.to_dict()), side
@@ -285,14 +284,14 @@ def test_a_program_repeats_what_is_on_screen(engine, asked, monkeypatch, capsys)
 
 def test_a_program_for_a_folder_and_a_recipe_file(engine, asked, tmp_path):
     MINE.save(tmp_path / "mine.json")
-    code = shown.snippet([Side("mine.json", "keep", 0.1)], EVIL, engine.model.name_or_path, asked[0], max_new_tokens=2)
+    code = repeat.snippet([Side("mine.json", "keep", 0.1)], EVIL, engine.model.name_or_path, asked[0], max_new_tokens=2)
     there = {"__name__": "snippet"}
     exec(compile(code, "snippet", "exec"), there)
     ((said, report),) = there["results"]
     *_, turn = engine.stream(Side("mine.json", "keep", 0.1), asked[0], EVIL, max_new_tokens=2)
     assert there["question"] == EVIL and (said, report.flops) == (turn.result.answer, turn.result.report.flops)
     with pytest.raises(vtprune.VtpruneError, match="bundled"):
-        shown.snippet([Side(TRAINED)], "a", "some/model", "a.png")
+        repeat.snippet([Side(TRAINED)], "a", "some/model", "a.png")
 
 
 def test_a_recipe_file_repeats_what_ran(engine, asked, tmp_path, capsys):
@@ -302,7 +301,7 @@ def test_a_recipe_file_repeats_what_ran(engine, asked, tmp_path, capsys):
     for side in SIDES[:-1]:
         ran = answered(engine, side, asked)
         path = tmp_path / "saved.json"
-        path.write_text(shown.recipe_json(ran))
+        path.write_text(repeat.recipe_json(ran))
         extra = {k: v for k, v in side.options.items() if k == "positions"}
         loaded = vtprune.Recipe.load(path)
         assert loaded.key() == ran.recipe.key() and ("--seed 11" in loaded.source) == (side.seed == 11)
@@ -312,9 +311,9 @@ def test_a_recipe_file_repeats_what_ran(engine, asked, tmp_path, capsys):
                 and handle.report().to_dict() == ran.report.to_dict()
             )
     picture().save(tmp_path / "small.png")
-    path.write_text(shown.recipe_json(answered(engine, SIDES[0], ("small.png", asked[1]))))
+    path.write_text(repeat.recipe_json(answered(engine, SIDES[0], ("small.png", asked[1]))))
     assert main.main(["run", "--image", "small.png", "--question", asked[1], "--recipe", str(path), "--json"]) == 0
     told, ran = json.loads(capsys.readouterr().out), answered(engine, SIDES[0], ("small.png", asked[1]))
     assert told["pruned"] == ran.answer and told["flops"] == ran.report.flops
     with pytest.raises(vtprune.VtpruneError, match="dense"):
-        shown.recipe_json(answered(engine, Side(), asked))
+        repeat.recipe_json(answered(engine, Side(), asked))

@@ -9,8 +9,8 @@ import threading
 
 import pytest
 from PIL import Image
+from vtprune.demos.desk import Desk
 from vtprune.demos.samples import saved
-from vtprune.demos.worker import Desk
 
 import vtprune
 from test_lmms import film, video_model

@@ -39,13 +39,8 @@ def prepare(processor: Any, images: Sequence[Image.Image | Sequence[Image.Image]
     if not images or len(images) != len(questions):
         raise VtpruneError(f"give one question per image; got {len(images)} images and {len(questions)} questions")
     shown = [[i] if isinstance(i, Image.Image) else i for i in images]
-    return prepare_chats(
-        processor,
-        [
-            [{"role": "user", "content": [*map(image_part, s), text_part(q)]}]
-            for s, q in zip(shown, questions, strict=True)
-        ],
-    )
+    contents = [[*map(image_part, s), text_part(q)] for s, q in zip(shown, questions, strict=True)]
+    return prepare_chats(processor, [[{"role": "user", "content": content}] for content in contents])
 
 
 def image_part(image: Image.Image) -> dict[str, Any]:
@@ -64,15 +59,12 @@ def video_part(path: str | Path, frames: int = 32) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise VtpruneError(f"no such video file: {path}")
+
+    def indices(metadata: Any, **_: Any) -> Any:
+        return _even(metadata.total_num_frames, frames)
+
     try:
-        return {
-            "type": "video",
-            "video": load_video(
-                str(path),
-                backend="pyav",
-                sample_indices_fn=lambda metadata, **_: _even(metadata.total_num_frames, frames),
-            ),
-        }
+        return {"type": "video", "video": load_video(str(path), backend="pyav", sample_indices_fn=indices)}
     except ImportError as e:
         raise VtpruneError("reading videos needs PyAV: pip install av") from e
     except (OSError, ValueError, IndexError) as e:
@@ -94,6 +86,22 @@ def prepare_chats(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> 
     kinds, for text that holds the mark of an image or video, for a template that leaves no place for them, and where
     the processor or its template fails.
     """
+    seen = _checked(processor, chats)
+    texts = _texts(processor, chats)
+    start = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
+    # a template that writes the start token itself must not get a second one
+    special = not (start and texts[0].startswith(start))
+    media = _media(processor, chats, seen)
+    with _in_one_line(type(processor).__name__):
+        inputs = processor(
+            **media, text=texts, padding=True, padding_side="left", add_special_tokens=special, return_tensors="pt"
+        )
+    _check_places(processor, inputs["input_ids"], seen)
+    return inputs
+
+
+def _checked(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> tuple[str, ...]:
+    """What all of ``chats`` show (:func:`kinds`). Raises :class:`VtpruneError` for what no template can put."""
     if not getattr(processor, "chat_template", None):
         raise VtpruneError(
             f"{type(processor).__name__} has no chat template, so it cannot say how a question is put to the model"
@@ -103,40 +111,40 @@ def prepare_chats(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> 
             "samples that show different kinds of things cannot share a batch: "
             f"{' / '.join(', '.join(k) or 'text' for k in sorted(shown))}"
         )
+    texts = [text for chat in chats for text in _parts(chat, "text")]
     for mark in marks(processor):
-        if any(mark in text for chat in chats for text in _parts(chat, "text")):
+        if any(mark in text for text in texts):
             raise VtpruneError(
                 f"the text holds {mark!r}, which stands for a picture in this model's prompts: leave it out, pictures "
                 "are put in by themselves"
             )
-    with _told(f"the chat template of {type(processor).__name__}"):
-        bare = [[{**m, "content": [_bare(p) for p in m["content"]]} for m in chat] for chat in chats]
+    return shown.pop()
+
+
+def _texts(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
+    """The prompts, through the chat template."""
+    with _in_one_line(f"the chat template of {type(processor).__name__}"):
+        bare = [_bare(chat) for chat in chats]
         texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in bare]
     if not all(isinstance(t, str) for t in texts):
         raise VtpruneError(f"the chat template of {type(processor).__name__} gives no text")
-    start = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
-    special = not (
-        start and texts[0].startswith(start)
-    )  # a template that writes the start token itself must not get a second one
-    given: dict[str, Any] = {"images": None}
-    if "image" in (seen := shown.pop()):
+    return texts
+
+
+def _media(processor: Any, chats: Sequence[Sequence[dict[str, Any]]], seen: tuple[str, ...]) -> dict[str, Any]:
+    """Pictures and videos, as keywords of the processor."""
+    out: dict[str, Any] = {"images": None}
+    if "image" in seen:
         images = [_parts(chat, "image") for chat in chats]
-        given["images"] = [found[0] for found in images] if all(len(found) == 1 for found in images) else images
+        out["images"] = [part[0] for part in images] if all(len(part) == 1 for part in images) else images
     if "video" in seen:
         if getattr(processor, "video_processor", None) is None:
             raise VtpruneError(f"{type(processor).__name__} takes no videos")
         videos = [_parts(chat, "video") for chat in chats]
-        given |= {
-            "videos": [[v for v, _ in found] for found in videos],
-            "video_metadata": [[m for _, m in found] for found in videos],
-        }
-        given["do_sample_frames"] = False
-    with _told(type(processor).__name__):
-        inputs = processor(
-            **given, text=texts, padding=True, padding_side="left", add_special_tokens=special, return_tensors="pt"
-        )
-    _check_places(processor, inputs["input_ids"], seen)
-    return inputs
+        out["videos"] = [[frames for frames, _ in part] for part in videos]
+        out["video_metadata"] = [[metadata for _, metadata in part] for part in videos]
+        out["do_sample_frames"] = False
+    return out
 
 
 def _check_places(processor: Any, ids: torch.Tensor, seen: tuple[str, ...]) -> None:
@@ -158,15 +166,15 @@ def _check_places(processor: Any, ids: torch.Tensor, seen: tuple[str, ...]) -> N
 def marks(processor: Any) -> set[str]:
     """What stands for pictures and videos in a prompt: the words that the processor holds as ``..._token`` or
     ``..._tag``, and that of the placeholder."""
-    found = {value for name, value in vars(processor).items() if name.endswith(("_token", "_tag"))}
+    words = {value for name, value in vars(processor).items() if name.endswith(("_token", "_tag"))}
     place = getattr(processor, "image_token_id", None)
     if isinstance(place, int):
-        found.add(processor.tokenizer.convert_ids_to_tokens(place))
-    return {word for word in found if isinstance(word, str) and word}
+        words.add(processor.tokenizer.convert_ids_to_tokens(place))
+    return {word for word in words if isinstance(word, str) and word}
 
 
 @contextmanager
-def _told(who: str) -> Iterator[None]:
+def _in_one_line(who: str) -> Iterator[None]:
     """What ``who`` raises, as an error of ours in one line."""
     try:
         yield
@@ -187,9 +195,9 @@ def kinds(chat: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     return tuple(kind for kind in ("image", "video") if _parts(chat, kind))
 
 
-def _bare(part: dict[str, Any]) -> dict[str, Any]:
-    """A part for the template: an image is a placeholder."""
-    return part if part["type"] == "text" else {"type": part["type"]}
+def _bare(chat: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A conversation for the template: images and videos are placeholders."""
+    return [{**m, "content": [p if p["type"] == "text" else {"type": p["type"]} for p in m["content"]]} for m in chat]
 
 
 @torch.no_grad()

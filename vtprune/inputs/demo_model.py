@@ -33,13 +33,13 @@ def branch(folder: Path = FOLDER) -> Recipe | None:
     if not weights.is_file():
         return None
     try:
-        told = json.loads(facts.read_text(encoding="utf-8"))
+        description = json.loads(facts.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise VtpruneError(f"{facts}, the description of the trained branch, cannot be read: {e}") from e
-    if not isinstance(told, dict):
+    if not isinstance(description, dict):
         raise VtpruneError(
-            f"{facts}, the description of the trained branch, cannot be read: it holds a {type(told).__name__}"
+            f"{facts}, the description of the trained branch, cannot be read: it holds a {type(description).__name__}"
         )
-    options = {k: told[k] for k in ("split", "fusion", "branch_layers", "variant") if k in told}
+    options = {k: description[k] for k in ("split", "fusion", "branch_layers", "variant") if k in description}
     stage = Stage(method="dpvr-lf", options={"weights": str(weights), **options})
     return Recipe(name="dpvr-lf (trained)", stages=(stage,), source="trained side branch")

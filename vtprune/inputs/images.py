@@ -39,7 +39,7 @@ def open_image(path: str | Path) -> Image.Image:
 
     Raises:
         VtpruneError: the file is missing, is no image of :data:`RASTER`'s formats, is damaged, has more than
-            :data:`MEGAPIXELS` million pixels (told from the header, before decoding), or has values beyond 16 bits.
+            :data:`MEGAPIXELS` million pixels (as the header says, before decoding), or has values beyond 16 bits.
     """
     path = Path(path)
     if path.is_dir():

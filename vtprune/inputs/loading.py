@@ -48,10 +48,10 @@ def load(source: Any, *, dtype: Any, local: bool, **extra: Any) -> tuple[Any, An
     logging.set_verbosity(logging.CRITICAL)  # its reports of what does not fit are many lines; ours is below
     try:
         with told(f"cannot load {source}"):
-            model, found = AutoModelForImageTextToText.from_pretrained(
+            model, info = AutoModelForImageTextToText.from_pretrained(
                 source, dtype=dtype, local_files_only=local, output_loading_info=True, **extra
             )
-        if missing := sorted(map(str, found["missing_keys"])):
+        if missing := sorted(map(str, info["missing_keys"])):
             raise VtpruneError(
                 f"cannot load {source}: its files lack {len(missing)} of the model's weights, {missing[0]} among them"
             )

@@ -22,7 +22,7 @@ def likelihoods(
     greedy decoding would give it."""
     scores: dict[int, tuple[float, bool]] = {}
     for group in same_kinds(chats):
-        part = _score(pruned, *([values[i] for i in group] for values in (chats, numbers, endings)))
+        part = _score(pruned, [chats[i] for i in group], [numbers[i] for i in group], [endings[i] for i in group])
         scores.update(zip(group, part, strict=True))
     return [scores[i] for i in range(len(chats))]
 

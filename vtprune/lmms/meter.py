@@ -72,22 +72,22 @@ def generate(
     }
 
 
-def spent(told: Report, samples: int) -> dict[str, float]:
+def spent(report: Report, samples: int) -> dict[str, float]:
     """:data:`SUMS` of a prefill; beams count as the work that they are, their tokens once."""
     cost: dict[str, float] = {
-        "visual_tokens": sum(told.visual_tokens) * samples / len(told.visual_tokens),
-        "effective_tokens": told.effective_tokens * samples,
+        "visual_tokens": sum(report.visual_tokens) * samples / len(report.visual_tokens),
+        "effective_tokens": report.effective_tokens * samples,
     }
-    return cost | {name: getattr(told, name) for name in SUMS[2:]}
+    return cost | {name: getattr(report, name) for name in SUMS[2:]}
 
 
-def scored(told: Report, seconds: float) -> dict[str, Any]:
+def scored(report: Report, seconds: float) -> dict[str, Any]:
     """The cost of a forward pass that scores given words, as :func:`generate` counts."""
-    samples = len(told.visual_tokens)
+    samples = len(report.visual_tokens)
     return {
         "samples": samples,
         "new_tokens": 0,
-        **spent(told, samples),
+        **spent(report, samples),
         "seconds": seconds,
         "ttft": seconds,
         "prefill": seconds,

@@ -107,7 +107,7 @@ class Chat(lmms):
                 made = loaded or load(pretrained, self._device, dtype, attn_implementation, trust_remote_code)
                 self.pruned = PrunedModel(*made, self._device)
             else:
-                optional = {"dtype": dtype, "attn_implementation": attn_implementation}
+                optional: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
                 optional |= {"system_prompt": self.conversations.system_prompt, "max_new_tokens": max_new_tokens}
                 optional |= {"trust_remote_code": trust_remote_code or None, **rest}
                 self._wrap(base, pretrained, optional)

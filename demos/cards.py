@@ -1,0 +1,55 @@
+"""One method's card: the tokens that were left, the answer, tokens and FLOPs."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+from PIL import Image
+
+from vtprune.show import pictures
+from vtprune.show.web import data_url
+
+from . import styles
+from .metrics import layers_text
+from .results import Entry, Result
+
+THUMB = 160  # longer side of a card's picture, pixels
+MARKS = {True: "✓ right", False: "✗ wrong"}  # a sign and a word, so that no colour is needed
+
+
+def thumb(result: Result, panel: int = THUMB) -> Image.Image:
+    """The tokens that were left, on the picture that shows all of the image."""
+    return pictures.kept_picture(result.views[result.overview], result.report, number=result.overview, panel=panel)
+
+
+def facts(entry: Entry) -> list[str]:
+    """Effective tokens, tokens per layer where they differ, and FLOPs of a card, in words."""
+    assert entry.report is not None and entry.flops_share is not None
+    layers = entry.report.layer_tokens[0]
+    differ = [f"layers: {layers_text(layers)}"] if len(set(layers)) > 1 else []
+    return [
+        f"{entry.effective_tokens:.1f} of {entry.report.visual_tokens[0]} tokens",
+        *differ,
+        f"{100 * entry.flops_share:.0f} % of dense FLOPs",
+    ]
+
+
+def cards_html(cards: Sequence[str]) -> str:
+    """The :func:`card`s, as many beside each other as fit."""
+    return f'<style>{styles.CARDS}</style>\n<ul class="vtp-cards">\n' + "\n".join(cards) + "\n</ul>"
+
+
+def card(entry: Entry) -> str:
+    """An entry as HTML: the tokens that were left, the answer, right or wrong, tokens and FLOPs; or why it cannot
+    run."""
+    esc = html.escape
+    note = f'<p class="vtp-small">{esc(entry.note)}</p>' if entry.note else ""
+    if entry.result is None:
+        return f"<li><h3>{esc(entry.name)}</h3><p>not run</p>{note}</li>"
+    words = facts(entry)
+    alt = esc(f"visual tokens that {entry.name} kept: {words[0]}", quote=True)
+    small = "<br>".join(map(esc, words))
+    mark = "" if entry.right is None else f" <strong>{MARKS[entry.right]}</strong>"
+    picture = f'<img alt="{alt}" src="{data_url(thumb(entry.result))}">'
+    return f'<li><h3>{esc(entry.name)}</h3>{picture}<p>{esc(entry.result.answer)}{mark}</p><p class="vtp-small">{small}</p>{note}</li>'  # noqa: E501
