@@ -31,7 +31,7 @@ from ..core.types import VtpruneError
 from ..inputs import loading
 from ..inputs.chats import image_part, kinds, prepare_chats, text_part, video_part
 from ..inputs.images import open_image, whole_pictures
-from ..measure.bench import environment
+from ..measure.environment import environment
 from ..measure.run import dense_report, identity
 from ..measure.runs import Journal, RunError, digest, fingerprint
 from ..measure.runs import write as write_file
