@@ -44,7 +44,7 @@ from vtprune.kernels.base import run
 
 from vtprune import VtpruneError
 from vtprune.measure import timing
-from vtprune.measure.bench import environment
+from vtprune.measure.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

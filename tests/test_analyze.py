@@ -12,7 +12,7 @@ import vtprune
 from fake import FakeProcessor, picture, tiny
 from vtprune.cli import main, models
 from vtprune.core.planning import bind
-from vtprune.measure import analyze, timing
+from vtprune.measure import analyze, break_even, generation, times_text, timing
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def instant(monkeypatch):
             raise vtprune.VtpruneError("drop-all cannot reach it")
         return numbers(effective_tokens)
 
-    monkeypatch.setattr(timing, "measure", measure)
+    monkeypatch.setattr(generation, "measure", measure)
     return calls
 
 
@@ -67,7 +67,7 @@ def numbers(ratio: float, noise: tuple[float, ...] = (0.97, 1.0, 1.03), scorer: 
 def entry(ratios: dict[float, float], **how) -> dict:
     """The break-even of made-up rows."""
     rows = [{"method": "flowcut", "budget": b, "batch": 8, "images": 1, **numbers(r, **how)} for b, r in ratios.items()]
-    (found,) = analyze.break_even(rows)
+    (found,) = break_even.break_even(rows)
     return found
 
 
@@ -91,9 +91,9 @@ def entry(ratios: dict[float, float], **how) -> dict:
     ],
 )
 def test_from_which_budget_on(ratios, below):
-    got = analyze.pays_below(list(ratios), list(ratios.values()), 0.96)
+    got = break_even.pays_below(list(ratios), list(ratios.values()), 0.96)
     assert got == (pytest.approx(below) if isinstance(below, float) else below)
-    assert analyze.pays_below([*ratios][::-1], [*ratios.values()][::-1], 0.96) == got
+    assert break_even.pays_below([*ratios][::-1], [*ratios.values()][::-1], 0.96) == got
 
 
 def test_noise_reaches_to_the_wider_side():
@@ -139,7 +139,7 @@ def test_verdicts(ratios, how, says):
 
 
 def test_a_method_that_was_never_measured():
-    (found,) = analyze.break_even(
+    (found,) = break_even.break_even(
         [{"method": "fastv", "budget": 0.1, "batch": 1, "images": 2, "error": "cannot reach"}]
     )
     assert found["pays_below"] is found["noise"] is found["tokens"] is None and found["budgets"] == []
@@ -186,7 +186,7 @@ def test_a_real_run(capsys, vlm, tmp_path):
     ] == [("uniform", 0.5, 2, 1, 16, 8)]
     for row in told["rows"]:
         for side in ("dense", "pruned"):
-            assert set(row[side]) == {*timing.PARTS, "peak_bytes", "kv_bytes"} and set(row[side]["e2e_ms"]) == {
+            assert set(row[side]) == {*generation.PARTS, "peak_bytes", "kv_bytes"} and set(row[side]["e2e_ms"]) == {
                 "median",
                 "p20",
                 "p80",
@@ -200,7 +200,7 @@ def test_a_real_run(capsys, vlm, tmp_path):
         assert e["verdict"] in printed and f"* {e['verdict']}" in page
     columns = {line.count(" | ") for line in page.splitlines() if line.startswith("| ")}
     assert (
-        columns == {len(analyze.HEADS) - 1}
+        columns == {len(times_text.HEADS) - 1}
         and "CPU time" in page
         and "unfinished" not in page
         and "8.0 of 16" in printed
@@ -231,14 +231,14 @@ def test_a_refused_budget_is_a_row_with_the_reason(capsys, vlm, instant):
 
 
 def test_what_was_measured_before_an_interruption_is_saved(capsys, vlm, instant, monkeypatch, tmp_path):
-    stock, out = timing.measure, tmp_path / "t.json"
+    stock, out = generation.measure, tmp_path / "t.json"
 
     def stop(*args, **kwargs):
         if len(instant) == 2:
             raise KeyboardInterrupt
         return stock(*args, **kwargs)
 
-    monkeypatch.setattr(timing, "measure", stop)
+    monkeypatch.setattr(generation, "measure", stop)
     assert (
         main.main(
             [
@@ -270,7 +270,7 @@ def test_out_of_memory_is_a_row(vlm, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(timing, "measure", full)
+    monkeypatch.setattr(generation, "measure", full)
     found = analyze.times(*tiny(), ["uniform"], [0.5])
     assert found["rows"][0]["error"] == "out of memory"
 

@@ -12,7 +12,7 @@ from vtprune.models.engine.routing import Routing
 import vtprune
 from vtprune.core.ledger import snapshot
 from vtprune.core.stopwatch import stopwatch
-from vtprune.measure import run, timing
+from vtprune.measure import generation, prefill, timing
 from vtprune.measure.text import prefill_text
 from vtprune.methods.tome import ToMe
 from vtprune.methods.uniform import Uniform
@@ -67,18 +67,20 @@ def test_parts_of_every_family(family, variant):
     """Parts lie within the whole, and the model is left as it was."""
     model, inputs = ADAPTERS.get(family).tiny[variant]()
     before = snapshot(model)
-    out = timing.measure(model, inputs, "random", new_tokens=3, repeats=1, effective_tokens=0.5)
+    out = generation.measure(model, inputs, "random", new_tokens=3, repeats=1, effective_tokens=0.5)
     assert snapshot(model) == before
     for side in ("dense", "pruned"):
-        ms = {name: out[side][name]["median"] for name in timing.PARTS}
-        assert all(ms[name] > 0 for name in timing.PARTS[:-1])
+        ms = {name: out[side][name]["median"] for name in generation.PARTS}
+        assert all(ms[name] > 0 for name in generation.PARTS[:-1])
         assert ms["vision_ms"] + ms["prefill_ms"] <= 1.001 * ms["ttft_ms"]  # of one turn, nested
         assert 2 * ms["decode_ms"] < ms["e2e_ms"]
         assert out[side]["peak_bytes"] is None
     assert out["dense"]["scorer_ms"]["median"] == 0 < out["pruned"]["scorer_ms"]["median"]
     assert out["pruned"]["kv_bytes"] < out["dense"]["kv_bytes"] and out["effective_tokens"] <= 0.5 * out["tokens"]
     assert (
-        set(out["ratio"]) == set(timing.COMPARED) and len(out["dense_over_dense"]) == 1 and out["attention"] == "sdpa"
+        set(out["ratio"]) == set(generation.COMPARED)
+        and len(out["dense_over_dense"]) == 1
+        and out["attention"] == "sdpa"
     )
 
 
@@ -95,18 +97,20 @@ def test_every_token_is_generated(llava):
         return out
 
     model.generate = generate
-    out = timing.measure(model, inputs, "uniform", new_tokens=1, repeats=1, keep=4)
+    out = generation.measure(model, inputs, "uniform", new_tokens=1, repeats=1, keep=4)
     assert set(lengths) == {1} and out["dense"]["decode_ms"] is None is out["ratio"]["decode"]
     lengths.clear()
-    timing.measure(model, inputs, "uniform", new_tokens=4, repeats=1, keep=4)
+    generation.measure(model, inputs, "uniform", new_tokens=4, repeats=1, keep=4)
     assert set(lengths) == {1, 4}
     model.generate = lambda **kwargs: inputs["input_ids"]
     with pytest.raises(vtprune.VtpruneError, match="0 tokens instead of 1"):
-        timing.generate(model, inputs, 1)
+        generation.generate(model, inputs, 1)
 
 
 def own(model, inputs, recipe, **options) -> float:
-    return timing.measure(model, inputs, recipe, new_tokens=1, repeats=1, **options)["pruned"]["scorer_ms"]["median"]
+    return generation.measure(model, inputs, recipe, new_tokens=1, repeats=1, **options)["pruned"]["scorer_ms"][
+        "median"
+    ]
 
 
 def test_the_scorer_is_the_librarys_own_time(llava, monkeypatch):
@@ -165,7 +169,7 @@ def test_the_model_is_clean_after_an_exception(llava, monkeypatch, at):
 
     monkeypatch.setattr(type(last), "forward", forward)
     with pytest.raises(RuntimeError, match="as asked"):
-        timing.measure(model, inputs, "fastv", new_tokens=1, repeats=1, keep=4, layer=2)
+        generation.measure(model, inputs, "fastv", new_tokens=1, repeats=1, keep=4, layer=2)
     assert snapshot(model) == before
     vtprune.attach(model, "uniform").remove()
 
@@ -173,12 +177,12 @@ def test_the_model_is_clean_after_an_exception(llava, monkeypatch, at):
 def test_refusals(llava):
     model, inputs = llava
     with pytest.raises(vtprune.VtpruneError, match="at least 1"):
-        timing.measure(model, inputs, "uniform", new_tokens=0, repeats=1)
+        generation.measure(model, inputs, "uniform", new_tokens=0, repeats=1)
     with pytest.raises(vtprune.VtpruneError, match="did you mean"):
-        timing.measure(model, inputs, "unifrom", new_tokens=1, repeats=1)
+        generation.measure(model, inputs, "unifrom", new_tokens=1, repeats=1)
     tower, pixels = ADAPTERS.get("hf-vit").tiny["clip"]()
     with pytest.raises(vtprune.UnsupportedError, match="no language model"):
-        timing.measure(tower, pixels, "uniform", new_tokens=1, repeats=1)
+        generation.measure(tower, pixels, "uniform", new_tokens=1, repeats=1)
 
 
 def test_moments_on_a_gpu_are_events(monkeypatch):
@@ -239,7 +243,7 @@ def test_cpu_time_is_of_one_thread_and_ends(llava):
         1 / 0  # noqa: B018
     assert timing.timer is before and torch.get_num_threads() == threads
     model, inputs = llava
-    out = run.prefill(
+    out = prefill.prefill(
         model,
         inputs,
         vtprune.Recipe(name="u", stages=(vtprune.Stage(method="uniform", keep=2),)),
@@ -264,7 +268,7 @@ def test_every_pruned_prefill_stands_between_two_dense_ones(llava, monkeypatch):
         return float(next(now))
 
     monkeypatch.setattr(timing, "clock", clock)
-    out = run.prefill(
+    out = prefill.prefill(
         model, inputs, vtprune.Recipe(name="u", stages=(vtprune.Stage(method="uniform", keep=2),)), repeats=3
     )
     assert seen == [False, False, *[True, True, False] * 3]
@@ -273,5 +277,5 @@ def test_every_pruned_prefill_stands_between_two_dense_ones(llava, monkeypatch):
 
 def test_the_prefill_of_the_benchmark_keeps_its_ways(llava):
     model, inputs = llava
-    out = run.prefill(model, inputs, None, repeats=1)
+    out = prefill.prefill(model, inputs, None, repeats=1)
     assert out["prefill_ratio"] == 1 and out["prefill_ms"] == out["dense_prefill_ms"] > 0

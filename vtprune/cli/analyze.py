@@ -16,8 +16,9 @@ from ..core.recipe import Recipe
 from ..core.types import VtpruneError
 from ..inputs.images import open_image
 from ..measure import timing
-from ..measure.analyze import BUDGETS, REPEATS, cells, check, save, times
+from ..measure.analyze import BUDGETS, REPEATS, check, times
 from ..measure.text import text
+from ..measure.times_text import cells, save
 from ..methods.base import make
 from . import models
 from .options import chosen_options, fractions, key_value, model_options, positive, words

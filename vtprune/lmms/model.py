@@ -21,7 +21,7 @@ from ..core.planning import load_recipe
 from ..core.recipe import Recipe
 from ..core.types import VtpruneError
 from ..inputs.images import whole_pictures
-from ..measure.bench import environment
+from ..measure.environment import environment
 from ..measure.run import identity
 from ..measure.runs import Journal, fingerprint
 from ..models.engine.host import backend

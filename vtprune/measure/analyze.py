@@ -1,12 +1,11 @@
-"""For this model, device, batch and number of visual tokens, does a recipe pay, and from which
+"""``vtprune analyze``: for this model, device, batch and number of visual tokens, does a recipe pay, and from which
 budget on?"""
 
 from __future__ import annotations
 
-import json
+import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..core.planning import bind, load_recipe
@@ -14,17 +13,12 @@ from ..core.recipe import Recipe
 from ..core.types import UnsupportedError, VtpruneError
 from ..data import scenes
 from ..inputs.chats import prepare
-from . import timing
-from .bench import environment
-from .runs import write
-from .timing import spread
+from . import generation, timing
+from .break_even import break_even
+from .environment import environment
 
 REPEATS = 3  # rounds at least: fewer do not tell the noise
 BUDGETS = (0.75, 0.5, 0.25, 0.11)
-
-
-# -------------------------------------------------------------------------------------------------------------
-# measuring
 
 
 def prompts(processor: Any, pictures: Callable[[int], Any], batch: int, images: int, question: str) -> Any:
@@ -42,12 +36,12 @@ def prompts(processor: Any, pictures: Callable[[int], Any], batch: int, images: 
         ) from e
 
 
-def _seen(adapter: Any, inputs: Any, images: int) -> None:
+def _check_places(adapter: Any, inputs: Any, images: int) -> None:
     """Raises :class:`UnsupportedError` unless every prompt of ``inputs`` has places for ``images`` images."""
     for parts in adapter.parts(inputs["input_ids"], inputs):
-        found = len({p.image for p in parts})
-        if found < images:
-            raise UnsupportedError(f"the processor's chat template puts {found} of {images} images into a prompt")
+        places = len({p.image for p in parts})
+        if places < images:
+            raise UnsupportedError(f"the processor's chat template puts {places} of {images} images into a prompt")
 
 
 def check(recipes: Sequence[Any], repeats: int) -> list[Recipe]:
@@ -91,66 +85,76 @@ def times(
 
     Returns:
         A JSON-safe dict of ``"type": "vtprune.Times"``: ``planned`` the number of rows once all is done; ``rows`` hold
-        what :func:`vtprune.measure.timing.measure` gives, or the reason (``error``) why there is nothing;
-        ``break_even`` what :func:`break_even` makes of them.
+        what :func:`vtprune.measure.generation.measure` gives, or the reason (``error``) why there is nothing;
+        ``break_even`` what :func:`.break_even.break_even` makes of them.
 
     Raises:
         VtpruneError: nothing to measure, recipes of the same name, or fewer than three ``repeats``.
     """
-    import torch
-
     chosen = check(recipes, repeats)
     if not budgets or not batches or not images:
         raise VtpruneError("name at least one budget, one batch size and one number of images")
     adapter = bind(model)
     if adapter.geometry.llm_layers == 0:
         raise UnsupportedError(f"{type(model).__name__} has no language model; times are those of generate()")
-    timer = "CPU" if timing.timer is time.thread_time else "wall-clock"
-    facts = {
-        "type": "vtprune.Times",
-        "version": 1,
-        "command": command,
-        **environment(model),
-        "timer": timer,
-        "new_tokens": new_tokens,
-        "repeats": repeats,
-    }
+    facts = {"type": "vtprune.Times", "version": 1, "command": command, **environment(model)}
+    facts |= {"timer": "CPU" if timing.timer is time.thread_time else "wall-clock"}
+    facts |= {"new_tokens": new_tokens, "repeats": repeats}
+    each = [(recipe, budget) for recipe in chosen for budget in budgets]
+    groups = [(b, i) for i in images for b in batches]
     rows: list[dict[str, Any]] = []
-    how: dict[str, Any] = {"seed": seed, **(options or {})}
-    each = len(chosen) * len(budgets)
-    result: dict[str, Any] = {**facts, "planned": each * len(batches) * len(images), "rows": rows, "break_even": []}
-
-    def add(row: dict[str, Any]) -> None:
+    result: dict[str, Any] = {**facts, "planned": len(each) * len(groups), "rows": rows, "break_even": []}
+    how = dict(new_tokens=new_tokens, repeats=repeats, **{"seed": seed, **(options or {})})
+    made = _rows(model, processor, adapter, groups, each, pictures or _scene, question, how, progress)
+    for row, stands_for in made:
+        result["planned"] -= stands_for - 1
         rows.append(row)
         result["break_even"] = break_even(rows)
         if saved is not None:
             saved(result)
+    return result
 
-    for batch, count in [(b, i) for i in images for b in batches]:
-        where = {"batch": batch, "images": count}
+
+def _rows(
+    model: Any,
+    processor: Any,
+    adapter: Any,
+    groups: Sequence[tuple[int, int]],
+    each: Sequence[tuple[Recipe, float]],
+    pictures: Callable[[int], Any],
+    question: str,
+    how: Mapping[str, Any],
+    progress: Callable[[str], object] | None,
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """The rows of every group (batch size, images), and for how many planned ones each stands: a processor's refusal
+    for all of its group."""
+    for batch, images in groups:
+        where = {"batch": batch, "images": images}
         if progress is not None:
             progress(f"prompts, batch {batch}")
         try:
-            inputs = prompts(processor, pictures or _scene, batch, count, question).to(model.device, model.dtype)
-            _seen(adapter, inputs, count)
+            inputs = prompts(processor, pictures, batch, images, question).to(model.device, model.dtype)
+            _check_places(adapter, inputs, images)
         except UnsupportedError as e:
-            result["planned"] -= each - 1
-            add({"method": "dense", "budget": 1.0, **where, "error": str(e)})
+            yield {"method": "dense", "budget": 1.0, **where, "error": str(e)}, len(each)
             continue
-        for recipe, budget in [(r, b) for r in chosen for b in budgets]:
+        for recipe, budget in each:
             if progress is not None:
                 progress(f"{recipe.name} {100 * budget:g} %, batch {batch}")
-            row: dict[str, Any] = {"method": recipe.name, "budget": budget, **where}
-            try:
-                row |= timing.measure(
-                    model, inputs, recipe, new_tokens=new_tokens, repeats=repeats, effective_tokens=float(budget), **how
-                )
-            except VtpruneError as e:
-                row["error"] = str(e)
-            except torch.OutOfMemoryError:
-                row["error"] = "out of memory"
-            add(row)
-    return result
+            measured = _measured(model, inputs, recipe, budget, how)
+            yield {"method": recipe.name, "budget": budget, **where, **measured}, 1
+
+
+def _measured(model: Any, inputs: Any, recipe: Recipe, budget: float, how: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`.generation.measure` gives, or why it gives nothing."""
+    import torch
+
+    try:
+        return generation.measure(model, inputs, recipe, effective_tokens=float(budget), **how)
+    except VtpruneError as e:
+        return {"error": str(e)}
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
 
 
 def _scene(i: int) -> Any:
@@ -159,161 +163,9 @@ def _scene(i: int) -> Any:
     return Image.fromarray(scenes.scene(i, "test").image)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# break-even
-
-
-def pays_below(budgets: Sequence[float], ratios: Sequence[float], limit: float) -> float | None:
-    """The largest budget from which on, downwards, every ratio stays below ``limit``: interpolated linearly between the
-    last budget that pays and the next larger one; the largest measured if all pay; ``None`` if the smallest does
-    not."""
-    found = None
-    known = sorted(zip(budgets, ratios, strict=True))
-    for (budget, ratio), (above, over) in zip(known, [*known[1:], *known[-1:]], strict=True):
-        if ratio >= limit:
-            return found
-        found = budget if over < limit else budget + (above - budget) * (limit - ratio) / (over - ratio)
-    return found
-
-
-def break_even(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per method, batch size and number of images in ``rows``.
-
-    ``ratios`` are the medians of pruned over dense ``ttft``, one for each of ``budgets``; ``noise`` the 20th and 80th
-    percentile of dense over dense in the same rounds, all budgets together. A budget pays if its ratio is below 1 by
-    more than the noise reaches to either side; ``pays_below`` is the largest from which on downwards all do
-    (:func:`pays_below`), ``verdict`` that in a sentence.
-    """
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["method"], row["batch"], row["images"]), []).append(row)
-    out = []
-    for (method, batch, images), mine in groups.items():
-        done = [r for r in mine if "error" not in r]
-        entry: dict[str, Any] = {
-            "method": method,
-            "batch": batch,
-            "images": images,
-            "tokens": done[0]["tokens"] if done else None,
-        }
-        entry |= {
-            "budgets": [r["budget"] for r in done],
-            "ratios": [r["ratio"]["ttft"]["median"] for r in done],
-            "noise": None,
-            "pays_below": None,
-        }
-        said = f"{method} at batch {batch}, " + (
-            f"{entry['tokens']:g} tokens: " if done else f"{images} image{'s' * (images > 1)}: "
-        )
-        if not done:
-            out.append({**entry, "verdict": said + "not measured: " + mine[0]["error"]})
-            continue
-        noise = spread([n for r in done for n in r["dense_over_dense"]])
-        limit = 1 - max(1 - noise["p20"], noise["p80"] - 1, 0.0)
-        entry["noise"] = [noise["p20"], noise["p80"]]
-        entry["pays_below"] = pays_below(entry["budgets"], entry["ratios"], limit)
-        out.append({**entry, "verdict": said + _verdict(entry, done, limit)})
-    return out
-
-
-def _verdict(entry: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], limit: float) -> str:
-    """In words. ``limit``: the ratio below which a gain is more than noise."""
-    below = entry["pays_below"]
-    best = min((r for r in rows if below is None or r["budget"] <= below), key=lambda r: r["ratio"]["ttft"]["median"])
-    ratio = best["ratio"]["ttft"]["median"]
-    facts = f"ttft {ratio:.2f}x at {100 * best['budget']:.0f} %, noise {100 * (1 - limit):.0f} %"
-    if below is not None:
-        where = (
-            f"at every measured budget, up to {100 * below:.0f}"
-            if below == max(entry["budgets"])
-            else f"below {100 * below:.0f}"
-        )
-        return f"pays {where} % of the tokens ({facts})"
-    if ratio < limit:
-        return (
-            f"pays at {100 * best['budget']:.0f} % of the tokens, but not at the smallest measured budget: no "
-            f"break-even ({facts})"
-        )
-    if ratio < 1:
-        return f"no gain beyond the noise at any measured budget (at best {facts})"
-    dense, pruned, scorer = (
-        best[side][name]["median"]
-        for side, name in (("dense", "ttft_ms"), ("pruned", "ttft_ms"), ("pruned", "scorer_ms"))
-    )
-    why = "the scorer costs more than the layers save" if pruned - scorer < dense else "fewer tokens save no time here"
-    return f"does not pay at any measured budget: {why} (at best {facts})"
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# tables
-
-
-HEADS = [
-    "method",
-    "budget",
-    "batch",
-    "images",
-    "tokens",
-    "dense ms",
-    "pruned ms",
-    "ttft x",
-    "e2e x",
-    "prefill x",
-    "decode x",
-    "scorer ms",
-    "noise",
-    "note",
-]
-
-
-def cells(result: Mapping[str, Any]) -> list[list[str]]:
-    """The rows as text, header first: medians; ratios with their 20th and 80th percentile."""
-
-    def ranged(entry: Mapping[str, float] | None) -> str:
-        return "-" if entry is None else f"{entry['median']:.2f} [{entry['p20']:.2f}, {entry['p80']:.2f}]"
-
-    out = [HEADS]
-    for row in result["rows"]:
-        start = [row["method"], f"{100 * row['budget']:g}%", str(row["batch"]), str(row["images"])]
-        if "error" in row:
-            out.append([*start, *["-"] * (len(HEADS) - 5), "not possible: " + row["error"]])
-            continue
-        ratios = [ranged(row["ratio"][name]) for name in ("ttft", "e2e", "prefill", "decode")]
-        both = [f"{row[side]['ttft_ms']['median']:.1f}" for side in ("dense", "pruned")]
-        scorer, noise = f"{row['pruned']['scorer_ms']['median']:.2f}", ranged(spread(row["dense_over_dense"]))
-        out.append([*start, f"{row['effective_tokens']:.1f} of {row['tokens']:g}", *both, *ratios, scorer, noise, ""])
-    return out
-
-
-def markdown(result: Mapping[str, Any]) -> str:
-    """The verdicts, and below them the table."""
-    about, versions = result["device"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    table = ["| " + " | ".join(c.replace("|", "/") for c in row) + " |" for row in cells(result)]
-    how = (
-        f"{result['new_tokens']} new tokens, {result['repeats']} rounds of dense, pruned, dense; {result['timer']} time"
-    )
-    missing = result["planned"] - len(result["rows"])
-    how += f"; **unfinished: {len(result['rows'])} of {result['planned']} rows**" if missing else ""
-    lines = [
-        f"`{result['command']}`  ",
-        f"{about['name']}, {about['threads']} threads, {about['dtype']}; {versions}; {how}",
-        "",
-        *(f"* {entry['verdict']}" for entry in result["break_even"]),
-        "",
-        "Milliseconds are medians; dense and pruned those of the ttft. A ratio is the median over rounds of pruned "
-        "over the mean of the two dense turns around",
-        "it [20th, 80th percentile]; noise: the second of these over the first. ttft: generate() of one token, e2e: of "
-        "all; prefill and decode: the language",
-        "model's passes; scorer: time in the library's own hooks and decisions, part of the ttft.",
-        "",
-        table[0],
-        "|---" + "|--:" * (len(HEADS) - 1) + "|",
-        *table[1:],
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def save(result: Mapping[str, Any], path: Path) -> None:
-    """Writes a result as JSON, or as Markdown if the name ends in ``.md``; an interruption leaves the file before.
-    Raises :class:`VtpruneError` if it cannot be written."""
-    write(path, markdown(result) if path.suffix == ".md" else json.dumps(result) + "\n")
+def counts(text: str) -> list[int]:
+    """``1,8``."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers of at least 1, such as 1,8")
+    return list(dict.fromkeys(map(int, parts)))

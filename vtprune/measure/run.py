@@ -1,11 +1,8 @@
-"""One method on questions: answers, costs, where tokens are kept, prefill time against dense in the same run."""
+"""One method on questions: answers, costs, where tokens are kept."""
 
 from __future__ import annotations
 
-import itertools
-import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +11,19 @@ import torch
 
 from ..check.attach import attach
 from ..core import cost
+from ..core.handle import Handle
 from ..core.planning import ATTACH_OPTIONS, bind
 from ..core.recipe import Recipe
 from ..core.report import Report
-from ..core.stopwatch import stopwatch
 from ..core.types import VtpruneError
 from ..inputs.chats import generate, prepare
-from . import timing
+from .prefill import prefill
 from .runs import Journal
 from .samples import Sample, matches, numbers, sample_seed
 
 TIMED = 4  # questions in the batch whose prefill is timed
-
 MAX_NEW_TOKENS = 5
+COSTS = ("flops", "dense_flops", "kv_bytes", "dense_kv_bytes")
 
 
 @torch.no_grad()
@@ -64,48 +61,62 @@ def evaluate(
 
     Raises:
         VtpruneError: no samples, or whatever :func:`vtprune.attach` refuses; :class:`RunError` if a sample cannot be
-            read, the model fails or the disk is
-        full: its message says what is kept.
+            read, the model fails or the disk is full: its message says what is kept.
     """
     if not samples or batch < 1:
         raise VtpruneError(f"nothing to evaluate: {len(samples)} samples in batches of {batch}")
     journal = Journal(None, {}) if journal is None else journal
-    first = len(journal.records)
-    seeds = [sample_seed(seed, n) for n in numbers(samples)]
     handle = None if recipe is None else attach(model, recipe, seed=seed, **overrides)
     try:
-        if progress is not None and first:
-            progress(first)
-        for lo in range(first, len(samples), batch):
-            part = samples[lo : lo + batch]
-            with journal.located(f"question{'' if len(part) == 1 else 's'} {_range(part, lo)}"):
-                inputs = prepare(processor, [s.picture() for s in part], [s.question for s in part]).to(
-                    model.device, model.dtype
-                )
-                if handle is not None:
-                    handle.reseed(seeds[lo : lo + batch])
-                answers = generate(model, processor, inputs, MAX_NEW_TOKENS)
-                report = dense_report(model, inputs) if handle is None else handle.report()
-                records = [_record(s, a, report, i) for i, (s, a) in enumerate(zip(part, answers, strict=True))]
-            journal.add(records, **{name: getattr(report, name) for name in COSTS})
-            if progress is not None:
-                progress(len(part))
+        _answer(model, processor, samples, handle, journal, batch, seed, progress)
         used = None if handle is None else handle.recipe
     finally:
         if handle is not None:
             handle.remove()
     out = {**_total(journal), **identity(used)}
     if timing:
-        out |= prefill(model, _timed(model, processor, samples), used, repeats=timing, seed=seed, **_placing(overrides))
+        inputs = timed_inputs(model, processor, samples)
+        out |= prefill(model, inputs, used, repeats=timing, seed=seed, **placing(overrides))
     return out
 
 
-def _placing(overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _answer(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    handle: Handle | None,
+    journal: Journal,
+    batch: int,
+    seed: int,
+    progress: Callable[[int], object] | None,
+) -> None:
+    """Answers what ``journal`` does not hold yet, batch after batch, into it."""
+    first = len(journal.records)
+    seeds = [sample_seed(seed, n) for n in numbers(samples)]
+    if progress is not None and first:
+        progress(first)
+    for lo in range(first, len(samples), batch):
+        part = samples[lo : lo + batch]
+        with journal.located(f"question{'' if len(part) == 1 else 's'} {_range(part, lo)}"):
+            inputs = _inputs(model, processor, part)
+            if handle is not None:
+                handle.reseed(seeds[lo : lo + batch])
+            answers = generate(model, processor, inputs, MAX_NEW_TOKENS)
+            report = dense_report(model, inputs) if handle is None else handle.report()
+            records = [_record(s, a, report, i) for i, (s, a) in enumerate(zip(part, answers, strict=True))]
+        journal.add(records, **{name: getattr(report, name) for name in COSTS})
+        if progress is not None:
+            progress(len(part))
+
+
+def _inputs(model: Any, processor: Any, samples: Sequence[Sample]) -> Any:
+    inputs = prepare(processor, [s.picture() for s in samples], [s.question for s in samples])
+    return inputs.to(model.device, model.dtype)
+
+
+def placing(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """What ``attach`` has to be told again of a recipe whose budget is solved."""
     return {k: v for k, v in overrides.items() if k in ATTACH_OPTIONS and k != "seed"}
-
-
-COSTS = ("flops", "dense_flops", "kv_bytes", "dense_kv_bytes")
 
 
 def _range(part: Sequence[Sample], first: int) -> str:
@@ -114,9 +125,9 @@ def _range(part: Sequence[Sample], first: int) -> str:
     return f"{first}" if last == first else f"{first} to {last}"
 
 
-def _timed(model: Any, processor: Any, samples: Sequence[Sample]) -> Any:
-    part = samples[:TIMED]
-    return prepare(processor, [s.picture() for s in part], [s.question for s in part]).to(model.device, model.dtype)
+def timed_inputs(model: Any, processor: Any, samples: Sequence[Sample]) -> Any:
+    """The batch whose prefill is timed."""
+    return _inputs(model, processor, samples[:TIMED])
 
 
 def _record(sample: Sample, answer: str, report: Report, i: int) -> dict[str, Any]:
@@ -148,15 +159,18 @@ def _total(journal: Journal) -> dict[str, Any]:
         "layer_tokens": (layers / n).tolist(),
     }
     for name in ("rows", "columns"):
-        found = [r[name] for r in records if r[name] is not None]
-        out[name] = np.sum(found, axis=0).tolist() if found and len({len(f) for f in found}) == 1 else None
+        counts = [r[name] for r in records if r[name] is not None]
+        alike = len({len(c) for c in counts}) == 1
+        out[name] = np.sum(counts, axis=0).tolist() if alike else None
     return out | {name: sum(b[name] for b in journal.batches) for name in COSTS}
 
 
 def identity(recipe: Recipe | None) -> dict[str, Any]:
     """``recipe`` as used and its ``key``, the same on every machine; ``None`` is the unpatched model."""
-    told = None if recipe is None else portable(recipe)
-    return {"recipe": told, "key": "dense" if told is None else Recipe.from_dict(told).key()}
+    if recipe is None:
+        return {"recipe": None, "key": "dense"}
+    used = portable(recipe)
+    return {"recipe": used, "key": Recipe.from_dict(used).key()}
 
 
 def portable(recipe: Recipe) -> dict[str, Any]:
@@ -171,22 +185,23 @@ def portable(recipe: Recipe) -> dict[str, Any]:
 def dense_report(model: Any, inputs: Any) -> Report:
     """What one prefill of ``inputs`` costs without pruning."""
     adapter = bind(model)
-    s, found = adapter.cost, adapter.parts(inputs["input_ids"], inputs)
-    visual = [sum(len(p.columns) for p in parts) for parts in found]
-    layers = [[n] * s.depth for n in inputs["attention_mask"].sum(1).tolist()]
-    passes = [n for parts in found for p in parts for n in p.passes]
-    flops = sum(cost.vision(s, 1, n, [n] * s.vdepth) for n in passes) + sum(cost.prefill(s, row) for row in layers)
-    held = sum(cost.kv_bytes(s, row) for row in layers)
+    shapes, parts = adapter.cost, adapter.parts(inputs["input_ids"], inputs)
+    visual = [sum(len(p.columns) for p in sample) for sample in parts]
+    layers = [[n] * shapes.depth for n in inputs["attention_mask"].sum(1).tolist()]
+    passes = [n for sample in parts for p in sample for n in p.passes]
+    flops = sum(cost.vision(shapes, 1, n, [n] * shapes.vdepth) for n in passes)
+    flops += sum(cost.prefill(shapes, row) for row in layers)
+    held = sum(cost.kv_bytes(shapes, row) for row in layers)
     return Report(
         visual_tokens=visual,
         stages=(),
-        layer_tokens=[[n] * s.depth for n in visual],
+        layer_tokens=[[n] * shapes.depth for n in visual],
         flops=flops,
         dense_flops=flops,
         kv_bytes=held,
         dense_kv_bytes=held,
         recipe="dense",
-        grids=[[p.grid for p in parts] for parts in found],
+        grids=[[p.grid for p in sample] for sample in parts],
     )
 
 
@@ -208,54 +223,3 @@ def kept_places(report: Report, i: int) -> tuple[np.ndarray, np.ndarray] | None:
     return np.bincount(where // width, weights=share, minlength=height), np.bincount(
         where % width, weights=share, minlength=width
     )
-
-
-@torch.no_grad()
-def prefill(
-    model: Any,
-    inputs: Any,
-    recipe: Recipe | None,
-    *,
-    repeats: int = 5,
-    seed: int = 0,
-    cpu_time: bool = False,
-    **extra: Any,
-) -> dict[str, Any]:
-    """Times of one prefill. Dense and pruned take turns, so that a busy machine slows both, and every pruned one stands
-    between two dense ones: a round's ratio is pruned over their mean. Attaching and the first prefill behind it, which
-    plans for the pictures' sizes, are in no time.
-
-    Args:
-        repeats: rounds, after one dense prefill that is thrown away. cpu_time: one thread's CPU time, for machines that
-            others use as well.
-
-    Returns:
-        ``prefill_ms`` and ``dense_prefill_ms``, medians in milliseconds; ``prefill_ratio`` the median of the rounds'
-        ratios, ``prefill_range`` the smallest and largest; ``prefill_verdict`` what they tell
-        (:func:`vtprune.measure.timing.verdict`). Of ``recipe`` ``None`` the dense time alone.
-    """
-    with timing.cpu_time() if cpu_time else nullcontext():
-        moments = timing.Moments(model)
-
-        def once() -> float:
-            return timing.clock(lambda: model(**inputs, logits_to_keep=1, use_cache=True), model.device)
-
-        once()
-        dense, pruned, own = [once()], [], []
-        for _ in range(repeats):
-            if recipe is not None:
-                with stopwatch(moments.now) as watch, attach(model, recipe, seed=seed, **extra):
-                    once()
-                    watch.laps.clear()
-                    pruned.append(once())
-                    own.append(moments.ms(watch.laps))
-            dense.append(once())
-    if recipe is None:
-        alone = statistics.median(dense)
-        return {"prefill_ms": alone, "dense_prefill_ms": alone, "prefill_ratio": 1.0}
-    both = [(a + b) / 2 for a, b in itertools.pairwise(dense)]
-    ratios = [p / d for p, d in zip(pruned, both, strict=True)]
-    rest = [(p - o) / d for p, o, d in zip(pruned, own, both, strict=True)]
-    out: dict[str, Any] = {"prefill_ms": statistics.median(pruned), "dense_prefill_ms": statistics.median(dense)}
-    out |= {"prefill_ratio": statistics.median(ratios), "prefill_range": [min(ratios), max(ratios)]}
-    return {**out, "prefill_verdict": timing.verdict(ratios, [b / a for a, b in itertools.pairwise(dense)], rest)}

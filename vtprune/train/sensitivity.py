@@ -21,7 +21,7 @@ from ..check.attach import attach
 from ..core.select import from_mask
 from ..inputs import models
 from ..inputs.chats import generate, prepare
-from ..measure.bench import environment
+from ..measure.environment import environment
 from ..measure.run import evaluate
 from ..measure.samples import Sample, easy_vqa_samples, matches, scenes_samples
 from ..measure.statistics import means
