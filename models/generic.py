@@ -194,14 +194,13 @@ def _layers(lm: Any) -> str | None:
 
 
 def matches(model: nn.Module) -> bool:
-    """A transformers model that generates and says which token stands for an image, or one that is known and refused,
-    and that no other adapter takes."""
-    mine = (
+    """A transformers model that generates and says which token stands for an image, or one that is known and refused;
+    any other adapter that takes it goes before."""
+    return (
         hasattr(model, "generate")
         and hasattr(model, "base_model")
         and (_token(model, "image") is not None or named(model, *REFUSED) is not None)
     )
-    return mine and not any(ADAPTERS.get(n).matches(model) for n in ADAPTERS if n != "generic")
 
 
 class Generic(Mllm):
@@ -397,5 +396,6 @@ ADAPTERS.register(
         matches=matches,
         bind=Generic,
         tiny={k: partial(_tiny, k) for k in ("vipllava", "aya-vision", "ovis2", "kimi-k2.5")},
+        priority=-1,
     ),
 )

@@ -59,7 +59,7 @@ def test_python_m(tmp_path):
 
 @pytest.mark.parametrize(
     ("command", "names"),
-    [("methods", vtprune.methods), ("recipes", vtprune.core.recipes), ("adapters", vtprune.adapters)],
+    [("methods", vtprune.methods), ("recipes", vtprune.recipes), ("adapters", vtprune.adapters)],
 )
 def test_lists(capsys, command, names):
     assert main.main([command]) == 0
