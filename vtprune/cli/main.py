@@ -16,6 +16,7 @@ from vtprune.models.base import ADAPTERS
 
 from ..core.planning import load_recipe
 from ..core.recipes import RECIPES
+from ..core.registry import Registry
 from ..core.types import VtpruneError
 from ..data import scenes
 from ..inputs import demo_model
@@ -24,6 +25,7 @@ from ..inputs.images import open_image
 from ..lmms import evaluate
 from ..measure import analyze, bench, text
 from ..measure import samples as samples_module
+from ..methods.base import METHODS
 from ..show import page, pictures, theatre
 from ..train import dpvr_lf
 from ..version import __version__
@@ -54,11 +56,12 @@ def cmd_methods(args: argparse.Namespace) -> int:
         for i in infos:
             needs = {kind: sorted(n) for kind, n in i.needs.items()}
             facts = {"name": i.name, "paper": i.paper, "idea": i.idea, "sites": i.kinds, "needs": needs, "keep": i.keep}
-            entries.append({**facts, "options": i.options, "help": i.option_help, "score": i.score})
+            source = {"distribution": METHODS.distribution(i.name)}
+            entries.append({**facts, "options": i.options, "help": i.option_help, "score": i.score, **source})
         print(json.dumps(entries, indent=1))
         return 0
     rows = [[i.name, ", ".join(i.kinds), "-" if i.keep is None else f"{i.keep:.3g}", i.paper, i.idea] for i in infos]
-    show([["method", "sites", "keep", "paper", "idea"], *rows])
+    show(_with_distributions(METHODS, [["method", "sites", "keep", "paper", "idea"], *rows]))
     if len(infos) == 1:
         print(f"\nranks by: {infos[0].score or 'nothing'}\n")
         show(
@@ -72,11 +75,17 @@ def cmd_methods(args: argparse.Namespace) -> int:
 
 def cmd_recipes(args: argparse.Namespace) -> int:
     single = not set("*?[") & set(args.pattern)
-    found = [RECIPES.get(n) for n in ([args.pattern] if single else vtprune.recipes(args.pattern))]
+    names = [args.pattern] if single else vtprune.recipes(args.pattern)
+    found = [RECIPES.get(n) for n in names]
     if args.json:
-        print(found[0].to_json() if single else json.dumps([{**r.to_dict(), "key": r.key()} for r in found], indent=1))
+        listed = [
+            {**r.to_dict(), "key": r.key(), "distribution": RECIPES.distribution(n)}
+            for n, r in zip(names, found, strict=True)
+        ]
+        print(found[0].to_json() if single else json.dumps(listed, indent=1))
         return 0
-    show([["recipe", "stages", "source"], *([r.name, " + ".join(s.method for s in r.stages), r.source] for r in found)])
+    rows = [[n, " + ".join(s.method for s in r.stages), r.source] for n, r in zip(names, found, strict=True)]
+    show(_with_distributions(RECIPES, [["recipe", "stages", "source"], *rows]))
     return 0
 
 
@@ -84,10 +93,21 @@ def cmd_adapters(args: argparse.Namespace) -> int:
     names = vtprune.adapters(args.pattern) if set("*?[") & set(args.pattern) else [args.pattern]
     found = [(n, ADAPTERS.get(n).idea) for n in names]
     if args.json:
-        print(json.dumps([{"name": n, "idea": idea} for n, idea in found], indent=1))
+        listed = [{"name": n, "idea": idea, "distribution": ADAPTERS.distribution(n)} for n, idea in found]
+        print(json.dumps(listed, indent=1))
         return 0
-    show([["family", "models"], *([n, idea] for n, idea in found)])
+    show(_with_distributions(ADAPTERS, [["family", "models"], *([n, idea] for n, idea in found)]))
     return 0
+
+
+def _with_distributions(registry: Registry, table: list[list[str]]) -> list[list[str]]:
+    """``table``, whose rows below the head begin with a registered name, with a column that says which distribution
+    each comes from, if any of them comes from a plug-in."""
+    head, *rows = table
+    sources = [registry.distribution(row[0]) for row in rows]
+    if not any(sources):
+        return table
+    return [[*head, "distribution"], *([*row, source or "vtprune"] for row, source in zip(rows, sources, strict=True))]
 
 
 def cmd_run(args: argparse.Namespace) -> int:
