@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 METHOD = """
 from dataclasses import dataclass
-from vtprune.methods.base import Cut, Method, MethodInfo, register
+from vtprune.methods.base import METHODS, Cut, Method, MethodInfo, register
 
 @register(MethodInfo(name={name!r}, paper="none", idea="x", kinds=("projector",), cases=({{}}, {{}})))
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +228,7 @@ def test_a_plugin_registers_methods_recipes_and_adapters(fresh, caplog):
         ("plug_b", "import nothing_here", "ModuleNotFoundError: No module named 'nothing_here'"),
         ("plug_b", "raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
         ("plug_b", "raise KeyError()", "KeyError: no reason given"),
+        ("plug_b", "METHODS.names()\nraise OSError('no')", "OSError: no"),  # after a look-up
         ("plug_b", "def f(:", "SyntaxError: "),
         ("plug_b", METHOD.format(name="fastv", cls="Mine"), "ValueError: method 'fastv' is registered already"),
         ("plug_b", RECIPE.format(name="tome"), "ValueError: method 'tome' is registered already"),
