@@ -64,16 +64,18 @@ class Engine:
 
     def recipes(self) -> list[Offer]:
         """Every registered recipe, and the bundled model's trained one, with the reason why this model refuses it if it
-        does; found out once, by trying."""
-        if self._offers is None:  # once known, nobody has to wait for the model
-            self.thread.do(self._try_all, None)
+        does; found out by trying, once for each."""
+        if self._offers is None or [o.name for o in self._offers] != self._names():
+            self.thread.do(self._try_all, None)  # once all are known, nobody has to wait for the model
         assert self._offers is not None
         return list(self._offers)
 
+    def _names(self) -> list[str]:
+        return [*vtprune.recipes(), *([TRAINED] if self.trained is not None else [])]
+
     def _try_all(self) -> None:
-        if self._offers is None:
-            names = [*vtprune.recipes(), *([TRAINED] if self.trained is not None else [])]
-            self._offers = [Offer(name, self._refusal(name)) for name in names]
+        known = {offer.name: offer for offer in self._offers or ()}
+        self._offers = [known.get(name) or Offer(name, self._refusal(name)) for name in self._names()]
 
     def _refusal(self, name: str) -> str:
         try:

@@ -48,8 +48,17 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterInfo:
-    """``matches`` tells whether the adapter takes a model; ``tiny`` builds random models without network: variant name
-    -> ``(model, inputs)`` builder; ``package`` the module of an optional package that building them needs."""
+    """The registered facts of an adapter.
+
+    Attributes:
+        name: of the model family, as registered.
+        idea: which models these are, in one line.
+        matches: whether the adapter takes a model; it answers for any module and raises for none.
+        bind: the adapter of one model.
+        tiny: random models built without network: variant name -> builder of ``(model, inputs)``.
+        package: the module of an optional package that building them needs.
+        priority: of several adapters that match a model the one with the highest gets it; equal ones are refused.
+    """
 
     name: str
     idea: str
@@ -57,6 +66,7 @@ class AdapterInfo:
     bind: Callable[..., Adapter]
     tiny: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]]
     package: str | None = None
+    priority: int = 0
 
 
 class Adapter(Protocol):
@@ -90,4 +100,4 @@ def _load() -> None:
             import_module(f"vtprune.models.{module.name}")
 
 
-ADAPTERS: Registry[AdapterInfo] = Registry("model family", _load)
+ADAPTERS: Registry[AdapterInfo] = Registry("model family", _load, extensible=True)

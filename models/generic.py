@@ -27,14 +27,13 @@ from .parts.tiny import tiny_build, tiny_model, tiny_prompts, tiny_text
 
 
 def matches(model: nn.Module) -> bool:
-    """A transformers model that generates and says which token stands for an image, or one that is known and refused,
-    and that no other adapter takes."""
-    mine = (
+    """A transformers model that generates and says which token stands for an image, or one that is known and refused;
+    any other adapter that takes it goes before."""
+    return (
         hasattr(model, "generate")
         and hasattr(model, "base_model")
         and (placeholder(model, "image") is not None or named(model, *REFUSED) is not None)
     )
-    return mine and not any(ADAPTERS.get(n).matches(model) for n in ADAPTERS if n != "generic")
 
 
 class Generic(Mllm):
@@ -222,6 +221,7 @@ ADAPTERS.register(
     "generic",
     AdapterInfo(
         name="generic",
+        priority=-1,
         idea=(
             "any other decoder-shaped multimodal transformers model that passes a probe: behind the projector and in "
             "the language model"

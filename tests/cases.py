@@ -1,20 +1,12 @@
-"""The registered test cases of a method, as keywords."""
+"""What tests ask about a release or a case."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
-import vtprune
-from vtprune.core.planning import bind
+from vtprune.testing import case_options
 
-
-def case_options(model: Any, method: str, number: int) -> dict[str, Any]:
-    """The keywords of one of a method's test cases; where the tower sees tiles, counts of tokens are per tile."""
-    per = bind(model).geometry.per
-    info = vtprune.describe(method)
-    tiled = "tile" in per[1:] and bool({"pixels", "vision"} & set(info.kinds)) and "projector" not in info.kinds
-    return {**info.cases[number], **({"per": "tile"} if tiled else {})}
+__all__ = ["case_options", "mixes_pictures"]
 
 
 def mixes_pictures() -> bool:

@@ -22,6 +22,8 @@ from vtprune.models.base import ADAPTERS
 import vtprune
 from choice import covering, kinds, pairs
 
+collect_ignore = ["plugin"]  # a distribution of its own: test_plugins.py installs it and runs its tests
+
 # Parallel test processes share the cores.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 

@@ -50,9 +50,14 @@ MAY = {
         "vtprune.models.*",
         "vtprune.inputs.*",
         "vtprune.data.*",
-        "vtprune.show.*",
     ),
-    "vtprune.show*": ("vtprune.version", "vtprune.core.*", "vtprune.methods.*", "vtprune.models.*"),
+    "vtprune.show*": (
+        "vtprune.version",
+        "vtprune.core.*",
+        "vtprune.methods.*",
+        "vtprune.models.*",
+        "vtprune.measure.text",
+    ),
     "vtprune.lmms*": (
         "vtprune",
         "vtprune.version",
@@ -91,6 +96,7 @@ MAY = {
 # A module -> modules it imports inside a function, and why.
 LAZY = {
     "vtprune": "the bundled model needs Pillow and transformers; importing the package needs neither",
+    "vtprune.cli.demo": "the two processes of the demo start before gradio is imported",
     "vtprune.core.report": "Report.show draws, which the core does not know how to",
 }
 # Files of more than LONGEST lines, and why they stay whole.

@@ -10,6 +10,7 @@ from vtprune.models.base import ADAPTERS
 
 from ..measure.text import text
 from .options import list_options
+from .sources import with_distributions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,8 @@ def run(args: argparse.Namespace) -> int:
     names = vtprune.adapters(args.pattern) if set("*?[") & set(args.pattern) else [args.pattern]
     ideas = [(name, ADAPTERS.get(name).idea) for name in names]
     if args.json:
-        print(json.dumps([{"name": name, "idea": idea} for name, idea in ideas], indent=1))
+        listed = [{"name": n, "idea": idea, "distribution": ADAPTERS.distribution(n)} for n, idea in ideas]
+        print(json.dumps(listed, indent=1))
         return 0
-    print(text([["family", "models"], *([name, idea] for name, idea in ideas)]))
+    print(text(with_distributions(ADAPTERS, [["family", "models"], *([name, idea] for name, idea in ideas)])))
     return 0

@@ -9,8 +9,9 @@ from typing import Any
 import vtprune
 
 from ..measure.text import text
-from ..methods.base import MethodInfo
+from ..methods.base import METHODS, MethodInfo
 from .options import list_options
+from .sources import with_distributions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps([_entry(i) for i in infos], indent=1))
         return 0
     rows = [[i.name, ", ".join(i.kinds), "-" if i.keep is None else f"{i.keep:.3g}", i.paper, i.idea] for i in infos]
-    print(text([["method", "sites", "keep", "paper", "idea"], *rows]))
+    print(text(with_distributions(METHODS, [["method", "sites", "keep", "paper", "idea"], *rows])))
     if len(infos) == 1:
         (info,) = infos
         print(f"\nranks by: {info.score or 'nothing'}\n")
@@ -39,5 +40,7 @@ def run(args: argparse.Namespace) -> int:
 def _entry(info: MethodInfo) -> dict[str, Any]:
     """One method as plain data."""
     needs = {kind: sorted(names) for kind, names in info.needs.items()}
-    facts = {"name": info.name, "paper": info.paper, "idea": info.idea, "sites": info.kinds, "needs": needs}
-    return {**facts, "keep": info.keep, "options": info.options, "help": info.option_help, "score": info.score}
+    facts: dict[str, Any] = {"name": info.name, "paper": info.paper, "idea": info.idea}
+    facts |= {"sites": info.kinds, "needs": needs}
+    facts |= {"keep": info.keep, "options": info.options, "help": info.option_help, "score": info.score}
+    return {**facts, "distribution": METHODS.distribution(info.name)}

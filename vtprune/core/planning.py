@@ -26,12 +26,22 @@ TARGETS = ("effective_tokens", "flops")  # budgets that the solver turns into a 
 
 
 def bind(model: nn.Module) -> Any:
-    """The adapter for ``model``, or :class:`UnsupportedError` naming the families there are."""
+    """The adapter for ``model``: of those that match it the one of the highest priority.
+
+    Raises:
+        UnsupportedError: none matches (the families there are, are named), or two of the same priority do.
+    """
     model = unwrap(model)
-    for name in ADAPTERS:
-        info = ADAPTERS.get(name)
-        if info.matches(model):
-            return info.bind(model)
+    matching = [info for _, info in ADAPTERS.items() if info.matches(model)]
+    highest = max((info.priority for info in matching), default=0)
+    best = [info for info in matching if info.priority == highest]
+    if len(best) > 1:
+        raise UnsupportedError(
+            f"{len(best)} adapters take a {type(model).__name__} with priority {highest}: "
+            f"{', '.join(info.name for info in best)}; one of them needs a higher one"
+        )
+    if best:
+        return best[0].bind(model)
     hint = "; pass the whole model, ...ForConditionalGeneration" if type(model).__name__.endswith("Model") else ""
     raise UnsupportedError(
         f"no adapter takes a {type(model).__name__}; there are {', '.join(ADAPTERS)} ('vtprune adapters' says "

@@ -100,7 +100,8 @@ class Recipe:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Recipe:
-        """Inverse of :meth:`to_dict`; a ``key``, as tables of recipes have, must be that of the stages. Unknown fields,
+        """Inverse of :meth:`to_dict`; a ``key``, as tables of recipes have, must be that of the stages, their
+        ``distribution`` does not count. Unknown fields,
         values of another type, names that JSON cannot hold and a newer version raise :class:`VtpruneError`."""
         if not isinstance(data, Mapping) or data.get("type") != "vtprune.Recipe":
             raise VtpruneError("not a recipe: it needs 'type': 'vtprune.Recipe'")
@@ -108,7 +109,7 @@ class Recipe:
             raise VtpruneError(
                 f"recipe version {_short(data.get('version'))} is not known here (this is version {VERSION})"
             )
-        _only(data, {"type", "version", "name", "source", "stages", "key"}, "recipe")
+        _only(data, {"type", "version", "name", "source", "stages", "key", "distribution"}, "recipe")
         name, source, entries = data.get("name", "recipe"), data.get("source", ""), data.get("stages")
         for field_, value in (("name", name), ("source", source)):
             if not isinstance(value, str) or not _printable(value if field_ == "name" else " ".join(value.split())):

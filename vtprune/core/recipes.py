@@ -11,13 +11,16 @@ from .registry import Registry
 class Recipes(Registry[Recipe]):
     """The recipes registered here, and for every method, whenever it was registered, one of its name."""
 
-    def reserve(self, name: str, owner: str, what: str) -> None:
-        METHODS.reserve(name, owner, what)  # so that no method takes the name, nor this recipe a method's
-        super().reserve(name, owner, what)
+    def reserve(self, name: str, owner: str, what: str, module: str) -> None:
+        METHODS.reserve(name, owner, what, module)  # so that no method takes the name, nor this recipe a method's
+        super().reserve(name, owner, what, module)
 
     def _ready(self) -> dict[str, Recipe]:
-        own = {n: Recipe(name=n, stages=(Stage(method=n),), source=METHODS.get(n).paper) for n in METHODS}
+        own = {name: Recipe(name=name, stages=(Stage(method=name),), source=m.paper) for name, m in METHODS.items()}
         return {**own, **super()._ready()}
+
+    def distribution(self, name: str) -> str | None:
+        return METHODS.distribution(name) if name in METHODS else super().distribution(name)
 
 
 RECIPES = Recipes("recipe")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import UnionType
@@ -104,7 +105,7 @@ class Method:
 
 
 OWN_BUDGETS = ("ratios", "ratio", "r")  # options that say how much stays instead of keep=
-METHODS: Registry[MethodInfo] = Registry("method", lambda: (__import__("vtprune.methods"), None)[1])
+METHODS: Registry[MethodInfo] = Registry("method", lambda: (__import__("vtprune.methods"), None)[1], extensible=True)
 M = TypeVar("M", bound=type[Method])
 
 
@@ -119,7 +120,8 @@ def register(info: MethodInfo) -> Callable[[M], M]:
 
     def wrap(cls: M) -> M:
         record = dataclasses.replace(info, cls=cls)
-        METHODS.register(info.name, record, owner=f"{cls.__module__}.{cls.__qualname__}")
+        caller = sys._getframe(1).f_globals.get("__name__", "")  # the class may come from a module of no plug-in
+        METHODS.register(info.name, record, owner=f"{cls.__module__}.{cls.__qualname__}", module=caller)
         cls.info = record
         return cls
 
