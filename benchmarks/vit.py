@@ -54,8 +54,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from vtprune.check.attach import attach
 from vtprune.cli import errors, options
-from vtprune.core.handle import attach
 from vtprune.core.paths import output
 from vtprune.core.planning import bind, load_recipe
 from vtprune.core.recipe import Recipe

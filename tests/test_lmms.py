@@ -17,6 +17,7 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
 from PIL import Image
+from vtprune.models.engine.host import cache_of, cached
 
 import vtprune
 from fake import picture
@@ -451,6 +452,40 @@ def slow_likelihood(bundled, sample: samples.Sample, words: str) -> tuple[float,
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     return loss, greedy
+
+
+def read_on_likelihood(bundled, sample: samples.Sample, words: str) -> tuple[float, bool]:
+    """The prompt is read once, and its continuation token by token from the cache."""
+    model, processor = bundled
+    inputs, loss, greedy = dict(prepare(processor, [sample.picture()], [sample.question])), 0.0, True
+    with torch.no_grad():
+        out = model(**inputs, use_cache=True)
+        for token in processor.tokenizer(words, add_special_tokens=False)["input_ids"]:
+            chances = out.logits[0, -1].log_softmax(-1)
+            loss, greedy = loss - float(chances[token]), greedy and int(chances.argmax()) == token
+            out = model(input_ids=torch.tensor([[token]]), **cached(model, cache_of(out)))
+    return loss, greedy
+
+
+@pytest.mark.parametrize("recipe", ["fastv", "pyramiddrop", "tome", "random"])
+def test_pruned_likelihoods_rank_by_the_prompt_alone(bundled, recipe):
+    """The tokens that stay are those of the prompt, whatever continuation is scored."""
+    part = samples.easy_vqa_samples(3)
+    asked = [(0, "blue"), (0, "red circle yes"), (1, "circle"), (2, "no"), (2, "yes no yes")]
+    lm = plugin(bundled, Simple, batch_size=5, recipe=recipe, keep=0.1)
+    lm.task_dict = {"t": {"test": [{"image": s.picture(), "text": s.question} for s in part]}}
+    requests = [
+        Instance("loglikelihood", (part[i].question, w, lambda doc: [doc["image"]], i, "t", "test"), 0, metadata(i))
+        for i, w in asked
+    ]
+    scores = [r.text for r in lm.loglikelihood(requests)]
+    lm.clean()
+    expected = []
+    for i, words in asked:
+        with vtprune.attach(bundled[0], recipe, keep=0.1, seed=samples.sample_seed(0, i)):
+            expected.append(read_on_likelihood(bundled, part[i], words))
+    assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
+    assert [loss for loss, _ in scores] == pytest.approx([loss for loss, _ in expected], abs=5e-4)
 
 
 @pytest.mark.parametrize("batch", [1, 4])

@@ -41,9 +41,12 @@ def _score(
     pruned.reseed(numbers)
     clock = meter.clock(pruned.device)
     began = clock()
-    # as long as the prompt, also when pruned
-    logits = pruned.model(**inputs, use_cache=False).logits[:, start - 1 : -1].float()
     tail, real = tail.to(pruned.device), real.to(pruned.device)
+    # labels say where the prompt ends: what ranks visual tokens must not see the continuation
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, start:] = torch.where(real, tail, -100)
+    # as long as the prompt, also when pruned
+    logits = pruned.model(**inputs, labels=labels, use_cache=False).logits[:, start - 1 : -1].float()
     chances = logits.log_softmax(-1).gather(2, tail[..., None])[..., 0]
     pruned.costs.append(meter.scored(pruned.report(inputs, bool(kinds(chats[0]))), clock() - began))
     hit = logits.argmax(-1) == tail
