@@ -205,7 +205,7 @@ def lines(caplog) -> list[str]:
     return said
 
 
-def test_a_plugin_registers_methods_recipes_and_adapters(fresh, caplog):
+def test_a_plugin_registers_methods_recipes_and_adapters(fresh, caplog, capsys):
     adapter = (
         "\nfrom vtprune.models.base import ADAPTERS, AdapterInfo\n"
         "ADAPTERS.register('outer', AdapterInfo(name='outer', idea='x', matches=lambda m: False, bind=None, tiny={}))\n"
@@ -218,6 +218,12 @@ def test_a_plugin_registers_methods_recipes_and_adapters(fresh, caplog):
     assert [*named, ADAPTERS.distribution("outer")] == ["all-three"] * 4
     assert METHODS.distribution("fastv") is None and RECIPES.distribution("fastv-k2-r50") is None
     assert ADAPTERS.distribution("llava") is None and lines(caplog) == []
+    assert main.main(["adapters"]) == main.main(["adapters", "--json"]) == 0
+    table, listed = capsys.readouterr().out.split("\n[", 1)
+    rows = {row.split()[0]: row.split()[-1] for row in table.splitlines()}
+    assert (rows["family"], rows["outer"], rows["llava"]) == ("distribution", "all-three", "vtprune")
+    sources = {entry["name"]: entry["distribution"] for entry in json.loads("[" + listed)}
+    assert sources["outer"] == "all-three" and sources["llava"] is None
     with pytest.raises(vtprune.VtpruneError, match="unknown method"):
         METHODS.distribution("outsider")
 

@@ -59,6 +59,29 @@ def _stage(method: str, keep: int | float | None, options: dict[str, Any]) -> St
     return Stage(method=method, keep=keep, options=options)
 
 
+def _read_stage(entry: Any) -> Stage:
+    """A stage from an entry of a recipe's ``stages``. Raises :class:`VtpruneError`."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("method"), str):
+        raise VtpruneError("every stage of a recipe needs 'method', a name")
+    method, keep, options = _short(entry["method"]), entry.get("keep"), entry.get("options")
+    options = {} if options is None else options
+    if not isinstance(options, Mapping) or not all(isinstance(k, str) for k in options):
+        raise VtpruneError(f"the options of stage {method} must be names with values")
+    _only(entry, {"method", "keep", "options"}, f"stage {method}")
+    if keep is not None and not _number(keep):
+        raise VtpruneError(
+            f"keep of stage {method} must be an int (tokens per image) or a float in (0, 1], got {_short(keep)}"
+        )
+    for key, value in options.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        if not all(v is None or isinstance(v, bool | str) or _number(v) for v in values):
+            raise VtpruneError(
+                f"option {_short(key)} of stage {method} must be a number, a word, true, false or a list of "
+                f"such, got {_short(value)}"
+            )
+    return Stage(method=entry["method"], keep=keep, options=options)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A named tuple of stages; stages at different places compose. ``source`` says where the numbers come from (paper,
@@ -118,30 +141,7 @@ class Recipe:
                 )
         if not isinstance(entries, list | tuple) or len(entries) > MOST:
             raise VtpruneError(f"a recipe needs 'stages', a list of at most {MOST}, got {_short(entries)}")
-        stages = []
-        for entry in entries:
-            if not isinstance(entry, Mapping) or not isinstance(entry.get("method"), str):
-                raise VtpruneError("every stage of a recipe needs 'method', a name")
-            method, keep, options = _short(entry["method"]), entry.get("keep"), entry.get("options")
-            options = {} if options is None else options
-            if not isinstance(options, Mapping) or not all(isinstance(k, str) for k in options):
-                raise VtpruneError(f"the options of stage {method} must be names with values")
-            _only(entry, {"method", "keep", "options"}, f"stage {method}")
-            if keep is not None and not _number(keep):
-                raise VtpruneError(
-                    f"keep of stage {method} must be an int (tokens per image) or a float in (0, 1], got {_short(keep)}"
-                )
-            for key, value in options.items():
-                if not all(
-                    v is None or isinstance(v, bool | str) or _number(v)
-                    for v in (value if isinstance(value, list | tuple) else [value])
-                ):
-                    raise VtpruneError(
-                        f"option {_short(key)} of stage {method} must be a number, a word, true, false or a list of "
-                        f"such, got {_short(value)}"
-                    )
-            stages.append(Stage(method=entry["method"], keep=keep, options=options))
-        out = Recipe(name=name, stages=tuple(stages), source=source)
+        out = Recipe(name=name, stages=tuple(_read_stage(entry) for entry in entries), source=source)
         if data.get("key", out.key()) != out.key():
             raise VtpruneError(
                 f"the key {_short(data['key'])} is not that of the stages, {out.key()!r}: leave it out after a change"
