@@ -165,7 +165,7 @@ def folder(tmp_path_factory):
     pytest.importorskip("easy_vqa")
     from transformers import Dinov2Config, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    from vtprune.train.demo_vlm import TOKENS, processor_and_tokenizer
+    from vtprune.train.demo_model import TOKENS, processor_and_tokenizer
 
     processor = processor_and_tokenizer()
     tokenizer = processor.tokenizer
