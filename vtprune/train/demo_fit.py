@@ -57,12 +57,8 @@ def fit(
     tok = processor.tokenizer
     images = _Images(features, tok, seed)
     began, log, step = time.time(), list[dict[str, Any]](), 0
-    llava = build_model(tok, GROWN_FROM)
+    llava = _begin(tok, start_from)
     heads: dict[str, Tensor] = {}
-    if start_from is not None:  # a saved first phase
-        from transformers import LlavaForConditionalGeneration
-
-        llava = LlavaForConditionalGeneration.from_pretrained(start_from, dtype=torch.float32, trust_remote_code=False)
     images.data["val"].load(list(features.glob("val-*.pt")))
     for phase, budget in enumerate(minutes):
         if phase == 0 and start_from is not None:
@@ -94,6 +90,16 @@ def fit(
             "log": log,
         }
         save(llava if phase else grow(llava, tok), processor, out, facts)
+
+
+def _begin(tokenizer: Any, start_from: Path | None) -> Any:
+    """The model at the beginning: untrained with half of its layers, or a saved first phase."""
+    if start_from is None:
+        return build_model(tokenizer, GROWN_FROM)
+    from transformers import LlavaForConditionalGeneration
+
+    build_model(tokenizer, GROWN_FROM)  # draws what a run from the start draws
+    return LlavaForConditionalGeneration.from_pretrained(start_from, dtype=torch.float32, trust_remote_code=False)
 
 
 class _Images:
