@@ -15,7 +15,7 @@ from vtprune.cli import train as command
 from vtprune.core.ledger import snapshot
 from vtprune.core.types import VtpruneError
 from vtprune.inputs import models
-from vtprune.train import dpvr_lf
+from vtprune.train import dpvr_compare, dpvr_fit, dpvr_lf, dpvr_questions
 
 QUIET = {"say": lambda line: None}
 
@@ -26,12 +26,12 @@ def case():
     model, _ = ADAPTERS.get("llava").tiny["dinov2-llama"]()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(8, 3, 32, 32, generator=generator)
-    projected = dpvr_lf.takes_projected(model)
+    projected = dpvr_questions.takes_projected(model)
     if projected:
         with torch.no_grad():
             images = torch.stack(list(model.get_image_features(pixel_values=images).pooler_output))
-    rows = [dpvr_lf.Row(i, "existence", [1, 5, *[3] * 16, 6, *[7] * (i % 3)], [20 + i, 2]) for i in range(8)]
-    return model, dpvr_lf.Questions(images, projected, rows)
+    rows = [dpvr_questions.Row(i, "existence", [1, 5, *[3] * 16, 6, *[7] * (i % 3)], [20 + i, 2]) for i in range(8)]
+    return model, dpvr_questions.Questions(images, projected, rows)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def trained(case):
     state = {k: v.clone() for k, v in model.state_dict().items()}
     model.lm_head.requires_grad_(False)  # a flag that the user set himself
     flags, before = [p.requires_grad for p in model.parameters()], snapshot(model)
-    branch, facts = dpvr_lf.train(model, data, split=3, steps=40, batch=8, lr=1e-2, **QUIET)
+    branch, facts = dpvr_fit.train(model, data, split=3, steps=40, batch=8, lr=1e-2, **QUIET)
     assert snapshot(model) == before
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
@@ -91,13 +91,13 @@ def test_training_goes_on_from_weights(case, trained, tmp_path):
     model, data = case
     path = tmp_path / "branch.safetensors"
     dpvr_lf.save(*trained[:1], path, trained[1])
-    _, facts = dpvr_lf.train(model, data, split=3, steps=1, batch=8, weights=str(path), **QUIET)
+    _, facts = dpvr_fit.train(model, data, split=3, steps=1, batch=8, weights=str(path), **QUIET)
     assert facts["loss"][0] < trained[1]["loss"][0]
 
 
 def test_persistent_context_and_half_precision_train_too(case):
     model, data = case
-    _, facts = dpvr_lf.train(
+    _, facts = dpvr_fit.train(
         model, data, split=4, variant="pc", init="identity", steps=12, batch=8, lr=3e-3, dtype=torch.bfloat16, **QUIET
     )
     assert facts["loss"][-1] < facts["loss"][0]
@@ -105,7 +105,7 @@ def test_persistent_context_and_half_precision_train_too(case):
 
 def test_wall_clock_ends_the_training(case):
     model, data = case
-    _, facts = dpvr_lf.train(model, data, split=3, steps=10**6, batch=8, minutes=1 / 600, **QUIET)
+    _, facts = dpvr_fit.train(model, data, split=3, steps=10**6, batch=8, minutes=1 / 600, **QUIET)
     assert 0 < facts["steps"] < 1000
 
 
@@ -126,7 +126,7 @@ def test_bad_arguments(case, options, word):
     model, data = case
     flags, before = [p.requires_grad for p in model.parameters()], snapshot(model)
     with pytest.raises(VtpruneError, match=word):
-        dpvr_lf.train(model, data, **{"split": 3, "steps": 1, "batch": 2, **QUIET, **options})
+        dpvr_fit.train(model, data, **{"split": 3, "steps": 1, "batch": 2, **QUIET, **options})
     assert [p.requires_grad for p in model.parameters()] == flags
     assert snapshot(model) == before
 
@@ -139,8 +139,8 @@ def test_a_fusion_layer_that_looks_at_nothing_is_told(case):
         with torch.no_grad():
             weight.zero_()
         with pytest.raises(VtpruneError, match="no gradient"):
-            dpvr_lf.train(model, data, split=3, steps=1, **QUIET)
-        dpvr_lf.train(model, data, split=3, fusion=2, steps=1, **QUIET)
+            dpvr_fit.train(model, data, split=3, steps=1, **QUIET)
+        dpvr_fit.train(model, data, split=3, fusion=2, steps=1, **QUIET)
     finally:
         with torch.no_grad():
             weight.copy_(kept)
@@ -148,11 +148,11 @@ def test_a_fusion_layer_that_looks_at_nothing_is_told(case):
 
 def test_the_split_is_where_half_of_the_image_is_still_needed():
     curve = [{"layer": i, "mean": m} for i, m in enumerate((0.2, 0.3, 0.5, 0.7, 0.8, 0.95, 1.0))]
-    assert dpvr_lf.choose_split(curve, fusion=1) == 2
+    assert dpvr_compare.choose_split(curve, fusion=1) == 2
     late = [{"layer": i, "mean": float(i == 6)} for i in range(7)]
-    assert dpvr_lf.choose_split(late, fusion=2) == 3  # one of the six layers stays without the image
+    assert dpvr_compare.choose_split(late, fusion=2) == 3  # one of the six layers stays without the image
     with pytest.raises(VtpruneError, match="no difference"):
-        dpvr_lf.choose_split([{"layer": i, "mean": 0.5} for i in range(7)], fusion=1)
+        dpvr_compare.choose_split([{"layer": i, "mean": 0.5} for i in range(7)], fusion=1)
 
 
 # ------------------------------------------------------------------------------------------------------- the whole
@@ -165,7 +165,7 @@ def folder(tmp_path_factory):
     pytest.importorskip("easy_vqa")
     from transformers import Dinov2Config, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    from vtprune.train.demo_vlm import TOKENS, processor_and_tokenizer
+    from vtprune.train.demo_model import TOKENS, processor_and_tokenizer
 
     processor = processor_and_tokenizer()
     tokenizer = processor.tokenizer
@@ -196,8 +196,8 @@ def test_encoded_questions_are_what_the_processor_makes(folder):
     from PIL import Image
 
     model, processor = models.load(str(folder), "cpu", "float32")
-    image, rows = next(dpvr_lf.scene_items("val", 3, 4, 1))
-    data = dpvr_lf.encode(model, processor, [(image, rows)])
+    image, rows = next(dpvr_questions.scene_items("val", 3, 4, 1))
+    data = dpvr_questions.encode(model, processor, [(image, rows)])
     assert isinstance(image, Image.Image) and [r.kind for r in data.rows] == [kind for kind, *_ in rows]
     inputs = data.batch(data.rows, torch.device("cpu"))
     labels = inputs.pop("labels")
@@ -253,10 +253,10 @@ def test_the_command_trains_saves_and_compares(folder, tmp_path, capsys):
 
 def test_the_curve_ends_with_the_unpruned_model(folder):
     model, processor = models.load(str(folder), "cpu", "float32")
-    data = dpvr_lf.encode(model, processor, dpvr_lf.scene_items("val", 0, 1, 1))
-    curve = dpvr_lf.withdrawal_curve(model, data, **QUIET)
+    data = dpvr_questions.encode(model, processor, dpvr_questions.scene_items("val", 0, 1, 1))
+    curve = dpvr_compare.withdrawal_curve(model, data, **QUIET)
     assert [p["layer"] for p in curve] == [0, 1, 2, 3, 4]
-    assert curve[-1]["accuracy"] == dpvr_lf.evaluate(model, data)["accuracy"]
+    assert curve[-1]["accuracy"] == dpvr_compare.evaluate(model, data)["accuracy"]
 
 
 @pytest.mark.parametrize(

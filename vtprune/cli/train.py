@@ -13,20 +13,10 @@ import torch
 
 from ..core.paths import output
 from ..core.types import VtpruneError
-from ..train.dpvr_lf import (
-    BRANCH,
-    choose_split,
-    compare,
-    easy_items,
-    encode,
-    markdown,
-    read_facts,
-    save,
-    scene_items,
-    tell,
-    train,
-    withdrawal_curve,
-)
+from ..train.dpvr_compare import choose_split, compare, markdown, withdrawal_curve
+from ..train.dpvr_fit import train
+from ..train.dpvr_lf import BRANCH, read_facts, save, tell
+from ..train.dpvr_questions import easy_items, encode, scene_items
 from . import models
 from .errors import Parser
 from .options import seed_value

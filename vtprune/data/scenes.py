@@ -101,7 +101,7 @@ def scene(index: int, split: str = "train", *, max_items: int = 6, per_ability: 
     if index < 0:
         raise ValueError(f"index must be >= 0, got {index}")
     rng = np.random.RandomState([_SPLITS[split], index])
-    items = _layout(rng, max_items)
+    items = layout(rng, max_items)
     return Scene(_render(rng, items), items, tuple(_questions(rng, items, per_ability)))
 
 
@@ -109,7 +109,7 @@ def scene(index: int, split: str = "train", *, max_items: int = 6, per_ability: 
 # layout
 
 
-def _layout(rng: np.random.RandomState, max_items: int) -> tuple[Item, ...]:
+def layout(rng: np.random.RandomState, max_items: int) -> tuple[Item, ...]:
     free = {(r, c) for r in range(CELLS) for c in range(CELLS)}
     items: list[Item] = []
     plates = list(rng.permutation(PLATES))[: rng.choice(3, p=(0.3, 0.4, 0.3))]
