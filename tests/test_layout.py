@@ -70,6 +70,7 @@ MAY = {
     ),
     "vtprune.train*": (
         "vtprune",
+        "vtprune.version",
         "vtprune.c[oh]*",
         "vtprune.methods.*",
         "vtprune.models.*",

@@ -64,7 +64,7 @@ def test_no_module_lies_outside_a_package():
     assert [path for path in tree("*.py") if not (path.parent / "__init__.py").is_file()] == []
 
 
-@pytest.mark.parametrize("folder", ["models", "kernels", "demos"])
+@pytest.mark.parametrize("folder", ["kernels", "demos"])
 def test_mapped_folders_are_flat(folder):
     assert [path for path in tree("*.py") if ROOT / folder in path.parents and path.parent != ROOT / folder] == []
 

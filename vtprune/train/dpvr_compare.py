@@ -43,7 +43,7 @@ def evaluate(
         for lo in range(0, len(data.rows), batch):
             rows = data.rows[lo : lo + batch]
             inputs = data.batch(rows, device)
-            labels = inputs.pop("labels")
+            labels = inputs["labels"]  # the model sees them too: what ranks tokens stands in front of the answer
             with arithmetic(model, dtype):
                 logits = model(**inputs, use_cache=False).logits
             right = (logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] == -100)
