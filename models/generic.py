@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.types import Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, named
-from .engine.layout import Part, some
+from .engine.layout import RasterSpan, some
 from .engine.probe import probe, probe_queries
 from .parts.hindrance import REFUSED, hindrance, placeholder, stacks_of
 from .parts.mllm import LLM, Mllm
@@ -88,15 +88,15 @@ class Generic(Mllm):
             )
         probe(self.describe())
 
-    def parts(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[Part]]:
+    def parts(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[RasterSpan]]:
         out = []
         for marks in self.visual(ids):
             columns = marks.nonzero()[:, 0]
             runs = columns.tensor_split(((columns.diff() > 1).nonzero()[:, 0] + 1).tolist())
-            out.append([Part(c, (len(c), 1), i, -1, (len(c),)) for i, c in enumerate(runs) if len(c)])
+            out.append([RasterSpan(c, (len(c), 1), i, -1, (len(c),)) for i, c in enumerate(runs) if len(c)])
         return out
 
-    def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
+    def slice_(self, inputs: dict[str, Any], found: list[list[RasterSpan]], b: int) -> dict[str, Any]:
         """One row of pixels per run of placeholders, or one row per patch where sizes in patches come along."""
         grids = inputs.get("image_grid_thw")
         if grids is None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.types import Recent
 from .base import ADAPTERS, AdapterInfo, named
-from .engine.layout import Part, Raster, per_sample
+from .engine.layout import Raster, RasterSpan, per_sample
 from .llava import Llava
 from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
@@ -87,7 +87,7 @@ class LlavaNext(Llava):
             else:  # so long and thin that the padding took all rows of the tiles; the tower has read them nevertheless
                 yield [Raster(self.geometry.grid, (n,) * (1 + count))]
 
-    def sources(self, inputs: dict[str, Any], found: list[list[Part]]) -> list[Tensor]:
+    def sources(self, inputs: dict[str, Any], found: list[list[RasterSpan]]) -> list[Tensor]:
         known, n, out = (
             [self.packed(size, tiled) for size, tiled in self.tiles(self.noted(inputs))],
             self.geometry.tokens,
@@ -106,7 +106,7 @@ class LlavaNext(Llava):
             out.append(torch.cat(rows) if rows else torch.empty(0, dtype=torch.long))
         return [rows for rows in out for _ in range(copies)]
 
-    def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
+    def slice_(self, inputs: dict[str, Any], found: list[list[RasterSpan]], b: int) -> dict[str, Any]:
         counts = per_sample(found)
         rows = slice(sum(counts[:b]), sum(counts[: b + 1]))
         return {name: inputs[name][rows] for name in ("pixel_values", "image_sizes")} if counts[b] else {}

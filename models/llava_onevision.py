@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core.types import UnsupportedError
 from .base import ADAPTERS, AdapterInfo, named
-from .engine.layout import Part, Raster, per_sample
+from .engine.layout import Raster, RasterSpan, per_sample
 from .llava_next import LlavaNext
 from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
@@ -50,7 +50,7 @@ class LlavaOnevision(LlavaNext):
         for frames in () if pixels is None else pixels:
             yield [Raster(half, (n,))] * len(frames) + [Raster((1, 1), (), joins=True)]
 
-    def sources(self, inputs: dict[str, Any], found: list[list[Part]]) -> list[Tensor]:
+    def sources(self, inputs: dict[str, Any], found: list[list[RasterSpan]]) -> list[Tensor]:
         maps = [self.packed(size, tiled) for size, tiled in self.tiles(self.noted(inputs))]
         if any(p.video >= 0 for sample in found for p in sample) or any(bool((m != m.round()).any()) for m in maps):
             raise UnsupportedError(
@@ -60,7 +60,7 @@ class LlavaOnevision(LlavaNext):
             )
         return super().sources(inputs, found)
 
-    def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
+    def slice_(self, inputs: dict[str, Any], found: list[list[RasterSpan]], b: int) -> dict[str, Any]:
         out: dict[str, Any] = {}
         images, videos = per_sample(found), per_sample(found, videos=True)
         if images[b]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core.types import Geometry, VtpruneError
 from .base import ADAPTERS, AdapterInfo, named
-from .engine.layout import Part, Raster
+from .engine.layout import Raster, RasterSpan
 from .parts.mllm import BEHIND, Mllm, tower_shapes
 from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
@@ -64,7 +64,7 @@ class Mistral3(Mllm):
         for height, width in torch.as_tensor(inputs["image_sizes"]).tolist():
             yield [Raster((height // self.cell, width // self.cell))]
 
-    def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
+    def slice_(self, inputs: dict[str, Any], found: list[list[RasterSpan]], b: int) -> dict[str, Any]:
         at = sum(len(sample) for sample in found[:b])
         return {k: inputs[k][at : at + len(found[b])] for k in ("pixel_values", "image_sizes")} if found[b] else {}
 

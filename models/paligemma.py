@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.ledger import UndoLedger
 from ..core.types import Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
-from .engine.layout import Part
+from .engine.layout import RasterSpan
 from .engine.tower import TowerEngine
 from .parts import hf_vit
 from .parts.mllm import LLM, Mllm, tower_shapes
@@ -60,7 +60,7 @@ class PaliGemma(Mllm):
             model, geometry=geometry, projector=core.multi_modal_projector, lm=lm, image_token=image, vision=vision
         )
 
-    def parts(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[Part]]:
+    def parts(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[RasterSpan]]:
         if inputs.get("token_type_ids") is None:
             raise UnsupportedError(
                 "PaliGemma without token_type_ids attends one way with sdpa and another with eager attention; pass "

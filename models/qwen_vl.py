@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core.ledger import UndoLedger
 from ..core.types import Geometry
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
-from .engine.layout import Part, Raster, per_sample, some
+from .engine.layout import Raster, RasterSpan, per_sample, some
 from .engine.rows import take
 from .parts.mllm import BEHIND, Mllm
 from .parts.tiny import tiny_build, tiny_prompts, tiny_text
@@ -109,7 +109,7 @@ class QwenVL(Mllm):
         for t, h, w in [] if grids is None else grids.tolist():
             yield [Raster((h // self.fold, w // self.fold))] * t
 
-    def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
+    def slice_(self, inputs: dict[str, Any], found: list[list[RasterSpan]], b: int) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for pixels, grid, moving in (
             ("pixel_values", "image_grid_thw", False),

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core.types import Geometry
 from .base import ADAPTERS, AdapterInfo, named
-from .engine.layout import Part
+from .engine.layout import RasterSpan
 from .parts.mllm import BEHIND, Mllm, tower_shapes
 from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
@@ -52,7 +52,7 @@ class SmolVLM(Mllm):
             vision=vision,
         )
 
-    def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
+    def slice_(self, inputs: dict[str, Any], found: list[list[RasterSpan]], b: int) -> dict[str, Any]:
         """The tiles of sample ``b``: pixels are ``[B, n, 3, H, W]``, and tiles of zeros only fill up."""
         tiles = [len(sample) for sample in found]
         if not tiles[b]:

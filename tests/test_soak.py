@@ -42,7 +42,7 @@ OBJECTS, MEGABYTES = 1500, 40  # that a run may leave behind: far less than one 
 Inputs = dict[str, Tensor]
 
 
-class Level:
+class SequenceLength:
     """Live objects and resident memory, now against then."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Level:
             return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def flat(self) -> None:
-        now = Level()
+        now = SequenceLength()
         assert now.objects - self.objects < OBJECTS, f"{now.objects - self.objects} more objects"
         assert now.memory - self.memory < MEGABYTES << 20, f"{(now.memory - self.memory) >> 20} MB more"
 
@@ -96,7 +96,7 @@ def cycles(model: Any, inputs: Inputs, count: int) -> None:
         if i % 10 == 0:
             assert snapshot(model) == clean and torch.equal(answer(model, inputs), dense), f"cycle {i}: not restored"
         if i == 2 * len(RECIPES):
-            level = Level()
+            level = SequenceLength()
     assert level is not None
     level.flat()
 
@@ -124,7 +124,7 @@ def exceptions(model: Any, inputs: Inputs, count: int, draw: random.Random) -> N
         if i % 5 == 0:
             assert snapshot(model) == clean and torch.equal(answer(model, inputs), dense), f"{i}: not restored"
         if i == count // 4:
-            level = Level()
+            level = SequenceLength()
     assert broken > count, "most of the planted exceptions came through"
     assert level is not None
     level.flat()
@@ -160,7 +160,7 @@ def in_threads(model: Any, inputs: Inputs, threads: int, each: int, draw: random
     for name in ("fastv", "flowcut", "pool"):
         with vtprune.attach(model, name, **RECIPES[name]):
             want = [answer(model, r) for r in asked]
-            level, got, errors = Level(), {}, []
+            level, got, errors = SequenceLength(), {}, []
 
             def work(mine: range, got: dict = got, errors: list = errors) -> None:
                 try:
@@ -189,7 +189,7 @@ def interleaved(model: Any, inputs: Inputs, count: int, draw: random.Random) -> 
     for name in ("pyramiddrop", "tome", "dpvr-lf"):
         with vtprune.attach(model, name, **RECIPES[name]):
             alone = [list(_steps(model, r)) for r in asked[:8]]
-            level = Level()
+            level = SequenceLength()
             alone += [list(_steps(model, r)) for r in asked[8:]]
             running = {i: _steps(model, r) for i, r in enumerate(asked)}
             got: dict[int, list[Tensor]] = {
@@ -254,7 +254,7 @@ def test_interleaved_requests(model_and_inputs, count):
 
 def test_a_leak_is_seen(model_and_inputs):
     model, inputs = model_and_inputs
-    level, kept = Level(), []
+    level, kept = SequenceLength(), []
     for _ in range(30):
         with vtprune.attach(model, "fastv", keep=3) as handle:
             answer(model, inputs)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .level import Level
+from .level import SequenceLength
 from .request import Request
 
 
@@ -28,7 +28,7 @@ class Candidates:
     valid: Tensor
 
     @staticmethod
-    def of(request: Request, level: Level, device: torch.device) -> Candidates:
+    def of(request: Request, level: SequenceLength, device: torch.device) -> Candidates:
         where, index = _remaining(request, level, device)
         return Candidates(where, index, request.owner.to(device), where >= 0)
 
@@ -36,13 +36,13 @@ class Candidates:
         """Their rows of ``x`` ``[B, M, ...]``: ``[G, N, ...]``; padding has those of column 0."""
         return x[self.owner[:, None], self.where.clamp_min(0)]
 
-    def marked(self, column: Tensor, level: Level) -> Tensor:
+    def marked(self, column: Tensor, level: SequenceLength) -> Tensor:
         """``[G, N]``: those of the columns of the whole sequence that are marked, ``column`` ``[B, T]``."""
         marks = column.to(self.where.device).gather(1, level.rows) & level.valid
         return self.rows(marks) & self.valid
 
 
-def _remaining(request: Request, level: Level, device: torch.device) -> tuple[Tensor, Tensor]:
+def _remaining(request: Request, level: SequenceLength, device: torch.device) -> tuple[Tensor, Tensor]:
     place = torch.where(level.valid, level.rows, request.length)
     column = torch.arange(level.width, device=device).expand_as(place)
     at = torch.full((len(place), request.length + 1), -1, device=device).scatter_(1, place, column)[:, :-1]

@@ -12,7 +12,7 @@ from ...core.types import Action, Seed, Selection, TokenView, UnsupportedError
 from ..base import PlannedCut
 from .candidates import Candidates
 from .description import Decoder
-from .level import Level, pack
+from .level import SequenceLength, pack
 from .prompt import ENDS
 from .ranking import Ranking
 from .request import Call, Request, Stash
@@ -72,7 +72,9 @@ class Cuts:
         call.level = level
         return self.drop(call, number, keep, x)
 
-    def _view(self, call: Call, planned: PlannedCut, level: Level, candidates: Candidates, x: Tensor) -> TokenView:
+    def _view(
+        self, call: Call, planned: PlannedCut, level: SequenceLength, candidates: Candidates, x: Tensor
+    ) -> TokenView:
         request, valid = call.request, candidates.valid
         assert request is not None
         ask = partial(self.ranking.query_attention, call, planned, x, candidates)
@@ -83,8 +85,6 @@ class Cuts:
             size=valid.to(torch.float32),
             protected=torch.zeros_like(valid) if call.held is None else candidates.marked(call.held, level),
             grid=(valid.shape[1], 1),
-            layer=planned.cut.layer,
-            depth=len(self.decoder.layers),
             seed=self.seeds(request),
             memory=request.memory.setdefault(planned.stage, {}),
             sources={
@@ -95,7 +95,7 @@ class Cuts:
         )
 
 
-def _columns_kept(candidates: Candidates, selection: Selection, level: Level) -> Tensor:
+def _columns_kept(candidates: Candidates, selection: Selection, level: SequenceLength) -> Tensor:
     """``[B, M]`` bool: the level's text, and the candidates that the selection keeps."""
     where, owner = candidates.where, candidates.owner
     chosen = torch.where(selection.kept >= 0, where.gather(1, selection.kept.clamp_min(0)), level.width)

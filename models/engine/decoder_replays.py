@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 
 from ...core.types import UnsupportedError
 from .description import Decoder
-from .level import Level
+from .level import SequenceLength
 from .request import Call
 from .rows import take
 from .serving import Serving
@@ -22,7 +22,7 @@ class LayerReplays:
         self.decoder, self.serving, self.routes = decoder, serving, routes
         self.calls: WeakValueDictionary[int, Call] = WeakValueDictionary()
 
-    def remember(self, call: Call, number: int, level: Level) -> None:
+    def remember(self, call: Call, number: int, level: SequenceLength) -> None:
         """Layer ``number`` reads ``level``."""
         if self.routes:
             raise UnsupportedError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layout import Part
+from .layout import RasterSpan
 from .request import Encoded
 
 
@@ -37,8 +37,8 @@ class Decoder:
     lm: Any
     layers: Any
     visual: Callable[[Tensor], Tensor]
-    parts: Callable[[Tensor, dict[str, Any]], list[list[Part]]]
-    sources: Callable[[dict[str, Any], list[list[Part]]], list[Tensor]]
+    parts: Callable[[Tensor, dict[str, Any]], list[list[RasterSpan]]]
+    sources: Callable[[dict[str, Any], list[list[RasterSpan]]], list[Tensor]]
     kinds: tuple[str, ...]
     window: int | None
     rotary: Callable[[Tensor, Tensor, str], tuple[Tensor, Tensor]]

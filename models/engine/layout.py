@@ -30,7 +30,7 @@ class Raster:
 
 
 @dataclass(frozen=True)
-class Part:
+class RasterSpan:
     """One raster in a sample: ``columns`` ``[n]`` its placeholders' positions in the sequence; ``image`` and ``video``
     (-1: none) count within the sample."""
 
@@ -42,7 +42,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Unit:
+class BudgetGroup:
     """What one budget applies to: ``columns`` ``[n]`` ascending, made of ``rasters``."""
 
     sample: int
@@ -58,7 +58,7 @@ def parts(
     videos: Iterator[list[Raster]],
     *,
     runs: bool,
-) -> list[list[Part]]:
+) -> list[list[RasterSpan]]:
     """Gives the placeholders ``visual`` ``[B, T]`` of ``ids`` to images and videos in order. An image is a list of
     rasters, a video one of frames.
 
@@ -67,11 +67,11 @@ def parts(
     Raises:
         VtpruneError: placeholders and images do not match.
     """
-    out: list[list[Part]] = []
+    out: list[list[RasterSpan]] = []
     for row, marks in zip(ids, visual, strict=True):
         columns = marks.nonzero()[:, 0]
         places, kinds = columns.tolist(), row[columns].tolist()
-        found: list[Part] = []
+        found: list[RasterSpan] = []
         image = video = -1
         at = 0
         while at < len(places):
@@ -94,29 +94,29 @@ def parts(
                 joined = runs and not moving and found and int(found[-1].columns[-1]) == places[at] - 1
                 image += not raster.joins and (moving or (i == 0 and not joined))
                 passes = tuple(n if p < 0 else p for p in raster.passes)
-                found.append(Part(columns[at : at + n], raster.grid, image, video if moving else -1, passes))
+                found.append(RasterSpan(columns[at : at + n], raster.grid, image, video if moving else -1, passes))
                 at += n
         out.append(found)
     return out
 
 
-def units(found: list[list[Part]], per: str, segments: Tensor | None = None) -> list[Unit]:
+def units(found: list[list[RasterSpan]], per: str, segments: Tensor | None = None) -> list[BudgetGroup]:
     """Parts joined by ``per``: ``"tile"`` every raster alone, ``"image"`` an image (a video's frame), ``"video"`` also
     all frames of a video, ``"sample"`` everything in a sample, or in each of the prompts that are packed into a row
     (``segments`` ``[B, T]``)."""
-    out: list[Unit] = []
+    out: list[BudgetGroup] = []
     for b, sample in enumerate(found):
-        groups: dict[object, list[Part]] = {}
+        groups: dict[object, list[RasterSpan]] = {}
         for i, part in enumerate(sample):
             whole = ("video", part.video) if part.video >= 0 else ("image", part.image)
             prompt = 0 if segments is None else int(segments[b, int(part.columns[0])])
             key = {"tile": i, "image": part.image, "video": whole, "sample": prompt}[per]
             groups.setdefault(key, []).append(part)
-        out += [Unit(b, torch.cat([p.columns for p in g]), tuple(p.grid for p in g)) for g in groups.values()]
+        out += [BudgetGroup(b, torch.cat([p.columns for p in g]), tuple(p.grid for p in g)) for g in groups.values()]
     return out
 
 
-def present(sample: list[Part], sources: Tensor, alive: Tensor, held: Tensor | None = None) -> Tensor:
+def present(sample: list[RasterSpan], sources: Tensor, alive: Tensor, held: Tensor | None = None) -> Tensor:
     """Which of a sample's visual tokens are left, ``[n]`` bool: those ``alive`` ``[n]`` of the ones that the tower made
     (``sources`` ``[n]``, -1: it did not). A new-line token ends a row and leaves with the row's last token, unless it
     is ``held`` ``[n]``; one that has no row of its own stays."""
@@ -142,6 +142,6 @@ def some(grids: Tensor, pixels: Tensor, first: int, count: int) -> tuple[Tensor,
     return grids[first : first + count], pixels[rows[first] : rows[first + count]]
 
 
-def per_sample(found: list[list[Part]], *, videos: bool = False) -> list[int]:
+def per_sample(found: list[list[RasterSpan]], *, videos: bool = False) -> list[int]:
     """Images (without the frames of videos), or videos, in each sample."""
     return [len({p.video if videos else p.image for p in sample if (p.video >= 0) == videos}) for sample in found]

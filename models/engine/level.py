@@ -14,7 +14,7 @@ from . import host
 
 
 @dataclass(eq=False)
-class Level:
+class SequenceLength:
     """One sequence length. ``rows`` ``[B, M]`` positions in the caller's sequence, ascending among ``valid`` ``[B,
     M]``; ``visual`` ``[B, M]`` marks visual tokens; ``shift`` ``[B]`` by how much compact positions fall behind at the
     end of the prompt. ``first`` the layer it begins with."""
@@ -25,9 +25,9 @@ class Level:
     visual: Tensor
     shift: Tensor
     dense: bool = False  # nothing was dropped: the model's own masks and positions serve
-    elsewhere: dict[torch.device, Level] = field(default_factory=dict)
+    elsewhere: dict[torch.device, SequenceLength] = field(default_factory=dict)
 
-    def on(self, device: torch.device) -> Level:
+    def on(self, device: torch.device) -> SequenceLength:
         """The same on a layer's device (models spread over several)."""
         if self.rows.device == device:
             return self
@@ -64,14 +64,16 @@ class Level:
         return bool(self.valid.all())
 
 
-def dense_level(real: Tensor, visual: Tensor) -> Level:
+def dense_level(real: Tensor, visual: Tensor) -> SequenceLength:
     """The caller's own sequence; real, visual ``[B, T]``."""
     b, t = real.shape
     rows = torch.arange(t, device=real.device).repeat(b, 1)
-    return Level(0, rows, real, visual & real, torch.zeros(b, dtype=torch.long, device=real.device), dense=True)
+    return SequenceLength(
+        0, rows, real, visual & real, torch.zeros(b, dtype=torch.long, device=real.device), dense=True
+    )
 
 
-def pack(first: int, mask: Tensor, parent: Level) -> tuple[Level, Tensor]:
+def pack(first: int, mask: Tensor, parent: SequenceLength) -> tuple[SequenceLength, Tensor]:
     """The level that keeps ``mask`` ``[B, M]`` of ``parent``, aligned to the side on which the prompt ends, and the
     columns ``[B, K]`` it takes."""
     width, m = max(int(mask.sum(1).max()), 1), mask.shape[1]
@@ -82,10 +84,10 @@ def pack(first: int, mask: Tensor, parent: Level) -> tuple[Level, Tensor]:
     valid = (order >= 0) & (order < m)
     order = torch.where(valid, order, 0)
     marks = parent.visual.gather(1, order) & valid
-    return Level(first, parent.rows.gather(1, order), valid, marks, torch.zeros_like(parent.shift)), order
+    return SequenceLength(first, parent.rows.gather(1, order), valid, marks, torch.zeros_like(parent.shift)), order
 
 
-def within(level: Level, fresh: Level) -> Tensor:
+def within(level: SequenceLength, fresh: SequenceLength) -> Tensor:
     """Columns of ``level`` that hold the rows of ``fresh`` (0 for padding)."""
     size = int(max(level.rows.max(), fresh.rows.max())) + 1
     at = torch.zeros((level.rows.shape[0], size + 1), dtype=torch.long, device=level.rows.device)
@@ -139,7 +141,9 @@ def allowed(mask: Any, rows: Tensor, keys: Tensor) -> Tensor | None:
     return short.gather(2, keys[:, None].expand(-1, rows.shape[1], -1))
 
 
-def prefill_mask(own: Any, level: Level, keys: Level, x: Tensor, cached: int, how: str, sliding: bool) -> Any:
+def prefill_mask(
+    own: Any, level: SequenceLength, keys: SequenceLength, x: Tensor, cached: int, how: str, sliding: bool
+) -> Any:
     """The mask of ``level``'s rows over those of ``keys``, made from the dense model's ``own`` mask of that layer;
     ``cached`` columns if the cache has a fixed size."""
     if own is not None and not isinstance(own, Tensor):
@@ -172,7 +176,14 @@ def prefill_mask(own: Any, level: Level, keys: Level, x: Tensor, cached: int, ho
 
 
 def decode_mask(
-    level: Level, tail: Tensor, length: int, q: int, columns: tuple[int, int], window: int | None, x: Tensor, how: str
+    level: SequenceLength,
+    tail: Tensor,
+    length: int,
+    q: int,
+    columns: tuple[int, int],
+    window: int | None,
+    x: Tensor,
+    how: str,
 ) -> Any:
     """The mask of ``q`` new tokens. ``tail`` ``[B, new]``: which tokens behind the prompt of ``length`` are real, these
     included; ``columns`` number of the cache's and the first one's place in what the layer has seen; ``window`` tokens

@@ -61,7 +61,7 @@ class Passes:
         self.local.run = run
 
     def view(
-        self, run: Run, features: Tensor, planned: PlannedCut, *, prefix: int, depth: int, sources: dict[str, Callable]
+        self, run: Run, features: Tensor, planned: PlannedCut, *, prefix: int, sources: dict[str, Callable]
     ) -> TokenView:
         """What a method may look at. Images of another size than the typical one are planned for as they are."""
         rasters = () if run.grid == self.tower.grid else ((run.grid,),) * run.images
@@ -70,7 +70,6 @@ class Passes:
             planned,
             grid=run.grid or self.tower.grid,
             prefix=prefix,
-            depth=depth,
             seed=self.seed,
             sources=sources,
             rasters=rasters,
@@ -100,7 +99,7 @@ class Passes:
         """A cut in front of the tower: what the root is called with, fewer pixels."""
         pixels = args[0] if args else kwargs[self.tower.pixels]
         features = pixels.new_zeros(run.images, run.tokens, 1)
-        view = self.view(run, features, planned, prefix=0, depth=1, sources={})
+        view = self.view(run, features, planned, prefix=0, sources={})
         selection = planned.select(view)
         if selection is None or selection.kept.shape[1] == run.tokens:
             run.note(planned, run.index)

@@ -106,7 +106,7 @@ class Prefill:
         seeds, rasters = self.seeds(request), tuple(u.rasters for u in request.units)
         for planned in self.entry:
             grid = (x.shape[1], 1)
-            view = run.view(x, planned, grid=grid, prefix=0, depth=1, seed=seeds, sources={}, rasters=rasters)
+            view = run.view(x, planned, grid=grid, prefix=0, seed=seeds, sources={}, rasters=rasters)
             if call.held is not None:
                 at = columns.gather(1, run.index.clamp_min(0))
                 view = replace(view, protected=call.held.to(embeds.device)[owner, at] & run.valid)

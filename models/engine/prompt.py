@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...core.types import UnsupportedError
 from . import host
-from .level import Level
+from .level import SequenceLength
 from .request import Call
 from .scores import answer_starts
 
@@ -63,7 +63,7 @@ def prompts_in_rows(inputs: dict[str, Any], call: Call) -> Tensor | None:
     return seams.long().cumsum(1).expand(len(call.visual), -1) if bool(seams.any()) else None
 
 
-def asking_rows(call: Call, level: Level) -> Tensor:
+def asking_rows(call: Call, level: SequenceLength) -> Tensor:
     """The rows that rank, ``[B, T]``: with labels those in front of an answer (placeholders are never an answer), else
     the prompt's last."""
     if call.labels is not None:
@@ -77,7 +77,7 @@ def asking_rows(call: Call, level: Level) -> Tensor:
     return real & ends.to(real.device)
 
 
-def next_positions(ids: Tensor | None, level: Level) -> Tensor:
+def next_positions(ids: Tensor | None, level: SequenceLength) -> Tensor:
     """The position behind the prompt ``[B]``; ids ``[B, T]``, or ``[3 or 4, B, T]`` with three axes (four: the text's
     own in front)."""
     b, t = level.rows.shape

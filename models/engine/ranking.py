@@ -10,7 +10,7 @@ from ..base import PlannedCut
 from . import host
 from .candidates import Candidates
 from .description import Decoder
-from .level import Level
+from .level import SequenceLength
 from .request import Call
 from .scores import attention_to, query_rows
 from .serving import Serving
@@ -62,7 +62,7 @@ class Ranking:
         return out.masked_fill(where < 0, -torch.inf)
 
     @staticmethod
-    def _asked(call: Call, planned: PlannedCut, x: Tensor, layer: str) -> tuple[int, Tensor, Level]:
+    def _asked(call: Call, planned: PlannedCut, x: Tensor, layer: str) -> tuple[int, Tensor, SequenceLength]:
         """The number of the layer whose attention is meant, its input, and the level of that."""
         assert call.level is not None
         if layer == "next":
@@ -77,7 +77,7 @@ class Ranking:
                 )
         return number, x, call.level.on(x.device)
 
-    def _asking(self, call: Call, level: Level, query: str) -> Tensor:
+    def _asking(self, call: Call, level: SequenceLength, query: str) -> Tensor:
         """``[B, M]``: the level's rows that rank."""
         assert call.question is not None and call.request is not None
         if call.labels is None and call.prompt is None and self.decoder.root.training:
@@ -107,7 +107,7 @@ class Ranking:
         return (question[owner] & same).any(1)
 
 
-def _up_to(call: Call, level: Level, asking: Tensor) -> Tensor:
+def _up_to(call: Call, level: SequenceLength, asking: Tensor) -> Tensor:
     """``[B, M]``: every row up to the last of its prompt that is ``asking``, without answers."""
     column = torch.arange(level.width, device=asking.device)
     upto = torch.where(asking, column, -1)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layout import Part, Unit
-from .level import Level
+from .layout import BudgetGroup, RasterSpan
+from .level import SequenceLength
 from .run import Record, Run
 
 
@@ -33,11 +33,11 @@ class Request:
     """One prefill and what its decoding steps need."""
 
     length: int
-    parts: list[list[Part]]
-    units: list[Unit]
+    parts: list[list[RasterSpan]]
+    units: list[BudgetGroup]
     real: Tensor  # [B, T]
     next: Tensor  # [B] position behind the prompt
-    levels: list[Level] = field(default_factory=list)
+    levels: list[SequenceLength] = field(default_factory=list)
     # what was decided, told when somebody asks
     notes: list[Record | Callable[[], Record]] = field(default_factory=list)
     layer_tokens: list[list[int]] = field(default_factory=list)  # per layer, per sample
@@ -45,7 +45,9 @@ class Request:
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     # stage -> per sample, visual tokens that its side branch ran over
     branched: dict[int, list[int]] = field(default_factory=dict)
-    cached: dict[int, Level] = field(default_factory=dict)  # layers whose cache holds more rows than pass through them
+    cached: dict[int, SequenceLength] = field(
+        default_factory=dict
+    )  # layers whose cache holds more rows than pass through them
     # layer -> per sample, visual tokens that gave it keys and values only
     keys_only: dict[int, list[int]] = field(default_factory=dict)
     arrived: Tensor | None = None  # [B, T] visual tokens that the tower handed over; None: no stage there
@@ -57,7 +59,7 @@ class Request:
         None  # per sample, per pass of the tower: where its books are; None: no stage there
     )
     packed: bool = False  # several prompts in one row
-    at: tuple[Level, ...] = ()  # per layer what its cache holds, once the prompt has been read
+    at: tuple[SequenceLength, ...] = ()  # per layer what its cache holds, once the prompt has been read
     first: dict[tuple[int, str], int] = field(default_factory=dict)  # the first layer of each level and attention type
     pruned: frozenset[int] = frozenset()  # layers whose cache is shorter than the prompt
     # those of them that need a mask at every step: samples of different lengths, sliding windows
@@ -93,7 +95,7 @@ class Request:
         """Every sample of the cache stands there ``times`` times."""
         self.move(torch.arange(len(self.next)).repeat_interleave(times))
 
-    def level_at(self, number: int) -> Level:
+    def level_at(self, number: int) -> SequenceLength:
         if number in self.cached:
             return self.cached[number]
         return [level for level in self.levels if level.first <= number][-1]
@@ -106,9 +108,9 @@ class Stash:
     rotary table."""
 
     hidden: Tensor
-    level: Level
+    level: SequenceLength
     out: Tensor | None = None
-    joined: tuple[Level, dict[str, Any]] | None = None
+    joined: tuple[SequenceLength, dict[str, Any]] | None = None
 
     @cached_property
     def rows(self) -> Tensor:
@@ -117,10 +119,10 @@ class Stash:
         return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
 
     @cached_property
-    def alone(self) -> Level:
+    def alone(self) -> SequenceLength:
         """The visual rows as a level of their own."""
         real, index = self.rows >= 0, self.rows.clamp_min(0)
-        return Level(self.level.first, self.level.rows.gather(1, index), real, real, self.level.shift)
+        return SequenceLength(self.level.first, self.level.rows.gather(1, index), real, real, self.level.shift)
 
 
 @dataclass(eq=False)
@@ -132,7 +134,7 @@ class Call:
     plain: Tensor | None = None  # the ids of a prompt without visual tokens
     labels: Tensor | None = None
     visual: Tensor | None = None
-    parts: list[list[Part]] = field(default_factory=list)  # what the placeholders stand for, per sample
+    parts: list[list[RasterSpan]] = field(default_factory=list)  # what the placeholders stand for, per sample
     sources: list[Tensor] = field(default_factory=list)
     encoded: dict[str, Encoded] = field(default_factory=dict)  # modality -> what its encoder did for this forward
     cache: Any = None
@@ -147,14 +149,14 @@ class Call:
     tail: Tensor | None = None  # decoding: which tokens behind the prompt are real
     serve: frozenset[int] = frozenset()  # decoding: layers that need a mask or positions of their own
     gone: Tensor | None = None  # [B, T] visual tokens dropped before layer 0
-    level: Level | None = None
+    level: SequenceLength | None = None
     ran: int = 0  # layers that came by
     # layer -> what its cut took, for checkpoints that run it again
-    done: dict[int, tuple[Tensor | None, Level]] = field(default_factory=dict)
+    done: dict[int, tuple[Tensor | None, SequenceLength]] = field(default_factory=dict)
     # attention type -> what the model made for the whole sequence
     dense: dict[str, dict[str, Any]] = field(default_factory=dict)
     served: dict[Any, dict[str, Any]] = field(default_factory=dict)
-    inputs: dict[int, tuple[Tensor, Level]] = field(default_factory=dict)
+    inputs: dict[int, tuple[Tensor, SequenceLength]] = field(default_factory=dict)
     stash: dict[int, Stash] = field(default_factory=dict)
 
     @property

@@ -13,7 +13,7 @@ from ...core.types import UnsupportedError
 from ..base import PlannedCut
 from . import host
 from .description import Decoder
-from .level import Level, backend, prefill_mask, within
+from .level import SequenceLength, backend, prefill_mask, within
 from .request import Call, Request, Stash
 from .rows import put, take
 from .run import Record
@@ -43,7 +43,7 @@ class Routing:
         padded = torch.cat([made, made[:, :1]], dim=1)  # the extra row takes the padding
         out = put(padded, place, x)[:, :-1]
         old = stash.level
-        call.level = Level(number, old.rows, old.valid, old.visual, old.shift.clone())
+        call.level = SequenceLength(number, old.rows, old.valid, old.visual, old.shift.clone())
         call.done.pop(number, None)  # what was taken before counts other columns
         request.levels.append(call.level)
         _record_return(request, planned, old)
@@ -81,13 +81,13 @@ class Routing:
 
     def _join(
         self, call: Call, stash: Stash, number: int, x: Tensor, kwargs: dict, old: dict[str, Any]
-    ) -> tuple[Level, dict[str, Any]]:
+    ) -> tuple[SequenceLength, dict[str, Any]]:
         """What a layer caches that has the stashed rows' keys ahead of its own, and what its own rows are given.
         ``old``: the compact positions of everything."""
         level, alone = call.level, stash.alone
         assert level is not None
         rows, valid = (torch.cat([getattr(alone, n), getattr(level, n)], 1) for n in ("rows", "valid"))
-        keys = Level(number, rows, valid, torch.cat([alone.valid, level.visual], 1), alone.shift)
+        keys = SequenceLength(number, rows, valid, torch.cat([alone.valid, level.visual], 1), alone.shift)
         serving: dict[str, Any] = dict(self.serving.prefill(call, level, number, kwargs, x, keys))
         if self.serving.compact:
             here, ids = within(stash.level, level), old.get("position_ids")
@@ -140,7 +140,7 @@ def _follow(layer: Any, source: Any) -> None:
         layer.to(its.device, its.dtype)
 
 
-def _record_return(request: Request, planned: PlannedCut, level: Level) -> None:
+def _record_return(request: Request, planned: PlannedCut, level: SequenceLength) -> None:
     back = []
     for unit in request.units:
         there = set(level.rows[unit.sample][level.valid[unit.sample]].tolist())

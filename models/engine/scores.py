@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ... import kernels
 from ...kernels.base import rotate
-from .level import Level, allowed, backend
+from .level import SequenceLength, allowed, backend
 from .rows import take
 
 ROWS = 64  # query rows whose masks are made at once
@@ -73,7 +73,7 @@ def question(
     )  # sdpa leaves the cap out
 
 
-def visible(level: Level, rows: Tensor, own: Any, keys: str, segments: Tensor | None = None) -> Tensor:
+def visible(level: SequenceLength, rows: Tensor, own: Any, keys: str, segments: Tensor | None = None) -> Tensor:
     """``[B, R, M]`` bool: what ``rows`` ``[B, R]`` see of the level's M tokens under the model's ``own`` mask, and of
     their own prompt among several packed into a row (``segments`` ``[B, M]``); ``keys="visual"``: of the visual
     ones."""
@@ -91,7 +91,7 @@ def attention_to(
     x: Tensor,
     rows: Tensor,
     weight: Tensor,
-    level: Level,
+    level: SequenceLength,
     rotary: tuple[Tensor, Tensor] | None,
     own: Any,
     keys: str,
@@ -109,7 +109,7 @@ def attention_to(
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
-def answer_starts(labels: Tensor, level: Level) -> Tensor:
+def answer_starts(labels: Tensor, level: SequenceLength) -> Tensor:
     """The rows in front of each answer, ``[B, T]`` bool. ``labels`` ``[B, T]``; ``level`` the whole sequence. A
     placeholder is no part of an answer, whatever its label says: where everything is supervised, the answer is what
     follows the image."""

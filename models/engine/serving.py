@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import kernels
 from . import host
 from .description import Decoder
-from .level import Level, backend, decode_mask, packed, prefill_mask
+from .level import SequenceLength, backend, decode_mask, packed, prefill_mask
 from .request import Call
 
 
@@ -22,7 +22,13 @@ class Serving:
         self.decoder, self.compact = decoder, compact
 
     def prefill(
-        self, call: Call, level: Level, number: int, kwargs: dict, x: Tensor, keys: Level | None = None
+        self,
+        call: Call,
+        level: SequenceLength,
+        number: int,
+        kwargs: dict,
+        x: Tensor,
+        keys: SequenceLength | None = None,
     ) -> dict[str, Any]:
         """Rotary table, position ids and mask for ``level`` at layer ``number``; ``keys`` the level whose keys its rows
         see, if it is another. ``x`` tells dtype and device."""
@@ -44,7 +50,7 @@ class Serving:
         call.served[key] = out
         return out
 
-    def decode(self, call: Call, level: Level, number: int, kwargs: dict, x: Tensor) -> dict[str, Any]:
+    def decode(self, call: Call, level: SequenceLength, number: int, kwargs: dict, x: Tensor) -> dict[str, Any]:
         """Mask, and compact positions, for new tokens ``x`` behind a prompt of which layer ``number`` holds
         ``level``."""
         kind = self.decoder.kinds[number]
@@ -64,7 +70,7 @@ class Serving:
         call.served[key] = out
         return out
 
-    def _positions(self, level: Level, kind: str, dense: dict[str, Any], x: Tensor) -> dict[str, Any]:
+    def _positions(self, level: SequenceLength, kind: str, dense: dict[str, Any], x: Tensor) -> dict[str, Any]:
         """Rotary table and position ids of the level's rows, from those that the model made for the whole sequence."""
         rope, ids = dense["position_embeddings"], dense.get("position_ids")
         if self.compact and not level.dense:
@@ -78,7 +84,7 @@ class Serving:
             ids = torch.stack(more) if ids.ndim == 3 else more[0]
         return {"position_embeddings": (cos, sin), "position_ids": ids}
 
-    def _compact(self, level: Level, ids: Tensor) -> Tensor:
+    def _compact(self, level: SequenceLength, ids: Tensor) -> Tensor:
         """Positions 0, 1, 2 … among the real tokens (padding takes 0), as PyramidDrop's official code renumbers;
         remembers the distance for decoding."""
         compact = (level.valid.long().cumsum(1) - 1).clamp_min(0)

@@ -183,8 +183,7 @@ class TowerEngine:
             return Projections(q, k, v, scale, p, self.bias(x))
 
         sources: dict[str, Callable] = {"projections": projections, "prefix": lambda: x[:, :p]}
-        depth = len(self.tower.blocks)
-        selection = planned.select(self.passes.view(run, x[:, p:], planned, prefix=p, depth=depth, sources=sources))
+        selection = planned.select(self.passes.view(run, x[:, p:], planned, prefix=p, sources=sources))
         if run.decided is not None:
             run.decided[id(planned)] = selection
         return selection

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...core.types import UnsupportedError, VtpruneError
 from . import host
 from .description import Decoder
-from .layout import Part
+from .layout import RasterSpan
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 TEXT, IMAGE = 5, 6  # tokens in front of the toy image, and of it
@@ -108,7 +108,9 @@ def _build(decoder: Decoder, weight: Tensor) -> Toy:
     mask, marks = torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool)
     mask[1, :3] = 0
     marks[:, TEXT : TEXT + IMAGE] = True
-    parts = [[Part(torch.arange(TEXT, TEXT + IMAGE, device=ids.device), (1, IMAGE), 0, -1, (IMAGE,))] for _ in ids]
+    parts = [
+        [RasterSpan(torch.arange(TEXT, TEXT + IMAGE, device=ids.device), (1, IMAGE), 0, -1, (IMAGE,))] for _ in ids
+    ]
     root = _Root(lm)
     described = replace(
         decoder,

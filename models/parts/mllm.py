@@ -15,7 +15,7 @@ from ..base import PlannedCut, named
 from ..engine.count import count
 from ..engine.decoder import DecoderEngine
 from ..engine.description import Decoder
-from ..engine.layout import Part, Raster, parts
+from ..engine.layout import Raster, RasterSpan, parts
 from ..engine.probe import probe, probe_queries
 from ..engine.request import Encoded, Request
 from ..engine.shapes import Layer, Shapes, attention
@@ -115,12 +115,12 @@ class Mllm:
         """The frames of every video of the batch, in order."""
         return iter(())
 
-    def sources(self, inputs: dict[str, Any], found: list[list[Part]]) -> list[Tensor]:
+    def sources(self, inputs: dict[str, Any], found: list[list[RasterSpan]]) -> list[Tensor]:
         """Per sample, for each of its visual tokens ``[n]``, the tower's token it was made of, counted over the
         sample's passes (-1: none)."""
         return [torch.arange(sum(len(p.columns) for p in sample)) for sample in found]
 
-    def slice_(self, inputs: dict[str, Any], found: list[list[Part]], b: int) -> dict[str, Any]:
+    def slice_(self, inputs: dict[str, Any], found: list[list[RasterSpan]], b: int) -> dict[str, Any]:
         """The pixels of sample ``b`` as keywords; by default one row per pass of the tower."""
         passes = [sum(len(p.passes) for p in sample) for sample in found]
         at = sum(passes[:b])
@@ -152,7 +152,7 @@ class Mllm:
         found = ids == self.image_token
         return found if self.video_token is None else found | (ids == self.video_token)
 
-    def parts(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[Part]]:
+    def parts(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[RasterSpan]]:
         """Per sample of ``ids`` ``[B, T]`` the rasters of visual tokens in it."""
         inputs = self.noted(inputs)
         images, videos, copies = self.images(inputs), self.videos(inputs), 1

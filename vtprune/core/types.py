@@ -172,8 +172,6 @@ class TokenView:
         protected: ``[B, N]`` bool, must be kept.
         grid: rows and columns of the dense model's raster.
         prefix: class, register and distillation tokens in front, which are not part of N.
-        layer: of the site.
-        depth: layers that the site's stack has.
         seed: of the run, or one per image.
         memory: belongs to one method in one forward call (running averages).
         sources: lazily computed extras, by the names in :attr:`MethodInfo.needs`.
@@ -190,8 +188,6 @@ class TokenView:
     protected: Tensor
     grid: tuple[int, int]
     prefix: int = 0
-    layer: int = 0
-    depth: int = 1
     seed: Seed = 0
     memory: dict[str, Any] = field(default_factory=dict)
     sources: Mapping[str, Callable[..., Any]] = field(default_factory=dict)

@@ -34,13 +34,29 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class MethodInfo:
-    """The registered facts of a method. ``needs`` maps a site kind to the sources it uses there; ``cases`` are (mild,
-    aggressive) keyword sets for the generated tests; ``exact`` tells whether an integer ``keep`` is met exactly;
-    ``budgeted`` whether ``keep`` means anything to it; ``draws`` whether the seed does; ``raster`` whether it looks at
-    the image plane, so that an image of several rasters is decided raster by raster; ``whole`` it needs every token of
-    the raster, ``even`` as many in every image, ``carries`` it remembers something of each token from cut to cut, which
-    a merge in between would blur; ``elsewhere`` options that make it work where its defaults are refused; ``score``
-    what its tokens are ranked by, in words (higher stays; empty: it does not rank)."""
+    """The registered facts of a method.
+
+    Attributes:
+        name: the paper's own short name, lower case.
+        paper: arXiv id.
+        idea: one line.
+        kinds: of the sites it works at, its usual one first.
+        needs: by kind of site, the sources it uses there.
+        keep: its usual budget; ``None``: it takes none.
+        cases: (mild, aggressive) keyword sets for the generated tests.
+        exact: an integer ``keep`` is met exactly.
+        merges: it merges tokens.
+        routes: it puts tokens aside for a side branch of its own.
+        draws: it draws at random, so that the seed matters.
+        budgeted: ``keep`` means anything to it.
+        raster: it looks at the image plane, so that an image of several rasters is decided raster by raster.
+        whole: it needs every token of the raster.
+        even: it needs as many tokens in every image.
+        carries: it remembers something of each token from cut to cut, which a merge in between would blur.
+        elsewhere: options that make it work where its defaults are refused.
+        score: what its tokens are ranked by, in words (higher stays; empty: it does not rank).
+        cls: the method itself.
+    """
 
     name: str
     paper: str
