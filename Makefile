@@ -82,7 +82,7 @@ notebooks: .venv
 
 # docs/img/demo-*.png: the demo in a browser, as its tests leave it.
 screenshots: .venv
-	VTPRUNE_SCREENSHOTS=$(CURDIR)/docs/img $(BIN)/python -m pytest -q tests/test_demo_browser.py $(SLOW)
+	VTPRUNE_SCREENSHOTS=$(CURDIR)/docs/img $(BIN)/python -m pytest -q tests/demos/test_demo_browser.py $(SLOW)
 
 # The kernels' times and memory, in benchmarks/results/kernels-<device>.*; refused where their tests fail. BENCH=--cpu-time on a CPU that others use as well.
 bench-kernels: .venv

@@ -29,8 +29,14 @@ PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
 # the page, the kernels' interpreter.
 SUBSET = (
     ("-m", "vtprune", "doctor"),
-    (*PYTEST, "tests/test_readme.py", "tests/test_imports.py", "tests/test_demo_app.py", "tests/test_overhead.py"),
-    (*PYTEST, "tests/test_generate.py", "tests/test_vits.py"),
+    (
+        *PYTEST,
+        "tests/test_readme.py",
+        "tests/test_imports.py",
+        "tests/demos/test_demo_app.py",
+        "tests/models/test_overhead.py",
+    ),
+    (*PYTEST, "tests/models/test_generate.py", "tests/models/test_vits.py"),
     (*PYTEST, "tests/test_kernels.py", "-k", "63"),
 )
 LIMIT = 1800  # seconds for one command

@@ -17,7 +17,7 @@ from vtprune.core.planning import bind
 from vtprune.core.types import UnsupportedError
 from vtprune.measure import support
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_table_in_the_docs_is_true():

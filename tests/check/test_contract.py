@@ -20,7 +20,7 @@ from vtprune.check.verify import check
 from vtprune.core.planning import load_recipe
 from vtprune.core.types import UnsupportedError
 
-REFUSED = Path(__file__).with_name("refused_pairs.json")
+REFUSED = Path(__file__).parents[1] / "refused_pairs.json"
 # Variants of a family meet the checks in which their parts could make a difference, and so do, in the choice of every
 # run, methods whose kind the family has met with another.
 CORE = (

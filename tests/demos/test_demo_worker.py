@@ -13,7 +13,7 @@ from vtprune.demos.desk import Desk
 from vtprune.demos.samples import saved
 
 import vtprune
-from test_lmms import film, video_model
+from fake import film, video_model
 
 DENSE = {"recipe": "dense", "file": None, "budget": "own", "share": 0.25, "options": "", "seed": 0}
 

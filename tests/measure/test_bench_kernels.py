@@ -32,7 +32,7 @@ HEADS = [
 def bench(monkeypatch):
     """The script as a module; tests of the ops are said to pass, speeds are made up, memory is measured at three small
     sizes."""
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "kernels.py"
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels.py"
     spec = importlib.util.spec_from_file_location("bench_kernels", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -24,7 +24,7 @@ from vtprune.show import page as report
 from vtprune.show.figures import accuracy, places, reading, staircase, style
 from vtprune.show.figures import bars as bar_figures
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = ["colour", "count"]
 NASTY = '<b>split</b> & "2"'
 

@@ -20,7 +20,7 @@ from PIL import Image
 from vtprune.models.engine.host import cache_of, cached
 
 import vtprune
-from fake import picture
+from fake import film, picture, video_model
 from vtprune.cli import main
 from vtprune.inputs import demo_model
 from vtprune.inputs.chats import prepare
@@ -333,73 +333,6 @@ def test_rounds_build_on_each_other(bundled):
     assert seen == [(1, answers[:1], None), (2, answers, 1)]
     with pytest.raises(vtprune.VtpruneError, match="chat class"):
         plugin(bundled, Simple).generate_until_multi_round([])
-
-
-def video_model():
-    """The tiny LLaVA-OneVision and a processor for it: one word, one token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        LlavaOnevisionImageProcessor,
-        LlavaOnevisionProcessor,
-        LlavaOnevisionVideoProcessor,
-        PreTrainedTokenizerFast,
-    )
-    from vtprune.models.base import ADAPTERS
-
-    words = [
-        "<pad>",
-        "<s>",
-        "</s>",
-        "<image>",
-        "<video>",
-        "<unk>",
-        "user",
-        "what",
-        "is",
-        "it",
-        *(f"w{i}" for i in range(10, 64)),
-    ]
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {
-        "pad_token": "<pad>",
-        "bos_token": "<s>",
-        "unk_token": "<unk>",
-        "additional_special_tokens": ["<image>", "<video>"],
-    }
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
-    tokenizer.image_token, tokenizer.video_token = "<image>", "<video>"
-    template = (
-        "{% for m in messages %}{{ m['role'] }} {% for c in m['content'] %}"
-        "{% if c['type'] == 'text' %}{{ c['text'] }} {% else %}<{{ c['type'] }}> {% endif %}{% endfor %}{% endfor %}"
-    )
-    side = {"height": 32, "width": 32}
-    processor = LlavaOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessor(
-            size=side, crop_size=side, image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]]
-        ),
-        tokenizer=tokenizer,
-        video_processor=LlavaOnevisionVideoProcessor(size=side, crop_size=side, do_center_crop=False),
-        num_image_tokens=16,
-        vision_feature_select_strategy="full",
-        chat_template=template,
-    )
-    return ADAPTERS.get("llava-onevision").tiny["video"]()[0], processor
-
-
-def film(path: Path, shade: int, frames: int = 9) -> str:
-    import av
-    import numpy as np
-
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream("mpeg4", rate=8)
-        stream.width = stream.height = 64
-        stream.pix_fmt = "yuv420p"
-        for i in range(frames):
-            picture = np.full((64, 64, 3), (shade + 20 * i) % 255, np.uint8)
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        out.mux(stream.encode())
-    return str(path)
 
 
 def test_videos_several_images_and_text_share_a_run(tmp_path):

@@ -93,7 +93,7 @@ def drawn(folder, uploaded=None, cost="tokens"):
     return event.fn(uploaded, 25, cost)
 
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def tower(side: int, layers: int = 4) -> Any:
 def bench():
     """The script as a module, with a tiny tower in place of the real one and short turns; the packages of the real one
     are said to be there."""
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "vit.py"
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "vit.py"
     spec = importlib.util.spec_from_file_location("bench_vit", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

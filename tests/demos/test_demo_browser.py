@@ -27,7 +27,7 @@ import vtprune
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = (
     os.environ.get("CHROMIUM")
     or shutil.which("chromium")
