@@ -1,8 +1,8 @@
 """Everything transformers' models and ``generate`` offer works attached as it does without, when nothing is dropped, or
 is refused by our own error.
 
-After the layout of transformers' own model and generation tests, written anew. ``python tests/models/test_parity.py``
-prints the table: families x modes.
+After the layout of transformers' own model and generation tests, written anew. ``PYTHONPATH=tests python
+tests/models/test_parity.py`` prints the table: families x modes.
 """
 
 from __future__ import annotations
