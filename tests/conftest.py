@@ -28,8 +28,9 @@ collect_ignore = ["plugin"]  # a distribution of its own: test_plugins.py instal
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
-# Modules whose tests share something that takes long to make: a server, a browser, what all families support.
-TOGETHER = ("test_demo_browser.py", "test_support.py", "test_theatre.py")
+# Modules whose tests share something that takes long to make: a server, a browser, what all families support, an
+# installed distribution.
+TOGETHER = ("test_demo_browser.py", "test_plugins.py", "test_support.py", "test_theatre.py")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -125,7 +125,7 @@ except ImportError:
 else:
     from vtprune.lmms.model import Chat
     chat = Chat(loaded=bundled, exits=False, device="cpu", recipe="loudest", keep=0.5)
-    lmms = chat.handle.recipe.name
+    lmms = chat.pruned.handle.recipe.name
     chat.clean()
 print(json.dumps({
     "early": loaded, "tiny": tiny, "run": run["stages"], "offers": offers, "lmms": lmms,
