@@ -104,10 +104,30 @@ print(json.dumps([name for name in names if not inspect.isroutine(getattr(vtprun
 
 def test_names_of_the_first_layout_lead_to_where_things_are(tmp_path):
     """Own methods import them; the function ``vtprune.verify`` is still the function."""
-    code = (
-        "import json, vtprune; from vtprune.types import VtpruneError, TokenView; from vtprune.select import top; "
-        "from vtprune.recipe import Recipe; from vtprune.ledger import snapshot; from vtprune.verify import check; "
-        "from vtprune.core import types; "
-        "print(json.dumps([types.VtpruneError is VtpruneError, Recipe is vtprune.Recipe, vtprune.verify.__name__]))"
-    )
-    assert fresh(code, tmp_path, "-I") == [True, True, "verify"]
+    code = """
+import json, vtprune
+from vtprune.types import Report, TokenView, VtpruneError
+from vtprune.select import top
+from vtprune.recipe import Recipe
+from vtprune.ledger import snapshot, stopwatch
+from vtprune.attach import attach, load_recipe
+from vtprune.verify import CHECKS, _Case, _masks, check
+from vtprune.core import types
+try:
+    from vtprune.select import nothing
+except ImportError as e:
+    missing = "vtprune.select" in str(e)
+same = [types.VtpruneError is VtpruneError, Recipe is vtprune.Recipe, attach is vtprune.attach]
+print(json.dumps([*same, missing, vtprune.verify.__name__]))
+"""
+    assert fresh(code, tmp_path, "-I") == [True, True, True, True, "verify"]
+
+
+def test_every_old_name_has_a_place():
+    from importlib import import_module
+
+    from vtprune.moved import MOVED
+
+    for places in MOVED.values():
+        for place in places:
+            import_module(f"vtprune.{place}")

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room -> the rooms it may import from, itself aside. What stands first and matches decides.
 MAY = {
     "vtprune.version": (),
+    "vtprune.moved": (),
     "vtprune.core.types": (),
     "vtprune.core.registry": ("vtprune.core.*",),
     "vtprune.core.select": ("vtprune.core.types", "vtprune.kernels"),

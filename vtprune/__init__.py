@@ -5,8 +5,6 @@ Importing this package imports no model library and changes nothing in the proce
 
 from __future__ import annotations
 
-import sys as _sys
-from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from vtprune.core.recipe import Recipe, Stage  # noqa: E402
 from vtprune.core.report import Report, StageReport  # noqa: E402
 from vtprune.core.solve import solve  # noqa: E402
 from vtprune.core.types import UnsupportedError, VtpruneError  # noqa: E402
+from vtprune.moved import keep_old_names  # noqa: E402
 from vtprune.version import __version__  # noqa: E402, F401
 
 __all__ = [
@@ -46,15 +45,7 @@ __all__ = [
     "verify",
 ]
 
-# Own methods that were written against the first layout name these modules.
-for _old, _new in {
-    "ledger": "core.ledger",
-    "recipe": "core.recipe",
-    "select": "core.select",
-    "types": "core.types",
-    "verify": "check.verify",
-}.items():
-    _sys.modules[f"{__name__}.{_old}"] = _import_module(f"{__name__}.{_new}")
+keep_old_names()
 
 
 def load_demo_model(device: str = "cpu", dtype: Any = None) -> tuple[Any, Any]:
