@@ -130,6 +130,18 @@ def fixed(cache: Any) -> bool:
     return bool(getattr(cache, "is_compileable", False))
 
 
+def without_cache(module: nn.Module) -> bool:
+    """Whether ``module`` is a layer that will be run without the cache it is given: gradient checkpointing takes it
+    away."""
+    return module.training and getattr(module, "gradient_checkpointing", False)
+
+
+def rounds(cache: Any, layer: int) -> bool:
+    """Whether layer ``layer`` of ``cache`` gives back less than it was given, from the second time on (quantised)."""
+    layers = getattr(cache, "layers", ())
+    return layer < len(layers) and hasattr(layers[layer], "_quantize")
+
+
 def arguments(module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """What a forward of ``module`` was given, by name, also what came by position."""
     if not args:

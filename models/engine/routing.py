@@ -76,6 +76,16 @@ class Routing:
         key, value = (heads(module.self_attn, name, hidden) for name in ("k", "v"))
         cache = host.cache_in(kwargs)
         cache = host.new_cache() if cache is None else cache
+        if host.without_cache(module):
+            raise UnsupportedError(
+                f"layer {number} is given the visual rows' keys through a cache, which gradient checkpointing takes "
+                "away: gradient_checkpointing_disable(), or choose another variant"
+            )
+        if host.rounds(cache, number):
+            raise UnsupportedError(
+                f"a quantised cache rounds the visual rows before layer {number} has read them, which the dense model "
+                "does not: use another cache, or another variant"
+            )
         cache.update(turn(key, tables[0], tables[1], self.decoder.pairs), value, number)
         return {**serving, **host.cached(module, cache)}
 
