@@ -117,10 +117,11 @@ try:
     from vtprune.select import nothing
 except ImportError as e:
     missing = "vtprune.select" in str(e)
-same = [types.VtpruneError is VtpruneError, Recipe is vtprune.Recipe, attach is vtprune.attach]
+same = [types.VtpruneError is vtprune.types.VtpruneError, types.VtpruneError is VtpruneError]
+same += [Recipe is vtprune.Recipe, attach is vtprune.attach]
 print(json.dumps([*same, missing, vtprune.verify.__name__]))
 """
-    assert fresh(code, tmp_path, "-I") == [True, True, True, True, "verify"]
+    assert fresh(code, tmp_path, "-I") == [True, True, True, True, True, "verify"]
 
 
 def test_every_old_name_has_a_place():

@@ -45,7 +45,7 @@ __all__ = [
     "verify",
 ]
 
-keep_old_names()
+keep_old_names(globals())
 
 
 def load_demo_model(device: str = "cpu", dtype: Any = None) -> tuple[Any, Any]:

@@ -60,7 +60,9 @@ class _Moved(ModuleType):
         raise AttributeError(f"{self.__name__} has moved to {', '.join(self.__dict__['places'])}; none has {name!r}")
 
 
-def keep_old_names() -> None:
-    """Makes the old modules importable."""
+def keep_old_names(package: dict[str, Any]) -> None:
+    """Makes the old modules importable, and attributes of ``package`` where nothing else has the name."""
     for old, places in MOVED.items():
-        sys.modules[f"vtprune.{old}"] = _Moved(f"vtprune.{old}", places)
+        module = sys.modules[f"vtprune.{old}"] = _Moved(f"vtprune.{old}", places)
+        if "." not in old:
+            package.setdefault(old, module)
