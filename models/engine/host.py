@@ -160,11 +160,7 @@ def backend(config: Any) -> str:
 def checkpointed(module: nn.Module) -> bool:
     """Whether ``module`` is a layer whose checkpoints run its hooks again in the backward pass, as in transformers up
     to 5.17."""
-    return (
-        module.training
-        and getattr(module, "gradient_checkpointing", False)
-        and type(module).__call__ is not nn.Module.__call__
-    )
+    return without_cache(module) and type(module).__call__ is not nn.Module.__call__
 
 
 def features(output: Any) -> Any:

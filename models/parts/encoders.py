@@ -84,15 +84,14 @@ class Encoders:
 
         return noted
 
-    def expand(self, ledger: UndoLedger, vision: Callable[[Run], None]) -> None:
+    def expand(self, ledger: UndoLedger) -> None:
         """What the tower leaves is put back to its placeholders behind the projector, with zeros in between: which rows
-        those are is known from the books of the passes, never from the values. ``vision(run)`` is told each pass."""
+        those are is known from the books of the passes, never from the values."""
 
         def spread(module: nn.Module, args: tuple, kwargs: dict, features: Tensor) -> Tensor | None:
             run = self._taken()
             if run is None:
                 return None
-            vision(run)
             known: Encoded | None = getattr(self.local, "now", None)
             if known is not None:
                 known.runs.append(run)

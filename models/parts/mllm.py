@@ -254,7 +254,7 @@ class Mllm:
     def _install_tower(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, seed: int) -> TowerEngine:
         engine = self.tower_engine(cuts, ledger, seed=seed, done=self.encoding.passed)
         assert engine is not None
-        self.encoding.expand(ledger, recorder.vision)
+        self.encoding.expand(ledger)
         return engine
 
 

@@ -3,9 +3,7 @@ family x every check."""
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +11,13 @@ from vtprune.models.base import ADAPTERS
 
 import vtprune
 from cases import case_options
-from choice import covering, kinds, taken
+from choice import covering, kinds, refused, taken
 from vtprune.check.case import Case
 from vtprune.check.contract import CHECKS
 from vtprune.check.verify import check
 from vtprune.core.planning import load_recipe
 from vtprune.core.types import UnsupportedError
 
-REFUSED = Path(__file__).parents[1] / "refused_pairs.json"
 # Variants of a family meet the checks in which their parts could make a difference, and so do, in the choice of every
 # run, methods whose kind the family has met with another.
 CORE = (
@@ -44,7 +41,7 @@ def test_pair(pair, tiny):
     family, variant, method, case = pair
     model, inputs = tiny(family, variant)
     options = case_options(model, method, case)
-    pairs = json.loads(REFUSED.read_text()).get(f"{family}/{variant}", {})
+    pairs = refused().get(f"{family}/{variant}", {})
     listed = pairs.get(f"{method} {case}", pairs.get(method))
     try:
         with vtprune.attach(model, method, **options), torch.no_grad():
@@ -81,7 +78,7 @@ def test_refused_pairs_are_the_listed_ones(tiny):
     """Coverage cannot shrink unseen: the table of impossible pairs is checked in. A method, or ``method case`` where
     only some of its cases are refused."""
     found: dict[str, dict[str, str]] = {}
-    listed = json.loads(REFUSED.read_text())
+    listed = refused()
     for family in ADAPTERS:
         info = ADAPTERS.get(family)
         if info.package is not None and find_spec(info.package) is None:  # an optional package
@@ -89,15 +86,15 @@ def test_refused_pairs_are_the_listed_ones(tiny):
             continue
         for variant in info.tiny:
             model, inputs = tiny(family, variant)
-            refused = found.setdefault(f"{family}/{variant}", {})
+            mine = found.setdefault(f"{family}/{variant}", {})
             for method in vtprune.methods():
                 for number in range(len(vtprune.describe(method).cases)):
                     try:
                         with vtprune.attach(model, method, **case_options(model, method, number)), torch.no_grad():
                             model(**inputs)
                     except UnsupportedError as e:
-                        if refused.get(method) != str(e):
-                            refused[f"{method} {number}" if number else method] = str(e)
+                        if mine.get(method) != str(e):
+                            mine[f"{method} {number}" if number else method] = str(e)
     assert {pair: why for pair, why in found.items() if why} == listed
 
 

@@ -167,9 +167,8 @@ class Handle:
         self._threads[threading.current_thread()] = found
 
     def vision(self, run: Run) -> None:
-        """Called by the adapter after each pass of the vision side."""
-        if self.geometry.llm_layers == 0:
-            self._last = (run, None)
+        """Called by the adapter of a bare tower after each pass."""
+        self._last = (run, None)
 
     def arrived(self, request: Request) -> Run:
         """Called by the adapter before stages behind the projector: their books, begun with what the tower did."""
