@@ -14,13 +14,13 @@ from .rows import take
 from .serving import Serving
 
 
-class LayerReplays:
-    """Remembers forwards by the rotary table that each of their checkpoints keeps. ``routes``: a method routes tokens,
-    which cannot be repeated."""
+class LayerReplays(WeakValueDictionary[int, Call]):
+    """The forwards by the rotary table (its ``id``) that each of their checkpoints keeps. ``routes``: a method routes
+    tokens, which cannot be repeated."""
 
     def __init__(self, decoder: Decoder, serving: Serving, *, routes: bool):
+        super().__init__()
         self.decoder, self.serving, self.routes = decoder, serving, routes
-        self.calls: WeakValueDictionary[int, Call] = WeakValueDictionary()
 
     def remember(self, call: Call, number: int, level: SequenceLength) -> None:
         """Layer ``number`` reads ``level``."""
@@ -33,13 +33,13 @@ class LayerReplays:
             call.done[number] = (None, level)
         table = call.dense[self.decoder.kinds[number]]["position_embeddings"][0]
         table._vtprune_call = call  # the checkpoint keeps the table, and nobody else keeps the call
-        self.calls[id(table)] = call
+        self[id(table)] = call
 
     def again(self, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """What layer ``number``, called outside of any forward that is known, is called with; ``None``: what it
         was."""
         tables: Any = kwargs.get("position_embeddings")
-        call = self.calls.get(id(tables[0])) if isinstance(tables, tuple) else None
+        call = self.get(id(tables[0])) if isinstance(tables, tuple) else None
         if call is None or number not in call.done:
             return None
         order, level = call.done[number]

@@ -6,11 +6,14 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ..core.handle import Handle, put
+from ..core.planning import bind
 from ..core.recipe import Recipe
 from .prove import prove
 
 if TYPE_CHECKING:
     from torch import nn
+
+__all__ = ["attach", "bind"]  # `bind`: read here by programs written against the first layout
 
 
 def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: Any) -> Handle:
