@@ -74,9 +74,9 @@ def reference(
         if function == "nearest":
             s = s if skip is None else s.masked_fill_(skip, -torch.inf)
             best = s.max(-1, keepdim=True).values if nearest == 1 else s.topk(min(nearest, n), -1).values
-            found = best > -torch.inf
-            mean = best.masked_fill(~found, 0).sum(-1) / found.sum(-1)
-            out[:, i : i + step] = mean.masked_fill(~found.any(-1), -torch.inf)
+            present = best > -torch.inf
+            mean = best.masked_fill(~present, 0).sum(-1) / present.sum(-1)
+            out[:, i : i + step] = mean.masked_fill(~present.any(-1), -torch.inf)
             continue
         if function == "above":
             s = (s >= margin).to(s.dtype)

@@ -61,10 +61,10 @@ def _energy(
             total += tl.sum(tl.where(seen, f, 0.0), axis=1)
             count += tl.sum(tl.where(seen, 1.0, 0.0), axis=1)
     if FUNCTION == NEAREST:
-        found = (best > float("-inf")) & (slot < TOP)[None, :]
-        count = tl.sum(tl.where(found, 1.0, 0.0), axis=1)
+        present = (best > float("-inf")) & (slot < TOP)[None, :]
+        count = tl.sum(tl.where(present, 1.0, 0.0), axis=1)
         total = tl.where(
-            count > 0, tl.sum(tl.where(found, best, 0.0), axis=1) / tl.where(count > 0, count, 1.0), float("-inf")
+            count > 0, tl.sum(tl.where(present, best, 0.0), axis=1) / tl.where(count > 0, count, 1.0), float("-inf")
         )
     elif FUNCTION != ABOVE:
         total = total / tl.where(count > 0, count, 1.0)

@@ -46,7 +46,7 @@ def _gather(
 def gather(index: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     b, k = index.shape
     index = index.contiguous()
-    found = []
+    gathered = []
     for i in range(0, len(tensors), 4):
         part = tensors[i : i + 4]
         # Bools travel as bytes; one row is one vector of numbers.
@@ -63,8 +63,8 @@ def gather(index: Tensor, tensors: list[Tensor]) -> list[Tensor]:
             )  # fmt: skip
         for t, out in zip(part, outs, strict=True):
             shaped = out.view(b, k, *t.shape[2:])
-            found.append(shaped.view(torch.bool) if t.dtype == torch.bool else shaped)
-    return found
+            gathered.append(shaped.view(torch.bool) if t.dtype == torch.bool else shaped)
+    return gathered
 
 
 def _bytes(t: Tensor) -> Tensor:

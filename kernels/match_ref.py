@@ -76,13 +76,13 @@ def reference(
         offset = inverse.new_zeros(b, k).masked_fill_(closed[:, m:], -torch.inf)[:, None]
     if penalty is not None:
         offset = -penalty.to(both.dtype)[:, None] if offset is None else offset - penalty.to(both.dtype)[:, None]
-    found = []
+    matches = []
     for i in range(0, m, step := max(1, CHUNK // (b * k))):
         s = torch.bmm(a[:, i : i + step], t).mul_(scale)
         if offset is not None:
             s = s.mul_(length[:, i : i + step, None]).add_(offset)
-        found.append(_best(s))
-    score, best = (torch.cat(parts, 1) if len(found) > 1 else parts[0] for parts in zip(*found, strict=True))
+        matches.append(_best(s))
+    score, best = (torch.cat(parts, 1) if len(matches) > 1 else parts[0] for parts in zip(*matches, strict=True))
     if offset is None:
         return score * length, best
     score = score if closed is None else score.masked_fill(closed[:, :m], -torch.inf)

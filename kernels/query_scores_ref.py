@@ -58,13 +58,13 @@ def query_scores(
     b, _, r, d = q.shape
     n = k.shape[2]
     table: list[tuple[int, ...]] = [(b, n, d), (1, n, d)]
-    given: list[tuple[str, Tensor | None, list[tuple[int, ...]]]] = [
+    declared: list[tuple[str, Tensor | None, list[tuple[int, ...]]]] = [
         ("weight", weight, [(b, r)]),
         ("seen", seen, [(b, r, n), (b, 1, n)]),
         ("bias", bias, [(b, n)]),
         *[("rotary", t, table) for t in rotary or ()],
     ]
-    for what, tensor, shapes in given:
+    for what, tensor, shapes in declared:
         if tensor is not None and tuple(tensor.shape) not in shapes:
             raise VtpruneError(
                 f"query_scores: {what} must be {' or '.join(str(list(s)) for s in shapes)}, got {list(tensor.shape)}"

@@ -96,12 +96,12 @@ class Generic(Mllm):
             out.append([RasterSpan(c, (len(c), 1), i, -1, (len(c),)) for i, c in enumerate(runs) if len(c)])
         return out
 
-    def slice_(self, inputs: dict[str, Any], found: list[list[RasterSpan]], b: int) -> dict[str, Any]:
+    def slice_(self, inputs: dict[str, Any], samples: list[list[RasterSpan]], b: int) -> dict[str, Any]:
         """One row of pixels per run of placeholders, or one row per patch where sizes in patches come along."""
         grids = inputs.get("image_grid_thw")
         if grids is None:
-            return super().slice_(inputs, found, b)
-        first, count = sum(len(sample) for sample in found[:b]), len(found[b])
+            return super().slice_(inputs, samples, b)
+        first, count = sum(len(sample) for sample in samples[:b]), len(samples[b])
         return (
             dict(
                 zip(("image_grid_thw", "pixel_values"), some(grids, inputs["pixel_values"], first, count), strict=True)

@@ -87,17 +87,17 @@ class LlavaNext(Llava):
             else:  # so long and thin that the padding took all rows of the tiles; the tower has read them nevertheless
                 yield [Raster(self.geometry.grid, (n,) * (1 + count))]
 
-    def sources(self, inputs: dict[str, Any], found: list[list[RasterSpan]]) -> list[Tensor]:
+    def sources(self, inputs: dict[str, Any], samples: list[list[RasterSpan]]) -> list[Tensor]:
         known, n, out = (
             [self.packed(size, tiled) for size, tiled in self.tiles(self.noted(inputs))],
             self.geometry.tokens,
             [],
         )
-        images = sum(per_sample(found))
+        images = sum(per_sample(samples))
         # Beam search repeats every prompt, but not the sizes of its images.
         copies = images // len(known) if known and images % len(known) == 0 else 1
         maps = iter(known)
-        for sample in found[::copies]:
+        for sample in samples[::copies]:
             start, rows = 0, []
             for image in sorted({p.image for p in sample}):
                 origin = next(maps).long()
@@ -106,8 +106,8 @@ class LlavaNext(Llava):
             out.append(torch.cat(rows) if rows else torch.empty(0, dtype=torch.long))
         return [rows for rows in out for _ in range(copies)]
 
-    def slice_(self, inputs: dict[str, Any], found: list[list[RasterSpan]], b: int) -> dict[str, Any]:
-        counts = per_sample(found)
+    def slice_(self, inputs: dict[str, Any], samples: list[list[RasterSpan]], b: int) -> dict[str, Any]:
+        counts = per_sample(samples)
         rows = slice(sum(counts[:b]), sum(counts[: b + 1]))
         return {name: inputs[name][rows] for name in ("pixel_values", "image_sizes")} if counts[b] else {}
 

@@ -50,19 +50,19 @@ class LlavaOnevision(LlavaNext):
         for frames in () if pixels is None else pixels:
             yield [Raster(half, (n,))] * len(frames) + [Raster((1, 1), (), joins=True)]
 
-    def sources(self, inputs: dict[str, Any], found: list[list[RasterSpan]]) -> list[Tensor]:
+    def sources(self, inputs: dict[str, Any], samples: list[list[RasterSpan]]) -> list[Tensor]:
         maps = [self.packed(size, tiled) for size, tiled in self.tiles(self.noted(inputs))]
-        if any(p.video >= 0 for sample in found for p in sample) or any(bool((m != m.round()).any()) for m in maps):
+        if any(p.video >= 0 for sample in samples for p in sample) or any(bool((m != m.round()).any()) for m in maps):
             raise UnsupportedError(
                 "LLaVA-OneVision interpolates video frames and large images behind the projector, which tokens from a "
                 "pruned tower cannot be: "
                 "use a stage at the projector or in the language model, or an image that fits its tiles"
             )
-        return super().sources(inputs, found)
+        return super().sources(inputs, samples)
 
-    def slice_(self, inputs: dict[str, Any], found: list[list[RasterSpan]], b: int) -> dict[str, Any]:
+    def slice_(self, inputs: dict[str, Any], samples: list[list[RasterSpan]], b: int) -> dict[str, Any]:
         out: dict[str, Any] = {}
-        images, videos = per_sample(found), per_sample(found, videos=True)
+        images, videos = per_sample(samples), per_sample(samples, videos=True)
         if images[b]:
             rows = slice(sum(images[:b]), sum(images[: b + 1]))
             out |= {name: inputs[name][rows] for name in ("pixel_values", "image_sizes")}

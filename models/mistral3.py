@@ -64,9 +64,9 @@ class Mistral3(Mllm):
         for height, width in torch.as_tensor(inputs["image_sizes"]).tolist():
             yield [Raster((height // self.cell, width // self.cell))]
 
-    def slice_(self, inputs: dict[str, Any], found: list[list[RasterSpan]], b: int) -> dict[str, Any]:
-        at = sum(len(sample) for sample in found[:b])
-        return {k: inputs[k][at : at + len(found[b])] for k in ("pixel_values", "image_sizes")} if found[b] else {}
+    def slice_(self, inputs: dict[str, Any], samples: list[list[RasterSpan]], b: int) -> dict[str, Any]:
+        at = sum(len(sample) for sample in samples[:b])
+        return {k: inputs[k][at : at + len(samples[b])] for k in ("pixel_values", "image_sizes")} if samples[b] else {}
 
 
 def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -109,13 +109,13 @@ class QwenVL(Mllm):
         for t, h, w in [] if grids is None else grids.tolist():
             yield [Raster((h // self.fold, w // self.fold))] * t
 
-    def slice_(self, inputs: dict[str, Any], found: list[list[RasterSpan]], b: int) -> dict[str, Any]:
+    def slice_(self, inputs: dict[str, Any], samples: list[list[RasterSpan]], b: int) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for pixels, grid, moving in (
             ("pixel_values", "image_grid_thw", False),
             ("pixel_values_videos", "video_grid_thw", True),
         ):
-            counts = per_sample(found, videos=moving)
+            counts = per_sample(samples, videos=moving)
             if not counts[b]:
                 continue
             first = sum(counts[:b])

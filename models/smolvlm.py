@@ -52,9 +52,9 @@ class SmolVLM(Mllm):
             vision=vision,
         )
 
-    def slice_(self, inputs: dict[str, Any], found: list[list[RasterSpan]], b: int) -> dict[str, Any]:
+    def slice_(self, inputs: dict[str, Any], samples: list[list[RasterSpan]], b: int) -> dict[str, Any]:
         """The tiles of sample ``b``: pixels are ``[B, n, 3, H, W]``, and tiles of zeros only fill up."""
-        tiles = [len(sample) for sample in found]
+        tiles = [len(sample) for sample in samples]
         if not tiles[b]:
             return {}
         real = (inputs["pixel_values"] != 0).flatten(2).any(2)  # [B, n]

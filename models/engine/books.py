@@ -29,12 +29,12 @@ def passes(request: Request) -> list[list[tuple[int, Tensor, Tensor]]]:
     indices ``[v]``."""
     out = []
     for parts, sources in zip(request.parts, request.sources, strict=True):
-        start, found = 0, []
+        start, sample_passes = 0, []
         for n in (n for p in parts for n in p.passes):
             index = ((sources >= start) & (sources < start + n)).nonzero()[:, 0]
-            found.append((n, sources[index] - start, index))
+            sample_passes.append((n, sources[index] - start, index))
             start += n
-        out.append(found)
+        out.append(sample_passes)
     return out
 
 
@@ -47,10 +47,10 @@ def _present(run: Run, g: int) -> Tensor:
 def carry(request: Request) -> Run:
     """The books of the stages behind the projector, begun with what the tower has dropped and merged: one row per
     unit."""
-    found = request.units
-    counts = [len(u.columns) for u in found]
+    groups = request.units
+    counts = [len(u.columns) for u in groups]
     device = request.real.device
-    run = Run.start(len(found), max(counts), device, counts)
+    run = Run.start(len(groups), max(counts), device, counts)
     if request.arrived is None:
         return run
     columns = order(request)
@@ -67,7 +67,7 @@ def carry(request: Request) -> Run:
             absorber[b][index] = torch.where(slot >= 0, at[row[slot.clamp_min(0)].clamp_min(0)], -1)
             run.merges |= tower.merges
     index, size, slots = torch.full_like(run.index, -1), torch.zeros_like(run.size), torch.full_like(run.slot, -1)
-    for u, unit in enumerate(found):
+    for u, unit in enumerate(groups):
         here = torch.searchsorted(columns[unit.sample], unit.columns.cpu())
         left = request.arrived[unit.sample].cpu()[unit.columns.cpu()]
         running = torch.full((len(columns[unit.sample]),), -1).scatter_(0, here[left], torch.arange(int(left.sum())))
@@ -171,7 +171,7 @@ def by_sample(request: Request, record: Record, rasters: bool = False) -> Record
     )
 
 
-def told(record: Record, tokens: int) -> Record:
+def per_image(record: Record, tokens: int) -> Record:
     """A record of a bare tower, whose images are the samples."""
     if record.ranked is None:
         return record

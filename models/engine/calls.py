@@ -161,9 +161,9 @@ class Calls:
         about."""
         running = self.entrance.generation
         if running is not None:
-            if running.told and not request.units:
+            if running.reported and not request.units:
                 return
-            running.told |= bool(request.units)
+            running.reported |= bool(request.units)
         self.done(request)
 
 

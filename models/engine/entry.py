@@ -34,11 +34,11 @@ class Generation:
 
     prompt: Tensor | None = None
     real: Tensor | None = None
-    told: bool = False
+    reported: bool = False
 
 
 class Entry:
-    """Wraps the forwards of ``roots`` (the first takes labels and generates). ``opens(call, given)`` answers with what
+    """Wraps the forwards of ``roots`` (the first takes labels and generates). ``opens(call, inputs)`` answers with what
     the forward is called with, ``closes( call, output)`` sees what it returned."""
 
     def __init__(
@@ -98,12 +98,12 @@ class Entry:
             if self.stack:  # the core, called by the model
                 return original(*args, **kwargs)
             live()
-            given = host.arguments(root, args, kwargs)
+            inputs = host.arguments(root, args, kwargs)
             call, output = Call(), None
             self.stack.append(call)
             try:
-                given = opens(call, given)
-                output = original(**given)
+                inputs = opens(call, inputs)
+                output = original(**inputs)
                 closes(call, output)
             finally:
                 self.stack.remove(call)
@@ -152,12 +152,12 @@ class Entry:
             return None
         if not self.answers:
             return None
-        found = []
+        lengths = []
         for row, mask in zip(ids.cpu(), real.cpu(), strict=True):
             column = mask.nonzero()[:, 0]
             answered = self._answered(tuple(row[column].tolist()))
-            found.append(ids.shape[1] if answered is None else int(column[answered - 1]) + 1)
-        return None if all(n == ids.shape[1] for n in found) else torch.tensor(found, device=ids.device)
+            lengths.append(ids.shape[1] if answered is None else int(column[answered - 1]) + 1)
+        return None if all(n == ids.shape[1] for n in lengths) else torch.tensor(lengths, device=ids.device)
 
     def _answered(self, tokens: tuple[int, ...]) -> int | None:
         """The length of the prompt if ``tokens`` are a prompt and (the beginning of) an answer that ``generate`` gave

@@ -119,9 +119,9 @@ def columns(cache: Any, queries: int, layer: int) -> tuple[int, int]:
 def stored(cache: Any, layer: int) -> tuple[int, int, int]:
     """What layer ``layer`` of ``cache`` holds: numbers per token in keys and in values, over all heads, and the tokens
     that it keeps at most (0: all)."""
-    found = cache.layers[layer]
-    window = getattr(found, "sliding_window", None) if getattr(found, "is_sliding", False) else None
-    sizes = [t.numel() // (t.shape[0] * t.shape[-2]) for t in (found.keys, found.values)]
+    cached_layer = cache.layers[layer]
+    window = getattr(cached_layer, "sliding_window", None) if getattr(cached_layer, "is_sliding", False) else None
+    sizes = [t.numel() // (t.shape[0] * t.shape[-2]) for t in (cached_layer.keys, cached_layer.values)]
     return sizes[0], sizes[1], window - 1 if window else 0
 
 

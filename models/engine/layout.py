@@ -71,7 +71,7 @@ def parts(
     for row, marks in zip(ids, visual, strict=True):
         columns = marks.nonzero()[:, 0]
         places, kinds = columns.tolist(), row[columns].tolist()
-        found: list[RasterSpan] = []
+        sample: list[RasterSpan] = []
         image = video = -1
         at = 0
         while at < len(places):
@@ -91,21 +91,21 @@ def parts(
                         f"the prompt's visual tokens are not whole images: the next one has {raster.grid[0]} x "
                         f"{raster.grid[1]} of them"
                     )
-                joined = runs and not moving and found and int(found[-1].columns[-1]) == places[at] - 1
+                joined = runs and not moving and sample and int(sample[-1].columns[-1]) == places[at] - 1
                 image += not raster.joins and (moving or (i == 0 and not joined))
                 passes = tuple(n if p < 0 else p for p in raster.passes)
-                found.append(RasterSpan(columns[at : at + n], raster.grid, image, video if moving else -1, passes))
+                sample.append(RasterSpan(columns[at : at + n], raster.grid, image, video if moving else -1, passes))
                 at += n
-        out.append(found)
+        out.append(sample)
     return out
 
 
-def units(found: list[list[RasterSpan]], per: str, segments: Tensor | None = None) -> list[BudgetGroup]:
+def units(samples: list[list[RasterSpan]], per: str, segments: Tensor | None = None) -> list[BudgetGroup]:
     """Parts joined by ``per``: ``"tile"`` every raster alone, ``"image"`` an image (a video's frame), ``"video"`` also
     all frames of a video, ``"sample"`` everything in a sample, or in each of the prompts that are packed into a row
     (``segments`` ``[B, T]``)."""
     out: list[BudgetGroup] = []
-    for b, sample in enumerate(found):
+    for b, sample in enumerate(samples):
         groups: dict[object, list[RasterSpan]] = {}
         for i, part in enumerate(sample):
             whole = ("video", part.video) if part.video >= 0 else ("image", part.image)
@@ -142,6 +142,6 @@ def some(grids: Tensor, pixels: Tensor, first: int, count: int) -> tuple[Tensor,
     return grids[first : first + count], pixels[rows[first] : rows[first + count]]
 
 
-def per_sample(found: list[list[RasterSpan]], *, videos: bool = False) -> list[int]:
+def per_sample(samples: list[list[RasterSpan]], *, videos: bool = False) -> list[int]:
     """Images (without the frames of videos), or videos, in each sample."""
-    return [len({p.video if videos else p.image for p in sample if (p.video >= 0) == videos}) for sample in found]
+    return [len({p.video if videos else p.image for p in sample if (p.video >= 0) == videos}) for sample in samples]

@@ -115,8 +115,8 @@ class Stash:
     @cached_property
     def rows(self) -> Tensor:
         """Columns of the visual rows, ``[B, V]``, padded with -1."""
-        found = [r.nonzero()[:, 0] for r in self.level.visual & self.level.valid]
-        return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
+        columns = [r.nonzero()[:, 0] for r in self.level.visual & self.level.valid]
+        return nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=-1)
 
     @cached_property
     def alone(self) -> SequenceLength:

@@ -115,14 +115,14 @@ class Mllm:
         """The frames of every video of the batch, in order."""
         return iter(())
 
-    def sources(self, inputs: dict[str, Any], found: list[list[RasterSpan]]) -> list[Tensor]:
+    def sources(self, inputs: dict[str, Any], samples: list[list[RasterSpan]]) -> list[Tensor]:
         """Per sample, for each of its visual tokens ``[n]``, the tower's token it was made of, counted over the
         sample's passes (-1: none)."""
-        return [torch.arange(sum(len(p.columns) for p in sample)) for sample in found]
+        return [torch.arange(sum(len(p.columns) for p in sample)) for sample in samples]
 
-    def slice_(self, inputs: dict[str, Any], found: list[list[RasterSpan]], b: int) -> dict[str, Any]:
+    def slice_(self, inputs: dict[str, Any], samples: list[list[RasterSpan]], b: int) -> dict[str, Any]:
         """The pixels of sample ``b`` as keywords; by default one row per pass of the tower."""
-        passes = [sum(len(p.passes) for p in sample) for sample in found]
+        passes = [sum(len(p.passes) for p in sample) for sample in samples]
         at = sum(passes[:b])
         return (
             {"pixel_values": inputs["pixel_values"][at : at + passes[b]]}
@@ -149,8 +149,8 @@ class Mllm:
 
     def visual(self, ids: Tensor) -> Tensor:
         """Placeholders of images and videos, bool as ``ids``."""
-        found = ids == self.image_token
-        return found if self.video_token is None else found | (ids == self.video_token)
+        marks = ids == self.image_token
+        return marks if self.video_token is None else marks | (ids == self.video_token)
 
     def parts(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[RasterSpan]]:
         """Per sample of ``ids`` ``[B, T]`` the rasters of visual tokens in it."""
@@ -164,8 +164,8 @@ class Mllm:
             if not torch.equal(marks[::copies].repeat_interleave(copies, 0), marks):
                 copies = 1
         # Beam search repeats every prompt, but not the sizes of its images.
-        found = parts(ids[::copies], self.visual(ids[::copies]), self.moving(inputs), images, videos, runs=self.runs)
-        return [sample for sample in found for _ in range(copies)]
+        samples = parts(ids[::copies], self.visual(ids[::copies]), self.moving(inputs), images, videos, runs=self.runs)
+        return [sample for sample in samples for _ in range(copies)]
 
     def noted(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """``inputs`` with what the encoders' outputs among them were made from."""

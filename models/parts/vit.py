@@ -106,9 +106,9 @@ class BareVit:
         signature = inspect.signature(original)
 
         def run_blocks(*args: Any, **kwargs: Any) -> Any:
-            given = signature.bind(*args, **kwargs)
-            given.apply_defaults()
-            asked = given.arguments
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            asked = bound.arguments
             reshape = asked["output_fmt"] == "NCHW"
             if reshape:
                 asked["output_fmt"] = "NLC"
@@ -118,10 +118,12 @@ class BareVit:
                 if not reshape:
                     return output
                 blocks = taken(asked["indices"], depth)
-                return _mapped(output, lambda found: [_lifted(run, i, x) for i, x in zip(blocks, found, strict=True)])
+                return _mapped(
+                    output, lambda features: [_lifted(run, i, x) for i, x in zip(blocks, features, strict=True)]
+                )
 
             call = self.engine.alone(original, early=asked["stop_early"], finish=finish)
-            return call(*given.args, **given.kwargs)
+            return call(*bound.args, **bound.kwargs)
 
         ledger.replace(module, name, run_blocks)
 
@@ -178,9 +180,9 @@ def _mapped(output: Any, lift: Callable[[list], list]) -> Any:
     return (output[0], lift(output[1])) if isinstance(output, tuple) else lift(output)
 
 
-def _lifted(run: Run, block: int, found: Any) -> Any:
+def _lifted(run: Run, block: int, features: Any) -> Any:
     """Patches, alone or with the prefix tokens beside them, as a feature map."""
-    return (run.maps(block, found[0]), *found[1:]) if isinstance(found, tuple) else run.maps(block, found)
+    return (run.maps(block, features[0]), *features[1:]) if isinstance(features, tuple) else run.maps(block, features)
 
 
 def per_head(mask: Tensor, heads: int, queries: int) -> Tensor:

@@ -49,15 +49,15 @@ def verified(family: str, checks: Sequence[str] | None = None) -> str | None:
         taken = False
         for name in checks or CHECKS:
             try:
-                found = check(name, model, method, inputs, **METHODS.get(method).cases[0])
+                result = check(name, model, method, inputs, **METHODS.get(method).cases[0])
             except UnsupportedError as e:
                 if taken:  # the method is, and this check of it is refused
                     raise
                 why = str(e)
                 break
             ran = taken = True
-            if found.passed is False:
-                return f"{method}: {found.name}: {found.detail}"
+            if result.passed is False:
+                return f"{method}: {result.name}: {result.detail}"
     return None if ran else f"takes none of {', '.join((*PROOFS, ELSE))}: {why}"
 
 

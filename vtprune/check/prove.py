@@ -31,10 +31,10 @@ def memory() -> Path:
 
 def _remembered() -> list[str]:
     try:
-        found = json.loads(memory().read_text(encoding="utf-8"))
+        lines = json.loads(memory().read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none yet, or not ours: it is proved again
         return []
-    return [line for line in found if isinstance(line, str)] if isinstance(found, list) else []
+    return [line for line in lines if isinstance(line, str)] if isinstance(lines, list) else []
 
 
 def _remember(line: str) -> None:
@@ -56,20 +56,21 @@ def prove(family: str) -> None:
     Raises:
         UnsupportedError: it does not come out exact, with what failed.
     """
-    found = versions.find(PACKAGES.get(family, "transformers"))
-    if found.status != "newer" or os.environ.get(SKIP) == "1":
+    release = versions.find(PACKAGES.get(family, "transformers"))
+    if release.status != "newer" or os.environ.get(SKIP) == "1":
         return
-    line = f"vtprune {__version__}, torch {versions.installed('torch')}, {found.package} {found.installed}: {family}"
+    line = (
+        f"vtprune {__version__}, torch {versions.installed('torch')}, {release.package} {release.installed}: {family}"
+    )
     if line in _proved or line in _remembered():
         _proved.add(line)
         return
     result = families([family], lambda name: verified(name, CHECKS))[0]
     if result["passed"] is False:
         raise UnsupportedError(
-            f"{found.package} {found.installed} is newer than {found.newest}, the newest release tested, and {family} "
-            "does not come out exact with it: "
-            f"{result['detail']}; install {found.package} {found.newest}, or a newer vtprune ('vtprune doctor' tells "
-            "of every family)"
+            f"{release.package} {release.installed} is newer than {release.newest}, the newest release tested, and "
+            f"{family} does not come out exact with it: {result['detail']}; install {release.package} "
+            f"{release.newest}, or a newer vtprune ('vtprune doctor' tells of every family)"
         )
     _proved.add(line)
     _remember(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vtprune.models.engine.books import by_sample, told, tower_record
+from vtprune.models.engine.books import by_sample, per_image, tower_record
 
 from . import cost
 from .composition import Planned
@@ -50,7 +50,7 @@ class Accounts:
         per = list(zip(*run.layer_tokens, strict=True))  # per image, per block
         return Report(
             visual_tokens=[n] * run.images,
-            stages=tuple(self._stage(told(r, n)) for r in run.records),
+            stages=tuple(self._stage(per_image(r, n)) for r in run.records),
             layer_tokens=[list(row) for row in per],
             flops=sum(self._tower(run, row, float(run.valid[g].sum())) for g, row in enumerate(per)),
             dense_flops=run.images * cost.vision(s, 1, n, [n] * s.vdepth),

@@ -130,22 +130,28 @@ class Decider:
                 memory=view.memory.setdefault(f"raster {start}", {}),
                 sources={},
             )
-            found = self.method.select(small, replace(cut, keep=share))
-            chosen = at if found is None else torch.where(found.kept >= 0, at.gather(1, found.kept.clamp_min(0)), n)
+            selection = self.method.select(small, replace(cut, keep=share))
+            chosen = (
+                at
+                if selection is None
+                else torch.where(selection.kept >= 0, at.gather(1, selection.kept.clamp_min(0)), n)
+            )
             keep.scatter_(1, chosen, True)
-            if found is not None and found.score is not None:
+            if selection is not None and selection.score is not None:
                 score = (
                     torch.full(view.valid.shape, torch.nan, dtype=torch.float64, device=keep.device)
                     if score is None
                     else score
                 )
-                score.scatter_(1, at, found.score.double())
-            if found is None or found.target is None:  # what stays is its own slot
+                score.scatter_(1, at, selection.score.double())
+            if selection is None or selection.target is None:  # what stays is its own slot
                 target.scatter_(1, at, torch.where(keep.gather(1, at), at, -1))
                 continue
             merges = True
-            target.scatter_(1, at, torch.where(found.target >= 0, chosen.gather(1, found.target.clamp_min(0)), -1))
-            if found.weight is not None:
-                weight.scatter_(1, at, found.weight)
+            target.scatter_(
+                1, at, torch.where(selection.target >= 0, chosen.gather(1, selection.target.clamp_min(0)), -1)
+            )
+            if selection.weight is not None:
+                weight.scatter_(1, at, selection.weight)
         keep = keep[:, :n]
         return replace(merged(keep, target, weight) if merges else from_mask(keep), score=score)

@@ -83,8 +83,8 @@ def put(
         if target:
             chosen = solve(model, chosen, **target, **extra)
         geometry = for_units(adapter.geometry, extra.get("per"))
-        for told in compose(geometry, plan(geometry, chosen)):
-            warnings.warn(told, stacklevel=level)
+        for sentence in compose(geometry, plan(geometry, chosen)):
+            warnings.warn(sentence, stacklevel=level)
         return Handle(model, chosen, adapter, **extra)
 
 
@@ -158,13 +158,13 @@ class Handle:
     def _last(self) -> Any:
         """The calling thread's most recent prefill ``(run, request)``; that of the only thread there was, for a thread
         that has read none itself."""
-        found = self._threads.get(threading.current_thread())
+        mine = self._threads.get(threading.current_thread())
         known = list(self._threads.values())
-        return known[0] if found is None and len(known) == 1 else found
+        return known[0] if mine is None and len(known) == 1 else mine
 
     @_last.setter
-    def _last(self, found: Any) -> None:
-        self._threads[threading.current_thread()] = found
+    def _last(self, last: Any) -> None:
+        self._threads[threading.current_thread()] = last
 
     def vision(self, run: Run) -> None:
         """Called by the adapter of a bare tower after each pass."""

@@ -55,11 +55,11 @@ def load() -> None:
     _importing.busy = True
     try:
         try:
-            found = list(entry_points(group=GROUP))
+            declared = list(entry_points(group=GROUP))
         except RAISED as e:  # the metadata of some distribution
             LOG.warning("vtprune: no plug-in is looked for: %s", _reason(e))
-            found = []
-        entries = sorted(found, key=lambda e: (_distribution(e), e.name))
+            declared = []
+        entries = sorted(declared, key=lambda e: (_distribution(e), e.name))
         whole = [_load(entry) for entry in entries]
         _done = _done or all(whole)
     finally:

@@ -28,7 +28,7 @@ def top(
     first whatever their score. NaN ranks last. ``span``: the fewest and the most valid tokens of an image, if known
     (:attr:`TokenView.extent`): then the device need not be asked.
     """
-    given = score
+    ranked_by = score
     kept = (min(keep, span[0]), min(keep, span[1])) if span is not None and isinstance(keep, int) else None
     score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
     score = torch.where(torch.isnan(score), -torch.inf, score)
@@ -43,7 +43,7 @@ def top(
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
-    return replace(from_mask(rank < keep[:, None], kept), score=given)
+    return replace(from_mask(rank < keep[:, None], kept), score=ranked_by)
 
 
 def from_mask(mask: Tensor, span: tuple[int, int] | None = None) -> Selection:
@@ -109,8 +109,8 @@ def subview(view: TokenView, rows: Sequence[int], grid: tuple[int, int], shared:
             key = (name, *sorted(kwargs.items()))
             if key not in shared:
                 shared[key] = source(**kwargs)
-            found = shared[key][at]
-            return found[:, :width] if found.ndim > 1 else found
+            values = shared[key][at]
+            return values[:, :width] if values.ndim > 1 else values
 
         return call
 

@@ -150,13 +150,13 @@ def _image(adapter: Any, recipe: Recipe, inputs: dict[str, Any] | None, per: str
     if inputs is None or not geometry.llm_layers:
         return _Image(geometry, adapter.cost)
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    found = adapter.parts(ids, inputs)
-    visual = sum(len(p.columns) for p in found[0])
+    samples = adapter.parts(ids, inputs)
+    visual = sum(len(p.columns) for p in samples[0])
     text = int(ids.shape[1] if mask is None else mask[0].sum()) - visual
     if not geometry.variable or not visual:
         return _Image(geometry, adapter.cost, text)
-    passes = max(sum(len(p.passes) for p in found[0]), 1)
-    unmade = _unmade(adapter, recipe, inputs, found)
+    passes = max(sum(len(p.passes) for p in samples[0]), 1)
+    unmade = _unmade(adapter, recipe, inputs, samples)
     own = replace(geometry, tokens=visual, grid=(visual, 1), unmade=unmade)
     return _Image(own, adapter.cost, text, passes)
 
@@ -214,15 +214,15 @@ def _search(image: _Image, chosen: Recipe, target: float, column: int) -> Recipe
     )
 
 
-def _unmade(adapter: Any, recipe: Recipe, inputs: dict[str, Any], found: Any) -> tuple[tuple[float, float], ...]:
+def _unmade(adapter: Any, recipe: Recipe, inputs: dict[str, Any], samples: Any) -> tuple[tuple[float, float], ...]:
     """:attr:`Geometry.unmade` of the first sample; nothing for recipes without a stage in the tower."""
     if (
         not any({"pixels", "vision"} & set(METHODS.get(s.method).kinds) for s in recipe.stages)
         or not adapter.geometry.unmade
     ):
         return ()
-    sources, lines, patches, at = adapter.sources(inputs, found)[0], 0, 0.0, 0
-    for part in found[0]:
+    sources, lines, patches, at = adapter.sources(inputs, samples)[0], 0, 0.0, 0
+    for part in samples[0]:
         mine = int((sources[at : (at := at + len(part.columns))] < 0).sum())
         bare = mine == len(part.columns)  # one that ends a whole image always stays
         lines, patches = lines + mine, patches + (math.inf if bare else len(part.columns) - mine if mine else 0)
@@ -239,12 +239,12 @@ def _schedules(geometry: Geometry, recipe: Recipe) -> list[Recipe]:
     cuts = plan(
         geometry, replace(recipe, stages=(*recipe.stages[:-1], replace(last, keep=1, options=_free(last.options))))
     )[-1][2]
-    found, depths = [recipe], [c.layer for c in cuts]
+    recipes, depths = [recipe], [c.layer for c in cuts]
     while all(c.kind == "llm" for c in cuts) and max(depths, default=0) > 0:
         depths = sorted({d // 2 for d in depths})
         options = {**_free(last.options), name: tuple(depths) if name == "layers" else depths[0]}
-        found.append(replace(recipe, stages=(*recipe.stages[:-1], replace(last, options=options))))
-    return found
+        recipes.append(replace(recipe, stages=(*recipe.stages[:-1], replace(last, options=options))))
+    return recipes
 
 
 def _free(options: Mapping[str, Any]) -> dict[str, Any]:

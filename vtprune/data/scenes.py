@@ -239,14 +239,14 @@ def _questions(rng: np.random.RandomState, items: tuple[Item, ...], per_ability:
     }
     out: list[Question] = []
     for ability in ABILITIES:
-        found: dict[str, Question] = {}
+        questions: dict[str, Question] = {}
         for _ in range(4 * per_ability):
             q = makers[ability](rng, shapes if ability != "text" else [i for i in items if i.kind == "sign"])
             if q is not None:
-                found.setdefault(q.text, q)
-            if len(found) == per_ability:
+                questions.setdefault(q.text, q)
+            if len(questions) == per_ability:
                 break
-        out += found.values()
+        out += questions.values()
     return out
 
 

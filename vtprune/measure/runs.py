@@ -52,23 +52,23 @@ def write(path: Path, data: str) -> None:
 def read(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``. Raises :class:`RunError` if there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise RunError(f"cannot read {path}: {e.strerror or e}") from e
     except (ValueError, RecursionError) as e:
         raise RunError(f"{path} is not a result: {e}") from e
-    if not isinstance(found, dict):
-        raise RunError(f"{path} is not a result: it holds a {type(found).__name__}")
-    return found
+    if not isinstance(result, dict):
+        raise RunError(f"{path} is not a result: it holds a {type(result).__name__}")
+    return result
 
 
-def alike(path: Path, found: Mapping[str, Any], head: Mapping[str, Any]) -> None:
-    """Raises :class:`RunError` unless ``found``, from ``path``, was made as ``head`` says; how many threads did it does
-    not matter."""
+def alike(path: Path, result: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+    """Raises :class:`RunError` unless ``result``, from ``path``, was made as ``head`` says; how many threads did it
+    does not matter."""
     for key, value in json.loads(json.dumps(head)).items():
-        if _essence(found.get(key)) != _essence(value):
+        if _essence(result.get(key)) != _essence(value):
             raise RunError(
-                f"{path} was made with {key} {found.get(key)!r}, this run has {value!r}: choose another folder, or "
+                f"{path} was made with {key} {result.get(key)!r}, this run has {value!r}: choose another folder, or "
                 "delete the file"
             )
 
@@ -176,10 +176,10 @@ def _whole(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        found = json.loads(line)
+        entry = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return entry if isinstance(entry, dict) else None
 
 
 def _lock(file: Any, path: Path) -> None:

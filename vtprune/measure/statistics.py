@@ -53,21 +53,21 @@ def average_interval(
     np.add.at(right, (image, ability), correct)
     np.add.at(asked, (image, ability), 1)
     rng = np.random.RandomState(seed)
-    found = np.empty(n)
+    averages = np.empty(n)
     for i in range(n):
         draw = rng.randint(len(images), size=len(images))
         got, all_ = right[draw].sum(0), asked[draw].sum(0)
-        found[i] = (got[all_ > 0] / all_[all_ > 0]).mean()
-    low, high = np.percentile(found, (2.5, 97.5))
+        averages[i] = (got[all_ > 0] / all_[all_ > 0]).mean()
+    low, high = np.percentile(averages, (2.5, 97.5))
     return float(low), float(high)
 
 
 def means(values: Sequence[float], keys: Iterable[str]) -> dict[str, float]:
     """The mean of the values under each key."""
-    found: dict[str, list[float]] = {}
+    by_key: dict[str, list[float]] = {}
     for key, value in zip(keys, values, strict=True):
-        found.setdefault(key, []).append(value)
-    return {key: sum(v) / len(v) for key, v in found.items()}
+        by_key.setdefault(key, []).append(value)
+    return {key: sum(v) / len(v) for key, v in by_key.items()}
 
 
 def score(correct: Sequence[float], samples: Sequence[Sample], dense: Sequence[float] | None = None) -> dict[str, Any]:

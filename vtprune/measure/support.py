@@ -59,16 +59,17 @@ def tried(family: str, variant: str, method: str) -> Entry:
 
 def entry(family: str, method: str) -> Entry:
     """What holds for a family, over its variants."""
-    found = {variant: tried(family, variant, method) for variant in ADAPTERS.get(family).tiny}
-    kinds = {e.status for e in found.values()}
-    if len(kinds) == 1 and len(set(found.values())) == 1:
-        return next(iter(found.values()))
+    entries = {variant: tried(family, variant, method) for variant in ADAPTERS.get(family).tiny}
+    kinds = {e.status for e in entries.values()}
+    if len(kinds) == 1 and len(set(entries.values())) == 1:
+        return next(iter(entries.values()))
     if kinds == {"refused"}:
-        return Entry("refused", next(iter(found.values())).note)
+        return Entry("refused", next(iter(entries.values())).note)
     return Entry(
         "option",
         "; ".join(
-            f"{v}: {e.note or 'as it is'}" if e.status != "refused" else f"not {v} ({e.note})" for v, e in found.items()
+            f"{v}: {e.note or 'as it is'}" if e.status != "refused" else f"not {v} ({e.note})"
+            for v, e in entries.items()
         ),
     )
 
@@ -107,11 +108,11 @@ def document() -> str:
         info = ADAPTERS.get(family)
         notes: dict[tuple[str, str], list[str]] = {}
         for method in METHODS:
-            found = entry(family, method)
-            if found.status != "exact":
+            known = entry(family, method)
+            if known.status != "exact":
                 # Methods that are refused for the same reason stand together.
-                note = re.sub(rf"^{re.escape(method)}:? ", "", found.note)
-                notes.setdefault((found.status, note), []).append(method)
+                note = re.sub(rf"^{re.escape(method)}:? ", "", known.note)
+                notes.setdefault((known.status, note), []).append(method)
         lines += [f"## {family}", "", f"{info.idea[0].upper()}{info.idea[1:]}. Tested as: {', '.join(info.tiny)}.", ""]
         lines += [f"- {SIGNS[status]} {', '.join(methods)}: {note}" for (status, note), methods in notes.items()]
         lines += [""] if notes else []

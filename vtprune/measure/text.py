@@ -46,14 +46,14 @@ def _overall(row: Mapping[str, Any]) -> list[str]:
     """In percent: average and worst ability; the same as shares of dense; the samples that plain down-sampling
     loses."""
     hard = row.get("group_a")
-    found = [
+    shares = [
         row["average"],
         row["worst"],
         row.get("relative_average"),
         row.get("relative_worst"),
         hard and hard["accuracy"],
     ]
-    return ["-" if v is None else f"{100 * v:.1f}" for v in found]
+    return ["-" if v is None else f"{100 * v:.1f}" for v in shares]
 
 
 def prefill_text(row: Mapping[str, Any]) -> str:

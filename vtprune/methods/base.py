@@ -243,11 +243,11 @@ def layers(name: str, given: Any, geometry: Geometry, default: tuple[int, ...]) 
     """Checks decoder layer numbers: ascending, in range, above 0 is not required."""
     if geometry.llm_layers == 0:
         raise UnsupportedError(f"{name} cuts inside a language model and this model ({geometry.family}) has none")
-    found = default if given is None else tuple(given) if isinstance(given, list | tuple) else (given,)
-    if given is not None and not found:
+    numbers = default if given is None else tuple(given) if isinstance(given, list | tuple) else (given,)
+    if given is not None and not numbers:
         raise VtpruneError(f"{name}: the list of layers is empty")
-    if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < geometry.llm_layers for i in found) or list(
-        found
-    ) != sorted(set(found)):
-        raise VtpruneError(f"{name}: layers {list(found)} must ascend and lie in 0..{geometry.llm_layers - 1}")
-    return found
+    if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < geometry.llm_layers for i in numbers) or list(
+        numbers
+    ) != sorted(set(numbers)):
+        raise VtpruneError(f"{name}: layers {list(numbers)} must ascend and lie in 0..{geometry.llm_layers - 1}")
+    return numbers

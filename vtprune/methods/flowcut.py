@@ -114,9 +114,9 @@ class FlowCut(Method):
             seen = real.clone()
             seen[:, :p] = False
         bias = None if t.bias is None else t.bias[:, 0, 0]
-        found = kernels.flow_scores(
+        scores = kernels.flow_scores(
             q, v, t.k, t.v, scale=t.scale, value_scale=t.scale if paper else 1.0, bias=bias, value_seen=seen
         )
-        attention, similar, strength = (s[:, p:] * view.valid for s in found)
+        attention, similar, strength = (s[:, p:] * view.valid for s in scores)
         score = attention / attention.sum(1, keepdim=True) + similar / similar.sum(1, keepdim=True)
         return attention, score * strength

@@ -143,14 +143,14 @@ class PiToMe(Method):
             else view.source("projections").k[:, :, view.prefix :].mean(1)
         )
         r = view.features.shape[1] - (cut.keep or 0)
-        found = (
+        selection = (
             bipartite(metric, view, r)
             if cut.data["kind"] == "tome"
             else self._match(metric, r, cut.data["margin"], cut.data["kind"])
         )
         if cut.data["weighted"]:
-            return found
-        return replace(found, weight=torch.ones_like(view.size))  # the HF CLIP wrapper takes the plain mean
+            return selection
+        return replace(selection, weight=torch.ones_like(view.size))  # the HF CLIP wrapper takes the plain mean
 
     def _match(self, metric: Tensor, r: int, margin: float, kind: str) -> Selection:
         b, n, _ = metric.shape

@@ -87,11 +87,11 @@ class Packed:
         named = [places.get((words[i - 1], w)) if i else None for i, w in enumerate(words)] + [None, None]
         mention = [-100 if n is None else cell_number(*n) for n in named]
         dx, dy = [-100] * len(ids), [-100] * len(ids)
-        found = [i for i, n in enumerate(named) if n is not None]
+        words_named = [i for i, n in enumerate(named) if n is not None]
         simple = None
-        if kind == "relation" and len(found) == 2:
-            (ax, ay), (bx, by) = (places[(words[i - 1], words[i])] for i in found)
-            dx[found[1]], dy[found[1]] = _side(ax - bx), _side(ay - by)
+        if kind == "relation" and len(words_named) == 2:
+            (ax, ay), (bx, by) = (places[(words[i - 1], words[i])] for i in words_named)
+            dx[words_named[1]], dy[words_named[1]] = _side(ax - bx), _side(ay - by)
             if "right" in words or "below" in words:
                 simple = self._pair(kind, turned(words), answer, places)
         return Pair(
