@@ -122,9 +122,9 @@ def test_exported_tasks_ask_what_the_benchmark_asks(exported, manager):
 
 def test_every_recipe_answers_as_the_benchmark_does(bundled, manager, some_method):
     lm = plugin(bundled, recipe=some_method, effective_tokens=0.25, batch_size=3)
-    out, answers = evaluated(lm, manager, ["easy_vqa", "scenes"], limit=9)
+    out, answers = evaluated(lm, manager, ["easy_vqa", "scenes"], limit=5)
     for name in ("easy_vqa", "scenes"):
-        part = questions(name)[:9]
+        part = questions(name)[:5]
         expected = run_module.evaluate(*bundled, part, some_method, effective_tokens=0.25)
         assert answers[name] == dict(enumerate(expected["answers"]))
         assert out["results"][name]["accuracy,none"] == pytest.approx(sum(expected["correct"]) / len(part))
@@ -141,6 +141,7 @@ def test_abilities_are_metrics_of_their_own(bundled, manager):
     assert all(out["results"]["scenes"][f"{a},none"] == pytest.approx(v) for a, v in expected.items())
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_results_of_one(exported, bundled, tmp_path):
     """The command of the README, under the launcher."""
     given = f"pretrained={demo_model.FOLDER},recipe=random,effective_tokens=0.25,report={tmp_path / 'costs.json'}"
