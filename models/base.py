@@ -19,6 +19,10 @@ def _nothing_back(hidden: Tensor, run: Callable[..., Tensor]) -> Tensor:
     raise NotImplementedError("this cut's method routes no tokens")
 
 
+def _nothing_noted(view: TokenView) -> Tensor:
+    raise NotImplementedError("this cut's method notes nothing")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlannedCut:
     """A cut as the adapter sees it.
@@ -27,12 +31,14 @@ class PlannedCut:
         cut: where, and what happens there.
         stage: the number of its stage in the recipe; cuts of one stage share what the method remembers.
         select: answers with the method's decision.
+        note: at a cut that only notes, the method's number of each token.
         bring_back: the method's :meth:`~vtprune.methods.base.Method.restore`, its module bound.
     """
 
     cut: Cut
     stage: int
     select: Callable[[TokenView], Selection | None]
+    note: Callable[[TokenView], Tensor] = _nothing_noted
     bring_back: Callable[..., Tensor] = _nothing_back
 
 

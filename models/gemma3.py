@@ -14,8 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..core.ledger import UndoLedger
 from ..core.types import Geometry, UnsupportedError
-from .base import ADAPTERS, AdapterInfo, named
+from .base import ADAPTERS, AdapterInfo, PlannedCut, named
+from .engine.description import TOWER
+from .engine.tower import TowerEngine
+from .parts import hf_vit
 from .parts.mllm import BEHIND, Mllm, tower_shapes
 from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
@@ -39,6 +43,8 @@ class Gemma3(Mllm):
             prefix=0,
             vision_layers=0,
             vision_depth=v.num_hidden_layers,
+            notes=TOWER if hf_vit.arch(core.vision_tower) else frozenset(),
+            seen_layers=v.num_hidden_layers,
             llm_layers=text.num_hidden_layers,
             provides=BEHIND,
             refuses={
@@ -46,6 +52,7 @@ class Gemma3(Mllm):
                 "pixels": "average pooling needs the whole raster",
             },
         )
+        self.tower, self.fold = core.vision_tower, projector.kernel_size
         vision = tower_shapes(v, group=projector.kernel_size**2)
         super().__init__(
             model,
@@ -57,6 +64,11 @@ class Gemma3(Mllm):
         )
         # a bare matrix, not a linear layer
         self.cost = replace(self.cost, proj=projector.mm_input_projection_weight.numel())
+
+    def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> TowerEngine:
+        described = replace(hf_vit.describe(self.tower, self.geometry.seen_layers), fold=self.fold)
+        tokens = described.grid[0] * described.grid[1]
+        return TowerEngine(described, cuts, ledger, seed=seed, done=done, tokens=tokens)
 
     def rotary(self, x: Tensor, ids: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         return self.lm.rotary_emb(x, ids, kind)  # sliding and full layers turn by other angles

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from ..core.types import Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, named
+from .engine.description import LLM, PLAIN, PROJECTOR
 from .engine.layout import RasterSpan, some
 from .engine.probe import probe, probe_queries
 from .parts.hindrance import REFUSED, hindrance, placeholder, stacks_of
-from .parts.mllm import LLM, Mllm
+from .parts.mllm import Mllm
 from .parts.tiny import tiny_build, tiny_model, tiny_prompts, tiny_text
 
 
@@ -58,7 +59,7 @@ class Generic(Mllm):
             vision_layers=0,
             vision_depth=0,
             llm_layers=len(lm.layers),
-            provides={"projector": frozenset(), "llm": LLM},
+            provides={"projector": PROJECTOR, "llm": LLM},
             refuses={"vision": unknown, "pixels": unknown, "layers": "copies of its layers have not been tried"},
             traits=frozenset(),
             variable=True,
@@ -82,7 +83,7 @@ class Generic(Mllm):
         try:
             probe_queries(self.describe())
         except UnsupportedError as e:
-            without = {**self.geometry.provides, "llm": frozenset({"queried"})}
+            without = {**self.geometry.provides, "llm": PLAIN}
             self.geometry = replace(
                 self.geometry, provides=without, refuses={**self.geometry.refuses, "query_attention": str(e)}
             )

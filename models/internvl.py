@@ -12,10 +12,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..core.ledger import UndoLedger
 from ..core.types import Geometry, UnsupportedError
-from .base import ADAPTERS, AdapterInfo, named
+from .base import ADAPTERS, AdapterInfo, PlannedCut, named
+from .engine.description import TOWER, Tower, unchanged
+from .engine.tower import TowerEngine
 from .parts.mllm import BEHIND, Mllm
 from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
@@ -43,11 +46,14 @@ class InternVL(Mllm):
             prefix=1,
             vision_layers=0,
             vision_depth=v.num_hidden_layers,
+            notes=TOWER,
+            seen_layers=config.vision_feature_layer % (v.num_hidden_layers + 1),
             llm_layers=config.text_config.num_hidden_layers,
             provides=BEHIND,
             refuses={"vision": "pixel shuffle would fold the wrong patches together"},
             per=("image", "tile", "sample"),
             overview=-1,
+            traits=frozenset({"layers", "class_token"}),
         )
         vision = {
             "vd": v.hidden_size,
@@ -58,10 +64,38 @@ class InternVL(Mllm):
             "prefix": 1,
             "group": fold * fold,
         }
+        self.tower, self.fold, self.patches = core.vision_tower, fold, (height // ph, width // pw)
         lm, image = core.language_model, config.image_token_id
         super().__init__(
             model, geometry=geometry, projector=core.multi_modal_projector, lm=lm, image_token=image, vision=vision
         )
+
+    def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> TowerEngine:
+        described = Tower(
+            root=self.tower,
+            blocks=list(self.tower.encoder.layer)[: self.geometry.seen_layers],
+            prefix=1,
+            grid=self.patches,
+            mask=None,
+            attend=unchanged,
+            feed=unchanged,
+            capture=_capture,
+            project=_project,
+            fold=self.fold,
+        )
+        tokens = self.patches[0] * self.patches[1]
+        return TowerEngine(described, cuts, ledger, seed=seed, done=done, tokens=tokens)
+
+
+def _capture(block: Any) -> dict[str, nn.Module]:
+    a = block.attention
+    return {"q": a.q_norm, "k": a.k_norm, "v": a.v_proj}
+
+
+def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, float]:
+    a = block.attention
+    q, k, v = (caught[n].unflatten(-1, (-1, a.head_dim)).transpose(1, 2) for n in "qkv")
+    return q, k, v, a.scale
 
 
 def _tiny(text: str) -> tuple[nn.Module, dict[str, Any]]:

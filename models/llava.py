@@ -11,9 +11,10 @@ from torch import nn
 from ..core.ledger import UndoLedger
 from ..core.types import Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
+from .engine.description import LLM, PROJECTOR, TOWER
 from .engine.tower import TowerEngine
 from .parts import hf_vit
-from .parts.mllm import LLM, Mllm
+from .parts.mllm import Mllm
 from .parts.tiny import tiny_model, tiny_text
 
 
@@ -45,7 +46,6 @@ class Llava(Mllm):
                 "gives the language model something else than the patches"
             )
         self.tower_mask = hf_vit.mask_name(self.tower)
-        tower = frozenset({"projections", "prefix"})
         geometry = Geometry(
             family=self.family,
             arch=arch,
@@ -55,10 +55,12 @@ class Llava(Mllm):
             vision_layers=self.used,
             vision_depth=depth,
             llm_layers=config.text_config.num_hidden_layers,
+            notes=TOWER if self.used else frozenset(),
+            seen_layers=self.used,
             provides={
                 "pixels": frozenset(),
-                **({"vision": tower} if self.used else {}),
-                "projector": frozenset(),
+                **({"vision": TOWER} if self.used else {}),
+                "projector": PROJECTOR,
                 "llm": LLM,
             },
             traits=frozenset({"layers", "class_token"} if prefix else {"layers"}),

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from ..core.ledger import UndoLedger
 from ..core.types import Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
+from .engine.description import LLM, PROJECTOR, TOWER
 from .engine.layout import RasterSpan
 from .engine.tower import TowerEngine
 from .parts import hf_vit
-from .parts.mllm import LLM, Mllm, tower_shapes
+from .parts.mllm import Mllm, tower_shapes
 from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
 
@@ -47,10 +48,12 @@ class PaliGemma(Mllm):
             vision_layers=v.num_hidden_layers,
             vision_depth=v.num_hidden_layers,
             llm_layers=config.text_config.num_hidden_layers,
+            notes=TOWER,
+            seen_layers=v.num_hidden_layers,
             provides={
                 "pixels": frozenset(),
-                "vision": frozenset({"projections", "prefix"}),
-                "projector": frozenset(),
+                "vision": TOWER,
+                "projector": PROJECTOR,
                 "llm": LLM,
             },
         )

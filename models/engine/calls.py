@@ -26,14 +26,17 @@ class Calls:
     Attributes:
         decoder: the language model.
         tower: whether the tower may drop tokens.
+        noting: whether notes are taken in the tower.
         done: called with the request after each prefill.
         requests: the request that each cache belongs to.
         whole: caches filled without this attachment that were looked at.
         entrance: the ways into the model.
     """
 
-    def __init__(self, decoder: Decoder, ledger: UndoLedger, *, tower: bool, done: Callable[[Request], None]):
-        self.decoder, self.tower, self.done = decoder, tower, done
+    def __init__(
+        self, decoder: Decoder, ledger: UndoLedger, *, tower: bool, noting: bool, done: Callable[[Request], None]
+    ):
+        self.decoder, self.tower, self.noting, self.done = decoder, tower, noting, done
         self.requests: WeakKeyDictionary[Any, Request] = WeakKeyDictionary()
         self.whole: WeakSet[Any] = WeakSet()
         roots = [decoder.root] if decoder.core is None else [decoder.root, decoder.core]
@@ -84,7 +87,7 @@ class Calls:
             call.plain = ids
             return inputs
         call.parts = self.decoder.parts(ids, inputs)
-        call.sources = self.decoder.sources(inputs, call.parts) if self.tower else []
+        call.sources = self.decoder.sources(inputs, call.parts) if self.tower or self.noting else []
         call.encoded = self.decoder.encoded(inputs)
         call.segments = prompts_in_rows(inputs, call)
         if inputs.get("labels") is not None:

@@ -8,11 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...core.types import Action, Seed, Selection, TokenView, UnsupportedError
+from ...core.types import NOTE, Action, Seed, Selection, TokenView, UnsupportedError
 from ..base import PlannedCut
 from .candidates import Candidates
 from .description import Decoder
 from .level import SequenceLength, pack
+from .prefill import noted_at
 from .prompt import ENDS
 from .ranking import Ranking
 from .request import Call, Request, Stash
@@ -90,9 +91,20 @@ class Cuts:
             sources={
                 "query_attention": ask,
                 "queried": lambda: self.ranking.queried(call, candidates.owner),
+                "states": partial(self.ranking.states, call, planned, x, candidates),
+                "text": partial(self.ranking.text, call, planned, x, candidates),
+                "keys": partial(self.ranking.keys, call, planned, x, candidates),
+                **self._notes(call, planned, candidates),
             },
             rasters=tuple(u.rasters for u in request.units),
         )
+
+    @staticmethod
+    def _notes(call: Call, planned: PlannedCut, candidates: Candidates) -> dict[str, Callable[[], Tensor]]:
+        """What the stage noted of the candidates in the tower."""
+        assert call.request is not None and call.visual is not None
+        told = call.request.notes_of(planned.stage, call.visual)
+        return {NOTE + site: partial(noted_at, tell, candidates.index) for site, tell in told.items()}
 
 
 def _columns_kept(candidates: Candidates, selection: Selection, level: SequenceLength) -> Tensor:

@@ -32,9 +32,9 @@ from .serving import Serving
 
 
 class DecoderEngine:
-    """Hooks one language model. ``tower`` says that the tower may drop tokens; ``entry`` are the stages behind the
-    projector; ``per`` what a budget applies to; ``done(request)`` is called after each prefill, ``arrived(request)``
-    before the entry stages: it answers with their :class:`Run`."""
+    """Hooks one language model. ``tower`` says that the tower may drop tokens, ``noting`` that notes are taken there;
+    ``entry`` are the stages behind the projector; ``per`` what a budget applies to; ``done(request)`` is called after
+    each prefill, ``arrived(request)`` before the entry stages: it answers with their :class:`Run`."""
 
     def __init__(
         self,
@@ -45,6 +45,7 @@ class DecoderEngine:
         positions: str,
         per: str,
         tower: bool,
+        noting: bool,
         entry: list[PlannedCut],
         seed: Seed,
         done: Callable[[Request], None],
@@ -57,10 +58,12 @@ class DecoderEngine:
         self.serving = Serving(decoder, compact=positions == "compact")
         routing = Routing(decoder, self.serving, ledger)
         self.cuts = Cuts(decoder, Ranking(decoder, self.serving), routing, self._seeds)
-        self.prefill = Prefill(decoder, per=per, tower=tower, entry=entry, seeds=self._seeds, books=arrived)
+        self.prefill = Prefill(
+            decoder, per=per, tower=tower, noting=noting, entry=entry, seeds=self._seeds, books=arrived
+        )
         routes = any(c.cut.action is not Action.SELECT for c in cuts)
         self.replays = LayerReplays(decoder, self.serving, routes=routes)
-        self.calls = Calls(decoder, ledger, tower=tower, done=done)
+        self.calls = Calls(decoder, ledger, tower=tower, noting=noting, done=done)
         self.entrance, self.local, self.requests = self.calls.entrance, self.calls.entrance.local, self.calls.requests
         ledger.before(decoder.lm, self._enter)
         ledger.after(decoder.lm, self._leave)

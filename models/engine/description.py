@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from .layout import RasterSpan
 from .request import Encoded
 
+# What methods may ask of a site in the tower, behind the projector, and in the language model: there also what needs
+# the projections of its layers.
+TOWER = frozenset({"projections", "prefix"})
+PROJECTOR = frozenset({"text"})
+PLAIN = frozenset({"queried", "text", "states"})
+LLM = PLAIN | {"query_attention", "keys"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
@@ -52,6 +59,11 @@ class Decoder:
         return self.window if self.kinds[number] == "sliding_attention" else None
 
 
+def unchanged(*args: Any) -> Tensor:
+    """Halves of the blocks of a tower in which nothing is dropped or merged."""
+    raise NotImplementedError("this tower only takes notes")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tower:
     """A family's description of its vision tower.
@@ -81,6 +93,7 @@ class Tower:
         raster: ``raster(pixels)``: the rows and columns of patches that the root makes of them (``None``: always
             ``grid``); it raises for images that the root cannot take.
         variable: whether the root takes images of any size.
+        fold: the side of the square of patches that become one visual token behind it.
     """
 
     root: nn.Module
@@ -99,3 +112,4 @@ class Tower:
     sample: Callable[[nn.Module, int], Any] | None = None
     raster: Callable[[Tensor], tuple[int, int]] | None = None
     variable: bool = False
+    fold: int = 1

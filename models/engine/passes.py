@@ -87,6 +87,7 @@ class Passes:
         tokens = self.tokens if grid == self.tower.grid else grid[0] * grid[1]
         run = Run.start(pixels.shape[0], tokens, pixels.device)
         run.grid = run.cells = grid
+        run.fold = self.tower.fold
         if self.cuts and torch.is_grad_enabled():
             run.decided = {}
         self.run = run

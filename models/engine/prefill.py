@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core.select import combine
-from ...core.types import Seed, UnsupportedError
+from ...core.types import NOTE, Seed, UnsupportedError
 from ..base import PlannedCut
 from . import host
 from .assignment import arrived, assign
@@ -22,6 +23,7 @@ from .prompt import ENDS, asking_rows, next_positions, real_tokens
 from .request import Call, Request
 from .rows import put
 from .run import Run
+from .text import text_at
 
 
 class Prefill:
@@ -31,6 +33,7 @@ class Prefill:
         decoder: the language model.
         per: what a budget applies to.
         tower: whether the tower may drop tokens.
+        noting: whether notes are taken in the tower.
         entry: the stages behind the projector.
         seeds: the seed of each unit of a request.
         books: called before the entry stages, answers with their :class:`Run`.
@@ -42,11 +45,12 @@ class Prefill:
         *,
         per: str,
         tower: bool,
+        noting: bool,
         entry: list[PlannedCut],
         seeds: Callable[[Request], Seed],
         books: Callable[[Request], Run],
     ):
-        self.decoder, self.per, self.tower, self.entry = decoder, per, tower, entry
+        self.decoder, self.per, self.tower, self.noting, self.entry = decoder, per, tower, noting, entry
         self.seeds, self.books = seeds, books
 
     def begin(self, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -60,11 +64,13 @@ class Prefill:
             )
         visual = call.visual.to(embeds.device)
         request = self._request(call, visual, kwargs.get("position_ids"))
+        if self.noting:
+            request.looked_at = assign(request, call.encoded)
         if not self.tower and not self.entry:
             return args, kwargs
         gone = torch.zeros_like(visual)
         if self.tower:
-            request.vision = assign(request, call.encoded)
+            request.vision = request.looked_at if self.noting else assign(request, call.encoded)
             request.arrived = arrived(request, visual)
             gone = visual & ~request.arrived
         if self.entry:
@@ -97,7 +103,8 @@ class Prefill:
         """The stages behind the projector. ``visual`` ``[B, T]`` marks the placeholders; answers with the sequence
         (merged tokens in the place of the kept one), the visual tokens gone and, merged alike, the ``planes`` that
         DeepStack adds later."""
-        run = self.books(request)
+        run, dense = self.books(request), embeds
+        assert call.level is not None
         columns, owner = request.table.to(embeds.device).clamp_min(0), request.owner.to(embeds.device)[:, None]
         at = columns.gather(1, run.index.clamp_min(0))
         x = embeds[owner, at].masked_fill(~run.valid[..., None], 0)
@@ -106,7 +113,12 @@ class Prefill:
         seeds, rasters = self.seeds(request), tuple(u.rasters for u in request.units)
         for planned in self.entry:
             grid = (x.shape[1], 1)
-            view = run.view(x, planned, grid=grid, prefix=0, seed=seeds, sources={}, rasters=rasters)
+            notes = request.notes_of(planned.stage, visual)
+            sources: dict[str, Callable] = {
+                NOTE + site: partial(noted_at, tell, run.index) for site, tell in notes.items()
+            }
+            sources["text"] = partial(text_at, call, call.level.on(embeds.device), owner[:, 0], dense)
+            view = run.view(x, planned, grid=grid, prefix=0, seed=seeds, sources=sources, rasters=rasters)
             if call.held is not None:
                 at = columns.gather(1, run.index.clamp_min(0))
                 view = replace(view, protected=call.held.to(embeds.device)[owner, at] & run.valid)
@@ -140,3 +152,8 @@ class Prefill:
             call.labels[:, 1:].masked_fill_(silent, -100)
         output.last_hidden_state = full
         return output
+
+
+def noted_at(tell: Callable[[], Tensor], index: Tensor) -> Tensor:
+    """Of the notes ``tell()`` ``[G, N]`` those of the running tokens ``index`` ``[G, n]``."""
+    return torch.where(index >= 0, tell().gather(1, index.clamp_min(0)), torch.nan)

@@ -151,7 +151,14 @@ def _run(toy: Toy) -> Tensor:
 
 def _pruned(toy: Toy, cuts: list[PlannedCut]) -> Tensor:
     ledger = UndoLedger()
-    options: dict[str, Any] = {"positions": "original", "per": "image", "tower": False, "entry": [], "seed": 0}
+    options: dict[str, Any] = {
+        "positions": "original",
+        "per": "image",
+        "tower": False,
+        "noting": False,
+        "entry": [],
+        "seed": 0,
+    }
     try:
         DecoderEngine(toy.decoder, cuts, ledger, **options, done=lambda request: None, arrived=carry)
         return _run(toy)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.types import UnsupportedError
+from ...core.types import Text, UnsupportedError
 from ..base import PlannedCut
 from . import host
 from .candidates import Candidates
 from .description import Decoder
 from .level import SequenceLength
 from .request import Call
-from .scores import attention_to, query_rows
+from .scores import attention_to, keys_of, query_rows
 from .serving import Serving
+from .text import columns, marked, segment, text_at, up_to
 
 
 class Ranking:
@@ -30,36 +31,102 @@ class Ranking:
         candidates: Candidates,
         *,
         layer: str = "next",
-        query: str = "last",
+        query: str | Tensor = "last",
         keys: str = "all",
         rope: bool = True,
+        heads: str = "mean",
     ) -> Tensor:
         """Attention of the query rows (mean over rows and heads) to each candidate: ``[G, N]``.
 
         ``query``: ``"last"`` the last prompt token (with labels: every token in front of an answer), ``"all"`` every
-        row. ``layer``: projections of the layer about to run on this cut's input (``"next"``) or the real attention of
-        the layer before it (``"previous"``). ``keys``: softmax over all keys that the row sees or over the visual ones
-        alone.
+        row, or a mask ``[G, T]`` over the rows of the source ``text``. ``layer``: projections of the layer about to run
+        on this cut's input (``"next"``) or the real attention of the layer before it (``"previous"``). ``keys``:
+        softmax over all keys that the row sees or over the visual ones alone. ``heads``: ``"mean"``, ``"max"`` of each
+        row, or ``"each"``: ``[G, N, H]``.
         """
         number, x, level = self._asked(call, planned, x, layer)
         dense = call.dense[self.decoder.kinds[number]]
         rotary = self.serving.prefill(call, level, number, dense, x)["position_embeddings"] if rope else None
+        if isinstance(query, Tensor):
+            return self._asked_by(call, query, number, x, level, rotary, keys, heads, candidates)
         asking = self._asking(call, level, query)
         one = query == "last" and call.labels is None
         segments = None if call.segments is None else call.segments.to(x.device).gather(1, level.rows)
         where, owner = candidates.where, candidates.owner
-        out = torch.empty_like(where, dtype=torch.float32)
+        out: Tensor | None = None
         block = self.decoder.layers[number]
         with host.gathered(block):
             for part in (None,) if segments is None else range(int(segments.max()) + 1):
                 rows, weight = query_rows(asking if part is None else asking & (segments == part), 1 if one else None)
                 own, pairs = dense.get("attention_mask"), self.decoder.pairs
-                score = attention_to(block, x, rows, weight, level, rotary, own, keys, segments, pairs)
+                score = attention_to(block, x, rows, weight, level, rotary, own, keys, segments, pairs, heads)
                 score = candidates.rows(score.to(where.device))
-                if part is not None:
-                    score = torch.where(_segment(call, owner)[:, None] == part, score.to(out.dtype), out)
+                if out is not None and part is not None:
+                    score = torch.where(_like(segment(call, owner) == part, score), score, out)
                 out = score
-        return out.masked_fill(where < 0, -torch.inf)
+        assert out is not None
+        return out.masked_fill(_like(where < 0, out), -torch.inf)
+
+    def _asked_by(
+        self,
+        call: Call,
+        query: Tensor,
+        number: int,
+        x: Tensor,
+        level: SequenceLength,
+        rotary: tuple[Tensor, Tensor] | None,
+        keys: str,
+        heads: str,
+        candidates: Candidates,
+    ) -> Tensor:
+        """As :meth:`query_attention`, by the rows of each unit's text that ``query`` ``[G, T]`` marks."""
+        where, owner = candidates.where, candidates.owner
+        asking = marked(columns(call, level, owner.to(x.device)), query.to(x.device), level.width)  # [G, M]
+        segments = None if call.segments is None else call.segments.to(x.device).gather(1, level.rows)
+        own, pairs = call.dense[self.decoder.kinds[number]].get("attention_mask"), self.decoder.pairs
+        block, out = self.decoder.layers[number], None
+        # how many units of its sample stand in front of each
+        rank = (owner[:, None] == owner).tril(-1).sum(1)
+        with host.gathered(block):
+            for n in range(int(rank.max()) + 1):
+                mine = (rank == n).to(x.device)
+                rows, weight = query_rows(asking.new_zeros(len(x), level.width).index_put((owner[mine],), asking[mine]))
+                score = attention_to(block, x, rows, weight, level, rotary, own, keys, segments, pairs, heads)
+                score = candidates.rows(score.to(where.device))
+                out = score if out is None else torch.where(_like(rank == n, score), score, out)
+        assert out is not None
+        return out.masked_fill(_like(where < 0, out), -torch.inf)
+
+    def states(
+        self, call: Call, planned: PlannedCut, x: Tensor, candidates: Candidates, *, layer: str = "previous"
+    ) -> Tensor:
+        """Hidden states of each candidate, ``[G, N, C]``: what the layer in front of the cut was given
+        (``"previous"``), or the one behind it (``"next"``)."""
+        return candidates.rows(self._asked(call, planned, x, layer)[1].detach())
+
+    def text(
+        self, call: Call, planned: PlannedCut, x: Tensor, candidates: Candidates, *, keys: str | None = None
+    ) -> Text:
+        """The prompt's text at this cut; ``keys``: with the keys of the layer in front (``"previous"``) or behind
+        (``"next"``), as its attention uses them."""
+        # (behind another cut at this site the layer in front cannot be asked for, so columns are those of now)
+        made = None if keys is None else self._keys(call, planned, x, keys)
+        return text_at(call, self._asked(call, planned, x, "next")[2], candidates.owner, x, made)
+
+    def keys(
+        self, call: Call, planned: PlannedCut, x: Tensor, candidates: Candidates, *, layer: str = "previous"
+    ) -> Tensor:
+        """Keys of each candidate as the attention uses them, ``[G, N, H, d]``: of the layer in front of the cut, or
+        behind it (``"next"``)."""
+        return candidates.rows(self._keys(call, planned, x, layer).transpose(1, 2))
+
+    def _keys(self, call: Call, planned: PlannedCut, x: Tensor, layer: str) -> Tensor:
+        number, x, level = self._asked(call, planned, x, layer)
+        dense = call.dense[self.decoder.kinds[number]]
+        rotary = self.serving.prefill(call, level, number, dense, x)["position_embeddings"]
+        block = self.decoder.layers[number]
+        with host.gathered(block):
+            return keys_of(block, x.detach(), rotary, self.decoder.pairs)
 
     @staticmethod
     def _asked(call: Call, planned: PlannedCut, x: Tensor, layer: str) -> tuple[int, Tensor, SequenceLength]:
@@ -94,7 +161,7 @@ class Ranking:
                 "an answer begins right behind an image whose last token is gone, which ranks for it: put text between "
                 "them"
             )
-        return asking if query == "last" else _up_to(call, level, asking)
+        return asking if query == "last" else up_to(call, level, asking)
 
     @staticmethod
     def queried(call: Call, owner: Tensor) -> Tensor:
@@ -103,28 +170,10 @@ class Ranking:
         question = call.question.to(owner.device)
         if call.segments is None:
             return question.any(1)[owner]
-        same = call.segments.to(owner.device)[owner] == _segment(call, owner)[:, None]
+        same = call.segments.to(owner.device)[owner] == segment(call, owner)[:, None]
         return (question[owner] & same).any(1)
 
 
-def _up_to(call: Call, level: SequenceLength, asking: Tensor) -> Tensor:
-    """``[B, M]``: every row up to the last of its prompt that is ``asking``, without answers."""
-    column = torch.arange(level.width, device=asking.device)
-    upto = torch.where(asking, column, -1)
-    if call.segments is not None:
-        parts = call.segments.to(level.rows.device).gather(1, level.rows)
-        same = parts[:, :, None] == parts[:, None]  # [B, M, M]
-        upto = torch.where(same, upto[:, None], -1).amax(2)
-    else:
-        upto = upto.amax(1, keepdim=True)
-    every = level.valid & (column <= upto)
-    if call.labels is not None:
-        answers = (call.labels.to(level.rows.device) != -100).gather(1, level.rows) & ~level.visual
-        every = every & ~answers
-    return every
-
-
-def _segment(call: Call, owner: Tensor) -> Tensor:
-    """``[G]``: which of the prompts packed into its row each unit belongs to."""
-    assert call.request is not None and call.segments is not None
-    return call.segments.to(owner.device)[owner, call.request.table[:, 0].to(owner.device)]
+def _like(mask: Tensor, score: Tensor) -> Tensor:
+    """``mask`` with as many dimensions as ``score``."""
+    return mask.view(*mask.shape, *[1] * (score.ndim - mask.ndim))

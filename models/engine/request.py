@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -58,6 +58,8 @@ class Request:
     vision: list[list[tuple[Run, int]]] | None = (
         None  # per sample, per pass of the tower: where its books are; None: no stage there
     )
+    # per sample, the tower's passes that notes were taken in; None: there are no notes
+    looked_at: list[list[tuple[Run, int]]] | None = None
     packed: bool = False  # several prompts in one row
     at: tuple[SequenceLength, ...] = ()  # per layer what its cache holds, once the prompt has been read
     first: dict[tuple[int, str], int] = field(default_factory=dict)  # the first layer of each level and attention type
@@ -84,6 +86,25 @@ class Request:
     def owner(self) -> Tensor:
         """The sample of every unit, ``[G]``."""
         return torch.tensor([u.sample for u in self.units], dtype=torch.long).to(self.real.device)
+
+    def notes_of(self, stage: int, visual: Tensor) -> dict[str, Callable[[], Tensor]]:
+        """What the stage noted in the tower, by site: a call that tells it of the columns of :attr:`table`, ``[G, N]``;
+        NaN for tokens that the tower did not make. ``visual`` ``[B, T]`` marks the placeholders."""
+        runs = [run for rows in self.looked_at or [] for run, _ in rows]
+        sites = {site for run in runs for s, site in run.noted if s == stage}
+        return {site: partial(self._noted, stage, site, visual) for site in sorted(sites)}
+
+    def _noted(self, stage: int, site: str, visual: Tensor) -> Tensor:
+        assert self.looked_at is not None
+        tables = {id(run): run.noted_behind(stage, site) for rows in self.looked_at for run, _ in rows}
+        told = next(iter(tables.values()))
+        nothing = told.new_full((1,), torch.nan)
+        values = []
+        for rows, sources in zip(self.looked_at, self.sources, strict=True):
+            mine = torch.cat([*(tables[id(run)][g] for run, g in rows), nothing])  # the last one is for -1
+            values.append(mine[sources.to(mine.device)])
+        whole = told.new_full(visual.shape, torch.nan).masked_scatter(visual.to(told.device), torch.cat(values))
+        return whole.to(visual.device)[self.owner[:, None], self.table.clamp_min(0)]
 
     def move(self, index: Tensor) -> None:
         """The cache's samples ``index`` ``[B']`` take the places of all."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...core.select import combine, gather
-from ...core.types import Seed, Selection, TokenView, extent
+from ...core.types import NOTE, Seed, Selection, TokenView, extent
 from ..base import PlannedCut
 from .rotary import rotary_rows
 
@@ -76,6 +76,8 @@ class Run:
         counts: per block, its index: lengths are read when somebody asks.
         slots: per block, ``slot`` behind it.
         notes: the decisions, each as a call that makes its record.
+        noted: by stage and site, what a method noted of every original token, ``[G, N]``; NaN where it was gone.
+        fold: the side of the square of tokens that become one behind the tower.
         made: the records so far.
     """
 
@@ -99,6 +101,8 @@ class Run:
     slots: list[Tensor] = field(default_factory=list)
     notes: list[Callable[[], Record]] = field(default_factory=list)
     made: list[Record] = field(default_factory=list)
+    noted: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    fold: int = 1
 
     @staticmethod
     def start(images: int, tokens: int, device: torch.device, counts: Sequence[int] | None = None) -> Run:
@@ -197,6 +201,32 @@ class Run:
             )
         )
 
+    def note_down(self, planned: PlannedCut, values: Tensor) -> None:
+        """Keeps ``values`` ``[G, n]``, of the running tokens, as what ``planned`` noted."""
+        place = torch.where(self.valid, self.index, self.tokens)
+        table = values.new_full((self.images, self.tokens + 1), torch.nan).scatter(1, place, values)
+        self.noted[planned.stage, planned.cut.site] = table[:, : self.tokens]
+
+    def noted_sources(self, stage: int) -> dict[str, Callable[[], Tensor]]:
+        """What a view of the running tokens tells of the stage's notes: ``[G, n]`` each."""
+        return {
+            NOTE + site: partial(_noted, table, self.index) for (s, site), table in self.noted.items() if s == stage
+        }
+
+    @property
+    def handed_over(self) -> int:
+        """How many visual tokens an image becomes behind the tower, before any is dropped."""
+        return self.tokens // self.fold**2
+
+    def noted_behind(self, stage: int, site: str) -> Tensor:
+        """The notes of the tokens behind the tower, ``[G, N / fold^2]``: of those folded into one, their mean."""
+        table = self.noted[stage, site]
+        if self.fold == 1:
+            return table
+        assert self.grid is not None
+        rows, columns = (n // self.fold for n in self.grid)
+        return table.view(len(table), rows, self.fold, columns, self.fold).mean((2, 4)).flatten(1)
+
     def weights(self) -> Tensor | None:
         """``[G, n]``, ``None`` while all are 1: how often each running token counts in a mean. Every original token
         that is still represented counts once (ToMe, arXiv 2210.09461, MAE pooling: sum of size times token over N),
@@ -227,6 +257,10 @@ class Run:
             assert self.raster is not None
             self.rotary = (table, self.index, rotary_rows(table, self.raster.gather(1, self.index.clamp_min(0))))
         return self.rotary[2]
+
+
+def _noted(table: Tensor, index: Tensor) -> Tensor:
+    return torch.where(index >= 0, table.gather(1, index.clamp_min(0)), torch.nan)
 
 
 def _columns(selection: Selection, n: int) -> Tensor:

@@ -86,6 +86,20 @@ def visible(level: SequenceLength, rows: Tensor, own: Any, keys: str, segments: 
     return seen & level.visual[:, None] if keys == "visual" else seen
 
 
+def keys_of(block: Any, x: Tensor, rotary: tuple[Tensor, Tensor], pairs: bool) -> Tensor:
+    """The keys ``[B, G, M, d]`` of a layer that reads ``x`` ``[B, M, C]``, rotated by its tables."""
+    return turn(heads(block.self_attn, "k", block.input_layernorm(x)), *rotary, pairs)
+
+
+def _each(q: Tensor, k: Tensor, weight: Tensor, seen: Tensor, how: dict[str, Any]) -> list[Tensor]:
+    """:func:`vtprune.kernels.query_scores` of every head alone."""
+    group = q.shape[1] // k.shape[1]
+    return [
+        kernels.query_scores(q[:, i : i + 1], k[:, i // group : i // group + 1], weight=weight, seen=seen, **how)
+        for i in range(q.shape[1])
+    ]
+
+
 def attention_to(
     block: Any,
     x: Tensor,
@@ -97,15 +111,28 @@ def attention_to(
     keys: str,
     segments: Tensor | None = None,
     pairs: bool = False,
+    each_head: str = "mean",
 ) -> Tensor:
     """Attention of ``rows`` ``[B, R]``, weighted by ``weight`` ``[B, R]`` and averaged over heads, to each of the
-    level's M tokens: ``[B, M]``. A few rows at a time meet the keys, never a full map."""
+    level's M tokens: ``[B, M]``; ``each_head="max"``: the largest head's in each row, ``"each"``: ``[B, M, H]``. A few
+    rows at a time meet the keys, never a full map."""
     q, k, how = question(block, x, rows, rotary, pairs)
     parts = []
     for i in range(0, rows.shape[1], ROWS):
         some = rows[:, i : i + ROWS]
         seen = visible(level, some, own, keys, segments)
-        parts.append(kernels.query_scores(q[:, :, i : i + ROWS], k, weight=weight[:, i : i + ROWS], seen=seen, **how))
+        part, share = q[:, :, i : i + ROWS], weight[:, i : i + ROWS]
+        if each_head == "mean":
+            parts.append(kernels.query_scores(part, k, weight=share, seen=seen, **how))
+        elif each_head == "each":
+            parts.append(torch.stack(_each(part, k, share, seen, how), -1))
+        else:
+            alone = torch.ones_like(share[:, :1])
+            each = [
+                torch.stack(_each(part[:, :, r : r + 1], k, alone, seen[:, r : r + 1], how)).amax(0)
+                for r in range(share.shape[1])
+            ]
+            parts.append((torch.stack(each, 1) * share[..., None].to(each[0].dtype)).sum(1))
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.ledger import UndoLedger
-from ...core.types import Projections, Seed, Selection, UnsupportedError
+from ...core.types import Action, Projections, Seed, Selection, UnsupportedError
 from ..base import PlannedCut
 from .arguments import Arguments
 from .composed import compose
@@ -38,6 +38,7 @@ class TowerEngine:
         tokens: int,
     ):
         self.tower, self.ledger, self.cuts = tower, ledger, cuts
+        self.changes = any(c.cut.action is not Action.NOTE for c in cuts)
         self.passes = Passes(tower, cuts, tokens=tokens, seed=seed, done=done)
         self.alone, self.reading = self.passes.alone, self.passes.reading
         self.replays = BlockReplays(len(tower.blocks))
@@ -80,7 +81,7 @@ class TowerEngine:
             mine = [c for c in self.cuts if c.cut.site == f"vision.{i}"]
             inside = [c for c in mine if c.cut.inside]
             behind = [c for c in mine if not c.cut.inside]
-            if inside or (self.tower.mask is None and self.cuts):
+            if inside or (self.tower.mask is None and self.changes):
                 compose(self.tower, block, i, self.ledger, self._composed(block, inside))
             caught: list[nn.Module] = []
             if mine:
@@ -183,7 +184,13 @@ class TowerEngine:
             return Projections(q, k, v, scale, p, self.bias(x))
 
         sources: dict[str, Callable] = {"projections": projections, "prefix": lambda: x[:, :p]}
-        selection = planned.select(self.passes.view(run, x[:, p:], planned, prefix=p, sources=sources))
+        sources |= run.noted_sources(planned.stage)
+        view = self.passes.view(run, x[:, p:], planned, prefix=p, sources=sources)
+        selection = None
+        if planned.cut.action is Action.NOTE:
+            run.note_down(planned, planned.note(view))
+        else:
+            selection = planned.select(view)
         if run.decided is not None:
             run.decided[id(planned)] = selection
         return selection

@@ -95,7 +95,7 @@ class Encoders:
             known: Encoded | None = getattr(self.local, "now", None)
             if known is not None:
                 known.runs.append(run)
-            if features.shape[1] == run.tokens and run.slot is run.raster:
+            if features.shape[1] == run.handed_over and run.slot is run.raster:
                 return None
             where = torch.where(run.valid, run.index, run.tokens)
             whole = put(features.new_zeros(run.images, run.tokens + 1, features.shape[2]), where, features)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ...core.ledger import UndoLedger
-from ...core.types import Geometry, Seed, UnsupportedError
+from ...core.types import Action, Geometry, Seed, UnsupportedError
 from ..base import PlannedCut, named
 from ..engine.count import count
 from ..engine.decoder import DecoderEngine
-from ..engine.description import Decoder
+from ..engine.description import LLM, PROJECTOR, Decoder
 from ..engine.layout import Raster, RasterSpan, parts
 from ..engine.probe import probe, probe_queries
 from ..engine.request import Encoded, Request
@@ -24,9 +24,7 @@ from .copies import copied
 from .encoders import Encoders
 from .tiny import TEXT
 
-LLM = frozenset({"query_attention", "queried"})  # what methods may ask of a site in the language model
-
-BEHIND = {"projector": frozenset[str](), "llm": LLM}  # what a family without stages in its tower provides
+BEHIND = {"projector": PROJECTOR, "llm": LLM}  # what a family without stages in its tower provides
 
 
 class Mllm:
@@ -242,7 +240,8 @@ class Mllm:
             ledger,
             positions=positions,
             per=per,
-            tower=engine is not None,
+            tower=any(c.cut.action is not Action.NOTE for c in tower),
+            noting=any(c.cut.action is Action.NOTE for c in tower),
             entry=[c for c in cuts if c.cut.site == "projector"],
             seed=seed,
             done=done,

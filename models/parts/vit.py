@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...core.ledger import UndoLedger
 from ...core.types import Geometry, Seed, UnsupportedError
 from ..base import PlannedCut
-from ..engine.description import Tower
+from ..engine.description import TOWER, Tower
 from ..engine.run import Run
 from ..engine.shapes import Shapes
 from ..engine.tower import TowerEngine
@@ -41,8 +41,10 @@ class BareVit:
             vision_layers=len(tower.blocks),
             vision_depth=len(tower.blocks),
             llm_layers=0,
+            notes=TOWER,
+            seen_layers=len(tower.blocks),
             provides={
-                "vision": frozenset({"projections", "prefix"}),
+                "vision": TOWER,
                 **({"pixels": frozenset()} if tower.resize else {}),
             },
             traits=frozenset({"class_token"} if class_token else ()),

@@ -72,6 +72,8 @@ class _Walk:
     def check(self, n: int) -> None:
         """Raises :class:`VtpruneError` if cut ``n`` cannot fall here."""
         s, cut, info = self._at(n)
+        if cut.action is Action.NOTE:
+            return self._check_memory(n)
         routing = (t for t in self.first if t != s and self.stages[t][1].info.routes)
         busy = next((t for t in routing if self.first[t] < n <= self.last[t]), None)
         if busy is not None:
@@ -101,7 +103,8 @@ class _Walk:
                 "between would merge"
             )
         looks = cut.observe or "projections" in info.needs.get(cut.kind, ())
-        if looks and n and self._at(n - 1)[1].site == cut.site:
+        before = self._at(n - 1)[1] if n else None
+        if looks and before is not None and before.site == cut.site and before.action is not Action.NOTE:
             raise VtpruneError(
                 f"{self._at(n - 1)[2].name} and {info.name} both cut at {cut.site}; the second cannot use attention "
                 "from before the first: move one"
@@ -115,6 +118,8 @@ class _Walk:
     def advance(self, n: int) -> None:
         """Lets cut ``n`` fall."""
         s, cut, info = self._at(n)
+        if cut.action is Action.NOTE:
+            return
         before = self._fresh(cut)
         if cut.kind in ("projector", "llm") and self.geometry.variable:
             self.whole_budgets = False

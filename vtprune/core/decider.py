@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..methods.base import Method
 from .planning import budget
 from .recipe import Stage
-from .select import from_mask, gather, join, merged, subview
-from .types import Cut, Geometry, Recent, Selection, TokenView, UnsupportedError
+from .select import as_mix, from_mask, gather, join, merged, subview
+from .types import NOTE, Cut, Geometry, Mix, Recent, Selection, TokenView, UnsupportedError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,11 +28,26 @@ class Decider:
         self.plans: Recent[Rasters, Cut] = Recent(256)
         self.plans[(geometry.grid,)] = cuts[number]
 
+    def note(self, view: TokenView) -> Tensor:
+        """What the method notes of each token of the view of a tower's pass, ``[B, N]``."""
+        import torch
+
+        view, cut = self._promised(view, self.geometry.notes), self.cuts[self.number]
+        if view.rasters:  # images of another size than the typical one, all alike
+            cut, view = self._cut(view.rasters[0]), replace(view, grid=view.rasters[0][0], rasters=())
+        with torch.no_grad():
+            return self.method.note(view, cut)
+
+    @staticmethod
+    def _promised(view: TokenView, names: frozenset[str]) -> TokenView:
+        """``view`` with the sources of these ``names``, and the notes."""
+        kept = {name: call for name, call in view.sources.items() if name in names or name.startswith(NOTE)}
+        return replace(view, sources=kept)
+
     def __call__(self, view: TokenView) -> Selection | None:
         import torch
 
-        promised = self.geometry.provides.get(self.cuts[self.number].kind, frozenset())
-        view = replace(view, sources={name: source for name, source in view.sources.items() if name in promised})
+        view = self._promised(view, self.geometry.provides.get(self.cuts[self.number].kind, frozenset()))
         with torch.no_grad():
             if not view.rasters:
                 return self.method.select(view, self.cuts[self.number])
@@ -110,6 +126,7 @@ class Decider:
         keep = torch.zeros(b, n + 1, dtype=torch.bool, device=view.valid.device)  # the last column takes the padding
         target, weight, merges = torch.full_like(view.index, -1), view.size.clone(), False
         score: Tensor | None = None
+        pieces: list[tuple[Selection | None, Tensor, Tensor, Tensor]] = []
         for grid, m, start, share in zip(rasters, left, starts, shares, strict=True):
             if not share:
                 continue
@@ -128,7 +145,7 @@ class Decider:
                 grid=grid,
                 rasters=(),
                 memory=view.memory.setdefault(f"raster {start}", {}),
-                sources={},
+                sources={name: _rows(source, at) for name, source in view.sources.items()},
             )
             selection = self.method.select(small, replace(cut, keep=share))
             chosen = (
@@ -137,6 +154,7 @@ class Decider:
                 else torch.where(selection.kept >= 0, at.gather(1, selection.kept.clamp_min(0)), n)
             )
             keep.scatter_(1, chosen, True)
+            pieces.append((selection, at, chosen, small.size))
             if selection is not None and selection.score is not None:
                 score = (
                     torch.full(view.valid.shape, torch.nan, dtype=torch.float64, device=keep.device)
@@ -154,4 +172,33 @@ class Decider:
             if selection.weight is not None:
                 weight.scatter_(1, at, selection.weight)
         keep = keep[:, :n]
-        return replace(merged(keep, target, weight) if merges else from_mask(keep), score=score)
+        selection = merged(keep, target, weight) if merges else from_mask(keep)
+        mixes = any(piece is not None and piece.mix is not None for piece, *_ in pieces)
+        return replace(selection, score=score, mix=_joined(pieces, keep) if mixes else None)
+
+
+def _joined(pieces: list[tuple[Selection | None, Tensor, Tensor, Tensor]], keep: Tensor) -> Mix:
+    """One mix of those of several rasters: each with its selection, the positions of its tokens and of those it keeps
+    in the unit, and sizes; ``keep`` ``[B, N]`` what is kept of all."""
+    import torch
+
+    column = keep.long().cumsum(1) - 1  # position -> column of kept
+    parts = []
+    for selection, at, chosen, size in pieces:
+        mix = as_mix(from_mask(torch.ones_like(at, dtype=torch.bool)) if selection is None else selection, size)
+        place = chosen.gather(1, mix.slot.clamp_min(0)).clamp_max(keep.shape[1] - 1)
+        slot = torch.where(mix.slot >= 0, column.gather(1, place), -1)
+        parts.append((at.gather(1, mix.token), slot, mix.weight))
+    return Mix(*(torch.cat(p, 1) for p in zip(*parts, strict=True)))
+
+
+def _rows(source: Callable[..., Any], at: Tensor) -> Callable[..., Any]:
+    """``source`` for the tokens ``at`` ``[B, m]``: tensors have a row for each token, everything else stays."""
+
+    def call(**kwargs: Any) -> Any:
+        values = source(**kwargs)
+        if not hasattr(values, "ndim") or values.ndim < 2:
+            return values
+        return values[at.new_tensor(range(len(at)))[:, None], at]
+
+    return call

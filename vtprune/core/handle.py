@@ -22,7 +22,7 @@ from .planning import ATTACH_OPTIONS, TARGETS, bind, check_options, for_units, l
 from .recipe import Recipe
 from .report import Report
 from .solve import solve
-from .types import VtpruneError
+from .types import Action, VtpruneError
 from .wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Handle:
         stages = plan(for_units(adapter.geometry, per), recipe)
         check_options(adapter.geometry, positions=positions, seed=seed, per=per)
         for stage, method, cuts in stages:
-            inside = any(c.kind in ("pixels", "vision") for c in cuts)
+            inside = any(c.kind in ("pixels", "vision") and c.action is not Action.NOTE for c in cuts)
             if (
                 inside
                 and isinstance(stage.keep, int)
@@ -128,11 +128,13 @@ class Handle:
                 branches[number] = module
                 self.modules[stage.method if stage.method not in self.modules else f"{stage.method}.{number}"] = module
             for i, cut in enumerate(cuts):
+                decider = Decider(adapter.geometry, stage, method, cuts, i)
                 planned.append(
                     PlannedCut(
                         cut=cut,
                         stage=number,
-                        select=Decider(adapter.geometry, stage, method, cuts, i),
+                        select=decider,
+                        note=decider.note,
                         bring_back=lambda hidden, run, method=method, module=module: method.restore(
                             hidden, run, module
                         ),

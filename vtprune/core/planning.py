@@ -13,7 +13,7 @@ from ..methods.base import Method, make
 from .composition import ORDER, Planned, compose
 from .recipe import Recipe, Stage, resolve
 from .recipes import RECIPES
-from .types import Geometry, UnsupportedError, VtpruneError
+from .types import Action, Geometry, UnsupportedError, VtpruneError
 from .wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -92,10 +92,11 @@ def plan(geometry: Geometry, recipe: Recipe) -> list[Planned]:
         for cut in cuts:
             if cut.kind not in info.kinds:
                 raise UnsupportedError(f"{info.name} works at {' / '.join(info.kinds)}, not at {cut.site}")
-            missing = (
-                info.needs.get(cut.kind, frozenset()) - geometry.provides.get(cut.kind, frozenset()) - geometry.traits
-            )
-            if cut.kind not in geometry.provides or missing:
+            offers = geometry.provides.get(cut.kind)
+            if cut.action is Action.NOTE:
+                offers = geometry.notes if cut.kind == "vision" and geometry.notes else None
+            missing = info.needs.get(cut.kind, frozenset()) - (offers or frozenset()) - geometry.traits
+            if offers is None or missing:
                 lacks = ", ".join(sorted(missing)) or f"{cut.kind} sites"
                 why = "".join(f" ({geometry.refuses[n]})" for n in sorted(missing) if n in geometry.refuses)
                 raise UnsupportedError(

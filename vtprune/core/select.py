@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from .types import Selection, TokenView, extent
+from ..kernels.base import wide
+from .types import Mix, Selection, TokenView, extent
 
 
 def top(
@@ -74,11 +75,30 @@ def gather(x: Tensor, kept: Tensor) -> Tensor:
 
 def combine(x: Tensor, selection: Selection, size: Tensor) -> tuple[Tensor, Tensor]:
     """The kept rows of ``x`` ``[B, N, C]`` and their sizes ``[B, K]``. With a target each row is the weighted mean of
-    the tokens it absorbs (``size`` ``[B, N]`` are the default weights) and sizes add up; pruned tokens vanish."""
+    the tokens it absorbs (``size`` ``[B, N]`` are the default weights) and sizes add up; pruned tokens vanish. With a
+    mix the rows are what that says."""
+    if selection.mix is not None:
+        return mixed(x, selection.mix, selection.kept.shape[1]), _sizes(selection, size)
     if selection.target is None:
         rows, sizes = kernels.gather(selection.kept, x, size)
         return rows, sizes
     return kernels.merge(x, selection.target, selection.kept.shape[1], weight=selection.weight, size=size)
+
+
+def mixed(x: Tensor, mix: Mix, slots: int) -> Tensor:
+    """The ``[B, slots, C]`` that ``mix`` makes of ``x`` ``[B, N, C]``, summed in at least 32 bits."""
+    y = wide(x)
+    b, n, _ = y.shape
+    place = torch.where(mix.slot >= 0, mix.slot, slots) * n + mix.token  # the extra slot takes the padding
+    share = y.new_zeros(b, (slots + 1) * n).scatter_add_(1, place, mix.weight.to(y.dtype))
+    return (share.view(b, slots + 1, n)[:, :slots] @ y).to(x.dtype)
+
+
+def _sizes(selection: Selection, size: Tensor) -> Tensor:
+    """``[B, K]``: how many tokens each slot stands for."""
+    if selection.target is None:
+        return gather(size, selection.kept)
+    return kernels.merge(size[..., None], selection.target, selection.kept.shape[1], size=size)[1]
 
 
 def bands(rows: int, columns: int, keep: int) -> Tensor:
@@ -105,12 +125,16 @@ def subview(view: TokenView, rows: Sequence[int], grid: tuple[int, int], shared:
     width = int(view.valid[at].sum(1).max())
 
     def only(name: str, source: Callable[..., Any]) -> Callable[..., Any]:
-        def call(**kwargs: Any) -> Tensor:
-            key = (name, *sorted(kwargs.items()))
-            if key not in shared:
-                shared[key] = source(**kwargs)
-            values = shared[key][at]
-            return values[:, :width] if values.ndim > 1 else values
+        def call(**kwargs: Any) -> Any:
+            masks = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}  # of the sub-view's images alone
+            if masks:
+                values = source(**{**kwargs, **{k: _spread(v, at, len(view.valid)) for k, v in masks.items()}})[at]
+            else:
+                key = (name, *sorted(kwargs.items()))
+                if key not in shared:
+                    shared[key] = source(**kwargs)
+                values = shared[key][at]
+            return values[:, :width] if isinstance(values, Tensor) and values.ndim > 1 else values
 
         return call
 
@@ -129,6 +153,11 @@ def subview(view: TokenView, rows: Sequence[int], grid: tuple[int, int], shared:
     )
 
 
+def _spread(mask: Tensor, at: Tensor, images: int) -> Tensor:
+    """``mask`` ``[b, T]`` of the images ``at`` as one of all ``images``, which nothing marks elsewhere."""
+    return mask.new_zeros(images, *mask.shape[1:]).index_copy(0, at, mask)
+
+
 def join(view: TokenView, parts: Sequence[tuple[Sequence[int], Selection | None]]) -> Selection | None:
     """One selection for all images of ``view`` from those of its sub-views; ``None`` where a sub-view is left as it is
     (for all: ``None``)."""
@@ -139,7 +168,15 @@ def join(view: TokenView, parts: Sequence[tuple[Sequence[int], Selection | None]
     if len(full) == 1 and len(full[0][0]) == b:
         return full[0][1]
     kept = torch.full((b, max(s.kept.shape[1] for _, s in full)), -1, device=view.valid.device)
-    target, weight, layout, score = None, None, None, None
+    target, weight, layout, score, mix = None, None, None, None, None
+    if any(s.mix is not None for _, s in full):
+        mixes = [(rows, as_mix(s, view.size[list(rows)])) for rows, s in full]
+        most = max(m.token.shape[1] for _, m in mixes)
+        token, slot = torch.zeros(b, most, dtype=torch.long, device=kept.device), kept.new_full((b, most), -1)
+        mix = Mix(token, slot, mixes[0][1].weight.new_zeros(b, most))
+        for rows, m in mixes:
+            for whole, part in ((mix.token, m.token), (mix.slot, m.slot), (mix.weight, m.weight)):
+                whole[list(rows), : part.shape[1]] = part
     if any(s.target is not None for _, s in full):
         target, weight = torch.full((b, n), -1, device=kept.device), view.size.clone()
     if any(s.layout is not None for _, s in full):
@@ -163,4 +200,21 @@ def join(view: TokenView, parts: Sequence[tuple[Sequence[int], Selection | None]
             layout[at, : s.layout.shape[1]] = s.layout
         if score is not None and s.score is not None:
             score[at, : s.score.shape[1]] = s.score.double()
-    return Selection(kept, target, weight, layout, score)
+    return Selection(kept, target, weight, layout, score, mix=mix)
+
+
+def as_mix(selection: Selection, size: Tensor) -> Mix:
+    """What any selection puts into its slots, as a mix; ``size`` ``[B, N]`` of its view, or of more tokens."""
+    if selection.mix is not None:
+        return selection.mix
+    if selection.target is None:
+        slot = torch.arange(selection.kept.shape[1], device=size.device).expand_as(selection.kept)
+        there = selection.kept >= 0
+        return Mix(selection.kept.clamp_min(0), torch.where(there, slot, -1), there.to(wide(size).dtype))
+    target = selection.target
+    weight = wide(size[:, : target.shape[1]] if selection.weight is None else selection.weight)
+    k = selection.kept.shape[1]
+    place = torch.where(target >= 0, target, k)
+    total = weight.new_zeros(len(target), k + 1).scatter_add_(1, place, weight)
+    share = weight / total.gather(1, place).clamp_min(torch.finfo(weight.dtype).tiny)
+    return Mix(torch.arange(target.shape[1], device=size.device).expand_as(target), target, share)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Seed = int | tuple[int, ...]  # for all samples of a batch, or one for each
+NOTE = "note "  # the name of a source that gives the notes of a site
 
 
 class VtpruneError(ValueError):
@@ -55,6 +56,9 @@ class Geometry:
         vision_depth: all blocks.
         llm_layers: decoder layers; 0 for a bare ViT.
         provides: by kind of site, the names that :meth:`TokenView.source` answers there.
+        notes: the sources that a cut in the tower may use which only notes (:attr:`Action.NOTE`); empty: none can.
+        seen_layers: blocks behind which notes can be taken, those whose output is used: as many as ``vision_layers``
+            where stages can be placed there too.
         per: what a budget may apply to, the default first.
         overview: the raster of an image that shows all of it: 0 the first, -1 the last.
         variable: whether the number of tokens follows the image's size.
@@ -78,6 +82,8 @@ class Geometry:
     vision_depth: int
     llm_layers: int
     provides: Mapping[str, frozenset[str]]
+    notes: frozenset[str] = frozenset()
+    seen_layers: int = 0
     per: tuple[str, ...] = ("image", "sample")
     overview: int = 0
     variable: bool = False
@@ -94,6 +100,8 @@ class Action(Enum):
 
     SELECT = "select"
     """The method decides: tokens are dropped or merged."""
+    NOTE = "note"
+    """The method notes a number of each token, which later cuts of its stage find again; nothing is dropped."""
     STASH = "stash"
     """The visual tokens are put aside for the method's side branch, then the method decides as at ``SELECT``."""
     RESTORE = "restore"
@@ -161,6 +169,30 @@ class Projections:
 
 
 @dataclass(frozen=True)
+class Text:
+    """The text of a prompt, up to what answers begin behind: the same for every unit of the prompt.
+
+    Attributes:
+        hidden: ``[B, T, C]``, at this site: input embeddings behind the projector.
+        valid: ``[B, T]`` bool, False for padding.
+        after: ``[B, T]`` bool, those behind the unit's last visual token.
+        place: ``[B, T]``, columns in the caller's sequence.
+        keys: ``[B, T, G, d]`` of the layer that was asked for, as its attention uses them.
+    """
+
+    hidden: Tensor
+    valid: Tensor
+    after: Tensor
+    place: Tensor
+    keys: Tensor | None = None
+
+    def __getitem__(self, rows: Tensor) -> Text:
+        """Those of the images ``rows``."""
+        keys = None if self.keys is None else self.keys[rows]
+        return Text(self.hidden[rows], self.valid[rows], self.after[rows], self.place[rows], keys)
+
+
+@dataclass(frozen=True)
 class TokenView:
     """What a method may look at: the visual tokens of B images (or whatever else one budget applies to) at one site.
 
@@ -194,6 +226,11 @@ class TokenView:
     rasters: tuple[tuple[tuple[int, int], ...], ...] = ()
     known: tuple[Tensor, int, int] | None = field(default=None, repr=False)
 
+    def noted(self, site: str) -> Tensor:
+        """``[B, N]``: what the stage's cut at ``site`` noted of each token (:meth:`~vtprune.methods.base.Method.note`);
+        of a token that several were folded into, their mean; NaN for tokens that were not there."""
+        return self.source(NOTE + site)
+
     def source(self, name: str, **kwargs: Any) -> Any:
         """An extra of the site, e.g. ``projections`` (:class:`Projections`) or ``query_attention`` (``[B, N]``). Raises
         :class:`UnsupportedError` if absent."""
@@ -225,6 +262,22 @@ def extent(mask: Tensor) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class Mix:
+    """What the slots of a selection hold: ``slot = sum of weight * token`` over the entries that name it. A token may
+    go into several slots; M entries of each image.
+
+    Attributes:
+        token: ``[B, M]``, positions in the view.
+        slot: ``[B, M]``, columns of :attr:`Selection.kept`; -1: the entry is padding.
+        weight: ``[B, M]``, free: those of a mean sum to one.
+    """
+
+    token: Tensor
+    slot: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
 class Selection:
     """A method's answer.
 
@@ -234,6 +287,7 @@ class Selection:
         target: ``[B, N]``, of merging methods: for every token the column of ``kept`` that absorbs it; its own if it is
             kept, -1 if it is dropped.
         weight: ``[B, N]``, a token's weight in the mean of its slot; ``None``: the tokens' sizes.
+        mix: what the slots hold where that is no mean over the tokens whose ``target`` they are.
         layout: ``[B, K]``, an order of the columns of ``kept`` in the running sequence.
         score: ``[B, N]``, what the tokens were ranked by: higher stays, NaN where a token was not ranked. It explains,
             nothing is computed from it.
@@ -246,6 +300,7 @@ class Selection:
     layout: Tensor | None = None
     score: Tensor | None = None
     span: tuple[int, int] | None = None
+    mix: Mix | None = None
 
     @property
     def counts(self) -> Tensor:

@@ -109,6 +109,10 @@ class Method:
         """The decision at one cut (``None``: leave everything as it is)."""
         raise NotImplementedError
 
+    def note(self, view: TokenView, cut: Cut) -> Tensor:
+        """A number of each token ``[B, N]`` at a cut that only notes; :meth:`TokenView.noted` finds it again."""
+        raise NotImplementedError
+
     def restore(self, hidden: Tensor, run: Callable[..., Tensor], module: Any) -> Tensor:
         """Routing methods only: the tokens that come back. ``hidden`` ``[B, V, C]``, the visual rows as stashed;
         ``run(layer, hidden)`` runs a decoder layer over them, causally, at their own positions, ``module`` is what
