@@ -32,6 +32,7 @@ class PlannedCut:
         stage: the number of its stage in the recipe; cuts of one stage share what the method remembers.
         select: answers with the method's decision.
         note: at a cut that only notes, the method's number of each token.
+        merges: the method may merge tokens.
         bring_back: the method's :meth:`~vtprune.methods.base.Method.restore`, its module bound.
     """
 
@@ -39,6 +40,7 @@ class PlannedCut:
     stage: int
     select: Callable[[TokenView], Selection | None]
     note: Callable[[TokenView], Tensor] = _nothing_noted
+    merges: bool = False
     bring_back: Callable[..., Tensor] = _nothing_back
 
 

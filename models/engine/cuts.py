@@ -8,8 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ...core.select import combine
 from ...core.types import NOTE, Action, Seed, Selection, TokenView, UnsupportedError
 from ..base import PlannedCut
+from .books import carry
 from .candidates import Candidates
 from .description import Decoder
 from .level import SequenceLength, pack
@@ -53,16 +55,22 @@ class Cuts:
             return self.routing.restore(call, planned, number, x)
         if planned.cut.action is Action.STASH:
             call.stash[planned.stage] = Stash(x, call.level)
+        if planned.merges and request.entry is None and request.arrived is not None:
+            request.entry = carry(request)  # what the tower merged
         level = call.level.on(x.device)
         candidates = Candidates.of(request, level, x.device)
         selection = planned.select(self._view(call, planned, level, candidates, x))
         if selection is None:
             return x
+        merges = selection.target is not None or selection.mix is not None
+        if merges:
+            x = self._merge(call, selection, candidates, level, x)
+        standing = None if request.standing is None else request.standing.stands
         request.notes.append(
-            partial(_record, planned.cut.site, planned.stage, candidates.index, selection.kept, selection.score)
+            partial(
+                _record, planned.cut.site, planned.stage, candidates.index, selection.kept, selection.score, standing
+            )
         )
-        if selection.target is not None:
-            raise UnsupportedError("merging inside the language model is not supported by this adapter")
         if torch.equal(candidates.valid.sum(1), selection.counts):
             return x
         keep = _columns_kept(candidates, selection, level)
@@ -72,6 +80,19 @@ class Cuts:
                 raise UnsupportedError(ENDS)
         call.level = level
         return self.drop(call, number, keep, x)
+
+    @staticmethod
+    def _merge(call: Call, selection: Selection, candidates: Candidates, level: SequenceLength, x: Tensor) -> Tensor:
+        """``x`` ``[B, M, C]`` with the slots of ``selection`` in the rows of the tokens that they stand at."""
+        request = call.request
+        assert request is not None
+        call.merged = True
+        rows, _ = combine(candidates.rows(x), selection, request.standing_at(candidates.index)[1])
+        where = torch.where(selection.kept >= 0, candidates.where.gather(1, selection.kept.clamp_min(0)), level.width)
+        owner = candidates.owner[:, None].expand_as(where)
+        x = nn.functional.pad(x, (0, 0, 0, 1)).index_put((owner, where), rows.to(x.dtype))[:, :-1]
+        request.stand(candidates.index, selection)
+        return x
 
     def _view(
         self, call: Call, planned: PlannedCut, level: SequenceLength, candidates: Candidates, x: Tensor
@@ -83,7 +104,7 @@ class Cuts:
             features=candidates.rows(x.detach()),  # decisions carry no gradient
             valid=valid,
             index=candidates.index,
-            size=valid.to(torch.float32),
+            size=request.standing_at(candidates.index)[1] * valid,
             protected=torch.zeros_like(valid) if call.held is None else candidates.marked(call.held, level),
             grid=(valid.shape[1], 1),
             seed=self.seeds(request),
@@ -116,8 +137,18 @@ def _columns_kept(candidates: Candidates, selection: Selection, level: SequenceL
     return text.index_put((owner[:, None].expand_as(chosen), chosen), marks)[:, :-1]
 
 
-def _record(site: str, stage: int, index: Tensor, kept: Tensor, score: Tensor | None) -> Record:
+def _record(
+    site: str, stage: int, index: Tensor, kept: Tensor, score: Tensor | None, standing: Tensor | None
+) -> Record:
+    """``standing`` ``[G, N]``: the original index of the token that stands for each one now; ``None``: nothing was
+    merged."""
     index, kept = index.cpu(), kept.cpu()
     left = [row[mine[mine >= 0]] for row, mine in zip(index, kept, strict=True)]
     ranked = None if score is None else (index, score)
-    return Record(site, stage, (index >= 0).sum(1).tolist(), [len(k) for k in left], left, None, ranked)
+    slots = None
+    if standing is not None:
+        slots = []
+        for row, mine in zip(standing.cpu(), left, strict=True):
+            place = torch.full((len(row) + 1,), -1).scatter_(0, mine, torch.arange(len(mine)))
+            slots.append(place[row])  # the last entry, -1, is for what is gone
+    return Record(site, stage, (index >= 0).sum(1).tolist(), [len(k) for k in left], left, slots, ranked)

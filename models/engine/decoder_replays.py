@@ -24,10 +24,10 @@ class LayerReplays(WeakValueDictionary[int, Call]):
 
     def remember(self, call: Call, number: int, level: SequenceLength) -> None:
         """Layer ``number`` reads ``level``."""
-        if self.routes:
+        if self.routes or call.merged:
+            what = "routing methods need" if self.routes else "merging in the language model needs"
             raise UnsupportedError(
-                "routing methods need a newer transformers for gradient checkpointing, or "
-                "gradient_checkpointing_disable()"
+                f"{what} a newer transformers for gradient checkpointing, or gradient_checkpointing_disable()"
             )
         if number not in call.done:
             call.done[number] = (None, level)

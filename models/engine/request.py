@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.select import absorbing
+from ...core.types import Selection
 from .layout import BudgetGroup, RasterSpan
 from .level import SequenceLength
 from .run import Record, Run
@@ -26,6 +28,15 @@ class Encoded:
     @property
     def passes(self) -> list[tuple[Run, int]]:
         return [(run, g) for run in self.runs for g in range(run.images)]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Of every unit's original tokens ``[G, N]``: ``stands`` the index of the token that stands for each one (-1:
+    gone), ``size`` how many each stands for."""
+
+    stands: Tensor
+    size: Tensor
 
 
 @dataclass
@@ -60,6 +71,8 @@ class Request:
     )
     # per sample, the tower's passes that notes were taken in; None: there are no notes
     looked_at: list[list[tuple[Run, int]]] | None = None
+    # who stands for whom, since the first merge inside the language model
+    standing: Standing | None = None
     packed: bool = False  # several prompts in one row
     at: tuple[SequenceLength, ...] = ()  # per layer what its cache holds, once the prompt has been read
     first: dict[tuple[int, str], int] = field(default_factory=dict)  # the first layer of each level and attention type
@@ -86,6 +99,35 @@ class Request:
     def owner(self) -> Tensor:
         """The sample of every unit, ``[G]``."""
         return torch.tensor([u.sample for u in self.units], dtype=torch.long).to(self.real.device)
+
+    def standing_at(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the tokens ``index`` ``[G, n]`` (-1: padding): which are there, and how many each stands for."""
+        there = index >= 0
+        if self.standing is not None:
+            return there, self.standing.size.to(index.device).gather(1, index.clamp_min(0))
+        if self.entry is None or not self.entry.merges:
+            return there, there.to(torch.float32)
+        sizes = _table(self.entry, self.entry.size)
+        return there, sizes.to(index.device).gather(1, index.clamp_min(0))
+
+    def stand(self, index: Tensor, selection: Selection) -> None:
+        """The tokens ``index`` ``[G, n]`` were merged by ``selection``."""
+        there, size = self.standing_at(index)
+        n, gone = self.table.shape[1], self.table.shape[1]
+        place = torch.where(there, index, gone)
+        if self.standing is not None:
+            stands = self.standing.stands
+        elif self.entry is not None and self.entry.merges:
+            at = self.entry.index.gather(1, self.entry.slot.clamp_min(0))
+            stands = torch.where(self.entry.slot >= 0, at, -1)[:, :n]
+        else:
+            stands = torch.arange(n, device=index.device).expand(len(index), -1)
+        absorber = absorbing(selection, index.shape[1])  # [G, n] position in the view, -1: dropped
+        into = torch.where(absorber >= 0, index.gather(1, absorber.clamp_min(0)), -1)
+        after = index.new_full((len(index), n + 1), -1).scatter(1, place, into)  # the last entry: what is gone
+        stands = after.gather(1, torch.where(stands >= 0, stands, gone))
+        total = size.new_zeros(len(index), n + 1).scatter_add(1, torch.where(into >= 0, into, gone), size * there)
+        self.standing = Standing(stands, total[:, :n])
 
     def notes_of(self, stage: int, visual: Tensor) -> dict[str, Callable[[], Tensor]]:
         """What the stage noted in the tower, by site: a call that tells it of the columns of :attr:`table`, ``[G, N]``;
@@ -179,6 +221,7 @@ class Call:
     served: dict[Any, dict[str, Any]] = field(default_factory=dict)
     inputs: dict[int, tuple[Tensor, SequenceLength]] = field(default_factory=dict)
     stash: dict[int, Stash] = field(default_factory=dict)
+    merged: bool = False  # rows of a layer's input are no rows of the one before
 
     @property
     def held(self) -> Tensor | None:
@@ -188,3 +231,9 @@ class Call:
     @property
     def placed(self) -> bool:
         return self.positions is not None
+
+
+def _table(run: Run, values: Tensor) -> Tensor:
+    """``values`` ``[G, n]`` of the running tokens by their original index, ``[G, N]``, 0 for those that are gone."""
+    place = torch.where(run.valid, run.index, run.tokens)
+    return values.new_zeros(len(values), run.tokens + 1).scatter(1, place, values)[:, : run.tokens]

@@ -3,7 +3,8 @@ attention by chosen rows and single heads. The oracles are the model's own outpu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 from vtprune.models.base import ADAPTERS
 from vtprune.models.engine.host import cache_of
 from vtprune.models.engine.layout import units as groups
+from vtprune.models.engine.masked import hide_in_decoder
 
 import vtprune
-from vtprune.core.select import from_mask
-from vtprune.core.types import Action, Cut
+from vtprune.core.ledger import UndoLedger
+from vtprune.core.select import from_mask, merged
+from vtprune.core.types import Action, Cut, Mix
 from vtprune.methods.base import METHODS, Method, MethodInfo, register
 
 SEEN: dict = {}
@@ -224,3 +227,94 @@ def test_answers_are_no_part_of_the_text(tiny):
     text = SEEN["llm"][0]["text"]
     length = inputs["input_ids"].shape[1]
     assert int(text.place.max()) == length - 3
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize("family", ASKED)
+def test_merged_rows_stand_where_their_absorber_stood(family, mixes, tiny):
+    """Two cuts that merge, the second by size; the oracle is the dense model with the means put into the rows of the
+    absorbers and the others hidden from then on."""
+    model, inputs = first(family, tiny)
+    merging(mixes)
+    try:
+        with vtprune.attach(model, "spy-merge", keep=0.5) as handle, torch.no_grad():
+            got = model(**inputs).logits
+            adapter, report = handle.adapter, handle.report()
+    finally:
+        METHODS._forget("spy-merge")
+    ids = inputs["input_ids"]
+    visual = adapter.visual(ids)
+    present = inputs["attention_mask"].bool()
+    lost, size = torch.zeros_like(visual), torch.ones_like(ids).double()
+    hidden, rows = [], {}
+    for layer in range(adapter.geometry.llm_layers):
+        for stage in report.stages:
+            if stage.site != f"llm.{layer}":
+                continue
+            lost = visual.clone()
+            for b, kept in enumerate(stage.kept):
+                columns = visual[b].nonzero()[:, 0]
+                lost[b, columns[kept]] = False
+            rows[layer] = (stage, lost)
+        hidden.append(lost)
+    ledger = UndoLedger()
+    hide_in_decoder(ledger, adapter.decoder_layers(), hidden)
+
+    def put_in(module, args, kwargs, layer):
+        x = args[0] if args else kwargs["hidden_states"]
+        stage, gone = rows[layer]
+        before = hidden[layer - 1]
+        x = x.clone()
+        for b, kept in enumerate(stage.kept):
+            columns = visual[b].nonzero()[:, 0]
+            there = ~before[b, columns]
+            old, sizes = x[b, columns].clone(), size[b, columns].clone()
+            slot = stage.assignment[b]
+            for s, k in enumerate(kept.tolist()):
+                mine = ((slot == s) & there).nonzero()[:, 0]
+                weight = sizes[mine] / sizes[mine].sum()
+                if mixes:  # twice the absorber, and the sum of the others
+                    weight = torch.where(mine == k, 2.0, 1.0).double()
+                x[b, columns[k]] = (old[mine] * weight[:, None].to(old.dtype)).sum(0)
+                size[b, columns[k]] = sizes[mine].sum()
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+    for layer in rows:
+        if rows[layer][0].assignment is not None:
+            ledger.before(adapter.decoder_layers()[layer], partial(put_in, layer=layer))
+    with torch.no_grad():
+        want = model(**inputs).logits
+    ledger.undo()
+    left = present & ~hidden[-1]
+    assert [s.assignment is None for s in report.stages] == [False, False]
+    close(got[left], want[left])
+    for stage in report.stages:
+        for b, kept in enumerate(stage.kept):
+            assert stage.assignment[b][kept].tolist() == list(range(len(kept)))
+
+
+def merging(mixes: bool) -> None:
+    @register(
+        MethodInfo(
+            name="spy-merge",
+            paper="baseline",
+            idea="every second token takes in the one behind it, by size",
+            kinds=("llm",),
+            merges=True,
+            cases=({"keep": 1.0}, {"keep": 0.5}),
+        )
+    )
+    @dataclass(frozen=True, kw_only=True)
+    class Merge(Method):
+        def plan(self, geometry, keep):
+            return (Cut(site="llm.1", keep=keep), Cut(site="llm.3", keep=keep))
+
+        def select(self, view, cut):
+            n = view.valid.shape[1]
+            at = torch.arange(n).expand_as(view.valid)
+            absorber = at // 2 * 2
+            chosen = merged((at % 2 == 0) & view.valid, torch.where(view.valid, absorber, -1))
+            if not mixes:
+                return chosen
+            weight = torch.where(at == absorber, 2.0, 1.0)
+            return replace(chosen, mix=Mix(at, chosen.target, weight))

@@ -135,6 +135,7 @@ class Handle:
                         stage=number,
                         select=decider,
                         note=decider.note,
+                        merges=method.info.merges,
                         bring_back=lambda hidden, run, method=method, module=module: method.restore(
                             hidden, run, module
                         ),

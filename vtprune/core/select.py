@@ -68,6 +68,18 @@ def merged(
     return Selection(plain.kept, target, weight, span=plain.span)
 
 
+def absorbing(selection: Selection, n: int) -> Tensor:
+    """``[B, n]``: of every token of the view the position of the one that stands for it behind ``selection``: itself
+    if it is kept, -1 if it is dropped."""
+    kept = selection.kept
+    if selection.target is not None:
+        target = selection.target
+        at = kept.gather(1, target.clamp_min(0))
+        return torch.where(target >= 0, at, -1)
+    place = torch.where(kept >= 0, kept, n)
+    return kept.new_full((len(kept), n + 1), -1).scatter(1, place, kept)[:, :n]
+
+
 def gather(x: Tensor, kept: Tensor) -> Tensor:
     """Rows ``kept`` ``[B, K]`` (-1: zeros) of ``x`` ``[B, N, ...]``."""
     return kernels.gather(kept, x)[0]
