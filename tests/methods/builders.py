@@ -220,3 +220,16 @@ def head(model: nn.Module, x: Tensor) -> Tensor:
         return (model.head(x[:, 0]) + model.head_dist(x[:, 1])) / 2
     pooled = x[:, p:].mean(1) if model.global_pool == "avg" else x[:, 0]
     return model.head(model.fc_norm(pooled))
+
+
+def watched(model: nn.Module, pixels: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What transformers itself says of a tower: hidden states (the embedding first, so that ``[i + 1]`` is the output
+    of block i) and each block's attention ``[B, H, n, n]``, prefix tokens first."""
+    kept = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            out = model(pixels, output_hidden_states=True, output_attentions=True)
+    finally:
+        model.set_attn_implementation(kept)
+    return out.hidden_states, out.attentions

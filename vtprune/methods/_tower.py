@@ -1,0 +1,93 @@
+"""What methods share that score tokens by blocks of the tower and decide once: behind the last block whose output is
+used, or, where a family folds its patches, behind the projector with the scores noted in the tower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..core.types import Action, Geometry, Selection, TokenView, UnsupportedError
+from .base import Cut, Method, option
+
+# By kind of site, what such methods need: projections in the tower, nothing behind it.
+NEEDS = {"vision": frozenset({"projections"})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerScored(Method):
+    """A subclass says which :meth:`blocks` it scores, how (:meth:`score`), and what it keeps (:meth:`choose`)."""
+
+    site: str = option(
+        "auto",
+        "where it decides: 'tower' (behind the last block that is used, on its features), 'projector' (on projected "
+        "features, the tower's scores noted), 'auto': the tower where stages can be placed there",
+        choices=("auto", "tower", "projector"),
+    )
+
+    def blocks(self, geometry: Geometry) -> tuple[int, ...]:
+        """The blocks whose attention is scored, ascending; by default the last one that is used."""
+        return (geometry.seen_layers - 1,)
+
+    def score(self, view: TokenView, cut: Cut) -> Tensor:
+        """``[B, N]``: what :meth:`choose` is given of one block."""
+        raise NotImplementedError
+
+    def choose(self, view: TokenView, scores: list[Tensor], cut: Cut) -> Selection:
+        """The decision, from the scores ``[B, N]`` of all :meth:`blocks`, NaN where the tower did not make a token."""
+        raise NotImplementedError
+
+    def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
+        if not geometry.seen_layers:
+            raise UnsupportedError(
+                f"{self.info.name} scores by the vision tower's attention, which {geometry.family} ({geometry.arch}) "
+                "does not show"
+            )
+        inside = "vision" in geometry.provides
+        if self.site == "tower" and not inside:
+            raise UnsupportedError(
+                f"{self.info.name}: site='tower' drops tokens in the tower, where {geometry.family} has no stages; use "
+                "site='projector'"
+            )
+        if self.site == "projector" and "projector" not in geometry.provides:
+            raise UnsupportedError(f"{self.info.name}: {geometry.family} has no projector; use site='tower'")
+        last, scored = geometry.seen_layers - 1, self.blocks(geometry)
+        data = {"blocks": scored}
+        if self.site == "projector" or not inside:
+            notes = [Cut(site=f"vision.{i}", action=Action.NOTE) for i in scored]
+            return (*notes, Cut(site="projector", keep=keep, data=data))
+        notes = [Cut(site=f"vision.{i}", action=Action.NOTE) for i in scored if i < last]
+        return (*notes, Cut(site=f"vision.{last}", keep=keep, data=data))
+
+    def note(self, view: TokenView, cut: Cut) -> Tensor:
+        return self.score(view, cut)
+
+    def select(self, view: TokenView, cut: Cut) -> Selection:
+        scores = [
+            self.score(view, cut) if cut.site == f"vision.{i}" else view.noted(f"vision.{i}")
+            for i in cut.data["blocks"]
+        ]
+        return self.choose(view, scores, cut)
+
+
+def class_attention(view: TokenView) -> Tensor:
+    """``[B, N]``: the class token's attention in the block, softmax over all tokens, mean over heads; 0 on padding. In
+    towers without a class token the attention that each patch receives, averaged over all queries."""
+    t, p = view.source("projections"), view.prefix
+    if not p:
+        return received_attention(view)
+    bias = None if t.bias is None else t.bias[:, 0, 0]
+    found = kernels.query_scores(t.q[:, :, :1], t.k, scale=t.scale, bias=bias)
+    return found[:, p:] * view.valid
+
+
+def received_attention(view: TokenView) -> Tensor:
+    """``[B, N]``: the attention that each patch receives in the block, mean over heads and over all queries (the class
+    token's among them); 0 on padding."""
+    t, p = view.source("projections"), view.prefix
+    real = torch.cat([view.valid.new_ones(len(view.valid), p), view.valid], 1)
+    weight = real.to(torch.float32) / real.sum(1, keepdim=True)
+    bias = None if t.bias is None else t.bias[:, 0, 0]
+    return kernels.query_scores(t.q, t.k, scale=t.scale, weight=weight, bias=bias)[:, p:] * view.valid
