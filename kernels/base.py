@@ -26,12 +26,22 @@ CHUNK = 1 << 20
 class KernelInfo:
     """The registered facts of an op, from which its tests and its benchmark are generated.
 
-    ``function`` what users call; ``reference`` the same without ``backend``, positional; the Triton launcher has the
-    name and the parameters of ``reference`` and lies in ``<name>_triton.py``. ``example(case, n, dtype, generator)``
-    makes the positional arguments of a test with n tokens on the CPU, for each of ``cases``; ``close(arguments, got,
-    want)`` asserts that two results agree: indices by the score of what was chosen. ``plain`` is the straightforward
-    torch implementation with the full matrix, ``work(arguments)`` the bytes that have to be moved and the
-    floating-point operations (2 per multiply-add)."""
+    Attributes:
+        name: of the op; its Triton launcher lies in ``<name>_triton.py``, with the name and parameters of
+            ``reference``.
+        source: the paper, with its equation.
+        function: what users call.
+        reference: the same without ``backend``, positional.
+        example: ``example(case, n, dtype, generator)`` makes the positional arguments of a test with n tokens on the
+            CPU.
+        cases: those that ``example`` knows.
+        close: ``close(arguments, got, want)`` asserts that two results agree: indices by the score of what was chosen.
+        plain: the straightforward torch implementation with the full matrix.
+        work: ``work(arguments)`` gives the bytes that have to be moved and the floating-point operations (2 per
+            multiply-add).
+        differentiable: the reference carries gradients; what only chooses has none to carry.
+        loaded: the launcher, once it was asked for.
+    """
 
     name: str
     source: str
@@ -42,7 +52,7 @@ class KernelInfo:
     close: Callable[[tuple[Any, ...], Any, Any], None]
     plain: Callable[..., Any]
     work: Callable[[tuple[Any, ...]], tuple[int, int]]
-    differentiable: bool = False  # the reference carries gradients; what only chooses has none to carry
+    differentiable: bool = False
     loaded: dict[str, Callable[..., Any]] = field(default_factory=dict, compare=False, repr=False)
 
     def triton(self) -> Callable[..., Any]:

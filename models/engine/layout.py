@@ -17,8 +17,13 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Raster:
-    """``grid`` rows and columns of visual tokens; ``passes`` the tokens that each pass of the tower behind it makes
-    (default: the raster is one pass); ``joins``: it belongs to the frame before it."""
+    """Visual tokens that form a grid.
+
+    Attributes:
+        grid: rows and columns.
+        passes: the tokens that each pass of the tower behind it makes (default: the raster is one pass).
+        joins: it belongs to the frame before it.
+    """
 
     grid: Grid
     passes: tuple[int, ...] = (-1,)
@@ -31,8 +36,15 @@ class Raster:
 
 @dataclass(frozen=True)
 class RasterSpan:
-    """One raster in a sample: ``columns`` ``[n]`` its placeholders' positions in the sequence; ``image`` and ``video``
-    (-1: none) count within the sample."""
+    """One raster in a sample.
+
+    Attributes:
+        columns: its placeholders' positions in the sequence, ``[n]``.
+        grid: rows and columns.
+        image: its image's number within the sample.
+        video: its video's number within the sample, -1: none.
+        passes: the tokens that each pass of the tower behind it makes.
+    """
 
     columns: Tensor
     grid: Grid
@@ -43,7 +55,13 @@ class RasterSpan:
 
 @dataclass(frozen=True)
 class BudgetGroup:
-    """What one budget applies to: ``columns`` ``[n]`` ascending, made of ``rasters``."""
+    """What one budget applies to.
+
+    Attributes:
+        sample: whose.
+        columns: positions in the sequence, ascending, ``[n]``.
+        rasters: rows and columns of those it is made of.
+    """
 
     sample: int
     columns: Tensor

@@ -15,16 +15,24 @@ from . import host
 
 @dataclass(eq=False)
 class SequenceLength:
-    """One sequence length. ``rows`` ``[B, M]`` positions in the caller's sequence, ascending among ``valid`` ``[B,
-    M]``; ``visual`` ``[B, M]`` marks visual tokens; ``shift`` ``[B]`` by how much compact positions fall behind at the
-    end of the prompt. ``first`` the layer it begins with."""
+    """One sequence length.
+
+    Attributes:
+        first: the layer it begins with.
+        rows: positions in the caller's sequence, ascending among ``valid``, ``[B, M]``.
+        valid: which of them are no padding, ``[B, M]``.
+        visual: which of them are visual tokens, ``[B, M]``.
+        shift: by how much compact positions fall behind at the end of the prompt, ``[B]``.
+        dense: nothing was dropped, so that the model's own masks and positions serve.
+        elsewhere: the same on other devices.
+    """
 
     first: int
     rows: Tensor
     valid: Tensor
     visual: Tensor
     shift: Tensor
-    dense: bool = False  # nothing was dropped: the model's own masks and positions serve
+    dense: bool = False
     elsewhere: dict[torch.device, SequenceLength] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> SequenceLength:

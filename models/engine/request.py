@@ -41,43 +41,60 @@ class Standing:
 
 @dataclass
 class Request:
-    """One prefill and what its decoding steps need."""
+    """One prefill and what its decoding steps need.
+
+    Attributes:
+        length: T, of the caller's sequence.
+        parts: per sample, the rasters in it.
+        units: what each budget applies to.
+        real: which columns are no padding, ``[B, T]``.
+        next: the position behind the prompt, ``[B]``.
+        levels: the sequence lengths so far, the dense one first.
+        notes: what was decided, told when somebody asks.
+        layer_tokens: per layer, per sample, visual tokens.
+        text_tokens: per sample.
+        memory: what each stage's method remembers.
+        branched: by stage, per sample, visual tokens that its side branch ran over.
+        cached: layers whose cache holds more rows than pass through them.
+        keys_only: by layer, per sample, visual tokens that gave it keys and values only.
+        arrived: visual tokens that the tower handed over, ``[B, T]``; ``None``: no stage there.
+        held: visual tokens that must not go, ``[B, T]``; ``None``: none.
+        entry: the books of the stages behind the projector.
+        sources: per sample, per visual token: which token of its passes of the tower (-1: none).
+        vision: per sample, per pass of the tower: where its books are; ``None``: no stage there.
+        looked_at: per sample, the tower's passes that notes were taken in; ``None``: there are no notes.
+        standing: who stands for whom, since the first merge inside the language model.
+        packed: several prompts in one row.
+        at: per layer what its cache holds, once the prompt has been read.
+        first: the first layer of each level and attention type.
+        pruned: layers whose cache is shorter than the prompt.
+        uneven: those of them that need a mask at every step: samples of different lengths, sliding windows.
+    """
 
     length: int
     parts: list[list[RasterSpan]]
     units: list[BudgetGroup]
-    real: Tensor  # [B, T]
-    next: Tensor  # [B] position behind the prompt
+    real: Tensor
+    next: Tensor
     levels: list[SequenceLength] = field(default_factory=list)
-    # what was decided, told when somebody asks
     notes: list[Record | Callable[[], Record]] = field(default_factory=list)
-    layer_tokens: list[list[int]] = field(default_factory=list)  # per layer, per sample
+    layer_tokens: list[list[int]] = field(default_factory=list)
     text_tokens: list[int] = field(default_factory=list)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
-    # stage -> per sample, visual tokens that its side branch ran over
     branched: dict[int, list[int]] = field(default_factory=dict)
-    cached: dict[int, SequenceLength] = field(
-        default_factory=dict
-    )  # layers whose cache holds more rows than pass through them
-    # layer -> per sample, visual tokens that gave it keys and values only
+    cached: dict[int, SequenceLength] = field(default_factory=dict)
     keys_only: dict[int, list[int]] = field(default_factory=dict)
-    arrived: Tensor | None = None  # [B, T] visual tokens that the tower handed over; None: no stage there
-    held: Tensor | None = None  # [B, T] visual tokens that must not go; None: none
-    entry: Run | None = None  # the books of the stages behind the projector
-    # per sample, per visual token: which token of its passes of the tower (-1: none)
+    arrived: Tensor | None = None
+    held: Tensor | None = None
+    entry: Run | None = None
     sources: list[Tensor] = field(default_factory=list)
-    vision: list[list[tuple[Run, int]]] | None = (
-        None  # per sample, per pass of the tower: where its books are; None: no stage there
-    )
-    # per sample, the tower's passes that notes were taken in; None: there are no notes
+    vision: list[list[tuple[Run, int]]] | None = None
     looked_at: list[list[tuple[Run, int]]] | None = None
-    # who stands for whom, since the first merge inside the language model
     standing: Standing | None = None
-    packed: bool = False  # several prompts in one row
-    at: tuple[SequenceLength, ...] = ()  # per layer what its cache holds, once the prompt has been read
-    first: dict[tuple[int, str], int] = field(default_factory=dict)  # the first layer of each level and attention type
-    pruned: frozenset[int] = frozenset()  # layers whose cache is shorter than the prompt
-    # those of them that need a mask at every step: samples of different lengths, sliding windows
+    packed: bool = False
+    at: tuple[SequenceLength, ...] = ()
+    first: dict[tuple[int, str], int] = field(default_factory=dict)
+    pruned: frozenset[int] = frozenset()
     uneven: frozenset[int] = frozenset()
 
     @property
@@ -190,38 +207,64 @@ class Stash:
 
 @dataclass(eq=False)
 class Call:
-    """One forward of the root."""
+    """One forward of the root.
+
+    Attributes:
+        request: that it reads or goes on with.
+        prefill: it reads a prompt with visual tokens.
+        plain: the ids of a prompt without visual tokens.
+        labels: a copy of the caller's, from which positions without a prediction are taken.
+        visual: the placeholders, ``[B, T]`` bool.
+        parts: per sample, what they stand for.
+        sources: as :attr:`Request.sources`.
+        encoded: by modality, what its encoder did for this forward.
+        cache: the caller's.
+        mask: the caller's.
+        positions: the caller's.
+        prompt: columns of the prompt where more follows, ``[B]``; ``None``: all of them.
+        segments: which of several prompts packed into a row each token belongs to, ``[B, T]``; ``None``: one prompt a
+            row.
+        question: the rows that ask, ``[B, T]``: the last of the prompt, those in front of answers.
+        ids: decoding: positions of the new tokens.
+        tail: decoding: which tokens behind the prompt are real.
+        serve: decoding: layers that need a mask or positions of their own.
+        gone: visual tokens dropped before layer 0, ``[B, T]``.
+        level: the sequence length that the next layer reads.
+        ran: layers that came by.
+        done: by layer, what its cut took, for checkpoints that run it again.
+        dense: by attention type, what the model made for the whole sequence.
+        served: what was made for a level and an attention type.
+        inputs: by layer, what cuts behind it look at.
+        stash: by stage, the rows that it has put aside.
+        merged: rows of a layer's input are no rows of the one before.
+    """
 
     request: Request | None = None
     prefill: bool = False
-    plain: Tensor | None = None  # the ids of a prompt without visual tokens
+    plain: Tensor | None = None
     labels: Tensor | None = None
     visual: Tensor | None = None
-    parts: list[list[RasterSpan]] = field(default_factory=list)  # what the placeholders stand for, per sample
+    parts: list[list[RasterSpan]] = field(default_factory=list)
     sources: list[Tensor] = field(default_factory=list)
-    encoded: dict[str, Encoded] = field(default_factory=dict)  # modality -> what its encoder did for this forward
+    encoded: dict[str, Encoded] = field(default_factory=dict)
     cache: Any = None
     mask: Any = None
-    positions: Any = None  # the caller's
-    prompt: Tensor | None = None  # [B] columns of the prompt where more follows; None: all of them
-    segments: Tensor | None = (
-        None  # [B, T] which of several prompts packed into a row each token belongs to; None: one prompt a row
-    )
-    question: Tensor | None = None  # [B, T] the rows that ask: the last of the prompt, those in front of answers
-    ids: Tensor | None = None  # decoding: positions of the new tokens
-    tail: Tensor | None = None  # decoding: which tokens behind the prompt are real
-    serve: frozenset[int] = frozenset()  # decoding: layers that need a mask or positions of their own
-    gone: Tensor | None = None  # [B, T] visual tokens dropped before layer 0
+    positions: Any = None
+    prompt: Tensor | None = None
+    segments: Tensor | None = None
+    question: Tensor | None = None
+    ids: Tensor | None = None
+    tail: Tensor | None = None
+    serve: frozenset[int] = frozenset()
+    gone: Tensor | None = None
     level: SequenceLength | None = None
-    ran: int = 0  # layers that came by
-    # layer -> what its cut took, for checkpoints that run it again
+    ran: int = 0
     done: dict[int, tuple[Tensor | None, SequenceLength]] = field(default_factory=dict)
-    # attention type -> what the model made for the whole sequence
     dense: dict[str, dict[str, Any]] = field(default_factory=dict)
     served: dict[Any, dict[str, Any]] = field(default_factory=dict)
     inputs: dict[int, tuple[Tensor, SequenceLength]] = field(default_factory=dict)
     stash: dict[int, Stash] = field(default_factory=dict)
-    merged: bool = False  # rows of a layer's input are no rows of the one before
+    merged: bool = False
 
     @property
     def held(self) -> Tensor | None:

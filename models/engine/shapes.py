@@ -7,8 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Layer:
-    """What one decoder layer does with a token: ``row`` multiply-adds if it passes through (queries, output projection,
-    MLP, router), ``key`` for its keys and values, ``pair`` per query and key, ``kept`` numbers in the cache."""
+    """What one decoder layer does with a token.
+
+    Attributes:
+        row: multiply-adds if the token passes through (queries, output projection, MLP, router).
+        key: multiply-adds for its keys and values.
+        pair: multiply-adds per query and key.
+        kept: numbers in the cache.
+    """
 
     row: int
     key: int
@@ -20,11 +26,23 @@ class Layer:
 class Shapes:
     """Widths of a model.
 
-    Vision: ``vd`` width, ``vf`` MLP width, ``vdepth`` blocks run, ``vmlp`` matrices in its MLP (2, gated 3), ``patch``
-    multiply-adds per patch of the patch embedding, ``group`` patches that one visual token stands for (merger, pixel
-    shuffle), ``window`` patches that a block's attention spans at most except in the blocks ``whole``. Projector:
-    ``proj`` multiply-adds per token. Language model: ``d`` width, ``vocab``, ``layers``, ``held`` tokens that each
-    layer's cache keeps at most (0: all).
+    Attributes:
+        vd: width of the vision tower.
+        vf: width of its MLP.
+        vheads: its attention heads.
+        vdepth: its blocks that run.
+        patch: multiply-adds per patch of the patch embedding.
+        prefix: tokens in front of the patches.
+        group: patches that one visual token stands for (merger, pixel shuffle).
+        vmlp: matrices in the tower's MLP: 2, gated 3.
+        window: patches that a block's attention spans at most (0: all), except in the blocks ``whole``.
+        whole: blocks whose attention spans everything.
+        proj: multiply-adds per token of the projector.
+        d: width of the language model.
+        vocab: its vocabulary.
+        layers: its layers.
+        held: tokens that each layer's cache keeps at most (0: all).
+        bytes: of a number in the cache.
     """
 
     vd: int

@@ -20,9 +20,17 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")  # the lock files were resolved for t
 
 @dataclass(frozen=True)
 class Tested:
-    """The tests passed with ``oldest`` and with ``newest``; ``extra`` names what brings the package ("": always there),
-    ``below`` a release that is known to break, because of ``why``. ``bound``: whether pyproject.toml asks for the
-    package by name."""
+    """Releases of a package with which the tests passed.
+
+    Attributes:
+        package: as the index names it.
+        oldest: the lowest of them.
+        newest: the highest of them.
+        extra: the extra that brings the package, "": it is always there.
+        below: a release that is known to break.
+        why: it does, or the package is here.
+        bound: whether pyproject.toml asks for the package by name.
+    """
 
     package: str
     oldest: str

@@ -19,15 +19,23 @@ from .runs import digest
 
 @dataclass(frozen=True)
 class Sample:
-    """One question. ``image``: RGB picture or a path; ``boxes``: (left, top, right, bottom) pixels where the answer
-    lies; ``source``: ``"<set>/<image>"``."""
+    """One question.
+
+    Attributes:
+        image: RGB picture or a path.
+        question: about it.
+        answer: in the letters of the benchmark.
+        ability: what it asks for.
+        boxes: (left, top, right, bottom) pixels where the answer lies.
+        source: ``"<set>/<image>"``, by default the picture itself.
+    """
 
     image: Image.Image | str | Path
     question: str
     answer: str
     ability: str
     boxes: tuple[tuple[float, float, float, float], ...] = ()
-    source: str = ""  # by default the picture itself
+    source: str = ""
 
     def __post_init__(self) -> None:
         if not self.source:
