@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from ..methods.base import Method
@@ -116,18 +117,13 @@ class Decider:
         import torch
 
         b, n = view.index.shape
-        sizes = [r * c for r, c in rasters]
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        budget = min(cut.keep or 0, sum(left))
-        exact = [budget * m / max(sum(left), 1) for m in left]
-        shares = [int(x) for x in exact]
-        for i in sorted(range(len(sizes)), key=lambda i: shares[i] - exact[i])[: budget - sum(shares)]:
-            shares[i] += 1
+        starts = [0, *accumulate(r * c for r, c in rasters)]
+        shares = _shares(min(cut.keep or 0, sum(left)), left)
         keep = torch.zeros(b, n + 1, dtype=torch.bool, device=view.valid.device)  # the last column takes the padding
         target, weight, merges = torch.full_like(view.index, -1), view.size.clone(), False
         score: Tensor | None = None
         pieces: list[tuple[Selection | None, Tensor, Tensor, Tensor]] = []
-        for grid, m, start, share in zip(rasters, left, starts, shares, strict=True):
+        for grid, m, start, share in zip(rasters, left, starts, shares, strict=False):
             if not share:
                 continue
             at = (
@@ -175,6 +171,15 @@ class Decider:
         selection = merged(keep, target, weight) if merges else from_mask(keep)
         mixes = any(piece is not None and piece.mix is not None for piece, *_ in pieces)
         return replace(selection, score=score, mix=_joined(pieces, keep) if mixes else None)
+
+
+def _shares(budget: int, left: tuple[int, ...]) -> list[int]:
+    """``budget`` shared among rasters by what is ``left`` of each (largest remainders)."""
+    exact = [budget * m / max(sum(left), 1) for m in left]
+    shares = [int(x) for x in exact]
+    for i in sorted(range(len(left)), key=lambda i: shares[i] - exact[i])[: budget - sum(shares)]:
+        shares[i] += 1
+    return shares
 
 
 def _joined(pieces: list[tuple[Selection | None, Tensor, Tensor, Tensor]], keep: Tensor) -> Mix:

@@ -15,14 +15,14 @@ from vtprune.models.engine.host import forget_compiled
 
 from ..methods.base import OWN_BUDGETS
 from .accounts import Accounts, passes_of
-from .composition import compose
+from .composition import Planned, compose
 from .decider import Decider
 from .ledger import UndoLedger, strip
 from .planning import ATTACH_OPTIONS, TARGETS, bind, check_options, for_units, load_recipe, plan
 from .recipe import Recipe
 from .report import Report
 from .solve import solve
-from .types import Action, VtpruneError
+from .types import Action, Geometry, VtpruneError
 from .wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -88,6 +88,18 @@ def put(
         return Handle(model, chosen, adapter, **extra)
 
 
+def _check_tower_budgets(geometry: Geometry, stages: Sequence[Planned], per: str | None) -> None:
+    """Raises :class:`VtpruneError` for numbers of tokens where a pass of the tower is not what they apply to."""
+    for stage, method, cuts in stages:
+        inside = any(c.kind in ("pixels", "vision") and c.action is not Action.NOTE for c in cuts)
+        tiles = "tile" in geometry.per and (per or geometry.per[0]) != "tile"
+        if inside and tiles and isinstance(stage.keep, int):
+            raise VtpruneError(
+                f"{method.info.name} works in the vision tower, which sees one tile at a time: keep= takes a "
+                "fraction, or with per='tile' tokens of a tile"
+            )
+
+
 class Handle:
     """Owns one attachment. Leaving its context, or :meth:`remove`, restores the model exactly, also after an
     exception."""
@@ -105,18 +117,7 @@ class Handle:
         self.recipe, self.geometry, self.adapter = recipe, adapter.geometry, adapter
         stages = plan(for_units(adapter.geometry, per), recipe)
         check_options(adapter.geometry, positions=positions, seed=seed, per=per)
-        for stage, method, cuts in stages:
-            inside = any(c.kind in ("pixels", "vision") and c.action is not Action.NOTE for c in cuts)
-            if (
-                inside
-                and isinstance(stage.keep, int)
-                and (per or adapter.geometry.per[0]) != "tile"
-                and "tile" in adapter.geometry.per
-            ):
-                raise VtpruneError(
-                    f"{method.info.name} works in the vision tower, which sees one tile at a time: keep= takes a "
-                    "fraction, or with per='tile' tokens of a tile"
-                )
+        _check_tower_budgets(adapter.geometry, stages, per)
         self._ledger = UndoLedger()
         # by method; behind the first of one method, by method and number of the stage
         self.modules: dict[str, Any] = {}
