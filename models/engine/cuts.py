@@ -15,13 +15,12 @@ from .books import carry
 from .candidates import Candidates
 from .description import Decoder
 from .level import SequenceLength, pack
-from .prefill import noted_at
 from .prompt import ENDS
 from .ranking import Ranking
 from .request import Call, Request, Stash
 from .routing import Routing
 from .rows import take
-from .run import Record
+from .run import Record, noted_later
 
 
 class Cuts:
@@ -125,7 +124,7 @@ class Cuts:
         """What the stage noted of the candidates in the tower."""
         assert call.request is not None and call.visual is not None
         told = call.request.notes_of(planned.stage, call.visual)
-        return {NOTE + site: partial(noted_at, tell, candidates.index) for site, tell in told.items()}
+        return {NOTE + site: partial(noted_later, tell, candidates.index) for site, tell in told.items()}
 
 
 def _columns_kept(candidates: Candidates, selection: Selection, level: SequenceLength) -> Tensor:

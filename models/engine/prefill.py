@@ -22,7 +22,7 @@ from .level import dense_level
 from .prompt import ENDS, asking_rows, next_positions, real_tokens
 from .request import Call, Request
 from .rows import put
-from .run import Run
+from .run import Run, noted_later
 from .text import text_at
 
 
@@ -115,7 +115,7 @@ class Prefill:
             grid = (x.shape[1], 1)
             notes = request.notes_of(planned.stage, visual)
             sources: dict[str, Callable] = {
-                NOTE + site: partial(noted_at, tell, run.index) for site, tell in notes.items()
+                NOTE + site: partial(noted_later, tell, run.index) for site, tell in notes.items()
             }
             sources["text"] = partial(text_at, call, call.level.on(embeds.device), owner[:, 0], dense)
             view = run.view(x, planned, grid=grid, prefix=0, seed=seeds, sources=sources, rasters=rasters)
@@ -152,8 +152,3 @@ class Prefill:
             call.labels[:, 1:].masked_fill_(silent, -100)
         output.last_hidden_state = full
         return output
-
-
-def noted_at(tell: Callable[[], Tensor], index: Tensor) -> Tensor:
-    """Of the notes ``tell()`` ``[G, N]`` those of the running tokens ``index`` ``[G, n]``."""
-    return torch.where(index >= 0, tell().gather(1, index.clamp_min(0)), torch.nan)

@@ -147,8 +147,8 @@ class Request:
         self.standing = Standing(stands, total[:, :n])
 
     def notes_of(self, stage: int, visual: Tensor) -> dict[str, Callable[[], Tensor]]:
-        """What the stage noted in the tower, by site: a call that tells it of the columns of :attr:`table`, ``[G, N]``;
-        NaN for tokens that the tower did not make. ``visual`` ``[B, T]`` marks the placeholders."""
+        """What the stage noted in the tower, by site: a call that tells it of the columns of :attr:`table`, ``[G, N,
+        ...]``; NaN for tokens that the tower did not make. ``visual`` ``[B, T]`` marks the placeholders."""
         runs = [run for rows in self.looked_at or [] for run, _ in rows]
         sites = {site for run in runs for s, site in run.noted if s == stage}
         return {site: partial(self._noted, stage, site, visual) for site in sorted(sites)}
@@ -157,12 +157,13 @@ class Request:
         assert self.looked_at is not None
         tables = {id(run): run.noted_behind(stage, site) for rows in self.looked_at for run, _ in rows}
         told = next(iter(tables.values()))
-        nothing = told.new_full((1,), torch.nan)
+        nothing = told.new_full((1, *told.shape[2:]), torch.nan)
         values = []
         for rows, sources in zip(self.looked_at, self.sources, strict=True):
             mine = torch.cat([*(tables[id(run)][g] for run, g in rows), nothing])  # the last one is for -1
             values.append(mine[sources.to(mine.device)])
-        whole = told.new_full(visual.shape, torch.nan).masked_scatter(visual.to(told.device), torch.cat(values))
+        whole = told.new_full((*visual.shape, *told.shape[2:]), torch.nan)
+        whole[visual.to(told.device)] = torch.cat(values)
         return whole.to(visual.device)[self.owner[:, None], self.table.clamp_min(0)]
 
     def move(self, index: Tensor) -> None:

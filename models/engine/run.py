@@ -76,7 +76,7 @@ class Run:
         counts: per block, its index: lengths are read when somebody asks.
         slots: per block, ``slot`` behind it.
         notes: the decisions, each as a call that makes its record.
-        noted: by stage and site, what a method noted of every original token, ``[G, N]``; NaN where it was gone.
+        noted: by stage and site, what a method noted of every original token, ``[G, N, ...]``; NaN where it was gone.
         fold: the side of the square of tokens that become one behind the tower.
         made: the records so far.
     """
@@ -202,15 +202,16 @@ class Run:
         )
 
     def note_down(self, planned: PlannedCut, values: Tensor) -> None:
-        """Keeps ``values`` ``[G, n]``, of the running tokens, as what ``planned`` noted."""
+        """Keeps ``values`` ``[G, n, ...]``, of the running tokens, as what ``planned`` noted."""
         place = torch.where(self.valid, self.index, self.tokens)
-        table = values.new_full((self.images, self.tokens + 1), torch.nan).scatter(1, place, values)
+        table = values.new_full((self.images, self.tokens + 1, *values.shape[2:]), torch.nan)
+        table[torch.arange(self.images, device=place.device)[:, None], place] = values
         self.noted[planned.stage, planned.cut.site] = table[:, : self.tokens]
 
     def noted_sources(self, stage: int) -> dict[str, Callable[[], Tensor]]:
-        """What a view of the running tokens tells of the stage's notes: ``[G, n]`` each."""
+        """What a view of the running tokens tells of the stage's notes: ``[G, n, ...]`` each."""
         return {
-            NOTE + site: partial(_noted, table, self.index) for (s, site), table in self.noted.items() if s == stage
+            NOTE + site: partial(noted_at, table, self.index) for (s, site), table in self.noted.items() if s == stage
         }
 
     @property
@@ -219,13 +220,13 @@ class Run:
         return self.tokens // self.fold**2
 
     def noted_behind(self, stage: int, site: str) -> Tensor:
-        """The notes of the tokens behind the tower, ``[G, N / fold^2]``: of those folded into one, their mean."""
+        """The notes of the tokens behind the tower, ``[G, N / fold^2, ...]``: of those folded into one, their mean."""
         table = self.noted[stage, site]
         if self.fold == 1:
             return table
         assert self.grid is not None
         rows, columns = (n // self.fold for n in self.grid)
-        return table.view(len(table), rows, self.fold, columns, self.fold).mean((2, 4)).flatten(1)
+        return table.view(len(table), rows, self.fold, columns, self.fold, *table.shape[2:]).mean((2, 4)).flatten(1, 2)
 
     def weights(self) -> Tensor | None:
         """``[G, n]``, ``None`` while all are 1: how often each running token counts in a mean. Every original token
@@ -259,8 +260,15 @@ class Run:
         return self.rotary[2]
 
 
-def _noted(table: Tensor, index: Tensor) -> Tensor:
-    return torch.where(index >= 0, table.gather(1, index.clamp_min(0)), torch.nan)
+def noted_later(tell: Callable[[], Tensor], index: Tensor) -> Tensor:
+    """:func:`noted_at` of what ``tell()`` answers."""
+    return noted_at(tell(), index)
+
+
+def noted_at(table: Tensor, index: Tensor) -> Tensor:
+    """Of notes ``[G, N, ...]`` those of the tokens ``index`` ``[G, n]`` (-1: NaN)."""
+    rows = table[torch.arange(len(table), device=index.device)[:, None], index.clamp_min(0)]
+    return rows.masked_fill((index < 0).view(*index.shape, *[1] * (rows.ndim - 2)), torch.nan)
 
 
 def _columns(selection: Selection, n: int) -> Tensor:

@@ -144,6 +144,11 @@ def visual_positions(inputs: dict[str, Tensor], sample: int) -> Tensor:
 
 
 @torch.no_grad()
+def layer(lm: nn.Module, index: int, x: Tensor, position_ids: list[int]) -> Tensor:
+    """Decoder layer ``index`` on ``x`` ``[n, D]`` at these positions."""
+    return O._run_lm_layer(lm, index, x, position_ids)
+
+
 def stack(lm: nn.Module, x: Tensor, position_ids: list[int]) -> Tensor:
     """The dense decoder on ``x`` ``[n, D]`` at these positions, with the final norm."""
     for index in range(len(lm.layers)):

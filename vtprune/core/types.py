@@ -227,8 +227,8 @@ class TokenView:
     known: tuple[Tensor, int, int] | None = field(default=None, repr=False)
 
     def noted(self, site: str) -> Tensor:
-        """``[B, N]``: what the stage's cut at ``site`` noted of each token (:meth:`~vtprune.methods.base.Method.note`);
-        of a token that several were folded into, their mean; NaN for tokens that were not there."""
+        """``[B, N, ...]``: what the stage's cut at ``site`` noted of each token
+        (:meth:`~vtprune.methods.base.Method.note`); of a token that several were folded into, their mean; NaN for tokens that were not there."""
         return self.source(NOTE + site)
 
     def source(self, name: str, **kwargs: Any) -> Any:

@@ -110,7 +110,8 @@ class Method:
         raise NotImplementedError
 
     def note(self, view: TokenView, cut: Cut) -> Tensor:
-        """A number of each token ``[B, N]`` at a cut that only notes; :meth:`TokenView.noted` finds it again."""
+        """A number, or several, of each token ``[B, N, ...]`` at a cut that only notes; :meth:`TokenView.noted` finds
+        them again."""
         raise NotImplementedError
 
     def restore(self, hidden: Tensor, run: Callable[..., Tensor], module: Any) -> Tensor:
