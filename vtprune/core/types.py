@@ -228,7 +228,8 @@ class TokenView:
 
     def noted(self, site: str) -> Tensor:
         """``[B, N, ...]``: what the stage's cut at ``site`` noted of each token
-        (:meth:`~vtprune.methods.base.Method.note`); of a token that several were folded into, their mean; NaN for tokens that were not there."""
+        (:meth:`~vtprune.methods.base.Method.note`); of a token that several were folded into, their mean; NaN for
+        tokens that were not there."""
         return self.source(NOTE + site)
 
     def source(self, name: str, **kwargs: Any) -> Any:
