@@ -51,9 +51,9 @@ def test_llava_equals_the_transcription(text, keep):
     for b, x in enumerate(B.embeddings(model, inputs)):
         visual = B.visual_positions(inputs, b).tolist()
         images = len(visual) // B.N
-        rows, state, counts = list(range(len(x))), x, []
+        rows, state, last, counts = list(range(len(x))), x, x, []
         for layer in range(6):
-            before, after = (state, None)
+            before = state
             if layer in (1, 3, 5):
                 stage = report.stages[len(counts)]
                 counts.append(stage)
@@ -67,9 +67,7 @@ def test_llava_equals_the_transcription(text, keep):
                 left = [r for r in rows if r not in visual or r in kept]
                 before = torch.stack([state[rows.index(r)] for r in left])
                 rows = left
-            last = before
-            after = B.layer(lm, layer, before, rows)
-            state = after
+            last, state = before, B.layer(lm, layer, before, rows)
 
 
 def test_what_does_not_change_goes_first(tiny):
@@ -96,7 +94,7 @@ def test_what_does_not_change_goes_first(tiny):
 @pytest.mark.parametrize(
     "options, says",
     [
-        ({"layers": (0, 2)}, "layer 0 has no layer in front"),
+        ({"layers": (0, 2)}, "no layer in front of layer 0"),
         ({"ratios": (0.5,)}, "must be 3 fractions"),
         ({"layers": (2, 1)}, "must ascend"),
     ],

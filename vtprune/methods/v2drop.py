@@ -35,8 +35,8 @@ class V2Drop(Method):
 
     layers: tuple[int, ...] | None = option(
         None,
-        "layers in front of which it cuts, above 0 (default: 3, 17 and 22 of 32 layers, as the official code, elsewhere "
-        "in proportion)",
+        "layers in front of which it cuts, above 0 (default: 3, 17 and 22 of 32 layers, as the official code, "
+        "elsewhere in proportion)",
     )
     ratios: tuple[float, ...] | None = option(
         None,
@@ -51,9 +51,7 @@ class V2Drop(Method):
         usual = tuple(sorted({min(max(round(i * depth / 32), 1), depth - 1) for i in OFFICIAL}))
         chosen = layers("v2drop", self.layers, geometry, usual)
         if chosen[0] < 1:
-            raise VtpruneError(
-                "v2drop: layer 0 has no layer in front of it whose update could be seen; use layers >= 1"
-            )
+            raise VtpruneError("v2drop: no layer in front of layer 0 has an update that could be seen; use layers >= 1")
         if self.ratios is not None and len(self.ratios) != len(chosen):
             raise VtpruneError(
                 f"v2drop: ratios={list(self.ratios)} must be {len(chosen)} fractions, one per layer of {list(chosen)}"
