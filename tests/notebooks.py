@@ -34,10 +34,10 @@ def run(path: Path, folder: Path) -> Any:
 
 
 def said(book: Any) -> list[str]:
-    """What the cells print."""
-    return [
-        o.text for cell in book.cells if cell.cell_type == "code" for o in cell.outputs if o.output_type == "stream"
-    ]
+    """What each cell prints; a busy machine delivers it in several pieces."""
+    cells = (c for c in book.cells if c.cell_type == "code")
+    texts = ("".join(o.text for o in cell.outputs if o.output_type == "stream") for cell in cells)
+    return [text for text in texts if text]
 
 
 if __name__ == "__main__":
