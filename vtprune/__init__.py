@@ -23,6 +23,7 @@ from vtprune.core.recipe import Recipe, Stage  # noqa: E402
 from vtprune.core.report import Report, StageReport  # noqa: E402
 from vtprune.core.solve import solve  # noqa: E402
 from vtprune.core.types import UnsupportedError, VtpruneError  # noqa: E402
+from vtprune.measure.calibrate import calibrate  # noqa: E402
 from vtprune.moved import keep_old_names  # noqa: E402
 from vtprune.version import __version__  # noqa: E402, F401
 
@@ -37,6 +38,7 @@ __all__ = [
     "VtpruneError",
     "adapters",
     "attach",
+    "calibrate",
     "describe",
     "load_demo_model",
     "methods",

@@ -54,6 +54,9 @@ class MethodInfo:
         even: it needs as many tokens in every image.
         carries: it remembers something of each token from cut to cut, which a merge in between would blur.
         elsewhere: options that make it work where its defaults are refused.
+        dial: of a method whose number of tokens follows from the picture where ``keep`` is ``None``: the option that
+            says how much stays, a setting that leaves few tokens and one that leaves many
+            (:func:`vtprune.calibrate` turns it).
         score: what its tokens are ranked by, in words (higher stays; empty: it does not rank).
         cls: the method itself.
     """
@@ -75,6 +78,7 @@ class MethodInfo:
     even: bool = False
     carries: bool = False
     elsewhere: Mapping[str, Any] = field(default_factory=dict)
+    dial: tuple[str, float, float] | None = None
     score: str = ""
     cls: type[Method] | None = None
 
