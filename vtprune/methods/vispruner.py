@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..core.select import from_mask
 from ..core.types import Selection, TokenView
 from ._tower import NEEDS, TowerScored, class_attention
@@ -42,7 +43,6 @@ class VisPruner(TowerScored):
         chosen = torch.zeros_like(view.valid)
         ranked = attention.nan_to_num(-torch.inf).masked_fill(view.protected, torch.inf)
         order = ranked.masked_fill(~view.valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
-        unit = torch.nn.functional.normalize(view.features.float(), dim=-1)
         counts, forced = view.counts.tolist(), view.protected.sum(1).tolist()
         kinds: dict[tuple[int, int], list[int]] = {}  # images that go through the same rounds
         for b, there in enumerate(counts):
@@ -51,22 +51,21 @@ class VisPruner(TowerScored):
         for (there, first), images in kinds.items():
             keep = min(cut.keep or 0, there)
             first, mine = min(first, keep), torch.tensor(images, device=order.device)
-            rest = self._thin(unit[mine], order[mine, first:there], keep - first)
+            rest = self._thin(view.features[mine], order[mine, first:there], keep - first)
             chosen[mine[:, None], torch.cat([order[mine, :first], rest], 1)] = True
         return replace(from_mask(chosen), score=attention)
 
-    def _thin(self, unit: Tensor, rest: Tensor, keep: int) -> Tensor:
+    def _thin(self, features: Tensor, rest: Tensor, keep: int) -> Tensor:
         """``keep`` of the tokens ``rest`` ``[B, R]``, given by falling attention; alternate ones form two halves, of
         the first the most similar to one of the second go; survivors come by falling similarity, then the second
-        half. ``unit`` ``[B, N, C]`` all tokens at length one."""
-        image = torch.arange(len(rest), device=rest.device)[:, None]
+        half. ``features`` ``[B, N, C]`` of all tokens."""
         while (left := rest.shape[1]) > keep:
             a, b = rest[:, 0::2], rest[:, 1::2]
             if left == 1:
                 return rest[:, :keep]
             # as the official code, but never more than there are pairs
             count = min(self.step, left - keep, left // 2)
-            similar = (unit[image, a] @ unit[image, b].transpose(1, 2)).amax(2)
+            similar, _ = kernels.match(features, a, b)
             order = similar.argsort(dim=1, descending=True, stable=True)
             rest = torch.cat([a.gather(1, order[:, count:]), b], 1)
         return rest
