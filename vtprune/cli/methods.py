@@ -13,6 +13,48 @@ from ..methods.base import METHODS, MethodInfo
 from .options import list_options
 from .sources import with_distributions
 
+# By what a method does first; baselines stand apart.
+GROUPS = {
+    "pixels": "pixels",
+    "vision": "vision tower",
+    "projector": "projector",
+    "llm": "LLM",
+    "baseline": "baselines",
+}
+LEGEND = (
+    "what: q looks at the question, m merges, t needs a trained part, ~ no exact count\n"
+    "vtprune methods NAME tells the options of one, docs/support.md which model families take it"
+)
+
+
+def _group(info: MethodInfo) -> str:
+    return "baseline" if info.paper == "baseline" else info.kinds[0]
+
+
+def _what(info: MethodInfo) -> str:
+    marks = {"q": info.question_aware, "m": info.merges, "t": info.routes, "~": info.dial is not None or not info.exact}
+    return "".join(mark for mark, holds in marks.items() if holds) or "-"
+
+
+def _table(infos: list[MethodInfo]) -> list[list[str]]:
+    """A row for each, grouped by where it works."""
+    rows, titles = [], {}
+    for group in GROUPS:
+        mine = [i for i in infos if _group(i) == group]
+        if mine and len(infos) > 1:
+            titles[len(rows)] = GROUPS[group]
+        rows += [
+            [i.name, ", ".join(i.kinds), "-" if i.keep is None else f"{i.keep:.3g}", _what(i), i.paper, i.idea]
+            for i in mine
+        ]
+    head, *rows = with_distributions(METHODS, [["method", "sites", "keep", "what", "paper", "idea"], *rows])
+    out = [head]
+    for n, row in enumerate(rows):
+        if n in titles:
+            out.append([f"{titles[n]}:", *[""] * (len(head) - 1)])
+        out.append(row)
+    return out
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     list_options(parser)
@@ -27,8 +69,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([_entry(i) for i in infos], indent=1))
         return 0
-    rows = [[i.name, ", ".join(i.kinds), "-" if i.keep is None else f"{i.keep:.3g}", i.paper, i.idea] for i in infos]
-    print(text(with_distributions(METHODS, [["method", "sites", "keep", "paper", "idea"], *rows])))
+    print(text(_table(infos)))
+    if len(infos) > 1:
+        print(f"\n{LEGEND}")
     if len(infos) == 1:
         (info,) = infos
         print(f"\nranks by: {info.score or 'nothing'}\n")
@@ -42,5 +85,7 @@ def _entry(info: MethodInfo) -> dict[str, Any]:
     needs = {kind: sorted(names) for kind, names in info.needs.items()}
     facts: dict[str, Any] = {"name": info.name, "paper": info.paper, "idea": info.idea}
     facts |= {"sites": info.kinds, "needs": needs}
+    facts |= {"question_aware": info.question_aware, "merges": info.merges, "trained": info.routes}
+    facts |= {"exact": info.exact, "dial": info.dial}
     facts |= {"keep": info.keep, "options": info.options, "help": info.option_help, "score": info.score}
     return {**facts, "distribution": METHODS.distribution(info.name)}

@@ -97,6 +97,11 @@ class MethodInfo:
     def stages(self) -> tuple[str, ...]:
         return self.kinds
 
+    @property
+    def question_aware(self) -> bool:
+        """Whether what it keeps depends on the prompt's text."""
+        return any(names & {"query_attention", "text"} for names in self.needs.values())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
