@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..version import __version__
-from . import adapters, analyze, bench, demo, doctor, eval, methods, recipes, report, run, train, verify
+from . import adapters, analyze, bench, demo, doctor, eval, methods, recipes, report, run, search, train, verify
 from .errors import Parser, guarded
 
 # Every command's module has ``add_arguments(parser)`` and ``run(args)``, which returns the exit code.
@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "adapters": (adapters, "list the model families"),
     "run": (run, "answer a question about an image, dense and pruned"),
     "bench": (bench, "compare methods at equal effective tokens"),
+    "search": (search, "choose the recipe that serves a model best, on training questions; resumable"),
     "analyze": (analyze, "say whether recipes pay on a model and this device, and from which budget on"),
     "verify": (verify, "check the correctness contract on a model; exit code 1 if a check fails"),
     "doctor": (
