@@ -38,7 +38,8 @@ def _what(info: MethodInfo) -> str:
 
 def _table(infos: list[MethodInfo]) -> list[list[str]]:
     """A row for each, grouped by where it works."""
-    rows, titles = [], {}
+    rows: list[list[str]] = []
+    titles: dict[int, str] = {}
     for group in GROUPS:
         mine = [i for i in infos if _group(i) == group]
         if mine and len(infos) > 1:
