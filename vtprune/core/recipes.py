@@ -3,9 +3,12 @@ settings, as data with their source."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..methods.base import METHODS
 from .recipe import Recipe, Stage
 from .registry import Registry
+from .types import VtpruneError
 
 
 class Recipes(Registry[Recipe]):
@@ -19,8 +22,33 @@ class Recipes(Registry[Recipe]):
         own = {name: Recipe(name=name, stages=(Stage(method=name),), source=m.paper) for name, m in METHODS.items()}
         return {**own, **super()._ready()}
 
+    def get(self, name: str) -> Recipe:
+        """The record of ``name``; ``"NAME@BUDGET"`` is the recipe NAME with that budget in its last stage: a number of
+        tokens per image (``visionzip@64``), a fraction (``@0.25``) or two numbers (``@640/2880``, as papers say it of
+        tiled images). Raises :class:`VtpruneError` naming close matches."""
+        base, at, budget = name.rpartition("@")
+        if not at or name in self._ready():
+            return super().get(name)
+        return replace(super().get(base).override(keep=_budget(name, budget)), name=name)
+
     def distribution(self, name: str) -> str | None:
+        name = name if name in self._ready() else name.rpartition("@")[0] or name
         return METHODS.distribution(name) if name in METHODS else super().distribution(name)
+
+
+def _budget(name: str, text: str) -> int | float:
+    """What stands behind the ``@`` of ``name``. Raises :class:`VtpruneError`."""
+    above, slash, below = text.partition("/")
+    try:
+        keep: int | float = int(above) / int(below) if slash else int(text) if text.isdecimal() else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise VtpruneError(
+            f"{name!r}: behind the @ stands a budget: tokens per image (64), a fraction (0.25) or two numbers "
+            "(640/2880)"
+        ) from None
+    if isinstance(keep, float) and not 0 < keep <= 1:
+        raise VtpruneError(f"{name!r}: a fraction lies in (0, 1]")
+    return keep
 
 
 RECIPES = Recipes("recipe")
