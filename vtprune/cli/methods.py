@@ -8,27 +8,16 @@ from typing import Any
 
 import vtprune
 
+from ..core.info import grouped
 from ..measure.text import text
 from ..methods.base import METHODS, MethodInfo
 from .options import list_options
 from .sources import with_distributions
 
-# By what a method does first; baselines stand apart.
-GROUPS = {
-    "pixels": "pixels",
-    "vision": "vision tower",
-    "projector": "projector",
-    "llm": "LLM",
-    "baseline": "baselines",
-}
 LEGEND = (
     "what: q looks at the question, m merges, t needs a trained part, ~ no exact count\n"
     "vtprune methods NAME tells the options of one, docs/support.md which model families take it"
 )
-
-
-def _group(info: MethodInfo) -> str:
-    return "baseline" if info.paper == "baseline" else info.kinds[0]
 
 
 def _what(info: MethodInfo) -> str:
@@ -40,10 +29,9 @@ def _table(infos: list[MethodInfo]) -> list[list[str]]:
     """A row for each, grouped by where it works."""
     rows: list[list[str]] = []
     titles: dict[int, str] = {}
-    for group in GROUPS:
-        mine = [i for i in infos if _group(i) == group]
-        if mine and len(infos) > 1:
-            titles[len(rows)] = GROUPS[group]
+    for title, mine in grouped(infos).items():
+        if len(infos) > 1:
+            titles[len(rows)] = title
         rows += [
             [i.name, ", ".join(i.kinds), "-" if i.keep is None else f"{i.keep:.3g}", _what(i), i.paper, i.idea]
             for i in mine

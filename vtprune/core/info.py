@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vtprune.models.base import ADAPTERS
 
 from ..methods.base import METHODS, MethodInfo
 from .recipes import RECIPES
+
+# Methods by where they decide first; baselines stand apart.
+GROUPS = {"pixels": "pixels", "vision": "vision tower", "projector": "projector", "llm": "LLM", "baseline": "baselines"}
+
+
+def group(info: MethodInfo) -> str:
+    """The key of :data:`GROUPS` that a method belongs to."""
+    return "baseline" if info.paper == "baseline" else info.kinds[0]
+
+
+def grouped(infos: Sequence[MethodInfo]) -> dict[str, list[MethodInfo]]:
+    """Methods by the titles of :data:`GROUPS`, in their order; groups without any are left out."""
+    rooms = {title: [i for i in infos if group(i) == key] for key, title in GROUPS.items()}
+    return {title: mine for title, mine in rooms.items() if mine}
 
 
 def methods(pattern: str = "*") -> list[str]:

@@ -19,6 +19,7 @@ import torch
 from vtprune.models.base import ADAPTERS
 
 from ..check.attach import attach
+from ..core.info import grouped
 from ..core.types import UnsupportedError
 from ..methods.base import METHODS
 
@@ -79,12 +80,28 @@ def _said(options: Mapping[str, Any]) -> str:
 
 
 def table() -> str:
-    """Families down, methods across."""
-    methods = list(METHODS)
-    rows = ["| | " + " | ".join(methods) + " |", "|---|" + ":-:|" * len(methods)]
-    rows += [
-        f"| {family} | " + " | ".join(SIGNS[entry(family, m).status] for m in methods) + " |" for family in ADAPTERS
-    ]
+    """Methods down, by where they decide, families across."""
+    families = list(ADAPTERS)
+    rows = ["| | " + " | ".join(families) + " |", "|---|" + ":-:|" * len(families)]
+    for title, infos in grouped([METHODS.get(m) for m in METHODS]).items():
+        rows.append(f"| **{title}** |" + " |" * len(families))
+        rows += [
+            f"| {i.name} | " + " | ".join(SIGNS[entry(family, i.name).status] for family in families) + " |"
+            for i in infos
+        ]
+    return "\n".join(rows)
+
+
+def summary() -> str:
+    """Families down, groups of methods across: how many of each work."""
+    groups = grouped([METHODS.get(m) for m in METHODS])
+    rows = ["| | " + " | ".join(groups) + " |", "|---|" + ":-:|" * len(groups)]
+    for family in ADAPTERS:
+        cells = []
+        for infos in groups.values():
+            works = [i for i in infos if entry(family, i.name).status != "refused"]
+            cells.append("–" if not works else "all" if len(works) == len(infos) else f"{len(works)} of {len(infos)}")
+        rows.append(f"| {family} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
@@ -122,7 +139,7 @@ def document() -> str:
 def readme(text: str) -> str:
     """``text`` with the table between its marks."""
     before, rest = text.split(START)
-    return f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}"
+    return f"{before}{START}\n{summary()}\n{END}{rest.split(END)[1]}"
 
 
 def main() -> int:
