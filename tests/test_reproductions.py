@@ -330,7 +330,7 @@ def test_the_eval_command_takes_what_the_cards_write():
                 parser.parse_args(words[1:])
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if blocks(CARDS[name], "python")])
+@pytest.mark.parametrize("name", [name for name in CARDS if blocks(CARDS[name], "python")])
 def test_the_snippet_builds_the_paper_model_and_its_blocks_see_the_printed_numbers(name, monkeypatch):
     timm = pytest.importorskip("timm")
     original = timm.create_model
