@@ -84,6 +84,7 @@ def spies():
                 "view": view,
                 "text": text,
                 "states": view.source("states"),
+                "normed": (view.source("states", layer="next", norm=True), view.source("text", norm=True).hidden),
                 "keys": view.source("keys"),
                 "each": ask(query="last", heads="each"),
                 "by": {h: ask(query=text.after, heads=h) for h in ("mean", "max", "each")},
@@ -170,7 +171,11 @@ def test_the_language_model_s_sources_are_its_own(family, tiny):
         state = out.hidden_states[2][b, columns]
         mine = [(s, g) for s, g in rows if torch.allclose(s["view"].features[g, 0], state[0], atol=1e-5)]
         assert len(mine) == 1
-        check(*mine[0], columns, b, (mask[b] & ~visual[b]).nonzero()[:, 0], mask[b], out)
+        here = (mask[b] & ~visual[b]).nonzero()[:, 0]
+        check(*mine[0], columns, b, here, mask[b], out)
+        for got, at in zip(mine[0][0]["normed"], (columns, here), strict=True):  # the model's own final norm
+            with torch.no_grad():
+                close(got[mine[0][1], : len(at)], adapter.lm.norm(out.hidden_states[2][b, at]))
 
 
 def check(seen, g, columns, b, here, mask, out):
