@@ -323,3 +323,10 @@ def merging(mixes: bool) -> None:
                 return chosen
             weight = torch.where(at == absorber, 2.0, 1.0)
             return replace(chosen, mix=Mix(at, chosen.target, weight))
+
+
+def test_what_is_missing_is_said_with_its_reason_once(tiny):
+    model, _ = tiny("generic", "kimi-k2.5")
+    with pytest.raises(vtprune.UnsupportedError, match="needs keys, query_attention, which") as e:
+        vtprune.attach(model, "spy-text", keep=1.0)
+    assert str(e.value).count("under the usual names") == 1
