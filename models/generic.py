@@ -84,9 +84,8 @@ class Generic(Mllm):
             probe_queries(self.describe())
         except UnsupportedError as e:
             without = {**self.geometry.provides, "llm": PLAIN}
-            self.geometry = replace(
-                self.geometry, provides=without, refuses={**self.geometry.refuses, "query_attention": str(e)}
-            )
+            refuses = {**self.geometry.refuses, **dict.fromkeys(LLM - PLAIN, str(e))}
+            self.geometry = replace(self.geometry, provides=without, refuses=refuses)
         probe(self.describe())
 
     def parts(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[RasterSpan]]:

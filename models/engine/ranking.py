@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -98,20 +100,41 @@ class Ranking:
         return out.masked_fill(_like(where < 0, out), -torch.inf)
 
     def states(
-        self, call: Call, planned: PlannedCut, x: Tensor, candidates: Candidates, *, layer: str = "previous"
+        self,
+        call: Call,
+        planned: PlannedCut,
+        x: Tensor,
+        candidates: Candidates,
+        *,
+        layer: str = "previous",
+        norm: bool = False,
     ) -> Tensor:
         """Hidden states of each candidate, ``[G, N, C]``: what the layer in front of the cut was given
-        (``"previous"``), or the one behind it (``"next"``)."""
-        return candidates.rows(self._asked(call, planned, x, layer)[1].detach())
+        (``"previous"``), or the one behind it (``"next"``); ``norm``: after the language model's final norm."""
+        rows = candidates.rows(self._asked(call, planned, x, layer)[1].detach())
+        return self._normed(rows) if norm else rows
 
     def text(
-        self, call: Call, planned: PlannedCut, x: Tensor, candidates: Candidates, *, keys: str | None = None
+        self,
+        call: Call,
+        planned: PlannedCut,
+        x: Tensor,
+        candidates: Candidates,
+        *,
+        keys: str | None = None,
+        norm: bool = False,
     ) -> Text:
         """The prompt's text at this cut; ``keys``: with the keys of the layer in front (``"previous"``) or behind
-        (``"next"``), as its attention uses them."""
+        (``"next"``), as its attention uses them; ``norm``: its states after the language model's final norm."""
         # (behind another cut at this site the layer in front cannot be asked for, so columns are those of now)
         made = None if keys is None else self._keys(call, planned, x, keys)
-        return text_at(call, self._asked(call, planned, x, "next")[2], candidates.owner, x, made)
+        told = text_at(call, self._asked(call, planned, x, "next")[2], candidates.owner, x, made)
+        return replace(told, hidden=self._normed(told.hidden)) if norm else told
+
+    def _normed(self, rows: Tensor) -> Tensor:
+        norm = self.decoder.lm.norm
+        with host.gathered(norm):
+            return norm(rows).to(rows.device)
 
     def keys(
         self, call: Call, planned: PlannedCut, x: Tensor, candidates: Candidates, *, layer: str = "previous"

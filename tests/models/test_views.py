@@ -84,6 +84,7 @@ def spies():
                 "view": view,
                 "text": text,
                 "states": view.source("states"),
+                "normed": (view.source("states", layer="next", norm=True), view.source("text", norm=True).hidden),
                 "keys": view.source("keys"),
                 "each": ask(query="last", heads="each"),
                 "by": {h: ask(query=text.after, heads=h) for h in ("mean", "max", "each")},
@@ -170,7 +171,11 @@ def test_the_language_model_s_sources_are_its_own(family, tiny):
         state = out.hidden_states[2][b, columns]
         mine = [(s, g) for s, g in rows if torch.allclose(s["view"].features[g, 0], state[0], atol=1e-5)]
         assert len(mine) == 1
-        check(*mine[0], columns, b, (mask[b] & ~visual[b]).nonzero()[:, 0], mask[b], out)
+        here = (mask[b] & ~visual[b]).nonzero()[:, 0]
+        check(*mine[0], columns, b, here, mask[b], out)
+        for got, at in zip(mine[0][0]["normed"], (columns, here), strict=True):  # the model's own final norm
+            with torch.no_grad():
+                close(got[mine[0][1], : len(at)], adapter.lm.norm(out.hidden_states[2][b, at]))
 
 
 def check(seen, g, columns, b, here, mask, out):
@@ -318,3 +323,10 @@ def merging(mixes: bool) -> None:
                 return chosen
             weight = torch.where(at == absorber, 2.0, 1.0)
             return replace(chosen, mix=Mix(at, chosen.target, weight))
+
+
+def test_what_is_missing_is_said_with_its_reason_once(tiny):
+    model, _ = tiny("generic", "kimi-k2.5")
+    with pytest.raises(vtprune.UnsupportedError, match="needs keys, query_attention, which") as e:
+        vtprune.attach(model, "spy-text", keep=1.0)
+    assert str(e.value).count("under the usual names") == 1

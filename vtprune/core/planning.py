@@ -98,7 +98,8 @@ def plan(geometry: Geometry, recipe: Recipe) -> list[Planned]:
             missing = info.needs.get(cut.kind, frozenset()) - (offers or frozenset()) - geometry.traits
             if offers is None or missing:
                 lacks = ", ".join(sorted(missing)) or f"{cut.kind} sites"
-                why = "".join(f" ({geometry.refuses[n]})" for n in sorted(missing) if n in geometry.refuses)
+                reasons = dict.fromkeys(geometry.refuses[n] for n in sorted(missing) if n in geometry.refuses)
+                why = "".join(f" ({reason})" for reason in reasons)
                 raise UnsupportedError(
                     f"{info.name} needs {lacks}, which {geometry.family} ({geometry.arch}) does not provide{why}"
                 )
