@@ -6,7 +6,7 @@ import json
 import pickle
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from vtprune.core.recipes import RECIPES
 from vtprune.core.registry import Registry
 from vtprune.core.select import bands, combine, merged, top
 from vtprune.methods.base import METHODS, Cut, Method, MethodInfo, register
+from vtprune.methods.fastv import FastV
 
 
 def test_registry_refuses_clashes_and_suggests():
@@ -307,6 +308,19 @@ def test_solver_meets_effective_tokens(tiny, method):
         model(**inputs)
         effective = handle.report().effective_tokens
     assert 0.7 * 16 - 3.0 < effective <= 0.7 * 16 + 1e-6
+
+
+def test_solver_counts_the_most_that_an_adaptive_cut_leaves(tiny, monkeypatch):
+    """Six layers of 16 tokens, a cut before the third: 11.2 on average are at most 8 behind it."""
+    model, _ = tiny("llava", "clip-llama")
+    plain = FastV.plan
+    for over, keep in ((0, 8), (2, 6)):
+        wider = lambda *a, over=over: (replace(c := plain(*a)[0], adaptive=True, most=c.keep + over),)  # noqa: E731
+        monkeypatch.setattr(FastV, "plan", wider)
+        assert vtprune.solve(model, "fastv", effective_tokens=0.7).stages[-1].keep == keep
+    monkeypatch.setattr(FastV, "plan", lambda *a: (replace(plain(*a)[0], adaptive=True),))
+    with pytest.raises(VtpruneError, match="cannot reach"):
+        vtprune.solve(model, "fastv", effective_tokens=0.7, layer=2)
 
 
 @pytest.mark.parametrize(

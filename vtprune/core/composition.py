@@ -132,7 +132,7 @@ class _Walk:
         if cut.keep is None:
             return
         self.least = min(self.least, cut.keep)
-        self.most = before if cut.adaptive else min(before, cut.keep)
+        self.most = before if cut.bound is None else min(before, cut.bound)
         self.idle[s] += cut.keep >= before
         stage = self.stages[s][0]
         wanted = info.keep if stage.keep is None else stage.keep

@@ -16,8 +16,8 @@ from .types import Action, Cut, Geometry, VtpruneError
 
 
 def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes: int = 1) -> tuple[float, int]:
-    """Effective tokens and FLOPs that the planned cuts give for one image (adaptive cuts count as no cut until their
-    hard one), of which the tower makes its share in ``passes`` equal passes."""
+    """Effective tokens and FLOPs that the planned cuts give for one image (adaptive cuts count as the most that they
+    leave), of which the tower makes its share in ``passes`` equal passes."""
     n = geometry.tokens
     tower: list[float] = []
     llm: list[float] = []
@@ -32,7 +32,7 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes:
     def outcome(c: Cut, now: float) -> float:
         if c.action is Action.RESTORE:
             return aside
-        return now if c.keep is None or c.adaptive else min(float(c.keep), now)
+        return now if c.bound is None else min(float(c.bound), now)
 
     for i in range(geometry.vision_layers):
         tower.append(now)

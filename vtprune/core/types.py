@@ -123,6 +123,7 @@ class Cut:
             2210.09461, eq. 1).
         observe: decoder layers whose input the decision looks at.
         adaptive: the method decides image by image, and ``keep`` is only the least it leaves.
+        most: the most that an adaptive cut leaves; ``None``: everything.
         data: what else the method wants to find again in :meth:`~vtprune.methods.base.Method.select`.
     """
 
@@ -133,7 +134,13 @@ class Cut:
     proportional: bool = False
     observe: tuple[int, ...] = ()
     adaptive: bool = False
+    most: int | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def bound(self) -> int | None:
+        """The most tokens of an image that it leaves; ``None``: everything."""
+        return self.most if self.adaptive else self.keep
 
     @property
     def kind(self) -> str:

@@ -1,4 +1,4 @@
-"""Drop-all: every visual token leaves after some layer (the idea of VTW, and of DPVR's LF-ideal, arXiv 2606.09131
+"""Drop-all: every visual token leaves after some layer (VTW's withdrawal, and DPVR's LF-ideal, arXiv 2606.09131
 section 3)."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class DropAll(Method):
     layer: int | None = option(None, "first decoder layer without visual tokens (default: the middle one)")
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
-        (layer,) = layers("drop-all", self.layer, geometry, (geometry.llm_layers // 2,))
+        (layer,) = layers(self.info.name, self.layer, geometry, (geometry.llm_layers // 2,))
         return (Cut(site=f"llm.{layer}", keep=0),)
 
     def select(self, view: TokenView, cut: Cut) -> Selection:
