@@ -48,17 +48,19 @@ class ToMe(Method):
         choices=("official", "position"),
     )
 
-    def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
+    def merges(self, geometry: Geometry, keep: int | None) -> list[int]:
+        """How many pairs each block is asked to merge."""
+        count, name = geometry.vision_layers, self.info.name
         if self.inflect and not isinstance(self.r, int):
-            raise VtpruneError(f"tome: inflect={self.inflect:g} spreads an integer r=; it says nothing here")
-        count, n = geometry.vision_layers, geometry.tokens
-        if self.r is None:
-            assert keep is not None
-            wish = spread(n - keep, count, n, geometry.prefix)
-        else:
-            wish = schedule(self.r, self.inflect, count)
-        cuts = []
-        for i, r in enumerate(wish):
+            raise VtpruneError(f"{name}: inflect={self.inflect:g} spreads an integer r=; it says nothing here")
+        if self.r is not None:
+            return schedule(self.r, self.inflect, count, name)
+        assert keep is not None
+        return spread(geometry.tokens - keep, count, geometry.tokens, geometry.prefix, name)
+
+    def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
+        n, cuts = geometry.tokens, []
+        for i, r in enumerate(self.merges(geometry, keep)):
             n -= min(r, n // 2)
             cuts.append(Cut(site=f"vision.{i}", keep=n, inside=True, proportional=self.proportional))
         return tuple(cuts)
@@ -68,19 +70,19 @@ class ToMe(Method):
         return bipartite(keys, view, view.features.shape[1] - (cut.keep or 0), official=self.order == "official")
 
 
-def schedule(r: int | tuple[int, ...], inflect: float, count: int) -> list[int]:
+def schedule(r: int | tuple[int, ...], inflect: float, count: int, name: str = "tome") -> list[int]:
     """The official ``parse_r``: constant, linear from ``r (1 - inflect)`` to ``r (1 + inflect)`` (each truncated), or
     as given."""
     if isinstance(r, list | tuple):
         if len(r) != count:
-            raise VtpruneError(f"tome: r has {len(r)} entries, the tower has {count} blocks that count")
+            raise VtpruneError(f"{name}: r has {len(r)} entries, the tower has {count} blocks that count")
         return list(r)
     low = int(r * (1.0 - inflect))
     high = 2 * r - low
     return [int(low + (high - low) * i / max(count - 1, 1)) for i in range(count)]
 
 
-def spread(total: int, count: int, tokens: int, prefix: int) -> list[int]:
+def spread(total: int, count: int, tokens: int, prefix: int, name: str = "tome") -> list[int]:
     """``total`` merges over ``count`` blocks as evenly as the halving limit allows; raises :class:`VtpruneError` if
     they do not fit."""
     out, n = [], tokens
@@ -90,7 +92,9 @@ def spread(total: int, count: int, tokens: int, prefix: int) -> list[int]:
         out.append(r)
         n, total = n - r, total - r
     if total:
-        raise VtpruneError(f"tome: {count} blocks that halve at most leave {n} of {tokens} tokens; ask for keep >= {n}")
+        raise VtpruneError(
+            f"{name}: {count} blocks that halve at most leave {n} of {tokens} tokens; ask for keep >= {n}"
+        )
     return out
 
 
