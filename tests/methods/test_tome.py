@@ -1,7 +1,10 @@
-"""ToMe (arXiv 2210.09461) in timm models against the slow transcription."""
+"""ToMe (arXiv 2210.09461) in timm models against the slow transcription, in CLIP and SigLIP towers against another
+one, bare and inside LLaVA."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import builders as B
@@ -21,8 +24,8 @@ def read(model: nn.Module, pixels: Tensor, name: str, **options: Any) -> tuple[T
         return model.forward_features(pixels), model(pixels), handle.report()
 
 
-def check(model: nn.Module, pixels: Tensor, want: dict, got: tuple[Tensor, Tensor, Any], ordered: bool = True) -> None:
-    """Survivors, who absorbed whom, hidden states and logits."""
+def check(model: nn.Module, pixels: Tensor, want: dict, got: tuple[Tensor, Tensor, Any]) -> None:
+    """Survivors, who absorbed whom, hidden states in raster order and logits."""
     hidden, logits, report = got
     last, p = report.stages[-1], model.num_prefix_tokens
     averaged = model.global_pool == "avg"
@@ -30,11 +33,7 @@ def check(model: nn.Module, pixels: Tensor, want: dict, got: tuple[Tensor, Tenso
         assert last.kept[b].tolist() == want["slots"][b].tolist()
         assert last.kept[b][last.assignment[b]].tolist() == want["assignment"][b].tolist()
         target = want["hidden"][b]
-        if ordered:
-            B.close(hidden[b], target)
-        else:
-            order = [torch.cat([torch.arange(p), p + x[p:, 0].argsort()]) for x in (hidden[b], target)]
-            B.close(hidden[b][order[0]], target[order[1]])
+        B.close(hidden[b], target)
         # a mean counts every original token
         rows = torch.cat([torch.arange(p), p + last.assignment[b]]) if averaged else torch.arange(len(target))
         B.close(logits[b], B.head(model, target[rows][None])[0])
@@ -42,17 +41,11 @@ def check(model: nn.Module, pixels: Tensor, want: dict, got: tuple[Tensor, Tenso
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("proportional", [True, False])
-@pytest.mark.parametrize("order", ["position", "official"])
+@pytest.mark.parametrize("order", ["official", "position"])
 def test_equals_the_transcription(kind: str, proportional: bool, order: str) -> None:
     model, pixels = B.vit(kind), B.images(2)
     want = O.tome_vit_oracle(model, pixels, 5, proportional, order)
-    check(
-        model,
-        pixels,
-        want,
-        read(model, pixels, "tome", r=5, proportional=proportional, order=order),
-        ordered=order == "position",
-    )
+    check(model, pixels, want, read(model, pixels, "tome", r=5, proportional=proportional, order=order))
 
 
 @pytest.mark.parametrize("r, inflect", [(3, 0.0), (4, -1.0), (4, 1.0), (30, 0.0), ((9, 0, 4, 1, 0, 2), 0.0)])
@@ -61,7 +54,7 @@ def test_schedules(kind: str, r: Any, inflect: float) -> None:
     """Constant, falling, rising, capped at half of the tokens, and listed."""
     model, pixels = B.vit(kind), B.images(1)
     amounts = (r, inflect) if isinstance(r, int) and inflect else list(r) if isinstance(r, tuple) else r
-    want = O.tome_vit_oracle(model, pixels, amounts)
+    want = O.tome_vit_oracle(model, pixels, amounts, order="official")
     got = read(model, pixels, "tome", r=r, **({"inflect": inflect} if inflect else {}))
     check(model, pixels, want, got)
     n, p = B.N, model.num_prefix_tokens
@@ -101,12 +94,13 @@ def test_every_budget_that_halving_can_reach_has_a_schedule() -> None:
 
 
 def test_options_change_the_result() -> None:
-    """Proportional attention leads to other features, the token order to other matchings from the second block on."""
+    """Proportional attention leads to other features, the order of the tokens to other matchings from the second block
+    on."""
     model, pixels = B.vit("class"), B.images(2)
     (_, a, one), (_, b, _), (_, _, two) = (
-        read(model, pixels, "tome", r=5, **o) for o in ({}, {"proportional": False}, {"order": "official"})
+        read(model, pixels, "tome", r=5, **o) for o in ({}, {"proportional": False}, {"order": "position"})
     )
-    plain, official = one.stages, two.stages
+    official, plain = one.stages, two.stages
     assert float((a - b).abs().max()) > 1e-3
     assert [k.tolist() for k in plain[0].kept] == [
         k.tolist() for k in official[0].kept
@@ -184,3 +178,123 @@ def test_a_block_of_another_order_is_refused() -> None:
 def test_a_list_of_the_wrong_length_is_refused() -> None:
     with pytest.raises(vtprune.VtpruneError, match="3 entries"):
         vtprune.attach(B.vit("class"), "tome", r=(1, 2, 3))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# towers of transformers
+
+# (layer, mean-head keys [n, d], attention [n, n] mean over heads, prefix) -> merges and the rows that stay, in the
+# order in which the next matching counts them
+Rule = Callable[[int, Tensor, list[list[float]], int], tuple[list[O.Merge], list[int]]]
+
+
+@torch.no_grad()
+def merging(
+    model: nn.Module,
+    image: Tensor,
+    used: int,
+    rule: Rule,
+    proportional: bool = True,
+    stay: dict[int, list[int]] | None = None,
+) -> list[dict[str, Any]]:
+    """One image through ``used`` blocks of a CLIP or SigLIP tower, a merge between the halves of each; behind every
+    block its rows (prefix first, patches in raster order), the patches they stand at, and who holds each patch.
+    ``stay``: the patches that another method leaves behind a block."""
+    x = model.embeddings(image[None])
+    x = (model.pre_layrnorm(x) if hasattr(model, "pre_layrnorm") else x)[0]
+    prefix = int(hasattr(model.embeddings, "class_embedding"))
+    n = len(x) - prefix
+    size, slot, owner, out = [1.0] * len(x), list(range(-prefix, n)), list(range(n)), []
+    for layer in range(used):
+        block = model.encoder.layers[layer]
+        z = block.layer_norm1(x)
+        q, k, v = (
+            m(z).view(len(z), 4, 8) for m in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+        )
+        mixed, attention = torch.zeros(len(z), 32, dtype=torch.float64), [[0.0] * len(z) for _ in z]
+        for h in range(4):
+            for i in range(len(z)):
+                bias = [math.log(s) if proportional else 0.0 for s in size]
+                w = O._softmax([float(d) / math.sqrt(8) + b for d, b in zip(k[:, h] @ q[i, h], bias, strict=True)])
+                mixed[i, h * 8 : h * 8 + 8] = torch.tensor(w, dtype=torch.float64) @ v[:, h]
+                attention[i] = [a + b / 4 for a, b in zip(attention[i], w, strict=True)]
+        x = x + block.self_attn.out_proj(mixed)
+        merges, kept = rule(layer, k.mean(1), attention, prefix)
+        for source, target in merges:
+            owner = [slot[target] if o == slot[source] else o for o in owner]
+        x, size = O._weighted_merge(x, size, merges, kept)
+        slot = [slot[i] for i in kept]
+        x = x + block.mlp(block.layer_norm2(x))
+        left = [i for i, s in enumerate(slot) if s < 0 or s in (stay or {}).get(layer, slot)]
+        x, size, slot = x[left], [size[i] for i in left], [slot[i] for i in left]
+        raster = sorted(range(len(slot)), key=slot.__getitem__)
+        out.append({"rows": x[raster], "kept": sorted(s for s in slot if s >= 0), "owner": owner})
+    return out
+
+
+def pairs(r: int | list[int], order: str = "official") -> Rule:
+    """ToMe's rule for ``r`` merges in every block, or so many in each."""
+
+    def rule(layer: int, keys: Tensor, attention: list[list[float]], prefix: int) -> tuple[list[O.Merge], list[int]]:
+        found = O.tome_match_oracle(keys[None], r if isinstance(r, int) else r[layer], prefix > 0, False)
+        return found["merges"][0], found["kept_official" if order == "official" else "kept"][0]
+
+    return rule
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_bare_tower_hands_over_raster_order(kind: str) -> None:
+    """Whatever decides the matchings, a caller finds the tokens in raster order behind every block."""
+    model, pixels = B.tower(kind, 5), B.images(2)
+    with vtprune.attach(model, "tome", r=4) as handle, torch.no_grad():
+        out = model(pixels, output_hidden_states=True)
+        report = handle.report()
+    ordered = []
+    for b in range(2):
+        want = merging(model, pixels[b], 5, pairs(4))
+        for layer, (stage, state) in enumerate(zip(report.stages, want, strict=True)):
+            assert stage.kept[b].tolist() == state["kept"]
+            assert stage.kept[b][stage.assignment[b]].tolist() == state["owner"]
+            B.close(out.hidden_states[layer + 1][b, : len(state["rows"])], state["rows"])
+        rows = want[-1]["rows"]
+        B.close(out.last_hidden_state[b], model.post_layernorm(rows).detach() if kind == "siglip" else rows)
+        ordered.append(merging(model, pixels[b], 5, pairs(4, "position"))[-1]["owner"] != want[-1]["owner"])
+    assert any(ordered)  # the order did decide
+
+
+def test_a_language_model_reads_raster_order() -> None:
+    """Merged tokens stand at the places of those that absorbed the others, in LLaVA with CLIP and SigLIP."""
+    for vision in ("clip", "siglip"):
+        model, inputs = B.llava(vision, "llama", blocks=5, layers=3), B.prompts([[4, 9], [2, 3]])
+        x = B.embeddings(model, inputs)
+        with vtprune.attach(model, "tome", r=5) as handle:
+            hidden, report = B.final(model, inputs), handle.report()
+        for b in range(2):
+            at = B.visual_positions(inputs, b)
+            want = merging(model.model.vision_tower, inputs["pixel_values"][b], 4, pairs(5))[-1]
+            last = report.stages[-1]
+            assert last.kept[b].tolist() == want["kept"] and last.kept[b][last.assignment[b]].tolist() == want["owner"]
+            patches = want["rows"][int(vision == "clip") :]
+            with torch.no_grad():
+                x[b][at[want["kept"]]] = model.model.multi_modal_projector(patches)
+            rows = sorted({*range(len(x[b]))} - {*at.tolist()} | {*at[want["kept"]].tolist()})
+            B.close(hidden[b][rows], B.stack(model.model.language_model, x[b][rows], rows))
+
+
+def test_the_order_outlives_another_stage() -> None:
+    """Tokens that another stage drops in between are missing from the order, the others keep theirs."""
+    model, pixels = B.tower("clip", 5), B.images(2)
+    recipe = vtprune.Recipe(
+        name="two",
+        stages=(
+            vtprune.Stage(method="tome", options={"r": 6}),
+            vtprune.Stage(method="uniform", keep=22, options={"site": "vision.1"}),
+        ),
+    )
+    with vtprune.attach(model, recipe) as handle, torch.no_grad():
+        hidden, stages = model(pixels).last_hidden_state, handle.report().stages
+    assert [s.method for s in stages] == ["tome", "tome", "uniform", "tome", "tome", "tome"]
+    for b in range(2):
+        want = merging(model, pixels[b], 5, pairs([6, 6, 4, 6, 6]), stay={1: stages[2].kept[b].tolist()})
+        assert [s.kept[b].tolist() for s in stages[3:]] == [w["kept"] for w in want[2:]]
+        B.close(hidden[b], want[-1]["rows"])

@@ -83,8 +83,8 @@ Cut = Callable[
 def walk(
     layers: list[Layer], x: Tensor, prefix: int, cut: Cut, *, inside: bool, proportional: bool
 ) -> tuple[Tensor, list[float], list[int]]:
-    """One image ``[P + N, C]`` through all blocks: its last rows, their sizes and original patches (prefix
-    negative)."""
+    """One image ``[P + N, C]`` through all blocks, rows in the order that ``cut`` gives: its last rows, their sizes and
+    original patches (prefix negative), in raster order."""
     size, slot = [1.0] * len(x), list(range(-prefix, len(x) - prefix))
     for number, layer in enumerate(layers):
         y, keys = attention(layer, layer.norm1(x), slot, size if proportional else None)
@@ -93,19 +93,20 @@ def walk(
             x = x + layer.mlp(layer.norm2(x))
         found = cut(number, keys, slot)
         if found is not None:
-            merges, kept = found[0], sorted(found[1])
+            merges, kept = found
             x, size = O._weighted_merge(x, size, merges, kept)
             slot = [slot[i] for i in kept]
         if inside:
             x = x + layer.mlp(layer.norm2(x))
-    return x, size, slot
+    raster = sorted(range(len(slot)), key=slot.__getitem__)
+    return x[raster], [size[i] for i in raster], [slot[i] for i in raster]
 
 
 def tome(layer: int, keys: Tensor, slot: list[int]) -> tuple[list[O.Merge], list[int]]:
-    """r = 3 in every block."""
+    """r = 3 in every block; behind it the prefix, the unmerged A in their order, then B."""
     prefix = sum(s < 0 for s in slot)
     merges, rest, other = O._bipartite(keys, O.tome_clip_r(len(keys), 3, prefix), set(range(prefix)))
-    return merges, rest + other
+    return merges, [*range(prefix), *(i for i in [*(sorted(rest) if prefix else rest), *other] if i >= prefix)]
 
 
 def pitome(layer: int, keys: Tensor, slot: list[int]) -> tuple[list[O.Merge], list[int]]:
@@ -115,7 +116,7 @@ def pitome(layer: int, keys: Tensor, slot: list[int]) -> tuple[list[O.Merge], li
     merges, kept = O._pitome_match(
         patches, O.pitome_r(len(patches), 0.75), 0.75 * (1 - layer / 4), 1.0, "bsm" if layer < 2 else "pitome"
     )
-    return [(a + prefix, b + prefix) for a, b in merges], [*range(prefix), *(i + prefix for i in kept)]
+    return [(a + prefix, b + prefix) for a, b in merges], [*range(prefix), *(i + prefix for i in sorted(kept))]
 
 
 def pool(layer: int, keys: Tensor, slot: list[int]) -> tuple[list[O.Merge], list[int]] | None:

@@ -80,8 +80,8 @@ class PiToMe(Method):
     )
     matching: str | None = option(
         None,
-        "'pitome', 'bsm' (energy-rank parity, then ToMe's rule) or 'tome' in every block instead of the variant's "
-        "mixture",
+        "'pitome', 'bsm' (energy-rank parity, then ToMe's rule) or 'tome' (which splits raster order) in every block "
+        "instead of the variant's mixture",
         choices=(None, "pitome", "bsm", "tome"),
     )
     alpha: float = option(1.0, "scale of the energy's negative branch (eq. 4)", above=0)

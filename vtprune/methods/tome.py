@@ -42,23 +42,25 @@ class ToMe(Method):
     )
     proportional: bool = option(True, "add the log of the sizes to the attention logits (eq. 1)")
     order: str = option(
-        "position",
-        "'position': tokens stay in raster order; 'official': [unmerged A, all B] as the official code, which changes "
-        "later matchings",
-        choices=("position", "official"),
+        "official",
+        "order of the tokens that the next block splits into two halves: 'official': the unmerged of this block's "
+        "first half, then its second half, as the official code; 'position': raster order",
+        choices=("official", "position"),
     )
 
-    def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
+    def merges(self, geometry: Geometry, keep: int | None) -> list[int]:
+        """How many pairs each block is asked to merge."""
+        count, name = geometry.vision_layers, self.info.name
         if self.inflect and not isinstance(self.r, int):
-            raise VtpruneError(f"tome: inflect={self.inflect:g} spreads an integer r=; it says nothing here")
-        count, n = geometry.vision_layers, geometry.tokens
-        if self.r is None:
-            assert keep is not None
-            wish = spread(n - keep, count, n, geometry.prefix)
-        else:
-            wish = schedule(self.r, self.inflect, count)
-        cuts = []
-        for i, r in enumerate(wish):
+            raise VtpruneError(f"{name}: inflect={self.inflect:g} spreads an integer r=; it says nothing here")
+        if self.r is not None:
+            return schedule(self.r, self.inflect, count, name)
+        assert keep is not None
+        return spread(geometry.tokens - keep, count, geometry.tokens, geometry.prefix, name)
+
+    def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
+        n, cuts = geometry.tokens, []
+        for i, r in enumerate(self.merges(geometry, keep)):
             n -= min(r, n // 2)
             cuts.append(Cut(site=f"vision.{i}", keep=n, inside=True, proportional=self.proportional))
         return tuple(cuts)
@@ -68,19 +70,19 @@ class ToMe(Method):
         return bipartite(keys, view, view.features.shape[1] - (cut.keep or 0), official=self.order == "official")
 
 
-def schedule(r: int | tuple[int, ...], inflect: float, count: int) -> list[int]:
+def schedule(r: int | tuple[int, ...], inflect: float, count: int, name: str = "tome") -> list[int]:
     """The official ``parse_r``: constant, linear from ``r (1 - inflect)`` to ``r (1 + inflect)`` (each truncated), or
     as given."""
     if isinstance(r, list | tuple):
         if len(r) != count:
-            raise VtpruneError(f"tome: r has {len(r)} entries, the tower has {count} blocks that count")
+            raise VtpruneError(f"{name}: r has {len(r)} entries, the tower has {count} blocks that count")
         return list(r)
     low = int(r * (1.0 - inflect))
     high = 2 * r - low
     return [int(low + (high - low) * i / max(count - 1, 1)) for i in range(count)]
 
 
-def spread(total: int, count: int, tokens: int, prefix: int) -> list[int]:
+def spread(total: int, count: int, tokens: int, prefix: int, name: str = "tome") -> list[int]:
     """``total`` merges over ``count`` blocks as evenly as the halving limit allows; raises :class:`VtpruneError` if
     they do not fit."""
     out, n = [], tokens
@@ -90,38 +92,62 @@ def spread(total: int, count: int, tokens: int, prefix: int) -> list[int]:
         out.append(r)
         n, total = n - r, total - r
     if total:
-        raise VtpruneError(f"tome: {count} blocks that halve at most leave {n} of {tokens} tokens; ask for keep >= {n}")
+        raise VtpruneError(
+            f"{name}: {count} blocks that halve at most leave {n} of {tokens} tokens; ask for keep >= {n}"
+        )
     return out
 
 
-def bipartite(metric: Tensor, view: TokenView, r: int, *, official: bool = False) -> Selection:
+def bipartite(
+    metric: Tensor, view: TokenView, r: int, *, official: bool = False, penalty: Tensor | None = None
+) -> Selection:
     """Bipartite soft matching (section 3, steps 1-5) of patches ``metric`` ``[B, N, c]``; prefix tokens take part in
     the parity only.
 
-    Positions alternate between A and B counting the prefix; every a finds its most similar b; the ``r`` most similar
-    pairs merge.
+    Tokens alternate between A and B counting the prefix; every a finds its most similar b; the ``r`` best pairs merge.
+
+    Args:
+        official: tokens alternate in the order that the official code leaves behind a matching, which the view's memory
+            keeps from cut to cut; the running sequence stays in raster order. Otherwise they alternate in raster order.
+        penalty: ``[B, N]``, subtracted from the similarity of a token's pair: it says which a merge, never into which
+            b.
     """
     if view.extent[0] < view.valid.shape[1]:
         raise UnsupportedError(
             "merging needs the same number of tokens in every image; the stage before it kept different numbers"
         )
     b, n, _ = metric.shape
-    first, second = (torch.arange((view.prefix + side) % 2, n, 2, device=metric.device) for side in (0, 1))
     identity = torch.arange(n, device=metric.device).repeat(b, 1)
-    r = min(r, len(first) if len(second) else 0)
+    sequence = _recalled(view) if official else identity
+    first, second = (sequence[:, (view.prefix + side) % 2 :: 2] for side in (0, 1))  # [B, |A|], [B, |B|]
+    r = min(r, first.shape[1] if second.shape[1] else 0)
     if r <= 0:
         return merged(torch.ones_like(identity, dtype=torch.bool), identity, span=(n, n))
     best, partner = kernels.match(metric, first, second)  # [B, |A|]
+    if penalty is not None:
+        best = best - penalty.gather(1, first)
     ranked = best.argsort(dim=1, descending=True, stable=True)
-    source, stay = first[ranked[:, :r]], first[ranked[:, r:]]  # [B, r], [B, |A| - r]
-    destination = identity.scatter(1, source, second[partner.gather(1, ranked[:, :r])])
+    source = first.gather(1, ranked[:, :r])
+    destination = identity.scatter(1, source, second.gather(1, partner.gather(1, ranked[:, :r])))
     kept = torch.ones_like(identity, dtype=torch.bool).scatter(1, source, False)
-    chosen = merged(kept, destination, span=(n - r, n - r))
+    if official:
+        # Unmerged A (in their order with a class token, by falling similarity without), then B.
+        stay = ranked[:, r:].sort(1).values if view.prefix else ranked[:, r:]
+        _remember(view, torch.cat([first.gather(1, stay), second], dim=1))
     # the B side is not ranked
-    score = best.new_full(identity.shape, torch.nan).scatter(1, first.expand(b, -1), best.neg())
-    if not official:
-        return replace(chosen, score=score)
-    # The official order: unmerged A (by position with a class token, by falling similarity without), then B.
-    rest = torch.cat([stay.sort(1).values if view.prefix else stay, second.expand(b, -1)], dim=1)
-    column = kept.long().cumsum(1) - 1
-    return Selection(chosen.kept, chosen.target, chosen.weight, column.gather(1, rest), score, chosen.span)
+    score = best.new_full(identity.shape, torch.nan).scatter(1, first, best.neg())
+    return replace(merged(kept, destination, span=(n - r, n - r)), score=score)
+
+
+def _remember(view: TokenView, sequence: Tensor) -> None:
+    """Keeps the positions ``sequence`` ``[B, m]``, in the order in which the next matching counts them, by original
+    index: other stages may drop some."""
+    place = torch.arange(sequence.shape[1], device=sequence.device).expand_as(sequence)
+    table = place.new_zeros(len(sequence), view.grid[0] * view.grid[1])
+    view.memory["place"] = table.scatter(1, view.index.gather(1, sequence), place)
+
+
+def _recalled(view: TokenView) -> Tensor:
+    """``[B, N]``: the view's positions in the order that the matching before left; raster order at first."""
+    place = view.memory.get("place")
+    return (view.index if place is None else place.gather(1, view.index)).argsort(1)
