@@ -16,7 +16,7 @@ from vtprune.models.engine.masked import hide_in_decoder
 
 import vtprune
 from vtprune.core.ledger import UndoLedger
-from vtprune.core.select import from_mask, merged
+from vtprune.core.select import from_mask, merged, top
 from vtprune.core.types import Action, Cut, Mix
 from vtprune.methods.base import METHODS, Method, MethodInfo, register
 
@@ -360,3 +360,50 @@ def merging(mixes: bool) -> None:
                 return chosen
             weight = torch.where(at == absorber, 2.0, 1.0)
             return replace(chosen, mix=Mix(at, chosen.target, weight))
+
+
+def test_rasters_compete_where_a_cut_is_joint(tiny):
+    """A method of the image plane decides raster by raster, and over the whole unit at its joint cut; the report tells
+    who was ranked among whom."""
+    seen: dict[str, list[int]] = {}
+
+    @register(
+        MethodInfo(
+            name="spy-joint",
+            paper="baseline",
+            idea="keeps the first tokens, behind the projector of every raster",
+            kinds=("projector", "llm"),
+            raster=True,
+            cases=({"keep": 1.0}, {"keep": 0.5}),
+        )
+    )
+    @dataclass(frozen=True, kw_only=True)
+    class Joint(Method):
+        def plan(self, geometry, keep):
+            n = geometry.tokens
+            return (Cut(site="projector", keep=(n + keep) // 2), Cut(site="llm.1", keep=keep, joint=True))
+
+        def select(self, view, cut):
+            seen.setdefault(cut.site, []).extend(view.counts.tolist())
+            return top(-view.index.double(), cut.keep, view.valid)
+
+    model, inputs = first("llava-next", tiny)
+    try:
+        with vtprune.attach(model, "spy-joint", keep=0.5) as handle, torch.no_grad():
+            model(**inputs)
+            behind, inside = handle.report().stages
+            units = groups(handle.adapter.parts(inputs["input_ids"], inputs), handle.adapter.geometry.per[0])
+    finally:
+        METHODS._forget("spy-joint")
+    several = [u for u in units if len(u.rasters) > 1]
+    assert several
+    assert sorted(seen["projector"]) == sorted(r * c for u in units for r, c in u.rasters)
+    assert len(seen["llm.1"]) == len(units)
+    for b in {u.sample for u in several}:
+        mine = [u for u in units if u.sample == b]
+        ranked = [stage.units[b][stage.units[b] >= 0].unique() for stage in (behind, inside)]
+        assert list(map(len, ranked)) == [sum(len(u.rasters) for u in mine), len(mine)]
+        columns = torch.cat([u.columns for u in mine]).sort().values
+        for u in mine:
+            left, kept = (s.kept[b][torch.isin(columns[s.kept[b]], u.columns)] for s in (behind, inside))
+            assert 0 < len(kept) < len(left) and kept.tolist() == left[: len(kept)].tolist()

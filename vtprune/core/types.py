@@ -123,6 +123,7 @@ class Cut:
             2210.09461, eq. 1).
         observe: decoder layers whose input the decision looks at.
         adaptive: the method decides image by image, and ``keep`` is only the least it leaves.
+        joint: all rasters of a unit compete here, also those of a method of the image plane.
         data: what else the method wants to find again in :meth:`~vtprune.methods.base.Method.select`.
     """
 
@@ -133,6 +134,7 @@ class Cut:
     proportional: bool = False
     observe: tuple[int, ...] = ()
     adaptive: bool = False
+    joint: bool = False
     data: Mapping[str, Any] = field(default_factory=dict)
 
     @property
