@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Ranking:
         layer: str = "next",
         query: str | Tensor = "last",
         keys: str = "all",
-        rope: bool = True,
+        rope: bool | str = True,
         heads: str = "mean",
     ) -> Tensor:
         """Attention of the query rows (mean over rows and heads) to each candidate: ``[G, N]``.
@@ -43,14 +44,17 @@ class Ranking:
         ``query``: ``"last"`` the last prompt token (with labels: every token in front of an answer), ``"all"`` every
         row, or a mask ``[G, T]`` over the rows of the source ``text``. ``layer``: projections of the layer about to run
         on this cut's input (``"next"``) or the real attention of the layer before it (``"previous"``). ``keys``:
-        softmax over all keys that the row sees or over the visual ones alone. ``heads``: ``"mean"``, ``"max"`` of each
-        row, or ``"each"``: ``[G, N, H]``.
+        softmax over all keys that the row sees or over the visual ones alone. ``rope``: whether queries and keys are
+        rotated; ``"corrected"``: they are, and every probability is divided by the scaled product of the two places'
+        all-ones vectors, rotated alike (SparseVLM+). ``heads``: ``"mean"``, ``"max"`` of each row, or ``"each"``: ``[G,
+        N, H]``.
         """
         number, x, level = self._asked(call, planned, x, layer)
         dense = call.dense[self.decoder.kinds[number]]
         rotary = self.serving.prefill(call, level, number, dense, x)["position_embeddings"] if rope else None
+        how: dict[str, Any] = {"each_head": heads, "corrected": rope == "corrected"}
         if isinstance(query, Tensor):
-            return self._asked_by(call, query, number, x, level, rotary, keys, heads, candidates)
+            return self._asked_by(call, query, number, x, level, rotary, keys, how, candidates)
         asking = self._asking(call, level, query)
         one = query == "last" and call.labels is None
         segments = None if call.segments is None else call.segments.to(x.device).gather(1, level.rows)
@@ -61,7 +65,7 @@ class Ranking:
             for part in (None,) if segments is None else range(int(segments.max()) + 1):
                 rows, weight = query_rows(asking if part is None else asking & (segments == part), 1 if one else None)
                 own, pairs = dense.get("attention_mask"), self.decoder.pairs
-                score = attention_to(block, x, rows, weight, level, rotary, own, keys, segments, pairs, heads)
+                score = attention_to(block, x, rows, weight, level, rotary, own, keys, segments, pairs, **how)
                 score = candidates.rows(score.to(where.device))
                 if out is not None and part is not None:
                     score = torch.where(_like(segment(call, owner) == part, score), score, out)
@@ -78,10 +82,11 @@ class Ranking:
         level: SequenceLength,
         rotary: tuple[Tensor, Tensor] | None,
         keys: str,
-        heads: str,
+        how: dict[str, Any],
         candidates: Candidates,
     ) -> Tensor:
-        """As :meth:`query_attention`, by the rows of each unit's text that ``query`` ``[G, T]`` marks."""
+        """As :meth:`query_attention`, by the rows of each unit's text that ``query`` ``[G, T]`` marks; ``how`` as for
+        :func:`~.scores.attention_to`."""
         where, owner = candidates.where, candidates.owner
         asking = marked(columns(call, level, owner.to(x.device)), query.to(x.device), level.width)  # [G, M]
         segments = None if call.segments is None else call.segments.to(x.device).gather(1, level.rows)
@@ -93,7 +98,7 @@ class Ranking:
             for n in range(int(rank.max()) + 1):
                 mine = (rank == n).to(x.device)
                 rows, weight = query_rows(asking.new_zeros(len(x), level.width).index_put((owner[mine],), asking[mine]))
-                score = attention_to(block, x, rows, weight, level, rotary, own, keys, segments, pairs, heads)
+                score = attention_to(block, x, rows, weight, level, rotary, own, keys, segments, pairs, **how)
                 score = candidates.rows(score.to(where.device))
                 out = score if out is None else torch.where(_like(rank == n, score), score, out)
         assert out is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import kernels
-from ...kernels.base import rotate
+from ...kernels.base import rotate, wide
 from .level import SequenceLength, allowed, backend
 from .rows import take
 
@@ -100,6 +100,26 @@ def _each(q: Tensor, k: Tensor, weight: Tensor, seen: Tensor, how: dict[str, Any
     ]
 
 
+def _corrected(
+    q: Tensor, k: Tensor, rows: Tensor, weight: Tensor, seen: Tensor, each_head: str, how: dict[str, Any]
+) -> Tensor:
+    """As :func:`attention_to` of a few ``rows`` ``[B, R]``, every probability divided by what rotary positions alone
+    would give: the scaled product of the query and the key, rotated, if both were all ones."""
+    (cos, sin), scale, cap = how["rotary"], how["scale"], how["cap"]
+    q, k = wide(q), rotate(wide(k), cos, sin)
+    b, h, r, d = q.shape
+    ones = rotate(q.new_ones(len(cos), 1, k.shape[2], d), cos, sin)[:, 0]  # [B or 1, M, d]
+    bias = take(ones, rows) @ ones.transpose(1, 2) * scale  # [B, R, M]
+    logits = ((q * scale).reshape(b, k.shape[1], -1, d) @ k.transpose(2, 3)).view(b, h, r, -1)
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    p = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+    p = torch.where(seen[:, None], p / bias[:, None], 0)
+    if each_head == "each":
+        return torch.einsum("bhrm,br->bmh", p, weight.to(p.dtype))
+    return torch.einsum("brm,br->bm", p.mean(1) if each_head == "mean" else p.amax(1), weight.to(p.dtype))
+
+
 def attention_to(
     block: Any,
     x: Tensor,
@@ -112,17 +132,21 @@ def attention_to(
     segments: Tensor | None = None,
     pairs: bool = False,
     each_head: str = "mean",
+    corrected: bool = False,
 ) -> Tensor:
     """Attention of ``rows`` ``[B, R]``, weighted by ``weight`` ``[B, R]`` and averaged over heads, to each of the
-    level's M tokens: ``[B, M]``; ``each_head="max"``: the largest head's in each row, ``"each"``: ``[B, M, H]``. A few
-    rows at a time meet the keys, never a full map."""
+    level's M tokens: ``[B, M]``; ``each_head="max"``: the largest head's in each row, ``"each"``: ``[B, M, H]``.
+    ``corrected``: divided by what rotary positions alone would give. A few rows at a time meet the keys, never a full
+    map."""
     q, k, how = question(block, x, rows, rotary, pairs)
     parts = []
     for i in range(0, rows.shape[1], ROWS):
         some = rows[:, i : i + ROWS]
         seen = visible(level, some, own, keys, segments)
         part, share = q[:, :, i : i + ROWS], weight[:, i : i + ROWS]
-        if each_head == "mean":
+        if corrected:
+            parts.append(_corrected(part, k, some, share, seen, each_head, how))
+        elif each_head == "mean":
             parts.append(kernels.query_scores(part, k, weight=share, seen=seen, **how))
         elif each_head == "each":
             parts.append(torch.stack(_each(part, k, share, seen, how), -1))

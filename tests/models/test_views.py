@@ -16,7 +16,7 @@ from vtprune.models.engine.masked import hide_in_decoder
 
 import vtprune
 from vtprune.core.ledger import UndoLedger
-from vtprune.core.select import from_mask, merged
+from vtprune.core.select import from_mask, merged, top
 from vtprune.core.types import Action, Cut, Mix
 from vtprune.methods.base import METHODS, Method, MethodInfo, register
 
@@ -88,6 +88,8 @@ def spies():
                 "keys": view.source("keys"),
                 "each": ask(query="last", heads="each"),
                 "by": {h: ask(query=text.after, heads=h) for h in ("mean", "max", "each")},
+                "corrected": {h: ask(query=text.after, heads=h, rope="corrected") for h in ("mean", "max", "each")},
+                "last": ask(query="last", rope="corrected"),
             }
             SEEN.setdefault("llm", []).append(seen)
             return from_mask(view.valid)
@@ -202,6 +204,46 @@ def check(seen, g, columns, b, here, mask, out):
 
 def close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got.double(), want.double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", (*ASKED, "glm4v"))
+def test_attention_is_corrected_for_rotary_positions(family, tiny):
+    """Each probability of the model's own over the product of the two places' all-ones vectors, rotated by the tables
+    that its layer was given."""
+    model, inputs = first(family, tiny)
+    model.set_attn_implementation("eager")
+    with vtprune.attach(model, "spy-text", keep=1.0) as handle, torch.no_grad():
+        model(**inputs)
+        adapter = handle.adapter
+    tables: list[tuple[Tensor, Tensor]] = []
+    layer = adapter.decoder_layers()[1]
+    hook = layer.register_forward_pre_hook(lambda m, a, k: tables.append(k["position_embeddings"]), with_kwargs=True)
+    out = eager(model, inputs)
+    hook.remove()
+    (cos, sin), attention = tables[0], layer.self_attn
+    ids, mask, visual = inputs["input_ids"], inputs["attention_mask"].bool(), adapter.visual(inputs["input_ids"])
+    n, d = cos.shape[-1], attention.head_dim
+    ahead = torch.ones(n)
+    if family == "glm4v":
+        ahead[::2] = -1  # each channel with its neighbour
+    else:
+        ahead[: n // 2] = -1  # half against half
+    one = torch.nn.functional.pad(cos + ahead * sin, (0, d - n), value=1.0).expand(len(ids), -1, -1)
+    bias = one @ one.transpose(1, 2) * attention.scaling  # [B, T, T]
+    rows = [(seen, g) for seen in SEEN["llm"] for g in range(len(seen["view"].valid))]
+    for unit in groups(adapter.parts(ids, inputs), adapter.geometry.per[0]):
+        b, columns = unit.sample, unit.columns
+        state = out.hidden_states[2][b, columns]
+        ((seen, g),) = [(s, g) for s, g in rows if torch.allclose(s["view"].features[g, 0], state[0], atol=1e-5)]
+        here = (mask[b] & ~visual[b]).nonzero()[:, 0]
+        here, last = here[here > columns[-1]], mask[b].nonzero()[-1, 0]
+        divided = out.attentions[1][b] / bias[b]  # [H, T, T]
+        block = divided[:, here][:, :, columns]
+        m = len(columns)
+        close(seen["corrected"]["mean"][g, :m], block.mean((0, 1)))
+        close(seen["corrected"]["each"][g, :m], block.mean(1).T)
+        close(seen["corrected"]["max"][g, :m], block.amax(0).mean(0))
+        close(seen["last"][g, :m], divided[:, last, columns].mean(0))
 
 
 @pytest.mark.parametrize("family", ASKED)
@@ -330,3 +372,50 @@ def test_what_is_missing_is_said_with_its_reason_once(tiny):
     with pytest.raises(vtprune.UnsupportedError, match="needs keys, query_attention, which") as e:
         vtprune.attach(model, "spy-text", keep=1.0)
     assert str(e.value).count("under the usual names") == 1
+
+
+def test_rasters_compete_where_a_cut_is_joint(tiny):
+    """A method of the image plane decides raster by raster, and over the whole unit at its joint cut; the report tells
+    who was ranked among whom."""
+    seen: dict[str, list[int]] = {}
+
+    @register(
+        MethodInfo(
+            name="spy-joint",
+            paper="baseline",
+            idea="keeps the first tokens, behind the projector of every raster",
+            kinds=("projector", "llm"),
+            raster=True,
+            cases=({"keep": 1.0}, {"keep": 0.5}),
+        )
+    )
+    @dataclass(frozen=True, kw_only=True)
+    class Joint(Method):
+        def plan(self, geometry, keep):
+            n = geometry.tokens
+            return (Cut(site="projector", keep=(n + keep) // 2), Cut(site="llm.1", keep=keep, joint=True))
+
+        def select(self, view, cut):
+            seen.setdefault(cut.site, []).extend(view.counts.tolist())
+            return top(-view.index.double(), cut.keep, view.valid)
+
+    model, inputs = first("llava-next", tiny)
+    try:
+        with vtprune.attach(model, "spy-joint", keep=0.5) as handle, torch.no_grad():
+            model(**inputs)
+            behind, inside = handle.report().stages
+            units = groups(handle.adapter.parts(inputs["input_ids"], inputs), handle.adapter.geometry.per[0])
+    finally:
+        METHODS._forget("spy-joint")
+    several = [u for u in units if len(u.rasters) > 1]
+    assert several
+    assert sorted(seen["projector"]) == sorted(r * c for u in units for r, c in u.rasters)
+    assert len(seen["llm.1"]) == len(units)
+    for b in {u.sample for u in several}:
+        mine = [u for u in units if u.sample == b]
+        ranked = [stage.units[b][stage.units[b] >= 0].unique() for stage in (behind, inside)]
+        assert list(map(len, ranked)) == [sum(len(u.rasters) for u in mine), len(mine)]
+        columns = torch.cat([u.columns for u in mine]).sort().values
+        for u in mine:
+            left, kept = (s.kept[b][torch.isin(columns[s.kept[b]], u.columns)] for s in (behind, inside))
+            assert 0 < len(kept) < len(left) and kept.tolist() == left[: len(kept)].tolist()

@@ -37,7 +37,13 @@ class Accounts:
     ):
         self.geometry, self.shapes, self.key, self.branches = geometry, shapes, key, branches
         self.methods = [stage.method for stage, *_ in stages]
-        self.raster = [method.info.raster for _, method, _ in stages]
+        # stage and site of the cuts that decide raster by raster
+        self.apart = {
+            (n, cut.site)
+            for n, (_, method, cuts) in enumerate(stages)
+            for cut in cuts
+            if method.info.raster and not cut.joint
+        }
         self.inside = any(cut.inside for *_, cuts in stages for cut in cuts)
         # which layer side branches are copies of
         self.splits = {
@@ -90,7 +96,7 @@ class Accounts:
         tower = [run.records for run, _ in passes_of(request)]
         stages = [self._stage(tower_record(request, i)) for i in range(len(tower[0]) if tower else 0)]
         behind = (*(request.entry.records if request.entry else ()), *request.records)
-        return stages + [self._stage(by_sample(request, r, self.raster[r.stage])) for r in behind]
+        return stages + [self._stage(by_sample(request, r, (r.stage, r.site) in self.apart)) for r in behind]
 
     def _stage(self, record: Record) -> StageReport:
         r = record

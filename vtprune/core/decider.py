@@ -56,12 +56,9 @@ class Decider:
             for g, rasters in enumerate(view.rasters):
                 kinds.setdefault(rasters, []).append(g)
             groups: dict[tuple[Rasters, tuple[int, ...]], list[int]] = {}
+            apart = self.method.info.raster and not self.cuts[self.number].joint
             for rasters, rows in kinds.items():
-                left = (
-                    self._left(view, rasters, rows)
-                    if self.method.info.raster and len(rasters) > 1
-                    else [()] * len(rows)
-                )
+                left = self._left(view, rasters, rows) if apart and len(rasters) > 1 else [()] * len(rows)
                 for row, counts in zip(rows, left, strict=True):
                     groups.setdefault((rasters, counts), []).append(row)
             shared: dict[Any, Any] = {}

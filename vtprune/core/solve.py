@@ -239,7 +239,8 @@ def _schedules(geometry: Geometry, recipe: Recipe) -> list[Recipe]:
     cuts = plan(
         geometry, replace(recipe, stages=(*recipe.stages[:-1], replace(last, keep=1, options=_free(last.options))))
     )[-1][2]
-    recipes, depths = [recipe], [c.layer for c in cuts]
+    # a cut that a budget of one token does not shorten only looks
+    recipes, depths = [recipe], [c.layer for c in cuts if c.keep is None or c.keep < geometry.tokens]
     while all(c.kind == "llm" for c in cuts) and max(depths, default=0) > 0:
         depths = sorted({d // 2 for d in depths})
         options = {**_free(last.options), name: tuple(depths) if name == "layers" else depths[0]}

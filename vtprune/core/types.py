@@ -124,6 +124,7 @@ class Cut:
         observe: decoder layers whose input the decision looks at.
         adaptive: the method decides image by image, and ``keep`` is only the least it leaves.
         most: the most that an adaptive cut leaves; ``None``: everything.
+        joint: all rasters of a unit compete here, also those of a method of the image plane.
         data: what else the method wants to find again in :meth:`~vtprune.methods.base.Method.select`.
     """
 
@@ -135,6 +136,7 @@ class Cut:
     observe: tuple[int, ...] = ()
     adaptive: bool = False
     most: int | None = None
+    joint: bool = False
     data: Mapping[str, Any] = field(default_factory=dict)
 
     @property
