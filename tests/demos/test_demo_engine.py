@@ -290,7 +290,9 @@ def test_exceptions_arrive_as_they_are(long, monkeypatch):
 
 def test_recipes_are_tried_once(engine, long, monkeypatch):
     found = {o.name: o.reason for o in engine.recipes()}
-    assert list(found) == [*vtprune.recipes(), TRAINED] and not any(found.values())
+    assert list(found) == [*vtprune.recipes(), TRAINED]
+    (deep,) = [name for name, reason in found.items() if reason]  # its layers are those of a deeper model
+    assert deep == "pyramiddrop-64" and "0..11" in found[deep]
     monkeypatch.setattr(engine, "_refusal", None)
     assert {o.name for o in engine.recipes()} == {*found}
     assert TRAINED not in {o.name for o in long.recipes()}

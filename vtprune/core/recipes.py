@@ -69,6 +69,33 @@ PRESETS: tuple = (
         ("flowcut", 0.5, {}),
         ("fastv", 0.25, {}),
     ),
+    (
+        "pyramiddrop-64",
+        "arXiv 2410.17247, the authors on the 64-token row: lambda = 0.19, 62.9 of 576 tokens a layer",
+        ("pyramiddrop", None, {"layers": (2, 8, 16), "ratios": (0.19, 0.19**2, 0.19**3)}),
+    ),
+    *(
+        (f"sparsevlm-{row}", f"arXiv 2410.04417, its {row}-token row of 576", ("sparsevlm", left / 576, {}))
+        for row, left in ((192, 113), (128, 39), (64, 18))
+    ),
+    (
+        "divprune-then-pyramiddrop",
+        "vtprune: far apart behind the projector, then what the question attends to",
+        ("divprune", 0.5, {}),
+        ("pyramiddrop", 0.125, {}),
+    ),
+    (
+        "vispruner-then-v2drop",
+        "vtprune: what the class token attends to, then what the language model still changes",
+        ("vispruner", 0.5, {}),
+        ("v2drop", 0.05, {}),
+    ),
+    (
+        "flowcut-then-v2drop",
+        "vtprune: the class token's information flow, then what the language model still changes",
+        ("flowcut", 0.5, {}),
+        ("v2drop", 0.05, {}),
+    ),
 )
 for _name, _source, *_stages in PRESETS:
     RECIPES.register(
