@@ -53,7 +53,7 @@ BATCHES = {"cpu": (1,), "cuda": (1, 8, 32)}
 GROWTH = (1024, 2048, 4096, 8192, 16384)  # tokens at which the memory of the references is measured
 BLOCK = 0.002  # seconds
 PATIENCE = 6.0  # seconds for one row's rounds, of which there are at least three
-KEEP = 64  # what maxmin and dpp choose
+KEEP = 64  # what maxmin, dpp and coverage choose
 
 # Heads and channels of one head, or 1 and the channels of a token: tower keys, hidden states, a 7B model's layer,
 # CLIP-L's layer.
@@ -66,8 +66,9 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "merge": ((1, 1024),),
     "maxmin": ((1, 4096),),
     "dpp": ((1, 4096),),
+    "coverage": ((1, 4096),),
 }
-NARROWER = {("maxmin", "cpu"): ((1, 1024),), ("dpp", "cpu"): ((1, 1024),)}
+NARROWER = {(op, "cpu"): ((1, 1024),) for op in ("maxmin", "dpp", "coverage")}
 
 
 def arguments(
@@ -118,6 +119,9 @@ def arguments(
             return random(batch, n, width), KEEP, None
         case "dpp":
             return random(batch, n, width), KEEP, random(batch, n).float().abs() + 0.1, None
+        case "coverage":
+            saliency = random(batch, n).float().abs() + 0.1
+            return random(batch, n, width), KEEP, saliency, None, None, None, 0.0, 0.0, "none", None
     raise KeyError(f"SHAPES names {info.name!r}, and nothing here makes its arguments")
 
 

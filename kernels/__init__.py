@@ -1,7 +1,7 @@
 """Similarity kernels: one op = a plain PyTorch reference (``<op>_ref.py``) and a Triton kernel (``<op>_triton.py``). No
-op makes a map of all tokens against all tokens (maxmin and dpp: unless it is no larger than the tokens themselves).
-Importing this package registers every op file beside it and offers its function; triton is loaded when an op first runs
-on a GPU."""
+op makes a map of all tokens against all tokens (maxmin, dpp and coverage: unless it is no larger than the tokens
+themselves). Importing this package registers every op file beside it and offers its function; triton is loaded when an
+op first runs on a GPU."""
 
 from importlib import import_module
 from pkgutil import iter_modules

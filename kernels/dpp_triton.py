@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ._triton import empty, inverse_lengths, launch, op
 from .dpp_ref import LEAST
+from .maxmin_ref import small
 from .maxmin_triton import cosines, similarities, steps
 
 NONE = tl.constexpr(LEAST)
@@ -82,7 +83,7 @@ def dpp(x: Tensor, keep: int, relevance: Tensor | None, valid: Tensor | None) ->
     if valid is not None:
         gain = gain.masked_fill(~valid, -torch.inf)
     inverse = inverse_lengths(x)
-    gram = similarities(x, inverse)
+    gram = similarities(x, inverse, small(n, c))
     made = gram is not None
     factor = empty(x, b, keep, n)
     launch(

@@ -26,10 +26,10 @@ def _gram(
     tl.store(out + (b * N + i)[:, None] * N + j[None, :], s, mask=(i < N)[:, None] & (j < N)[None, :])
 
 
-def similarities(x: Tensor, inverse: Tensor) -> Tensor | None:
-    """All cosines ``[B, N, N]`` where they take no more room than the tokens do; else ``None``."""
+def similarities(x: Tensor, inverse: Tensor, made: bool) -> Tensor | None:
+    """All cosines ``[B, N, N]``, or ``None`` if they are not to be made."""
     b, n, c = x.shape
-    if not small(n, c):
+    if not made:
         return None
     out = empty(x, b, n, n)
     block, depth = (256, 256) if INTERPRETED else (64, 64)
@@ -142,7 +142,7 @@ def maxmin(x: Tensor, keep: int, valid: Tensor | None) -> Tensor:
     if valid is not None:
         nearest, near = nearest.masked_fill(~valid, torch.inf), near.masked_fill(~valid, torch.inf)
     inverse = inverse_lengths(x)
-    gram = similarities(x, inverse)
+    gram = similarities(x, inverse, small(n, c))
     made = gram is not None
     launch(
         _maxmin, (b,), x, inverse, inverse if gram is None else gram, nearest,

@@ -54,7 +54,7 @@ from vtprune.methods.base import METHODS
 LIMITS = {torch.float32: 5e-5, torch.float64: 1e-5, torch.bfloat16: 8e-2}  # relative to the largest value (at least 1)
 WORDS = range(8, 64)  # the tiny models' words; below are pad, start, end, placeholders
 FAULTS = ("MISMATCH", "RAW")
-KERNEL = re.compile(r"(match|energy|query_scores|flow_scores|merge|gather|maxmin|dpp): ")
+KERNEL = re.compile(r"(match|energy|query_scores|flow_scores|merge|gather|maxmin|dpp|coverage): ")
 
 
 class Mismatch(Exception):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from vtprune.kernels import KERNELS
-from vtprune.kernels.base import interpreted, run
+from vtprune.kernels.base import cosines, interpreted, run
 
 import vtprune
 from vtprune import kernels
@@ -260,6 +260,49 @@ def slow_dpp(x, keep, relevance, valid):
     return out
 
 
+def slow_coverage(x, keep, prior, relevance, weight, rows, temperature, diversity, scale, valid):
+    """By the sums themselves."""
+    out = torch.full((len(x), keep), -1)
+    for b in range(len(x)):
+        n = x.shape[1]
+        real = [j for j in range(n) if valid is None or valid[b, j]]
+        s = {(i, j): cosine(x[b, i], x[b, j]) for i in range(n) for j in range(n)}
+        if temperature:
+            s = {ij: math.exp((c - 1) / temperature) for ij, c in s.items()}
+        free, chosen = list(real), []
+
+        def covered(u: int, s: dict = s, chosen: list = chosen) -> float:
+            return max([0.0 if relevance is None else -math.inf, *(s[u, v] for v in chosen)])
+
+        def gain(v: int, b: int = b, s: dict = s, chosen: list = chosen, real: list = real) -> float:
+            total = sum((1 if weight is None else float(weight[b, u])) * max(0.0, s[u, v] - covered(u)) for u in real)
+            for r in range(0 if rows is None else rows.shape[1]):
+                total += max(0.0, float(rows[b, r, v]) - max([0.0, *(float(rows[b, r, t]) for t in chosen)]))
+            return round(total, 11)
+
+        while free and len(chosen) < keep:
+            score = {v: 0.0 if relevance is None else float(relevance[b, v]) for v in free}
+            if chosen or relevance is None:
+                terms = [({v: gain(v) for v in free}, 1.0)]
+                if diversity:
+                    terms.append(({v: round(1 - covered(v), 11) for v in free}, diversity))
+                for number, (term, factor) in enumerate(terms):
+                    low = min(term.values()) if scale == "range" else 0.0
+                    by = {
+                        "none": 1.0,
+                        "mean": sum(term.values()) / len(term),
+                        "range": max(term.values()) - low,
+                    }[scale]
+                    for v in free:
+                        p = 1.0 if prior is None or number else float(prior[b, v])
+                        score[v] += factor * p * ((term[v] - low) / by if by > 0 else 0.0)
+            best = max(score.values())
+            chosen.append(next(v for v in free if score[v] >= best - 1e-9 * abs(best)))
+            free.remove(chosen[-1])
+        out[b, : len(chosen)] = torch.tensor(chosen)
+    return out
+
+
 def doubles(value):
     """Floats in 64 bits, so that two ways to sum give the same choice."""
     if isinstance(value, Tensor):
@@ -286,22 +329,22 @@ def test_the_benchmarks_opponent_computes_the_same(name):
 
 
 @pytest.mark.parametrize("n", [577, 3000])
-@pytest.mark.parametrize("name", ["match", "energy", "maxmin", "dpp", "query_scores"])
+@pytest.mark.parametrize("name", ["match", "energy", "maxmin", "dpp", "coverage", "query_scores"])
 def test_references_in_chunks_equal_the_whole(name, n):
     """Sizes at which the reference works in chunks, or without the matrix, against plain torch with it."""
     info = KERNELS.get(name)
     arguments = info.example(info.cases[0], n, torch.float32, torch.Generator().manual_seed(1))
-    if name in ("maxmin", "dpp") and n > 1000:
-        arguments = (arguments[0][:1], 12, *(a if a is None else a[:1] for a in arguments[2:]))
+    if name in ("maxmin", "dpp", "coverage") and n > 1000:
+        arguments = (arguments[0][:1], 12, *(a[:1] if isinstance(a, Tensor) else a for a in arguments[2:]))
         assert n > arguments[0].shape[2]  # no matrix
     got, want = info.reference(*arguments), info.plain(*arguments)
-    if name in ("maxmin", "dpp"):
+    if name in ("maxmin", "dpp", "coverage"):
         assert (got == want).float().mean() == 1
     else:
         info.close(arguments, got, want)
 
 
-@pytest.mark.parametrize("name", ["match", "energy", "query_scores", "flow_scores", "maxmin", "dpp"])
+@pytest.mark.parametrize("name", ["match", "energy", "query_scores", "flow_scores", "maxmin", "dpp", "coverage"])
 def test_no_reference_makes_a_map_of_all_tokens(name):
     """The largest tensor alive inside the reference grows with N, not with its square."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -322,7 +365,7 @@ def test_no_reference_makes_a_map_of_all_tokens(name):
     found = []
     for n in (4096, 8192):
         arguments = info.example(info.cases[0], n, torch.float32, torch.Generator().manual_seed(1))
-        if name in ("maxmin", "dpp"):
+        if name in ("maxmin", "dpp", "coverage"):
             arguments = (arguments[0], 4, *arguments[2:])
         with Largest() as watch:
             info.reference(*arguments)
@@ -399,6 +442,10 @@ def test_bad_calls_say_what_is_wrong():
         (lambda: kernels.merge(x, torch.zeros(2, 8).long(), 1), "target must be"),
         (lambda: kernels.maxmin(x, -1), "keep=-1"),
         (lambda: kernels.dpp(x, 3, relevance=torch.ones(9)), "relevance must be"),
+        (lambda: kernels.coverage(x, 3, prior=torch.ones(9)), "prior must be"),
+        (lambda: kernels.coverage(x, 3, rows=torch.ones(2, 4, 8)), "rows must be"),
+        (lambda: kernels.coverage(x, 3, scale="max"), "scale='max'"),
+        (lambda: kernels.coverage(x, 3, temperature=-1.0), "temperature=-1"),
         (lambda: kernels.KERNELS.get("macth"), "did you mean match"),
     ):
         with pytest.raises(vtprune.VtpruneError, match=words):
@@ -504,11 +551,43 @@ def test_tokens_that_are_not_finite_are_similar_to_nothing():
             for chosen in (
                 kernels.maxmin(y, 12, valid=real, backend=backend),
                 kernels.dpp(y, 12, valid=real, backend=backend),
+                kernels.coverage(y, 12, valid=real, backend=backend),
             ):
                 assert [sorted(row) for row in chosen.tolist()] == [
                     [-1, *range(1, 12)],
                     [-1, *(i for i in range(12) if i != 3)],
                 ]
+
+
+@pytest.mark.parametrize("width", [3, 64])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_what_adds_nothing_comes_by_position(backend, width):
+    """Two directions, many times each, in 3 or 64 channels (with and without the matrix): two choices cover all, the
+    rest has no gain."""
+    x = torch.zeros(1, 12, width)
+    x[0, torch.arange(12), torch.arange(12) % 2] = torch.rand(12, generator=torch.Generator().manual_seed(0)) + 0.1
+    valid = torch.arange(12)[None] != 4
+    prior = torch.linspace(1, 2, 12)[None]
+    device = DEVICE if backend == "triton" else "cpu"
+
+    def choose(keep=12, **more):
+        given = {k: moved(v, device) for k, v in {"valid": valid, **more}.items()}
+        return kernels.coverage(moved(x, device), keep, backend=backend, **given)[0].tolist()
+
+    rest = [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    assert choose() == [1, 0, 2, 3, 5, 6, 7, 8, 9, 10, 11, -1]  # there are more of the second
+    assert choose(prior=prior) == [11, 10, *rest, -1]
+    assert choose(prior=-prior) == [0, 2, 6, 8, 10, 1, 3, 5, 7, 9, 11, -1]  # nothing is more than less
+    nan = torch.where(torch.arange(12) == 0, math.nan, prior)
+    assert choose(prior=nan) == [11, 10, *rest[1:], 0, -1]
+    assert choose(keep=0) == []
+    for scale in ("none", "mean", "range"):
+        far = choose(relevance=prior, diversity=1.0, scale=scale)
+        assert far == [11, 10, 9, 8, 7, 6, 5, 3, 2, 1, 0, -1]  # what is covered is ranked by relevance
+    rows = torch.zeros(1, 2, 12)
+    rows[0, 0, 7], rows[0, 1, 8] = 3.0, 2.0
+    assert choose(rows=rows, weight=torch.zeros(1, 12))[:4] == [7, 8, 0, 1]
+    assert choose(rows=rows, prior=prior)[:4] == [7, 8, 0, 1]
 
 
 def test_masks_and_positions_of_other_types_are_refused():
@@ -519,6 +598,7 @@ def test_masks_and_positions_of_other_types_are_refused():
         lambda: kernels.match(x, torch.arange(4).int(), torch.arange(4, 9)),
         lambda: kernels.maxmin(x, 2, valid=mask),
         lambda: kernels.dpp(x, 2, valid=mask),
+        lambda: kernels.coverage(x, 2, valid=mask),
         lambda: kernels.query_scores(torch.ones(2, 2, 1, 8), torch.ones(2, 2, 9, 8), seen=mask[:, None]),
         lambda: kernels.merge(x, mask.int(), 2),
     ):
@@ -544,6 +624,18 @@ def test_autocast_does_not_lower_the_precision():
         with torch.autocast("cpu", torch.bfloat16), kernels.use("reference"):
             got = run(name, None, *arguments)
         info.close(arguments, got, info.reference(*arguments))
+
+
+def test_cosines_of_a_few_rows():
+    x, q = tokens().to(torch.bfloat16), tokens(4).to(torch.bfloat16)
+    x[0, 2], q[1, 3] = math.nan, 0
+    with torch.autocast("cpu", torch.bfloat16):
+        got = cosines(q, x)
+    for b in range(2):
+        for i in range(4):
+            for j in range(9):
+                want = 0.0 if (b, j) == (0, 2) else cosine(q[b, i].double(), x[b, j].double())
+                assert abs(float(got[b, i, j]) - want) < 1e-6
 
 
 @pytest.mark.parametrize(
