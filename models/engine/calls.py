@@ -86,7 +86,7 @@ class Calls:
         if not call.prefill:
             call.plain = ids
             return inputs
-        call.parts = self.decoder.parts(ids, inputs)
+        call.tokens, call.parts = ids, self.decoder.parts(ids, inputs)
         call.sources = self.decoder.sources(inputs, call.parts) if self.tower or self.noting else []
         call.encoded = self.decoder.encoded(inputs)
         call.segments = prompts_in_rows(inputs, call)

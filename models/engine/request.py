@@ -214,6 +214,7 @@ class Call:
         request: that it reads or goes on with.
         prefill: it reads a prompt with visual tokens.
         plain: the ids of a prompt without visual tokens.
+        tokens: the ids of a prompt with some, ``[B, T]``.
         labels: a copy of the caller's, from which positions without a prediction are taken.
         visual: the placeholders, ``[B, T]`` bool.
         parts: per sample, what they stand for.
@@ -243,6 +244,7 @@ class Call:
     request: Request | None = None
     prefill: bool = False
     plain: Tensor | None = None
+    tokens: Tensor | None = None
     labels: Tensor | None = None
     visual: Tensor | None = None
     parts: list[list[RasterSpan]] = field(default_factory=list)

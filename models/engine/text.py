@@ -51,14 +51,15 @@ def segment(call: Call, owner: Tensor) -> Tensor:
 def text_at(call: Call, level: SequenceLength, owner: Tensor, x: Tensor, keys: Tensor | None = None) -> Text:
     """The text of each unit's prompt, of which ``x`` ``[B, M, C]`` are the rows at this site and ``keys`` ``[B, G, M,
     d]`` those of the layer that was asked for."""
-    assert call.request is not None
+    assert call.request is not None and call.tokens is not None
     where = columns(call, level, owner)
     at, valid = where.clamp_min(0), where >= 0
     place = level.rows[owner[:, None], at]
     last = call.request.table.to(x.device).amax(1, keepdim=True)
     hidden = x[owner[:, None], at].detach()
     mine = None if keys is None else keys.transpose(1, 2)[owner[:, None], at]
-    return Text(hidden, valid, valid & (place > last), torch.where(valid, place, -1), mine)
+    ids = torch.where(valid, call.tokens.to(x.device)[owner[:, None], place], -1)
+    return Text(hidden, valid, valid & (place > last), torch.where(valid, place, -1), mine, ids)
 
 
 def marked(where: Tensor, mask: Tensor, width: int) -> Tensor:

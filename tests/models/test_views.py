@@ -16,6 +16,7 @@ from vtprune.models.engine.masked import hide_in_decoder
 
 import vtprune
 from vtprune.core.ledger import UndoLedger
+from vtprune.core.recipe import Recipe, Stage
 from vtprune.core.select import from_mask, merged, top
 from vtprune.core.types import Action, Cut, Mix
 from vtprune.methods.base import METHODS, Method, MethodInfo, register
@@ -175,6 +176,8 @@ def test_the_language_model_s_sources_are_its_own(family, tiny):
         assert len(mine) == 1
         here = (mask[b] & ~visual[b]).nonzero()[:, 0]
         check(*mine[0], columns, b, here, mask[b], out)
+        text, g = mine[0][0]["text"], mine[0][1]
+        assert text.ids[g].tolist() == ids[b, here].tolist() + [-1] * (text.ids.shape[1] - len(here))
         for got, at in zip(mine[0][0]["normed"], (columns, here), strict=True):  # the model's own final norm
             with torch.no_grad():
                 close(got[mine[0][1], : len(at)], adapter.lm.norm(out.hidden_states[2][b, at]))
@@ -262,7 +265,25 @@ def test_text_behind_the_projector_is_the_question_s_embeddings(family, tiny):
             b = next(b for b, prompt in enumerate(prompts) if prompt.tolist() == here.tolist())
             met.add(b)
             close(text.hidden[g][text.valid[g]], words(ids[b, here]))
+            assert text.ids[g][text.valid[g]].tolist() == ids[b, here].tolist()
     assert met == set(range(len(ids)))
+
+
+@pytest.mark.parametrize("family", ASKED)
+def test_text_is_the_same_behind_a_cut(family, tiny):
+    model, inputs = first(family, tiny)
+    recipe = Recipe(
+        name="two",
+        stages=(Stage(method="random", keep=0.5, options={"site": "llm.0"}), Stage(method="spy-text", keep=1.0)),
+    )
+    with vtprune.attach(model, recipe) as handle, torch.no_grad():
+        model(**inputs)
+        visual = handle.adapter.visual(inputs["input_ids"])
+    real = inputs["attention_mask"].bool() & ~visual
+    want = {tuple(ids[mine].tolist()) for ids, mine in zip(inputs["input_ids"], real, strict=True)}
+    texts = [seen["text"] for seen in SEEN["llm"]]
+    got = {tuple(ids[mine].tolist()) for text in texts for ids, mine in zip(text.ids, text.valid, strict=True)}
+    assert got == want
 
 
 def test_answers_are_no_part_of_the_text(tiny):

@@ -187,6 +187,7 @@ class Text:
         after: ``[B, T]`` bool, those behind the unit's last visual token.
         place: ``[B, T]``, columns in the caller's sequence.
         keys: ``[B, T, G, d]`` of the layer that was asked for, as its attention uses them.
+        ids: ``[B, T]``, the tokens themselves; -1 for padding.
     """
 
     hidden: Tensor
@@ -194,11 +195,12 @@ class Text:
     after: Tensor
     place: Tensor
     keys: Tensor | None = None
+    ids: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> Text:
         """Those of the images ``rows``."""
-        keys = None if self.keys is None else self.keys[rows]
-        return Text(self.hidden[rows], self.valid[rows], self.after[rows], self.place[rows], keys)
+        keys, ids = (None if t is None else t[rows] for t in (self.keys, self.ids))
+        return Text(self.hidden[rows], self.valid[rows], self.after[rows], self.place[rows], keys, ids)
 
 
 @dataclass(frozen=True)
