@@ -42,19 +42,23 @@ class Ranking:
         """Attention of the query rows (mean over rows and heads) to each candidate: ``[G, N]``.
 
         ``query``: ``"last"`` the last prompt token (with labels: every token in front of an answer), ``"all"`` every
-        row, or a mask ``[G, T]`` over the rows of the source ``text``. ``layer``: projections of the layer about to run
-        on this cut's input (``"next"``) or the real attention of the layer before it (``"previous"``). ``keys``:
-        softmax over all keys that the row sees or over the visual ones alone. ``rope``: whether queries and keys are
-        rotated; ``"corrected"``: they are, and every probability is divided by the scaled product of the two places'
-        all-ones vectors, rotated alike (SparseVLM+). ``heads``: ``"mean"``, ``"max"`` of each row, or ``"each"``: ``[G,
-        N, H]``.
+        row, ``"visual"`` those of the unit itself that are left, or a mask ``[G, T]`` over the rows of the source
+        ``text``. ``layer``: projections of the layer about to run on this cut's input (``"next"``) or the real
+        attention of the layer before it (``"previous"``). ``keys``: softmax over all keys that the row sees or over
+        the visual ones alone. ``rope``: whether queries and keys are rotated; ``"corrected"``: they are, and every
+        probability is divided by the scaled product of the two places' all-ones vectors, rotated alike (SparseVLM+).
+        ``heads``: ``"mean"``, ``"max"`` of each row, or ``"each"``: ``[G, N, H]``.
         """
         number, x, level = self._asked(call, planned, x, layer)
         dense = call.dense[self.decoder.kinds[number]]
         rotary = self.serving.prefill(call, level, number, dense, x)["position_embeddings"] if rope else None
         how: dict[str, Any] = {"each_head": heads, "corrected": rope == "corrected"}
-        if isinstance(query, Tensor):
-            return self._asked_by(call, query, number, x, level, rotary, keys, how, candidates)
+        if isinstance(query, Tensor) or query == "visual":
+            where, marks = candidates.where, candidates.valid
+            if isinstance(query, Tensor):
+                where, marks = columns(call, level, candidates.owner.to(x.device)), query
+            asking = marked(where.to(x.device), marks.to(x.device), level.width)
+            return self._asked_by(call, asking, number, x, level, rotary, keys, how, candidates)
         asking = self._asking(call, level, query)
         one = query == "last" and call.labels is None
         segments = None if call.segments is None else call.segments.to(x.device).gather(1, level.rows)
@@ -76,7 +80,7 @@ class Ranking:
     def _asked_by(
         self,
         call: Call,
-        query: Tensor,
+        asking: Tensor,
         number: int,
         x: Tensor,
         level: SequenceLength,
@@ -85,10 +89,9 @@ class Ranking:
         how: dict[str, Any],
         candidates: Candidates,
     ) -> Tensor:
-        """As :meth:`query_attention`, by the rows of each unit's text that ``query`` ``[G, T]`` marks; ``how`` as for
+        """As :meth:`query_attention`, by the rows that ``asking`` ``[G, M]`` marks for each unit; ``how`` as for
         :func:`~.scores.attention_to`."""
         where, owner = candidates.where, candidates.owner
-        asking = marked(columns(call, level, owner.to(x.device)), query.to(x.device), level.width)  # [G, M]
         segments = None if call.segments is None else call.segments.to(x.device).gather(1, level.rows)
         own, pairs = call.dense[self.decoder.kinds[number]].get("attention_mask"), self.decoder.pairs
         block, out = self.decoder.layers[number], None

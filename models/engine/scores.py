@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import kernels
-from ...kernels.base import rotate, wide
+from ...kernels.base import CHUNK, rotate, wide
 from .level import SequenceLength, allowed, backend
 from .rows import take
 
@@ -120,6 +120,32 @@ def _corrected(
     return torch.einsum("brm,br->bm", p.mean(1) if each_head == "mean" else p.amax(1), weight.to(p.dtype))
 
 
+@torch.no_grad()
+def _largest(
+    q: Tensor,
+    k: Tensor,
+    weight: Tensor,
+    seen: Tensor,
+    *,
+    scale: float,
+    rotary: tuple[Tensor, Tensor] | None,
+    cap: float | None,
+) -> Tensor:
+    """As :func:`vtprune.kernels.query_scores`, but of each row the largest head's attention: ``[B, M]``."""
+    with torch.autocast(q.device.type, enabled=False):  # it would multiply in 16 bits
+        q, k = wide(q), wide(k)
+        k = k if rotary is None else rotate(k, *rotary)
+        (b, h, rows, _), (g, m) = q.shape, k.shape[1:3]
+        score = k.new_zeros(b, m)
+        for i in range(0, rows, step := max(1, CHUNK // max(b * h * m, 1))):
+            part = (q[:, :, i : i + step] * scale).reshape(b, g, -1, q.shape[3])
+            logits = (part @ k.transpose(2, 3)).view(b, h, -1, m)
+            logits = logits if cap is None else torch.tanh(logits / cap) * cap
+            found = logits.masked_fill(~seen[:, None, i : i + step], -torch.inf).softmax(-1).nan_to_num().amax(1)
+            score += (found * weight[:, i : i + step, None].to(found.dtype)).sum(1)
+    return score
+
+
 def attention_to(
     block: Any,
     x: Tensor,
@@ -151,12 +177,7 @@ def attention_to(
         elif each_head == "each":
             parts.append(torch.stack(_each(part, k, share, seen, how), -1))
         else:
-            alone = torch.ones_like(share[:, :1])
-            each = [
-                torch.stack(_each(part[:, :, r : r + 1], k, alone, seen[:, r : r + 1], how)).amax(0)
-                for r in range(share.shape[1])
-            ]
-            parts.append((torch.stack(each, 1) * share[..., None].to(each[0].dtype)).sum(1))
+            parts.append(_largest(part, k, share, seen, **how))
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from vtprune.models.base import ADAPTERS
+from vtprune.models.engine import scores
 from vtprune.models.engine.host import cache_of
 from vtprune.models.engine.layout import units as groups
 from vtprune.models.engine.masked import hide_in_decoder
@@ -91,6 +92,7 @@ def spies():
                 "by": {h: ask(query=text.after, heads=h) for h in ("mean", "max", "each")},
                 "corrected": {h: ask(query=text.after, heads=h, rope="corrected") for h in ("mean", "max", "each")},
                 "last": ask(query="last", rope="corrected"),
+                "own": {h: ask(query="visual", heads=h) for h in ("mean", "max", "each")},
             }
             SEEN.setdefault("llm", []).append(seen)
             return from_mask(view.valid)
@@ -183,6 +185,13 @@ def test_the_language_model_s_sources_are_its_own(family, tiny):
                 close(got[mine[0][1], : len(at)], adapter.lm.norm(out.hidden_states[2][b, at]))
 
 
+def test_rows_are_asked_a_few_at_a_time(tiny, monkeypatch):
+    """However few: three rows' masks, one row's attention."""
+    monkeypatch.setattr(scores, "ROWS", 3)
+    monkeypatch.setattr(scores, "CHUNK", 1)
+    test_the_language_model_s_sources_are_its_own("llava", tiny)
+
+
 def check(seen, g, columns, b, here, mask, out):
     """What was seen of one unit, whose tokens are ``columns`` of row b, against what the model says; text ``here``."""
     text, n, cache = seen["text"], len(columns), cache_of(out)
@@ -203,6 +212,10 @@ def check(seen, g, columns, b, here, mask, out):
     close(seen["by"]["mean"][g, :n], block.mean((0, 1)))
     close(seen["by"]["each"][g, :n], block.mean(1).T)
     close(seen["by"]["max"][g, :n], block.amax(0).mean(0))
+    own = weights[:, columns][:, :, columns]  # [H, n, n]
+    close(seen["own"]["mean"][g, :n], own.mean((0, 1)))
+    close(seen["own"]["each"][g, :n], own.mean(1).T)
+    close(seen["own"]["max"][g, :n], own.amax(0).mean(0))
 
 
 def close(got: Tensor, want: Tensor) -> None:

@@ -134,7 +134,7 @@ class Method:
         return None
 
 
-OWN_BUDGETS = ("ratios", "ratio", "r")  # options that say how much stays instead of keep=
+OWN_BUDGETS = ("ratios", "ratio", "r", "counts")  # options that say how much stays instead of keep=
 METHODS: Registry[MethodInfo] = Registry("method", lambda: (__import__("vtprune.methods"), None)[1], extensible=True)
 M = TypeVar("M", bound=type[Method])
 
