@@ -214,18 +214,21 @@ def density_peaks(x: Tensor, count: int, *, cosine: bool = False) -> tuple[Tenso
     """
     x = wide(x)
     b, m, c = x.shape
-    step = max(1, CHUNK // (b * m))
+    near = x - x.mean(1, keepdim=True)  # products of small numbers lose less
+    step = max(1, CHUNK // (b * m))  # rows whose distances are made at once
 
-    def distances(i: int) -> Tensor:  # [B, step, M]; without matrix products, so that equal tokens are at 0
-        return torch.cdist(x[:, i : i + step], x, compute_mode="donot_use_mm_for_euclid_dist") / c**0.5
+    def distances(i: int) -> Tensor:  # [B, step, M]
+        return torch.cdist(near[:, i : i + step], near) / c**0.5
 
-    nearest = [distances(i).topk(count, largest=False).values.square().mean(2) for i in range(0, m, step)]
-    density = -torch.cat(nearest, 1)
+    whole = distances(0) if step >= m else None
+    parts = [(i, whole) for i in range(0, m, step)]
+    density = -torch.cat(
+        [(distances(i) if d is None else d).topk(count, largest=False).values.square().mean(2) for i, d in parts], 1
+    )
     rank = density.argsort(dim=1, descending=True, stable=True).argsort(1)
     apart = []
-    for i in range(0, m, step):
-        d = distances(i)
-        mine = rank[:, i : i + step, None]
+    for i, d in parts:
+        d, mine = distances(i) if d is None else d, rank[:, i : i + step, None]
         ahead = d.masked_fill(rank[:, None] >= mine, torch.inf).amin(2)
         apart.append(torch.where(mine[..., 0] == 0, d.amax(2), ahead))
     centre = (density + torch.cat(apart, 1).log()).argsort(dim=1, descending=True, stable=True)[:, :count]
@@ -233,5 +236,5 @@ def density_peaks(x: Tensor, count: int, *, cosine: bool = False) -> tuple[Tenso
     if cosine:
         member = (unit(x) @ unit(x[rows, centre]).transpose(1, 2)).argmax(2)
     else:
-        member = torch.cdist(x, x[rows, centre], compute_mode="donot_use_mm_for_euclid_dist").argmin(2)
+        member = torch.cdist(near, near[rows, centre]).argmin(2)
     return centre, member.scatter(1, centre, torch.arange(count, device=x.device).expand(b, -1))
