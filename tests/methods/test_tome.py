@@ -183,9 +183,10 @@ def test_a_list_of_the_wrong_length_is_refused() -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # towers of transformers
 
-# (layer, mean-head keys [n, d], attention [n, n] mean over heads, prefix) -> merges and the rows that stay, in the
-# order in which the next matching counts them
-Rule = Callable[[int, Tensor, list[list[float]], int], tuple[list[O.Merge], list[int]]]
+# (layer, mean-head keys [n, d], attention [n, n] mean over heads, prefix, sizes) -> merges and the rows that stay, in
+# the order in which the next matching counts them; of a mix also the weights of what goes into each
+Mixed = tuple[list[O.Merge], list[int], list[dict[int, float]]]
+Rule = Callable[[int, Tensor, list[list[float]], int, list[float]], tuple[list[O.Merge], list[int]] | Mixed]
 
 
 @torch.no_grad()
@@ -219,10 +220,13 @@ def merging(
                 mixed[i, h * 8 : h * 8 + 8] = torch.tensor(w, dtype=torch.float64) @ v[:, h]
                 attention[i] = [a + b / 4 for a, b in zip(attention[i], w, strict=True)]
         x = x + block.self_attn.out_proj(mixed)
-        merges, kept = rule(layer, k.mean(1), attention, prefix)
+        merges, kept, *shares = rule(layer, k.mean(1), attention, prefix, size)
         for source, target in merges:
             owner = [slot[target] if o == slot[source] else o for o in owner]
+        before = x
         x, size = O._weighted_merge(x, size, merges, kept)
+        if shares:
+            x = torch.stack([sum(w * before[i] for i, w in row.items()) for row in shares[0]])
         slot = [slot[i] for i in kept]
         x = x + block.mlp(block.layer_norm2(x))
         left = [i for i, s in enumerate(slot) if s < 0 or s in (stay or {}).get(layer, slot)]
@@ -235,7 +239,9 @@ def merging(
 def pairs(r: int | list[int], order: str = "official") -> Rule:
     """ToMe's rule for ``r`` merges in every block, or so many in each."""
 
-    def rule(layer: int, keys: Tensor, attention: list[list[float]], prefix: int) -> tuple[list[O.Merge], list[int]]:
+    def rule(
+        layer: int, keys: Tensor, attention: list[list[float]], prefix: int, size: list[float]
+    ) -> tuple[list[O.Merge], list[int]]:
         found = O.tome_match_oracle(keys[None], r if isinstance(r, int) else r[layer], prefix > 0, False)
         return found["merges"][0], found["kept_official" if order == "official" else "kept"][0]
 

@@ -32,7 +32,9 @@ def edges(
     absorbs."""
     merged = 0
 
-    def rule(layer: int, keys: Tensor, attention: list[list[float]], prefix: int) -> tuple[list[O.Merge], list[int]]:
+    def rule(
+        layer: int, keys: Tensor, attention: list[list[float]], prefix: int, size: list[float]
+    ) -> tuple[list[O.Merge], list[int]]:
         nonlocal merged
         merged = merged if layer else 0
         n = len(keys)
@@ -140,7 +142,7 @@ def test_timm(kind: str) -> None:
             for i in range(n):
                 weights = O._softmax([O._dot(q[i, h], k[j, h]) / 4 for j in range(n)])
                 rows[i] = [x + w / 2 for x, w in zip(rows[i], weights, strict=True)]
-        merges, _ = edges(7, alpha=2.0, received=not p)(0, k.mean(1), rows, p)
+        merges, _ = edges(7, alpha=2.0, received=not p)(0, k.mean(1), rows, p, [1.0] * n)
         assert len(merges) == 7 and {*range(36)} - {*report.stages[0].kept[b].tolist()} == {i - p for i, _ in merges}
 
 
