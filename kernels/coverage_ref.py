@@ -47,8 +47,9 @@ def coverage(
     ``relevance_v + diversity * (1 - c_v) + prior_v * (sum_u weight_u max(0, S_uv - c_u) + sum_r max(0, rows_rv -
     d_r))``
 
-    with ``c_u = max S_us`` and ``d_r = max(0, rows_rs)`` over the chosen s; ties go to the lower position. Without a
-    relevance c begins at 0; with one the first choice goes by it alone, and c begins there.
+    with ``c_u = max S_us`` and ``d_r = max(0, rows_rs)`` over the chosen s; ties go to the lower position (two
+    tokens that cover nothing but each other tie but for rounding where neither prior nor weight tells them apart).
+    Without a relevance c begins at 0; with one the first choice goes by it alone, and c begins there.
 
     The similarities are kept where they take no more room than the tokens (up to 4096 of them). Beyond, those of a
     token are made once in the beginning and again whenever a choice covers it better, which is a few times for a token:
