@@ -374,6 +374,43 @@ def test_merged_rows_stand_where_their_absorber_stood(family, mixes, tiny):
             assert stage.assignment[b][kept].tolist() == list(range(len(kept)))
 
 
+def test_a_tower_mixes_tokens_of_which_none_is_dropped(tiny):
+    """Every patch takes half of the next one's features, and all stay."""
+
+    @register(
+        MethodInfo(
+            name="spy-mix",
+            paper="baseline",
+            idea="every token takes half of the next one",
+            kinds=("vision",),
+            merges=True,
+            cases=({"keep": 1.0}, {"keep": 0.5}),
+        )
+    )
+    @dataclass(frozen=True, kw_only=True)
+    class Mixes(Method):
+        def plan(self, geometry, keep):
+            return (Cut(site=f"vision.{geometry.vision_layers - 1}", keep=keep),)
+
+        def select(self, view, cut):
+            at = torch.arange(view.valid.shape[1]).expand_as(view.valid)
+            tokens, weights = (
+                torch.cat([at, at.roll(-1, 1)], 1),
+                torch.tensor([1.0, 0.5]).repeat_interleave(at.shape[1]),
+            )
+            return replace(from_mask(view.valid), mix=Mix(tokens, at.repeat(1, 2), weights.expand_as(tokens)))
+
+    tower, pixels = tiny("llava", "clip-llama")[0].model.vision_tower, torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        dense = tower(pixels).last_hidden_state[:, 1:]
+        try:
+            with vtprune.attach(tower, "spy-mix", keep=1.0):
+                got = tower(pixels).last_hidden_state[:, 1:]
+        finally:
+            METHODS._forget("spy-mix")
+    close(got, dense + 0.5 * dense.roll(-1, 1))
+
+
 def merging(mixes: bool) -> None:
     @register(
         MethodInfo(
