@@ -4,6 +4,7 @@ need."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -87,7 +88,8 @@ class Calls:
             call.plain = ids
             return inputs
         call.tokens, call.parts = ids, self.decoder.parts(ids, inputs)
-        call.sources = self.decoder.sources(inputs, call.parts) if self.tower or self.noting else []
+        call.told = partial(self.decoder.sources, inputs, call.parts)
+        call.sources = call.told() if self.tower or self.noting else []
         call.encoded = self.decoder.encoded(inputs)
         call.segments = prompts_in_rows(inputs, call)
         if inputs.get("labels") is not None:

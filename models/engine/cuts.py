@@ -15,6 +15,7 @@ from .books import carry
 from .candidates import Candidates
 from .description import Decoder
 from .level import SequenceLength, pack
+from .origin import origin_at
 from .prompt import ENDS
 from .ranking import Ranking
 from .request import Call, Request, Stash
@@ -114,6 +115,7 @@ class Cuts:
                 "states": partial(self.ranking.states, call, planned, x, candidates),
                 "text": partial(self.ranking.text, call, planned, x, candidates),
                 "keys": partial(self.ranking.keys, call, planned, x, candidates),
+                "origin": partial(origin_at, call, candidates.index),
                 **self._notes(call, planned, candidates),
             },
             rasters=tuple(u.rasters for u in request.units),

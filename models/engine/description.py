@@ -14,8 +14,8 @@ from .request import Encoded
 # What methods may ask of a site in the tower, behind the projector, and in the language model: there also what needs
 # the projections of its layers.
 TOWER = frozenset({"projections", "prefix"})
-PROJECTOR = frozenset({"text"})
-PLAIN = frozenset({"queried", "text", "states"})
+PROJECTOR = frozenset({"text", "origin"})
+PLAIN = frozenset({"queried", "text", "states", "origin"})
 LLM = PLAIN | {"query_attention", "keys"}
 
 

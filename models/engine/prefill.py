@@ -19,6 +19,7 @@ from .assignment import arrived, assign
 from .description import Decoder
 from .layout import units
 from .level import dense_level
+from .origin import origin_at
 from .prompt import ENDS, asking_rows, next_positions, real_tokens
 from .request import Call, Request
 from .rows import put
@@ -117,6 +118,7 @@ class Prefill:
             sources: dict[str, Callable] = {
                 NOTE + site: partial(noted_later, tell, run.index) for site, tell in notes.items()
             }
+            sources["origin"] = partial(origin_at, call, run.index)
             sources["text"] = partial(text_at, call, call.level.on(embeds.device), owner[:, 0], dense)
             view = run.view(x, planned, grid=grid, prefix=0, seed=seeds, sources=sources, rasters=rasters)
             if call.held is not None:

@@ -218,7 +218,8 @@ class Call:
         labels: a copy of the caller's, from which positions without a prediction are taken.
         visual: the placeholders, ``[B, T]`` bool.
         parts: per sample, what they stand for.
-        sources: as :attr:`Request.sources`.
+        sources: as :attr:`Request.sources`, where a stage looks at the tower.
+        told: makes them where none does.
         encoded: by modality, what its encoder did for this forward.
         cache: the caller's.
         mask: the caller's.
@@ -249,6 +250,7 @@ class Call:
     visual: Tensor | None = None
     parts: list[list[RasterSpan]] = field(default_factory=list)
     sources: list[Tensor] = field(default_factory=list)
+    told: Callable[[], list[Tensor]] = list
     encoded: dict[str, Encoded] = field(default_factory=dict)
     cache: Any = None
     mask: Any = None

@@ -97,8 +97,34 @@ def spies():
             SEEN.setdefault("llm", []).append(seen)
             return from_mask(view.valid)
 
+    @register(
+        MethodInfo(
+            name="spy-origin",
+            paper="baseline",
+            idea="notes the passes of the tower, and compares them with what the view says of its tokens",
+            kinds=("projector", "llm", "vision"),
+            needs={"projector": frozenset({"origin"}), "llm": frozenset({"origin"})},
+            cases=({"keep": 1.0}, {"keep": 0.5}),
+        )
+    )
+    @dataclass(frozen=True, kw_only=True)
+    class Origins(Method):
+        site: str = "projector"
+
+        def plan(self, geometry, keep):
+            notes = [Cut(site="vision.0", action=Action.NOTE)] if geometry.seen_layers else []
+            return (*notes, Cut(site=self.site, keep=keep))
+
+        def note(self, view, cut):
+            return torch.arange(len(view.index)).double()[:, None].expand_as(view.index)
+
+        def select(self, view, cut):
+            noted = view.noted("vision.0") if "note vision.0" in view.sources else None
+            SEEN.setdefault("origins", []).append((view, view.source("origin"), noted))
+            return from_mask(view.valid)
+
     yield
-    for name in ("spy-notes", "spy-text"):
+    for name in ("spy-notes", "spy-text", "spy-origin"):
         METHODS._forget(name)
 
 
@@ -150,6 +176,37 @@ def test_notes_follow_their_tokens(family, site, tiny):
     assert len(got) == len(want)
     for unit in want:  # units of several sizes are looked at kind by kind
         assert sum(g.shape == unit.shape and torch.allclose(g, unit, atol=1e-5, equal_nan=True) for g in got) == 1
+
+
+@pytest.mark.parametrize("per", ["image", "sample"])
+@pytest.mark.parametrize("site", ["projector", "llm.2"])
+@pytest.mark.parametrize("family", [*NOTING, "qwen2.5-vl"])
+def test_tokens_know_their_image_and_the_pass_that_made_them(family, site, per, tiny):
+    """The tower noted the number of the pass, over the batch; new-line tokens have none. A family whose tower is not
+    shown has one pass per raster."""
+    model, inputs = first(family, tiny)
+    with vtprune.attach(model, "spy-origin", keep=1.0, site=site, per=per) as handle, torch.no_grad():
+        model(**inputs)
+        adapter = handle.adapter
+        parts = adapter.parts(inputs["input_ids"], inputs)
+    units = groups(parts, per)
+    got = {}
+    for view, origin, noted in SEEN["origins"]:
+        assert bool((origin[~view.valid] == -1).all())
+        for g, n in enumerate(view.valid.sum(1).tolist()):
+            image, number = origin[g, :n].unbind(-1)
+            if noted is not None:
+                known = noted[g, :n]
+                assert torch.equal(number < 0, known.isnan())
+                made = number >= 0
+                assert len((number - known)[made].unique()) == 1, "the sample's first pass is number 0"
+            got.setdefault((n, len(image.unique()), len(number[number >= 0].unique())), []).append(g)
+    want = [(p.image, len(p.passes)) for sample in parts for p in sample]
+    assert sum(len(rows) for rows in got.values()) == len(units)
+    assert sum(n * len(rows) for (n, _, _), rows in got.items()) == sum(len(u.columns) for u in units)
+    assert sum(passes * len(rows) for (_, _, passes), rows in got.items()) == sum(n for _, n in want)
+    images = sum(len({p.image for p in sample}) for sample in parts)
+    assert sum(count * len(rows) for (_, count, _), rows in got.items()) == images
 
 
 def eager(model, inputs):
