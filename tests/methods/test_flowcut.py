@@ -138,8 +138,10 @@ def slow(
     semantic: str = "code",
     every: int = 2,
     ema: float = 0.5,
+    final: str = "before",
+    epsilon: float = 0.0,
 ) -> list[list[int]]:
-    """One image, every option written out, one token at a time; kept patches behind each block but the last."""
+    """One image, every option written out, one token at a time; kept patches behind each block that decides."""
     prefix = (
         0
         if query == "none"
@@ -149,8 +151,9 @@ def slow(
     x = (model.pre_layrnorm(x) if hasattr(model, "pre_layrnorm") else x)[0]
     blocks = model.encoder.layers if hasattr(model.encoder, "layers") else model.encoder.layer
     alive, running, out = list(range(x.shape[0] - prefix)), None, []
-    for index in range(len(blocks) - 1):
-        block, n, remaining = blocks[index], len(alive), len(blocks) - 2 - index
+    decides = len(blocks) - (final == "before")
+    for index in range(decides):
+        block, n, remaining = blocks[index], len(alive), decides - 1 - index
         z = (block.layer_norm1 if hasattr(block, "layer_norm1") else block.norm1)(x)
         a = block.self_attn if hasattr(block, "self_attn") else block.attention
         q, k, v = (m(z).view(len(z), 4, 8) for m in O.projections(a))
@@ -168,7 +171,10 @@ def slow(
                 similar[j] += w / 4
         attention, similar = attention[prefix:], similar[prefix:]
         strength = [float(v[j].mean(0).abs().sum()) for j in range(prefix, len(z))]
-        score = [(attention[j] / sum(attention) + similar[j] / sum(similar)) * strength[j] for j in range(n)]
+        if semantic == "none":
+            score = [attention[j] * strength[j] for j in range(n)]
+        else:
+            score = [(attention[j] / sum(attention) + similar[j] / sum(similar)) * strength[j] for j in range(n)]
         x = O.run_block(block, x[None])[0]
         if n > target:
             running = (
@@ -178,7 +184,7 @@ def slow(
             )
             if remaining % every == 0:
                 amount = (
-                    O.flowcut_prune_amount(n, target, remaining, O.flowcut_entropy_ratio(attention))
+                    O.flowcut_prune_amount(n, target, remaining, entropy_ratio(attention, epsilon))
                     if remaining
                     else n - target
                 )
@@ -189,6 +195,15 @@ def slow(
     return out
 
 
+def entropy_ratio(attention: list[float], epsilon: float) -> float:
+    """- sum p ln(p + epsilon) / ln n."""
+    if not epsilon:
+        return O.flowcut_entropy_ratio(attention)
+    shares = [a / sum(attention) for a in attention]
+    return -sum(p * math.log(p + epsilon) for p in shares) / math.log(len(shares))
+
+
+QWEN = {"semantic": "none", "final": "behind", "epsilon": 1e-7}  # mean query, no semantic term
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("clip", {}),
     ("clip", {"semantic": "paper"}),
@@ -197,6 +212,10 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("dinov2", {"every": 1, "query": "mean", "semantic": "paper"}),
     ("siglip", {}),
     ("siglip", {"semantic": "paper"}),
+    ("siglip", QWEN),
+    ("siglip", {**QWEN, "epsilon": 0.05}),
+    ("clip", {"semantic": "none"}),
+    ("clip", {"final": "behind", "every": 3}),
 ]
 
 
@@ -215,10 +234,27 @@ def test_options_equal_the_equations(kind: str, options: dict[str, Any]) -> None
 def test_options_change_the_choice() -> None:
     model, pixels = B.tower("clip", 8), B.images(3)
     found = []
-    for options in ({}, {"semantic": "paper"}, {"query": "mean"}, {"every": 1}, {"ema": 0.0}, {"batch": "max"}):
+    every: list[dict[str, Any]] = [{}, {"semantic": "paper"}, {"query": "mean"}, {"every": 1}, {"ema": 0.0}]
+    for options in (*every, {"batch": "max"}, {"semantic": "none"}, {"final": "behind"}, {"epsilon": 0.1}):
         report = tokens("clip", model, pixels, keep=7, **options)[1]
         found.append(str([[k.tolist() for k in s.kept] for s in report.stages]))
-    assert len(set(found)) == 6
+    assert len(set(found)) == 9
+
+
+def test_the_form_of_the_qwen_code() -> None:
+    """Without a class token attention sums to one over the patches; behind the last block the cut is exact, also in
+    LLaVA, where the last block counts whose output is used."""
+    model, pixels = B.tower("siglip", 7), B.images(4)
+    hidden, report = tokens("siglip", model, pixels, keep=5, **QWEN)
+    assert [s.site for s in report.stages] == ["vision.0", "vision.2", "vision.4", "vision.6"]
+    assert hidden.shape[1] == 5 and report.stages[-1].tokens_out == [5] * 4
+    for b in range(4):
+        same = {f"vision.{i}": kept for i, kept in enumerate(slow(model, pixels[b], 5, query="none", **QWEN))}
+        assert [s.kept[b].tolist() for s in report.stages] == [same[s.site] for s in report.stages]
+    llava = B.llava("siglip", "llama", blocks=5, layers=2)
+    with vtprune.attach(llava, "flowcut", keep=5, **QWEN) as handle, torch.no_grad():
+        llava(**B.prompts([[4, 9]]))
+        assert handle.report().stages[-1].site == "vision.3" and handle.report().layer_tokens == [[5, 5]]
 
 
 def test_a_tower_without_class_token_says_so() -> None:

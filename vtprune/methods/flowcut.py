@@ -31,7 +31,11 @@ from .base import Cut, Method, MethodInfo, option, register
 class FlowCut(Method):
     """Score of a block (section 3.3): class-token attention and value similarity, each normalised over patches, times
     the L1 norm of the mean value; a running average over blocks decides; every second block prunes by the entropy of
-    the class attention, the last decision is a hard cut to ``keep``."""
+    the class attention, the last decision is a hard cut to ``keep``.
+
+    Towers without class token: the paper takes the mean query and value for the class token's; the official Qwen2-VL
+    code has no semantic term, so ``semantic="none", final="behind", epsilon=1e-7`` is its form.
+    """
 
     batch: str = option(
         "image",
@@ -49,8 +53,20 @@ class FlowCut(Method):
     semantic: str = option(
         "code",
         "'code': softmax of raw value products over all tokens; 'paper': scaled by 1/sqrt(d), over patches only "
-        "(appendix)",
-        choices=("code", "paper"),
+        "(appendix); 'none': attention alone, not normalised over patches (the official Qwen2-VL code)",
+        choices=("code", "paper", "none"),
+    )
+    final: str = option(
+        "before",
+        "where the hard cut falls: 'before' the last block that is used (the official LLaVA code), 'behind' it (the "
+        "official Qwen2-VL code)",
+        choices=("before", "behind"),
+    )
+    epsilon: float = option(
+        0.0,
+        "added to the normalised attention in the entropy's logarithm: 1e-7 in the official Qwen2-VL code",
+        least=0,
+        below=1,
     )
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
@@ -60,7 +76,8 @@ class FlowCut(Method):
                 f"flowcut: query='class' needs a class token and a {geometry.arch} tower has none; use query='mean'"
             )
         chosen = "class" if self.query != "mean" and has_class else "mean"
-        last = max(geometry.vision_layers - 2, 0)  # the output of the block behind it is what the model reads
+        last = geometry.vision_layers - (1 if self.final == "behind" else 2)  # 2: one block runs on what is left
+        last = max(last, 0)
         return tuple(
             Cut(site=f"vision.{i}", keep=keep, adaptive=i < last, data={"remaining": last - i, "query": chosen})
             for i in range(last + 1)
@@ -87,10 +104,10 @@ class FlowCut(Method):
         return top(running, kept, view.valid, view.protected, span=view.extent)
 
     def _counts(self, attention: Tensor, counts: Tensor, target: int, remaining: int) -> Tensor:
-        """``n' = max(n - P, T)`` with ``P = round((n - T) / sqrt(rho) * (1 - (H / ln n)^2))`` (eq. 8); ``0 ln 0 :=
-        0``."""
+        """``n' = max(n - P, T)`` with ``P = round((n - T) / sqrt(rho) * (1 - (H / ln n)^2))`` (eq. 8) and ``H = - sum p
+        ln(p + epsilon)``; ``0 ln 0 := 0``."""
         p = attention / attention.sum(1, keepdim=True)
-        entropy = -torch.special.xlogy(p, p).sum(1)
+        entropy = -torch.special.xlogy(p, p + self.epsilon).sum(1)
         n = counts.to(p.dtype)
         share = 1 - (entropy / n.log().clamp_min(torch.finfo(p.dtype).tiny)) ** 2
         cut = ((n - target) / remaining**0.5 * share).round()
@@ -118,5 +135,7 @@ class FlowCut(Method):
             q, v, t.k, t.v, scale=t.scale, value_scale=t.scale if paper else 1.0, bias=bias, value_seen=seen
         )
         attention, similar, strength = (s[:, p:] * view.valid for s in scores)
+        if self.semantic == "none":
+            return attention, attention * strength
         score = attention / attention.sum(1, keepdim=True) + similar / similar.sum(1, keepdim=True)
         return attention, score * strength
