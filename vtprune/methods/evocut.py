@@ -37,7 +37,8 @@ class EvoCut(TowerScored):
     from the middle one to the last that is used, behind which the patches of the highest s stay.
 
     Groups are assigned by cosine. One without members keeps its direction, and a patch that a block leaves as it is
-    has ``r = 1``."""
+    has ``r = 1``. K-means starts from patches all over the raster: started from those that differ most, it gives these
+    groups of their own, and so no deviation."""
 
     groups: int = option(8, "M: group directions of a block", least=1)
     iterations: int = option(
