@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vtprune.core.types import Action
 
+FREE = ("vomix",)  # their slots are no means of the tokens that the report puts into them
 SECOND_NORM = ("layer_norm2", "norm2", "layernorm_after", "ln_2")  # in front of a tower block's MLP
 
 
@@ -298,6 +299,8 @@ class Dense:
             raise NoReference("reduced pixels")
         if merges and getattr(getattr(adapter, "tower", None), "rope", None) is not None:
             raise NoReference("merges among rotary positions")
+        if any(done.methods[r.stage].info.name in FREE for run, _ in done.passes for r in run.records):
+            raise NoReference("free mixes")
         identity = torch.arange(n)
         state = [
             (identity.clone(), identity.clone()) for _ in range(count)

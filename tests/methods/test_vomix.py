@@ -18,8 +18,8 @@ from vtprune.core.types import Geometry, Projections, TokenView
 from vtprune.methods.base import make
 
 
-def mixing(counts: list[int], temperature: float = 0.1) -> Rule:
-    """Leaves ``counts[i]`` patches behind block i."""
+def mixing(counts: list[int], temperature: float = 0.1, into: int = 8) -> Rule:
+    """Leaves ``counts[i]`` patches behind block i; of every ``into``-th retained patch the nearest takes a share."""
 
     def rule(layer: int, keys: Tensor, attention: list[list[float]], prefix: int, size: list[float]) -> Mixed:
         n = len(keys)
@@ -34,9 +34,11 @@ def mixing(counts: list[int], temperature: float = 0.1) -> Rule:
         kept = [*range(prefix), *sorted(set(patches) - set(gone))]
         shares, merges = {t: {t: size[t]} for t in kept}, []
         for i in gone:
-            similar = [O._dot(unit[i], unit[t]) for t in kept[prefix:]]
-            merges.append((i, kept[prefix + similar.index(max(similar))]))
-            for t, w in zip(kept[prefix:], O._softmax([s / temperature for s in similar]), strict=True):
+            near = {t: O._dot(unit[i], unit[t]) for t in kept[prefix:]}
+            merges.append((i, max(near, key=near.__getitem__)))
+            groups = [kept[prefix + g :: into] for g in range(into) if prefix + g < len(kept)]
+            best = [max(group, key=near.__getitem__) for group in groups]
+            for t, w in zip(best, O._softmax([near[t] / temperature for t in best]), strict=True):
                 shares[t][i] = size[i] * w
         return merges, kept, [{i: w / sum(row.values()) for i, w in row.items()} for row in shares.values()]
 
@@ -69,6 +71,8 @@ def test_options_equal_the_equations() -> None:
     compare("clip", mixing([30, 24, 18, 12, 6]), keep=6)
     compare("clip", mixing([33, 30, 27, 24, 21]), r=3, proportional=False)
     compare("siglip", mixing([36, 26, 25, 3, 1]), r=(0, 10, 1, 22, 9))
+    compare("clip", mixing([31, 26, 21, 16, 11], 0.5, 3), r=5, temperature=0.5, into=3)
+    compare("siglip", mixing([31, 26, 21, 16, 11], 0.5, 1000), r=5, temperature=0.5, into=1000)  # all of them
 
 
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
@@ -131,6 +135,21 @@ def test_keep_is_met_exactly(kind: str, keep: int) -> None:
         last = handle.report().stages[-1]
     assert last.tokens_out == [keep, keep] and bool(out.isfinite().all())
     assert all(len(set(k.tolist())) == keep for k in last.kept)
+
+
+def test_one_target_is_a_merge() -> None:
+    """The report tells of each token the nearest retained one; mixed into that alone it is an average by sizes."""
+    model, pixels = B.tower("clip", 4), B.images(2)
+    soft = mixing([26, 16, 10, 4], into=1)
+
+    def hard(*seen: Any) -> tuple[list[O.Merge], list[int]]:
+        merges, kept, _ = soft(*seen)
+        return merges, kept
+
+    with vtprune.attach(model, "vomix", r=(10, 10, 6, 6), into=1), torch.no_grad():
+        out = model(pixels).last_hidden_state
+    for b in range(2):
+        B.close(out[b], merging(model, pixels[b], 4, hard)[-1]["rows"])
 
 
 def test_more_than_there_are() -> None:

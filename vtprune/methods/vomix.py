@@ -5,8 +5,8 @@ Known from the abstract and from summaries: in every layer a vote by token simil
 homogeneous, and these are mixed, softly, into those that are retained; no parameter, no training. The original does so
 within self-attention alone and goes on with all N tokens behind it; here tokens are reduced: what was mixed away is
 gone. Not known, and chosen here: that similarity is the cosine of mean-head keys, the form of the votes and of the
-weights and their temperature, that the hidden states between attention and MLP are mixed, that sizes weigh, the
-schedule, and that prefix tokens take no part.
+weights and their temperature, how many tokens each is mixed into, that the hidden states between attention and MLP are
+mixed, that sizes weigh, the schedule, and that prefix tokens take no part.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor
 from .. import kernels
 from ..core.select import merged
 from ..core.types import Geometry, Mix, Selection, TokenView, UnsupportedError
-from ..kernels.base import rows, unit
 from .base import Cut, Method, MethodInfo, option, register
 from .tome import schedule
 
@@ -44,8 +43,8 @@ from .tome import schedule
 class VoMix(Method):
     """Votes ``v_i = mean_{j != i} exp((cos(k_i, k_j) - 1) / tau)`` over mean-head keys; the r tokens of the most votes
     leave. A retained token t becomes ``(s_t x_t + sum_i s_i w_it x_i) / (s_t + sum_i s_i w_it)`` with ``w_it =
-    softmax_t(cos(k_i, k_t) / tau)`` over the retained ones and sizes s; the size of i goes to its nearest t. All of it
-    is our reading (see the module)."""
+    softmax_t(cos(k_i, k_t) / tau)`` over ``into`` retained tokens and sizes s; the size of i goes to its nearest t. All
+    of it is our reading (see the module)."""
 
     r: int | tuple[int, ...] | None = option(
         None,
@@ -55,6 +54,12 @@ class VoMix(Method):
     )
     temperature: float = option(
         0.1, "of votes and mixing weights; smaller: nearer to a merge into the nearest token (our choice)", least=1e-3
+    )
+    into: int = option(
+        8,
+        "how many retained tokens each one is mixed into: the nearest in each of so many interleaved groups of them, "
+        "its nearest of all among these; all of them where there are no more (our choice: no map of all pairs is made)",
+        least=1,
     )
     proportional: bool = option(
         True,
@@ -92,22 +97,22 @@ class VoMix(Method):
         kept = torch.ones_like(identity, dtype=torch.bool).scatter(1, gone, False)
         if not r:
             return replace(merged(kept, identity, span=(n, n)), score=votes.neg())
-        u = unit(keys)
-        similar = rows(u, gone) @ rows(u, left).transpose(1, 2)  # [B, r, n - r]
-        nearest = left.gather(1, similar.argmax(2))
-        chosen = merged(kept, identity.scatter(1, gone, nearest), span=(n - r, n - r))
+        parts = min(self.into, n - r)
+        found = [kernels.match(keys, gone, left[:, part::parts]) for part in range(parts)]
+        similar = torch.stack([best for best, _ in found], 2)  # [B, r, parts]
+        slot = torch.stack([at * parts + part for part, (_, at) in enumerate(found)], 2)
+        nearest = slot.gather(2, similar.argmax(2, keepdim=True))[..., 0]  # [B, r], columns of left
+        chosen = merged(kept, identity.scatter(1, gone, left.gather(1, nearest)), span=(n - r, n - r))
         weight = ((similar - similar.amax(2, keepdim=True)) / self.temperature).softmax(2)
-        return replace(chosen, mix=_mix(view.size, gone, left, weight), score=votes.neg())
+        return replace(chosen, mix=_mix(view.size, gone, left, slot, weight), score=votes.neg())
 
 
-def _mix(size: Tensor, gone: Tensor, left: Tensor, weight: Tensor) -> Mix:
-    """Means over the tokens ``left`` ``[B, K]``, each in its slot, and over the tokens ``gone`` ``[B, r]``, in all of
-    them by ``weight`` ``[B, r, K]``; ``size`` ``[B, N]``."""
-    b, r, k = weight.shape
-    own = size.gather(1, left).to(weight.dtype)
-    given = size.gather(1, gone).to(weight.dtype)[..., None] * weight
-    total = own + given.sum(1)  # [B, K]
-    slot = torch.arange(k, device=left.device).expand(b, k)
-    token = torch.cat([left, gone.repeat_interleave(k, 1)], 1)
-    share = torch.cat([own / total, (given / total[:, None]).flatten(1)], 1)
-    return Mix(token, torch.cat([slot, slot.repeat(1, r)], 1), share)
+def _mix(size: Tensor, gone: Tensor, left: Tensor, slot: Tensor, weight: Tensor) -> Mix:
+    """Means over the tokens ``left`` ``[B, K]``, each in its own slot, and over the tokens ``gone`` ``[B, r]``, each in
+    the slots ``slot`` ``[B, r, M]`` by ``weight``; ``size`` ``[B, N]``."""
+    b, k = left.shape
+    token = torch.cat([left, gone.repeat_interleave(slot.shape[2], 1)], 1)
+    slot = torch.cat([torch.arange(k, device=left.device).expand(b, k), slot.flatten(1)], 1)
+    share = torch.cat([weight.new_ones(b, k), weight.flatten(1)], 1) * size.gather(1, token).to(weight.dtype)
+    _, total = kernels.merge(share[..., None], slot, k, size=share)  # sums in the same order each time
+    return Mix(token, slot, share / total.gather(1, slot))
