@@ -27,8 +27,8 @@ from .check.attach import attach
 from .check.verify import CHECKS
 from .check.verify import check as run_check
 from .core.info import describe, methods
-from .core.planning import bind, load_recipe
-from .core.types import UnsupportedError, VtpruneError
+from .core.planning import bind, load_recipe, plan
+from .core.types import Action, UnsupportedError, VtpruneError
 
 LEAST = 3  # checks that must have run before a case counts as passed
 
@@ -84,9 +84,15 @@ def case_options(model: nn.Module, method: str, number: int) -> dict[str, Any]:
         VtpruneError: there is no such method.
         UnsupportedError: no adapter takes the model.
     """
-    per, info = bind(model).geometry.per, describe(method)
-    tiled = "tile" in per[1:] and bool({"pixels", "vision"} & set(info.kinds)) and "projector" not in info.kinds
-    return {**info.cases[number], **({"per": "tile"} if tiled else {})}
+    geometry, case = bind(model).geometry, describe(method).cases[number]
+    if "tile" not in geometry.per[1:]:
+        return dict(case)
+    try:
+        stages = plan(geometry, load_recipe(method).override(**case))
+    except VtpruneError:  # what cannot be planned has no budget either
+        return dict(case)
+    inside = any(c.kind in ("pixels", "vision") and c.action is not Action.NOTE for *_, cuts in stages for c in cuts)
+    return {**case, **({"per": "tile"} if inside else {})}
 
 
 def contract(recipe: str, families: Iterable[str] | None = None, *, variants: bool = False) -> list[Any]:
