@@ -35,7 +35,7 @@ def kinds() -> tuple[tuple[str, ...], ...]:
     groups: dict[Any, list[str]] = {}
     for name in vtprune.methods():
         info = vtprune.describe(name)
-        # what is looked at where nothing is recomputed from a layer's projections is any view's (tests/models/test_views.py)
+        # what needs no layer's projections is any view's (tests/models/test_views.py)
         reads = any(names & {"projections", "query_attention", "keys"} for names in info.needs.values())
         groups.setdefault((info.kinds[0], reads, info.merges, info.routes, info.raster), []).append(name)
     return tuple(map(tuple, groups.values()))
