@@ -181,6 +181,17 @@ def test_one_common_direction_scores_nothing():
     assert through([before, after], index, 1, (5, 8), groups=1) == [[20]]
 
 
+def test_a_group_without_members_keeps_its_direction():
+    """All but one patch go the same way, so that the second group is empty."""
+    before, step = torch.zeros(1, 12, 4, dtype=torch.float64), torch.ones(12, dtype=torch.float64)
+    step[5] = -1
+    after = step[None, :, None] * torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
+    method, memory, index = make("evocut", {"groups": 2}), {}, torch.arange(12)[None]
+    method.note(view(before, index, memory, (3, 4)), Cut(site="vision.0"))
+    score = method.note(view(after, index, memory, (3, 4)), Cut(site="vision.1"))
+    B.close(score, 0.05 * (1 - step)[None])  # 1 - (-1) for the one
+
+
 def test_scores_follow_tokens_that_move():
     """Tokens dropped by another stage between two blocks do not disturb the others' scores."""
     states = [torch.randn(1, 12, 6, dtype=torch.float64) for _ in range(3)]

@@ -104,7 +104,7 @@ def test_shares():
         {"keep": 12},
         {"keep": 1},
         {"keep": 2},
-        {"keep": 33},
+        {"keep": 19},
         {"keep": 60},
         {"keep": 500},
         {"keep": 17, "tiles": "chunks"},
