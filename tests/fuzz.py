@@ -17,6 +17,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import argparse
+import dataclasses
 import contextlib
 import copy
 import inspect
@@ -253,25 +254,6 @@ def ascending(draw: random.Random, b: Bench) -> tuple[int, ...]:
     return tuple(sorted(draw.sample(range(b.adapter.geometry.llm_layers), draw.randint(1, 3)))) if b.mllm else (1,)
 
 
-WORDED: dict[str, tuple[Any, ...]] = {  # options that are words, and the words
-    "query": ("last", "all", "auto", "mean", "class"),
-    "keys": ("all", "visual"),
-    "score_layer": ("next", "previous"),
-    "batch": ("image", "max"),
-    "semantic": ("code", "paper"),
-    "order": ("position", "official"),
-    "variant": ("lf", "pc", "kv", "auto", "deit", "mae", "clip", "hf-clip", "blip", "blip2", "paper"),
-    "matching": ("pitome", "bsm", "tome"),
-    "energy": ("elu", "paper"),
-    "init": ("copy", "identity", "random"),
-    "fusion_rows": ("full", "keys"),
-}
-UNKNOWN = {  # words that belong to another method's option of that name
-    ("fastv", "query"): ("auto", "mean", "class"),
-    ("flowcut", "query"): ("last", "all"),
-    ("dpvr-lf", "variant"): ("auto", "deit", "mae", "clip", "hf-clip", "blip", "blip2", "paper"),
-    ("pitome", "variant"): ("lf", "pc", "kv"),
-}
 DRAWN: dict[str, Callable[[random.Random, Bench], Any]] = {
     "site": site,
     "layer": layer,
@@ -312,6 +294,7 @@ def options(draw: random.Random, b: Bench, name: str) -> dict[str, Any]:
     info = METHODS.get(name)
     assert info.cls is not None
     hints = typing.get_type_hints(info.cls)
+    declared = {f.name: f.metadata for f in dataclasses.fields(info.cls)}
     out: dict[str, Any] = {}
     for key in info.options:
         if key == "weights" or draw.random() < (
@@ -319,10 +302,11 @@ def options(draw: random.Random, b: Bench, name: str) -> dict[str, Any]:
         ):
             continue
         kinds = typing.get_args(hints[key]) if isinstance(hints[key], types.UnionType) else (hints[key],)
-        if key in DRAWN:
+        words = [w for w in declared[key].get("choices") or () if w is not None]
+        if words:
+            out[key] = draw.choice(words)
+        elif key in DRAWN:
             out[key] = DRAWN[key](draw, b)
-        elif key in WORDED:
-            out[key] = draw.choice([w for w in WORDED[key] if w not in UNKNOWN.get((name, key), ())])
         elif bool in kinds:
             out[key] = draw.random() < 0.5
         elif float in kinds:

@@ -41,8 +41,11 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 COMMANDS = commands()
 # What a command cannot do without, beside the option under test.
+ASKED = ["--image", "GOOD.png", "--question", "what"]
 NEEDED: dict[str, list[str]] = {
-    "run": ["--image", "GOOD.png", "--question", "what"],
+    "run": ASKED,
+    "fit vtw": ["--recipe-out", "OUT.json", *ASKED],
+    "fit fitprune": ["--recipe-out", "OUT.json", "--keep", "4", *ASKED],
     "train dpvr-lf": ["--out", "OUT.safetensors"],
     "report": ["RESULTS"],
 }
@@ -264,7 +267,7 @@ def test_raster_formats_are_read(tmp_path, kind):
     assert images.open_image(tmp_path / "x").size == picture().size
 
 
-OUTPUTS = ("--out", "--picture", "--rows")
+OUTPUTS = ("--out", "--picture", "--rows", "--recipe-out")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..version import __version__
-from . import adapters, analyze, bench, demo, doctor, eval, methods, recipes, report, run, search, train, verify
+from . import adapters, analyze, bench, demo, doctor, eval, fit, methods, recipes, report, run, search, train, verify
 from .errors import Parser, guarded
 
 # Every command's module has ``add_arguments(parser)`` and ``run(args)``, which returns the exit code.
@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
         "say which releases are installed and tested, and which families pass; exit code 1 if something fails",
     ),
     "eval": (eval, "run lmms-eval with recipes attached, resumable, one JSON per run"),
+    "fit": (fit, "fit to a model what a method decides beforehand, as a recipe"),
     "train": (train, "train what a method needs trained"),
     "demo": (demo, "open a page on which to ask, compare recipes and watch the tokens"),
     "report": (report, "show result files as one self-contained page with figures"),

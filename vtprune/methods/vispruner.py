@@ -23,7 +23,7 @@ from .base import Cut, MethodInfo, option, register
         kinds=("vision", "projector"),
         needs=NEEDS,
         keep=128 / 576,
-        score="class attention of the last block that is used",
+        score="class attention of the last block that is used, of those kept for it; the others are not ranked",
         cases=({"keep": 0.75}, {"keep": 3}),
     )
 )
@@ -40,7 +40,7 @@ class VisPruner(TowerScored):
 
     def choose(self, view: TokenView, scores: list[Tensor], cut: Cut) -> Selection:
         (attention,) = scores
-        chosen = torch.zeros_like(view.valid)
+        chosen, ranked_by = torch.zeros_like(view.valid), torch.full_like(attention, torch.nan)
         ranked = attention.nan_to_num(-torch.inf).masked_fill(view.protected, torch.inf)
         order = ranked.masked_fill(~view.valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
         counts, forced = view.counts.tolist(), view.protected.sum(1).tolist()
@@ -52,8 +52,10 @@ class VisPruner(TowerScored):
             keep = min(cut.keep or 0, there)
             first, mine = min(first, keep), torch.tensor(images, device=order.device)
             rest = self._thin(view.features[mine], order[mine, first:there], keep - first)
-            chosen[mine[:, None], torch.cat([order[mine, :first], rest], 1)] = True
-        return replace(from_mask(chosen), score=attention)
+            best = order[mine, :first]
+            chosen[mine[:, None], torch.cat([best, rest], 1)] = True
+            ranked_by[mine[:, None], best] = attention[mine[:, None], best]
+        return replace(from_mask(chosen), score=ranked_by)
 
     def _thin(self, features: Tensor, rest: Tensor, keep: int) -> Tensor:
         """``keep`` of the tokens ``rest`` ``[B, R]``, given by falling attention; alternate ones form two halves, of

@@ -1,0 +1,133 @@
+"""``vtprune fit``: fits to a model what a method decides beforehand, and writes it as a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..core.paths import output
+from ..core.types import VtpruneError
+from ..inputs.images import open_image
+from ..measure.environment import environment
+from ..measure.fit import THRESHOLD, Fit, removals, withdrawal
+from ..measure.samples import Sample, scenes_samples
+from ..measure.text import text
+from . import models
+from .errors import Parser
+from .options import keep_value, model_options, positive
+
+
+def threshold_value(text: str) -> float:
+    """``0.003``."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One command below this one for each method that can be fitted."""
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="METHOD", parser_class=Parser)
+    layer = kinds.add_parser("vtw", help="the layer before which all visual tokens leave")
+    layer.add_argument(
+        "--threshold",
+        type=threshold_value,
+        default=THRESHOLD,
+        help="by how many nats (KL divergence) the next token's distribution may move (default %(default)s)",
+    )
+    counts = kinds.add_parser("fitprune", help="how many tokens leave at each layer, for a budget")
+    budget = counts.add_mutually_exclusive_group(required=True)
+    budget.add_argument(
+        "--keep", type=keep_value, metavar="N_OR_FRACTION", help="visual tokens left after the last cut: 64, or 0.25"
+    )
+    budget.add_argument(
+        "--effective-tokens",
+        type=keep_value,
+        metavar="N_OR_FRACTION",
+        help="visual tokens averaged over layers: 64, or 0.25 of the dense model's",
+    )
+    for own in (layer, counts):
+        own.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
+        _prompt_arguments(own)
+        model_options(own)
+
+
+def _prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the recipe goes, and on which prompts it is fitted."""
+    add = parser.add_argument
+    add("--recipe-out", type=Path, required=True, metavar="FILE", help="the recipe, .json or .yaml")
+    add(
+        "--images",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="generated training pictures of about 11 questions each (default %(default)s)",
+    )
+    add(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a picture of yours, with its --question, instead of generated ones; repeatable",
+    )
+    add("--question", action="append", default=[], help="about the --image of the same place; repeatable")
+    add("--batch", type=positive, default=16, help="prompts per forward (default %(default)s)")
+    add("--json", action="store_true")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code; raises :class:`VtpruneError` for what the user can put right."""
+    from tqdm import tqdm
+
+    output(args.recipe_out, ".json", ".yaml", ".yml")
+    samples = _samples(args)
+    model, processor = models.load(args)
+    with tqdm(unit="prompt", disable=None) as bar:
+        fit = FITS[args.what](args, model, processor, samples, bar.update)
+    fit.recipe.save(args.recipe_out)
+    facts = {"command": "vtprune " + " ".join(args.argv), **fit.facts, **environment(model)}
+    if args.json:
+        print(json.dumps({"recipe": fit.recipe.to_dict(), "file": str(args.recipe_out), **facts}))
+        return 0
+    print(text(_table(fit)))
+    print(f"\n{fit.recipe.source}\nwrote {args.recipe_out}")
+    return 0
+
+
+def _samples(args: argparse.Namespace) -> list[Sample]:
+    """The user's pictures with their questions, or generated ones of the training set."""
+    if len(args.image) != len(args.question):
+        raise VtpruneError(
+            f"give one --question for each --image; got {len(args.image)} pictures and {len(args.question)} questions"
+        )
+    pairs = zip(args.image, args.question, strict=True)
+    own = [Sample(open_image(image), question, "", "") for image, question in pairs]
+    return own or scenes_samples(args.images, "train")
+
+
+def _withdrawal(args: argparse.Namespace, model: Any, processor: Any, samples: list[Sample], told: Any) -> Fit:
+    return withdrawal(model, processor, samples, threshold=args.threshold, batch=args.batch, progress=told)
+
+
+def _removals(args: argparse.Namespace, model: Any, processor: Any, samples: list[Sample], told: Any) -> Fit:
+    budget = {"keep": args.keep, "effective_tokens": args.effective_tokens}
+    return removals(model, processor, samples, **budget, batch=args.batch, progress=told)
+
+
+FITS: dict[str, Callable[..., Fit]] = {"vtw": _withdrawal, "fitprune": _removals}
+
+
+def _table(fit: Fit) -> list[list[str]]:
+    """What was found, layer by layer."""
+    if "kl" in fit.facts:
+        return [["first layer without", "KL"], *([str(i), f"{value:.3g}"] for i, value in fit.facts["kl"].items())]
+    return [["layer", "visual tokens"], *([str(i), str(count)] for i, count in enumerate(fit.facts["left"]))]
