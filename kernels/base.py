@@ -163,6 +163,20 @@ def unit(x: Tensor) -> Tensor:
     return (x / length.clamp_min(torch.finfo(x.dtype).tiny)).masked_fill_(~length.isfinite(), 0)
 
 
+def squares(x: Tensor, y: Tensor) -> Tensor:
+    """Squared L2 distances ``[B, M, K]`` of tokens ``x`` ``[B, M, C]`` and ``y`` ``[B, K, C]``, at least 32 bits. Of x
+    and x itself they are exactly the same from either side, and 0 on the diagonal."""
+    same, centre = x is y, wide(y).mean(1, keepdim=True)
+    y = wide(y) - centre  # products of small numbers lose less
+    x = y if same else wide(x) - centre
+    product = x @ y.transpose(1, 2)
+    product = product + (product.transpose(1, 2) if same else product)
+    out = (x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None] - product).clamp_min_(0)
+    if same:
+        out.diagonal(dim1=1, dim2=2).zero_()
+    return out
+
+
 def rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` ``[B, K]`` (-1: row 0) of ``x`` ``[B or 1, N, ...]``: ``[B, K, ...]``. Whole rows are copied,
     which on a CPU takes a tenth of the time of torch.gather with an expanded index."""
