@@ -17,9 +17,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import argparse
-import dataclasses
 import contextlib
 import copy
+import dataclasses
 import inspect
 import math
 import multiprocessing

@@ -11,6 +11,7 @@ import builders as B
 import pytest
 import torch
 from torch import Tensor, nn
+from vtprune.kernels.base import squares
 
 import oracles as O
 import vtprune
@@ -331,6 +332,16 @@ def test_density_peaks(count: int, cosine: bool, monkeypatch: pytest.MonkeyPatch
         for b, (centres, members) in enumerate(want):
             assert centre[b].tolist() == centres
             assert [(member[b] == i).nonzero()[:, 0].tolist() for i in range(count)] == members
+
+
+def test_squares_are_distances_the_same_from_either_side() -> None:
+    x = torch.randn(2, 90, 33, generator=torch.Generator().manual_seed(5)) + 50
+    y, (a, b) = x[:, :7].clone(), (x.double(), x[:, :7].double())
+    torch.testing.assert_close(squares(x, y).double(), torch.cdist(a, b).square(), rtol=1e-4, atol=1e-3)
+    own = squares(x, x)
+    torch.testing.assert_close(own.double(), torch.cdist(a, a).square(), rtol=1e-4, atol=1e-3)
+    assert torch.equal(own, own.transpose(1, 2)) and not own.diagonal(dim1=1, dim2=2).any()
+    assert squares(x.half(), x.half()).dtype == torch.float32
 
 
 def test_equal_tokens_are_one_cluster() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import kernels
 from ..core.select import from_mask, merged, top
 from ..core.types import Geometry, Mix, Selection, TokenView, VtpruneError
-from ..kernels.base import CHUNK, unit, wide
+from ..kernels.base import CHUNK, squares, wide
 from .base import Cut, Method, MethodInfo, layers, option, register
 
 TOKENS, DEPTH = 576, 32  # of the model that the official numbers are for
@@ -214,33 +214,28 @@ def density_peaks(x: Tensor, count: int, *, cosine: bool = False) -> tuple[Tenso
     """
     x = wide(x)
     b, m, c = x.shape
-    near = x - x.mean(1, keepdim=True)  # products of small numbers lose less
-    length = near.square().sum(2)
     step = max(1, 16 * CHUNK // (b * m))  # rows whose distances are made at once
 
-    def squares(i: int) -> Tensor:
-        """``[B, step, M]``: d^2. The same from either side: of two that are nearest to one another none is denser."""
-        product = near[:, i : i + step] @ near.transpose(1, 2)
-        product = product + (product.transpose(1, 2) if step >= m else product)
-        d = (length[:, i : i + step, None] + length[:, None] - product).clamp_min(0) / c
+    def distances(i: int) -> Tensor:
+        """``[B, step, M]``: d^2, without rounding's sides: of two that are nearest to one another none is denser."""
+        d = squares(x if step >= m else x[:, i : i + step], x) / c
         d.diagonal(i, 1, 2).zero_()
         return d
 
-    whole = squares(0) if step >= m else None
+    whole = distances(0) if step >= m else None
     parts = [(i, whole) for i in range(0, m, step)]
-    nearest = [(squares(i) if d is None else d).topk(count, largest=False).values.mean(2) for i, d in parts]
+    nearest = [(distances(i) if d is None else d).topk(count, largest=False).values.mean(2) for i, d in parts]
     density = -torch.cat(nearest, 1)
     rank = density.argsort(dim=1, descending=True, stable=True).argsort(1)
     apart = []
     for i, d in parts:
-        d, mine = squares(i) if d is None else d, rank[:, i : i + step, None]
+        d, mine = distances(i) if d is None else d, rank[:, i : i + step, None]
         ahead = d.masked_fill(rank[:, None] >= mine, torch.inf).amin(2)
         apart.append(torch.where(mine[..., 0] == 0, d.amax(2), ahead))
     # the logarithm of a distance is half that of its square
     centre = (density + torch.cat(apart, 1).log() / 2).argsort(dim=1, descending=True, stable=True)[:, :count]
-    rows = torch.arange(b, device=x.device)[:, None]
     if cosine:
-        member = (unit(x) @ unit(x[rows, centre]).transpose(1, 2)).argmax(2)
+        member = kernels.match(x, torch.arange(m, device=x.device), centre)[1]
     else:
-        member = torch.cdist(near, near[rows, centre]).argmin(2)
+        member = squares(x, x[torch.arange(b, device=x.device)[:, None], centre]).argmin(2)
     return centre, member.scatter(1, centre, torch.arange(count, device=x.device).expand(b, -1))
