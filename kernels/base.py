@@ -163,7 +163,6 @@ def unit(x: Tensor) -> Tensor:
     return (x / length.clamp_min(torch.finfo(x.dtype).tiny)).masked_fill_(~length.isfinite(), 0)
 
 
-<<<<<<< HEAD
 @torch.no_grad()
 def cosines(q: Tensor, x: Tensor) -> Tensor:
     """Of a few rows ``q`` ``[B, R, C]`` the cosine with each token of ``x`` ``[B, N, C]``: ``[B, R, N]``, at least 32
@@ -171,7 +170,8 @@ def cosines(q: Tensor, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         a, b = unit(q), unit(x)
         return torch.bmm(a, b.to(a.dtype).transpose(1, 2))
-=======
+
+
 def squares(x: Tensor, y: Tensor) -> Tensor:
     """Squared L2 distances ``[B, M, K]`` of tokens ``x`` ``[B, M, C]`` and ``y`` ``[B, K, C]``, at least 32 bits. Of x
     and x itself they are exactly the same from either side, and 0 on the diagonal."""
@@ -184,7 +184,6 @@ def squares(x: Tensor, y: Tensor) -> Tensor:
     if same:
         out.diagonal(dim1=1, dim2=2).zero_()
     return out
->>>>>>> s16f
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
