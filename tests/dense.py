@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vtprune.core.types import Action
 
-FREE = ("vomix",)  # their slots are no means of the tokens that the report puts into them
+FREE = ("vomix", "visionzip")  # their slots are no means of the tokens that the report puts into them
 SECOND_NORM = ("layer_norm2", "norm2", "layernorm_after", "ln_2")  # in front of a tower block's MLP
 
 

@@ -137,7 +137,7 @@ print(json.dumps({
 def test_the_command_line_lists_a_plugin_with_its_distribution(site, tmp_path):
     done = python(site, "-m", "vtprune", "methods", cwd=tmp_path)
     head, _, *rows = done.stdout.splitlines()
-    sources = {row.split()[0]: row.split()[-1] for row in rows}
+    sources = {row.split()[0]: row.split()[-1] for row in rows if row.strip()}
     assert head.split()[-1] == "distribution"
     assert sources["loudest"] == "vtprune-example" and sources["fastv"] == "vtprune" and "half" not in sources
     assert done.stderr.splitlines() == [LINE]

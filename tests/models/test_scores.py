@@ -52,7 +52,8 @@ def test_scores_explain_what_was_kept(tiny, family, method_name, case):
                     continue
                 shares = info.raster and len(report.grids[b]) > 1  # a raster whose share is nothing goes unranked
                 unranked = set(before.tolist()) - set(ranked.tolist())  # new-line tokens, which no tower sees
-                assert shares or not unranked or family in ("llava-next", "llava-onevision"), (
+                partly = "not ranked" in info.score  # said in words
+                assert shares or partly or not unranked or family in ("llava-next", "llava-onevision"), (
                     f"{stage.site} did not rank every token"
                 )
                 kept = torch.zeros(len(score), dtype=torch.bool)
@@ -60,6 +61,8 @@ def test_scores_explain_what_was_kept(tiny, family, method_name, case):
                 for u in unit.unique():
                     mine = unit == u
                     if u < 0 or bool(kept[mine].all()) or not bool(kept[mine].any()):
+                        continue
+                    if "go first" in info.score or "tile by tile" in info.score:  # others count as well
                         continue
                     assert score[mine & kept].min() >= score[mine & ~kept].max(), (
                         f"{stage.site}: unit {int(u)} kept a token below one that it dropped"

@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if unknown or not args.abilities:
         raise VtpruneError(f"unknown question set {', '.join(unknown) or '(none)'!r}; there are {', '.join(SETS)}")
     output(args.recipe_out, ".json", ".yaml", ".yml")
+    kept = folder(args.results)
     recipes, samples = candidates(args.recipes), _questions(args.abilities, args.samples)
     model, processor = models.load(args)
     found = search(
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         budgets=args.budgets,
         batch=args.batch,
         seed=args.seed,
-        folder=folder(args.results),
+        folder=kept,
         told=(lambda line: None) if args.json else print,
     )
     best = Recipe.from_dict(found["recipe"])

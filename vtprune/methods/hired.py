@@ -25,7 +25,7 @@ from .base import Cut, Method, MethodInfo, option, register
         needs={**NEEDS, "projector": frozenset({"origin"})},
         keep=0.2,
         whole=True,
-        score="class attention of the last block that is used",
+        score="class attention of the last block that is used, tile by tile",
         cases=({"keep": 0.75}, {"keep": 3}),
     )
 )

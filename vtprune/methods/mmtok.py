@@ -22,7 +22,7 @@ from .base import Cut, Method, MethodInfo, option, register
         kinds=("projector", "vision"),
         needs={"projector": frozenset({"text"})},
         keep=64 / 576,
-        score="the order of choice",
+        score="the order of choice; the others are not ranked",
         cases=({"keep": 0.75}, {"keep": 3}),
     )
 )

@@ -23,7 +23,7 @@ from .base import Cut, MethodInfo, option, register
         kinds=("vision", "projector"),
         needs=NEEDS,
         keep=64 / 576,
-        score="the order of choice",
+        score="the order of choice; the others are not ranked",
         cases=({"keep": 0.75}, {"keep": 3}, {"keep": 0.25, "features": "projected"}),
     )
 )

@@ -26,7 +26,7 @@ DEPTHS = (0.375, 0.75)  # layers 12 and 24 of 32, 15 and 30 of 40
         kinds=("projector", "llm", "vision"),
         needs={**NEEDS, "llm": frozenset({"query_attention", "text"})},
         keep=16 / 576,
-        score="the order of choice",
+        score="the order of choice; the others are not ranked",
         cases=({"keep": 0.75}, {"keep": 2, "layers": (1, 3)}),
     )
 )
