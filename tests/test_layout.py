@@ -21,6 +21,7 @@ MAY = {
     "vtprune.core.registry": ("vtprune.core.*",),
     "vtprune.core.select": ("vtprune.core.types", "vtprune.kernels", "vtprune.kernels.base"),
     "vtprune.core.recipe": ("vtprune.core.types",),
+    "vtprune.core.resources": ("vtprune.core.types",),
     "vtprune.core.ledger": ("vtprune.core.types", "vtprune.core.stopwatch"),
     "vtprune.core.cost": ("vtprune.core.types",),
     "vtprune.core.*": (
@@ -36,6 +37,7 @@ MAY = {
         "vtprune.core.select",
         "vtprune.core.recipe",
         "vtprune.core.registry",
+        "vtprune.core.resources",
         "vtprune.kernels",
         "vtprune.kernels.base",
     ),

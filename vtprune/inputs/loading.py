@@ -3,33 +3,10 @@ with the files is one sentence."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
+from ..core.resources import told
 from ..core.types import VtpruneError
-
-
-@contextmanager
-def told(what: str) -> Iterator[None]:
-    """Whatever the libraries that read model folders raise, as a :class:`VtpruneError` that begins with ``what``. They
-    have no common class of errors: those in Rust raise bare ones, cut files ``SafetensorError``, pickles
-    ``UnpicklingError``, configurations errors of their own."""
-    try:
-        yield
-    except BaseException as e:
-        if isinstance(e, Exception) and not isinstance(e, VtpruneError):
-            raise VtpruneError(f"{what}: {reason(e)}") from e
-        raise
-
-
-def reason(e: BaseException, most: int = 300) -> str:
-    """What an exception says, on one line of at most ``most`` characters; of several paragraphs the first."""
-    text = " ".join(str(e).strip().split("\n\n")[0].split())
-    text = text if len(text) <= most else text[: most - 3] + "..."
-    return (
-        text if isinstance(e, OSError | VtpruneError) and text else f"{type(e).__name__}: {text or 'no reason given'}"
-    )
 
 
 def load(source: Any, *, dtype: Any, local: bool, **extra: Any) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..core.resources import told
 from ..core.types import VtpruneError
 from . import demo_model, loading
 
@@ -37,7 +38,7 @@ def load(model: str | None, device: str, dtype: str) -> tuple[Any, Any]:
     if model is None:
         return demo_model.load(device, getattr(torch, dtype))
     loaded, processor = loading.load(model, dtype=getattr(torch, dtype), local=local)
-    with loading.told(f"cannot move {model} to {place}"):
+    with told(f"cannot move {model} to {place}"):
         return loaded.to(place), processor
 
 
