@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass
 
 from .. import kernels
-from ..core.select import top
 from ..core.types import Geometry, Selection, TokenView
+from ._turns import SCORE, chosen
 from .base import Cut, Method, MethodInfo, register
 
 
@@ -19,7 +17,7 @@ from .base import Cut, Method, MethodInfo, register
         idea="keeps the tokens that are farthest from one another, without looking at attention or text",
         kinds=("projector",),
         keep=0.098,
-        score="minus the turn at which it was chosen; the others are not ranked",
+        score=SCORE,
         cases=({"keep": 0.75}, {"keep": 2}),
     )
 )
@@ -34,9 +32,4 @@ class DivPrune(Method):
         return (Cut(site="projector", keep=keep),)
 
     def select(self, view: TokenView, cut: Cut) -> Selection:
-        keep = cut.keep or 0
-        picks = kernels.maxmin(view.features, keep, valid=view.valid)  # [B, K], -1 behind an image's last token
-        b, n = view.valid.shape
-        turn = torch.arange(keep, device=picks.device, dtype=torch.float32).neg().expand_as(picks)
-        score = turn.new_full((b, n + 1), torch.nan).scatter(1, torch.where(picks < 0, n, picks), turn)[:, :n]
-        return replace(top(score, keep, view.valid, view.protected, span=view.extent), score=score)
+        return chosen(view, kernels.maxmin(view.features, cut.keep or 0, valid=view.valid))
