@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import kernels
 from ..core import resources
 from ..core.types import Action, Geometry, Selection, Text, TokenView, UnsupportedError, VtpruneError
-from ._greedy import chosen
+from ._turns import SCORE, chosen
 from .base import Cut, Method, MethodInfo, option, register
 
 LEAST = 1e-6  # added to the relevance above the least relevant token's (official code)
@@ -25,7 +25,7 @@ LEAST = 1e-6  # added to the relevance above the least relevant token's (officia
         kinds=("projector", "vision"),
         needs={"projector": frozenset({"text"})},
         keep=64 / 576,
-        score="minus the turn at which it was chosen; the others are not ranked",
+        score=SCORE,
         cases=({"keep": 0.75}, {"keep": 2}),
     )
 )

@@ -3,7 +3,7 @@ EMNLP 2025)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import kernels
 from ..core.select import gather, top
 from ..core.types import Geometry, Selection, TokenView, VtpruneError
+from ._turns import SCORE
 from .base import Cut, Method, MethodInfo, layers, option, register
 
 
@@ -22,7 +23,7 @@ from .base import Cut, Method, MethodInfo, layers, option, register
         kinds=("llm",),
         needs={"llm": frozenset({"keys", "states", "text"})},
         keep=128 / 576,
-        score="minus the turn at which it was chosen, visual pivots first; the others are not ranked",
+        score=SCORE,
         cases=({"keep": 0.75}, {"keep": 2, "layer": 3}),
     )
 )
@@ -81,8 +82,7 @@ class Dart(Method):
             take = (rank < shares[:, p : p + 1]) & free
             turn, free = torch.where(take, taken + rank, turn), free & ~take
             taken = taken + take.sum(1, keepdim=True)
-        score = torch.where(turn < 0, torch.nan, -turn.double())
-        return replace(top(score, taken[:, 0], view.valid, view.protected), score=score)
+        return top(-torch.where(turn < 0, taken, turn).float(), taken[:, 0], view.valid, view.protected)
 
     def _shares(self, real: Tensor, left: Tensor, cut: Cut) -> Tensor:
         """``[B, P]``: how many tokens each pivot takes, of those that are ``real`` ``[B, P]``; of the ``left`` ``[B]``

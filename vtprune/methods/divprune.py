@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .. import kernels
 from ..core.types import Geometry, Selection, TokenView
-from ._greedy import chosen
+from ._turns import SCORE, chosen
 from .base import Cut, Method, MethodInfo, register
 
 
@@ -17,7 +17,7 @@ from .base import Cut, Method, MethodInfo, register
         idea="keeps the tokens that are farthest from one another, without looking at attention or text",
         kinds=("projector",),
         keep=0.098,
-        score="minus the turn at which it was chosen; the others are not ranked",
+        score=SCORE,
         cases=({"keep": 0.75}, {"keep": 2}),
     )
 )
