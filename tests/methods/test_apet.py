@@ -177,6 +177,17 @@ def test_a_token_in_the_span_of_the_basis_has_no_error():
     assert abs(float(answer.score[0, 7]) - 1) < 1e-6
 
 
+@pytest.mark.parametrize("ridge", [1e-5, 5.0])
+def test_errors_equal_the_normal_equations(ridge):
+    """Also of an image with fewer tokens than a basis has."""
+    x = torch.randn(2, 20, 12, dtype=torch.float64)
+    score = select(view(x, [20, 4]), 12, ridge=ridge).score
+    for b, n in enumerate((20, 4)):
+        mine = list(x[b, :n])
+        want = errors(mine, sampling(mine, 10, start(mine)), ridge)
+        B.close(score[b, :n], torch.tensor(want, dtype=torch.float64), 1e-8)
+
+
 def test_single_precision_and_a_degenerate_basis():
     """Twenty tokens that two directions span: ten basis tokens are dependent."""
     torch.manual_seed(2)
