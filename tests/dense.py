@@ -136,7 +136,14 @@ class Dense:
             embeds[:, : rows.shape[1]][take] = rows[take]
         planes = kwargs.get("deepstack_visual_embeds")
         for stage in self.done.stages:
-            if stage.site == "projector" and stage.method == "pool":  # every slot is the plain mean of its members
+            if stage.assignment is None or stage.site.startswith(("vision", "pixels")):
+                continue
+            if stage.method in FREE or stage.site != "projector":
+                raise NoReference("free mixes, or merges in the language model")  # tests/models/test_views.py
+            behind = any(r.assignment is not None for run, _ in self.done.passes for r in run.records)
+            if stage.method != "pool" and behind:
+                raise NoReference("merges by size behind merges")
+            if stage.site == "projector":  # every slot is the plain mean of its members
                 embeds = embeds.clone()
                 spread = [p.new_zeros(*embeds.shape[:2], p.shape[-1]) for p in planes or ()]
                 for s, p in zip(spread, planes or (), strict=True):

@@ -483,6 +483,8 @@ class Case:
                     )
                 if s.scores is None or s.units is None or s.assignment is not None or METHODS.get(s.method).merges:
                     continue
+                if any(words in METHODS.get(s.method).score for words in ("go first", "tile by tile")):
+                    continue  # its score is not all that decides
                 score, unit = s.scores[i].nan_to_num(-math.inf, posinf=math.inf, neginf=-math.inf), s.units[i]
                 chosen = torch.zeros(len(score), dtype=torch.bool)
                 chosen[k] = True
