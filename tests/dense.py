@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.core.types import Action
+from vtprune.methods.base import METHODS
 
 FREE = ("vomix", "visionzip")  # their slots are no means of the tokens that the report puts into them
 SECOND_NORM = ("layer_norm2", "norm2", "layernorm_after", "ln_2")  # in front of a tower block's MLP
@@ -137,6 +138,8 @@ class Dense:
         planes = kwargs.get("deepstack_visual_embeds")
         for stage in self.done.stages:
             if stage.assignment is None or stage.site.startswith(("vision", "pixels")):
+                continue
+            if not METHODS.get(stage.method).merges:  # it only carries on who stands for whom
                 continue
             if stage.method in FREE or stage.site != "projector":
                 raise NoReference("free mixes, or merges in the language model")  # tests/models/test_views.py
