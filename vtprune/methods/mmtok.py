@@ -24,6 +24,7 @@ from .base import Cut, Method, MethodInfo, option, register
         keep=64 / 576,
         score="the order of choice",
         cases=({"keep": 0.75}, {"keep": 3}),
+        elsewhere={"features": "projected"},
     )
 )
 @dataclass(frozen=True, kw_only=True)

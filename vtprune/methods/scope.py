@@ -24,7 +24,8 @@ from .base import Cut, MethodInfo, option, register
         needs=NEEDS,
         keep=64 / 576,
         score="the order of choice",
-        cases=({"keep": 0.75}, {"keep": 3}, {"keep": 0.25, "features": "projected"}),
+        cases=({"keep": 0.75}, {"keep": 0.1}, {"keep": 3, "features": "projected"}),
+        elsewhere={"saliency": "norm", "features": "projected"},
     )
 )
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,11 @@ class Scope(TowerScored):
             )
         if self.site == "tower" and self.features == "projected":
             raise VtpruneError("scope: features='projected' are not there in the tower; use site='projector'")
+        if self.features == "projected" and "projector" not in geometry.provides:
+            raise UnsupportedError(
+                f"scope: features='projected' need a projector, and {geometry.family} ({geometry.arch}) has none; use "
+                "features='encoder'"
+            )
         classed = shown and "class_token" in geometry.traits
         data = {
             "saliency": self.saliency if self.saliency != "auto" else "attention" if classed else "norm",

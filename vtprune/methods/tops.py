@@ -28,6 +28,7 @@ DEPTHS = (0.375, 0.75)  # layers 12 and 24 of 32, 15 and 30 of 40
         keep=16 / 576,
         score="the order of choice",
         cases=({"keep": 0.75}, {"keep": 2, "layers": (1, 3)}),
+        elsewhere={"relevance": "norm"},
     )
 )
 @dataclass(frozen=True, kw_only=True)
