@@ -268,7 +268,7 @@ def example(case: str, n: int, dtype: torch.dtype, generator: torch.Generator) -
         prior, temperature = None, 0.2
         weight = torch.rand(b, n, generator=generator) * 0.1
         rows = (3 * torch.randn(b, 5, n, generator=generator)).softmax(-1)
-    if case in ("padded", "range"):
+    if case in ("padded", "relevance", "range"):
         valid = torch.arange(n) < torch.tensor([n, max(1, keep // 2)])[:, None]
     if case == "ties":
         x, prior = torch.randint(2, (b, 1, 64), generator=generator).mul(2).sub(1).to(dtype).expand(-1, n, -1), None

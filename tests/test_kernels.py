@@ -585,6 +585,10 @@ def test_what_adds_nothing_comes_by_position(backend, width):
         far = choose(relevance=prior, diversity=1.0, scale=scale)
         assert far == [11, 10, 9, 8, 7, 6, 5, 3, 2, 1, 0, -1]  # what is covered is ranked by relevance
     rows = torch.zeros(1, 2, 12)
+    four = torch.randn(4, width, generator=torch.Generator().manual_seed(1)).repeat(10, 1)  # products are rounded
+    many = moved((four * torch.linspace(1, 2, 40)[:, None])[None], device)
+    picks = kernels.coverage(many, 40, prior=moved(torch.linspace(1, 2, 40)[None], device), backend=backend)[0].tolist()
+    assert sorted(p % 4 for p in picks[:4]) == [0, 1, 2, 3] and picks[4:] == sorted(picks[4:])
     rows[0, 0, 7], rows[0, 1, 8] = 3.0, 2.0
     assert choose(rows=rows, weight=torch.zeros(1, 12))[:4] == [7, 8, 0, 1]
     assert choose(rows=rows, prior=prior)[:4] == [7, 8, 0, 1]

@@ -11,6 +11,7 @@ from .. import kernels
 from ..core.types import Action, Geometry, Selection, TokenView, UnsupportedError
 from ..kernels.base import cosines, wide
 from ._greedy import covering
+from ._turns import SCORE
 from .base import Cut, Method, MethodInfo, option, register
 
 
@@ -22,8 +23,9 @@ from .base import Cut, Method, MethodInfo, option, register
         kinds=("projector", "vision"),
         needs={"projector": frozenset({"text"})},
         keep=64 / 576,
-        score="the order of choice; the others are not ranked",
+        score=SCORE,
         cases=({"keep": 0.75}, {"keep": 3}),
+        elsewhere={"features": "projected"},
     )
 )
 @dataclass(frozen=True, kw_only=True)

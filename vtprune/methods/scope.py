@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.types import Geometry, Selection, TokenView, UnsupportedError, VtpruneError
 from ..kernels.base import wide
 from ._greedy import covering
+from ._turns import SCORE
 from ._tower import NEEDS, TowerScored, class_attention
 from .base import Cut, MethodInfo, option, register
 
@@ -23,8 +24,9 @@ from .base import Cut, MethodInfo, option, register
         kinds=("vision", "projector"),
         needs=NEEDS,
         keep=64 / 576,
-        score="the order of choice; the others are not ranked",
-        cases=({"keep": 0.75}, {"keep": 3}, {"keep": 0.25, "features": "projected"}),
+        score=SCORE,
+        cases=({"keep": 0.75}, {"keep": 0.1}, {"keep": 3, "features": "projected"}),
+        elsewhere={"saliency": "norm", "features": "projected"},
     )
 )
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,11 @@ class Scope(TowerScored):
             )
         if self.site == "tower" and self.features == "projected":
             raise VtpruneError("scope: features='projected' are not there in the tower; use site='projector'")
+        if self.features == "projected" and "projector" not in geometry.provides:
+            raise UnsupportedError(
+                f"scope: features='projected' need a projector, and {geometry.family} ({geometry.arch}) has none; use "
+                "features='encoder'"
+            )
         classed = shown and "class_token" in geometry.traits
         data = {
             "saliency": self.saliency if self.saliency != "auto" else "attention" if classed else "norm",

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.types import Action, Geometry, Selection, TokenView, UnsupportedError, VtpruneError
 from ..kernels.base import wide
 from ._greedy import covering
+from ._turns import SCORE
 from ._tower import NEEDS, class_attention
 from .base import Cut, Method, MethodInfo, layers, option, register
 
@@ -26,8 +27,9 @@ DEPTHS = (0.375, 0.75)  # layers 12 and 24 of 32, 15 and 30 of 40
         kinds=("projector", "llm", "vision"),
         needs={**NEEDS, "llm": frozenset({"query_attention", "text"})},
         keep=16 / 576,
-        score="the order of choice; the others are not ranked",
+        score=SCORE,
         cases=({"keep": 0.75}, {"keep": 2, "layers": (1, 3)}),
+        elsewhere={"relevance": "norm"},
     )
 )
 @dataclass(frozen=True, kw_only=True)
