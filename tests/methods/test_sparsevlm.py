@@ -145,21 +145,14 @@ def check(model: nn.Module, inputs: dict[str, Tensor], cuts: dict[int, int], **o
 @pytest.mark.parametrize("version", ["1.5", "2.0"])
 @pytest.mark.parametrize("text", ["llama", "qwen2"])
 def test_equals_the_transcription(text: str, version: str) -> None:
-    ratios = (0.7, 0.4, 0.2)
-    cuts = {1: 25, 3: 14, 4: 7}
-    inputs = B.prompts(PROMPTS)
-    check(B.llava(text=text), inputs, cuts, layers=(1, 3, 4), ratios=ratios, version=version)
+    cuts, ratios = {1: 25, 3: 14, 4: 7}, (0.7, 0.4, 0.2)
+    check(B.llava(text=text), B.prompts(PROMPTS), cuts, layers=(1, 3, 4), ratios=ratios, version=version)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"positions": "compact"},
-        {"reconstruct": "sum"},
-        {"raters": "least"},
-        {"version": "2.0", "positions": "compact"},
-    ],
-)
+OTHERS = ({"positions": "compact"}, {"reconstruct": "sum"}, {"raters": "least"})
+
+
+@pytest.mark.parametrize("options", [*OTHERS, {"version": "2.0", "positions": "compact"}])
 def test_options_equal_the_transcription(options: dict[str, Any]) -> None:
     check(
         B.llava(), B.prompts(PROMPTS[:2], left=False), {2: 20, 3: 9}, layers=(2, 3), ratios=(20 / 36, 0.25), **options
@@ -171,10 +164,6 @@ def test_budgets_are_met(keep: int) -> None:
     """The cuts' default places and budgets in six layers of 36 tokens; two fall together."""
     cuts = dict(zip((1, 1, 3), schedule(keep, B.N, "1.5"), strict=True))
     check(B.llava(), B.prompts(PROMPTS[:1]), cuts, keep=keep)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# counts
 
 
 SETTINGS = {
@@ -249,10 +238,6 @@ def test_a_small_budget_moves_the_cuts() -> None:
     with vtprune.attach(model, recipe) as handle, torch.no_grad():
         B.final(model, B.prompts([[3, 5]]))
         assert 3 < handle.report().effective_tokens <= 5
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# views made by hand
 
 
 def view(score: Tensor, features: Tensor, valid: Tensor | None = None, protected: Tensor | None = None) -> TokenView:
@@ -359,10 +344,6 @@ def test_distances_far_beyond_the_exponential() -> None:
     assert torch.equal(far[0], near[0]) and torch.equal(far[1], near[1])
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# prompts
-
-
 def test_two_images_have_raters_of_their_own() -> None:
     """The text behind each image: between the two it rates for the first alone."""
     model, inputs = B.llava(), B.prompts([[3, 4, 6], [4, 6]])
@@ -379,9 +360,9 @@ def test_two_images_have_raters_of_their_own() -> None:
 
 def test_without_text_behind_the_image_the_last_row_rates() -> None:
     model, inputs = B.llava(), B.prompts([[5, 0], [4, 6]])
-    inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
     x, lm = B.embeddings(model, inputs), model.model.language_model
-    _, report = attached(model, inputs, layers=(2,), ratios=(0.25,), recycle=0.0)
+    options = {"layers": (2,), "ratios": (0.25,), "recycle": 0.0}
+    _, report = attached(model, inputs, **options)
     at = B.visual_positions(inputs, 0).tolist()
     scores = B.scores(lm, x[0], 2, at, "previous", [len(x[0]) - 1], "all", True)
     scores[-1] = math.inf  # the row that rates stays
@@ -389,7 +370,7 @@ def test_without_text_behind_the_image_the_last_row_rates() -> None:
     alone = {
         k: v[1:, -int(inputs["attention_mask"][1].sum()) :] if k != "pixel_values" else v[1:] for k, v in inputs.items()
     }
-    _, single = attached(model, alone, layers=(2,), ratios=(0.25,), recycle=0.0)
+    _, single = attached(model, alone, **options)
     assert report.stages[0].kept[1].tolist() == single.stages[0].kept[0].tolist()
 
 

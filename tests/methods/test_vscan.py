@@ -267,7 +267,7 @@ def test_new_lines_neither_merge_nor_absorb() -> None:
     assert selection.kept[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10] and selection.target is None
     protected = torch.arange(12)[None] == 11
     kept = scanned(view(*notes, (3, 4), features, protected=protected), 4).kept[0]
-    features[0, ~torch.isin(torch.arange(12), kept)] = features[0, 11]  # what goes is most like the line that stays
+    features[0, ~torch.isin(torch.arange(12), kept)] = features[0, 11].clone()  # what goes is most like it
     selection = scanned(view(*notes, (3, 4), features, protected=protected), 4)
     column = selection.kept[0].tolist().index(11)
     assert (selection.target[0] == column).nonzero()[:, 0].tolist() == [11]
