@@ -163,6 +163,15 @@ def unit(x: Tensor) -> Tensor:
     return (x / length.clamp_min(torch.finfo(x.dtype).tiny)).masked_fill_(~length.isfinite(), 0)
 
 
+@torch.no_grad()
+def cosines(q: Tensor, x: Tensor) -> Tensor:
+    """Of a few rows ``q`` ``[B, R, C]`` the cosine with each token of ``x`` ``[B, N, C]``: ``[B, R, N]``, at least 32
+    bits."""
+    with torch.autocast(x.device.type, enabled=False):
+        a, b = unit(q), unit(x)
+        return torch.bmm(a, b.to(a.dtype).transpose(1, 2))
+
+
 def rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` ``[B, K]`` (-1: row 0) of ``x`` ``[B or 1, N, ...]``: ``[B, K, ...]``. Whole rows are copied,
     which on a CPU takes a tenth of the time of torch.gather with an expanded index."""

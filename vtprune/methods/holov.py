@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..core.select import top
 from ..core.types import Geometry, Selection, TokenView
-from ..kernels.base import CHUNK, rows, wide
+from ..kernels.base import CHUNK, cosines, rows
 from ._tower import NEEDS, TowerScored, class_attention
 from .base import Cut, MethodInfo, option, register
 
 SCALE = 1e3  # of the attention (official code)
-EPSILON = 1e-6
+EPSILON = 1e-6  # the official code adds it to the norms as well
 
 
 @register(
@@ -26,7 +26,7 @@ EPSILON = 1e-6
         kinds=("projector", "vision"),
         needs=NEEDS,
         keep=64 / 576,
-        score="class attention of the last block that is used, compared within a strip",
+        score="class attention of the last block that is used; the most attended of each strip go first",
         cases=({"keep": 0.75}, {"keep": 3}, {"keep": 5, "strips": 3, "surplus": "tokens"}),
     )
 )
@@ -96,12 +96,11 @@ class HoloV(TowerScored):
     def _scores(self, features: Tensor, attention: Tensor, place: Tensor) -> Tensor:
         """Of each place ``[B, P, n]``, 0 on padding."""
         there = place >= 0
-        x = rows(wide(features), place.flatten(1)).unflatten(1, place.shape[1:])  # [B, P, n, C]
-        u = (x / (x.norm(dim=-1, keepdim=True) + EPSILON)).nan_to_num(0) * there[..., None]
+        x = rows(features, place.flatten(1)).view(-1, place.shape[2], features.shape[2])  # [B P, n, C]
         others = (there.sum(2, keepdim=True) - 1).clamp_min(1)
         spread = []
         for i in range(0, place.shape[2], step := max(1, CHUNK // place.numel())):
-            s = u[:, :, i : i + step] @ u.transpose(2, 3)  # [B, P, step, n]
+            s = cosines(x[:, i : i + step], x).view(*place.shape[:2], -1, place.shape[2]) * there[:, :, None]
             s.diagonal(i, 2, 3).zero_()
             mean = s.sum(-1, keepdim=True) / others[..., None]
             spread.append(((s - mean) * there[:, :, None]).square().sum(-1) / others)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.select import absorbing, merged, top
 from ..core.types import Geometry, Mix, Selection, TokenView
-from ..kernels.base import CHUNK, rows, unit, wide
+from ..kernels.base import CHUNK, cosines, rows, wide
 from ._tower import NEEDS, TowerScored, class_attention, received_attention
 from .base import Cut, MethodInfo, option, register
 
@@ -186,11 +186,10 @@ def _spaced(rest: Tensor, count: Tensor) -> Tensor:
 def _nearest(keys: Tensor, token: Tensor, there: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` tokens of the most similar keys, by cosine, of each ``token`` ``[B, K]`` among the others that are
     ``there`` ``[B, N]``: ``[B, K, k]``, and which of them exist. ``keys`` ``[B, N, C]``."""
-    u = unit(keys)
-    b, n, _ = u.shape
+    b, n, _ = keys.shape
     near, similar = [], []
     for some in token.split(max(1, CHUNK // (b * n)), 1):
-        s = (rows(u, some) @ u.transpose(1, 2)).masked_fill(~there[:, None], -torch.inf)
+        s = cosines(rows(keys, some), keys).masked_fill(~there[:, None], -torch.inf)
         best = s.scatter(2, some[..., None], -torch.inf).sort(dim=-1, descending=True, stable=True)
         near.append(best.indices[..., : min(count, n - 1)])
         similar.append(best.values[..., : min(count, n - 1)])
@@ -204,7 +203,7 @@ def joined_attention(view: TokenView) -> Tensor:
     if not p:
         return received_attention(view)
     q, k = wide(t.q[:, :, 0]), wide(t.k)
-    logits = torch.einsum("bhd,bhnd->bn", q, k) * q[0].numel() ** -0.5
+    logits = (q[:, :, None] * k).sum((1, 3)) * q[0].numel() ** -0.5
     if t.bias is not None:
         logits = logits + t.bias[:, 0, 0]
     return logits.softmax(-1)[:, p:] * view.valid
