@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from vtprune.core.types import Action
 from vtprune.methods.base import METHODS
 
-FREE = ("vomix", "visionzip")  # their slots are no means of the tokens that the report puts into them
+FREE = (
+    "vomix",
+    "visionzip",
+    "prumerge",
+    "prumerge+",
+)  # their slots are no means of the tokens that the report puts into them
 SECOND_NORM = ("layer_norm2", "norm2", "layernorm_after", "ln_2")  # in front of a tower block's MLP
 
 

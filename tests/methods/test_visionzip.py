@@ -46,7 +46,12 @@ def seen(tower: nn.Module, pixels: Tensor) -> list[dict[str, Any]]:
 
 
 def check_language_model(
-    model: nn.Module, inputs: dict[str, Tensor], hidden: list[Tensor], x: list[Tensor], made: list[dict[int, Tensor]]
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    hidden: list[Tensor],
+    x: list[Tensor],
+    made: list[dict[int, Tensor]],
+    limit: float = 1e-9,
 ) -> None:
     """``hidden`` is what a dense decoder makes of the embeddings ``x`` when image i hands over ``made[i]``, tower
     features by place."""
@@ -61,7 +66,7 @@ def check_language_model(
                     sequence[row] = model.model.multi_modal_projector(feature[None])[0]
                 rows.add(row)
         order = sorted(rows)
-        B.close(hidden[b][order], B.stack(model.model.language_model, sequence[order], order))
+        B.close(hidden[b][order], B.stack(model.model.language_model, sequence[order], order), limit)
 
 
 def zipped(

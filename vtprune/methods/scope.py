@@ -11,8 +11,8 @@ from torch import Tensor
 from ..core.types import Geometry, Selection, TokenView, UnsupportedError, VtpruneError
 from ..kernels.base import wide
 from ._greedy import covering
-from ._turns import SCORE
 from ._tower import NEEDS, TowerScored, class_attention
+from ._turns import SCORE
 from .base import Cut, MethodInfo, option, register
 
 

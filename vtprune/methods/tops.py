@@ -11,8 +11,8 @@ from torch import Tensor
 from ..core.types import Action, Geometry, Selection, TokenView, UnsupportedError, VtpruneError
 from ..kernels.base import wide
 from ._greedy import covering
-from ._turns import SCORE
 from ._tower import NEEDS, class_attention
+from ._turns import SCORE
 from .base import Cut, Method, MethodInfo, layers, option, register
 
 DEPTHS = (0.375, 0.75)  # layers 12 and 24 of 32, 15 and 30 of 40
