@@ -163,6 +163,14 @@ def unit(x: Tensor) -> Tensor:
     return (x / length.clamp_min(torch.finfo(x.dtype).tiny)).masked_fill_(~length.isfinite(), 0)
 
 
+EQUAL = 2.0**-18  # similarities that differ by less tie, so that equal tokens do whatever the rounding
+
+
+def first(where: Tensor) -> Tensor:
+    """``[B]``: the first True of each row of ``where`` ``[B, N]``; 0 if there is none."""
+    return where.to(torch.uint8).argmax(1)
+
+
 @torch.no_grad()
 def cosines(q: Tensor, x: Tensor) -> Tensor:
     """Of a few rows ``q`` ``[B, R, C]`` the cosine with each token of ``x`` ``[B, N, C]``: ``[B, R, N]``, at least 32

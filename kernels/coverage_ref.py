@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.types import VtpruneError
-from .base import CHUNK, KernelInfo, check, register, run, tokens, unit, wide
+from .base import CHUNK, EQUAL, KernelInfo, check, first, register, run, tokens, unit, wide
 from .maxmin_ref import asked
 
 SCALES = ("none", "mean", "range")
@@ -128,8 +128,10 @@ def reference(
             if diversity:
                 far = 1 - everything[0].by.double()
                 score = score + diversity * _scaled(torch.where(far > least, far, 0), free, scale)
-        lowest = torch.finfo(score.dtype).min
-        pick = score.nan_to_num(lowest, neginf=lowest).masked_fill(~free, -torch.inf).argmax(1)
+        lowest = torch.finfo(score.dtype).min / 2
+        score = score.nan_to_num(lowest, -lowest, lowest).masked_fill(~free, -torch.inf)
+        best = score.amax(1, keepdim=True)
+        pick = first(score >= best - EQUAL * best.abs())
         out[:, step] = pick
         free[image, pick] = False
         for part in everything:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ._triton import INTERPRETED, cosine_tile, empty, inverse_lengths, launch, op, upcast
 from .coverage_ref import SCALES, held, noise
-from .maxmin_triton import cosines, similarities
+from .maxmin_triton import TIE, cosines, similarities
 
 NONE, MEAN, RANGE = (tl.constexpr(i) for i in range(len(SCALES)))
 LEAST = tl.constexpr(noise(torch.float32))
-LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min / 2)
 
 
 @triton.jit
@@ -63,37 +63,54 @@ def _divisors(gain, by, floor, N, SCALE: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def _scores(
+    gain, by, prior, relevance, floor, n, N, diversity, g_low, g_by, far_low, far_by,
+    SEED: tl.constexpr, PRIOR: tl.constexpr, RELEVANCE: tl.constexpr, FAR: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """What tokens ``n`` ``[BN]`` are ranked by, -inf for what is chosen or no token."""
+    g, far, free = _terms(gain, by, floor, n, N)
+    score = tl.zeros((BN,), dtype=tl.float32)
+    if RELEVANCE:
+        score += tl.load(relevance + n, mask=n < N, other=0.0)
+    if not SEED:
+        worth = (g - g_low) * g_by
+        if PRIOR:
+            worth *= tl.load(prior + n, mask=n < N, other=0.0)
+        score += worth
+        if FAR:
+            score += diversity * ((far - far_low) * far_by)
+    score = tl.minimum(tl.where(score > LOWEST, score, LOWEST), -LOWEST)  # NaN too
+    return tl.where(free, score, float("-inf"))
+
+
+@triton.jit
 def _best(
     gain, by, prior, relevance, floor, N, diversity,
     SEED: tl.constexpr, SCALE: tl.constexpr, PRIOR: tl.constexpr, RELEVANCE: tl.constexpr, FAR: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """The token to choose next, -1 if there is none."""
+    """The token to choose next, the first of those that tie; -1 if there is none."""
     g_low, g_by, far_low, far_by = 0.0, 1.0, 0.0, 1.0
     if SCALE != NONE and not SEED:
         g_low, g_by, far_low, far_by = _divisors(gain, by, floor, N, SCALE, BN)
     best = tl.zeros((), dtype=tl.float32) + float("-inf")
-    pick = tl.full((), -1, dtype=tl.int64)
     for n0 in range(0, N, BN):
         n = (n0 + tl.arange(0, BN)).to(tl.int64)
-        g, far, free = _terms(gain, by, floor, n, N)
-        score = tl.zeros((BN,), dtype=tl.float32)
-        if RELEVANCE:
-            score += tl.load(relevance + n, mask=n < N, other=0.0)
-        if not SEED:
-            worth = (g - g_low) * g_by
-            if PRIOR:
-                worth *= tl.load(prior + n, mask=n < N, other=0.0)
-            score += worth
-            if FAR:
-                score += diversity * ((far - far_low) * far_by)
-        score = tl.where(score > LOWEST, score, LOWEST)  # NaN too
-        score = tl.where(free, score, float("-inf"))
-        top = tl.max(score, axis=0)
-        better = top > best
-        pick = tl.where(better, n0 + tl.argmax(score, axis=0, tie_break_left=True), pick).to(tl.int64)
-        best = tl.where(better, top, best)
-    return pick
+        score = _scores(
+            gain, by, prior, relevance, floor, n, N, diversity, g_low, g_by, far_low, far_by,
+            SEED, PRIOR, RELEVANCE, FAR, BN,
+        )  # fmt: skip
+        best = tl.maximum(best, tl.max(score, axis=0))
+    least = best - TIE * tl.abs(best)
+    pick = tl.full((), 2**62, dtype=tl.int64)
+    for n0 in range(0, N, BN):
+        n = (n0 + tl.arange(0, BN)).to(tl.int64)
+        score = _scores(
+            gain, by, prior, relevance, floor, n, N, diversity, g_low, g_by, far_low, far_by,
+            SEED, PRIOR, RELEVANCE, FAR, BN,
+        )  # fmt: skip
+        pick = tl.minimum(pick, tl.min(tl.where((score >= least) & (score > float("-inf")), n, 2**62), axis=0))
+    return tl.where(pick < N, pick, -1)
 
 
 @triton.jit

@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import KernelInfo, register, rows, run, tokens, unit, wide
+from .base import EQUAL, KernelInfo, first, register, rows, run, tokens, unit, wide
 from .maxmin_ref import asked, small
 
-LEAST = 1e-6  # a gain below this is rounding noise: the token adds nothing to the volume
+LEAST = 1e-5  # a gain below this is rounding noise: the token adds nothing to the volume
 
 
 def dpp(
@@ -36,6 +36,12 @@ def dpp(
     return run("dpp", backend, x, keep, relevance, valid)
 
 
+def share(relevance: Tensor, valid: Tensor | None) -> Tensor:
+    """``relevance`` ``[B, N]`` as a share of the image's largest: only ratios matter."""
+    there = relevance.abs() if valid is None else relevance.abs().masked_fill(~valid, 0)
+    return relevance / there.amax(1, keepdim=True).clamp_min(torch.finfo(relevance.dtype).tiny)
+
+
 @torch.no_grad()
 def reference(x: Tensor, keep: int, relevance: Tensor | None, valid: Tensor | None) -> Tensor:
     u = unit(x)
@@ -43,19 +49,24 @@ def reference(x: Tensor, keep: int, relevance: Tensor | None, valid: Tensor | No
     out = torch.full((b, keep), -1, device=x.device)
     if not n or not keep:
         return out
-    r = u.new_ones(b, n) if relevance is None else wide(relevance).to(u.dtype)
+    r = u.new_ones(b, n) if relevance is None else wide(relevance).to(u.dtype).nan_to_num(0, 0, 0)
+    r = share(r, valid)
     u = u * r[..., None]
     gram = torch.bmm(u, u.transpose(1, 2)) if small(n, c) else None
     real = torch.full((b,), n, device=x.device) if valid is None else valid.sum(1)
     gain, floor = r.square(), LEAST * r.square()  # d^2 of every token, and what counts as none
-    # ranks tokens without a gain behind all others, by relevance
-    last = -1 / gain.clamp_min(torch.finfo(gain.dtype).tiny)
+    slack = EQUAL * gain  # of a tie
+    last = r.abs() - 2  # ranks tokens without a gain behind all others, by relevance
     if valid is not None:
         gain, last = gain.masked_fill(~valid, 0), last.masked_fill(~valid, -torch.inf)
     factor = u.new_zeros(b, min(keep, n), n)  # rows of the Cholesky factor
     picks: list[Tensor] = []
     for step in range(min(keep, n)):
-        best, pick = torch.where(gain > floor, gain, last).max(1, keepdim=True)  # [B, 1]; negative without a gain
+        if step == c:  # as many as there are channels: the rest is rounding
+            gain = gain.zero_()
+        rank = torch.where(gain > floor, gain, last)
+        best = rank.amax(1, keepdim=True)  # [B, 1]; negative without a gain
+        pick = first(rank + torch.where(gain > floor, slack, EQUAL) >= best)[:, None]
         picks.append(pick)
         line = (
             gram.gather(1, pick[..., None].expand(b, 1, n))

@@ -8,11 +8,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton import empty, inverse_lengths, launch, op
-from .dpp_ref import LEAST
+from .dpp_ref import LEAST, share
 from .maxmin_ref import small
-from .maxmin_triton import cosines, similarities, steps
+from .maxmin_triton import TIE, cosines, similarities, steps
 
 NONE = tl.constexpr(LEAST)
+
+
+@triton.jit
+def _ranks(gain, relevance, n0, N, any_left, BN: tl.constexpr):
+    """What tokens ``n`` ``[BN]`` from ``n0`` on are ranked by, within which difference they tie, and ``n``.
+    ``any_left``: fewer are chosen than there are channels; behind that a gain is rounding."""
+    n = (n0 + tl.arange(0, BN)).to(tl.int64)
+    g = tl.load(gain + n, mask=n < N, other=float("-inf"))
+    r = tl.load(relevance + n, mask=n < N, other=0.0)
+    useful = (g > r * r * NONE) & any_left
+    rank = tl.where(useful, g, tl.abs(r) - 2.0)
+    return tl.where(g == float("-inf"), float("-inf"), rank), tl.where(useful, r * r * TIE, TIE), n
 
 
 @triton.jit
@@ -32,22 +44,20 @@ def _dpp(
     factor += b * KEEP * N
     for step in range(0, KEEP):
         best = tl.zeros((), dtype=tl.float32) + float("-inf")
-        pick = tl.full((), -1, dtype=tl.int64)
         for n0 in range(0, N, BN):
-            n = (n0 + tl.arange(0, BN)).to(tl.int64)
-            g = tl.load(gain + n, mask=n < N, other=float("-inf"))
-            r = tl.load(relevance + n, mask=n < N, other=0.0)
-            rank = tl.where(g > r * r * NONE, g, -1.0 / tl.maximum(r * r, 1.1754944e-38))
-            rank = tl.where(g == float("-inf"), float("-inf"), rank)
-            top = tl.max(rank, axis=0)
-            better = top > best
-            pick = tl.where(better, n0 + tl.argmax(rank, axis=0, tie_break_left=True), pick).to(tl.int64)
-            best = tl.where(better, top, best)
+            rank, _, _ = _ranks(gain, relevance, n0, N, step < C, BN)
+            best = tl.maximum(best, tl.max(rank, axis=0))
+        pick = tl.full((), 2**62, dtype=tl.int64)
+        for n0 in range(0, N, BN):
+            rank, slack, n = _ranks(gain, relevance, n0, N, step < C, BN)
+            ties = (rank + slack >= best) & (rank > float("-inf"))
+            pick = tl.minimum(pick, tl.min(tl.where(ties, n, 2**62), axis=0))
+        pick = tl.where(pick < N, pick, -1)
         tl.store(out + b * KEEP + step, pick)
         chosen = tl.maximum(pick, 0)
         length, r_pick, g_pick = tl.load(inverse + chosen), tl.load(relevance + chosen), tl.load(gain + chosen)
         # the constant last: triton 3.8 makes a constant of the product otherwise
-        useful = g_pick > r_pick * r_pick * NONE
+        useful = (g_pick > r_pick * r_pick * NONE) & (step < C)
         root = tl.sqrt(tl.where(useful, g_pick, 1.0))
         tl.debug_barrier()  # everybody has read the gain before it changes
         for n0 in range(0, N, BN):
@@ -78,7 +88,11 @@ def dpp(x: Tensor, keep: int, relevance: Tensor | None, valid: Tensor | None) ->
         return out
     if not n:
         return out.fill_(-1)
-    r = torch.ones(b, n, device=x.device) if relevance is None else relevance.float().contiguous()
+    r = (
+        torch.ones(b, n, device=x.device)
+        if relevance is None
+        else share(relevance.float().nan_to_num(0, 0, 0), valid).contiguous()
+    )
     gain = r.square()
     if valid is not None:
         gain = gain.masked_fill(~valid, -torch.inf)

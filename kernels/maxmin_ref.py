@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.types import VtpruneError
-from .base import KernelInfo, check, kinds, register, rows, run, tokens, unit
+from .base import EQUAL, KernelInfo, check, first, kinds, register, rows, run, tokens, unit
 from .energy_ref import reference as energy
 
 GRAM = 2048
@@ -30,7 +30,7 @@ def asked(name: str, x: Tensor, keep: int, valid: Tensor | None, relevance: Tens
 
 def maxmin(x: Tensor, keep: int, *, valid: Tensor | None = None, backend: str | None = None) -> Tensor:
     """Chooses ``keep`` tokens of each image: first the one farthest from its nearest neighbour, then the one farthest
-    from its nearest chosen token, by ``1 - cos``; ties go to the lower position.
+    from its nearest chosen token, by ``1 - cos``; ties, up to ``EQUAL``, go to the lower position.
 
     Args:
         x: tokens ``[B, N, C]``.
@@ -68,7 +68,8 @@ def reference(x: Tensor, keep: int, valid: Tensor | None) -> Tensor:
     near = u.new_full((b, n), -torch.inf)  # similarity with the nearest chosen token
     image = torch.arange(b, device=x.device)
     for step in range(min(keep, n)):
-        pick = (nearest if step == 0 else near).masked_fill(closed, torch.inf).argmin(1)
+        open_ = (nearest if step == 0 else near).masked_fill(closed, torch.inf)
+        pick = first(open_ <= open_.amin(1, keepdim=True) + EQUAL)
         out[:, step] = pick
         closed[image, pick] = True
         s = gram[image, pick] if gram is not None else torch.bmm(u, rows(u, pick[:, None]).transpose(1, 2))[..., 0]

@@ -9,8 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton import INTERPRETED, cosine_tile, empty, inverse_lengths, launch, op, upcast
+from .base import EQUAL
 from .energy_triton import energy
 from .maxmin_ref import small
+
+TIE = tl.constexpr(EQUAL)
 
 
 @triton.jit
@@ -83,6 +86,21 @@ def cosines(
 
 
 @triton.jit
+def _nearest_none(near, N, BN: tl.constexpr):
+    """The first of the tokens with the lowest similarity ``near`` ``[N]``, up to ``EQUAL``; -1 if all are infinite."""
+    lowest = tl.zeros((), dtype=tl.float32) + float("inf")
+    for n0 in range(0, N, BN):
+        n = n0 + tl.arange(0, BN)
+        lowest = tl.minimum(lowest, tl.min(tl.load(near + n, mask=n < N, other=float("inf")), axis=0))
+    pick = tl.full((), 2**62, dtype=tl.int64)
+    for n0 in range(0, N, BN):
+        n = (n0 + tl.arange(0, BN)).to(tl.int64)
+        s = tl.load(near + n, mask=n < N, other=float("inf"))
+        pick = tl.minimum(pick, tl.min(tl.where((s <= lowest + TIE) & (s < float("inf")), n, 2**62), axis=0))
+    return tl.where(pick < N, pick, -1)
+
+
+@triton.jit
 def _maxmin(
     x, inverse, gram, nearest, near, out, N, C, KEEP,
     stride_b, stride_n, stride_c, MADE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
@@ -93,33 +111,19 @@ def _maxmin(
     inverse += b * N
     gram += b * N * N
     near += b * N
-    lowest = tl.zeros((), dtype=tl.float32) + float("inf")
-    pick = tl.full((), -1, dtype=tl.int64)
-    for n0 in range(0, N, BN):
-        n = (n0 + tl.arange(0, BN)).to(tl.int64)
-        s = tl.load(nearest + b * N + n, mask=n < N, other=float("inf"))
-        low = tl.min(s, axis=0)
-        better = low < lowest
-        pick = tl.where(better, n0 + tl.argmin(s, axis=0, tie_break_left=True), pick).to(tl.int64)
-        lowest = tl.where(better, low, lowest)
+    pick = _nearest_none(nearest + b * N, N, BN)
     for step in range(0, KEEP):
         tl.store(out + b * KEEP + step, pick)
         chosen = tl.maximum(pick, 0)
         length = tl.load(inverse + chosen)
-        lowest = tl.zeros((), dtype=tl.float32) + float("inf")
-        following = tl.full((), -1, dtype=tl.int64)
         for n0 in range(0, N, BN):
             n = (n0 + tl.arange(0, BN)).to(tl.int64)
             s = cosines(x, inverse, gram, n, n < N, chosen, length, N, C, stride_n, stride_c, BN, BC, MADE)
             s = tl.maximum(tl.load(near + n, mask=n < N, other=float("inf")), s)
             s = tl.where(n == pick, float("inf"), s)
             tl.store(near + n, s, mask=n < N)
-            low = tl.min(s, axis=0)
-            better = low < lowest
-            following = tl.where(better, n0 + tl.argmin(s, axis=0, tie_break_left=True), following).to(tl.int64)
-            lowest = tl.where(better, low, lowest)
-        tl.debug_barrier()  # the next step reads what other threads wrote
-        pick = following
+        tl.debug_barrier()  # what follows reads what other threads wrote
+        pick = _nearest_none(near, N, BN)
 
 
 def steps(made: bool) -> dict[str, int]:

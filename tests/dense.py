@@ -140,7 +140,10 @@ class Dense:
             take = self.visual & rows.isfinite().all(-1)
             embeds = embeds.clone()
             embeds[:, : rows.shape[1]][take] = rows[take]
-        planes = kwargs.get("deepstack_visual_embeds")
+        planes, single = kwargs.get("deepstack_visual_embeds"), embeds
+        whole = [p.new_zeros(*embeds.shape[:2], p.shape[-1]) for p in planes or ()]
+        for s, p in zip(whole, planes or (), strict=True):
+            s[:, : self.visual.shape[1]][self.visual] = p
         for stage in self.done.stages:
             if stage.assignment is None or stage.site.startswith(("vision", "pixels")):
                 continue
@@ -151,18 +154,15 @@ class Dense:
             behind = any(r.assignment is not None for run, _ in self.done.passes for r in run.records)
             if stage.method != "pool" and behind:
                 raise NoReference("merges by size behind merges")
-            if stage.site == "projector":  # every slot is the plain mean of its members
-                embeds = embeds.clone()
-                spread = [p.new_zeros(*embeds.shape[:2], p.shape[-1]) for p in planes or ()]
-                for s, p in zip(spread, planes or (), strict=True):
-                    s[:, : self.visual.shape[1]][self.visual] = p
+            if stage.site == "projector":  # every slot is the plain mean of all it stands for
+                embeds, spread = embeds.clone(), [s.clone() for s in whole]
                 for b, row in enumerate(self.done.rows):
                     columns, into = self.visual[b].nonzero()[:, 0], stage.assignment[row]
                     for slot, k in enumerate(stage.kept[row].tolist()):
                         members = columns[into == slot]
-                        embeds[b, columns[k]] = embeds[b, members].mean(0)
-                        for s in spread:
-                            s[b, columns[k]] = s[b, members].mean(0)
+                        embeds[b, columns[k]] = single[b, members].mean(0)
+                        for s, w in zip(spread, whole, strict=True):
+                            s[b, columns[k]] = w[b, members].mean(0)
                 planes = [s[:, : self.visual.shape[1]][self.visual] for s in spread] if planes is not None else None
         more = {"deepstack_visual_embeds": planes} if planes is not None else {}
         return args, {**kwargs, **more, "inputs_embeds": embeds}

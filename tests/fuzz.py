@@ -294,7 +294,6 @@ def options(draw: random.Random, b: Bench, name: str) -> dict[str, Any]:
     info = METHODS.get(name)
     assert info.cls is not None
     hints = typing.get_type_hints(info.cls)
-    declared = {f.name: f.metadata for f in dataclasses.fields(info.cls)}
     out: dict[str, Any] = {}
     for key in info.options:
         if key == "weights" or draw.random() < (
@@ -302,17 +301,20 @@ def options(draw: random.Random, b: Bench, name: str) -> dict[str, Any]:
         ):
             continue
         kinds = typing.get_args(hints[key]) if isinstance(hints[key], types.UnionType) else (hints[key],)
-        words = [w for w in declared[key].get("choices") or () if w is not None]
-        if words:
+        if words := _words(info, key):
             out[key] = draw.choice(words)
         elif key in DRAWN:
             out[key] = DRAWN[key](draw, b)
         elif bool in kinds:
             out[key] = draw.random() < 0.5
-        elif float in kinds:
-            out[key] = round(draw.uniform(0, 1), 2)
-        elif int in kinds:
-            out[key] = draw.randint(0, 6)
+        elif float in kinds or int in kinds:  # mostly of those that are allowed
+            limits = _declared(info, key) if draw.random() < 0.95 else {}
+            low = max((v for k in ("least", "above") if (v := limits.get(k)) is not None), default=0)
+            if float in kinds:
+                high = min((v for k in ("most", "below") if (v := limits.get(k)) is not None), default=low + 1)
+                out[key] = round(draw.uniform(low, high), 2)
+            else:
+                out[key] = int(low) + draw.randint(0, 6)
     if "ratios" in out:
         out["layers"] = tuple(sorted(draw.sample(range(max(b.adapter.geometry.llm_layers, 3)), len(out["ratios"]))))
     return out
@@ -331,14 +333,44 @@ def keep(draw: random.Random, b: Bench) -> int | float | None:
 ORDER = {"pixels": 0, "vision": 1, "projector": 2, "llm": 3}
 
 
+def _declared(info: Any, option: str) -> Any:
+    return next(f.metadata for f in dataclasses.fields(info.cls) if f.name == option)
+
+
+def _words(info: Any, option: str) -> list:
+    """What an option may be, where it is one of a few words."""
+    return [w for w in _declared(info, option).get("choices") or () if w is not None]
+
+
+def _shown(info: Any, geometry: Any) -> bool:
+    there = geometry.provides | {"vision": geometry.provides.get("vision", frozenset()) | geometry.notes}
+    return all(names <= there.get(kind, frozenset()) | geometry.traits for kind, names in info.needs.items())
+
+
+def method(draw: random.Random, b: Bench) -> tuple[str, dict[str, Any]]:
+    """A registered method that works here, by where and what it does first, so that few methods of a kind are drawn as
+    often as many; with options that put it there."""
+    if draw.random() < 0.03:
+        return draw.choice(list(METHODS)), {}
+    kind = draw.choice([k for k in b.adapter.geometry.provides if any(k in METHODS.get(m).kinds for m in METHODS)])
+    able = [METHODS.get(m) for m in METHODS if kind in METHODS.get(m).kinds]
+    deed = draw.choice(sorted({(i.merges, i.routes) for i in able}))
+    alike = [i for i in able if (i.merges, i.routes) == deed]
+    info = draw.choice(alike)
+    if draw.random() < 0.9:  # whose sources are there
+        info = draw.choice([i for i in alike if _shown(i, b.adapter.geometry)] or alike)
+    if kind == info.kinds[0] or "site" not in info.options or _words(info, "site"):
+        return info.name, {}
+    return info.name, {"site": kind if kind == "projector" else f"{kind}.{layer(draw, b, kind)}"}
+
+
 def recipe(draw: random.Random, b: Bench) -> Recipe:
-    """One to three stages of registered methods that work here, mostly in the order of their places."""
-    able = [m for m in METHODS if set(METHODS.get(m).kinds) & set(b.adapter.geometry.provides)]
+    """One to three stages, mostly in the order of their places."""
     stages = []
     for _ in range(draw.choices((1, 2, 3), (6, 3, 1))[0]):
-        name = draw.choice(able) if draw.random() < 0.97 else draw.choice(list(METHODS))
+        name, at = method(draw, b)
         info = METHODS.get(name)
-        given = options(draw, b, name)
+        given = options(draw, b, name) | at
         own = any(k in given for k in ("r", "ratio", "ratios"))
         stages.append(Stage(method=name, keep=None if own or not info.budgeted else keep(draw, b), options=given))
 

@@ -651,3 +651,23 @@ def test_small_chunks_change_nothing(name, case, monkeypatch):
     want = info.reference(*arguments)
     monkeypatch.setattr(sys.modules[info.reference.__module__], "CHUNK", 700)
     info.close(arguments, info.reference(*arguments), want)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("name", ["maxmin", "dpp", "coverage"])
+def test_equal_tokens_are_chosen_from_the_front_whatever_is_beside_them(name, backend):
+    """New-line tokens are all equal: which of them is chosen must not hang on the rounding of a larger product."""
+    g = torch.Generator().manual_seed(0)
+    for _ in range(40 if backend == "reference" else 4):
+        n = int(torch.randint(20, 90, (1,), generator=g))
+        x = torch.randn(1, n, 96, generator=g)
+        equal = torch.randperm(n, generator=g)[:6].sort().values
+        x[0, equal] = x[0, equal[0]].clone()
+        batch = torch.cat([torch.nn.functional.pad(x, (0, 0, 0, 13)), torch.randn(2, n + 13, 96, generator=g)])
+        valid = torch.ones(3, n + 13, dtype=torch.bool)
+        valid[0, n:] = False
+        alone = getattr(kernels, name)(x, n // 3, backend=backend)[0]
+        beside = getattr(kernels, name)(batch, n // 3, valid=valid, backend=backend)[0]
+        assert torch.equal(alone, beside)
+        of_them = [p for p in alone.tolist() if p in equal]
+        assert of_them == equal.tolist()[: len(of_them)]

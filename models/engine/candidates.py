@@ -50,6 +50,6 @@ def _remaining(request: Request, level: SequenceLength, device: torch.device) ->
     left = torch.where(table >= 0, at[request.owner.to(device)[:, None], table.clamp_min(0)], -1)
     n = left.shape[1]
     order = torch.where(left >= 0, torch.arange(n, device=device), n).sort(1).values
-    order = order[:, : max(int((order < n).sum(1).max()), 1)] if len(order) else order
+    order = order[:, : int((order < n).sum(1).max())] if len(order) else order
     there = order < n
     return torch.where(there, left.gather(1, order.clamp_max(n - 1)), -1), torch.where(there, order, -1)

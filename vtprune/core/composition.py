@@ -81,7 +81,7 @@ class _Walk:
             raise VtpruneError(
                 f"{info.name} cuts at {cut.site}, where {name} has put the visual tokens aside: place it {where}"
             )
-        if self._fresh(cut) == 0 and n == self.first[s]:
+        if self._fresh(cut) == 0 and (n == self.first[s] or self.reducer != info.name):
             raise VtpruneError(f"{info.name} at {cut.site} finds no visual tokens: {self.reducer} has taken them all")
         if info.whole and self.reducer:
             raise VtpruneError(

@@ -48,6 +48,8 @@ class Decider:
     def __call__(self, view: TokenView) -> Selection | None:
         import torch
 
+        if not view.valid.shape[1]:  # an earlier stage left nothing to decide
+            return from_mask(view.valid)
         view = self._promised(view, self.geometry.provides.get(self.cuts[self.number].kind, frozenset()))
         with torch.no_grad():
             if not view.rasters:
@@ -68,6 +70,9 @@ class Decider:
                 part = subview(view, rows, rasters[0] if whole else (sum(r * c for r, c in rasters), 1), shared)
                 if not whole:
                     part = replace(part, rasters=(rasters,) * len(rows))
+                if not part.valid.shape[1]:
+                    parts.append((rows, None))
+                    continue
                 parts.append(
                     (rows, self._rasters(part, cut, rasters, counts) if counts else self.method.select(part, cut))
                 )
