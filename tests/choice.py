@@ -30,14 +30,13 @@ def pairs() -> list[tuple[str, str, str, int]]:
 
 @functools.cache
 def kinds() -> tuple[tuple[str, ...], ...]:
-    """Methods by what the engine has to do for them: where they cut, what they need there, whether they merge, route or
-    look at the image plane."""
+    """Methods by what the engine has to do for them: where they cut, whether they merge or route, and in the language
+    model whether they look into a layer. What else they need is any view's (tests/models/test_views.py)."""
     groups: dict[Any, list[str]] = {}
     for name in vtprune.methods():
         info = vtprune.describe(name)
-        # what needs no layer's projections is any view's (tests/models/test_views.py)
-        reads = any(names & {"projections", "query_attention", "keys"} for names in info.needs.values())
-        groups.setdefault((info.kinds[0], reads, info.merges, info.routes, info.raster), []).append(name)
+        reads = bool(info.needs.get("llm", frozenset()) & {"query_attention", "keys"}) and info.kinds[0] == "llm"
+        groups.setdefault((info.kinds[0], reads, info.merges, info.routes), []).append(name)
     return tuple(map(tuple, groups.values()))
 
 
@@ -57,9 +56,9 @@ def taken(pair: tuple[str, str, str, int]) -> bool:
 def covering() -> frozenset[tuple[str, str, str, int]]:
     """The pairs that every run checks; the rest runs under the slow marker.
 
-    Every family's first variant meets every kind of method, and its other variants one in the tower or in front of it
-    and one behind, by turns. Every method meets :data:`MEET` families of different kinds, in each of its cases at least
-    once.
+    Every family's first variant meets every kind of method, and its other variants one in the tower or in front of
+    it, or one behind, by turns. Every method meets :data:`MEET` families of different kinds, in each of its cases at
+    least once.
     """
     chosen: set[tuple[str, str, str, int]] = set()
     groups = kinds()
@@ -71,16 +70,16 @@ def covering() -> frozenset[tuple[str, str, str, int]]:
             chosen.add((family, first[family], name, f % len(vtprune.describe(name).cases)))
         for variant in list(ADAPTERS.get(family).tiny)[1:]:
             turn += 1
-            for ahead in (True, False):
-                able = [
-                    (family, variant, name, case)
-                    for name in vtprune.methods()
-                    for case in range(len(vtprune.describe(name).cases))
-                    if (vtprune.describe(name).kinds[0] in ("pixels", "vision")) == ahead
-                    and taken((family, variant, name, case))
-                ]
-                if able:
-                    chosen.add(able[5 * turn % len(able)])
+            able = [
+                (family, variant, name, case)
+                for name in vtprune.methods()
+                for case in range(len(vtprune.describe(name).cases))
+                if taken((family, variant, name, case))
+            ]
+            ahead = [pair for pair in able if vtprune.describe(pair[2]).kinds[0] in ("pixels", "vision")]
+            behind = [pair for pair in able if pair not in ahead]
+            some = (ahead or behind) if turn % 2 else (behind or ahead)
+            chosen.add(some[5 * turn % len(some)])
     for m, name in enumerate(vtprune.methods()):
         cases = range(len(vtprune.describe(name).cases))
         order = DIFFERENT[m % len(DIFFERENT) :] + DIFFERENT[: m % len(DIFFERENT)]

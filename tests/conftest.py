@@ -66,9 +66,7 @@ def tiny():
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "some_method" in metafunc.fixturenames:
-        # with the bundled model one of those that cut alike; the others are slow
-        infos = [vtprune.describe(group[0]) for group in kinds()]
-        some = {(info.kinds, info.merges, info.routes): info.name for info in infos}.values()
+        some = {group[0] for group in kinds()}  # with the bundled model one of each kind; the others are slow
         names = [pytest.param(name, marks=() if name in some else pytest.mark.slow) for name in vtprune.methods()]
         metafunc.parametrize("some_method", names)
     if "method_name" in metafunc.fixturenames:

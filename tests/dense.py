@@ -98,7 +98,7 @@ class Dense:
         self.steps: list[list[tuple[str, int, Tensor]]] = []
         self.gone: dict[int, Tensor] = {}
         self.owner: dict[int, Any] = {}
-        told = list(enumerate(self.done.stages))
+        told, used = list(enumerate(self.done.stages)), set()
         entry = [s for s in self.done.stages if not s.site.startswith("llm.")]
         now = self._columns(entry[-1].kept) if entry else torch.zeros_like(self.visual)
         held: dict[int, Tensor] = {}
@@ -107,6 +107,11 @@ class Dense:
             for stage, cut in self.done.cuts:
                 if cut.site != f"llm.{i}":
                     continue
+                name = self.done.methods[stage].info.name
+                place = next(
+                    (n for n, s in told if s.site == cut.site and s.method == name and n not in used), None
+                )
+                used.add(place)
                 if cut.returns:
                     steps.append(("back", stage, held[stage]))
                     now, aside = (held[stage], aside) if cut.action is Action.RESTORE else (now, held[stage])
@@ -116,10 +121,6 @@ class Dense:
                     held[stage] = now
                 elif held and any(bool((h != now).any()) for h in held.values()):
                     raise NoReference("cuts among the routed layers")
-                name = self.done.methods[stage].info.name
-                place = next(
-                    (n for n, s in told if s.site == cut.site and s.method == name and n not in self.gone), None
-                )
                 if place is not None:
                     steps.append(("rank", place, now))
                     self.gone[place], self.owner[place] = now, self.done.methods[stage]

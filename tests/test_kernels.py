@@ -26,15 +26,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def cases() -> list:
-    """Every case at small sizes in one dtype, the first one in every dtype; at large sizes the first three, in one
-    dtype each; the rest is slow."""
+    """Every case at small sizes in one dtype, the first one in every dtype; at 577 tokens the first two, in one dtype
+    each; the rest is slow."""
     out = []
     for name in KERNELS:
         for number, case in enumerate(KERNELS.get(name).cases):
             for n in SHAPES:
                 for i, dtype in enumerate(DTYPES):
                     small = i == number % len(DTYPES) or (number == 0 and n > 1)
-                    quick = small if n < 100 else number == i if n == 577 else number == 0 and i == 1
+                    quick = small if n < 100 else n == 577 and number == i < 2
                     marks = () if quick or DEVICE == "cuda" else pytest.mark.slow
                     out.append(
                         pytest.param(name, case, n, dtype, marks=marks, id=f"{name}-{case}-{n}-{str(dtype)[6:]}")
@@ -658,8 +658,8 @@ def test_small_chunks_change_nothing(name, case, monkeypatch):
 def test_equal_tokens_are_chosen_from_the_front_whatever_is_beside_them(name, backend):
     """New-line tokens are all equal: which of them is chosen must not hang on the rounding of a larger product."""
     g = torch.Generator().manual_seed(0)
-    for _ in range(40 if backend == "reference" else 4):
-        n = int(torch.randint(20, 90, (1,), generator=g))
+    for _ in range(40 if backend == "reference" else 2):
+        n = int(torch.randint(20, 90 if backend == "reference" else 30, (1,), generator=g))
         x = torch.randn(1, n, 96, generator=g)
         equal = torch.randperm(n, generator=g)[:6].sort().values
         x[0, equal] = x[0, equal[0]].clone()

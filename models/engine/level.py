@@ -82,15 +82,12 @@ def dense_level(real: Tensor, visual: Tensor) -> SequenceLength:
 
 
 def pack(first: int, mask: Tensor, parent: SequenceLength) -> tuple[SequenceLength, Tensor]:
-    """The level that keeps ``mask`` ``[B, M]`` of ``parent``, aligned to the side on which the prompt ends, and the
-    columns ``[B, K]`` it takes."""
+    """The level that keeps ``mask`` ``[B, M]`` of ``parent``, padded in front, and the columns ``[B, K]`` it takes. (A
+    sliding layer's cache keeps its last columns: there must be no padding.)"""
     width, m = max(int(mask.sum(1).max()), 1), mask.shape[1]
-    right = bool(parent.valid[:, -1].all())
-    position = torch.where(mask, torch.arange(m, device=mask.device), -1 if right else m)
-    order = position.sort(dim=1).values
-    order = order[:, m - width :] if right else order[:, :width]
-    valid = (order >= 0) & (order < m)
-    order = torch.where(valid, order, 0)
+    order = torch.where(mask, torch.arange(m, device=mask.device), -1).sort(dim=1).values[:, m - width :]
+    valid = order >= 0
+    order = order.clamp_min(0)
     marks = parent.visual.gather(1, order) & valid
     return SequenceLength(first, parent.rows.gather(1, order), valid, marks, torch.zeros_like(parent.shift)), order
 

@@ -147,6 +147,10 @@ REFUSED = [
         "put the visual tokens aside|finds no visual tokens",
     ),
     ((("drop-all", None, {"layer": 1}), ("drop-all", None, {"layer": 2})), "finds no visual tokens"),
+    (
+        (("apet", 4, {"site": "projector", "layer": 4}), ("drop-all", None, {"layer": 1})),
+        "apet at llm.4 finds no visual tokens: drop-all has taken them all",
+    ),
     ((("random", 0.5, {"site": "llm.2"}), ("fastv", 0.25, {})), "attention from before the first"),
     ((("flowcut", 12, {}), ("flowcut", 6, {})), "both cut at vision"),
     ((("random", 0.5, {"site": "vision.0"}), ("flowcut", 6, {})), "both cut at vision.0"),

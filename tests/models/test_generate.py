@@ -323,3 +323,41 @@ def test_weights_that_are_offloaded_to_disk(tiny, tmp_path, method):
     with pytest.raises(UnsupportedError, match="offloaded"):
         vtprune.attach(spread, "dpvr-lf")
     assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("layer", [1, 3])
+def test_padding_does_not_push_a_prompt_out_of_a_sliding_window(tiny, layer, static):
+    """A prompt of images leaves few rows, one of text all of its own. What follows the first must see its text, though
+    the layer caches its last eleven columns only."""
+    from transformers import DynamicCache, StaticCache
+
+    model, inputs = tiny("gemma3", "sliding")
+    t = inputs["input_ids"].shape[1]
+    alone = {k: v[:1] for k, v in inputs.items() if k != "pixel_values"} | {"pixel_values": inputs["pixel_values"][:2]}
+    words = torch.randint(8, 64, (1, t - 4), generator=torch.Generator().manual_seed(0))
+    beside = dict(alone)
+    for name, more in (("input_ids", words), ("attention_mask", torch.ones_like(words))):
+        beside[name] = torch.cat([alone[name], torch.nn.functional.pad(more, (0, 4))])
+    beside["token_type_ids"] = torch.nn.functional.pad(alone["token_type_ids"], (0, 0, 0, 1))
+
+    def follow(batch):
+        rows, got = len(batch["input_ids"]), []
+        config = model.config.get_text_config()
+        cache = StaticCache(config=config, max_cache_len=t + 8) if static else DynamicCache(config=config)
+        out = model(**batch, use_cache=True, **cached(model, cache))
+        for step, ids in enumerate((9, 20, 31)):
+            mask = torch.nn.functional.pad(batch["attention_mask"], (0, step + 1), value=1)
+            out = model(
+                input_ids=torch.full((rows, 1), ids),
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1)[:, -1:],
+                token_type_ids=torch.zeros(rows, 1, dtype=torch.long),
+                use_cache=True,
+                **cached(model, cache_of(out)),
+            )
+            got.append(out.logits[:1])
+        return torch.cat(got, 1)
+
+    with vtprune.attach(model, "drop-all", layer=layer), torch.no_grad():
+        torch.testing.assert_close(follow(beside), follow(alone), atol=1e-5, rtol=1e-5)

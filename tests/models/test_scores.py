@@ -8,6 +8,7 @@ from vtprune.models.base import ADAPTERS
 
 import vtprune
 from cases import case_options
+from choice import covering
 from vtprune.core.report import Report
 from vtprune.core.types import UnsupportedError
 from vtprune.show import token_states
@@ -26,11 +27,21 @@ def reported(tiny, family: str, variant: str, method: str, case: int) -> Report:
         pytest.skip(str(e))
 
 
-@pytest.mark.parametrize("family, case", [("llava", 0), *((family, 1) for family in FAMILIES)])
-def test_scores_explain_what_was_kept(tiny, family, method_name, case):
-    info = vtprune.describe(method_name)
+MET = {(family, method) for family, _, method, _ in covering()}
+
+
+@pytest.mark.parametrize(
+    "family, case, method",
+    [
+        pytest.param(f, case, m, marks=() if (f, m) in MET or (f, case) == ("llava", 0) else pytest.mark.slow)
+        for f, case in [("llava", 0), *((family, 1) for family in FAMILIES)]
+        for m in vtprune.methods()
+    ],
+)
+def test_scores_explain_what_was_kept(tiny, family, method, case):
+    info = vtprune.describe(method)
     for variant in list(ADAPTERS.get(family).tiny)[:2]:
-        report = reported(tiny, family, variant, method_name, case)
+        report = reported(tiny, family, variant, method, case)
         for number, stage in enumerate(report.stages):
             changed = stage.tokens_in != stage.tokens_out
             assert (stage.scores is None) == (stage.units is None)

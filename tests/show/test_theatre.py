@@ -96,7 +96,10 @@ def ranked(stage: StageReport, drawn: dict, sample: int) -> None:
 CASES = [(m, i) for m in vtprune.methods() for i in range(len(vtprune.describe(m).cases))]
 
 
-@pytest.mark.parametrize(("method", "number"), CASES, ids=lambda v: str(v))
+@pytest.mark.parametrize(
+    ("method", "number"),
+    [pytest.param(m, i, marks=pytest.mark.slow if i and not vtprune.describe(m).merges else ()) for m, i in CASES],
+)
 def test_every_method_on_the_bundled_model(method, number):
     model, _, inputs = demo()
     agrees(run(model, inputs, method, **case_options(model, method, number)))

@@ -96,13 +96,16 @@ def summary() -> str:
     """Families down, groups of methods across: how many of each work."""
     groups = grouped([METHODS.get(m) for m in METHODS])
     rows = ["| | " + " | ".join(groups) + " |", "|---|" + ":-:|" * len(groups)]
-    for family in ADAPTERS:
-        cells = []
-        for infos in groups.values():
-            works = [i for i in infos if entry(family, i.name).status != "refused"]
-            cells.append("–" if not works else "all" if len(works) == len(infos) else f"{len(works)} of {len(infos)}")
-        rows.append(f"| {family} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+    return "\n".join([*rows, *(counts(family) for family in ADAPTERS)])
+
+
+def counts(family: str) -> str:
+    """A family's row in the README."""
+    cells = []
+    for infos in grouped([METHODS.get(m) for m in METHODS]).values():
+        works = [i for i in infos if entry(family, i.name).status != "refused"]
+        cells.append("–" if not works else "all" if len(works) == len(infos) else f"{len(works)} of {len(infos)}")
+    return f"| {family} | " + " | ".join(cells) + " |"
 
 
 def document() -> str:
@@ -122,18 +125,23 @@ def document() -> str:
         "",
     ]
     for family in ADAPTERS:
-        info = ADAPTERS.get(family)
-        notes: dict[tuple[str, str], list[str]] = {}
-        for method in METHODS:
-            known = entry(family, method)
-            if known.status != "exact":
-                # Methods that are refused for the same reason stand together.
-                note = re.sub(rf"^{re.escape(method)}:? ", "", known.note)
-                notes.setdefault((known.status, note), []).append(method)
-        lines += [f"## {family}", "", f"{info.idea[0].upper()}{info.idea[1:]}. Tested as: {', '.join(info.tiny)}.", ""]
-        lines += [f"- {SIGNS[status]} {', '.join(methods)}: {note}" for (status, note), methods in notes.items()]
-        lines += [""] if notes else []
+        lines += [*section(family), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def section(family: str) -> list[str]:
+    """A family's lines in docs/support.md."""
+    info = ADAPTERS.get(family)
+    notes: dict[tuple[str, str], list[str]] = {}
+    for method in METHODS:
+        known = entry(family, method)
+        if known.status != "exact":
+            # Methods that are refused for the same reason stand together.
+            note = re.sub(rf"^{re.escape(method)}:? ", "", known.note)
+            notes.setdefault((known.status, note), []).append(method)
+    lines = [f"## {family}", "", f"{info.idea[0].upper()}{info.idea[1:]}. Tested as: {', '.join(info.tiny)}.", ""]
+    lines += [f"- {SIGNS[status]} {', '.join(methods)}: {note}" for (status, note), methods in notes.items()]
+    return lines if notes else lines[:-1]
 
 
 def readme(text: str) -> str:
