@@ -54,9 +54,9 @@ class LlavaOnevision(LlavaNext):
         maps = [self.packed(size, tiled) for size, tiled in self.tiles(self.noted(inputs))]
         if any(p.video >= 0 for sample in samples for p in sample) or any(bool((m != m.round()).any()) for m in maps):
             raise UnsupportedError(
-                "LLaVA-OneVision interpolates video frames and large images behind the projector, which tokens from a "
-                "pruned tower cannot be: "
-                "use a stage at the projector or in the language model, or an image that fits its tiles"
+                "LLaVA-OneVision interpolates video frames and large images behind the projector, where no token is "
+                "one of the tower's any more: what a stage drops, merges or notes in the tower has no place there; use "
+                "one that works at the projector or in the language model alone, or an image that fits its tiles"
             )
         return super().sources(inputs, samples)
 

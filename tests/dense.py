@@ -108,9 +108,7 @@ class Dense:
                 if cut.site != f"llm.{i}":
                     continue
                 name = self.done.methods[stage].info.name
-                place = next(
-                    (n for n, s in told if s.site == cut.site and s.method == name and n not in used), None
-                )
+                place = next((n for n, s in told if s.site == cut.site and s.method == name and n not in used), None)
                 used.add(place)
                 if cut.returns:
                     steps.append(("back", stage, held[stage]))
