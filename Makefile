@@ -4,7 +4,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 TYPING := build/typing
 SLOW := -m "not slow"
-JOBS := -n auto --maxprocesses 4
+# One more than there are cores: browsers wait.
+JOBS := -n $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1))) --maxprocesses 5
 # -I: the folder of the script, with its types.py and select.py, stays out of the way of Python's own modules.
 VERSIONS := -I vtprune/check/versions.py
 

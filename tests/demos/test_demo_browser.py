@@ -132,6 +132,11 @@ def chromium():
         browser.close()
 
 
+REMEMBER = """window.told = []; new MutationObserver(() => {
+    for (const box of document.querySelectorAll('[role=alert]')) window.told.push(box.innerText);
+}).observe(document, {subtree: true, childList: true, characterData: true});"""  # messages pop up for seconds only
+
+
 class Seat:
     """One user: a browser context of its own, and what went wrong in it."""
 
@@ -150,6 +155,7 @@ class Seat:
             lambda r: self.elsewhere.append(r.url) if urlsplit(r.url).hostname not in ("127.0.0.1", None) else None,
         )
         self.page.set_default_timeout(WAIT)
+        self.page.add_init_script(REMEMBER)
         self.page.goto(server.url)
         self.page.get_by_text("visual tokens per image").wait_for()
 
@@ -174,6 +180,16 @@ class Seat:
 
     def status(self, text: str, where: str = "status") -> None:
         self.page.locator(f"#{where} .vtp-status", has_text=re.compile(text)).wait_for()
+
+    def told(self, text: str) -> None:
+        """Waits until a message has popped up, also one that is gone again."""
+        self.page.wait_for_function("text => window.told.some((t) => t.includes(text))", arg=text)
+
+    def ask(self) -> None:
+        """Asks, and waits until all is done: what is in between may be too short to be seen."""
+        self.page.evaluate("for (const s of document.querySelectorAll('#status .vtp-status')) s.dataset.old = '1'")
+        self.page.locator("#ask").click()
+        self.page.locator("#status .vtp-status:not([data-old])", has_text=re.compile("done")).wait_for()
 
     def answer(self, side: str) -> str:
         return self.page.locator(f"#answer-{side} textarea").input_value()
@@ -276,9 +292,7 @@ def test_a_visit(seat, pictures, tmp_path):
     # Two recipes.
     one.choose("recipe-a", "tome")
     one.choose("recipe-b", "fastv")
-    one.page.locator("#ask").click()
-    one.status("waiting|answering|measuring")
-    one.status("done")
+    one.ask()
     assert one.page.locator(".vtp-metrics").inner_text().count("tome") and one.page.locator(
         ".vtp-metrics"
     ).inner_text().count("fastv")
@@ -304,7 +318,8 @@ def test_a_visit(seat, pictures, tmp_path):
     assert [line.rsplit(" (", 1)[0] for line in done.stdout.strip().splitlines()] == [one.answer("a"), one.answer("b")]
 
 
-def test_all_methods_and_results(seat, pictures):
+@pytest.mark.slow  # test_demo_engine.py compares them all, test_stop_leaves_the_model_free sees the first
+def test_all_methods(seat, pictures):
     path, question, answer = pictures[1]
     one = seat()
     one.upload(path)
@@ -322,6 +337,9 @@ def test_all_methods_and_results(seat, pictures):
         one.page.locator("#all-methods-png").click()
     assert Path(found.value.path()).read_bytes().startswith(b"\x89PNG")
 
+
+def test_results(seat):
+    one = seat()
     one.page.get_by_role("tab", name="Results").click()
     one.page.locator("#draw").click()
     one.status("done", "results-status")
@@ -332,7 +350,10 @@ def test_all_methods_and_results(seat, pictures):
 
 @pytest.mark.parametrize(
     "name, context",
-    [("phone", {"viewport": {"width": 390, "height": 844}, "has_touch": True}), ("dark", {"color_scheme": "dark"})],
+    [
+        ("phone", {"viewport": {"width": 390, "height": 844}, "has_touch": True}),
+        pytest.param("dark", {"color_scheme": "dark"}, marks=pytest.mark.slow),
+    ],
 )
 def test_phone_and_dark(seat, pictures, name, context):
     path, question, dense = pictures[0]
@@ -404,9 +425,7 @@ def test_what_cannot_be_answered_gets_a_message(seat, pictures, tmp_path):
     one.page.locator("#ask").click()
     one.status("done")
     one.question(question)
-    one.page.locator("#ask").click()
-    one.status("waiting|answering|measuring")
-    one.status("done")
+    one.ask()
     assert one.answer("a") == dense
 
 
@@ -580,13 +599,13 @@ def test_a_model_s_process_that_dies_is_told_everywhere(chromium, pictures):
     asking.page.locator(".vtp-cards li").first.wait_for()
     os.kill(server.child(), signal.SIGKILL)
     asking.status("process has ended; start vtprune demo again", "compare-status")
-    idle.page.get_by_role("alert").filter(has_text="the model's process has ended (SIGKILL").wait_for()
+    idle.told("the model's process has ended (SIGKILL")
     told = server.process.communicate(timeout=60)[0]
     assert (
         server.process.returncode == 1 and "the model's process has ended (SIGKILL" in told and "Traceback" not in told
     )
     server.left_nothing()
-    idle.page.get_by_role("alert").filter(has_text="vtprune demo has ended").wait_for()
+    idle.told("vtprune demo has ended")
     for one in (asking, idle):
         one.context.close()
 

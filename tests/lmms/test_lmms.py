@@ -744,6 +744,7 @@ def test_eval_says_what_is_wrong(capsys, tmp_path):
     assert not (tmp_path / "dry").exists()
 
 
+@pytest.mark.slow  # test_readme.py runs the README's commands
 def test_eval_end_to_end(tmp_path, bundled):
     """One real run through the command, and its answers are the benchmark's."""
     words = [

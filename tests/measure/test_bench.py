@@ -277,6 +277,7 @@ def test_the_readme_quotes_the_committed_table():
             assert run["correct"] == [bool(c) for c in row["correct"]] and run["key"] == row["key"]
 
 
+@pytest.mark.slow
 def test_the_bundled_model_knows_the_questions_and_needs_the_image():
     """Seeing, it answers both sets; blind, it is no better than guessing (measured at size:
     models/demo_vlm/README.md)."""

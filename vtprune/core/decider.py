@@ -70,13 +70,13 @@ class Decider:
                 part = subview(view, rows, rasters[0] if whole else (sum(r * c for r, c in rasters), 1), shared)
                 if not whole:
                     part = replace(part, rasters=(rasters,) * len(rows))
-                if not part.valid.shape[1]:
-                    parts.append((rows, None))
-                    continue
-                parts.append(
-                    (rows, self._rasters(part, cut, rasters, counts) if counts else self.method.select(part, cut))
-                )
+                parts.append((rows, self._of_group(part, cut, rasters, counts)))
             return join(view, parts)
+
+    def _of_group(self, part: TokenView, cut: Cut, rasters: Rasters, left: tuple[int, ...]) -> Selection | None:
+        if not part.valid.shape[1]:
+            return None
+        return self._rasters(part, cut, rasters, left) if left else self.method.select(part, cut)
 
     def _cut(self, rasters: Rasters) -> Cut:
         """The cut as planned for a unit made of ``rasters``."""
