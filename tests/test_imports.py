@@ -54,6 +54,7 @@ def test_folders_are_no_top_level_packages(folder, tmp_path):
     assert fresh(code, tmp_path, "-I")
 
 
+@pytest.mark.slow
 def test_transformers_takes_no_folder_of_a_checkout_for_a_package():
     """It looks for a package named ``kernels`` (the hub's), and a Python started in a checkout's root finds ours."""
     code = (

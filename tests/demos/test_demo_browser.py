@@ -132,9 +132,9 @@ def chromium():
         browser.close()
 
 
-REMEMBER = """window.told = []; new MutationObserver(() => {
+REMEMBER = """() => { window.told = []; new MutationObserver(() => {
     for (const box of document.querySelectorAll('[role=alert]')) window.told.push(box.innerText);
-}).observe(document, {subtree: true, childList: true, characterData: true});"""  # messages pop up for seconds only
+}).observe(document, {subtree: true, childList: true, characterData: true}); }"""  # messages pop up for seconds only
 
 
 class Seat:
@@ -155,8 +155,8 @@ class Seat:
             lambda r: self.elsewhere.append(r.url) if urlsplit(r.url).hostname not in ("127.0.0.1", None) else None,
         )
         self.page.set_default_timeout(WAIT)
-        self.page.add_init_script(REMEMBER)
         self.page.goto(server.url)
+        self.page.evaluate(REMEMBER)
         self.page.get_by_text("visual tokens per image").wait_for()
 
     def upload(self, path: Path) -> None:

@@ -209,6 +209,7 @@ def test_times_are_kept_apart_from_results(vlm, tmp_path):
     assert "prefill_ms" in json.loads(timed.pop("fastv-0.5-0.time.json")) and timed == files(tmp_path / "plain")
 
 
+@pytest.mark.slow  # in one process: test_a_model_that_raises_leaves_what_was_done
 def test_a_killed_run_ends_with_the_same_files(tmp_path):
     """The command itself, killed between two batches and started again."""
     command = [

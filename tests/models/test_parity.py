@@ -516,9 +516,12 @@ MAY_REFUSE = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+QUICK = ("llava", "llava-next", "qwen2.5-vl", "gemma3", "smolvlm")
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAMILIES])
 def test_what_passes_without_passes_with_pyramiddrop_at_full_budget(family):
-    """One family in every mode, the others in those that a family can do in its own way; the rest under the slow
+    """One family in every mode, others in those that a family can do in its own way; the rest under the slow
     marker."""
     _check(family, "pyramiddrop", [m for m in MODES if m not in SLOW and (family == "llava" or m in CORE)])
 

@@ -16,6 +16,7 @@ from vtprune.models.base import ADAPTERS
 
 import vtprune
 from cases import case_options
+from choice import kinds
 from fake import picture
 from vtprune.core.recipe import Recipe, Stage
 from vtprune.core.report import Report, StageReport
@@ -98,7 +99,7 @@ CASES = [(m, i) for m in vtprune.methods() for i in range(len(vtprune.describe(m
 
 @pytest.mark.parametrize(
     ("method", "number"),
-    [pytest.param(m, i, marks=pytest.mark.slow if i and not vtprune.describe(m).merges else ()) for m, i in CASES],
+    [pytest.param(m, i, marks=() if m in {group[0] for group in kinds()} else pytest.mark.slow) for m, i in CASES],
 )
 def test_every_method_on_the_bundled_model(method, number):
     model, _, inputs = demo()
