@@ -73,9 +73,10 @@ resolve = build/lock/bin/python $(VERSIONS) $(1) > build/lock/$(1).txt && build/
 	--prerelease disallow --no-annotate --custom-compile-command "make lock" --extra dev --constraint build/lock/$(1).txt \
 	--output-file requirements/$(2).txt pyproject.toml && echo "written: requirements/$(2).txt"
 
-# The table of methods and families in docs/support.md and README.md.
+# The tables of methods and families in docs/support.md and README.md.
 support: .venv
 	@$(BIN)/python -m vtprune.measure.support
+	@$(BIN)/python -m vtprune.measure.standings
 
 # What the notebooks in demos/ put out, saved in them.
 notebooks: .venv

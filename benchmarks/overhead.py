@@ -1,8 +1,8 @@
 """Selection overhead: the time of a pruned prefill over *the limit*, the same work without selection, and what the
 hooks cost per decoded token.
 
-``python benchmarks/overhead.py [--size small|bench|llava-7b|llava-next] [--methods a,b] [--repeats N] [--device cpu]
-[--dtype float32] [--json F] [--table F]``
+``python benchmarks/overhead.py [--size small|bench|bench-next|llava-7b|llava-next] [--methods a,b] [--repeats N]
+[--device cpu] [--dtype float32] [--json F] [--table F]``
 
 The limit is the unpatched model doing exactly what is left. A pruned run is recorded: how many tokens every tower
 block, its MLP and every decoder layer saw. Plain hooks then cut the sequence to these numbers by ``x[:, :n]``, with
@@ -61,6 +61,7 @@ class Size:
 SIZES = {
     "small": Size((64, 5, 4, 128), (64, 6, 4, 128), keep=4, side=84),
     "bench": Size((1024, 12, 16, 4096), (1024, 16, 16, 2816), keep=64),
+    "bench-next": Size((1024, 12, 16, 4096), (1024, 16, 16, 2816), keep=1 / 9, tiles=5),  # 2880 tokens
     "thin": Size((64, 12, 4, 64), (64, 16, 4, 64), keep=64),  # computes next to nothing: what is left is Python
     "llava-7b": Size((1024, 24, 16, 4096), (4096, 32, 32, 11008), keep=64),
     "llava-next": Size((1024, 24, 16, 4096), (4096, 32, 32, 11008), keep=1 / 9, tiles=5),

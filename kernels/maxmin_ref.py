@@ -68,8 +68,8 @@ def reference(x: Tensor, keep: int, valid: Tensor | None) -> Tensor:
     near = u.new_full((b, n), -torch.inf)  # similarity with the nearest chosen token
     image = torch.arange(b, device=x.device)
     for step in range(min(keep, n)):
-        open_ = (nearest if step == 0 else near).masked_fill(closed, torch.inf)
-        pick = first(open_ <= open_.amin(1, keepdim=True) + EQUAL)
+        left = (nearest if step == 0 else near).masked_fill(closed, torch.inf)
+        pick = first(left <= left.amin(1, keepdim=True) + EQUAL)
         out[:, step] = pick
         closed[image, pick] = True
         s = gram[image, pick] if gram is not None else torch.bmm(u, rows(u, pick[:, None]).transpose(1, 2))[..., 0]

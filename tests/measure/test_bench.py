@@ -13,7 +13,7 @@ import vtprune
 from fake import IMAGE, FakeProcessor, picture, tiny
 from vtprune.inputs.chats import ask, prepare
 from vtprune.inputs.images import open_image
-from vtprune.measure import bench, statistics, text
+from vtprune.measure import bench, standings, statistics, text
 from vtprune.measure import run as run_module
 from vtprune.measure import samples as samples_module
 from vtprune.measure.samples import Sample
@@ -259,18 +259,8 @@ def test_table_has_every_row_and_says_what_is_impossible(vlm, tmp_path):
 def test_the_readme_quotes_the_committed_table():
     root = Path(__file__).resolve().parents[2]
     result = json.loads((root / "benchmarks/results/bench.json").read_text())
-    known = {(r["method"], r["budget"]): r for r in result["rows"]}
-    lines = [line for line in (root / "README.md").read_text().splitlines() if line.startswith("| `")]
-    quoted = {
-        line.split("`")[1]: [cell.strip() for cell in line.split("|")[-5:-1]] for line in lines if line.count("|") == 9
-    }
-    assert len(quoted) > 10 and {*quoted} <= {
-        *vtprune.methods()
-    }  # a new method gets its row when the table is measured again
-    for method, values in quoted.items():
-        assert values == [
-            f"{100 * known[method, b]['sets']['scenes']['accuracy']:.1f}" for b in (0.75, 0.5, 0.25, 0.11)
-        ], method
+    text = (root / "README.md").read_text()
+    assert standings.readme(text, result) == text, "run python -m vtprune.measure.standings"
     for row in result["rows"]:  # what the runs hold
         if "error" not in row and row["budget"] is not None and row["method"] not in ("dense", "random"):
             run = json.loads((root / f"benchmarks/results/runs/{row['method']}-{row['budget']:g}-0.json").read_text())

@@ -316,3 +316,11 @@ def test_group_a_is_what_down_sampling_loses(vlm):
     ]
     low, high = rows[2]["group_a"]["interval"]
     assert 0 <= low < 2 / 3 < high <= 1
+
+
+def test_every_name_has_files_of_its_own():
+    from vtprune.core.recipes import RECIPES
+    from vtprune.measure.runs import slug
+
+    names = {*vtprune.methods(), *RECIPES}
+    assert len({slug(name) for name in names}) == len(names) > 30

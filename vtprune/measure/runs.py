@@ -34,7 +34,7 @@ def fingerprint(model: Any) -> str:
 
 def slug(name: str) -> str:
     """A name as a file name."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-")
+    return "".join(c if c.isalnum() or c in "-_.+" else "-" for c in name).strip("-")
 
 
 def write(path: Path, data: str) -> None:
