@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .base import interpreted
+from .base import EQUAL, interpreted
 
 INTERPRETED = interpreted()
 _lock = threading.Lock()  # the interpreter patches triton.language while it runs
@@ -82,6 +82,15 @@ def upcast(x: Tensor) -> bool:
     """Whether tiles of ``x`` become float32 before tl.dot: products of 16-bit floats are exact there anyway, but the
     interpreter has no bf16 arithmetic."""
     return INTERPRETED or x.dtype == torch.float32
+
+
+TIE, NOWHERE = tl.constexpr(EQUAL), tl.constexpr(2**62)
+
+
+@triton.jit
+def earlier(pick, ties, n):
+    """The lowest of ``pick`` and of those positions ``n`` ``[BN]`` that ``ties``; :data:`NOWHERE` to begin with."""
+    return tl.minimum(pick, tl.min(tl.where(ties, n, NOWHERE), axis=0))
 
 
 @triton.jit

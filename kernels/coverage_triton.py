@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import INTERPRETED, cosine_tile, empty, inverse_lengths, launch, op, upcast
+from ._triton import INTERPRETED, NOWHERE, TIE, cosine_tile, earlier, empty, inverse_lengths, launch, op, upcast
 from .coverage_ref import SCALES, held, noise
-from .maxmin_triton import TIE, cosines, similarities
+from .maxmin_triton import cosines, similarities
 
 NONE, MEAN, RANGE = (tl.constexpr(i) for i in range(len(SCALES)))
 LEAST = tl.constexpr(noise(torch.float32))
@@ -102,14 +102,14 @@ def _best(
         )  # fmt: skip
         best = tl.maximum(best, tl.max(score, axis=0))
     least = best - TIE * tl.abs(best)
-    pick = tl.full((), 2**62, dtype=tl.int64)
+    pick = tl.full((), NOWHERE, dtype=tl.int64)
     for n0 in range(0, N, BN):
         n = (n0 + tl.arange(0, BN)).to(tl.int64)
         score = _scores(
             gain, by, prior, relevance, floor, n, N, diversity, g_low, g_by, far_low, far_by,
             SEED, PRIOR, RELEVANCE, FAR, BN,
         )  # fmt: skip
-        pick = tl.minimum(pick, tl.min(tl.where((score >= least) & (score > float("-inf")), n, 2**62), axis=0))
+        pick = earlier(pick, (score >= least) & (score > float("-inf")), n)
     return tl.where(pick < N, pick, -1)
 
 

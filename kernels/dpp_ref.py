@@ -37,7 +37,8 @@ def dpp(
 
 
 def share(relevance: Tensor, valid: Tensor | None) -> Tensor:
-    """``relevance`` ``[B, N]`` as a share of the image's largest: only ratios matter."""
+    """``relevance`` ``[B, N]`` as a share of the image's largest, as only ratios matter; 0 where it is not finite."""
+    relevance = relevance.nan_to_num(0, 0, 0)
     there = relevance.abs() if valid is None else relevance.abs().masked_fill(~valid, 0)
     return relevance / there.amax(1, keepdim=True).clamp_min(torch.finfo(relevance.dtype).tiny)
 
@@ -49,8 +50,7 @@ def reference(x: Tensor, keep: int, relevance: Tensor | None, valid: Tensor | No
     out = torch.full((b, keep), -1, device=x.device)
     if not n or not keep:
         return out
-    r = u.new_ones(b, n) if relevance is None else wide(relevance).to(u.dtype).nan_to_num(0, 0, 0)
-    r = share(r, valid)
+    r = u.new_ones(b, n) if relevance is None else share(wide(relevance).to(u.dtype), valid)
     u = u * r[..., None]
     gram = torch.bmm(u, u.transpose(1, 2)) if small(n, c) else None
     real = torch.full((b,), n, device=x.device) if valid is None else valid.sum(1)
@@ -63,7 +63,7 @@ def reference(x: Tensor, keep: int, relevance: Tensor | None, valid: Tensor | No
     picks: list[Tensor] = []
     for step in range(min(keep, n)):
         if step == c:  # as many as there are channels: the rest is rounding
-            gain = gain.zero_()
+            gain.zero_()
         rank = torch.where(gain > floor, gain, last)
         best = rank.amax(1, keepdim=True)  # [B, 1]; negative without a gain
         pick = first(rank + torch.where(gain > floor, slack, EQUAL) >= best)[:, None]

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import empty, inverse_lengths, launch, op
+from ._triton import NOWHERE, TIE, earlier, empty, inverse_lengths, launch, op
 from .dpp_ref import LEAST, share
 from .maxmin_ref import small
-from .maxmin_triton import TIE, cosines, similarities, steps
+from .maxmin_triton import cosines, similarities, steps
 
 NONE = tl.constexpr(LEAST)
 
@@ -47,11 +47,10 @@ def _dpp(
         for n0 in range(0, N, BN):
             rank, _, _ = _ranks(gain, relevance, n0, N, step < C, BN)
             best = tl.maximum(best, tl.max(rank, axis=0))
-        pick = tl.full((), 2**62, dtype=tl.int64)
+        pick = tl.full((), NOWHERE, dtype=tl.int64)
         for n0 in range(0, N, BN):
             rank, slack, n = _ranks(gain, relevance, n0, N, step < C, BN)
-            ties = (rank + slack >= best) & (rank > float("-inf"))
-            pick = tl.minimum(pick, tl.min(tl.where(ties, n, 2**62), axis=0))
+            pick = earlier(pick, (rank + slack >= best) & (rank > float("-inf")), n)
         pick = tl.where(pick < N, pick, -1)
         tl.store(out + b * KEEP + step, pick)
         chosen = tl.maximum(pick, 0)
@@ -88,11 +87,7 @@ def dpp(x: Tensor, keep: int, relevance: Tensor | None, valid: Tensor | None) ->
         return out
     if not n:
         return out.fill_(-1)
-    r = (
-        torch.ones(b, n, device=x.device)
-        if relevance is None
-        else share(relevance.float().nan_to_num(0, 0, 0), valid).contiguous()
-    )
+    r = torch.ones(b, n, device=x.device) if relevance is None else share(relevance.float(), valid).contiguous()
     gain = r.square()
     if valid is not None:
         gain = gain.masked_fill(~valid, -torch.inf)

@@ -8,12 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import INTERPRETED, cosine_tile, empty, inverse_lengths, launch, op, upcast
-from .base import EQUAL
+from ._triton import INTERPRETED, NOWHERE, TIE, cosine_tile, earlier, empty, inverse_lengths, launch, op, upcast
 from .energy_triton import energy
 from .maxmin_ref import small
-
-TIE = tl.constexpr(EQUAL)
 
 
 @triton.jit
@@ -92,11 +89,11 @@ def _nearest_none(near, N, BN: tl.constexpr):
     for n0 in range(0, N, BN):
         n = n0 + tl.arange(0, BN)
         lowest = tl.minimum(lowest, tl.min(tl.load(near + n, mask=n < N, other=float("inf")), axis=0))
-    pick = tl.full((), 2**62, dtype=tl.int64)
+    pick = tl.full((), NOWHERE, dtype=tl.int64)
     for n0 in range(0, N, BN):
         n = (n0 + tl.arange(0, BN)).to(tl.int64)
         s = tl.load(near + n, mask=n < N, other=float("inf"))
-        pick = tl.minimum(pick, tl.min(tl.where((s <= lowest + TIE) & (s < float("inf")), n, 2**62), axis=0))
+        pick = earlier(pick, (s <= lowest + TIE) & (s < float("inf")), n)
     return tl.where(pick < N, pick, -1)
 
 

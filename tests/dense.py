@@ -153,16 +153,16 @@ class Dense:
             behind = any(r.assignment is not None for run, _ in self.done.passes for r in run.records)
             if stage.method != "pool" and behind:
                 raise NoReference("merges by size behind merges")
-            if stage.site == "projector":  # every slot is the plain mean of all it stands for
-                embeds, spread = embeds.clone(), [s.clone() for s in whole]
-                for b, row in enumerate(self.done.rows):
-                    columns, into = self.visual[b].nonzero()[:, 0], stage.assignment[row]
-                    for slot, k in enumerate(stage.kept[row].tolist()):
-                        members = columns[into == slot]
-                        embeds[b, columns[k]] = single[b, members].mean(0)
-                        for s, w in zip(spread, whole, strict=True):
-                            s[b, columns[k]] = w[b, members].mean(0)
-                planes = [s[:, : self.visual.shape[1]][self.visual] for s in spread] if planes is not None else None
+            # every slot is the plain mean of all it stands for
+            embeds, spread = embeds.clone(), [s.clone() for s in whole]
+            for b, row in enumerate(self.done.rows):
+                columns, into = self.visual[b].nonzero()[:, 0], stage.assignment[row]
+                for slot, k in enumerate(stage.kept[row].tolist()):
+                    members = columns[into == slot]
+                    embeds[b, columns[k]] = single[b, members].mean(0)
+                    for s, w in zip(spread, whole, strict=True):
+                        s[b, columns[k]] = w[b, members].mean(0)
+            planes = [s[:, : self.visual.shape[1]][self.visual] for s in spread] if planes is not None else None
         more = {"deepstack_visual_embeds": planes} if planes is not None else {}
         return args, {**kwargs, **more, "inputs_embeds": embeds}
 

@@ -246,7 +246,11 @@ def layer(draw: random.Random, b: Bench, kind: str = "llm") -> int:
 
 def site(draw: random.Random, b: Bench) -> str:
     kinds = [k for k in b.adapter.geometry.provides if k != "pixels"]
-    kind = draw.choice(kinds)
+    return within(draw, b, draw.choice(kinds))
+
+
+def within(draw: random.Random, b: Bench, kind: str) -> str:
+    """A site of this kind."""
     return kind if kind == "projector" else f"{kind}.{layer(draw, b, kind)}"
 
 
@@ -361,7 +365,7 @@ def method(draw: random.Random, b: Bench) -> tuple[str, dict[str, Any]]:
         info = draw.choice([i for i in alike if _shown(i, b.adapter.geometry)] or alike)
     if kind == info.kinds[0] or "site" not in info.options or _words(info, "site"):
         return info.name, {}
-    return info.name, {"site": kind if kind == "projector" else f"{kind}.{layer(draw, b, kind)}"}
+    return info.name, {"site": within(draw, b, kind)}
 
 
 def recipe(draw: random.Random, b: Bench) -> Recipe:

@@ -55,15 +55,24 @@ def test_pair(pair, tiny):
         assert listed == str(e), "this pair is refused, and refused_pairs.json does not say so"
         pytest.skip(str(e))
     assert listed is None, "this pair works, and refused_pairs.json says that it is refused"
-    failed = []
-    ran = 0
-    for name in _checks(pair):
-        result = check(name, model, method, inputs, **options)
-        ran += result.passed is not None
-        if result.passed is False:
-            failed.append(f"{name}: {result.detail}")
-    assert ran >= 3
+    assert _passes(_checks(pair), model, method, inputs, options) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", sorted(p for p in covering() if taken(p)), ids=lambda p: "-".join(map(str, p)))
+def test_checks_that_a_chosen_pair_leaves_to_others(chosen, tiny):
+    family, variant, method, case = chosen
+    model, inputs = tiny(family, variant)
+    rest = [name for name in CHECKS if name not in _checks(chosen)]
+    _passes(rest, model, method, inputs, case_options(model, method, case))
+
+
+def _passes(names, model, method, inputs, options) -> int:
+    """How many of the checks could be made."""
+    results = {name: check(name, model, method, inputs, **options) for name in names}
+    failed = [f"{name}: {r.detail}" for name, r in results.items() if r.passed is False]
     assert not failed, "\n".join(failed)
+    return sum(r.passed is not None for r in results.values())
 
 
 def test_the_choice_of_every_run_covers():

@@ -261,6 +261,13 @@ def test_the_readme_quotes_the_committed_table():
     result = json.loads((root / "benchmarks/results/bench.json").read_text())
     text = (root / "README.md").read_text()
     assert standings.readme(text, result) == text, "run python -m vtprune.measure.standings"
+    known = {(r["method"], r["budget"]): r for r in result["rows"] if "error" not in r}
+    lines = [line for line in text.splitlines() if line.startswith("| `") and line.count("|") == 8]
+    quoted = {line.split("`")[1]: [cell.strip(" *") for cell in line.split("|")[-5:-1]] for line in lines}
+    assert len(quoted) > 10 and {*quoted} == {*vtprune.methods()}
+    for method, values in quoted.items():
+        rows = [known.get((method, b)) for b in (0.75, 0.5, 0.25, 0.11)]
+        assert values == [f"{100 * r['sets']['scenes']['accuracy']:.1f}" if r else "–" for r in rows], method
     for row in result["rows"]:  # what the runs hold
         if "error" not in row and row["budget"] is not None and row["method"] not in ("dense", "random"):
             run = json.loads((root / f"benchmarks/results/runs/{row['method']}-{row['budget']:g}-0.json").read_text())

@@ -48,12 +48,10 @@ class Decider:
     def __call__(self, view: TokenView) -> Selection | None:
         import torch
 
-        if not view.valid.shape[1]:  # an earlier stage left nothing to decide
-            return from_mask(view.valid)
         view = self._promised(view, self.geometry.provides.get(self.cuts[self.number].kind, frozenset()))
         with torch.no_grad():
             if not view.rasters:
-                return self.method.select(view, self.cuts[self.number])
+                return self._select(view, self.cuts[self.number])
             kinds: dict[Rasters, list[int]] = {}
             for g, rasters in enumerate(view.rasters):
                 kinds.setdefault(rasters, []).append(g)
@@ -70,13 +68,12 @@ class Decider:
                 part = subview(view, rows, rasters[0] if whole else (sum(r * c for r, c in rasters), 1), shared)
                 if not whole:
                     part = replace(part, rasters=(rasters,) * len(rows))
-                parts.append((rows, self._of_group(part, cut, rasters, counts)))
+                parts.append((rows, self._rasters(part, cut, rasters, counts) if counts else self._select(part, cut)))
             return join(view, parts)
 
-    def _of_group(self, part: TokenView, cut: Cut, rasters: Rasters, left: tuple[int, ...]) -> Selection | None:
-        if not part.valid.shape[1]:
-            return None
-        return self._rasters(part, cut, rasters, left) if left else self.method.select(part, cut)
+    def _select(self, view: TokenView, cut: Cut) -> Selection | None:
+        """The method's decision; where an earlier stage left nothing it is not asked."""
+        return self.method.select(view, cut) if view.valid.shape[1] else from_mask(view.valid)
 
     def _cut(self, rasters: Rasters) -> Cut:
         """The cut as planned for a unit made of ``rasters``."""

@@ -80,6 +80,12 @@ def absorbing(selection: Selection, n: int) -> Tensor:
     return kept.new_full((len(kept), n + 1), -1).scatter(1, place, kept)[:, :n]
 
 
+def marked(places: Tensor, n: int) -> Tensor:
+    """``[B, n]`` bool: the ``places`` ``[B, K]``, -1 is padding."""
+    marks = torch.zeros(len(places), n + 1, dtype=torch.bool, device=places.device)  # the last takes the padding
+    return marks.scatter_(1, torch.where(places >= 0, places, n), True)[:, :n]
+
+
 def gather(x: Tensor, kept: Tensor) -> Tensor:
     """Rows ``kept`` ``[B, K]`` (-1: zeros) of ``x`` ``[B, N, ...]``."""
     return kernels.gather(kept, x)[0]

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..core.info import grouped
 from ..methods.base import METHODS
+from .support import between
 
 START, END = "<!-- standings: made by python -m vtprune.measure.standings -->", "<!-- end of the standings -->"
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +23,7 @@ def table(result: dict[str, Any]) -> str:
     bold; – where the budget cannot be met, and where a method is newer than the results. ``result``: the contents of a
     ``bench.json``."""
     budgets = result["budgets"]
-    known = {(r["method"], r["budget"]): r for r in result["rows"] if "sets" in r and "error" not in r}
+    known = {(r["method"], r["budget"]): r for r in result["rows"] if "error" not in r}
     heads = ["method", "idea", "source", *(f"{100 * b:g} %" for b in budgets)]
     lines = [f"| {' | '.join(heads)} |", f"|---|---|---|{'--:|' * len(budgets)}"]
     for title, infos in grouped([METHODS.get(m) for m in METHODS]).items():
@@ -48,8 +49,7 @@ def _cell(value: float | None, best: float | None) -> str:
 
 def readme(text: str, result: dict[str, Any]) -> str:
     """``text`` with the table between its marks."""
-    before, rest = text.split(START)
-    return f"{before}{START}\n{table(result)}\n{END}{rest.split(END)[1]}"
+    return between(text, START, table(result), END)
 
 
 def main() -> int:

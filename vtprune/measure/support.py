@@ -146,8 +146,13 @@ def section(family: str) -> list[str]:
 
 def readme(text: str) -> str:
     """``text`` with the table between its marks."""
-    before, rest = text.split(START)
-    return f"{before}{START}\n{summary()}\n{END}{rest.split(END)[1]}"
+    return between(text, START, summary(), END)
+
+
+def between(text: str, start: str, table: str, end: str) -> str:
+    """``text`` with ``table`` between the marks ``start`` and ``end``."""
+    before, rest = text.split(start)
+    return f"{before}{start}\n{table}\n{end}{rest.split(end)[1]}"
 
 
 def main() -> int:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..core.select import from_mask, merged, top
+from ..core.select import from_mask, marked, merged, top
 from ..core.types import Geometry, Selection, TokenView, UnsupportedError, VtpruneError
-from ..kernels.base import rows, wide
+from ..kernels.base import first, rows, wide
 from .base import Cut, Method, MethodInfo, layers, option, register
 
 
@@ -89,14 +89,12 @@ class ApET(Method):
         x = x.masked_fill(~(view.valid & x.isfinite().all(-1))[..., None], 0)
         chosen = farthest(x, min(self.basis, keep), self._first(x, view), view.valid)
         error = _errors(x, chosen, self.ridge)
-        place = torch.where(chosen >= 0, chosen, n)
-        basis = torch.zeros(len(x), n + 1, dtype=torch.bool, device=x.device).scatter(1, place, True)[:, :n]
+        basis = marked(chosen, n)
         # ranks of the error, whole numbers, below those of the basis
         order = error.argsort(dim=1, descending=True, stable=True)
         rank = torch.empty_like(order).scatter_(1, order, torch.arange(n, device=x.device).expand_as(order))
         kept = top((n * basis.long() - rank).double(), keep, view.valid, view.protected, span=view.extent)
-        marks = torch.zeros(len(x), n + 1, dtype=torch.bool, device=x.device)
-        marks = marks.scatter(1, torch.where(kept.kept >= 0, kept.kept, n), True)[:, :n]
+        marks = marked(kept.kept, n)
         absorbers = marks & ~basis if self.into == "ranked" else marks
         absorbers = torch.where(absorbers.any(1, keepdim=True), absorbers, marks)
         return replace(self._merge(x, marks, absorbers, view), score=error)
@@ -104,7 +102,7 @@ class ApET(Method):
     def _first(self, x: Tensor, view: TokenView) -> Tensor:
         """``[B]``: the position of the first basis token among the tokens ``x`` ``[B, N, C]``."""
         if self.start == "first":
-            return view.valid.int().argmax(1)
+            return first(view.valid)
         if self.start == "mean":
             mean = x.sum(1, keepdim=True) / view.counts.clamp_min(1)[:, None, None]
             return (x - mean).square().sum(-1).masked_fill(~view.valid, -1).argmax(1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..core.select import top
+from ..core.select import marked, top
 from ..core.types import Geometry, Selection, TokenView, VtpruneError
 from ._tower import NEEDS, TowerScored, received_attention
 from .base import Cut, MethodInfo, option, register
@@ -65,7 +65,7 @@ class HiPrune(TowerScored):
         middle, deep = scores[0], scores[-1]
         keep = cut.keep or 0
         anchors = top(middle, round(keep * self.alpha / 5), view.valid, span=view.extent).kept
-        first = _marked(torch.zeros_like(view.valid), anchors)
+        first = marked(anchors, view.valid.shape[1])
         buffers = self._around(view, anchors) & view.valid & ~first
         # ranks of the deep score, whole numbers, below those of buffers, below those of anchors
         n = deep.shape[1]
@@ -91,10 +91,3 @@ class HiPrune(TowerScored):
                 beside = torch.where(inside, place + down * columns + right, n)
             marks.scatter_(1, torch.where(anchors >= 0, beside, n), True)
         return marks[:, :n].gather(1, view.index.clamp(0, n - 1))
-
-
-def _marked(marks: Tensor, places: Tensor) -> Tensor:
-    """``marks`` ``[B, N]`` with the ``places`` ``[B, A]`` (-1: padding) True."""
-    n = marks.shape[1]
-    whole = torch.nn.functional.pad(marks, (0, 1))
-    return whole.scatter(1, torch.where(places >= 0, places, n), True)[:, :n]

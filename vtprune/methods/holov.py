@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..core.select import top
+from ..core.select import marked, top
 from ..core.types import Geometry, Selection, TokenView
 from ..kernels.base import CHUNK, cosines, rows
 from ._tower import NEEDS, TowerScored, class_attention
@@ -87,8 +87,8 @@ class HoloV(TowerScored):
         share = shared(mean, there.sum(2), count.clamp_max(limit), again=self.surplus == "strips")
         ranked = torch.where(there, inside, -1).argsort(dim=2, descending=True, stable=True)
         first = torch.arange(place.shape[2], device=place.device) < share[..., None]
-        chosen = torch.where(there.gather(2, ranked) & first, place.gather(2, ranked), n)
-        picked = known.new_zeros(len(known), n + 1).scatter(1, chosen.flatten(1), True)[:, :n]
+        chosen = torch.where(there.gather(2, ranked) & first, place.gather(2, ranked), -1)
+        picked = marked(chosen.flatten(1), n)
         # what the strips have chosen, then by attention: the count is exact also where they have not chosen enough
         best = top(attention.double() + 2 * picked, limit, view.valid, view.protected, span=view.extent)
         return replace(best, score=attention)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..core.select import absorbing, merged, top
+from ..core.select import marked, merged, top
 from ..core.types import Geometry, Mix, Selection, TokenView
-from ..kernels.base import CHUNK, cosines, rows, wide
+from ..kernels.base import CHUNK, cosines, first, rows, wide
 from ._tower import NEEDS, TowerScored, class_attention, received_attention
 from .base import Cut, MethodInfo, option, register
 
@@ -92,7 +92,7 @@ class PruMerge(TowerScored):
             best = torch.where(dropped, weight, -1).argmax(1, keepdim=True)  # the first of equal ones
             place = place.scatter(1, best, (extra & dropped.any(1))[:, None])
         at = torch.arange(n, device=kept.device).expand_as(kept)
-        into = torch.where(place.any(1, keepdim=True) & dropped, place.int().argmax(1, keepdim=True), -1)
+        into = torch.where(place.any(1, keepdim=True) & dropped, first(place)[:, None], -1)
         chosen = merged(kept | place, torch.where(kept, at, into), span=span)
         mix = self._mix(chosen, keys, weight, merging=known & dropped.any(1, keepdim=True), lost=into >= 0)
         return replace(chosen, mix=mix, score=attention)
@@ -103,7 +103,7 @@ class PruMerge(TowerScored):
         low, high = (ranked.nanquantile(q, dim=1, keepdim=True) for q in (0.25, 0.75))
         count = (known & (attention > high + self.iqr * (high - low))).sum(1)
         count = count.clamp_min(1)
-        kept = absorbing(top(attention, count, view.valid), known.shape[1]) >= 0
+        kept = marked(top(attention, count, view.valid).kept, known.shape[1])
         return self._more(kept, known, count) | view.protected & view.valid
 
     def _more(self, kept: Tensor, known: Tensor, count: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class PruMerge(TowerScored):
     def _most(self, attention: Tensor, count: Tensor, whole: Tensor, known: Tensor, view: TokenView) -> Tensor:
         """``[B, N]`` bool: the ``count`` ``[B]`` tokens that a budget keeps; of ``whole`` images all that are known are
         among them."""
-        return absorbing(top(attention, count, view.valid, view.protected), known.shape[1]) >= 0
+        return marked(top(attention, count, view.valid, view.protected).kept, known.shape[1])
 
     def _mix(self, chosen: Selection, keys: Tensor, weight: Tensor, merging: Tensor, lost: Tensor) -> Mix:
         """What the slots hold: tokens that stay, those of them that are ``merging`` ``[B, N]`` with their neighbours'

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..core.select import absorbing, merged, top
+from ..core.select import marked, merged, top
 from ..core.types import Mix, Selection, TokenView
 from ..kernels.base import wide
 from ._tower import NEEDS, TowerScored, class_attention
@@ -68,7 +68,7 @@ class VisionZip(TowerScored):
         forced = torch.minimum((view.protected & view.valid).sum(1), keep)
         first = torch.maximum((keep - int(limit * self.contextual + 0.5)).clamp_min(0), forced)
         first = torch.where(known.sum(1) <= keep, keep, first)  # nothing is left to merge
-        dominant = absorbing(top(attention, first, view.valid, view.protected), n) >= 0
+        dominant = marked(top(attention, first, view.valid, view.protected).kept, n)
         rest = known & ~dominant
         target = rest & _spaced(rest, keep - first)
         sources = rest & ~target

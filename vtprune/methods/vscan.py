@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..core.select import from_mask, merged, top
+from ..core.select import from_mask, marked, merged, top
 from ..core.types import Action, Geometry, Selection, TokenView, UnsupportedError, VtpruneError
 from ._tower import NEEDS, class_attention
 from .base import Cut, Method, MethodInfo, layers, option, register
@@ -133,8 +133,7 @@ def _merged(view: TokenView, chosen: Selection, made: Tensor) -> Selection:
     """``chosen``, with every other token that the tower ``made`` merged into the most similar one of it."""
     n = made.shape[1]
     position = torch.arange(n, device=made.device).expand_as(view.index)
-    place = torch.where(chosen.kept >= 0, chosen.kept, n)
-    kept = torch.zeros(len(made), n + 1, dtype=torch.bool, device=made.device).scatter_(1, place, True)[:, :n]
+    kept = marked(chosen.kept, n)
     rest = from_mask(made & ~kept).kept
     if not rest.shape[1]:
         return chosen
