@@ -258,7 +258,7 @@ def plain(
 
 
 def example(case: str, n: int, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-    b, keep = 2, max(1, min(n // 4, 9))
+    b, keep = 2, max(1, min(n // 4, 6))
     x = tokens(b, n, n if case == "gram" else 40, dtype, generator)
     prior: Tensor | None = torch.rand(b, n, generator=generator) + 0.1
     relevance = weight = rows = valid = None

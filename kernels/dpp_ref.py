@@ -111,7 +111,7 @@ def plain(x: Tensor, keep: int, relevance: Tensor | None, valid: Tensor | None) 
 
 
 def example(case: str, n: int, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-    b, keep = 2, max(1, min(n // 4, 9))
+    b, keep = 2, max(1, min(n // 4, 6))
     x = tokens(b, n, 40 if case != "gram" else max(40, n), dtype, generator)
     relevance: Tensor | None = torch.rand(b, n, generator=generator) + 0.1
     valid = None

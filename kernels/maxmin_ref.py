@@ -95,7 +95,7 @@ def plain(x: Tensor, keep: int, valid: Tensor | None) -> Tensor:
 
 
 def example(case: str, n: int, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-    b, keep = 2, max(1, min(n // 4, 9))
+    b, keep = 2, max(1, min(n // 4, 6))
     x = tokens(b, n, 40 if case != "gram" else n, dtype, generator)
     valid = None
     if case == "padded":

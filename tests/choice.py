@@ -84,7 +84,10 @@ def covering() -> frozenset[tuple[str, str, str, int]]:
         cases = range(len(vtprune.describe(name).cases))
         order = DIFFERENT[m % len(DIFFERENT) :] + DIFFERENT[: m % len(DIFFERENT)]
         able = [family for family in order if any(taken((family, first[family], name, case)) for case in cases)]
+        met: set[str] = set()
         for n in range(max(MEET, len(cases))):
             wanted = [(family, first[family], name, n % len(cases)) for family in able[n % len(able) :] + able]
-            chosen.update([pair for pair in wanted if taken(pair)][:1])
+            wanted = sorted(filter(taken, wanted), key=lambda pair: (pair[0] in met, pair not in chosen))
+            chosen.update(wanted[:1])
+            met.update(pair[0] for pair in wanted[:1])
     return frozenset(chosen)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ if not torch.cuda.is_available():  # before anything imports triton: its kernels
 
 from vtprune.models.base import ADAPTERS
 
+import moulds
 import vtprune
 from choice import covering, kinds, pairs
 
@@ -46,11 +45,6 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
-@functools.cache
-def _built(family: str, variant: str) -> tuple[Any, dict[str, Any]]:
-    return ADAPTERS.get(family).tiny[variant]()
-
-
 @pytest.fixture
 def tiny():
     """``tiny(family, variant) -> (model, inputs)``: a private copy of a tiny random model."""
@@ -58,8 +52,7 @@ def tiny():
     def build(family: str, variant: str) -> tuple[Any, dict[str, Any]]:
         if (package := ADAPTERS.get(family).package) is not None:
             pytest.importorskip(package)
-        model, inputs = _built(family, variant)
-        return copy.deepcopy(model), {k: v.clone() for k, v in inputs.items()}
+        return moulds.tiny(family, variant)
 
     return build
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
-from vtprune.models.base import ADAPTERS
+
+import moulds
 
 IMAGE, PAD, START, WORDS = 3, 0, 1, 60
 
@@ -49,7 +50,7 @@ class FakeProcessor:
 
 def tiny():
     """``(model, processor)``."""
-    return ADAPTERS.get("llava").tiny["clip-llama"]()[0], FakeProcessor()
+    return moulds.tiny("llava", "clip-llama")[0], FakeProcessor()
 
 
 def picture(seed: int = 0, side: int = 40) -> Image.Image:
@@ -104,7 +105,7 @@ def video_model():
         vision_feature_select_strategy="full",
         chat_template=template,
     )
-    return ADAPTERS.get("llava-onevision").tiny["video"]()[0], processor
+    return moulds.tiny("llava-onevision", "video")[0], processor
 
 
 def film(path: Path, shade: int, frames: int = 9) -> str:

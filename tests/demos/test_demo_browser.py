@@ -117,10 +117,17 @@ class Server:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    one = Server("--results", str(ROOT / "benchmarks" / "results" / "fastv-layer-1"))
-    yield one.ready()
+    # under nohup it is ignored, also by what is started, which the demo respects
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        one = Server("--results", str(ROOT / "benchmarks" / "results" / "fastv-layer-1")).ready()
+    finally:
+        signal.signal(signal.SIGHUP, inherited)
+    yield one
     assert one.process.poll() is None, "the server did not live through the tests"
-    told = one.end()
+    status, body = one.upload("a.png", b"x")
+    assert status == 200 and Path(json.loads(body)[0]).is_file()
+    told = one.end(signal.SIGHUP)  # a terminal that closes leaves no uploads
     assert "Traceback" not in told, told
 
 
@@ -573,18 +580,6 @@ def test_other_sites_and_large_uploads_are_refused(server):
         )[0]
         == 413
     )
-
-
-def test_a_terminal_that_closes_leaves_no_uploads():
-    # under nohup it is ignored, also by what is started, which the demo respects
-    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
-        server = Server().ready()
-    finally:
-        signal.signal(signal.SIGHUP, inherited)
-    status, body = server.upload("a.png", b"x")
-    assert status == 200 and Path(json.loads(body)[0]).is_file()
-    server.end(signal.SIGHUP)
 
 
 def test_a_model_s_process_that_dies_is_told_everywhere(chromium, pictures):

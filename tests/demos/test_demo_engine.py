@@ -20,6 +20,7 @@ from vtprune.demos.sides import Side
 from vtprune.models.base import ADAPTERS
 
 import vtprune
+from choice import kinds
 from fake import FakeProcessor, picture, tiny
 from vtprune.core.ledger import snapshot
 from vtprune.inputs import chats
@@ -351,10 +352,16 @@ def test_rounds_keep_to_their_time(long):
             long.rounds(sides, picture(), "a", repeats=repeats)
 
 
-def test_every_recipe_at_one_budget(engine):
+KINDS = [group[0] for group in kinds()]
+SOME = [*dict.fromkeys(["pyramiddrop", "pyramiddrop-64", "flowcut-then-fastv", *KINDS, TRAINED])]
+
+
+@pytest.mark.parametrize("names", [SOME, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_every_recipe_at_one_budget(engine, names):
     sample, before = samples(2)[1], snapshot(engine.model)
-    found = list(engine.compare(sample.image, sample.question, 0.25, truth=sample.answer.upper() + " "))
-    assert [e.name for e in found] == ["dense", *(o.name for o in engine.recipes())]
+    told = {} if names is None else {"names": names}
+    found = list(engine.compare(sample.image, sample.question, 0.25, truth=sample.answer.upper() + " ", **told))
+    assert [e.name for e in found] == ["dense", *(names or [o.name for o in engine.recipes()])]
     for e in found:
         if e.result is None:
             assert (

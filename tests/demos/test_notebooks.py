@@ -20,7 +20,12 @@ def test_there_are_notebooks():
     assert len(NOTEBOOKS) >= 2
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+QUICK = "tokens"  # the others are slow
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=() if p.stem == QUICK else pytest.mark.slow) for p in NOTEBOOKS]
+)
 def test_notebook(path, tmp_path):
     kept, fresh = nbformat.read(path, 4), run(path, tmp_path)
     assert rounded(said(fresh)) == rounded(said(kept)), "run `make notebooks` and look at what changed"

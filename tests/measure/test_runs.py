@@ -255,12 +255,12 @@ def test_a_killed_run_ends_with_the_same_files(tmp_path):
 @pytest.fixture(scope="module")
 def bundled():
     model, processor = vtprune.load_demo_model()
-    return model, processor, [*samples_module.easy_vqa_samples(4), *samples_module.scenes_samples(1)[:4]]
+    return model, processor, [*samples_module.easy_vqa_samples(2), *samples_module.scenes_samples(1)[:3]]
 
 
 def test_batches_do_not_change_an_answer(bundled, some_method):
     model, processor, part = bundled
-    runs = [run_module.evaluate(model, processor, part, some_method, batch=b, effective_tokens=0.25) for b in (1, 3, 8)]
+    runs = [run_module.evaluate(model, processor, part, some_method, batch=b, effective_tokens=0.25) for b in (1, 2, 5)]
     for name in ("answers", "correct", "effective_tokens", "nominal_tokens", "flops", "kv_bytes", "key"):
         assert runs[0][name] == runs[1][name] == runs[2][name], name
 

@@ -12,6 +12,7 @@ from vtprune.models.base import ADAPTERS
 from vtprune.models.engine import cuts
 from vtprune.models.parts import hindrance
 
+import moulds
 import vtprune
 from vtprune.core.planning import bind
 from vtprune.core.types import UnsupportedError
@@ -45,7 +46,7 @@ def test_every_family_has_a_method_of_every_kind_it_offers():
         offered = {
             kind
             for variant in ADAPTERS.get(family).tiny
-            for kind in bind(ADAPTERS.get(family).tiny[variant]()[0]).geometry.provides
+            for kind in bind(moulds.tiny(family, variant)[0]).geometry.provides
         }
         for kind in offered:
             able = (m for m in vtprune.methods() if kind in vtprune.describe(m).kinds)
@@ -54,7 +55,7 @@ def test_every_family_has_a_method_of_every_kind_it_offers():
 
 def _unknown():
     """A model that only the generic adapter takes."""
-    return ADAPTERS.get("generic").tiny["vipllava"]()
+    return moulds.tiny("generic", "vipllava")
 
 
 def test_an_unknown_family_is_probed_and_pruned():
@@ -89,7 +90,7 @@ def test_a_decoder_that_cannot_be_pruned_is_refused():
 def test_attention_in_another_layout_is_not_ranked_by():
     """Cohere rotates neighbouring pairs of channels: random tokens can be dropped, but no method may rank by the usual
     attention."""
-    model, inputs = ADAPTERS.get("generic").tiny["aya-vision"]()
+    model, inputs = moulds.tiny("generic", "aya-vision")
     with pytest.raises(UnsupportedError, match="usual layout"):
         vtprune.attach(model, "fastv", keep=3)
     with torch.no_grad(), vtprune.attach(model, "random", keep=3) as handle:
@@ -121,7 +122,7 @@ def test_models_that_are_built_otherwise_are_refused_in_words(kind):
         )
         model = hf.FuyuForCausalLM(config)
     else:
-        known, _ = ADAPTERS.get("llava").tiny["clip-llama"]()
+        known, _ = moulds.tiny("llava", "clip-llama")
         words = hf.GPTNeoXConfig(
             vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
         )
@@ -185,7 +186,7 @@ def test_cross_attention_is_refused_with_the_reason_whatever_the_class_is_called
     [("llava", "clip-llama"), ("qwen3-vl", "images"), ("smolvlm", "smolvlm"), ("mistral3", "pixtral")],
 )
 def test_a_subclass_is_taken_like_its_base(family, variant):
-    model, _ = ADAPTERS.get(family).tiny[variant]()
+    model, _ = moulds.tiny(family, variant)
     model.__class__ = type("Mine", (type(model),), {})
     assert bind(model).geometry.family == family
 

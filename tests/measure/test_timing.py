@@ -6,9 +6,9 @@ import time
 
 import pytest
 import torch
-from vtprune.models.base import ADAPTERS
 from vtprune.models.engine.routing import Routing
 
+import moulds
 import vtprune
 from vtprune.core.ledger import snapshot
 from vtprune.core.stopwatch import stopwatch
@@ -38,7 +38,7 @@ def one_thread():
 
 @pytest.fixture
 def llava():
-    return ADAPTERS.get("llava").tiny["clip-llama"]()
+    return moulds.tiny("llava", "clip-llama")
 
 
 def test_spread_and_clock():
@@ -65,7 +65,7 @@ def test_cpu_time_leaves_out_what_is_waited_for(monkeypatch):
 @pytest.mark.parametrize("family, variant", FAMILIES)
 def test_parts_of_every_family(family, variant):
     """Parts lie within the whole, and the model is left as it was."""
-    model, inputs = ADAPTERS.get(family).tiny[variant]()
+    model, inputs = moulds.tiny(family, variant)
     before = snapshot(model)
     out = generation.measure(model, inputs, "random", new_tokens=3, repeats=1, effective_tokens=0.5)
     assert snapshot(model) == before
@@ -180,7 +180,7 @@ def test_refusals(llava):
         generation.measure(model, inputs, "uniform", new_tokens=0, repeats=1)
     with pytest.raises(vtprune.VtpruneError, match="did you mean"):
         generation.measure(model, inputs, "unifrom", new_tokens=1, repeats=1)
-    tower, pixels = ADAPTERS.get("hf-vit").tiny["clip"]()
+    tower, pixels = moulds.tiny("hf-vit", "clip")
     with pytest.raises(vtprune.UnsupportedError, match="no language model"):
         generation.measure(tower, pixels, "uniform", new_tokens=1, repeats=1)
 

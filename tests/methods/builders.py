@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import oracles as O
+from moulds import moulded
 
 SIDE, N = 6, 36
 IMAGE = 3  # id of the visual placeholder
@@ -52,11 +53,13 @@ def vision_config(kind: str, blocks: int) -> Any:
     )
 
 
+@moulded
 def tower(kind: str, blocks: int, seed: int = 1) -> nn.Module:
     """A bare vision tower over 6 x 6 patches."""
     return randomise(VISION[kind][1](vision_config(kind, blocks)), seed)
 
 
+@moulded
 def llava(vision: str = "clip", text: str = "llama", blocks: int = 4, layers: int = 6, seed: int = 2) -> nn.Module:
     """A LLaVA with 36 visual tokens per image; Llama has one key head per query head, Mistral and Qwen2 share them,
     Qwen2 has biases."""
@@ -205,6 +208,7 @@ VITS: dict[str, dict[str, Any]] = {
 }
 
 
+@moulded
 def vit(kind: str, depth: int = 6, seed: int = 7, **more: Any) -> nn.Module:
     """A timm ViT over 6 x 6 patches."""
     from timm.models.deit import VisionTransformerDistilled

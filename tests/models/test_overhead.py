@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from vtprune.models.base import ADAPTERS
 from vtprune.models.engine import serving
 from vtprune.models.engine.host import cache_of, cached
 
+import moulds
 import vtprune
 from vtprune.core.planning import bind
 
@@ -42,7 +42,7 @@ class Operators(TorchDispatchMode):
 
 
 def llava(layers: int) -> tuple[Any, dict[str, Any]]:
-    model, inputs = ADAPTERS.get("llava").tiny["clip-llama"]()
+    model, inputs = moulds.tiny("llava", "clip-llama")
     config = copy.deepcopy(model.config)
     config.text_config.num_hidden_layers = layers
     config.text_config.layer_types = None
@@ -116,7 +116,7 @@ def test_masks_and_tables_are_made_once_per_stage(monkeypatch):
 def test_decoding_serves_only_layers_that_need_it(attention, monkeypatch):
     """Under sdpa one new token that sees everything needs no mask; under eager attention, and with samples of unequal
     length, pruned layers do."""
-    model, inputs = ADAPTERS.get("llava").tiny["clip-llama"]()
+    model, inputs = moulds.tiny("llava", "clip-llama")
     model.set_attn_implementation(attention)
     served: list[int] = []
     stock = serving.Serving.decode
@@ -141,7 +141,7 @@ def test_decoding_serves_only_layers_that_need_it(attention, monkeypatch):
 def test_samples_that_pruning_makes_equally_long_decode_as_alone(family, variant, method, options, attention):
     """Two images with little text and one image with more: padded in the dense model, but not behind the cut, where no
     mask is needed any more."""
-    model, stock = ADAPTERS.get(family).tiny[variant]()
+    model, stock = moulds.tiny(family, variant)
     model.set_attn_implementation(attention)
     n, keep = bind(model).geometry.tokens, 3
     placeholder = int(stock["input_ids"][bind(model).visual(stock["input_ids"])][0])

@@ -33,7 +33,7 @@ MET = {(family, method) for family, _, method, _ in covering()}
 @pytest.mark.parametrize(
     "family, case, method",
     [
-        pytest.param(f, case, m, marks=() if (f, m) in MET or (f, case) == ("llava", 0) else pytest.mark.slow)
+        pytest.param(f, case, m, marks=() if (f, m) in MET else pytest.mark.slow)
         for f, case in [("llava", 0), *((family, 1) for family in FAMILIES)]
         for m in vtprune.methods()
     ],

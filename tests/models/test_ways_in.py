@@ -17,6 +17,7 @@ from vtprune.models.engine.host import ENCODED, cache_of, cached
 from vtprune.models.engine.run import Run
 
 import vtprune
+from moulds import tiny
 from vtprune.core.ledger import snapshot
 
 SEQUENCES = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
@@ -29,10 +30,6 @@ GREEDY = {
     "return_dict_in_generate": True,
     "output_logits": True,
 }
-
-
-def tiny(family="llava", variant="clip-llama"):
-    return ADAPTERS.get(family).tiny[variant]()
 
 
 def alone(family="llava", variant="clip-llama", sample=-1):
@@ -285,7 +282,7 @@ def test_answers_are_scored_with_the_tokens_they_were_generated_with(family, var
 @pytest.mark.parametrize("way", [{"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 2}])
 def test_answers_of_beams_are_known_again(family, way):
     """Fewer answers than beams, and prompts of different lengths."""
-    model, inputs = next(iter(ADAPTERS.get(family).tiny.values()))()
+    model, inputs = tiny(family, next(iter(ADAPTERS.get(family).tiny)))
     each, n = way.get("num_return_sequences", 1), inputs["input_ids"].shape[1]
     way = {**way, "suppress_tokens": [model.config.image_token_id]}  # what a random model may well say
     with torch.no_grad(), vtprune.attach(model, "fastv", keep=0.3) as handle:
@@ -395,7 +392,7 @@ def test_solver_and_contract_look_into_the_wrappers_that_attach_looks_into():
 @pytest.mark.parametrize(("recipe", "keep"), [("tome", 0.5), ("flowcut", 0.4), ("fastv", 0.5), ("dpvr-lf", None)])
 def test_the_report_of_a_cache_is_that_of_its_own_request(family, recipe, keep):
     """Whatever was read since: another number of images, other counts in the tower."""
-    model, both = next(iter(ADAPTERS.get(family).tiny.values()))()
+    model, both = tiny(family, next(iter(ADAPTERS.get(family).tiny)))
     _, one = alone(family, next(iter(ADAPTERS.get(family).tiny)))
     with torch.no_grad(), vtprune.attach(model, recipe, **({} if keep is None else {"keep": keep})) as handle:
         known = []
@@ -410,7 +407,7 @@ def test_the_report_of_a_cache_is_that_of_its_own_request(family, recipe, keep):
 @pytest.mark.parametrize("family", ["qwen2.5-vl", "llava"])
 @pytest.mark.parametrize("way", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
 def test_several_answers_without_a_cache(family, way):
-    model, inputs = next(iter(ADAPTERS.get(family).tiny.values()))()
+    model, inputs = tiny(family, next(iter(ADAPTERS.get(family).tiny)))
     rules = {**GREEDY, **way}
     with torch.no_grad(), vtprune.attach(model, "fastv", keep=0.3):
         torch.manual_seed(0)
@@ -602,7 +599,7 @@ class Count(TorchDispatchMode):
     ("family", "variant", "recipe"),
     [
         ("llava", "clip-llama", "flowcut"),
-        ("llava", "clip-llama", "pyramiddrop"),
+        pytest.param("llava", "clip-llama", "pyramiddrop", marks=pytest.mark.slow),
         pytest.param("llava-next", "clip-llama", "tome", marks=pytest.mark.slow),
     ],
 )
@@ -627,7 +624,7 @@ def test_the_hundredth_prefill_costs_what_the_third_did(family, variant, recipe)
 
 
 def test_host_reads_do_not_grow_with_the_frames_of_a_video():
-    model, _ = next(iter(ADAPTERS.get("qwen2.5-vl").tiny.values()))()
+    model, _ = tiny("qwen2.5-vl", next(iter(ADAPTERS.get("qwen2.5-vl").tiny)))
     found = []
     for frames in (4, 64):
         ids = torch.cat([torch.tensor([8, 9, 5]), torch.full((frames * 4,), 4), torch.tensor([10, 11, 12])])[None]

@@ -85,6 +85,18 @@ PRESETS: tuple = (
         ("pyramiddrop", 0.125, {}),
     ),
     (
+        "scope-then-pyramiddrop",
+        "vtprune: what covers most of the picture, then what the question attends to",
+        ("scope", 0.5, {}),
+        ("pyramiddrop", 0.125, {}),
+    ),
+    (
+        "mmtok-then-pyramiddrop",
+        "vtprune: what covers most of the question's words and of the picture, then what the question attends to",
+        ("mmtok", 0.5, {}),
+        ("pyramiddrop", 0.125, {}),
+    ),
+    (
         "vispruner-then-v2drop",
         "vtprune: what the class token attends to, then what the language model still changes",
         ("vispruner", 0.5, {}),

@@ -41,10 +41,13 @@ def top(
     counts = valid.sum(1)
     keep = torch.as_tensor(keep, device=score.device).expand(score.shape[0])
     keep = torch.minimum(keep, counts)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
-    return replace(from_mask(rank < keep[:, None], kept), score=ranked_by)
+    return replace(from_mask(ranks(order) < keep[:, None], kept), score=ranked_by)
+
+
+def ranks(order: Tensor) -> Tensor:
+    """``[B, N]``: where in ``order`` ``[B, N]``, positions that each stand there once, each position stands."""
+    column = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, column)
 
 
 def from_mask(mask: Tensor, span: tuple[int, int] | None = None) -> Selection:

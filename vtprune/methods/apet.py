@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..core.select import from_mask, marked, merged, top
+from ..core.select import from_mask, marked, merged, ranks, top
 from ..core.types import Geometry, Selection, TokenView, UnsupportedError, VtpruneError
 from ..kernels.base import first, rows, wide
 from .base import Cut, Method, MethodInfo, layers, option, register
@@ -91,8 +91,7 @@ class ApET(Method):
         error = _errors(x, chosen, self.ridge)
         basis = marked(chosen, n)
         # ranks of the error, whole numbers, below those of the basis
-        order = error.argsort(dim=1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(1, order, torch.arange(n, device=x.device).expand_as(order))
+        rank = ranks(error.argsort(dim=1, descending=True, stable=True))
         kept = top((n * basis.long() - rank).double(), keep, view.valid, view.protected, span=view.extent)
         marks = marked(kept.kept, n)
         absorbers = marks & ~basis if self.into == "ranked" else marks

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..core.select import marked, top
+from ..core.select import marked, ranks, top
 from ..core.types import Geometry, Selection, TokenView, VtpruneError
 from ._tower import NEEDS, TowerScored, received_attention
 from .base import Cut, MethodInfo, option, register
@@ -70,9 +70,8 @@ class HiPrune(TowerScored):
         # ranks of the deep score, whole numbers, below those of buffers, below those of anchors
         n = deep.shape[1]
         order = deep.nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(1, order, torch.arange(n, device=order.device).expand_as(order))
         tier = 2 * first.long() + buffers.long()
-        chosen = top((n * tier - rank).double(), keep, view.valid, view.protected, span=view.extent)
+        chosen = top((n * tier - ranks(order)).double(), keep, view.valid, view.protected, span=view.extent)
         return replace(chosen, score=deep)
 
     def _around(self, view: TokenView, anchors: Tensor) -> Tensor:

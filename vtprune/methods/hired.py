@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..core.select import top
+from ..core.select import ranks, top
 from ..core.types import Action, Geometry, Selection, TokenView, UnsupportedError
 from ._tower import NEEDS, class_attention
 from .base import Cut, Method, MethodInfo, option, register
@@ -75,14 +75,13 @@ class HiRED(Method):
             group, quotas = torch.zeros_like(view.index), [[keep]] * len(view.index)
         n = group.shape[1]
         order = deep.nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True)
-        column = torch.arange(n, device=order.device).expand_as(order)
-        rank = torch.empty_like(order).scatter_(1, order, column)
+        rank = ranks(order)
         # by raster, then by rank: place within the raster
         order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))
         mine = group.gather(1, order)
         quota = torch.tensor(quotas, device=order.device)
         sizes = torch.zeros_like(quota).scatter_add_(1, group, torch.ones_like(group))
-        place = column - (sizes.cumsum(1) - sizes).gather(1, mine)
+        place = torch.arange(n, device=order.device) - (sizes.cumsum(1) - sizes).gather(1, mine)
         chosen = torch.zeros_like(view.valid).scatter_(1, order, place < quota.gather(1, mine))
         best = top((n * chosen.long() - rank).double(), keep, view.valid, view.protected, span=view.extent)
         return replace(best, score=deep)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..core.select import from_mask, marked, merged, top
+from ..core.select import from_mask, marked, merged, ranks, top
 from ..core.types import Action, Geometry, Selection, TokenView, UnsupportedError, VtpruneError
 from ._tower import NEEDS, class_attention
 from .base import Cut, Method, MethodInfo, layers, option, register
@@ -125,8 +125,7 @@ def _first(turn: Tensor, score: Tensor, count: Tensor) -> Tensor:
     n = turn.shape[1]
     order = score.nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, turn.gather(1, order).argsort(dim=1, stable=True))
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(n, device=order.device).expand_as(order))
-    return (rank < count[:, None]) & (turn < n)
+    return (ranks(order) < count[:, None]) & (turn < n)
 
 
 def _merged(view: TokenView, chosen: Selection, made: Tensor) -> Selection:

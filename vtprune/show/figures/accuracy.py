@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .places import colour_scale, heat_map, spreads
-from .reading import Panel, costs, front, looks, measured, panels
+from .reading import OTHERS, Panel, costs, front, highlights, measured, panels
 from .style import INK, WIDTH, legend_below, new_figure, panel_grid, styled, without_ticks
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def _draw_accuracy(
         mine = sorted((r for r in rows if r["method"] == name and panel.value(r) is not None), key=x)
         across, up = [100 * x(r) for r in mine], [100 * panel.value(r) for r in mine]
         if mine:
-            ax.plot(across, up, label=name, lw=1.1, ms=5, mew=1.1, alpha=0.95, **style)
+            ax.plot(across, up, label=name, **{"lw": 1.1, "ms": 5, "mew": 1.1, "alpha": 0.95, **style})
     if best := front(rows, x, panel.value):
         _draw_front(ax, panel, best, [100 * x(r) for r in best])
     ax.axhline(100 * panel.dense, color=INK, lw=1, ls=(0, (5, 3)), zorder=1.5, label="_dense")
@@ -53,7 +53,10 @@ def _legend(figure: Any, look: Mapping[str, Mapping[str, Any]], intervals: bool)
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles: list[Any] = [Line2D([], [], label=name, lw=1.3, ms=6, **style) for name, style in look.items()]
+    own = {name: style for name, style in look.items() if style is not OTHERS}
+    handles: list[Any] = [Line2D([], [], label=name, lw=1.3, ms=6, **style) for name, style in own.items()]
+    if others := len(look) - len(own):
+        handles.append(Line2D([], [], label=f"{others} other methods", **OTHERS))
     handles += [
         Line2D([], [], label="dense", color=INK, lw=1, ls=(0, (5, 3))),
         Line2D([], [], label="Pareto front", color=INK, alpha=FRONT, lw=5),
@@ -70,7 +73,7 @@ def pareto(bench: Mapping[str, Any], cost: str = "tokens") -> Figure:
         bench: a ``vtprune.Bench`` result. cost: ``"tokens"`` (effective tokens) or ``"flops"``, in percent of dense.
     """
     shown, rows = panels(bench), measured(bench)
-    look = looks(bench)
+    look = highlights(bench, cost)
     columns = min(3, len(shown))
     figure = new_figure(WIDTH, 2.75 * math.ceil(len(shown) / columns) + 0.3)
     axes = panel_grid(figure, len(shown), columns)
@@ -91,12 +94,12 @@ def overview(bench: Mapping[str, Any], budget: float, cost: str = "tokens") -> F
     rows = spreads(bench, budget, "rows")
     figure = new_figure(9.4 if rows else 5.6, max(3.4, 1.25 + 0.24 * len(rows)))
     axes = figure.subplots(1, 2 if rows else 1, width_ratios=[1, 1.02] if rows else None, squeeze=False)[0]
-    panel = panels(bench)[0]
-    _draw_accuracy(axes[0], bench, panel, looks(bench), cost)
+    panel, look = panels(bench)[0], highlights(bench, cost)
+    _draw_accuracy(axes[0], bench, panel, look, cost)
     axes[0].set(title="Average accuracy, %", xlabel=COST[cost])
     if rows:
         mesh = heat_map(axes[1], rows, "image row, 0 = top", size=8)
         axes[1].set_title(f"% of kept tokens per image row, at {100 * budget:g} %")
         colour_scale(figure, mesh, axes[1], 0.8)
-    _legend(figure, looks(bench), any(panel.interval(r) for r in measured(bench)))
+    _legend(figure, look, any(panel.interval(r) for r in measured(bench)))
     return figure

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ...methods.base import METHODS
-from .style import styles
+from .style import LINE, styles
 
 
 def dense_row(bench: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -119,6 +119,21 @@ def looks(bench: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """:func:`styles` of the measured methods: in the table's order, baselines behind the others."""
     plain, names = baselines(bench), dict.fromkeys(r["method"] for r in measured(bench))
     return styles(sorted(names, key=lambda n: n in plain), plain)
+
+
+MANY = 12  # lines that a panel can tell apart
+OTHERS: dict[str, Any] = {"color": LINE, "linestyle": "-", "marker": None, "lw": 0.8, "zorder": 1.3}
+
+
+def highlights(bench: Mapping[str, Any], cost: str = "tokens") -> dict[str, dict[str, Any]]:
+    """:func:`looks`; of more than :data:`MANY` methods that are no baselines those on the front of the average have
+    looks of their own, the rest :data:`OTHERS`."""
+    every, plain, rows = looks(bench), baselines(bench), measured(bench)
+    if len([name for name in every if name not in plain]) <= MANY:
+        return every
+    best = {row["method"] for row in front(rows, costs(bench, cost), panels(bench)[0].value)}
+    own = styles([name for name in every if name in best or name in plain], plain)
+    return {name: own.get(name, OTHERS) for name in every}
 
 
 def first_token(entry: Mapping[str, Any]) -> float | None:
