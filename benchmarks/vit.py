@@ -41,7 +41,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -255,7 +255,9 @@ def settle(model: nn.Module, method: str, budget: float, sample: Tensor, batch: 
     depth, starts = geometry.vision_layers // 2, [load_recipe(method)]
     while "site" in METHODS.get(method).options and depth:
         depth //= 2
-        starts.append(starts[0].override(site=f"vision.{depth}"))
+        with suppress(VtpruneError):  # some methods know no single block
+            attach(model, earlier := starts[0].override(site=f"vision.{depth}")).remove()
+            starts.append(earlier)
     target, best, most = budget * geometry.tokens, None, 0.0
     for start in starts:
         try:
@@ -282,8 +284,9 @@ def settle(model: nn.Module, method: str, budget: float, sample: Tensor, batch: 
         if spent > most:
             best, most = start.override(keep=keep), spent
     if best is None:
+        where = ": it cuts behind the last block" if smallest == geometry.tokens else ""
         raise VtpruneError(
-            f"{smallest:.1f} of {geometry.tokens} effective tokens are the fewest that its schedule can reach"
+            f"{smallest:.1f} of {geometry.tokens} effective tokens are the fewest that its schedule can reach{where}"
         )
     return best
 

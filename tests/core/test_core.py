@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -342,6 +343,16 @@ def test_solver_moves_cuts_forward_for_a_small_budget(tiny, method, name):
             vtprune.solve(
                 model, load_recipe(method).override(**{name: own if name == "layers" else own[0]}), effective_tokens=0.3
             )
+
+
+def test_the_solver_refuses_in_the_words_of_attach(tiny, method_name):
+    """On a bare tower, which has no text, no projector and no language model."""
+    model, _ = tiny("hf-vit", "clip")
+    try:
+        vtprune.attach(model, method_name).remove()
+    except vtprune.UnsupportedError as e:
+        with pytest.raises(vtprune.UnsupportedError, match=re.escape(str(e))):
+            vtprune.solve(model, method_name, effective_tokens=0.5)
 
 
 def _cuts(model, recipe, keep=None):

@@ -240,6 +240,8 @@ def test_adaptive_schedules_are_tried_and_early_cuts_are_found(bench, images):
     assert spent[0] <= 0.8 * 16 < spent[1]
     with pytest.raises(VtpruneError, match="the fewest"):
         bench.settle(model, "tome", 0.1, images, 4)
+    with pytest.raises(VtpruneError, match="16.0 of 16 .* behind the last block"):
+        bench.settle(model, "evocut", 0.5, images, 4)
 
 
 def test_crops_lie_where_they_should(bench):

@@ -183,7 +183,7 @@ def _target(image: _Image, wanted: Any, column: int, *, known: bool) -> float:
 def _search(image: _Image, chosen: Recipe, target: float, column: int) -> Recipe:
     """The schedule that spends most of ``target`` without passing it. Raises :class:`VtpruneError` if none is small
     enough."""
-    smallest, why, sound = float("inf"), "", chosen
+    smallest, why, sound = float("inf"), VtpruneError(f"{chosen.name} has no schedule here"), chosen
     for start in _schedules(image.geometry, chosen):
         best: Recipe | None = None
         candidates = _candidates(image.geometry, start)
@@ -194,7 +194,7 @@ def _search(image: _Image, chosen: Recipe, target: float, column: int) -> Recipe
             try:
                 value = image.predict(candidates[middle])[column]
             except VtpruneError as e:
-                low, why = middle + 1, str(e)
+                low, why = middle + 1, e
                 continue
             smallest, sound = min(smallest, value), candidates[middle]
             if value <= target * (1 + 1e-9):
@@ -204,7 +204,7 @@ def _search(image: _Image, chosen: Recipe, target: float, column: int) -> Recipe
         if best is not None:
             return best
     if smallest == float("inf"):
-        raise VtpruneError(why)
+        raise why
     what = "effective tokens" if column == 0 else "FLOPs"
     inside = any(c.kind in ("pixels", "vision") for *_, cuts in plan(image.geometry, sound) for c in cuts)
     lines = image.geometry.unmade and inside
@@ -264,7 +264,7 @@ def _candidates(geometry: Geometry, recipe: Recipe) -> list[Recipe]:
         stages = [replace(last, keep=k, options=_free(last.options)) for k in counts]
     else:
         name = "layer" if "layer" in info.options else "split"
-        if last.options.get(name) is not None:
+        if last.options.get(name) is not None or not geometry.llm_layers:
             return [recipe]
         stages = [replace(last, options={**last.options, name: i}) for i in range(geometry.llm_layers)]
     return [replace(recipe, stages=(*recipe.stages[:-1], s)) for s in stages]
