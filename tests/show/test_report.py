@@ -537,6 +537,22 @@ def test_methods_stay_tellable_apart():
             assert (b + 0.05) / (a + 0.05) >= 3, (color, paper)
 
 
+def test_of_many_methods_those_on_the_front_and_baselines_have_looks_of_their_own():
+    """The last of them is the best at the smaller budget, the first at the larger one."""
+    small = [row(f"m{i}", 0.25, 0.4 + i / 100, 4.0) for i in range(14)]
+    large = [row(f"m{i}", 0.5, 0.9 - i / 100, 8.0) for i in range(14)]
+    table = {**bench(), "rows": [bench()["rows"][0], *small, *large, row("uniform", 0.25, 0.3, 4.0)]}
+    look = reading.highlights(table)
+    assert {name for name, own in look.items() if own is not reading.OTHERS} == {"m0", "m13", "uniform"}
+    figure = accuracy.pareto(table)
+    shown = {line.get_label(): to_hex(line.get_color()) for line in figure.axes[0].lines}
+    assert {name for name, color in shown.items() if color == style.LINE} == {f"m{i}" for i in range(1, 13)}
+    (legend,) = figure.legends
+    said = [text.get_text() for text in legend.get_texts()]
+    assert said[:4] == ["m0", "m13", "uniform", "12 other methods"]
+    assert reading.highlights(bench()) == reading.looks(bench())
+
+
 def test_hollow_markers_belong_to_baselines_only():
     ax = accuracy.pareto(bench()).axes[0]
     hollow = {
