@@ -62,12 +62,13 @@ class Encoders:
     def _noted(self, kind: str, name: str, original: Callable, call: Callable[[], Call | None]) -> Callable:
         @functools.wraps(original)
         def noted(*args: Any, **kwargs: Any) -> Any:
-            known = Encoded(_by_name(original, args, kwargs))
-            outer, self.local.now = getattr(self.local, "now", None), known
+            if getattr(self.local, "now", None) is not None:  # one encoder does another one's work: Qwen3-VL's videos
+                return original(*args, **kwargs)
+            known = self.local.now = Encoded(_by_name(original, args, kwargs))
             try:
                 output = original(*args, **kwargs)
             finally:
-                self.local.now = outer
+                self.local.now = None
                 run = self._taken()
             if run is not None:
                 raise UnsupportedError(
