@@ -2,7 +2,9 @@
 
 Text tokens stand between the tiles of an image as they do between images, so the inputs do not tell where one ends:
 budgets are per tile (a video's frame is one) or per sample. Pixel shuffle folds several patches into one visual token,
-so stages work behind the connector and in the language model.
+so stages work behind the connector and in the language model; notes of patches travel there as the mean over those of a
+token. Of a tile that is partly hidden (``pixel_attention_mask``) the tower sees the upper left corner alone; tokens of
+which it saw nothing have no notes.
 """
 
 from __future__ import annotations
@@ -11,12 +13,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..core.types import Geometry
-from .base import ADAPTERS, AdapterInfo, named
+from ..core.ledger import UndoLedger
+from ..core.types import Geometry, UnsupportedError
+from .base import ADAPTERS, AdapterInfo, PlannedCut, named
+from .engine.description import TOWER, PackedTower
 from .engine.layout import RasterSpan
-from .parts.mllm import BEHIND, Mllm, tower_shapes
+from .engine.packed import PackedEngine
+from .engine.packing import Packing, in_corner
+from .parts.mllm import BEHIND, Mllm, known, tower_shapes
 from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
 CLASSES = {"SmolVLMForConditionalGeneration": "smolvlm", "Idefics3ForConditionalGeneration": "idefics3"}
@@ -37,11 +43,14 @@ class SmolVLM(Mllm):
             prefix=0,
             vision_layers=0,
             vision_depth=v.num_hidden_layers,
+            notes=TOWER,
+            seen_layers=v.num_hidden_layers,
             llm_layers=config.text_config.num_hidden_layers,
             provides=BEHIND,
             refuses={"vision": "pixel shuffle would fold the wrong patches together"},
             per=("tile", "sample"),
         )
+        self.tower, self.fold = core.vision_model, fold
         vision = tower_shapes(v, group=fold * fold)
         super().__init__(
             model,
@@ -51,6 +60,33 @@ class SmolVLM(Mllm):
             image_token=config.image_token_id,
             vision=vision,
         )
+
+    def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> PackedEngine:
+        blocks = list(self.tower.encoder.layers)
+        known(blocks, "SmolVLMEncoderLayer", "Idefics3EncoderLayer")
+        described = PackedTower(
+            root=self.tower, blocks=blocks, pack=self.pack, capture=_capture, project=_project, fold=self.fold
+        )
+        return PackedEngine(described, cuts, ledger, seed=seed, done=done)
+
+    def pack(self, inputs: dict[str, Any]) -> Packing | None:
+        """Tiles of one size, of which only the corner that ``patch_attention_mask`` ``[G, R, C]`` shows is seen."""
+        pixels, mask = inputs.get("pixel_values"), inputs.get("patch_attention_mask")
+        if not isinstance(pixels, Tensor) or pixels.ndim != 4:
+            return None
+        whole = (pixels.shape[2] // self.tower.patch_size, pixels.shape[3] // self.tower.patch_size)
+        sizes = [list(whole)] * len(pixels)
+        if mask is not None:
+            rows, columns = mask.bool().any(2).sum(1), mask.bool().any(1).sum(1)  # [G] each
+            row, column = (torch.arange(n, device=mask.device) for n in whole)
+            corner = (row[:, None] < rows[:, None, None]) & (column < columns[:, None, None])
+            if mask.shape[1:] != whole or not torch.equal(corner, mask.bool()):
+                raise UnsupportedError(
+                    "pixel_attention_mask shows something else of a tile than a rectangle in its upper left corner, "
+                    "so the patches that are left form no raster"
+                )
+            sizes = torch.stack([rows, columns], 1).tolist()
+        return Packing([in_corner(r, c, whole, self.fold) for r, c in sizes], pixels.device, batched=True)
 
     def slice_(self, inputs: dict[str, Any], samples: list[list[RasterSpan]], b: int) -> dict[str, Any]:
         """The tiles of sample ``b``: pixels are ``[B, n, 3, H, W]``, and tiles of zeros only fill up."""
@@ -64,6 +100,17 @@ class SmolVLM(Mllm):
             for k in ("pixel_values", "pixel_attention_mask")
             if inputs.get(k) is not None
         }
+
+
+def _capture(block: Any) -> dict[str, nn.Module]:
+    a = block.self_attn
+    return {"q": a.q_proj, "k": a.k_proj, "v": a.v_proj}
+
+
+def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, float]:
+    a = block.self_attn
+    q, k, v = (caught[n].unflatten(-1, (-1, a.head_dim)).flatten(0, 1) for n in "qkv")
+    return q, k, v, a.scale
 
 
 def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:

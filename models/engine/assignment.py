@@ -40,7 +40,7 @@ def assign(request: Request, encoded: dict[str, Encoded]) -> list[list[tuple[Run
             else:
                 start = at[kind] - len(want[kind][b])
             mine = made[kind][start : start + len(want[kind][b])]
-            if [run.handed_over for run, _ in mine] != want[kind][b]:
+            if [run.handed_over(g) for run, g in mine] != want[kind][b]:
                 raise UnsupportedError(f"the vision tower's passes are of another size than the prompt's {kind}s")
             rows.append(iter(mine))
         out.append([next(rows[p.video >= 0]) for p in parts for _ in p.passes])

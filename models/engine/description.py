@@ -9,11 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from .layout import RasterSpan
+from .packing import Packing
 from .request import Encoded
 
 # What methods may ask of a site in the tower, behind the projector, and in the language model: there also what needs
 # the projections of its layers.
 TOWER = frozenset({"projections", "prefix"})
+WINDOWED = TOWER | {"windows"}  # where some blocks attend within windows
 PROJECTOR = frozenset({"text", "origin"})
 PLAIN = frozenset({"queried", "text", "states", "origin"})
 LLM = PLAIN | {"query_attention", "keys"}
@@ -113,3 +115,30 @@ class Tower:
     raster: Callable[[Tensor], tuple[int, int]] | None = None
     variable: bool = False
     fold: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedTower:
+    """A family's description of a vision tower whose blocks see rasters of several sizes one behind the other, and of
+    which only notes are taken.
+
+    ``caught`` is what one call of a block leaves for :attr:`project`: its rotary table under ``"rope"`` (None without)
+    and the captured outputs under their names.
+
+    Attributes:
+        root: the module whose call is one pass.
+        blocks: those whose output is used.
+        pack: ``pack(inputs)``: what a call of the root with these arguments, by name, makes the blocks see; ``None``
+            for one that the root itself will refuse.
+        capture: as :attr:`Tower.capture`.
+        project: ``project(block, caught)``: q, k, v (``[S, H, d]`` each, one row per patch, as the attention uses them)
+            and a scale.
+        fold: the side of the square of patches that become one visual token behind it.
+    """
+
+    root: nn.Module
+    blocks: Sequence[nn.Module]
+    pack: Callable[[dict[str, Any]], Packing | None]
+    capture: Callable[[nn.Module], dict[str, nn.Module]]
+    project: Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Tensor, Tensor, float]]
+    fold: int

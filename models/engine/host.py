@@ -33,6 +33,8 @@ PACKED = (
     "max_length_q",
     "max_length_k",
 )  # flash attention: where the sequences of a packed row begin
+SEGMENTS = ("cu_seqlens", PACKED[0])  # the same of the blocks of a vision tower
+MASK, ROTARY = "attention_mask", "position_embeddings"  # what blocks of a vision tower are given besides
 PRIVATE = {"assistant": "_get_candidate_generator", "prefill": "_prefill"}
 
 
@@ -150,6 +152,12 @@ def arguments(module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any
     if len(args) > len(names):
         raise TypeError(f"{type(module).__name__} takes {len(names)} arguments, {len(args)} were given")
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def segments(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Where the sequences begin that a block of a vision tower attends within, and where the last one ends, ``[s +
+    1]``; ``None`` where it is not told."""
+    return next((inputs[n] for n in SEGMENTS if inputs.get(n) is not None), None)
 
 
 def backend(config: Any) -> str:

@@ -177,12 +177,18 @@ class Passes:
         run.memory.clear()
         run.rotary = None
         ran, there = len(run.counts), len(self.tower.blocks)
-        if self.cuts and ran != there and not (run.early and ran < there):
-            raise UnsupportedError(
-                f"{ran} of the {there} blocks ran that the tower had at attach(): blocks were taken out, replaced or "
-                "skipped since; remove() and attach again"
-            )
+        if self.cuts and not (run.early and ran < there):
+            check_blocks(ran, there)
         self.done(run)
+
+
+def check_blocks(ran: int, there: int) -> None:
+    """Raises :class:`UnsupportedError` unless all blocks of a pass ran."""
+    if ran != there:
+        raise UnsupportedError(
+            f"{ran} of the {there} blocks ran that the tower had at attach(): blocks were taken out, replaced or "
+            "skipped since; remove() and attach again"
+        )
 
 
 def _cells(selection: Selection, grid: tuple[int, int]) -> tuple[int, int]:

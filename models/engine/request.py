@@ -156,13 +156,13 @@ class Request:
     def _noted(self, stage: int, site: str, visual: Tensor) -> Tensor:
         assert self.looked_at is not None
         tables = {id(run): run.noted_behind(stage, site) for rows in self.looked_at for run, _ in rows}
-        told = next(iter(tables.values()))
-        nothing = told.new_full((1, *told.shape[2:]), torch.nan)
+        told = next(iter(tables.values()))[0]
+        nothing = told.new_full((1, *told.shape[1:]), torch.nan)
         values = []
         for rows, sources in zip(self.looked_at, self.sources, strict=True):
             mine = torch.cat([*(tables[id(run)][g] for run, g in rows), nothing])  # the last one is for -1
             values.append(mine[sources.to(mine.device)])
-        whole = told.new_full((*visual.shape, *told.shape[2:]), torch.nan)
+        whole = told.new_full((*visual.shape, *told.shape[1:]), torch.nan)
         whole[visual.to(told.device)] = torch.cat(values)
         return whole.to(visual.device)[self.owner[:, None], self.table.clamp_min(0)]
 

@@ -214,19 +214,20 @@ class Run:
             NOTE + site: partial(noted_at, table, self.index) for (s, site), table in self.noted.items() if s == stage
         }
 
-    @property
-    def handed_over(self) -> int:
-        """How many visual tokens an image becomes behind the tower, before any is dropped."""
+    def handed_over(self, g: int) -> int:
+        """How many visual tokens image ``g`` becomes behind the tower, before any is dropped."""
         return self.tokens // self.fold**2
 
-    def noted_behind(self, stage: int, site: str) -> Tensor:
-        """The notes of the tokens behind the tower, ``[G, N / fold^2, ...]``: of those folded into one, their mean."""
+    def noted_behind(self, stage: int, site: str) -> Sequence[Tensor]:
+        """Per image the notes of the tokens behind the tower, ``[N / fold^2, ...]``: of those folded into one, their
+        mean."""
         table = self.noted[stage, site]
         if self.fold == 1:
-            return table
+            return table.unbind()
         assert self.grid is not None
         rows, columns = (n // self.fold for n in self.grid)
-        return table.view(len(table), rows, self.fold, columns, self.fold, *table.shape[2:]).mean((2, 4)).flatten(1, 2)
+        squares = table.view(len(table), rows, self.fold, columns, self.fold, *table.shape[2:])
+        return squares.mean((2, 4)).flatten(1, 2).unbind()
 
     def weights(self) -> Tensor | None:
         """``[G, n]``, ``None`` while all are 1: how often each running token counts in a mean. Every original token

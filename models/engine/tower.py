@@ -15,6 +15,7 @@ from ...core.ledger import UndoLedger
 from ...core.types import Action, Projections, Seed, Selection, UnsupportedError
 from ..base import PlannedCut
 from .arguments import Arguments
+from .captured import catcher
 from .composed import compose
 from .description import Tower
 from .passes import COPY, Passes
@@ -42,6 +43,7 @@ class TowerEngine:
         self.passes = Passes(tower, cuts, tokens=tokens, seed=seed, done=done)
         self.alone, self.reading = self.passes.alone, self.passes.reading
         self.replays = BlockReplays(len(tower.blocks))
+        self.catch = catcher(tower.capture, ledger, lambda: self.run)
         self.decide = ledger.timed(self._decide)  # also called from within blocks, outside of any hook
         self.proportional = any(c.cut.proportional for c in cuts)
         names = list(inspect.signature(type(tower.blocks[0]).forward).parameters)[1:] if tower.blocks else []
@@ -85,33 +87,11 @@ class TowerEngine:
                 compose(self.tower, block, i, self.ledger, self._composed(block, inside))
             caught: list[nn.Module] = []
             if mine:
-                self._catch(block, caught)
+                self.catch(block, caught)
             self.ledger.before(block, self._enterer(i, block, caught if mine else None))
             self.ledger.after(block, self._leaver(i, block, behind))
 
     # one block --------------------------------------------------------------------------------------------------------
-
-    def _catch(self, block: nn.Module, caught: list[nn.Module]) -> None:
-        """Hooks the modules whose outputs are captured; those that took their places since (adapters, quantised layers)
-        too."""
-        try:
-            modules = self.tower.capture(block)
-        except AttributeError as e:
-            raise UnsupportedError(
-                f"the attention of a {type(block).__name__} was replaced by something this adapter does not know: {e}"
-            ) from e
-        for name, module in modules.items():
-            if not any(module is m for m in caught):
-                self.ledger.after(module, self._catcher(name))
-                caught.append(module)
-
-    def _catcher(self, name: str) -> Callable:
-        def catch(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            run = self.run
-            if run is not None:
-                run.captured[name] = output
-
-        return catch
 
     def _enterer(self, number: int, block: nn.Module, caught: list[nn.Module] | None) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -127,7 +107,7 @@ class TowerEngine:
             run.counts.append(run.index)
             run.captured["x"] = x
             if caught is not None:
-                self._catch(block, caught)
+                self.catch(block, caught)
             if self.cuts and (self.arguments.find(args, kwargs, self.mask) is not None or kwargs.get("is_causal")):
                 raise UnsupportedError(
                     "the tower was given an attention mask of its own; pruning and merging inside it need unmasked "

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ...core.ledger import UndoLedger
 from ...core.types import UnsupportedError
 from ..engine import host
+from ..engine.packed import PackedRun
 from ..engine.request import Call, Encoded
 from ..engine.rows import put
 from ..engine.run import Run
@@ -50,8 +51,13 @@ class Encoders:
         return {kind: known for kind, output in outputs if (known := self.notes.get(output)) is not None}
 
     def passed(self, run: Run) -> None:
-        """The tower has made a pass, which the projector reads next."""
-        self.local.run = run
+        """The tower has made a pass, which the projector reads next; of one that only notes are taken of nothing has
+        to be put back behind it, and it may be a part of the tower."""
+        known: Encoded | None = getattr(self.local, "now", None)
+        if not isinstance(run, PackedRun):
+            self.local.run = run
+        elif known is not None:
+            known.runs.append(run)
 
     def watch(self, ledger: UndoLedger, call: Callable[[], Call | None]) -> None:
         """Notes from now on what the encoders do, also in the forward ``call()`` that a thread is in."""
@@ -96,7 +102,7 @@ class Encoders:
             known: Encoded | None = getattr(self.local, "now", None)
             if known is not None:
                 known.runs.append(run)
-            if features.shape[1] == run.handed_over and run.slot is run.raster:
+            if features.shape[1] == run.handed_over(0) and run.slot is run.raster:
                 return None
             where = torch.where(run.valid, run.index, run.tokens)
             whole = put(features.new_zeros(run.images, run.tokens + 1, features.shape[2]), where, features)

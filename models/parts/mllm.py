@@ -16,6 +16,7 @@ from ..engine.count import count
 from ..engine.decoder import DecoderEngine
 from ..engine.description import LLM, PROJECTOR, Decoder
 from ..engine.layout import Raster, RasterSpan, parts
+from ..engine.packed import PackedEngine
 from ..engine.probe import probe, probe_queries
 from ..engine.request import Encoded, Request
 from ..engine.shapes import Layer, Shapes, attention
@@ -24,6 +25,7 @@ from .copies import copied
 from .encoders import Encoders
 from .tiny import TEXT
 
+TowerLike = TowerEngine | PackedEngine
 BEHIND = {"projector": PROJECTOR, "llm": LLM}  # what a family without stages in its tower provides
 
 
@@ -128,7 +130,7 @@ class Mllm:
             else {}
         )
 
-    def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> TowerEngine | None:
+    def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> TowerLike | None:
         """Serves ``cuts`` inside the tower (and before it); ``None`` for a family that offers none there."""
         return None
 
@@ -250,7 +252,7 @@ class Mllm:
         self.seed, self.engines = seed, [e for e in (engine, decoder) if e is not None]
         self.decoder = decoder
 
-    def _install_tower(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, seed: int) -> TowerEngine:
+    def _install_tower(self, cuts: list[PlannedCut], ledger: UndoLedger, recorder: Any, seed: int) -> TowerLike:
         engine = self.tower_engine(cuts, ledger, seed=seed, done=self.encoding.passed)
         assert engine is not None
         self.encoding.expand(ledger)
@@ -268,3 +270,13 @@ def tower_shapes(config: Any, **more: Any) -> dict[str, Any]:
         "prefix": 0,
         **more,
     }
+
+
+def known(blocks: list[nn.Module], *names: str) -> None:
+    """Raises :class:`UnsupportedError` unless all ``blocks`` of a vision tower are of one of these classes."""
+    other = next((block for block in blocks if named(block, *names) is None), None)
+    if other is not None:
+        raise UnsupportedError(
+            f"a {type(other).__name__} is no block of a vision tower whose attention this adapter knows (it knows "
+            f"{', '.join(names)}), so nothing can be noted behind it"
+        )

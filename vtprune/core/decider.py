@@ -34,8 +34,8 @@ class Decider:
         import torch
 
         view, cut = self._promised(view, self.geometry.notes), self.cuts[self.number]
-        if view.rasters:  # images of another size than the typical one, all alike
-            cut, view = self._cut(view.rasters[0]), replace(view, grid=view.rasters[0][0], rasters=())
+        if view.rasters:  # images of another size than the typical one, all alike; grid= is that of their patches
+            cut, view = self._cut(view.rasters[0]), replace(view, rasters=())
         with torch.no_grad():
             return self.method.note(view, cut)
 

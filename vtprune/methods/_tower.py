@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..core.types import Action, Geometry, Selection, TokenView, UnsupportedError
+from ..core.types import Action, Geometry, Projections, Selection, TokenView, UnsupportedError
+from ..kernels.base import rows
 from .base import Cut, Method, option
 
 # By kind of site, what such methods need: projections in the tower, nothing behind it.
@@ -75,9 +76,10 @@ class TowerScored(Method):
 def class_attention(view: TokenView) -> Tensor:
     """``[B, N]``: the class token's attention in the block, softmax over all tokens, mean over heads; 0 on padding. In
     towers without a class token the attention that each patch receives, averaged over all queries."""
-    t, p = view.source("projections"), view.prefix
+    p = view.prefix
     if not p:
         return received_attention(view)
+    t = view.source("projections")
     bias = None if t.bias is None else t.bias[:, 0, 0]
     found = kernels.query_scores(t.q[:, :, :1], t.k, scale=t.scale, bias=bias)
     return found[:, p:] * view.valid
@@ -85,9 +87,30 @@ def class_attention(view: TokenView) -> Tensor:
 
 def received_attention(view: TokenView) -> Tensor:
     """``[B, N]``: the attention that each patch receives in the block, mean over heads and over all queries (the class
-    token's among them); 0 on padding."""
-    t, p = view.source("projections"), view.prefix
+    token's among them); 0 on padding. Blocks that attend within windows: queries of other windows give nothing."""
+    t, p = projections(view), view.prefix
+    windows = view.source("windows") if "windows" in view.sources else None
+    if windows is not None:
+        return _within(t, windows)
     real = torch.cat([view.valid.new_ones(len(view.valid), p), view.valid], 1)
     weight = real.to(torch.float32) / real.sum(1, keepdim=True)
     bias = None if t.bias is None else t.bias[:, 0, 0]
     return kernels.query_scores(t.q, t.k, scale=t.scale, weight=weight, bias=bias)[:, p:] * view.valid
+
+
+def projections(view: TokenView) -> Projections:
+    """The block's, also of one that attends within windows."""
+    return view.source("projections", **({"windows": True} if "windows" in view.sources else {}))
+
+
+def _within(t: Projections, windows: Tensor) -> Tensor:
+    """``[B, N]``: the attention received of blocks in which the patches of each of the ``windows`` ``[B, W, m]`` (-1:
+    padding) see each other, and no patch is in two."""
+    (b, w, m), n = windows.shape, t.k.shape[2]
+    at, there = windows.clamp_min(0).flatten(1), (windows >= 0).flatten(0, 1)
+    q, k = (rows(x.transpose(1, 2).flatten(2), at).view(b * w, m, *x.shape[1::2]).transpose(1, 2) for x in (t.q, t.k))
+    weight = there.to(torch.float32) / n
+    bias = torch.zeros_like(weight).masked_fill(~there, -torch.inf)
+    found = kernels.query_scores(q, k, scale=t.scale, weight=weight, bias=bias)  # [B W, m]
+    received = found.new_zeros(b, n + 1)  # the last one takes the padding
+    return received.scatter_(1, torch.where(there, windows.flatten(0, 1), n).view(b, -1), found.view(b, -1))[:, :n]

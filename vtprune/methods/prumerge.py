@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.select import marked, merged, top
 from ..core.types import Geometry, Mix, Selection, TokenView
 from ..kernels.base import CHUNK, cosines, first, rows, wide
-from ._tower import NEEDS, TowerScored, class_attention, received_attention
+from ._tower import NEEDS, TowerScored, class_attention, projections, received_attention
 from .base import Cut, MethodInfo, option, register
 
 DIAL = ("iqr", 100.0, -2.0)
@@ -67,7 +67,7 @@ class PruMerge(TowerScored):
 
     def score(self, view: TokenView, cut: Cut) -> Tensor:
         """``[B, N, 1 + C]``: attention, then the keys of all heads."""
-        keys = wide(view.source("projections").k)[:, :, view.prefix :].transpose(1, 2).flatten(2)
+        keys = wide(projections(view).k)[:, :, view.prefix :].transpose(1, 2).flatten(2)
         attention = class_attention(view) if self.heads == "mean" else joined_attention(view)
         return torch.cat([attention[..., None].to(keys.dtype), keys], -1)
 
@@ -199,9 +199,10 @@ def _nearest(keys: Tensor, token: Tensor, there: Tensor, count: int) -> tuple[Te
 def joined_attention(view: TokenView) -> Tensor:
     """``[B, N]``: the class token's attention with all heads as one, ``softmax(q . k C^-1/2)`` over all tokens; 0 on
     padding. In towers without a class token the attention that each patch receives, averaged over all queries."""
-    t, p = view.source("projections"), view.prefix
+    p = view.prefix
     if not p:
         return received_attention(view)
+    t = view.source("projections")
     q, k = wide(t.q[:, :, 0]), wide(t.k)
     logits = (q[:, :, None] * k).sum((1, 3)) * q[0].numel() ** -0.5
     if t.bias is not None:

@@ -12,7 +12,7 @@ from .. import kernels
 from ..core.select import marked, merged, top
 from ..core.types import Mix, Selection, TokenView
 from ..kernels.base import wide
-from ._tower import NEEDS, TowerScored, class_attention
+from ._tower import NEEDS, TowerScored, class_attention, projections
 from .base import Cut, MethodInfo, option, register
 
 
@@ -57,7 +57,7 @@ class VisionZip(TowerScored):
 
     def score(self, view: TokenView, cut: Cut) -> Tensor:
         """``[B, N, 1 + d]``: class attention, then the key."""
-        keys = wide(view.source("projections").k)[:, :, view.prefix :].mean(1)
+        keys = wide(projections(view).k)[:, :, view.prefix :].mean(1)
         return torch.cat([class_attention(view)[..., None].to(keys.dtype), keys], -1)
 
     def choose(self, view: TokenView, scores: list[Tensor], cut: Cut) -> Selection:

@@ -1,0 +1,111 @@
+"""Which patches of several rasters stand where in the rows that a vision tower's blocks see, and what of them the
+language model gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .layout import Grid
+
+CACHED = 256  # shapes of images whose order is remembered
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRaster:
+    """One image, tile or step in time, whose patches attend to each other.
+
+    Attributes:
+        grid: rows and columns of patches.
+        place: where each of them stands among the raster's rows, in raster order, ``[n]``.
+        rows: that the raster has; some may hold patches that nothing attends to.
+        tokens: rows and columns of the visual tokens that it becomes.
+        windows: the patches of each window, padded with -1, in the order of the rows, ``[W, m]``; ``None``: no block
+            attends within windows.
+    """
+
+    grid: Grid
+    place: Tensor
+    rows: int
+    tokens: Grid
+    windows: Tensor | None = None
+
+
+@lru_cache(maxsize=CACHED)
+def in_order(rows: int, columns: int, fold: int) -> PackedRaster:
+    """Patches in raster order; what ``fold`` does not divide is left out behind the tower."""
+    return PackedRaster((rows, columns), torch.arange(rows * columns), rows * columns, (rows // fold, columns // fold))
+
+
+@lru_cache(maxsize=CACHED)
+def in_corner(rows: int, columns: int, whole: Grid, fold: int) -> PackedRaster:
+    """The upper left corner of a tile of ``whole`` patches, the rest of which nothing attends to."""
+    place = torch.arange(whole[0] * whole[1]).view(whole)[:rows, :columns].flatten()
+    return PackedRaster((rows, columns), place, whole[0] * whole[1], (whole[0] // fold, whole[1] // fold))
+
+
+@lru_cache(maxsize=CACHED)
+def in_squares(rows: int, columns: int, fold: int, window: int | None = None) -> PackedRaster:
+    """Squares of ``fold`` x ``fold`` patches that become one token follow each other, in raster order; with ``window``,
+    in windows of as many squares along each side, these in raster order."""
+    row, column = torch.arange(rows)[:, None].expand(rows, columns), torch.arange(columns).expand(rows, columns)
+    side = fold * (window or max(rows, columns, 1))
+    down, across = row // side, column // side
+    patch = torch.arange(rows * columns).view(rows, columns)
+    order = patch.flatten()
+    # from the innermost to the outermost
+    for key in (column % fold, row % fold, column // fold, row // fold, across, down):
+        order = order[key.flatten()[order].argsort(stable=True)]
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    inside = None
+    if window is not None:
+        number = (down * (int(across.max()) + 1) + across).flatten()[order] if len(order) else order
+        counts = number.unique(return_counts=True)[1].tolist()
+        inside = torch.nn.utils.rnn.pad_sequence(order.split(counts), batch_first=True, padding_value=-1)
+    return PackedRaster((rows, columns), place, len(order), (rows // fold, columns // fold), inside)
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """Rasters of one pass that are alike: ``numbers`` among all of the pass; ``at`` ``[g, n]`` the rows of their
+    patches, ``flat`` ``[g, n]`` their places among the patches of all rasters."""
+
+    raster: PackedRaster
+    numbers: list[int]
+    at: Tensor
+    flat: Tensor
+
+
+class Packing:
+    """What one pass of a tower sees: its ``rasters``, one behind the other in one sequence, or the rows of a batch
+    (``batched``)."""
+
+    def __init__(self, rasters: Sequence[PackedRaster], device: torch.device, *, batched: bool = False):
+        self.rasters, self.device, self.batched = list(rasters), device, batched
+        self.starts = [0, *accumulate(r.rows for r in self.rasters)]  # of the rows
+        self.patches = [0, *accumulate(len(r.place) for r in self.rasters)]
+        self.known: list[tuple[Tensor, bool]] = []
+
+    @cached_property
+    def kinds(self) -> list[Kind]:
+        found: dict[int, list[int]] = {}
+        for i, raster in enumerate(self.rasters):
+            found.setdefault(id(raster), []).append(i)
+        kinds = []
+        for numbers in found.values():
+            raster = self.rasters[numbers[0]]
+            begin, flat = (torch.tensor([s[i] for i in numbers])[:, None] for s in (self.starts, self.patches))
+            n = torch.arange(len(raster.place))
+            kinds.append(Kind(raster, numbers, (begin + raster.place).to(self.device), (flat + n).to(self.device)))
+        return kinds
+
+    @property
+    def windows(self) -> list[int]:
+        """Where windows begin, and where the last one ends."""
+        sizes = [n for r in self.rasters for n in ([] if r.windows is None else (r.windows >= 0).sum(1).tolist())]
+        return [0, *accumulate(sizes)]
