@@ -3,7 +3,7 @@
 
 A video's frames are marked by the image token too, and come without images beside them. Rotary tables turn a part of
 each head only, in the dense language model every channel with its neighbour. Stages work behind the merger and in the
-language model.
+language model; notes of patches travel there as the mean over those of a token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Glm4V(QwenVL):
         v = config.vision_config
         self.fold = v.spatial_merge_size
         self.pairs = named(core.language_model, "Glm4vTextModel") is not None
-        tower = core.visual
+        self.tower = tower = core.visual
         vision = {
             "vd": v.hidden_size,
             "vf": v.out_hidden_size,

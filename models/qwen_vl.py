@@ -2,9 +2,10 @@
 merger, positions with three axes (M-RoPE), DeepStack.
 
 Stages work on merged tokens, behind the merger and in the language model: single patches that are dropped in front of
-it would regroup wrongly. Rotary positions are those of the surviving tokens. DeepStack (Qwen3-VL) adds features of
-earlier vision blocks to the visual rows behind the first decoder layers; those planes are cut, and merged, like the
-rows they belong to.
+it would regroup wrongly. Notes of patches travel there as the mean over those of a token; every image, and every step
+in time of a video, attends within itself in the tower, in most blocks of Qwen2.5-VL within windows. Rotary positions
+are those of the surviving tokens. DeepStack (Qwen3-VL) adds features of earlier vision blocks to the visual rows behind
+the first decoder layers; those planes are cut, and merged, like the rows they belong to.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from torch import Tensor, nn
 from ..core.ledger import UndoLedger
 from ..core.types import Geometry
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
+from .engine.description import TOWER, WINDOWED, PackedTower
 from .engine.layout import Raster, RasterSpan, per_sample, some
+from .engine.packed import PackedEngine
+from .engine.packing import Packing, in_squares
+from .engine.rotary import rotate
 from .engine.rows import take
-from .parts.mllm import BEHIND, Mllm
+from .parts.mllm import BEHIND, Mllm, known
 from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
 FAMILIES = {
@@ -30,9 +35,17 @@ FAMILIES = {
     "Qwen3VLForConditionalGeneration": "qwen3-vl",
     "Qwen3VLMoeForConditionalGeneration": "qwen3-vl-moe",
 }
+BLOCKS = (
+    "Qwen2VLVisionBlock",
+    "Qwen2_5_VLVisionBlock",
+    "Qwen3VLVisionBlock",
+    "Qwen3VLMoeVisionBlock",
+    "Glm4vVisionBlock",
+    "Glm4vMoeVisionBlock",
+)
 
 
-def folded(family: str, config: Any) -> Geometry:
+def folded(family: str, config: Any, *, windows: bool = False) -> Geometry:
     """Of a family whose merger folds patches together and whose positions have three axes."""
     return Geometry(
         family=family,
@@ -42,6 +55,8 @@ def folded(family: str, config: Any) -> Geometry:
         prefix=0,
         vision_layers=0,
         vision_depth=config.vision_config.depth,
+        notes=WINDOWED if windows else TOWER,
+        seen_layers=config.vision_config.depth,
         llm_layers=config.text_config.num_hidden_layers,
         provides=BEHIND,
         refuses={
@@ -58,6 +73,7 @@ class QwenVL(Mllm):
     """One bound model of these families."""
 
     follows: ClassVar[dict[str, int]] = {"mm_token_type_ids": 0}
+    window: int | None = None  # visual tokens along the side of the windows that some blocks attend within
 
     def __init__(self, model: Any):
         core, config = model.model, model.config
@@ -79,10 +95,12 @@ class QwenVL(Mllm):
                 "window": (v.window_size // v.patch_size) ** 2,
                 "whole": tuple(v.fullatt_block_indexes),
             }
+            self.window = v.window_size // v.patch_size // self.fold
+        self.tower = core.visual
         projector = nn.ModuleList([core.visual.merger, *getattr(core.visual, "deepstack_merger_list", [])])
         super().__init__(
             model,
-            geometry=folded(family, config),
+            geometry=folded(family, config, windows=self.window is not None),
             projector=projector,
             lm=core.language_model,
             image_token=config.image_token_id,
@@ -97,6 +115,22 @@ class QwenVL(Mllm):
         if not hasattr(layer.mlp, "experts"):
             return super().mlp(layer)
         return text.hidden_size * (3 * text.moe_intermediate_size * text.num_experts_per_tok + text.num_experts)
+
+    def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> PackedEngine:
+        blocks = list(self.tower.blocks)
+        known(blocks, *BLOCKS)
+        described = PackedTower(
+            root=self.tower, blocks=blocks, pack=self.pack, capture=_capture, project=_project, fold=self.fold
+        )
+        return PackedEngine(described, cuts, ledger, seed=seed, done=done)
+
+    def pack(self, inputs: dict[str, Any]) -> Packing | None:
+        """The patches of a visual token stand together; so do, with windows, the tokens of one."""
+        pixels, grids = inputs.get("hidden_states"), inputs.get("grid_thw")
+        if not isinstance(pixels, Tensor) or not isinstance(grids, Tensor):
+            return None
+        rasters = [in_squares(h, w, self.fold, self.window) for t, h, w in grids.tolist() for _ in range(t)]
+        return Packing(rasters, pixels.device)
 
     def images(self, inputs: dict[str, Any]) -> Iterator[list[Raster]]:
         return self._rasters(inputs.get("image_grid_thw"))
@@ -140,6 +174,17 @@ class QwenVL(Mllm):
             return hidden + take(full, level.rows) * level.valid[..., None]
 
         ledger.replace(self.lm, "_deepstack_process", process)
+
+
+def _capture(block: Any) -> dict[str, nn.Module]:
+    return {"qkv": block.attn.qkv}
+
+
+def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, float]:
+    a, (cos, sin) = block.attn, caught["rope"]
+    q, k, v = caught["qkv"].unflatten(-1, (3, a.num_heads, -1)).permute(1, 2, 0, 3).unsqueeze(1)  # [1, H, S, d] each
+    q, k = (rotate(t, cos, sin, prefix=0, half=True) for t in (q, k))
+    return *(t[0].transpose(0, 1) for t in (q, k, v)), a.scaling
 
 
 # ----------------------------------------------------------------------------------------------------------- tiny
