@@ -3,7 +3,7 @@
 
 Images keep their size, told by ``image_sizes``, and a break token stands behind every row of visual tokens. The tower
 sees all images of a batch as one sequence, of which Mistral 3 merges 2 x 2 patches into one visual token, so stages
-work behind the projector and in the language model.
+work behind the projector and in the language model; notes of patches travel there, as the mean over those of a token.
 """
 
 from __future__ import annotations
@@ -13,12 +13,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..core.ledger import UndoLedger
 from ..core.types import Geometry, VtpruneError
-from .base import ADAPTERS, AdapterInfo, named
+from .base import ADAPTERS, AdapterInfo, PlannedCut, named
+from .engine.description import TOWER, PackedTower
 from .engine.layout import Raster, RasterSpan
-from .parts.mllm import BEHIND, Mllm, tower_shapes
+from .engine.packed import PackedEngine
+from .engine.packing import Packing, in_order
+from .engine.rotary import rotate
+from .parts.mllm import BEHIND, Mllm, known, tower_shapes
 from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
 
@@ -36,8 +41,11 @@ class Mistral3(Mllm):
     def __init__(self, model: Any):
         core, config = model.model, model.config
         v = config.vision_config
-        fold = getattr(config, "spatial_merge_size", 1)
-        self.cell = v.patch_size * fold  # pixels along one side of a visual token
+        self.tower, self.fold = core.vision_tower, getattr(config, "spatial_merge_size", 1)
+        # hidden_states[0] is the embedding; of a list of layers no block is the last one whose output is used
+        feature, depth = config.vision_feature_layer, v.num_hidden_layers
+        used = feature % (depth + 1) if isinstance(feature, int) else 0
+        self.cell = v.patch_size * self.fold  # pixels along one side of a visual token
         side = v.image_size // self.cell
         geometry = Geometry(
             family="mistral3",
@@ -46,17 +54,35 @@ class Mistral3(Mllm):
             grid=(side, side),
             prefix=0,
             vision_layers=0,
-            vision_depth=v.num_hidden_layers,
+            vision_depth=depth,
+            notes=TOWER if used else frozenset(),
+            seen_layers=used,
             llm_layers=config.text_config.num_hidden_layers,
             provides=BEHIND,
             refuses={"vision": "the tower packs all images into one sequence"},
             variable=True,
         )
-        vision = tower_shapes(v, vmlp=3, group=fold * fold)
+        vision = tower_shapes(v, vmlp=3, group=self.fold**2)
         lm, image = core.language_model, config.image_token_id
         super().__init__(
             model, geometry=geometry, projector=core.multi_modal_projector, lm=lm, image_token=image, vision=vision
         )
+
+    def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> PackedEngine:
+        blocks = list(self.tower.transformer.layers)[: self.geometry.seen_layers]
+        known(blocks, "PixtralAttentionLayer")
+        described = PackedTower(
+            root=self.tower, blocks=blocks, pack=self.pack, capture=_capture, project=_project, fold=self.fold
+        )
+        return PackedEngine(described, cuts, ledger, seed=seed, done=done)
+
+    def pack(self, inputs: dict[str, Any]) -> Packing | None:
+        """All patches of an image, row by row, without what only fills its pixels up."""
+        pixels, sizes, side = inputs.get("pixel_values"), inputs.get("image_sizes"), self.tower.patch_size
+        if not isinstance(pixels, Tensor) or pixels.ndim != 4:
+            return None
+        shapes = [tuple(pixels.shape[2:])] * len(pixels) if sizes is None else torch.as_tensor(sizes).tolist()
+        return Packing([in_order(h // side, w // side, self.fold) for h, w in shapes], pixels.device)
 
     def images(self, inputs: dict[str, Any]) -> Iterator[list[Raster]]:
         if inputs.get("image_sizes") is None:
@@ -67,6 +93,18 @@ class Mistral3(Mllm):
     def slice_(self, inputs: dict[str, Any], samples: list[list[RasterSpan]], b: int) -> dict[str, Any]:
         at = sum(len(sample) for sample in samples[:b])
         return {k: inputs[k][at : at + len(samples[b])] for k in ("pixel_values", "image_sizes")} if samples[b] else {}
+
+
+def _capture(block: Any) -> dict[str, nn.Module]:
+    a = block.attention
+    return {"q": a.q_proj, "k": a.k_proj, "v": a.v_proj}
+
+
+def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, float]:
+    a, (cos, sin) = block.attention, caught["rope"]
+    q, k, v = (caught[n].unflatten(-1, (-1, a.head_dim)).transpose(1, 2) for n in "qkv")  # [1, H, S, d] each
+    q, k = (rotate(t, cos, sin, prefix=0, half=True) for t in (q, k))
+    return *(t[0].transpose(0, 1) for t in (q, k, v)), a.scaling
 
 
 def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
