@@ -178,7 +178,7 @@ class PackedEngine:
             if run is None:
                 return
             x = (output[0] if isinstance(output, tuple) else output).detach()
-            x = x.reshape(-1, x.shape[-1])  # [S, C]
+            x = x.reshape(-1, x.shape[-1]).to(run.seen.device)  # [S, C]
             if cuts and len(x) != run.seen.starts[-1]:
                 raise UnsupportedError(
                     f"a {type(block).__name__} saw {len(x)} patches, and the images that the tower was given have "
@@ -198,7 +198,7 @@ class PackedEngine:
         @functools.cache
         def look() -> tuple[tuple, bool]:
             q, k, v, scale = self.tower.project(block, run.captured)
-            q, k, v = (t.detach() for t in (q, k, v))
+            q, k, v = (t.detach().to(run.seen.device) for t in (q, k, v))
             return (q, k, v, scale), within(run.seen, run.captured["inputs"], type(block).__name__)
 
         return look
@@ -274,6 +274,7 @@ def seen(packing: Packing, mask: Any) -> bool:
         return bool((owner >= 0).all())
     if not isinstance(mask, Tensor):
         return False
+    mask = mask.to(packing.device)
     there = mask if mask.dtype == torch.bool else mask == 0 if mask.ndim == 4 else mask != 0
     if not packing.batched:
         same = (owner[:, None] == owner) & (owner >= 0)

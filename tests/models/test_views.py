@@ -116,7 +116,8 @@ def spies():
             return (*notes, Cut(site=self.site, keep=keep))
 
         def note(self, view, cut):
-            return torch.arange(len(view.index)).double()[:, None].expand_as(view.index)
+            number = torch.arange(len(view.index)).double()  # of the pass; of packed towers, within its kind
+            return torch.stack([number, view.features.double().mean((1, 2))], -1)[:, None].expand(*view.index.shape, 2)
 
         def select(self, view, cut):
             noted = view.noted("vision.0") if "note vision.0" in view.sources else None
@@ -182,8 +183,8 @@ def test_notes_follow_their_tokens(family, site, tiny):
 @pytest.mark.parametrize("site", ["projector", "llm.2"])
 @pytest.mark.parametrize("family", [*NOTING, "qwen2.5-vl"])
 def test_tokens_know_their_image_and_the_pass_that_made_them(family, site, per, tiny):
-    """The tower noted the number of the pass, over the batch; new-line tokens have none. A family whose tower is not
-    shown has one pass per raster."""
+    """The tower noted the number of the pass, over the batch; new-line tokens have none. Rasters of a packed tower are
+    passes of their own."""
     model, inputs = first(family, tiny)
     with vtprune.attach(model, "spy-origin", keep=1.0, site=site, per=per) as handle, torch.no_grad():
         model(**inputs)
@@ -196,10 +197,13 @@ def test_tokens_know_their_image_and_the_pass_that_made_them(family, site, per, 
         for g, n in enumerate(view.valid.sum(1).tolist()):
             image, number = origin[g, :n].unbind(-1)
             if noted is not None:
-                known = noted[g, :n]
+                known, mean = noted[g, :n].unbind(-1)
                 assert torch.equal(number < 0, known.isnan())
                 made = number >= 0
-                assert len((number - known)[made].unique()) == 1, "the sample's first pass is number 0"
+                if family in NOTING:
+                    assert len((number - known)[made].unique()) == 1, "the sample's first pass is number 0"
+                each = torch.stack([number[made].double(), mean[made]], 1).unique(dim=0)
+                assert len(each) == len(each[:, 0].unique()) == len(each[:, 1].unique())
             got.setdefault((n, len(image.unique()), len(number[number >= 0].unique())), []).append(g)
     want = [(p.image, len(p.passes)) for sample in parts for p in sample]
     assert sum(len(rows) for rows in got.values()) == len(units)
