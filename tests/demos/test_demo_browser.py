@@ -144,16 +144,14 @@ REMEMBER = """() => { window.told = []; new MutationObserver(() => {
 }).observe(document, {subtree: true, childList: true, characterData: true}); }"""  # messages pop up for seconds only
 
 
-def room(chromium, **context):
-    """A browser context, for a desk unless ``context`` says otherwise."""
-    return chromium.new_context(accept_downloads=True, **{"viewport": {"width": 1360, "height": 900}, **context})
-
-
 class Seat:
-    """One user's page in a browser context, and what went wrong in it."""
+    """One user: a browser context of its own, and what went wrong in it."""
 
-    def __init__(self, context, server: Server):
-        self.page = context.new_page()
+    def __init__(self, chromium, server: Server, **context):
+        self.context = chromium.new_context(
+            accept_downloads=True, **{"viewport": {"width": 1360, "height": 900}, **context}
+        )
+        self.page = self.context.new_page()
         self.errors: list[str] = []
         self.elsewhere: list[str] = []
         self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
@@ -210,36 +208,22 @@ class Seat:
             Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
     def leave(self) -> None:
-        self.page.close()
+        self.context.close()
         assert self.errors == []
         assert self.elsewhere == [], "the page asked another host"
 
 
-@pytest.fixture(scope="session")
-def desk(chromium):
-    """The context that tests share one after the other, so that the page's scripts are compiled once."""
-    with room(chromium) as context:
-        yield context
-
-
 @pytest.fixture
-def seat(chromium, server, desk):
-    """``seat()``: a page, the first of a test in the shared context, the others, and those for other devices, in
-    contexts of their own."""
+def seat(chromium, server):
     made: list[Seat] = []
-    own = []
 
     def sit(**context) -> Seat:
-        if made or context:
-            own.append(room(chromium, **context))
-        made.append(Seat(own[-1] if own else desk, server))
+        made.append(Seat(chromium, server, **context))
         return made[-1]
 
     yield sit
     for one in made:
         one.leave()
-    for context in own:
-        context.close()
 
 
 @pytest.fixture(scope="session")
@@ -602,11 +586,7 @@ def test_a_model_s_process_that_dies_is_told_everywhere(chromium, pictures):
     """On the terminal, on a page that asks, on one that does nothing, and by the command's code."""
     server = Server().ready()
     path, question, _ = pictures[0]
-    with room(chromium) as one, room(chromium) as other:
-        _dies(Seat(one, server), Seat(other, server), server, path, question)
-
-
-def _dies(asking: Seat, idle: Seat, server: Server, path: Path, question: str) -> None:
+    asking, idle = Seat(chromium, server), Seat(chromium, server)
     asking.upload(path)
     asking.question(question)
     asking.page.get_by_role("tab", name="All methods").click()
@@ -621,6 +601,8 @@ def _dies(asking: Seat, idle: Seat, server: Server, path: Path, question: str) -
     )
     server.left_nothing()
     idle.told("vtprune demo has ended")
+    for one in (asking, idle):
+        one.context.close()
 
 
 def first_answer(chromium, path: Path, question: str, expected: str) -> float:
