@@ -393,8 +393,7 @@ def test_masks_are_read_in_every_form():
 
 def test_windows_at_the_border_are_smaller():
     raster = in_squares(6, 10, 2, 2)  # 3 x 5 tokens in windows of 2 x 2
-    sizes = (raster.windows >= 0).sum(1).tolist()
-    assert sizes == [16, 16, 8, 8, 8, 4]
+    assert (raster.windows >= 0).sum(1).tolist() == [16, 16, 8, 8, 8, 4]
     assert raster.windows[2].tolist()[:8] == [8, 9, 18, 19, 28, 29, 38, 39]
     assert raster.windows[0].tolist()[:4] == [0, 1, 10, 11]  # the first token's patches
     assert sorted(raster.place.tolist()) == list(range(60))
