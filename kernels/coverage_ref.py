@@ -127,7 +127,7 @@ def reference(
             score = score + (worth if prior is None else worth * prior)
             if diversity:
                 far = 1 - everything[0].by.double()
-                score = score + diversity * _scaled(torch.where(far > least, far, 0), free, scale)
+                score = score + diversity * _scaled(torch.where(far > least, far, 0), free, scale, 1.0)
         lowest = torch.finfo(score.dtype).min / 2
         score = score.nan_to_num(lowest, -lowest, lowest).masked_fill(~free, -torch.inf)
         best = score.amax(1, keepdim=True)
@@ -214,16 +214,18 @@ def _curve(cosine: Tensor, temperature: float) -> Tensor:
     return cosine.sub_(1).div_(temperature).exp_() if temperature else cosine
 
 
-def _scaled(value: Tensor, free: Tensor, scale: str) -> Tensor:
-    """``value`` ``[B, N]`` divided by its mean or range over the tokens ``free``; 0 where that is 0."""
+def _scaled(value: Tensor, free: Tensor, scale: str, size: float | None = None) -> Tensor:
+    """``value`` ``[B, N]`` divided by its mean or range over the tokens ``free``; 0 where that is 0, or where the range
+    is rounding: :data:`EQUAL` of ``size``, by default of the largest."""
     if scale == "none":
         return value
     if scale == "mean":
         by = value.masked_fill(~free, 0).sum(1, keepdim=True) / free.sum(1, keepdim=True).clamp_min(1)
     else:
         low = value.masked_fill(~free, torch.inf).amin(1, keepdim=True)
+        high = value.masked_fill(~free, -torch.inf).amax(1, keepdim=True)
         value = (value - low).masked_fill(~free, 0)
-        by = value.amax(1, keepdim=True)
+        by = torch.where(high - low > EQUAL * (high.abs() if size is None else size), high - low, 0)
     return torch.where(by > 0, value / by, 0)
 
 
@@ -303,7 +305,7 @@ def close(arguments: tuple, got: Tensor, want: Tensor) -> None:
             if step or relevance is None:
                 gain = (w[:, None] * (s - c[:, None]).clamp_min(0)).sum(0)
                 worth = _scaled(gain[None], free[None], scale)[0] * p
-                far = _scaled((1 - c[None, : len(p)]).clamp_min(0), free[None], scale)[0]
+                far = _scaled((1 - c[None, : len(p)]).clamp_min(0), free[None], scale, 1.0)[0]
                 score = score + worth + (diversity * far if diversity else 0)
                 if scale != "none":
                     slack += 1e-6 * first / float(gain[free].mean().clamp_min(1e-9 * first))

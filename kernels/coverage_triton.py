@@ -57,6 +57,7 @@ def _divisors(gain, by, floor, N, SCALE: tl.constexpr, BN: tl.constexpr):
         g_low, far_low = g_low * 0.0, far_low * 0.0
     else:
         g_by, far_by = g_high - g_low, far_high - far_low
+        g_by, far_by = tl.where(g_by > g_high * TIE, g_by, 0.0), tl.where(far_by > TIE, far_by, 0.0)
     g_by = tl.where(g_by > 0, 1.0 / tl.where(g_by > 0, g_by, 1.0), 0.0)
     far_by = tl.where(far_by > 0, 1.0 / tl.where(far_by > 0, far_by, 1.0), 0.0)
     return g_low, g_by, far_low, far_by

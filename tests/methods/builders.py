@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -19,6 +21,7 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from vtprune.models import qwen_vl
 
 import oracles as O
 from moulds import moulded
@@ -87,6 +90,14 @@ def llava(vision: str = "clip", text: str = "llama", blocks: int = 4, layers: in
     model = randomise(LlavaForConditionalGeneration(config), seed)
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
     return model
+
+
+def hide_the_tower(patch: pytest.MonkeyPatch) -> None:
+    """From now on Qwen-VL's adapter shows nothing of the tower, as the generic one does."""
+    stock = qwen_vl.folded
+    patch.setattr(
+        qwen_vl, "folded", lambda *args, **options: replace(stock(*args, **options), notes=frozenset(), seen_layers=0)
+    )
 
 
 def images(count: int, seed: int = 3) -> Tensor:

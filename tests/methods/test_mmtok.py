@@ -105,7 +105,8 @@ def test_llava_equals_the_transcription(keep, options):
     assert [row.tolist() for row in report.stages[-1].kept] == [want[0], want[1] + [B.N + i for i in want[2]]]
 
 
-def test_where_the_tower_is_not_shown_the_projected_features_are_covered():
+def test_where_the_tower_is_not_shown_the_projected_features_are_covered(monkeypatch):
+    B.hide_the_tower(monkeypatch)
     model, inputs = testing.tiny("qwen2-vl")
     seen = []
     with vtprune.attach(model, "mmtok", keep=3, per="sample") as handle, torch.no_grad():

@@ -224,7 +224,8 @@ def test_tokens_that_the_tower_did_not_make_come_last_and_need_no_cover():
                 assert chosen(view(h, r), keep, scale=scale) == [want]
 
 
-def test_where_the_tower_is_not_shown_the_norm_ranks_behind_the_projector():
+def test_where_the_tower_is_not_shown_the_norm_ranks_behind_the_projector(monkeypatch):
+    B.hide_the_tower(monkeypatch)
     model, inputs = testing.tiny("qwen2-vl")
     seen = []
     with vtprune.attach(model, "tops", keep=1, per="sample") as handle, torch.no_grad():
