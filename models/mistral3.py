@@ -23,6 +23,7 @@ from .engine.layout import Raster, RasterSpan
 from .engine.packed import PackedEngine
 from .engine.packing import Packing, in_order
 from .engine.rotary import rotate
+from .parts import hf_vit
 from .parts.mllm import BEHIND, Mllm, known, tower_shapes
 from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
@@ -72,7 +73,7 @@ class Mistral3(Mllm):
         blocks = list(self.tower.transformer.layers)[: self.geometry.seen_layers]
         known(blocks, "PixtralAttentionLayer")
         described = PackedTower(
-            root=self.tower, blocks=blocks, pack=self.pack, capture=_capture, project=_project, fold=self.fold
+            root=self.tower, blocks=blocks, pack=self.pack, capture=hf_vit.capture, project=_project, fold=self.fold
         )
         return PackedEngine(described, cuts, ledger, seed=seed, done=done)
 
@@ -93,11 +94,6 @@ class Mistral3(Mllm):
     def slice_(self, inputs: dict[str, Any], samples: list[list[RasterSpan]], b: int) -> dict[str, Any]:
         at = sum(len(sample) for sample in samples[:b])
         return {k: inputs[k][at : at + len(samples[b])] for k in ("pixel_values", "image_sizes")} if samples[b] else {}
-
-
-def _capture(block: Any) -> dict[str, nn.Module]:
-    a = block.attention
-    return {"q": a.q_proj, "k": a.k_proj, "v": a.v_proj}
 
 
 def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, float]:

@@ -22,6 +22,7 @@ from .engine.description import TOWER, PackedTower
 from .engine.layout import RasterSpan
 from .engine.packed import PackedEngine
 from .engine.packing import Packing, in_corner
+from .parts import hf_vit
 from .parts.mllm import BEHIND, Mllm, known, tower_shapes
 from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
@@ -65,7 +66,7 @@ class SmolVLM(Mllm):
         blocks = list(self.tower.encoder.layers)
         known(blocks, "SmolVLMEncoderLayer", "Idefics3EncoderLayer")
         described = PackedTower(
-            root=self.tower, blocks=blocks, pack=self.pack, capture=_capture, project=_project, fold=self.fold
+            root=self.tower, blocks=blocks, pack=self.pack, capture=hf_vit.capture, project=_project, fold=self.fold
         )
         return PackedEngine(described, cuts, ledger, seed=seed, done=done)
 
@@ -100,11 +101,6 @@ class SmolVLM(Mllm):
             for k in ("pixel_values", "pixel_attention_mask")
             if inputs.get(k) is not None
         }
-
-
-def _capture(block: Any) -> dict[str, nn.Module]:
-    a = block.self_attn
-    return {"q": a.q_proj, "k": a.k_proj, "v": a.v_proj}
 
 
 def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, float]:

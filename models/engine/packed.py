@@ -175,11 +175,11 @@ class PackedEngine:
     def _leaver(self, block: nn.Module, cuts: list[PlannedCut]) -> Callable:
         def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             run = self.run
-            if run is None:
+            if run is None or not cuts:
                 return
             x = (output[0] if isinstance(output, tuple) else output).detach()
             x = x.reshape(-1, x.shape[-1]).to(run.seen.device)  # [S, C]
-            if cuts and len(x) != run.seen.starts[-1]:
+            if len(x) != run.seen.starts[-1]:
                 raise UnsupportedError(
                     f"a {type(block).__name__} saw {len(x)} patches, and the images that the tower was given have "
                     f"{run.seen.starts[-1]}"

@@ -11,6 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ...core.select import ranks
 from .layout import Grid
 
 CACHED = 256  # shapes of images whose order is remembered
@@ -61,7 +62,7 @@ def in_squares(rows: int, columns: int, fold: int, window: int | None = None) ->
     # from the innermost to the outermost
     for key in (column % fold, row % fold, column // fold, row // fold, across, down):
         order = order[key.flatten()[order].argsort(stable=True)]
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    place = ranks(order[None])[0]
     inside = None
     if window is not None:
         number = (down * (int(across.max()) + 1) + across).flatten()[order] if len(order) else order

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.select import combine, gather
+from ...core.select import combine, gather, ranks
 from ...core.types import NOTE, Seed, Selection, TokenView, extent
 from ..base import PlannedCut
 from .rotary import rotary_rows
@@ -184,7 +184,7 @@ class Run:
             if selection.layout is not None:
                 x = gather(x, selection.layout)
                 self.index, self.size = self.index.gather(1, selection.layout), self.size.gather(1, selection.layout)
-                back = selection.layout.argsort(1)
+                back = ranks(selection.layout)
                 column = torch.where(column >= 0, back.gather(1, column.clamp_min(0)), -1)
             self.slot = torch.where(self.slot >= 0, column.gather(1, self.slot.clamp_min(0)), -1)
             if selection.span is not None:

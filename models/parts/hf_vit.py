@@ -76,7 +76,7 @@ def _attend(block: Any, x: Tensor, mask: Tensor | None, caught: dict[str, Any]) 
         return block.dropout(block.attention(block.layernorm_before(x), attention_mask=mask)[0]) + x
     z = block.norm1(x)
     if _nested(block):
-        q, k, v, scale = _project(block, {name: m(z) for name, m in _capture(block).items()})
+        q, k, v, scale = _project(block, {name: m(z) for name, m in capture(block).items()})
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).reshape(z.shape)
         y = block.attention.output(mixed, z)
     else:
@@ -93,7 +93,8 @@ def _feed(block: Any, x: Tensor) -> Tensor:
     return block.drop_path(block.layer_scale2(block.mlp(block.norm2(x)))) + x
 
 
-def _capture(block: Any) -> dict[str, nn.Module]:
+def capture(block: Any) -> dict[str, nn.Module]:
+    """The projections of the attention of a block with the usual names."""
     a = _attention(block)
     return (
         {"q": a.attention.query, "k": a.attention.key, "v": a.attention.value}
@@ -161,7 +162,7 @@ def describe(model: Any, used: int, root: nn.Module | None = None, *, bare: bool
         mask=mask_name(model),
         attend=_attend,
         feed=_feed,
-        capture=_capture,
+        capture=capture,
         project=_project,
         resize=resize,
         width=config.hidden_size,

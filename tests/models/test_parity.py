@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vtprune.models.base import ADAPTERS
 
+import moulds
 import vtprune
 from cases import mixes_pictures
 from vtprune.core.types import VtpruneError
@@ -440,15 +440,8 @@ def _inline_streams() -> Iterator[None]:
         yield
 
 
-@functools.cache
-def _built(family: str) -> tuple[Any, Inputs]:
-    name, variant = FAMILIES[family]
-    return ADAPTERS.get(name).tiny[variant]()
-
-
 def _fresh(family: str) -> tuple[Any, Inputs]:
-    model, inputs = _built(family)
-    return copy.deepcopy(model), {k: v.clone() for k, v in inputs.items()}
+    return moulds.tiny(*FAMILIES[family])
 
 
 @functools.cache

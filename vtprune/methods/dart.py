@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..core.select import gather, top
+from ..core.select import gather, ranks, top
 from ..core.types import Geometry, Selection, TokenView, VtpruneError
 from ._turns import SCORE
 from .base import Cut, Method, MethodInfo, layers, option, register
@@ -78,7 +78,7 @@ class Dart(Method):
         free = view.valid & (turn < 0)
         for p in range(shares.shape[1]):
             similar = kernels.match(x, every[:n], every[n + p : n + p + 1])[0].masked_fill(~free, torch.inf)  # [B, N]
-            rank = similar.argsort(dim=1, stable=True).argsort(1)
+            rank = ranks(similar.argsort(dim=1, stable=True))
             take = (rank < shares[:, p : p + 1]) & free
             turn, free = torch.where(take, taken + rank, turn), free & ~take
             taken = taken + take.sum(1, keepdim=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..core.select import from_mask, merged, top
+from ..core.select import from_mask, merged, ranks, top
 from ..core.types import Geometry, Mix, Selection, TokenView, VtpruneError
 from ..kernels.base import CHUNK, squares, wide
 from .base import Cut, Method, MethodInfo, layers, option, register
@@ -226,7 +226,7 @@ def density_peaks(x: Tensor, count: int, *, cosine: bool = False) -> tuple[Tenso
     parts = [(i, whole) for i in range(0, m, step)]
     nearest = [(distances(i) if d is None else d).topk(count, largest=False).values.mean(2) for i, d in parts]
     density = -torch.cat(nearest, 1)
-    rank = density.argsort(dim=1, descending=True, stable=True).argsort(1)
+    rank = ranks(density.argsort(dim=1, descending=True, stable=True))
     apart = []
     for i, d in parts:
         d, mine = distances(i) if d is None else d, rank[:, i : i + step, None]
