@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 TYPING := build/typing
-SLOW := -m "not slow"
+SLOW := -m "not slow and not ci"
 # One more than there are cores: browsers wait.
 JOBS := -n $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1))) --maxprocesses 5
 # -I: the folder of the script, with its types.py and select.py, stays out of the way of Python's own modules.

@@ -24,7 +24,7 @@ from packaging.version import Version
 from vtprune.check import versions
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
+PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow")
 # Every family on its tiny model; what the README says to type; then what meets other packages most: generate, towers,
 # the page, the kernels' interpreter.
 SUBSET = (

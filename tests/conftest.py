@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from vtprune.models.base import ADAPTERS
 
 import moulds
 import vtprune
+from browser import CHROMIUM, QUIET
 from choice import covering, kinds, pairs
 
 collect_ignore = ["plugin"]  # a distribution of its own: test_plugins.py installs it and runs its tests
@@ -27,22 +28,26 @@ collect_ignore = ["plugin"]  # a distribution of its own: test_plugins.py instal
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
-# Modules whose tests share something that takes long to make: a server, a browser, what all families support, an
-# installed distribution.
-TOGETHER = ("test_demo_browser.py", "test_plugins.py", "test_support.py", "test_theatre.py")
+# What takes longest begins first.
+FIRST = ("test_demo_browser.py", "test_contract.py", "test_kernels.py", "test_plugins.py", "test_runs.py")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Each of those modules runs in one process, everything else where there is room."""
+    """Every module runs in one process: what its tests share is made once."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            path = nodeid.partition("::")[0]
-            return path if Path(path).name in TOGETHER else nodeid
+            return nodeid.partition("::")[0]
 
+    config.option.loadscopereorder = False  # xdist's own order is by the number of tests
     return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(FIRST)))
 
 
 @pytest.fixture
@@ -55,6 +60,18 @@ def tiny():
         return moulds.tiny(family, variant)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A browser; its pages and contexts are the tests' own."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        (pytest.fail if "CI" in os.environ else pytest.skip)("no chromium found; CHROMIUM=PATH names one")
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

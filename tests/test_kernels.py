@@ -512,7 +512,7 @@ def test_kernels_are_registered_ops_whose_shapes_are_known_without_a_gpu(tmp_pat
 @pytest.mark.parametrize(
     "scope",
     [
-        pytest.param(("first", "first", "first", "90"), id="sm90"),
+        pytest.param(("first", "first", "first", "90"), id="sm90", marks=pytest.mark.ci),
         pytest.param(("all", "all", "all", "80", "89", "90"), id="all", marks=pytest.mark.slow),
     ],
 )

@@ -170,6 +170,7 @@ def test_lmms_eval_takes_it(used):
     assert used["lmms"] == "loudest"
 
 
+@pytest.mark.ci
 def test_its_own_tests_pass(site, tmp_path):
     shutil.copy(ROOT / "tests" / "plugin" / "test_example.py", tmp_path)
     done = python(site, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_example.py", cwd=tmp_path)

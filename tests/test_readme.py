@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import vtprune
 from fake import picture
 from vtprune.cli import main
@@ -31,6 +33,7 @@ def test_the_program_runs(capsys):
     vtprune.attach(names["model"], "random").remove()  # the model is as it was
 
 
+@pytest.mark.ci
 def test_the_lmms_eval_commands_run(tmp_path):
     """In an empty folder, on fewer questions, with this environment first on the path as ``activate`` puts it."""
     lines = block("In lmms-eval", "bash").splitlines()

@@ -28,24 +28,6 @@ import vtprune
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
 ROOT = Path(__file__).resolve().parents[2]
-CHROMIUM = (
-    os.environ.get("CHROMIUM")
-    or shutil.which("chromium")
-    or shutil.which("chromium-browser")
-    or shutil.which("google-chrome")
-)
-if CHROMIUM is None and "CI" in os.environ:
-    raise RuntimeError("CI has to install chromium: the demo's browser tests must not be skipped there")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium found; CHROMIUM=PATH names one")
-QUIET = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 SECOND = 1000  # playwright's milliseconds
 WAIT = 90 * SECOND  # other tests share the cores
 
@@ -131,14 +113,6 @@ def server() -> Iterator[Server]:
     assert "Traceback" not in told, told
 
 
-@pytest.fixture(scope="session")
-def chromium():
-    with sync_api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield browser
-        browser.close()
-
-
 REMEMBER = """() => { window.told = []; new MutationObserver(() => {
     for (const box of document.querySelectorAll('[role=alert]')) window.told.push(box.innerText);
 }).observe(document, {subtree: true, childList: true, characterData: true}); }"""  # messages pop up for seconds only
@@ -166,11 +140,15 @@ class Seat:
         self.page.evaluate(REMEMBER)
         self.page.get_by_text("visual tokens per image").wait_for()
 
-    def upload(self, path: Path) -> None:
-        """Chooses a file as picture and waits until it is there."""
+    def clear(self) -> None:
+        """Takes the picture away, if there is one."""
         clear = self.page.locator("#picture button[aria-label='Clear']")
         if clear.count():
             clear.click()
+
+    def upload(self, path: Path) -> None:
+        """Chooses a file as picture and waits until it is there."""
+        self.clear()
         with self.page.expect_response(re.compile("/upload")):
             self.page.locator("#picture input[type=file]").set_input_files(path)
         self.page.wait_for_timeout(300)
@@ -224,6 +202,23 @@ def seat(chromium, server):
     yield sit
     for one in made:
         one.leave()
+
+
+@pytest.fixture(scope="module")
+def sat_at(chromium, server) -> Iterator[Seat]:
+    one = Seat(chromium, server)
+    yield one
+    one.leave()
+
+
+@pytest.fixture
+def desk(sat_at) -> Seat:
+    """The page that the test before has left, without its picture and question: one of its own takes seconds."""
+    assert sat_at.errors == []
+    sat_at.page.get_by_role("tab", name="Watch").click()
+    sat_at.clear()
+    sat_at.question("")
+    return sat_at
 
 
 @pytest.fixture(scope="session")
@@ -345,8 +340,8 @@ def test_all_methods(seat, pictures):
     assert Path(found.value.path()).read_bytes().startswith(b"\x89PNG")
 
 
-def test_results(seat):
-    one = seat()
+def test_results(desk):
+    one = desk
     one.page.get_by_role("tab", name="Results").click()
     one.page.locator("#draw").click()
     one.status("done", "results-status")
@@ -399,11 +394,11 @@ def test_two_users_get_their_own_answers(seat, pictures):
     assert pictures[0][2] in titles[0] and pictures[1][2] in titles[1] and pictures[0][2] != pictures[1][2]
 
 
-def test_what_cannot_be_answered_gets_a_message(seat, pictures, tmp_path):
+def test_what_cannot_be_answered_gets_a_message(desk, pictures, tmp_path):
     path, question, dense = pictures[0]
     Image.new("L", (10000, 10000)).save(tmp_path / "large.png")
     (tmp_path / "text.png").write_text("no picture at all")
-    one = seat()
+    one = desk
     one.page.locator("#ask").click()
     one.status("type a question|choose a picture")
     one.upload(path)
@@ -429,16 +424,15 @@ def test_what_cannot_be_answered_gets_a_message(seat, pictures, tmp_path):
     one.status("B: seed=-1 is not a whole number")
     seed.fill("0")
     one.question("what is {{constructor}} and ${7*7} <b>here</b> ?")
-    one.page.locator("#ask").click()
-    one.status("done")
+    one.ask()
     one.question(question)
     one.ask()
     assert one.answer("a") == dense
 
 
-def test_stop_leaves_the_model_free(seat, pictures):
+def test_stop_leaves_the_model_free(desk, pictures):
     path, question, dense = pictures[0]
-    one = seat()
+    one = desk
     one.upload(path)
     one.question(question)
     one.page.get_by_role("tab", name="All methods").click()
@@ -447,8 +441,7 @@ def test_stop_leaves_the_model_free(seat, pictures):
     one.page.get_by_role("button", name="Stop").last.click()
     one.status("stopped", "compare-status")
     one.page.get_by_role("tab", name="Watch").click()
-    one.page.locator("#ask").click()
-    one.status("done")
+    one.ask()
     assert one.answer("a") == dense
 
 
@@ -582,6 +575,7 @@ def test_other_sites_and_large_uploads_are_refused(server):
     )
 
 
+@pytest.mark.ci
 def test_a_model_s_process_that_dies_is_told_everywhere(chromium, pictures):
     """On the terminal, on a page that asks, on one that does nothing, and by the command's code."""
     server = Server().ready()

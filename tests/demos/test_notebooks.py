@@ -24,7 +24,8 @@ QUICK = "tokens"  # the others are slow
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(p, id=p.stem, marks=() if p.stem == QUICK else pytest.mark.slow) for p in NOTEBOOKS]
+    "path",
+    [pytest.param(p, id=p.stem, marks=pytest.mark.ci if p.stem == QUICK else pytest.mark.slow) for p in NOTEBOOKS],
 )
 def test_notebook(path, tmp_path):
     kept, fresh = nbformat.read(path, 4), run(path, tmp_path)

@@ -260,9 +260,9 @@ def bundled():
 
 def test_batches_do_not_change_an_answer(bundled, some_method):
     model, processor, part = bundled
-    runs = [run_module.evaluate(model, processor, part, some_method, batch=b, effective_tokens=0.25) for b in (1, 2, 5)]
+    runs = [run_module.evaluate(model, processor, part, some_method, batch=b, effective_tokens=0.25) for b in (1, 3)]
     for name in ("answers", "correct", "effective_tokens", "nominal_tokens", "flops", "kv_bytes", "key"):
-        assert runs[0][name] == runs[1][name] == runs[2][name], name
+        assert runs[0][name] == runs[1][name], name
 
 
 def test_samples_draw_on_their_own(vlm):

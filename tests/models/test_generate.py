@@ -256,7 +256,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny, method, reentrant
 @pytest.mark.parametrize(
     ("method", "cache"),
     [
-        ("fastv", "static"),
+        pytest.param("fastv", "static", marks=pytest.mark.ci),
         pytest.param("fastv", "dynamic", marks=pytest.mark.slow),
         pytest.param("random", "static", marks=pytest.mark.slow),
     ],

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from functools import cache
 from html.parser import HTMLParser
 
@@ -282,30 +280,10 @@ def test_script_and_module_agree_on_numbers():
 # a browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    path = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if path is None:
-        (pytest.fail if "CI" in os.environ else pytest.skip)("no chromium found; CHROMIUM=PATH names one")
-    quiet = [
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--no-first-run",
-    ]
-    with sync_api.sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=path, args=quiet)
-        yield opened
-        opened.close()
-
-
 @pytest.fixture
-def opened(browser):
+def opened(chromium):
     """``opened(page) -> tab`` of an HTML page; an error in its script fails the test."""
-    tab, errors = browser.new_page(viewport={"width": 360, "height": 800}), []
+    tab, errors = chromium.new_page(viewport={"width": 360, "height": 800}), []
     tab.on("pageerror", lambda e: errors.append(str(e)))
     tab.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
     tab.set_default_timeout(10_000)
@@ -457,8 +435,8 @@ def test_heat_map_names_the_latest_ranking(opened):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read(browser, scheme):
-    tab = browser.new_page(color_scheme=scheme)
+def test_text_can_be_read(chromium, scheme):
+    tab = chromium.new_page(color_scheme=scheme)
     tab.set_content(theatre.page([theatre.scene(hand(), title="t")]))
     ink, paper = (
         tab.evaluate(f"getComputedStyle(document.querySelector('{where}')).{what}")

@@ -214,7 +214,7 @@ def density_peaks(x: Tensor, count: int, *, cosine: bool = False) -> tuple[Tenso
     """
     x = wide(x)
     b, m, c = x.shape
-    step = max(1, 16 * CHUNK // (b * m))  # rows whose distances are made at once
+    step = max(1, CHUNK // (b * m))  # rows whose distances are made at once
 
     def distances(i: int) -> Tensor:
         """``[B, step, M]``: d^2, without rounding's sides: of two that are nearest to one another none is denser."""
