@@ -50,6 +50,7 @@ MAY = {
     "vtprune.inputs*": ("vtprune.core.*", "vtprune.models"),
     "vtprune.data*": (),
     "vtprune.measure*": (*BELOW, "vtprune.version", "vtprune.data.*"),
+    "vtprune.serving*": (*BELOW, "vtprune.version"),
     "vtprune.show*": (
         "vtprune.version",
         "vtprune.core.*",

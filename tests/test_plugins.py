@@ -418,7 +418,13 @@ SLOW = (
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="every round is a process of its own")
-@pytest.mark.parametrize(("before", "rounds"), [("import torch", 4), ("import vtprune", 12)], ids=["import", "look-up"])
+@pytest.mark.parametrize(
+    ("before", "rounds"),
+    [
+        pytest.param("import torch", 4, id="import", marks=pytest.mark.ci),
+        pytest.param("import vtprune", 12, id="look-up"),
+    ],
+)
 def test_many_threads_at_once(tmp_path, before, rounds):
     """The first import and the first look-up, with a plug-in that looks up while it is imported and that one of the
     threads imports by hand."""

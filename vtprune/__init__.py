@@ -25,9 +25,12 @@ from vtprune.core.solve import solve  # noqa: E402
 from vtprune.core.types import UnsupportedError, VtpruneError  # noqa: E402
 from vtprune.measure.calibrate import calibrate  # noqa: E402
 from vtprune.moved import keep_old_names  # noqa: E402
+from vtprune.serving.encode import encode  # noqa: E402
+from vtprune.serving.encoded import Encoded  # noqa: E402
 from vtprune.version import __version__  # noqa: E402, F401
 
 __all__ = [
+    "Encoded",
     "Handle",
     "Recipe",
     "Report",
@@ -40,6 +43,7 @@ __all__ = [
     "attach",
     "calibrate",
     "describe",
+    "encode",
     "load_demo_model",
     "methods",
     "recipes",

@@ -8,11 +8,11 @@ from torch import Tensor
 from ...core.types import UnsupportedError
 from . import host
 from .layout import present
-from .request import Encoded, Request
+from .request import EncoderCall, Request
 from .run import Run
 
 
-def assign(request: Request, encoded: dict[str, Encoded]) -> list[list[tuple[Run, int]]]:
+def assign(request: Request, encoded: dict[str, EncoderCall]) -> list[list[tuple[Run, int]]]:
     """The tower's passes that made each sample's images and frames, in the prompt's order."""
     want = {
         kind: [[n for p in parts if (p.video >= 0) == (kind == "video") for n in p.passes] for parts in request.parts]

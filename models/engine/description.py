@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .layout import RasterSpan
 from .packing import Packing
-from .request import Encoded
+from .request import EncoderCall
 
 # What methods may ask of a site in the tower, behind the projector, and in the language model: there also what needs
 # the projections of its layers.
@@ -55,7 +55,7 @@ class Decoder:
     pairs: bool = False
     first_position: int = 0
     core: Any = None
-    encoded: Callable[[dict[str, Any]], dict[str, Encoded]] = lambda inputs: {}
+    encoded: Callable[[dict[str, Any]], dict[str, EncoderCall]] = lambda inputs: {}
 
     def window_of(self, number: int) -> int | None:
         return self.window if self.kinds[number] == "sliding_attention" else None

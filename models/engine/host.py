@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -27,6 +27,9 @@ MOVES = {
 }  # a cache's methods that move its samples, and ours
 ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
 PLANES = "deepstack_visual_embeds"  # what DeepStack adds to early layers
+# of an encoder's output: its rows, and what it made them of
+ROWS = ("pooler_output", "last_hidden_state", "hidden_states", "attentions", "deepstack_features")
+BESIDE = ("visual_indicator_features",)  # embeddings of Ovis 2's own tokens around a picture
 PACKED = (
     "cu_seq_lens_q",
     "cu_seq_lens_k",
@@ -175,6 +178,64 @@ def features(output: Any) -> Any:
     """The rows for the language model that an encoder's output carries, or the output itself where it is a tensor or a
     list."""
     return getattr(output, "pooler_output", output)
+
+
+def takes_encoded(model: Any) -> bool:
+    """Whether the forward of ``model`` takes images that were encoded before."""
+    return ENCODED in _parameters(type(model).forward)
+
+
+def form(output: Any) -> tuple[str, ...]:
+    """How a family hands the rows of its images over, and with DeepStack each of the planes that are added later: one
+    tensor for each image (``"each"``), all in one (``"rows"``, ``[sum K, C]``), or in one with a dimension in front
+    (``"stack"``, ``[images, K, C]``)."""
+
+    def of(rows: Any) -> str:
+        return "each" if isinstance(rows, tuple | list) else {2: "rows", 3: "stack"}[rows.ndim]
+
+    planes = getattr(output, "deepstack_features", None) or ()
+    return (of(features(output)), *(of(plane) for plane in planes))
+
+
+def beside(output: Any) -> dict[str, Tensor]:
+    """What an encoder's output carries besides rows and planes that the model's forward reads. Raises
+    :class:`UnsupportedError` for what this library does not know."""
+    fields = dict(output.items()) if isinstance(output, Mapping) else {}
+    rest = {name: value for name, value in fields.items() if name not in ROWS and value is not None}
+    strange = [name for name, value in rest.items() if name not in BESIDE or not isinstance(value, Tensor)]
+    if strange:
+        raise UnsupportedError(
+            f"it is not known what {strange[0]} of a {type(output).__name__} is, or how to shorten it"
+        )
+    return rest
+
+
+def encoded(
+    rows: Sequence[Tensor],
+    planes: Sequence[Sequence[Tensor]],
+    forms: Sequence[str],
+    more: Mapping[str, Tensor],
+) -> Any:
+    """An encoder's output: ``rows`` ``[K, C]`` of each image and the ``planes`` of each, in their :func:`form`, and
+    what stands :func:`beside` them."""
+    import torch
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    def together(parts: Sequence[Tensor], how: str) -> Any:
+        if how == "each":
+            return tuple(parts)
+        if how == "stack" and len({len(p) for p in parts}) == 1:
+            return torch.stack(list(parts))
+        return torch.cat(list(parts)) if how == "rows" else torch.cat(list(parts))[None]
+
+    out = BaseModelOutputWithPooling(pooler_output=together(rows, forms[0]))
+    for name, value in more.items():
+        out[name] = value
+    if forms[1:]:
+        out["deepstack_features"] = [
+            together(p, how) for p, how in zip(zip(*planes, strict=True), forms[1:], strict=True)
+        ]
+    return out
 
 
 def private(model: Any, what: str) -> Callable | None:

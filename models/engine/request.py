@@ -18,7 +18,7 @@ from .run import Record, Run
 
 
 @dataclass(eq=False)
-class Encoded:
+class EncoderCall:
     """One call of an encoder: what it was given, pixels by their shape alone, and the tower's passes that it made, row
     by row."""
 
@@ -251,7 +251,7 @@ class Call:
     parts: list[list[RasterSpan]] = field(default_factory=list)
     sources: list[Tensor] = field(default_factory=list)
     told: Callable[[], list[Tensor]] = list
-    encoded: dict[str, Encoded] = field(default_factory=dict)
+    encoded: dict[str, EncoderCall] = field(default_factory=dict)
     cache: Any = None
     mask: Any = None
     positions: Any = None

@@ -19,7 +19,7 @@ from ...core.ledger import UndoLedger
 from ...core.types import UnsupportedError
 from ..engine import host
 from ..engine.packed import PackedRun
-from ..engine.request import Call, Encoded
+from ..engine.request import Call, EncoderCall
 from ..engine.rows import put
 from ..engine.run import Run
 
@@ -45,7 +45,7 @@ class Encoders:
         is some."""
         return [name for name in host.ENCODERS.values() if hasattr(self.core, name)]
 
-    def known(self, inputs: dict[str, Any]) -> dict[str, Encoded]:
+    def known(self, inputs: dict[str, Any]) -> dict[str, EncoderCall]:
         """What those encoders did whose outputs are among a forward's ``inputs``, by modality."""
         outputs = (inputs.get(host.ENCODED) or {}).items()
         return {kind: known for kind, output in outputs if (known := self.notes.get(output)) is not None}
@@ -53,7 +53,7 @@ class Encoders:
     def passed(self, run: Run) -> None:
         """The tower has made a pass, which the projector reads next; of one that only notes are taken of nothing has
         to be put back behind it, and it may be a part of the tower."""
-        known: Encoded | None = getattr(self.local, "now", None)
+        known: EncoderCall | None = getattr(self.local, "now", None)
         if not isinstance(run, PackedRun):
             self.local.run = run
         elif known is not None:
@@ -70,7 +70,7 @@ class Encoders:
         def noted(*args: Any, **kwargs: Any) -> Any:
             if getattr(self.local, "now", None) is not None:  # one encoder does another one's work: Qwen3-VL's videos
                 return original(*args, **kwargs)
-            known = self.local.now = Encoded(_by_name(original, args, kwargs))
+            known = self.local.now = EncoderCall(_by_name(original, args, kwargs))
             try:
                 output = original(*args, **kwargs)
             finally:
@@ -99,7 +99,7 @@ class Encoders:
             run = self._taken()
             if run is None:
                 return None
-            known: Encoded | None = getattr(self.local, "now", None)
+            known: EncoderCall | None = getattr(self.local, "now", None)
             if known is not None:
                 known.runs.append(run)
             if features.shape[1] == run.handed_over(0) and run.slot is run.raster:

@@ -18,7 +18,7 @@ from ..engine.description import LLM, PROJECTOR, Decoder
 from ..engine.layout import Raster, RasterSpan, parts
 from ..engine.packed import PackedEngine
 from ..engine.probe import probe, probe_queries
-from ..engine.request import Encoded, Request
+from ..engine.request import EncoderCall, Request
 from ..engine.shapes import Layer, Shapes, attention
 from ..engine.tower import TowerEngine
 from .copies import copied
@@ -173,7 +173,7 @@ class Mllm:
             inputs = {**known.inputs, **inputs}
         return inputs
 
-    def encoded(self, inputs: dict[str, Any]) -> dict[str, Encoded]:
+    def encoded(self, inputs: dict[str, Any]) -> dict[str, EncoderCall]:
         """What the encoders did for a forward: those that ran before it and whose outputs it is given, then those that
         ran in it."""
         return self.encoding.known(inputs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import json
 import re
 import subprocess
@@ -10,11 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import vtprune
 from fake import picture, tiny
 from vtprune.cli import main, models, quickstart
 from vtprune.inputs import demo_model
+from vtprune.inputs.chats import prepare
 from vtprune.measure import bench, samples
 from vtprune.show import views
 
@@ -97,6 +101,30 @@ def test_run(capsys, vlm, image, tmp_path):
     assert main.main([*words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["layer_tokens"] == [[16, 16, 4, 4, 4, 4]] and {"dense", "pruned", "flops", "kv_bytes"} <= set(told)
+
+
+def test_encode(capsys, vlm, image, tmp_path):
+    out = tmp_path / "prompt.safetensors"
+    words = ["encode", "--image", image, "--question", "what is it", "--recipe", "uniform"]
+    assert main.main([*words, "--keep", "4", "--out", str(out)]) == 0
+    assert "picture.png: 4 rows of 48 numbers" in capsys.readouterr().out
+    model, processor = tiny()
+    encoded = vtprune.Encoded.load(out, model)
+    inputs = prepare(processor, [picture()], ["what is it"])
+    with vtprune.attach(model, "uniform", keep=4), torch.no_grad():
+        want = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    got = model.generate(**encoded.inputs, max_new_tokens=4, do_sample=False)[:, encoded.input_ids.shape[1] :]
+    assert torch.equal(got, want)
+    assert main.main([*words, "--keep", "4", "--openai"]) == 0
+    *parts, text = json.loads(capsys.readouterr().out)
+    sent = [torch.load(io.BytesIO(base64.b64decode(p["image_embeds"])), weights_only=True) for p in parts]
+    assert all(map(torch.equal, sent, (rows[None] for rows in encoded.embeds))) and text["text"] == "what is it"
+    for more, said in (
+        ([], "say what for"),
+        (["--openai", "--json"], "choose one"),
+        (["--out", "a.bin"], "cannot write"),
+    ):
+        assert said in refused(capsys, 1, *words, "--keep", "4", *more)
 
 
 def test_run_writes_the_theatre(capsys, vlm, image, tmp_path):

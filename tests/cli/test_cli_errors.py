@@ -44,6 +44,7 @@ COMMANDS = commands()
 ASKED = ["--image", "GOOD.png", "--question", "what"]
 NEEDED: dict[str, list[str]] = {
     "run": ASKED,
+    "encode": ["--out", "OUT.safetensors", *ASKED],
     "fit vtw": ["--recipe-out", "OUT.json", *ASKED],
     "fit fitprune": ["--recipe-out", "OUT.json", "--keep", "4", *ASKED],
     "train dpvr-lf": ["--out", "OUT.safetensors"],

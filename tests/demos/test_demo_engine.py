@@ -353,10 +353,18 @@ def test_rounds_keep_to_their_time(long):
 
 
 KINDS = [group[0] for group in kinds()]
-SOME = [*dict.fromkeys(["pyramiddrop", "pyramiddrop-64", "flowcut-then-fastv", *KINDS, TRAINED])]
+FEW = ["pyramiddrop", "pyramiddrop-64", "flowcut-then-fastv", TRAINED]
+SOME = [*dict.fromkeys([*FEW, *KINDS])]
 
 
-@pytest.mark.parametrize("names", [SOME, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(FEW, id="few"),
+        pytest.param(SOME, id="some", marks=pytest.mark.ci),
+        pytest.param(None, id="all", marks=pytest.mark.slow),
+    ],
+)
 def test_every_recipe_at_one_budget(engine, names):
     sample, before = samples(2)[1], snapshot(engine.model)
     told = {} if names is None else {"names": names}

@@ -10,7 +10,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..version import __version__
-from . import adapters, analyze, bench, demo, doctor, eval, fit, methods, recipes, report, run, search, train, verify
+from . import (
+    adapters,
+    analyze,
+    bench,
+    demo,
+    doctor,
+    encode,
+    eval,
+    fit,
+    methods,
+    recipes,
+    report,
+    run,
+    search,
+    train,
+    verify,
+)
 from .errors import Parser, guarded
 
 # Every command's module has ``add_arguments(parser)`` and ``run(args)``, which returns the exit code.
@@ -19,6 +35,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "recipes": (recipes, "list the named recipes; one name with --json prints a recipe file"),
     "adapters": (adapters, "list the model families"),
     "run": (run, "answer a question about an image, dense and pruned"),
+    "encode": (encode, "encode images and prune them, for a language model that runs elsewhere"),
     "bench": (bench, "compare methods at equal effective tokens"),
     "search": (search, "choose the recipe that serves a model best, on training questions; resumable"),
     "analyze": (analyze, "say whether recipes pay on a model and this device, and from which budget on"),

@@ -225,6 +225,10 @@ class Handle:
         run, request = last
         return self._accounts.of_run(run) if request is None else self._accounts.of_request(request)
 
+    def report_of(self, request: Request) -> Report:
+        """What a prefill did whose books are ``request``."""
+        return self._accounts.of_request(request)
+
     @property
     def passes(self) -> list[tuple[Run, int]]:
         """The vision tower's own books of the most recent prefill: ``(run, row)`` of every pass, in the prompt's order;

@@ -1,0 +1,1 @@
+"""Pruned inference outside this process: images encoded once, asked anywhere."""
