@@ -265,9 +265,11 @@ def _returns(source: Any, branch: list[int], tables: dict[int, Any], n: int, asi
 # measuring
 
 
-def prefills(model: Any, inputs: dict[str, Any], method: str, keep: int | float, repeats: int) -> dict[str, Any]:
-    """One method's row. Times in milliseconds; raises AssertionError if the limit or the report does not do what the
-    pruned run did."""
+def prefills(
+    model: Any, inputs: dict[str, Any], method: str, keep: int | float, repeats: int, dense: float
+) -> dict[str, Any]:
+    """One method's row, ``dense`` being the whole prefill's time. Times in milliseconds; raises AssertionError if the
+    limit or the report does not do what the pruned run did."""
     pruned, bare = twin(model), twin(model)
     budget = {"keep": keep} if METHODS.get(method).budgeted else {}
     with vtprune.attach(pruned, method, **budget) as handle:
@@ -284,12 +286,12 @@ def prefills(model: Any, inputs: dict[str, Any], method: str, keep: int | float,
         )
         device, least = inputs["input_ids"].device, lambda: prefill(bare, short)
         # The limit before and behind the pruned run: their mean is what it is compared with, their ratio the noise.
-        # Dense runs are apart: they disturb.
-        times = rounds({"limit": least, "pruned": lambda: prefill(pruned, inputs), "again": least}, repeats, device)
-        times |= rounds({"dense": lambda: prefill(model, inputs)}, 2, device)
+        # The recorded runs were the warm-up.
+        sides = {"limit": least, "pruned": lambda: prefill(pruned, inputs), "again": least}
+        times = rounds(sides, repeats, device, warmup=0)
     own, watched, moments = [], twin(model), Moments(model)
     with stopwatch(moments.now) as watch, vtprune.attach(watched, method, **budget):
-        for _ in range(WARMUP + 3):
+        for _ in range(min(repeats, 3)):
             watch.laps.clear()
             clock(lambda: prefill(watched, inputs), device)
             own.append(moments.ms(watch.laps))
@@ -299,13 +301,14 @@ def prefills(model: Any, inputs: dict[str, Any], method: str, keep: int | float,
         "keep": keep if budget else None,
         "tower_tokens": sum(work.blocks) / len(work.blocks) - 1,
         "effective_tokens": report.effective_tokens,
-        **{f"{name}_ms": statistics.median(times[name]) for name in ("dense", "limit", "pruned")},
+        "dense_ms": dense,
+        **{f"{name}_ms": statistics.median(times[name]) for name in ("limit", "pruned")},
         "overhead": spread(
             [2 * p / (n + a) for p, n, a in zip(times["pruned"], times["limit"], times["again"], strict=True)]
         ),
         "noise": spread([a / n for a, n in zip(times["again"], times["limit"], strict=True)]),
-        "of_dense": statistics.median(times["pruned"]) / statistics.median(times["dense"]),
-        "own_ms": statistics.median(own[WARMUP:]),
+        "of_dense": statistics.median(times["pruned"]) / dense,
+        "own_ms": statistics.median(own),
         "times_ms": times,
     }
 
@@ -388,12 +391,15 @@ def measure(
         "decode": [],
         "hooks": [],
     }
+    # once for all methods, and apart from their limits: it disturbs
+    whole = rounds({"dense": lambda: prefill(model, inputs)}, min(repeats, 3), inputs["input_ids"].device)["dense"]
+    dense, keep = statistics.median(whole), SIZES[size].keep
     jobs: list[tuple[str, str, Callable[[], dict[str, Any]]]] = []
     for m in methods:
-        jobs.append(("prefill", m, lambda m=m: prefills(model, inputs, m, SIZES[size].keep, repeats)))
+        jobs.append(("prefill", m, lambda m=m: prefills(model, inputs, m, keep, repeats, dense)))
         if m in DECODED:
             turns = max(repeats, 8)
-            jobs.append(("decode", m, lambda m=m, n=turns: decoding(model, inputs, m, SIZES[size].keep, n)))
+            jobs.append(("decode", m, lambda m=m, n=turns: decoding(model, inputs, m, keep, n)))
             jobs.append(("hooks", m, lambda m=m: hooks(thin, thin_inputs, m, 5 * repeats)))
     for kind, m, job in jobs:
         try:
