@@ -46,7 +46,26 @@ class Llava(Mllm):
                 "gives the language model something else than the patches"
             )
         self.tower_mask = hf_vit.mask_name(self.tower)
-        geometry = Geometry(
+        image = config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
+        super().__init__(
+            model,
+            geometry=self._geometry(arch, depth, side, prefix, config.text_config.num_hidden_layers),
+            projector=core.multi_modal_projector,
+            lm=core.language_model,
+            image_token=image,
+            video_token=getattr(config, "video_token_id", None),
+            vision={
+                "vd": v.hidden_size,
+                "vf": getattr(v, "intermediate_size", None) or int(v.hidden_size * v.mlp_ratio),
+                "vheads": v.num_attention_heads,
+                "vdepth": depth,
+                "patch": 3 * v.patch_size**2 * v.hidden_size,
+                "prefix": prefix,
+            },
+        )
+
+    def _geometry(self, arch: str, depth: int, side: int, prefix: int, layers: int) -> Geometry:
+        return Geometry(
             family=self.family,
             arch=arch,
             tokens=side * side,
@@ -54,7 +73,7 @@ class Llava(Mllm):
             prefix=prefix,
             vision_layers=self.used,
             vision_depth=depth,
-            llm_layers=config.text_config.num_hidden_layers,
+            llm_layers=layers,
             notes=TOWER if self.used else frozenset(),
             seen_layers=self.used,
             provides={
@@ -66,26 +85,6 @@ class Llava(Mllm):
             traits=frozenset({"layers", "class_token"} if prefix else {"layers"}),
             per=self.per,
             variable="tile" in self.per,
-        )
-        vision = {
-            "vd": v.hidden_size,
-            "vf": getattr(v, "intermediate_size", None) or int(v.hidden_size * v.mlp_ratio),
-            "vheads": v.num_attention_heads,
-            "vdepth": depth,
-            "patch": 3 * v.patch_size**2 * v.hidden_size,
-            "prefix": prefix,
-        }
-        image = config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
-        video = getattr(config, "video_token_id", None)
-        lm = core.language_model
-        super().__init__(
-            model,
-            geometry=geometry,
-            projector=core.multi_modal_projector,
-            lm=lm,
-            image_token=image,
-            video_token=video,
-            vision=vision,
         )
 
     def tower_blocks(self) -> list[nn.Module]:

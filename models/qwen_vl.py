@@ -191,9 +191,8 @@ def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor
 # models
 
 
-def _tiny(family: str, moving: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """Random. Images: three of 16, 8 and 12 tokens in two left-padded prompts; ``moving``: a video of 2 x 8 tokens
-    beside an image in the first."""
+def _tiny_config(family: str) -> tuple[Any, Any]:
+    """The class of the family's model, and a small configuration."""
     import transformers as hf
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
@@ -241,6 +240,13 @@ def _tiny(family: str, moving: bool) -> tuple[nn.Module, dict[str, Any]]:
             vision_config={**vision, **tower}, text_config={**text, "head_dim": 12, **experts}, **tokens
         )
         kind = getattr(hf, f"{name}ForConditionalGeneration")
+    return kind, config
+
+
+def _tiny(family: str, moving: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """Random. Images: three of 16, 8 and 12 tokens in two left-padded prompts; ``moving``: a video of 2 x 8 tokens
+    beside an image in the first."""
+    kind, config = _tiny_config(family)
     stamped = family.startswith("qwen3")  # a time stamp stands between the frames of a video
     frame = 4 if stamped else 8
     video = [(4, frame)] * 4 if stamped else [(4, 16)]

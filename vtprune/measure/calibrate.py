@@ -41,8 +41,6 @@ def calibrate(
     Raises:
         VtpruneError: the method has no dial, or no setting of it stays within the budget.
     """
-    import torch
-
     chosen = load_recipe(recipe)
     last = chosen.stages[-1]
     info = METHODS.get(last.method)
@@ -57,20 +55,7 @@ def calibrate(
         stage = replace(last, keep=None, options={**last.options, name: value})
         return replace(chosen, stages=(*chosen.stages[:-1], stage))
 
-    def cost(value: float) -> tuple[float, float]:
-        """Effective tokens with the dial at ``value``, and of the dense model, averaged over samples."""
-        spent, dense, samples = 0.0, 0.0, 0
-        with attach(model, turned(value), **options) as handle, torch.no_grad():
-            for batch in batches:
-                model(**batch)
-                report = handle.report()
-                count = len(report.visual_tokens)
-                spent += report.effective_tokens * count
-                dense += sum(report.visual_tokens)
-                samples += count
-        return spent / samples, dense / samples
-
-    least, dense = cost(few)
+    least, dense = _cost(model, turned(few), batches, options)
     fraction = isinstance(effective_tokens, float) and effective_tokens <= 1
     target = effective_tokens * dense if fraction else effective_tokens
     if least > target * (1 + 1e-9):
@@ -81,8 +66,26 @@ def calibrate(
     best, low, high = few, few, many
     for _ in range(ROUNDS):
         middle = (low + high) / 2
-        if cost(middle)[0] <= target * (1 + 1e-9):
+        if _cost(model, turned(middle), batches, options)[0] <= target * (1 + 1e-9):
             best, low = middle, middle
         else:
             high = middle
     return turned(best)
+
+
+def _cost(
+    model: nn.Module, recipe: Recipe, batches: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> tuple[float, float]:
+    """Effective tokens of ``recipe``, and of the dense model, averaged over samples."""
+    import torch
+
+    spent, dense, samples = 0.0, 0.0, 0
+    with attach(model, recipe, **options) as handle, torch.no_grad():
+        for batch in batches:
+            model(**batch)
+            report = handle.report()
+            count = len(report.visual_tokens)
+            spent += report.effective_tokens * count
+            dense += sum(report.visual_tokens)
+            samples += count
+    return spent / samples, dense / samples
