@@ -102,8 +102,7 @@ def _welcome(worker: Worker) -> list[Any]:
         return [status_html(why(e)), gr.skip(), gr.skip(), gr.skip()]
     refused = "".join(f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in about["refused"])
     more = (
-        f"<details><summary>{len(about['refused'])} recipes that this model does not "
-        f"take</summary><ul>{refused}</ul></details>"
+        f"<details><summary>not for this model: {len(about['refused'])}</summary><ul>{refused}</ul></details>"
         if refused
         else ""
     )
