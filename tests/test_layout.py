@@ -70,6 +70,7 @@ MAY = {
 LAZY = {
     "vtprune": "the bundled model needs Pillow and transformers; importing the package needs neither",
     "vtprune.cli.demo": "the two processes of the demo start before gradio is imported",
+    "vtprune.cli.serve": "the server needs packages of an extra",
     "vtprune.core.report": "Report.show draws, which the core does not know how to",
 }
 # Files of more than LONGEST lines, and why they stay whole.

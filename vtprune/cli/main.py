@@ -24,6 +24,7 @@ from . import (
     report,
     run,
     search,
+    serve,
     train,
     verify,
 )
@@ -35,6 +36,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "recipes": (recipes, "list the named recipes; one name with --json prints a recipe file"),
     "adapters": (adapters, "list the model families"),
     "run": (run, "answer a question about an image, dense and pruned"),
+    "serve": (serve, "answer chats over HTTP as OpenAI's servers do, with a recipe attached"),
     "encode": (encode, "encode images and prune them, for a language model that runs elsewhere"),
     "bench": (bench, "compare methods at equal effective tokens"),
     "search": (search, "choose the recipe that serves a model best, on training questions; resumable"),

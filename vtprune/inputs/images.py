@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -46,33 +47,38 @@ def open_image(path: str | Path) -> Image.Image:
         raise VtpruneError(f"{path} is a folder, not an image file")
     if not path.is_file():
         raise VtpruneError(f"no such image file: {path}")
+    return read_image(path, str(path))
+
+
+def read_image(file: Path | BinaryIO, name: str) -> Image.Image:
+    """As :func:`open_image`, from a file that is there; messages call it ``name``."""
     Image.init()  # else only some formats are known yet
     formats = [name for name in RASTER if name in Image.OPEN]  # AVIF, WEBP and JPEG2000 are not in every build
     with warnings.catch_warnings(), whole_pictures():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
         try:
-            with Image.open(path, formats=formats) as image:
+            with Image.open(file, formats=formats) as image:
                 if image.width * image.height > MEGAPIXELS * 1_000_000:
                     raise VtpruneError(
-                        f"{path} has {image.width} x {image.height} pixels; the limit is {MEGAPIXELS} megapixels"
+                        f"{name} has {image.width} x {image.height} pixels; the limit is {MEGAPIXELS} megapixels"
                     )
-                return _eight_bits(ImageOps.exif_transpose(image), path).convert("RGB")
+                return _eight_bits(ImageOps.exif_transpose(image), name).convert("RGB")
         except VtpruneError:
             raise
         except UnidentifiedImageError as e:
-            raise VtpruneError(f"{path} is not an image in a format that is read here ({', '.join(formats)})") from e
+            raise VtpruneError(f"{name} is not an image in a format that is read here ({', '.join(formats)})") from e
         except Image.DecompressionBombError as e:
-            raise VtpruneError(f"{path} has far more than {MEGAPIXELS} megapixels") from e
+            raise VtpruneError(f"{name} has far more than {MEGAPIXELS} megapixels") from e
         except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as e:
-            raise VtpruneError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
+            raise VtpruneError(f"cannot read {name}: {getattr(e, 'strerror', None) or e}") from e
 
 
-def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     """Grey values of 16 bits as 8: Pillow's own conversion would cut them off at 255, which makes nearly everything
     white."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise VtpruneError(f"{path} has grey values of 32 bits, whose range is not known")
+        raise VtpruneError(f"{name} has grey values of 32 bits, whose range is not known")
     return Image.fromarray((values // 257).astype(np.uint8))

@@ -1,0 +1,122 @@
+"""``vtprune serve``: an OpenAI-compatible server whose model prunes."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from vtprune.models.engine.host import release
+
+from ..core.planning import ATTACH_OPTIONS, TARGETS, load_recipe
+from ..core.recipe import Recipe
+from ..core.solve import solve
+from ..core.types import VtpruneError
+from ..serving.pruner import Pruner
+from . import models
+from .demo import LOOPBACK, port_number
+from .options import model_options, overrides, positive, recipe_options, words
+
+NEEDED = ("fastapi", "uvicorn", "openai")  # what transformers' own server needs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All options of ``vtprune serve``."""
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine only)")
+    add("--port", type=port_number, default=8000, metavar="N", help="default %(default)s")
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name under which the server is asked, of a proxy say; repeatable",
+    )
+    add(
+        "--offer",
+        type=words,
+        default=[],
+        metavar="NAMES",
+        help='further recipes, with commas, that a request may ask for ("recipe": NAME, "keep": NUMBER)',
+    )
+    add("--max-tokens", type=positive, default=1024, metavar="N", help="new tokens of an answer (default %(default)s)")
+    add("--max-images", type=positive, default=8, metavar="N", help="pictures in a request (default %(default)s)")
+    add("--max-megabytes", type=positive, default=32, metavar="N", help="of a request (default %(default)s)")
+    model_options(parser)
+    recipe_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until it is told to end; raises :class:`VtpruneError` for what the user can put right."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise VtpruneError(f"serving needs {', '.join(missing)}: pip install 'vtprune[serve]'")
+    chosen = overrides(args)
+    extra = {name: chosen.pop(name) for name in ATTACH_OPTIONS if name in chosen}
+    target = {name: chosen.pop(name) for name in TARGETS if name in chosen}
+    first = load_recipe(args.recipe).override(**chosen)
+    offered = {name: load_recipe(name) for name in args.offer}
+    with _listening(args.host, args.port) as sockets:
+        return _serve(args, first, offered, target, extra, sockets)
+
+
+def _serve(
+    args: argparse.Namespace,
+    first: Recipe,
+    offered: Mapping[str, Recipe],
+    target: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    sockets: list[socket.socket],
+) -> int:
+    import uvicorn
+
+    try:
+        from ..serving.server import Limits, app
+    except ImportError as e:
+        raise VtpruneError(f"the chat server of transformers {release()} is not the one this library knows: {e}") from e
+
+    model, processor = models.load(args)
+    if target:
+        first = solve(model, first, **target, **extra)
+    pruner = Pruner(model, {first.name: first, **offered}, **extra)
+    name = Path(args.model).name if args.model else "vtprune-demo"
+    limits = Limits(args.max_megabytes * 1_000_000, args.max_images, args.max_tokens)
+    local = args.host in LOOPBACK
+    hosts = [*args.allow_host, args.host, *(["localhost", "127.0.0.1"] if local else ["*"])]
+    made = app(name, model, processor, pruner, limits, hosts)
+    config = uvicorn.Config(made, log_level="warning", timeout_graceful_shutdown=10)
+    where = f"http://{args.host}:{args.port}/v1"
+    with _quiet_end():
+        print(f"{name} with {', '.join(pruner.names)} at {where}; requests are answered one by one", flush=True)
+        uvicorn.Server(config).run(sockets)
+    pruner.close()
+    return 0
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[list[socket.socket]]:
+    """A socket that is ours before the model is loaded. Raises :class:`VtpruneError`."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        made = socket.create_server((host, port), family=family)
+    except OSError as e:
+        raise VtpruneError(f"cannot listen on {host}:{port}: {e.strerror or e}") from e
+    with made:
+        yield [made]
+
+
+@contextmanager
+def _quiet_end() -> Iterator[None]:
+    """uvicorn sends itself again the signal that ended it; that is no error here."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
