@@ -112,7 +112,9 @@ class Encoded:
 
         return dataclasses.replace(
             self,
-            **{n: moved(getattr(self, n)) for n in ("input_ids", "attention_mask", "position_ids")},
+            input_ids=moved(self.input_ids),
+            attention_mask=moved(self.attention_mask),
+            position_ids=moved(self.position_ids),
             along={k: moved(v) for k, v in self.along.items()},
             beside={k: moved(v) for k, v in self.beside.items()},
             items=tuple(

@@ -7,7 +7,7 @@ import base64
 import binascii
 import io
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -178,7 +178,7 @@ def _part(part: Any) -> dict[str, Any]:
     return image_part(read_image(io.BytesIO(raw), "the picture"))
 
 
-async def _stream(chunks: AsyncIterator[Any], request: Asked) -> AsyncIterator[str]:
+async def _stream(chunks: AsyncIterable[Any], request: Asked) -> AsyncIterator[str]:
     """transformers' chunks; the one that ends the answer tells of the prefill as well."""
     try:
         async for chunk in chunks:
