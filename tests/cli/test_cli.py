@@ -267,6 +267,19 @@ def test_bench(capsys, vlm, tmp_path):
     assert "at least 1" in refused(capsys, 2, "bench", "--samples", "0")
 
 
+def test_bench_shows_both_positions(capsys, vlm, tmp_path):
+    small = ["bench", "--samples", "1", "--timing", "0", "--budgets", "0.5", "--no-baselines", "--both-positions"]
+    assert main.main([*small, "--methods", "uniform,random", "--seeds", "2", "--results", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [r["method"] for r in rows] == ["dense", "uniform", "random", "uniform-compact", "random-compact"]
+    assert rows[1]["effective_tokens"] == rows[3]["effective_tokens"]
+    runs = [json.loads((tmp_path / "runs" / f"{name}-0.5-0.json").read_text()) for name in ("random", "random-compact")]
+    assert runs[0]["rows"] == runs[1]["rows"] and runs[0]["answers"] != runs[1]["answers"]
+    capsys.readouterr()
+    said = refused(capsys, 1, *small, "--methods", "uniform", "--option", 'positions="compact"')
+    assert "choose one" in said
+
+
 def test_bench_goes_on_in_its_folder(capsys, vlm, tmp_path):
     words = [
         "bench",

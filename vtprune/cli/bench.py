@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,12 @@ def _table_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-baselines", action="store_true", help="leave the baselines out")
     what = "an option for all of them, or positions= or per=, value as JSON; repeatable"
     add("--option", type=key_value, action="append", default=[], metavar="KEY=VALUE", help=what)
+    add(
+        "--both-positions",
+        action="store_true",
+        help="every method once more as NAME-compact: positions renumbered among the tokens that are left, as engines "
+        "do that take encoded images",
+    )
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
     names, methods = _methods(args)
     # of the baselines that are added, none takes the options
     options = dict.fromkeys(names, chosen_options(args.option, "seed", "budgets"))
+    if args.both_positions:
+        methods += _compact(methods[: len(names)], options)
     if args.cpu_time and args.device != "cpu":
         raise VtpruneError("--cpu-time is for --device cpu")
     result = _measure(args, methods, options, folder(args.results and args.results / "runs"))
@@ -144,6 +153,16 @@ def _methods(args: argparse.Namespace) -> tuple[list[str], list[Recipe]]:
     names = [recipe.name for recipe in asked]
     added = [] if args.no_baselines else [load_recipe(name) for name in bench.baselines() if name not in names]
     return names, asked + added
+
+
+def _compact(methods: list[Recipe], options: dict[str, dict[str, Any]]) -> list[Recipe]:
+    """The same methods with compact positions, under names of their own; adds theirs to ``options``."""
+    if any("positions" in own for own in options.values()):
+        raise VtpruneError("--both-positions and --option positions= say two things; choose one")
+    out = [replace(recipe, name=f"{recipe.name}-compact") for recipe in methods]
+    for recipe, twin in zip(methods, out, strict=True):
+        options[twin.name] = {**options[recipe.name], "positions": "compact"}
+    return out
 
 
 def _measure(
