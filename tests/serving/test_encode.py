@@ -8,6 +8,7 @@ import json
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,28 @@ def test_inputs_are_fresh_for_every_call(tiny):
     first = answers(model, encoded.inputs)
     again = answers(model, encoded.inputs)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+def test_forwards_of_other_threads_run_to_their_end(tiny, monkeypatch):
+    """While one thread encodes, another one's prompt is read as the attached model reads it."""
+    model, inputs = tiny("llava", "clip-llama")
+    want = attached(model, "uniform", inputs, keep=4)[1][:, 0]
+    inside: list[torch.Tensor] = []
+    project = model.model.multi_modal_projector
+    original = project.forward
+
+    def forward(*args, **kwargs):
+        if threading.current_thread() is threading.main_thread():
+            other = threading.Thread(target=lambda: inside.append(model(**inputs).logits[:, -1].detach()))
+            other.start()
+            other.join()
+        return original(*args, **kwargs)
+
+    monkeypatch.setitem(project.__dict__, "forward", forward)
+    encoded = vtprune.encode(model, "uniform", inputs, keep=4)
+    monkeypatch.undo()
+    assert torch.allclose(inside[0], want, atol=1e-5)
+    assert torch.equal(answers(model, encoded.inputs)[1][:, 0], want)
 
 
 def test_another_dtype_is_for_the_rows_alone(tiny):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -84,6 +85,7 @@ class _Reading:
         self.engine = handle.adapter.decoder
         self.decoder = self.engine.decoder
         self.core = self.decoder.core if self.decoder.core is not None else self.decoder.root.base_model
+        self.thread = threading.get_ident()  # forwards of others are not ours
         self.call: Call | None = None
         self.given: dict[str, Any] = {}  # what the language model was called with
         self.forms: dict[str, tuple[str, ...]] = {}  # by modality, how its encoder returns rows
@@ -132,10 +134,12 @@ class _Reading:
         return encoder
 
     def _enter(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.call, self.given = self.engine.call, kwargs
+        if threading.get_ident() == self.thread:
+            self.call, self.given = self.engine.call, kwargs
 
     def _stop(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        raise _Arrived
+        if threading.get_ident() == self.thread:
+            raise _Arrived
 
     # ---------------------------------------------------------------------------------------------- what is left of it
 
