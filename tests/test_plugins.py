@@ -134,6 +134,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.ci
 def test_the_command_line_lists_a_plugin_with_its_distribution(site, tmp_path):
     done = python(site, "-m", "vtprune", "methods", cwd=tmp_path)
     head, _, *rows = done.stdout.splitlines()
@@ -149,21 +150,25 @@ def test_the_command_line_lists_a_plugin_with_its_distribution(site, tmp_path):
     assert vtprune.Recipe.from_dict(entries["loudest-then-fastv"]).stages[0].method == "loudest"
 
 
+@pytest.mark.ci
 def test_attach_prunes_with_a_plugin_that_nobody_imported(used):
     assert used["early"] is False, "import vtprune has imported a plug-in"
     assert used["tiny"] == [["projector", "loudest", [3, 3]]]
     assert used["stderr"].count(LINE) == 1
 
 
+@pytest.mark.ci
 def test_run_and_bench_take_it(used):
     assert [s["method"] for s in used["run"]] == ["loudest", "fastv"]
     assert ["loudest", None] in used["bench"]
 
 
+@pytest.mark.ci
 def test_the_demo_offers_it(used):
     assert used["offers"]["loudest"] == "" and used["offers"]["loudest-then-fastv"] == ""
 
 
+@pytest.mark.ci
 def test_lmms_eval_takes_it(used):
     if used["lmms"] is None:
         pytest.skip("lmms-eval is not installed")

@@ -353,7 +353,7 @@ def test_results(desk):
 @pytest.mark.parametrize(
     "name, context",
     [
-        ("phone", {"viewport": {"width": 390, "height": 844}, "has_touch": True}),
+        pytest.param("phone", {"viewport": {"width": 390, "height": 844}, "has_touch": True}, marks=pytest.mark.ci),
         pytest.param("dark", {"color_scheme": "dark"}, marks=pytest.mark.slow),
     ],
 )
@@ -478,6 +478,7 @@ def recipe_file(folder: Path, name: str, **fields: object) -> Path:
     return path
 
 
+@pytest.mark.ci
 def test_markup_in_names_stays_text(seat, pictures, elsewhere, tmp_path):
     """Names of files, recipes, fields, methods and options that hold HTML are shown as they are, and ask nobody for
     anything."""

@@ -242,12 +242,12 @@ def test_injected_exceptions(model_and_inputs, count):
     exceptions(*model_and_inputs, count, random.Random(0))
 
 
-@pytest.mark.parametrize(("threads", "each"), [(3, 3), pytest.param(4, 25, marks=full)])
+@pytest.mark.parametrize(("threads", "each"), [(3, 2), pytest.param(4, 25, marks=full)])
 def test_requests_in_threads(model_and_inputs, threads, each):
     in_threads(*model_and_inputs, threads, each, random.Random(1))
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(200, marks=full)])
+@pytest.mark.parametrize("count", [6, pytest.param(200, marks=full)])
 def test_interleaved_requests(model_and_inputs, count):
     interleaved(*model_and_inputs, count, random.Random(2))
 

@@ -195,7 +195,11 @@ with torch.no_grad():
 
 
 @pytest.mark.parametrize(
-    ("family", "variant"), [("qwen3-vl", "video"), pytest.param("llava-next", "clip-llama", marks=pytest.mark.slow)]
+    ("family", "variant"),
+    [
+        pytest.param("qwen3-vl", "video", marks=pytest.mark.ci),
+        pytest.param("llava-next", "clip-llama", marks=pytest.mark.slow),
+    ],
 )
 def test_a_saved_file_is_read_in_another_process(family, variant, tiny, tmp_path):
     model, inputs = tiny(family, variant)
