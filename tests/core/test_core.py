@@ -16,6 +16,7 @@ from vtprune.models.engine.host import cache_of, cached
 
 import vtprune
 from vtprune import Recipe, Stage, UnsupportedError, VtpruneError
+from vtprune.core.decider import _shares
 from vtprune.core.ledger import UndoLedger, snapshot
 from vtprune.core.planning import bind, load_recipe, plan
 from vtprune.core.recipe import resolve
@@ -611,3 +612,18 @@ def test_what_is_no_model_is_refused_in_words(model):
     for call in (vtprune.attach, lambda *a: vtprune.solve(*a, effective_tokens=0.5), lambda *a: vtprune.verify(*a, {})):
         with pytest.raises(vtprune.UnsupportedError, match="a model is"):
             call(model, "random")
+
+
+@pytest.mark.parametrize(
+    ("budget", "left", "shares"),
+    [
+        (7, (10, 3, 4), [4, 1, 2]),  # 4.12, 1.24, 1.65: the largest remainder gets the last one
+        (8, (10, 3, 4), [5, 1, 2]),  # 4.71, 1.41, 1.88
+        (3, (2, 2, 2), [1, 1, 1]),
+        (2, (2, 2, 2), [1, 1, 0]),  # equal remainders: in front
+        (4, (0, 5), [0, 4]),
+        (0, (3, 5), [0, 0]),
+    ],
+)
+def test_rasters_share_a_budget_by_what_is_left_of_them(budget, left, shares):
+    assert _shares(budget, left) == shares and sum(shares) == budget
