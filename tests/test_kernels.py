@@ -18,6 +18,7 @@ from vtprune.kernels.base import cosines, interpreted, run
 
 import vtprune
 from vtprune import kernels
+from watch import Largest
 
 DEVICE = "cpu" if interpreted() else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -347,20 +348,6 @@ def test_references_in_chunks_equal_the_whole(name, n):
 @pytest.mark.parametrize("name", ["match", "energy", "query_scores", "flow_scores", "maxmin", "dpp", "coverage"])
 def test_no_reference_makes_a_map_of_all_tokens(name):
     """The largest tensor alive inside the reference grows with N, not with its square."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(t, Tensor):
-                    self.elements = max(self.elements, t.untyped_storage().nbytes() // 4)
-            return out
-
     info = KERNELS.get(name)
     found = []
     for n in (4096, 8192):
@@ -369,7 +356,7 @@ def test_no_reference_makes_a_map_of_all_tokens(name):
             arguments = (arguments[0], 4, *arguments[2:])
         with Largest() as watch:
             info.reference(*arguments)
-        found.append(watch.elements)
+        found.append(watch.bytes // 4)
     assert found[1] <= 2.2 * found[0] and found[1] < 8192 * 8192 / 4
 
 

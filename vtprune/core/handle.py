@@ -217,13 +217,13 @@ class Handle:
             request = next((request for cache, request in list(known) if cache is of), None)
             if request is None:
                 raise VtpruneError("no prompt with visual tokens was read into this cache by this attachment")
-            return self._accounts.of_request(request)
+            return self.report_of(request)
         last = self._last
         if last is None:
             more = "; several threads have run some: report(of=cache) tells of one" if len(self._threads) > 1 else ""
             raise VtpruneError(f"no prefill with visual tokens has run yet{' in this thread' if more else ''}{more}")
         run, request = last
-        return self._accounts.of_run(run) if request is None else self._accounts.of_request(request)
+        return self._accounts.of_run(run) if request is None else self.report_of(request)
 
     def report_of(self, request: Request) -> Report:
         """What a prefill did whose books are ``request``."""

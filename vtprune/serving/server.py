@@ -51,7 +51,6 @@ NEUTRAL: dict[str, tuple] = {
 }
 OURS = ("recipe", "keep")
 PREFIX = "data:image/"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
