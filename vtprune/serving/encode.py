@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from vtprune.models.engine import host
-from vtprune.models.engine.layout import BudgetGroup, units
 from vtprune.models.engine.request import Call
 
 from ..check.attach import attach
@@ -157,7 +156,7 @@ class _Reading:
         def short(values: Tensor, padding: int) -> Tensor:
             return values.gather(1, rows).masked_fill(~valid, padding)
 
-        items = tuple(self._item(group, stays) for group in units(call.parts, "video"))
+        items = tuple(self._item(b, c, kind, stays) for b, c, kind in _images(call))
         along = {k: self.inputs[k] for k in self.handle.adapter.follows if k in self.inputs}
         return Encoded(
             input_ids=short(ids, self._padding(call)),
@@ -215,14 +214,21 @@ class _Reading:
         index = rows.expand(*full.shape[:-2], *rows.shape)
         return full.gather(-1, index).masked_fill(~valid, 0)
 
-    def _item(self, group: BudgetGroup, stays: Tensor) -> Item:
-        """One image or video."""
+    def _item(self, sample: int, columns: Tensor, kind: str, stays: Tensor) -> Item:
+        """One image or video: its placeholders are the ``columns`` ``[n]`` of the prompt."""
         assert self.call is not None and self.call.visual is not None
         embeds, planes = self.given["inputs_embeds"], self.given.get(host.PLANES) or ()
-        sample, columns = group.sample, group.columns.to(stays.device)
-        first = int(self.inputs["input_ids"][sample, columns[0]])
-        kind = "video" if first == self.handle.adapter.video_token else "image"
-        left = columns[stays[sample, columns]].to(embeds.device)
+        left = columns.to(stays.device)[stays[sample, columns.to(stays.device)]].to(embeds.device)
         number = self.call.visual.flatten().cumsum(0).view_as(self.call.visual) - 1  # its row in the planes
         at = number.to(embeds.device)[sample, left]
         return Item(sample, kind, embeds[sample, left].clone(), tuple(p[at.to(p.device)].clone() for p in planes))
+
+
+def _images(call: Call) -> list[tuple[int, Tensor, str]]:
+    """Of every image and video, in the prompts' order: its sample, its placeholders' columns and what it is."""
+    found: dict[tuple[int, str, int], list[Tensor]] = {}
+    for b, spans in enumerate(call.parts):
+        for span in spans:
+            key = (b, "video", span.video) if span.video >= 0 else (b, "image", span.image)
+            found.setdefault(key, []).append(span.columns)
+    return [(b, torch.cat(columns), kind) for (b, kind, _), columns in found.items()]
