@@ -11,10 +11,11 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
+from vtprune.serving.guard import names
 from vtprune.show import theatre
 
 from . import styles
-from .guard import Guard, hashes, names
+from .guard import Guard, hashes
 from .liveness import POLL, WATCH, route
 from .messages import EXPECTED, stopped, why
 from .parts import html_part, status_html, upload

@@ -1,28 +1,23 @@
-"""Which requests the demo serves, and what browsers may do with its answers: no other site's page may use it, uploads
-are bounded, pages load nothing from elsewhere. Knows no Gradio."""
+"""What the demo asks of a request beside what every server does, and what browsers may do with its answers: uploads are
+bounded, one by one and together, pages load nothing from elsewhere. Knows no Gradio."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import ipaddress
 import os
 import re
-import socket
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+from vtprune.serving import guard
+from vtprune.serving.guard import Message, Receive, Send, declared
 
 LARGEST_TEXT = 1_000_000  # bytes of a request that is no upload
 LARGEST_UPLOAD = 64_000_000  # bytes of one upload, with all its files
 UPLOADS = 1_000_000_000  # bytes of everything that lies in the folder of uploads
 BLOCK = 4096  # bytes that even an empty file takes
-LOCAL = ("localhost", "127.0.0.1", "::1")
-ANY = ("0.0.0.0", "::")
 HEADERS = {
     b"x-content-type-options": b"nosniff",
     b"referrer-policy": b"no-referrer",
@@ -30,40 +25,6 @@ HEADERS = {
     b"cross-origin-resource-policy": b"same-origin",
 }
 SCRIPT = re.compile(rb"<script(?P<attributes>[^>]*)>(?P<code>.*?)</script>", re.S | re.I)
-
-
-class TooLarge(Exception):
-    """A request with more bytes than its share."""
-
-
-def names(host: str, more: Iterable[str] = ()) -> Callable[[str], bool]:
-    """Whether a name (without port) is one under which a server that listens on ``host`` is asked for: a page of
-    another site whose name was made to point here (DNS rebinding) asks under its own. ``more``: further names, of a
-    proxy for instance."""
-    known = {n.lower() for n in (host, *more)}
-    if host in (*LOCAL, *ANY):
-        known |= {*LOCAL}
-    if host not in LOCAL:
-        known |= {socket.gethostname().lower(), socket.getfqdn().lower()}
-
-    def taken(name: str) -> bool:
-        return name in known or (host in ANY and _address(name))  # an address cannot be made to point elsewhere
-
-    return taken
-
-
-def _address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
-def name_of(authority: str) -> str:
-    """``localhost`` of ``LOCALHOST:7860``, ``::1`` of ``[::1]:7860``; empty for what is none."""
-    match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]/@\s]+))(?::\d{1,5})?", authority.lower())
-    return (match[1] or match[2]).removesuffix(".") if match else ""
 
 
 def policy(hashes: Iterable[str] = ()) -> str:
@@ -106,81 +67,29 @@ def used(folder: Path) -> int:
     return total
 
 
-class Guard:
-    """ASGI middleware. Refused with 403: a ``Host`` that is not ``taken``, an ``Origin`` that is not the host asked
-    for, and what another site's page loads from here. Refused with 413: more than :data:`LARGEST_TEXT` bytes, of an
-    upload more than :data:`LARGEST_UPLOAD`, and more than :data:`UPLOADS` in the folder ``uploads``."""
+class Guard(guard.Guard):
+    """Takes :data:`LARGEST_TEXT` bytes, of an upload :data:`LARGEST_UPLOAD`; refused with 413: more than
+    :data:`UPLOADS` in the folder ``uploads``."""
 
     def __init__(self, app: Any, taken: Callable[[str], bool], uploads: Path, scripts: Sequence[str] = ()):
         """``scripts``: hashes of inline scripts that the page inserts later."""
-        self.app, self.taken, self.uploads, self.scripts = app, taken, uploads, tuple(scripts)
+        super().__init__(app, taken, LARGEST_TEXT, "vtprune demo", _refusal)
+        self.uploads, self.scripts = uploads, tuple(scripts)
         self.arriving = 0  # bytes that uploads on their way may still bring
 
-    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
-            await self.app(scope, receive, send)
+    def largest(self, headers: dict[str, str]) -> int:
+        return LARGEST_UPLOAD if _upload(headers) else LARGEST_TEXT
+
+    async def bounded(self, scope: Any, headers: dict[str, str], receive: Receive, send: Send, most: int) -> None:
+        share = declared(headers, most) if _upload(headers) else 0
+        if _upload(headers) and used(self.uploads) + self.arriving + share > UPLOADS:
+            await self.refuse(send, 413, "there is no more room for uploads; they are deleted after an hour")
             return
-        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
-        if scope["type"] == "websocket":  # the page uses none
-            await receive()
-            await send({"type": "websocket.close", "code": 1008})
-        elif why := self.foreign(scope["method"], headers):
-            await _answer(send, 403, why)
-        else:
-            await self._bounded(scope, headers, receive, self._careful(send))
-
-    def foreign(self, method: str, headers: dict[str, str]) -> str:
-        """Why a request is not one of the page's own or of its user's; empty if it is."""
-        host = headers.get("host", "")
-        if not self.taken(name_of(host)):
-            return "this server has another name; vtprune demo --allow-host NAME adds one"
-        origin = headers.get("origin")
-        if origin is not None and origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}"):
-            return "this request comes from another site's page"
-        visit = (
-            method in ("GET", "HEAD")
-            and headers.get("sec-fetch-mode") == "navigate"
-            and headers.get("sec-fetch-dest") == "document"
-        )
-        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not visit:
-            return "this request comes from another site's page"
-        return ""
-
-    async def _bounded(self, scope: Any, headers: dict[str, str], receive: Receive, send: Send) -> None:
-        upload = headers.get("content-type", "").lower().startswith("multipart/")
-        limit = LARGEST_UPLOAD if upload else LARGEST_TEXT
-        length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > limit:
-            await _answer(send, 413, f"at most {limit // 1_000_000} MB are taken at a time")
-            return
-        share = int(length) if length.isdecimal() else limit
-        if upload and used(self.uploads) + self.arriving + share > UPLOADS:
-            await _answer(send, 413, "there is no more room for uploads; they are deleted after an hour")
-            return
-        self.arriving += share if upload else 0
-        came, begun = 0, False
-
-        async def counted() -> Message:
-            nonlocal came
-            message = await receive()
-            came += len(message.get("body", b""))
-            if came > limit:
-                raise TooLarge
-            return message
-
-        async def noted(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
+        self.arriving += share
         try:
-            await self.app(scope, counted, noted)
-        except TooLarge:
-            if begun:
-                raise
-            await _answer(send, 413, f"at most {limit // 1_000_000} MB are taken at a time")
+            await super().bounded(scope, headers, receive, self._careful(send), most)
         finally:
-            self.arriving -= share if upload else 0
+            self.arriving -= share
 
     def _careful(self, send: Send) -> Send:
         """``send``, with the headers that tell browsers to be careful. A page is held back until it is whole: the
@@ -214,7 +123,10 @@ def _replaced(headers: Iterable[tuple[bytes, bytes]], csp: str) -> list[tuple[by
     return [*((k, v) for k, v in headers if k.lower() not in ours), *ours.items()]
 
 
-async def _answer(send: Send, status: int, text: str) -> None:
+def _refusal(status: int, why: str) -> tuple[list[tuple[bytes, bytes]], bytes]:
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": status, "headers": _replaced(headers, policy())})
-    await send({"type": "http.response.body", "body": f"{text}\n".encode()})
+    return _replaced(headers, policy()), f"{why}\n".encode()
+
+
+def _upload(headers: dict[str, str]) -> bool:
+    return headers.get("content-type", "").lower().startswith("multipart/")

@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from vtprune.demos import guard
-from vtprune.demos.guard import Guard, name_of, names, policy
+from vtprune.demos.guard import Guard, policy
+
+from vtprune.serving.guard import name_of, names
 
 PAGE = b"<html><script>one()</script><script src=a.js></script><SCRIPT data-x>\ntwo()\n</SCRIPT></html>"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import io
@@ -19,10 +20,12 @@ import pytest
 from PIL import Image
 
 import vtprune
+from vtprune.cli.main import main
 from vtprune.core.ledger import snapshot
 from vtprune.core.planning import load_recipe
 from vtprune.data import scenes
 from vtprune.inputs.chats import generate, prepare
+from vtprune.serving.guard import names
 from vtprune.serving.pruner import Pruner
 
 openai = pytest.importorskip("openai")
@@ -41,6 +44,14 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def raw(port: int, method: str, path: str, body: bytes | None = b"", **headers: str) -> tuple[int, dict]:
+    caller = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    caller.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+    answer = caller.getresponse()
+    text = answer.read()
+    return answer.status, json.loads(text) if text.startswith(b"{") else {"text": text.decode()}
+
+
 class Service:
     """A server in a thread of its own, over the bundled model."""
 
@@ -50,8 +61,8 @@ class Service:
         recipes |= {name: load_recipe(name) for name in ("pyramiddrop", "divprune", "tome")}
         self.pruner = Pruner(self.model, recipes)
         self.port = free_port()
-        made = app("demo", self.model, self.processor, self.pruner, LIMITS, ["127.0.0.1"])
-        self.server = uvicorn.Server(uvicorn.Config(made, "127.0.0.1", self.port, log_level="error"))
+        self.app = app("demo", self.model, self.processor, self.pruner, LIMITS, names("127.0.0.1"))
+        self.server = uvicorn.Server(uvicorn.Config(self.app, "127.0.0.1", self.port, log_level="error"))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         while not self.server.started:
@@ -77,11 +88,7 @@ class Service:
         return self._second
 
     def raw(self, method: str, path: str, body: bytes | None = b"", **headers: str) -> tuple[int, dict]:
-        caller = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        caller.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
-        answer = caller.getresponse()
-        text = answer.read()
-        return answer.status, json.loads(text) if text.startswith(b"{") else {"text": text.decode()}
+        return raw(self.port, method, path, body, **headers)
 
 
 @pytest.fixture(scope="module")
@@ -231,10 +238,60 @@ def test_bodies_that_are_too_large_or_no_json(service):
 
 def test_pages_of_other_sites_are_refused(service):
     body = json.dumps({"messages": ASKED}).encode()
-    for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Host": f"evil.example:{service.port}"}):
-        assert service.raw("POST", "/v1/chat/completions", body, **headers)[0] in (400, 403)
-        assert service.raw("GET", "/v1/models", **headers)[0] in (400, 403)
-    assert service.raw("GET", "/health")[0] == 200
+    for headers in (
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Host": f"evil.example:{service.port}"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
+    ):
+        for asked in (("POST", "/v1/chat/completions", body), ("GET", "/v1/models")):
+            status, told = service.raw(*asked, **headers)
+            assert status == 403 and told["error"]["type"] == "invalid_request_error", headers
+    own = {"Origin": f"http://127.0.0.1:{service.port}", "Sec-Fetch-Site": "same-origin"}
+    assert service.raw("GET", "/v1/models", **own)[0] == 200 and service.raw("GET", "/health")[0] == 200
+
+
+@pytest.mark.parametrize(("host", "elsewhere"), [("127.0.0.1", 403), ("0.0.0.0", 200)])
+def test_the_command_answers_under_its_own_names_alone(monkeypatch, host, elsewhere):
+    """A page whose name was made to point here (DNS rebinding) asks under its own; no name points at an address."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "gpu7")
+    monkeypatch.setattr(socket, "getfqdn", lambda: "gpu7.lab.example")
+    expected = dict.fromkeys(("127.0.0.1", "[::1]", "localhost", "proxy.example"), 200)
+    expected |= dict.fromkeys(("10.0.0.1", "[fe80::1]", "gpu7", "gpu7.lab.example"), elsewhere)
+    expected |= dict.fromkeys(("evil.example", "localhost.evil.example", "10.0.0.1.evil.example"), 403)
+    port, found, stock = free_port(), {}, uvicorn.Server.run
+
+    def run(server, sockets):
+        thread = threading.Thread(target=stock, args=(server, sockets), daemon=True)
+        thread.start()
+        for name in expected:
+            authority = f"{name}:{port}"
+            found[name] = raw(port, "GET", "/v1/models", Host=authority, Origin=f"http://{authority}")
+        server.should_exit = True
+        thread.join(timeout=20)
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    assert main(["serve", "--host", host, "--port", str(port), "--allow-host", "Proxy.example"]) == 0
+    assert {name: status for name, (status, _) in found.items()} == expected
+    said = found["evil.example"][1]["error"]["message"]
+    assert "vtprune serve --allow-host NAME" in said and "\n" not in said
+
+
+def test_clients_that_leave_within_a_request_are_no_error(service):
+    """Nothing is raised, of which uvicorn would print a traceback."""
+    parts = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive():
+        return parts.pop(0)
+
+    async def send(message):
+        pass
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-length", b"100")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": headers}
+    with ThreadPoolExecutor(1) as pool:  # the tests of a browser may have left a loop running in this thread
+        pool.submit(asyncio.run, service.app(scope, receive, send)).result()
+    assert parts == []
 
 
 def test_clients_that_leave_free_the_model(service):

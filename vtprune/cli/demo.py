@@ -23,10 +23,10 @@ from vtprune.demos import TRAINED
 from ..core.ledger import UndoLedger
 from ..core.types import VtpruneError
 from ..inputs.models import is_local
+from ..serving.guard import LOCAL
 from .options import model_options
 
 SETTINGS = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # read when gradio is imported
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENDS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]  # Windows knows no SIGHUP
@@ -117,7 +117,7 @@ def _serve(worker: Any, folder: Path, args: argparse.Namespace) -> NoReturn:
     page = app.build(worker, folder, recipe=args.recipe, seed=args.seed, results=args.results)
     url = app.launch(page, worker, args.host, args.port, args.allow_host)
     gc.enable()
-    if args.host not in LOOPBACK:
+    if args.host not in LOCAL:
         print(f"vtprune demo: everybody who reaches {args.host} can use this model", file=sys.stderr)
     print(f"vtprune demo: {url} (Ctrl-C ends it)", flush=True)
     try:

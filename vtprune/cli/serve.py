@@ -17,9 +17,10 @@ from ..core.planning import ATTACH_OPTIONS, TARGETS, load_recipe
 from ..core.recipe import Recipe
 from ..core.solve import solve
 from ..core.types import VtpruneError
+from ..serving.guard import names
 from ..serving.pruner import Pruner
 from . import models
-from .demo import LOOPBACK, port_number
+from .demo import port_number
 from .options import model_options, overrides, positive, recipe_options, words
 
 NEEDED = ("fastapi", "uvicorn", "openai")  # what transformers' own server needs
@@ -86,9 +87,7 @@ def _serve(
     pruner = Pruner(model, {first.name: first, **offered}, **extra)
     name = Path(args.model).name if args.model else "vtprune-demo"
     limits = Limits(args.max_megabytes * 1_000_000, args.max_images, args.max_tokens)
-    local = args.host in LOOPBACK
-    hosts = [*args.allow_host, args.host, *(["localhost", "127.0.0.1"] if local else ["*"])]
-    made = app(name, model, processor, pruner, limits, hosts)
+    made = app(name, model, processor, pruner, limits, names(args.host, args.allow_host))
     config = uvicorn.Config(made, log_level="warning", timeout_graceful_shutdown=10)
     where = f"http://{args.host}:{args.port}/v1"
     with _quiet_end():

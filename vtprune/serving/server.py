@@ -7,7 +7,7 @@ import base64
 import binascii
 import io
 import json
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState
@@ -23,9 +23,8 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState
 from ..core.types import VtpruneError
 from ..inputs.chats import PROCESSING, image_part, text_part
 from ..inputs.images import read_image
+from .guard import Guard
 from .pruner import Asked, Pruner, asked, told
-
-Scope = MutableMapping[str, Any]
 
 # What a request may say; anything else is refused instead of being ignored.
 FIELDS = {
@@ -205,50 +204,14 @@ async def _event(text: str, request: Asked) -> dict[str, Any]:
     return event
 
 
-class Guard:
-    """Bounds the bytes of requests, and refuses those of other sites' pages."""
-
-    def __init__(self, app: Any, most: int):
-        self.app, self.most = app, most
-
-    async def __call__(self, scope: Scope, receive: Callable[[], Awaitable[Any]], send: Callable) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        origin, host = headers.get(b"origin", b"").decode("latin-1"), headers.get(b"host", b"").decode("latin-1")
-        if origin and origin.partition("://")[2] != host:
-            await _refusal(403, "pages of other sites are not served")(scope, receive, send)
-            return
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self.most:
-            await self._too_large()(scope, receive, send)
-            return
-        read, parts, more = 0, [], True
-        while more:  # also of requests that do not say how long they are
-            message = await receive()
-            if message["type"] != "http.request":
-                return
-            parts.append(message.get("body", b""))
-            read, more = read + len(parts[-1]), message.get("more_body", False)
-            if read > self.most:
-                await self._too_large()(scope, receive, send)
-                return
-        whole = {"type": "http.request", "body": b"".join(parts), "more_body": False}
-        first = iter((whole,))
-
-        async def again() -> Any:
-            return next(first, None) or await receive()
-
-        await self.app(scope, again, send)
-
-    def _too_large(self) -> JSONResponse:
-        return _refusal(413, f"a request has at most {self.most} bytes here")
-
-
 def _refusal(status: int, message: str) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
     return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)
+
+
+def _refused(status: int, message: str) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    answer = _refusal(status, message)
+    return answer.raw_headers, bytes(answer.body)
 
 
 def app(
@@ -257,7 +220,7 @@ def app(
     processor: Any,
     pruner: Pruner,
     limits: Limits,
-    hosts: list[str],
+    taken: Callable[[str], bool],
 ) -> FastAPI:
     """The web application.
 
@@ -266,8 +229,7 @@ def app(
         model, processor: that answer.
         pruner: of the model.
         limits: of one request.
-        hosts: names under which it is asked, ``["*"]`` for any: a page whose name was made to point here (DNS
-            rebinding) asks under its own.
+        taken: whether it is asked under a name (:func:`vtprune.serving.guard.names`).
     """
     chats = Chats(name, model, processor, pruner, limits)
     made = FastAPI(title="vtprune", docs_url=None, redoc_url=None, openapi_url=None)
@@ -279,6 +241,10 @@ def app(
     @made.exception_handler(HTTPException)
     async def failed(request: Request, error: HTTPException) -> JSONResponse:
         return _refusal(error.status_code, str(error.detail))
+
+    @made.exception_handler(ClientDisconnect)
+    async def left(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return _refusal(400, "the request ended before it was whole")  # nobody reads it
 
     @made.post("/v1/chat/completions")
     async def completions(request: Request) -> Any:
@@ -304,6 +270,5 @@ def app(
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    made.add_middleware(Guard, most=limits.body)
-    made.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+    made.add_middleware(Guard, taken=taken, most=limits.body, command="vtprune serve", refusal=_refused)
     return made
