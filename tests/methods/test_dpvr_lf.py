@@ -183,7 +183,7 @@ def test_keys_and_values_alone_give_the_same_text(
     and gradients agree, in a padded batch and for one prompt alone, for which transformers makes no mask."""
     model, inputs = B.llava(text=text, layers=L), B.prompts(shapes, left=left)
     model.set_attn_implementation(attention)
-    limit = 1e-6 if attention == "eager" else 1e-9  # transformers' eager softmax works in float32
+    limit = 3e-6 if attention == "eager" else 1e-9  # transformers' eager softmax works in float32
     hidden, grads = [], []
     for options in (full, keys):
         with vtprune.attach(model, "dpvr-lf", **options) as handle:

@@ -29,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print the content of a message to an OpenAI-compatible server that takes encoded images (vLLM with "
         "--enable-mm-embeds)",
     )
+    parser.add_argument(
+        "--placed",
+        action="store_true",
+        help="with --openai: for a server with vtprune's plug-in, which keeps positions",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     model_options(parser)
     recipe_options(parser)
@@ -38,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code; raises :class:`VtpruneError` for what the user can put right."""
     if args.out is None and not args.openai:
         raise VtpruneError("say what for: --out FILE, --openai, or both")
+    if args.placed and not args.openai:
+        raise VtpruneError("--placed says how --openai prints images")
     if args.json and args.openai:
         raise VtpruneError("--json and --openai both print; choose one")
     recipe, out, chosen = load_recipe(args.recipe), output(args.out, ".safetensors"), overrides(args)
@@ -48,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if out is not None:
         encoded.save(out)
     if args.openai:
-        print(json.dumps(content(encoded, args.question)))
+        print(json.dumps(content(encoded, args.question, placed=args.placed)))
     elif args.json:
         print(json.dumps(encoded.report().to_dict()))
     else:

@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from ..core.planning import ATTACH_OPTIONS, TARGETS, load_recipe
+from ..core.recipe import Recipe
 from ..core.types import VtpruneError
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -105,6 +107,20 @@ def chosen_options(given: Sequence[tuple[str, Any]], *own: str) -> dict[str, Any
         if name in ("model", "recipe", "self"):
             raise VtpruneError(f"there is no option {name!r}")
     return dict(given)
+
+
+def engine_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe for an engine that knows nothing of ``attach``. Raises :class:`VtpruneError` for options that belong
+    to it alone."""
+    chosen = overrides(args)
+    if chosen.pop("seed"):
+        raise VtpruneError("an engine draws with seed 0: leave --seed out")
+    strange = sorted({*ATTACH_OPTIONS, *TARGETS} & set(chosen))
+    if strange:
+        raise VtpruneError(
+            f"--option {strange[0]}= is one of attach; an engine keeps original positions, image by image"
+        )
+    return load_recipe(args.recipe).override(**chosen)
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -19,9 +21,10 @@ from ..core.solve import solve
 from ..core.types import VtpruneError
 from ..serving.guard import names
 from ..serving.pruner import Pruner
+from ..serving.vllm.launch import environment, server_command
 from . import models
 from .demo import port_number
-from .options import model_options, overrides, positive, recipe_options, words
+from .options import engine_recipe, model_options, overrides, positive, recipe_options, words
 
 NEEDED = ("fastapi", "uvicorn", "openai")  # what transformers' own server needs
 
@@ -45,6 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help='further recipes, with commas, that a request may ask for ("recipe": NAME, "keep": NUMBER)',
     )
+    add(
+        "--engine",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="vllm: vLLM's own server with vtprune's plug-in, --recipe for all requests, which may set a budget "
+        "(docs/serving.md); what follows '--' is for 'vllm serve'",
+    )
+    add(
+        "--encoded", action="store_true", help="with --engine vllm: take images that vtprune has encoded, and no others"
+    )
+    add("engine_arguments", nargs="*", metavar="-- ARGUMENTS", help="of 'vllm serve'")
     add("--max-tokens", type=positive, default=1024, metavar="N", help="new tokens of an answer (default %(default)s)")
     add("--max-images", type=positive, default=8, metavar="N", help="pictures in a request (default %(default)s)")
     add("--max-megabytes", type=positive, default=32, metavar="N", help="of a request (default %(default)s)")
@@ -54,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until it is told to end; raises :class:`VtpruneError` for what the user can put right."""
+    if args.engine == "vllm":
+        return _vllm(args)
+    if args.encoded or args.engine_arguments:
+        what = "--encoded" if args.encoded else " ".join(args.engine_arguments)
+        raise VtpruneError(f"{what} is for --engine vllm")
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise VtpruneError(f"serving needs {', '.join(missing)}: pip install 'vtprune[serve]'")
@@ -64,6 +83,21 @@ def run(args: argparse.Namespace) -> int:
     offered = {name: load_recipe(name) for name in args.offer}
     with _listening(args.host, args.port) as sockets:
         return _serve(args, first, offered, target, extra, sockets)
+
+
+def _vllm(args: argparse.Namespace) -> int:
+    """``vllm serve`` in the place of this process."""
+    recipe = None if args.encoded else engine_recipe(args)
+    if args.encoded and (args.keep is not None or args.option):
+        raise VtpruneError("--encoded: budgets and options are for where images are encoded")
+    if args.offer or args.allow_host:
+        raise VtpruneError(f"{'--offer' if args.offer else '--allow-host'} is not known to vLLM's server")
+    if find_spec("vllm") is None:
+        raise VtpruneError("there is no vLLM in this environment: pip install 'vtprune[vllm]'")
+    started = server_command(args.model, args.host, args.port, args.dtype, args.max_images, args.engine_arguments)
+    os.environ.update(environment(recipe))
+    sys.stdout.flush()
+    os.execv(started[0], started)
 
 
 def _serve(

@@ -88,9 +88,7 @@ def prepare_chats(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> 
     """
     seen = _checked(processor, chats)
     texts = _texts(processor, chats)
-    start = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
-    # a template that writes the start token itself must not get a second one
-    special = not (start and texts[0].startswith(start))
+    special = _special(processor, texts)
     media = _media(processor, chats, seen)
     with _in_one_line(type(processor).__name__):
         inputs = processor(
@@ -98,6 +96,19 @@ def prepare_chats(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> 
         )
     _check_places(processor, inputs["input_ids"], seen)
     return inputs
+
+
+def prompt_ids(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> list[list[int]]:
+    """The prompts of :func:`prepare_chats` as engines take them, with one placeholder for each image."""
+    _checked(processor, chats)
+    texts = _texts(processor, chats)
+    return processor.tokenizer(texts, add_special_tokens=_special(processor, texts))["input_ids"]
+
+
+def _special(processor: Any, texts: Sequence[str]) -> bool:
+    """Whether the tokenizer has to add the start token: not to what a template begins with it."""
+    start = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
+    return not (start and texts[0].startswith(start))
 
 
 def _checked(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> tuple[str, ...]:

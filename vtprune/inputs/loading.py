@@ -3,10 +3,25 @@ with the files is one sentence."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..core.resources import told
 from ..core.types import VtpruneError
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' reports of what does not fit are many lines; ours is one."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def load(source: Any, *, dtype: Any, local: bool, **extra: Any) -> tuple[Any, Any]:
@@ -18,12 +33,9 @@ def load(source: Any, *, dtype: Any, local: bool, **extra: Any) -> tuple[Any, An
     build: that code is never run.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import logging
 
     extra = {"trust_remote_code": False, **extra}
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # its reports of what does not fit are many lines; ours is below
-    try:
+    with quiet():
         with told(f"cannot load {source}"):
             model, info = AutoModelForImageTextToText.from_pretrained(
                 source, dtype=dtype, local_files_only=local, output_loading_info=True, **extra
@@ -36,5 +48,3 @@ def load(source: Any, *, dtype: Any, local: bool, **extra: Any) -> tuple[Any, An
             return model.eval(), AutoProcessor.from_pretrained(
                 source, local_files_only=local, trust_remote_code=extra["trust_remote_code"]
             )
-    finally:
-        logging.set_verbosity(before)

@@ -16,6 +16,7 @@ from ._tower import TowerScored
 from .base import Cut, MethodInfo, option, register
 
 GOLDEN = (5**0.5 - 1) / 2
+ROUNDING = 64  # times the precision: what is nearer than this to its group deviates by nothing
 
 
 @register(
@@ -107,7 +108,8 @@ class EvoCut(TowerScored):
             mean, size = kernels.merge(d, torch.where(view.valid, group, -1), self.groups)
             u = torch.where((size > 0)[..., None], unit(mean), u)
         nearest = kernels.match(torch.cat([d, u], 1), patches, targets)[0]
-        return (1 - nearest) * view.valid
+        r = (1 - nearest) * view.valid
+        return r.masked_fill(r <= ROUNDING * torch.finfo(r.dtype).eps, 0)  # else rounding would choose among equals
 
     def _start(self, d: Tensor, view: TokenView) -> Tensor:
         """``[B, M]``: the patches whose updates ``d`` ``[B, N, C]`` K-means starts from."""

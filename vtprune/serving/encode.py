@@ -21,8 +21,9 @@ from ..core.handle import Handle
 from ..core.ledger import UndoLedger
 from ..core.planning import for_units, plan
 from ..core.recipe import Recipe
-from ..core.types import UnsupportedError, VtpruneError
+from ..core.types import Geometry, UnsupportedError, VtpruneError
 from .encoded import Encoded, Item, signature
+from .placed import AXES
 
 PER_TOKEN = ("input_ids", "attention_mask", "position_ids")
 
@@ -43,19 +44,48 @@ def encode(model: Any, recipe: str | os.PathLike | Recipe, inputs: dict[str, Any
         UnsupportedError: a stage inside the language model; a model whose forward takes no encoded images; layers with
             sliding windows that the prompt is longer than.
     """
-    with attach(model, recipe, **overrides) as handle, torch.no_grad():
-        _check(handle, overrides.get("per"))
-        return _Reading(handle, inputs, compact=overrides.get("positions") == "compact").encoded()
+    with Encoder(model, recipe, **overrides) as encoder:
+        return encoder(inputs)
 
 
-def _check(handle: Handle, per: str | None) -> None:
-    """Raises :class:`UnsupportedError` for what cannot be encoded."""
-    if not handle.geometry.llm_layers:
-        raise UnsupportedError(f"{handle.geometry.family} has no language model to encode for; attach the recipe")
-    stages = plan(for_units(handle.geometry, per), handle.recipe)
+class Encoder:
+    """A model with a recipe attached that ends before the language model: called with inputs as :func:`encode` is, any
+    number of times. Arguments and errors are those of :func:`encode`; leaving its context restores the model."""
+
+    def __init__(self, model: Any, recipe: str | os.PathLike | Recipe, **overrides: Any):
+        self.compact = overrides.get("positions") == "compact"
+        self.handle = attach(model, recipe, **overrides)
+        try:
+            check_stages(self.handle.geometry, self.handle.recipe, overrides.get("per"))
+            _check(self.handle)
+        except VtpruneError:
+            self.handle.remove()
+            raise
+
+    @torch.no_grad()
+    def __call__(self, inputs: dict[str, Any]) -> Encoded:
+        """The prompts ``inputs``, encoded."""
+        return _Reading(self.handle, inputs, compact=self.compact).encoded()
+
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.handle.remove()
+
+
+def check_stages(geometry: Geometry, recipe: Recipe, per: str | None) -> None:
+    """Raises :class:`UnsupportedError` for a recipe that does not end before the language model."""
+    if not geometry.llm_layers:
+        raise UnsupportedError(f"{geometry.family} has no language model to encode for; attach the recipe")
+    stages = plan(for_units(geometry, per), recipe)
     first = next((n for n, (*_, cuts) in enumerate(stages) if any(c.kind == "llm" for c in cuts)), None)
     if first is not None:
         raise UnsupportedError(_inside(stages, first))
+
+
+def _check(handle: Handle) -> None:
+    """Raises :class:`UnsupportedError` for a model whose forward takes no encoded images."""
     root = handle.adapter.decoder.decoder.root
     if not host.takes_encoded(root):
         raise UnsupportedError(
@@ -187,7 +217,7 @@ class _Reading:
         warnings.warn(
             f"the language model has layers with windows of {reach} tokens: answers of up to {reach - length} tokens "
             "are those of the attached model, in longer ones these layers see further back",
-            stacklevel=5,
+            stacklevel=6,
         )
 
     def _padding(self, call: Call) -> int:
@@ -204,15 +234,28 @@ class _Reading:
         assert call.level is not None
         if self.compact and not call.level.dense:
             return (valid.long().cumsum(1) - 1).clamp_min(0)
-        full = self.given.get("position_ids")
-        if full is None:
-            mask = self.inputs.get("attention_mask")
-            mask = torch.ones_like(self.inputs["input_ids"]) if mask is None else mask
-            full = (mask.long().cumsum(1) - 1).clamp_min(0) + self.decoder.first_position
-        full = full.to(rows.device)
-        full = full.expand(*full.shape[:-2], *rows.shape[:1], full.shape[-1])
+        full = self._whole_positions().to(rows.device)
         index = rows.expand(*full.shape[:-2], *rows.shape)
         return full.gather(-1, index).masked_fill(~valid, 0)
+
+    def _whole_positions(self) -> Tensor:
+        """Those of the whole prompt, ``[B, T]`` or ``[3 or 4, B, T]``."""
+        ids, full = self.inputs["input_ids"], self.given.get("position_ids")
+        if full is None:
+            mask = self.inputs.get("attention_mask")
+            mask = torch.ones_like(ids) if mask is None else mask
+            full = (mask.long().cumsum(1) - 1).clamp_min(0) + self.decoder.first_position
+        return full.expand(*full.shape[:-2], *ids.shape)
+
+    def _place(self, sample: int, columns: Tensor, left: Tensor) -> tuple[Tensor, int]:
+        """Of an image whose placeholders are the ``columns`` ``[n]``: by axis, how far behind its first position those
+        ``left`` ``[K]`` of them stand, ``[3, K]``, and how many positions it takes."""
+        if self.compact:
+            return torch.arange(len(left)).expand(AXES, -1).contiguous(), len(left)
+        full = self._whole_positions()[..., sample, :].cpu()
+        full = full.expand(AXES, -1) if full.ndim == 1 else full[-AXES:]
+        first, last = int(full[:, columns.cpu()].min()), int(full[:, columns.cpu()].max())
+        return full[:, left.cpu()] - first, last - first + 1
 
     def _item(self, sample: int, columns: Tensor, kind: str, stays: Tensor) -> Item:
         """One image or video: its placeholders are the ``columns`` ``[n]`` of the prompt."""
@@ -221,7 +264,9 @@ class _Reading:
         left = columns.to(stays.device)[stays[sample, columns.to(stays.device)]].to(embeds.device)
         number = self.call.visual.flatten().cumsum(0).view_as(self.call.visual) - 1  # its row in the planes
         at = number.to(embeds.device)[sample, left]
-        return Item(sample, kind, embeds[sample, left].clone(), tuple(p[at.to(p.device)].clone() for p in planes))
+        offsets, span = self._place(sample, columns, left)
+        rows = embeds[sample, left].clone()
+        return Item(sample, kind, rows, tuple(p[at.to(p.device)].clone() for p in planes), offsets, span)
 
 
 def _images(call: Call) -> list[tuple[int, Tensor, str]]:

@@ -19,8 +19,9 @@ from vtprune.models.engine import host
 from ..core.report import Report, StageReport
 from ..core.types import VtpruneError
 from ..version import __version__
+from .placed import placed
 
-FORMAT, VERSION = "vtprune.Encoded", 1
+FORMAT, VERSION = "vtprune.Encoded", 2
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,16 @@ class Item:
         kind: ``"image"`` or ``"video"``.
         rows: what the language model reads in its place, ``[K, C]``.
         planes: what DeepStack adds to its rows behind early layers, each ``[K, C]``.
+        offsets: by axis, how far behind the image's first position each row stands, ``[3, K]``.
+        span: positions that the whole image takes (with compact positions K).
     """
 
     sample: int
     kind: str
     rows: Tensor
-    planes: tuple[Tensor, ...] = ()
+    planes: tuple[Tensor, ...]
+    offsets: Tensor
+    span: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +79,12 @@ class Encoded:
         """What stands for each image or video, ``[K, C]``, in the prompts' order: encoded images as engines take
         them."""
         return tuple(item.rows for item in self.items)
+
+    @property
+    def placed(self) -> tuple[Tensor, ...]:
+        """:attr:`embeds` that say where they stand, with DeepStack's planes behind each row, ``[K, W + CHANNELS]``: for
+        an engine with vtprune's plug-in (:mod:`vtprune.serving.placed`)."""
+        return tuple(placed(torch.cat([i.rows, *i.planes], 1), i.offsets.to(i.rows.device), i.span) for i in self.items)
 
     @property
     def positions(self) -> Tensor:
@@ -142,7 +153,9 @@ class Encoded:
             "forms": dict(self.forms),
             "along": list(self.along),
             "beside": list(self.beside),
-            "items": [{"sample": i.sample, "kind": i.kind, "planes": len(i.planes)} for i in self.items],
+            "items": [
+                {"sample": i.sample, "kind": i.kind, "planes": len(i.planes), "span": i.span} for i in self.items
+            ],
             "report": self.told.to_dict(),
             "digest": _digest(tensors),
         }
@@ -187,7 +200,7 @@ class Encoded:
         out |= {f"along.{k}": v for k, v in self.along.items()}
         out |= {f"beside.{k}": v for k, v in self.beside.items()}
         for n, item in enumerate(self.items):
-            out[f"item.{n}.rows"] = item.rows
+            out[f"item.{n}.rows"], out[f"item.{n}.offsets"] = item.rows, item.offsets
             out |= {f"item.{n}.plane.{p}": plane for p, plane in enumerate(item.planes)}
         return {k: v.detach().cpu().contiguous() for k, v in out.items()}
 
@@ -200,6 +213,8 @@ class Encoded:
                 i["kind"],
                 tensors[f"item.{n}.rows"],
                 tuple(tensors[f"item.{n}.plane.{p}"] for p in range(i["planes"])),
+                tensors[f"item.{n}.offsets"],
+                i["span"],
             )
             for n, i in enumerate(head["items"])
         )

@@ -1,0 +1,192 @@
+"""A model's tower and projector without its language model: what an engine that has one of its own needs of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.composition import Planned
+from ..core.planning import bind, plan
+from ..core.recipe import Recipe
+from ..core.types import Action, UnsupportedError, VtpruneError
+from ..inputs.loading import quiet
+from .encode import Encoder, check_stages
+
+TEXT = 0  # in prompts for such a model: any token that is no picture
+TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+Rasters = tuple[tuple[int, int], ...]
+
+
+def without_language_model(config: Any) -> Any:
+    """``config`` with a language model of the same width that has one layer, no memory to speak of, and a handful of
+    tokens: :data:`TEXT`, and one for each of :data:`TOKENS` that the family has."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.num_hidden_layers, text.intermediate_size = 1, 8
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    text.vocab_size, text.pad_token_id, text.bos_token_id, text.eos_token_id = 2 * len(TOKENS), TEXT, TEXT, TEXT
+    small.tie_word_embeddings = text.tie_word_embeddings = False
+    for number, name in enumerate(TOKENS, start=TEXT + 1):
+        if getattr(small, name, None) is not None:
+            setattr(small, name, number)
+    return small
+
+
+def load(folder: str, config: Any, dtype: torch.dtype, device: torch.device | str, **where: Any) -> Any:
+    """Tower and projector of the checkpoint in ``folder``, in a model of :func:`without_language_model`. ``where``:
+    keywords of ``from_pretrained`` that say where the files are.
+
+    Raises:
+        VtpruneError: a checkpoint that lacks a weight of them, or has one of another shape.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    small = without_language_model(config)
+    with quiet():
+        model, told = AutoModelForImageTextToText.from_pretrained(
+            folder, config=small, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **where
+        )
+    spared = {id(p) for part in (model.model.language_model, model.lm_head) for p in part.parameters()}
+    needed = {name for name, p in model.named_parameters() if id(p) not in spared}
+    wrong = sorted(needed & {*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])})
+    if wrong:
+        raise VtpruneError(f"the checkpoint in {folder} has no {wrong[0]} of the shape that its configuration says")
+    model.to(device).eval().requires_grad_(False)
+    model.model.language_model.layers.to("meta")  # never run
+    return model
+
+
+class Sizes:
+    """How many rows a recipe leaves of an image, by the model's configuration alone.
+
+    Raises:
+        UnsupportedError: a recipe that cannot be encoded; whose numbers of rows follow from the picture; that reads the
+            question, or weighs images against each other: an engine's encoder sees one image alone.
+    """
+
+    def __init__(self, config: Any, recipe: Recipe):
+        from transformers import AutoModelForImageTextToText
+
+        with torch.device("meta"):
+            self.adapter = bind(AutoModelForImageTextToText.from_config(without_language_model(config)))
+        layers = config.get_text_config().num_hidden_layers
+        self.geometry, self.recipe = replace(self.adapter.geometry, llm_layers=layers), recipe
+        if "tile" in self.geometry.per:
+            raise UnsupportedError(
+                f"{self.geometry.family} ends the rows of its pictures with tokens that leave with the last of a row: "
+                "how many rows are left is known only behind the recipe; send images that vtprune has encoded"
+            )
+        check_stages(self.geometry, recipe, None)
+        self.check(recipe)
+
+    def check(self, recipe: Recipe) -> list[Planned]:
+        """The stages of a recipe whose numbers of rows are known beforehand."""
+        stages = plan(self.geometry, recipe)
+        for stage, method, cuts in stages:
+            info, read = method.info, {need for cut in cuts for need in method.info.needs.get(cut.kind, ())}
+            if "text" in read:
+                raise UnsupportedError(
+                    f"{info.name} reads the question, which an encoder inside an engine is not given (images are "
+                    "cached without it): send images that vtprune has encoded"
+                )
+            budget = info.keep if stage.keep is None else stage.keep
+            counted = all(cut.keep is not None for cut in cuts if cut.action is not Action.NOTE)
+            if not info.exact or (info.budgeted and budget is None) or not counted:
+                raise UnsupportedError(
+                    f"how many rows {info.name} leaves is not known before it has seen the picture, and an engine "
+                    "wants to know: give it a budget keep=, or send images that vtprune has encoded"
+                )
+        return stages
+
+    def rasters(self, inputs: Mapping[str, Any]) -> Rasters:
+        """Of the first image in ``inputs``, rows and columns of each raster."""
+        return tuple(raster.grid for raster in next(self.adapter.images(dict(inputs))))
+
+    def whole(self, rasters: Rasters) -> int:
+        """Visual tokens of an image of these rasters."""
+        return sum(rows * columns for rows, columns in rasters)
+
+    def span(self, rasters: Rasters) -> int:
+        """Positions that such an image takes: with three axes those of its longest side."""
+        return max(max(grid) for grid in rasters) if self.geometry.mrope else self.whole(rasters)
+
+    def left(self, rasters: Rasters, keep: int | float | None = None) -> int:
+        """Rows that are left of an image of these rasters, with another budget ``keep``."""
+        n = self.whole(rasters)
+        here = self.geometry
+        if self.geometry.variable:
+            grid = rasters[0] if len(rasters) == 1 else (n, 1)
+            here = replace(here, tokens=n, grid=grid, rasters=() if len(rasters) == 1 else rasters)
+        recipe = self.recipe if keep is None else self.recipe.override(keep=keep)
+        self.check(recipe)
+        cuts = [cut for *_, own in plan(here, recipe) for cut in own]
+        return min([n, *(cut.keep for cut in cuts if cut.keep is not None)])
+
+
+class Eyes:
+    """Tower and projector of a ``model`` of :func:`load`, with a recipe: pixels in, placed rows out.
+
+    Attributes:
+        encodings: images that were encoded.
+    """
+
+    def __init__(self, model: Any, recipe: Recipe):
+        self.model, self.recipe = model, recipe
+        self.adapter = bind(model)
+        self.encoder: Encoder | None = None
+        self.encodings = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def see(self, images: Sequence[Mapping[str, Tensor]], keep: int | float | None = None) -> list[Tensor]:
+        """Of every image its rows, with DeepStack's planes behind each and their places, ``[K, W + CHANNELS]``.
+
+        Args:
+            images: of each what the family's processor makes of it, a batch of one.
+            keep: another budget than the recipe's.
+        """
+        self._attach(self.recipe if keep is None else self.recipe.override(keep=keep))
+        sizes = [sum(raster.tokens for raster in next(self.adapter.images(dict(image)))) for image in images]
+        out: list[Tensor | None] = [None] * len(images)
+        for size in dict.fromkeys(sizes):
+            at = [i for i, n in enumerate(sizes) if n == size]
+            for i, wide in zip(at, self._alike([images[i] for i in at], size), strict=True):
+                out[i] = wide
+        return [wide for wide in out if wide is not None]
+
+    def _attach(self, recipe: Recipe) -> None:
+        if self.encoder is not None and self.encoder.handle.recipe.key() != recipe.key():
+            self.encoder.handle.remove()
+            self.encoder = None
+        if self.encoder is None:
+            self.encoder = Encoder(self.model, recipe)
+
+    def _alike(self, images: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Tensor]:
+        """Images of as many ``tokens``, in one batch of prompts that hold a picture and a word behind it."""
+        assert self.encoder is not None
+        ids = torch.full((len(images), tokens + 1), self.model.config.image_token_id)
+        ids[:, -1] = TEXT
+        ids = ids.to(self.device)
+        inputs = {name: torch.cat([image[name] for image in images]).to(self.device) for name in images[0]}
+        inputs = {n: v.to(self.model.dtype) if v.is_floating_point() else v for n, v in inputs.items()}
+        along = {name: (ids != TEXT).long() for name in self.adapter.follows}
+        encoded = self.encoder({"input_ids": ids, "attention_mask": torch.ones_like(ids), **along, **inputs})
+        self.encodings += len(images)
+        return list(encoded.placed)
+
+
+def budget(value: Any) -> int | float | None:
+    """A budget as clients write it. Raises :class:`VtpruneError` for what is none."""
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)):
+        return value
+    raise VtpruneError(f"keep={value!r} is neither a number of tokens (64) nor a fraction (0.25)")
