@@ -1,6 +1,6 @@
 """torchvision beside a torch for CPUs: its wheel is built for CUDA, its operators do not load, and importing it fails
-at the first one that nobody has declared. Declared in front of that import, in every process of the environment, it works
-as far as anything here needs it: images, no boxes.
+at the first one that nobody has declared. Declared in front of that import, in every process of the environment, it
+works as far as anything here needs it: images, no boxes.
 
 ``--install`` puts this file into the environment's ``site-packages`` and has Python read it at its start.
 """
