@@ -302,7 +302,6 @@ HOST = {
         "past_key_values",
         "get_seq_length",
         "get_mask_sizes",
-        "is_compileable",
         "_attn_implementation",
         "mm_encoder_outputs",
         "deepstack_visual_embeds",

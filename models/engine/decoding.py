@@ -16,7 +16,7 @@ from .request import Call, Request
 
 def check_conversation(request: Request | None, cache: Any) -> None:
     """``generate`` finds out what is new in a conversation by the length of the cache's first layer."""
-    if request is not None and not request.at[0].dense and not host.fixed(cache) and host.held(cache) > 0:
+    if request is not None and not request.at[0].dense and host.held(cache) > 0:
         raise UnsupportedError(
             f"this cache holds {request.at[0].width} of its prompt's {request.length} tokens in the first layer, "
             "by which generate() would cut the "
@@ -28,15 +28,16 @@ def check_conversation(request: Request | None, cache: Any) -> None:
 def check_foreign(decoder: Decoder, cache: Any, kwargs: dict) -> None:
     """A cache that no request here has filled must be whole: a copy of a pruned one has lost what tells which tokens it
     holds."""
-    if host.fixed(cache):
-        return
     held, mask, ids = host.held(cache), kwargs.get("attention_mask"), kwargs.get("position_ids")
-    total = held + kwargs["inputs_embeds"].shape[1]
-    ragged = len({host.held(cache, i) for i in range(len(decoder.layers))}) > 1
-    longer = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != total
-    if held and (
-        ragged or longer or (ids is not None and ids.numel() > 0 and int(ids.max()) >= total + decoder.first_position)
-    ):
+    if held == 0:
+        return
+    layers, new = range(len(decoder.layers)), kwargs["inputs_embeds"].shape[1]
+    total = held + new
+    ragged = any(host.held(cache, i) != held for i in layers)
+    # a cache of fixed size also takes a mask of that size
+    sizes = (total, max(host.columns(cache, new, i)[0] for i in layers))
+    longer = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] not in sizes
+    if ragged or longer or (ids is not None and ids.numel() > 0 and int(ids.max()) >= total + decoder.first_position):
         raise UnsupportedError(
             "this cache looks like a copy of a pruned one; only the cache object that the prompt was read into can "
             "be continued"
@@ -62,7 +63,7 @@ def continue_prompt(
     _check_lengths(request, call, q, new, mask.shape[1] if two else None)
     call.tail = mask[:, request.length :].bool() if two else torch.ones(b, new, dtype=torch.bool, device=embeds.device)
     # One new token that sees all its layer has cached needs no mask, and under sdpa the model makes none.
-    easy = q == 1 and not compact and backend(decoder.lm.config) == "sdpa" and not host.fixed(call.cache)
+    easy = q == 1 and not compact and backend(decoder.lm.config) == "sdpa"
     easy = easy and (mask is None or base.dense or (two and bool(call.tail.all())))
     call.serve = request.uneven if easy else request.pruned
     ids = call.ids = _positions(decoder, call, kwargs.get("position_ids"), q, new, two, embeds.device)
@@ -88,8 +89,6 @@ def _check_lengths(request: Request, call: Call, q: int, new: int, columns: int 
             "token sequence and the whole mask "
             f"({request.length + new} columns, got {columns}): start a new prompt instead"
         )
-    if host.fixed(call.cache):
-        return
     if new < q or any(host.held(call.cache, i) - request.at[i].width != new - q for i in request.first.values()):
         raise UnsupportedError(
             "this cache was cut back into its prompt, or in some layers only; only growing it is supported"

@@ -130,11 +130,6 @@ def stored(cache: Any, layer: int) -> tuple[int, int, int]:
     return sizes[0], sizes[1], window - 1 if window else 0
 
 
-def fixed(cache: Any) -> bool:
-    """Whether the cache has a fixed size (static), so that its lengths are no Python numbers."""
-    return bool(getattr(cache, "is_compileable", False))
-
-
 def without_cache(module: nn.Module) -> bool:
     """Whether ``module`` is a layer that will be run without the cache it is given: gradient checkpointing takes it
     away."""

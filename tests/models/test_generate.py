@@ -174,22 +174,23 @@ def test_prompts_in_chunks_are_refused(tiny, family, variant):
         model.generate(**inputs, prefill_chunk_size=20, max_new_tokens=2)
 
 
+def empty_cache(model, kind, length=64):
+    from transformers import DynamicCache, StaticCache
+
+    config = model.config.get_text_config()
+    return StaticCache(config=config, max_cache_len=length) if kind == "static" else DynamicCache(config=config)
+
+
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 @pytest.mark.parametrize("method", ["drop-all", "uniform"])
 def test_copies_and_emptied_caches(tiny, kind, method):
     """A copy of a pruned cache is refused, also one of fixed size; a cache that was emptied serves a text as if it were
     new."""
-    from transformers import DynamicCache, StaticCache
-
     model, inputs = tiny("llava", "clip-llama")
     one = {k: v[:1] for k, v in inputs.items()}
     new = torch.tensor([[9]])
     text = {"input_ids": torch.randint(8, 60, (1, 20), generator=torch.Generator().manual_seed(0))}
-    cache = (
-        StaticCache(config=model.config.text_config, max_cache_len=64)
-        if kind == "static"
-        else DynamicCache(config=model.config.text_config)
-    )
+    cache = empty_cache(model, kind)
     with torch.no_grad(), vtprune.attach(model, method, **({"layer": 2} if method == "drop-all" else {"keep": 4})):
         model(**one, **cached(model, cache))
         with pytest.raises(UnsupportedError, match="copy of a pruned"):
@@ -202,22 +203,73 @@ def test_copies_and_emptied_caches(tiny, kind, method):
             assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()))
 
 
-def test_a_cache_that_was_cut_back_is_refused(tiny):
+def shorten(layers, kind):
+    """Takes the last token out of ``layers`` of a cache."""
+    for layer in layers:
+        if kind == "static":  # crop() of these came with 5.24
+            layer.cumulative_length.sub_(1)
+        else:
+            layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_cache_that_was_cut_back_is_refused(tiny, kind):
     model, inputs = tiny("llava", "clip-llama")
     one = {k: v[:1] for k, v in inputs.items()}
-    mask = torch.cat([one["attention_mask"], torch.ones(1, 1, dtype=torch.long)], dim=1)
+    last, mask = one["input_ids"][:, -1:], torch.nn.functional.pad(one["attention_mask"], (0, 1), value=1)
     with torch.no_grad(), vtprune.attach(model, "fastv", keep=3):
-        cache = cache_of(model(**one, use_cache=True))
-        cache.crop(-1)
+
+        def read():
+            return cache_of(model(**one, use_cache=True, **cached(model, empty_cache(model, kind))))
+
+        cache = read()
+        shorten(cache.layers, kind)
         with pytest.raises(UnsupportedError, match="whole mask"):
-            model(input_ids=one["input_ids"][:, -1:], attention_mask=mask, **cached(model, cache))
+            model(input_ids=last, attention_mask=mask, **cached(model, cache))
         with pytest.raises(UnsupportedError, match="cut back"):
-            model(input_ids=one["input_ids"][:, -1:], **cached(model, cache))
-        cache = cache_of(model(**one, use_cache=True))
-        for layer in cache.layers[2:]:
-            layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
+            model(input_ids=last, **cached(model, cache))
+        cache = read()
+        shorten(cache.layers[2:], kind)
         with pytest.raises(UnsupportedError, match="cut back"):
-            model(input_ids=one["input_ids"][:, -1:], attention_mask=mask, **cached(model, cache))
+            model(input_ids=last, attention_mask=mask, **cached(model, cache))
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize(("family", "variant"), [("llava", "clip-llama"), ("qwen2-vl", "images")])
+def test_generate_does_not_go_on_from_a_first_layer_that_was_pruned(tiny, family, variant, kind):
+    """It would cut a conversation by the tokens which that layer holds."""
+    model, inputs = tiny(family, variant)
+    cache, rules = empty_cache(model, kind), {"max_new_tokens": 2, "do_sample": False, "disable_compile": True}
+    with torch.no_grad(), vtprune.attach(model, "random", keep=3):
+        ids = model.generate(**inputs, **rules, **cached(model, cache))
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
+        with pytest.raises(UnsupportedError, match="at the wrong place"):
+            model.generate(input_ids=ids, attention_mask=mask, **rules, **cached(model, cache))
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize(("family", "variant"), [("llava", "clip-llama"), ("gemma3", "sliding")])
+def test_a_cache_that_was_filled_elsewhere_goes_on_if_it_is_whole(tiny, family, variant, kind):
+    """With a mask that is as long as its tokens, or as a cache of fixed size; it is refused where its layers differ, or
+    the mask shows more than they hold."""
+    model, inputs = tiny(family, variant)
+    t = inputs["input_ids"].shape[1]
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    step = {"input_ids": torch.full((len(mask), 1), 9), "position_ids": (mask.cumsum(1) - 1)[:, -1:]}
+    wide = torch.nn.functional.pad(mask, (0, 64 - t - 1)) if kind == "static" else mask
+    with torch.no_grad():
+        cache = cache_of(model(**inputs, use_cache=True, **cached(model, empty_cache(model, kind))))
+        ragged, short, *whole = (copy.deepcopy(cache) for _ in range(4))
+        want = model(**step, attention_mask=mask, **cached(model, cache)).logits
+        shorten([layer for layer in ragged.layers if not layer.is_sliding][1:], kind)
+        shorten([layer for layer in short.layers if not layer.is_sliding], kind)
+        with vtprune.attach(model, "fastv", keep=3):
+            for own, given in zip(whole, (mask, wide), strict=True):
+                assert torch.equal(model(**step, attention_mask=given, **cached(model, own)).logits, want)
+            with pytest.raises(UnsupportedError, match="looks like a copy"):
+                model(**step, attention_mask=mask, **cached(model, ragged))
+            with pytest.raises(UnsupportedError, match="looks like a copy"):
+                model(input_ids=step["input_ids"], attention_mask=mask, **cached(model, short))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -325,13 +377,11 @@ def test_weights_that_are_offloaded_to_disk(tiny, tmp_path, method):
     assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()))
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("layer", [1, 3])
-def test_padding_does_not_push_a_prompt_out_of_a_sliding_window(tiny, layer, static):
+def test_padding_does_not_push_a_prompt_out_of_a_sliding_window(tiny, layer, kind):
     """A prompt of images leaves few rows, one of text all of its own. What follows the first must see its text, though
     the layer caches its last eleven columns only."""
-    from transformers import DynamicCache, StaticCache
-
     model, inputs = tiny("gemma3", "sliding")
     t = inputs["input_ids"].shape[1]
     alone = {k: v[:1] for k, v in inputs.items() if k != "pixel_values"} | {"pixel_values": inputs["pixel_values"][:2]}
@@ -343,8 +393,7 @@ def test_padding_does_not_push_a_prompt_out_of_a_sliding_window(tiny, layer, sta
 
     def follow(batch):
         rows, got = len(batch["input_ids"]), []
-        config = model.config.get_text_config()
-        cache = StaticCache(config=config, max_cache_len=t + 8) if static else DynamicCache(config=config)
+        cache = empty_cache(model, kind, t + 8)
         out = model(**batch, use_cache=True, **cached(model, cache))
         for step, ids in enumerate((9, 20, 31)):
             mask = torch.nn.functional.pad(batch["attention_mask"], (0, step + 1), value=1)
