@@ -17,6 +17,7 @@ from ..inputs.chats import prepare
 from ..inputs.images import open_image
 from ..measure.samples import scenes_samples
 from ..measure.text import text
+from ..serving.vllm.compare import compare
 from . import models
 from .options import engine_recipe, key_value, model_options, overrides, positive, recipe_options
 
@@ -76,8 +77,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _engine(args: argparse.Namespace) -> int:
     """As :func:`run`, for ``--engine``."""
-    from ..serving.vllm.compare import compare
-
     recipe = engine_recipe(args)
     shown: list[list[Any]] = [[open_image(args.image)]] if args.image else []
     asked = [args.question]

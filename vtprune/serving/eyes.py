@@ -36,7 +36,7 @@ def without_language_model(config: Any) -> Any:
     small.tie_word_embeddings = text.tie_word_embeddings = False
     for number, name in enumerate(TOKENS, start=TEXT + 1):
         if getattr(small, name, None) is not None:
-            setattr(small, name, number)
+            small.update({name: number})
     return small
 
 

@@ -7,7 +7,7 @@ import functools
 import os
 from typing import Any
 
-from .settings import RECIPE
+from .settings import RECIPE, Prepared
 
 # architecture -> class in .models
 CLASSES = {
@@ -25,8 +25,6 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.platforms import current_platform
-
-    from .settings import Prepared
 
     for architecture, name in CLASSES.items():
         ModelRegistry.register_model(architecture, f"vtprune.serving.vllm.models:{name}")

@@ -74,7 +74,7 @@ class Prepared:
         recipe = from_environment(kwargs)
         kwargs.pop(OURS, None)
         images.mm_processor_kwargs = kwargs or None
-        setattr(config, OURS, {} if recipe is None else recipe.to_dict())
+        config.vtprune = {} if recipe is None else recipe.to_dict()
         _check_windows(config.get_text_config())
         if not model_config.uses_mrope:
             _one_axis(config)
@@ -104,8 +104,7 @@ def _one_axis(config: Any) -> None:
 
 def recipe_of(config: Any) -> Recipe | None:
     """What :class:`Prepared` put into the configuration; ``None``: images come encoded."""
-    told = getattr(config, OURS)
-    return Recipe.from_dict(told) if told else None
+    return Recipe.from_dict(config.vtprune) if config.vtprune else None
 
 
 def _check_windows(text: Any) -> None:
