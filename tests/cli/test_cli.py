@@ -120,10 +120,15 @@ def test_encode(capsys, vlm, image, tmp_path):
     assert main.main([*words, "--keep", "4", "--openai"]) == 0
     *parts, text = json.loads(capsys.readouterr().out)
     sent = [torch.load(io.BytesIO(base64.b64decode(p["image_embeds"])), weights_only=True) for p in parts]
-    assert all(map(torch.equal, sent, (rows[None] for rows in encoded.embeds))) and text["text"] == "what is it"
+    assert all(map(torch.equal, sent, encoded.embeds)) and text["text"] == "what is it"
+    assert main.main([*words, "--keep", "4", "--openai", "--placed"]) == 0
+    *parts, text = json.loads(capsys.readouterr().out)
+    sent = [torch.load(io.BytesIO(base64.b64decode(p["image_embeds"])), weights_only=True) for p in parts]
+    assert all(map(torch.equal, sent, encoded.placed))
     for more, said in (
         ([], "say what for"),
         (["--openai", "--json"], "choose one"),
+        (["--out", "a.safetensors", "--placed"], "--placed says"),
         (["--out", "a.bin"], "cannot write"),
     ):
         assert said in refused(capsys, 1, *words, "--keep", "4", *more)
@@ -421,3 +426,24 @@ def test_gradio_writes_no_stubs_and_inspect_is_as_before():
         with pytest.raises(OSError):
             inspect.getfile(type("Some", (), {"__module__": "gradio.components.some"}))
     assert inspect.getfile is before
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["serve", "--encoded"], "--encoded is for --engine vllm"),
+        (["serve", "--", "--max-model-len", "512"], "is for --engine vllm"),
+        (["serve", "--engine", "vllm", "--offer", "tome"], "--offer is not known"),
+        (["serve", "--engine", "vllm", "--max-tokens", "5"], "--max-tokens is not known"),
+        (["serve", "--engine", "vllm", "--allow-host", "a"], "--allow-host is not known"),
+        (["serve", "--engine", "vllm", "--device", "cuda"], "--device is not known"),
+        (["serve", "--engine", "vllm", "--encoded", "--keep", "3"], "where images are encoded"),
+        (["serve", "--engine", "vllm", "--option", "per=sample"], "one of attach"),
+        (["serve", "--engine", "vllm", "--recipe", "uniform"], "no vLLM"),
+        (["verify", "--engine", "vllm", "--seed", "3"], "seed 0"),
+        (["verify", "--engine", "vllm", "--samples", "1", "--recipe", "uniform"], "no vLLM"),
+        (["verify", "--engine", "vllm", "--samples", "1", "--recipe", "uniform", "--compact"], "compact ones"),
+    ],
+)
+def test_engines_are_told_nothing_that_they_would_ignore(capsys, words, said):
+    assert said in refused(capsys, 1, *words)

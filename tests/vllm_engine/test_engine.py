@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 HERE = Path(__file__).parent
-SHORT = ["--engine-option", "max_model_len=512"]
+SHORT = ["--engine-option", "max_model_len=512", "--engine-option", "gpu_memory_utilization=0.3"]  # of its memory
 TIES = 2  # of a hundred answers, at most: rounding differs between two libraries
 
 

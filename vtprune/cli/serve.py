@@ -26,6 +26,7 @@ from . import models
 from .demo import port_number
 from .options import engine_recipe, model_options, overrides, positive, recipe_options, words
 
+NOT_VLLM = ("offer", "allow_host", "max_tokens", "max_megabytes", "device")
 NEEDED = ("fastapi", "uvicorn", "openai")  # what transformers' own server needs
 
 
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-megabytes", type=positive, default=32, metavar="N", help="of a request (default %(default)s)")
     model_options(parser)
     recipe_options(parser)
+    parser.set_defaults(defaults={name: parser.get_default(name) for name in NOT_VLLM})
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,8 +92,9 @@ def _vllm(args: argparse.Namespace) -> int:
     recipe = None if args.encoded else engine_recipe(args)
     if args.encoded and (args.keep is not None or args.option):
         raise VtpruneError("--encoded: budgets and options are for where images are encoded")
-    if args.offer or args.allow_host:
-        raise VtpruneError(f"{'--offer' if args.offer else '--allow-host'} is not known to vLLM's server")
+    for name in NOT_VLLM:
+        if getattr(args, name) != args.defaults[name]:
+            raise VtpruneError(f"--{name.replace('_', '-')} is not known to vLLM's server; its own options follow '--'")
     if find_spec("vllm") is None:
         raise VtpruneError("there is no vLLM in this environment: pip install 'vtprune[vllm]'")
     started = server_command(args.model, args.host, args.port, args.dtype, args.max_images, args.engine_arguments)

