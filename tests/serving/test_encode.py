@@ -265,7 +265,7 @@ def foreign(path: Path) -> None:
         (headed, "header does not match its digest"),
         (foreign, "holds no encoded prompts"),
         (edited(type="other"), "holds no encoded prompts"),
-        (edited(version=99), "has version 99; this vtprune reads version 1"),
+        (edited(version=99), "has version 99; this vtprune reads version 2"),
         (edited(report=None), "lacks a part of encoded prompts"),
         (edited(items=[{"sample": 0}]), "lacks a part of encoded prompts"),
         (lambda p: p.write_bytes(p.read_bytes()[:-100]), "is no safetensors file, or not a whole one"),

@@ -62,10 +62,10 @@ class Encoder:
             self.handle.remove()
             raise
 
-    @torch.no_grad()
     def __call__(self, inputs: dict[str, Any]) -> Encoded:
         """The prompts ``inputs``, encoded."""
-        return _Reading(self.handle, inputs, compact=self.compact).encoded()
+        with torch.no_grad():
+            return _Reading(self.handle, inputs, compact=self.compact).encoded()
 
     def __enter__(self) -> Encoder:
         return self
