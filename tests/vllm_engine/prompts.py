@@ -130,5 +130,36 @@ def main() -> int:
     return 1 if wrong else 0
 
 
+def room() -> int:
+    """A prompt whose images would take more positions than the model has is refused, also when they are known."""
+    from vllm import LLM, SamplingParams
+
+    _, processor = vtprune.load_demo_model()
+    engine = LLM(
+        model=str(demo_model.FOLDER),
+        dtype="float32",
+        max_model_len=96,
+        enforce_eager=True,
+        gpu_memory_utilization=0.3,
+        hf_overrides={"text_config": {"max_position_embeddings": 96}},
+        limit_mm_per_prompt={"image": 3},
+    )
+    greedy, shown, wrong = SamplingParams(temperature=0, max_tokens=2), pictures(3), []
+    for count, fits in ((1, True), (2, False), (2, False), (1, True)):  # of 4 * 96 - 96 positions each takes 144
+        ids = prompt_ids(processor, [chat(*shown[:count], "what ?")])[0]
+        asked = {
+            "prompt_token_ids": ids,
+            "multi_modal_data": {"image": shown[:count]},
+            "mm_processor_kwargs": {"vtprune": {"keep": 9}},
+        }
+        try:
+            engine.generate([asked], greedy, use_tqdm=False)
+            wrong += [] if fits else [f"{count} images: answered"]
+        except ValueError as e:
+            wrong += [] if not fits and "positions" in str(e) else [f"{count} images: {e}"]
+    print("\n".join(wrong))
+    return 1 if wrong else 0
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(room() if sys.argv[1:] == ["room"] else main())

@@ -111,3 +111,8 @@ def test_one_engine_and_all_kinds_of_prompts(tmp_path):
     refused while the engine goes on (``prompts.py``)."""
     done = run(str(HERE / "prompts.py"), VTPRUNE_RECIPE="divprune", VTPRUNE_KEEP="36")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_positions_that_the_model_does_not_have():
+    done = run(str(HERE / "prompts.py"), "room", VTPRUNE_RECIPE="divprune", VTPRUNE_KEEP="36")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

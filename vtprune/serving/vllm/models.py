@@ -247,6 +247,8 @@ class _ThreeAxes(Pruned):
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.visual = StageMissingLayer("vision_tower")
+        language_model: Any = self.language_model  # type: ignore[attr-defined]
+        _check_tables(language_model, LONGER * vllm_config.model_config.hf_config.text_config.max_position_embeddings)
         self.open_eyes(vllm_config)
 
     def _apart(self, inputs: dict[str, Any]) -> list[dict[str, Tensor]]:

@@ -21,7 +21,7 @@ from vllm.multimodal.processing import (
     PromptReplacement,
 )
 
-from ...core.types import VtpruneError
+from ...core.types import Recent, VtpruneError
 from ..eyes import Sizes
 from ..placed import AXES, CHANNELS, check, placed
 from .settings import LONGER, OURS, asked, recipe_of
@@ -31,6 +31,9 @@ def width(model_config: Any) -> int:
     """Numbers of an encoded row without its place: the language model's, and with DeepStack as many for each plane."""
     planes = getattr(model_config.hf_config.vision_config, "deepstack_visual_indexes", None) or ()
     return (1 + len(planes)) * int(model_config.get_inputs_embeds_size())
+
+
+SKIPPED: Recent[str, int] = Recent(1_000_000)  # by an image's hash, how many positions of it have no row
 
 
 class Parser(MultiModalDataParser):
@@ -156,8 +159,13 @@ class Processor(BaseMultiModalProcessor):
         ids = out["prompt_token_ids"]
         if ids and ids[-1] == self.info.image_token:
             raise ValueError("a prompt has to end with text, behind its last image")
-        facts = [item[OURS].data for item in out["mm_kwargs"].get("image", ()) if item is not None]
-        length = len(ids) + sum(int(fact[3] - fact[2]) for fact in facts)
+        length = len(ids)
+        for name, item in zip(out["mm_hashes"].get("image", ()), out["mm_kwargs"].get("image", ()), strict=True):
+            if item is not None:  # else the engine has it already
+                SKIPPED[name] = int(item[OURS].data[3] - item[OURS].data[2])
+            if name not in SKIPPED:
+                raise ValueError("it is not known any more how large one of these images was: send it again")
+            length += SKIPPED[name]
         room = self.info.room - self.info.ctx.model_config.max_model_len
         if length > room:
             raise ValueError(f"whole, this prompt would take {length} positions, of which the model has {room} for it")
