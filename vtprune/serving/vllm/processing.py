@@ -13,7 +13,7 @@ from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLProcessingInfo
 from vllm.model_executor.models.qwen2_vl import Qwen2VLMultiModalProcessor
 from vllm.model_executor.models.qwen3_vl import Qwen3VLProcessingInfo
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems, MultiModalDataParser
+from vllm.multimodal.parse import MultiModalDataParser
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
@@ -148,7 +148,6 @@ class Processor(BaseMultiModalProcessor):
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
     ) -> Sequence[PromptReplacement]:
         def replacement(number: int) -> list[int]:
-            mm_items.get_items("image", (ImageEmbeddingItems, ImageProcessorItems))
             return [self.info.image_token] * int(out_mm_kwargs["image"][number][OURS].data[2])
 
         return [PromptReplacement(modality="image", target=[self.info.image_token], replacement=replacement)]
