@@ -13,6 +13,7 @@ from PIL import Image
 from vtprune.models.base import ADAPTERS
 
 import vtprune
+from cases import mixes_pictures
 from vtprune.core.planning import load_recipe
 from vtprune.inputs import demo_model
 from vtprune.inputs.chats import image_part, prepare, prepare_chats, prompt_ids, text_part
@@ -21,6 +22,8 @@ from vtprune.serving.openai import content
 from vtprune.serving.placed import AXES, CHANNELS, LARGEST, check, parted, placed
 from vtprune.serving.vllm import register, settings
 from vtprune.serving.vllm.launch import environment, server_command
+
+ENCODES = pytest.mark.skipif(mixes_pictures(), reason="this transformers takes no encoded images")
 
 
 def pictures(count: int) -> list[Image.Image]:
@@ -84,6 +87,7 @@ def test_foreign_rows_are_told_apart(spoil, words):
         check(spoil(wide), 4)
 
 
+@ENCODES
 def test_encoded_images_say_where_they_stand(demo):
     """Original positions behind those of the image; with compact ones the rows follow each other."""
     model, processor = demo
@@ -108,6 +112,7 @@ SERVED = ["apet", "divprune", "evocut", "flowcut", "hiprune", "keep-last", "pito
 
 
 @pytest.mark.parametrize("name", [*SERVED, "visionzip", "vispruner", "vomix", "turbo", "hired", "holov", "random"])
+@ENCODES
 def test_images_alone_become_what_they_become_in_a_prompt(demo, seeing, name):
     model, processor = demo
     inputs = dict(prepare(processor, pictures(3), ["what color is it ?"] * 3))
@@ -122,6 +127,7 @@ def test_images_alone_become_what_they_become_in_a_prompt(demo, seeing, name):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+@ENCODES
 def test_a_request_has_a_budget_of_its_own(demo, seeing):
     model, processor = demo
     pixels = prepare(processor, pictures(1), ["what color is it ?"])["pixel_values"]
@@ -143,6 +149,7 @@ QWEN = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"]
 
 @pytest.mark.parametrize("family", QWEN)
 @pytest.mark.parametrize("name", ["divprune", "uniform", "vispruner", "apet"])
+@ENCODES
 def test_images_of_any_size(family, name, tmp_path):
     """Their places have three axes, and DeepStack's planes stand behind each row."""
     model, inputs = tiny(family)
@@ -312,6 +319,7 @@ def test_the_command_that_serves(tmp_path):
     assert command[-2:] == ["--max-model-len", "512"] and "vtprune-demo" in command
 
 
+@ENCODES
 def test_placed_images_as_parts_of_a_message(demo):
     model, processor = demo
     encoded = vtprune.encode(model, "uniform", dict(prepare(processor, pictures(1), ["what color is it ?"])), keep=9)
