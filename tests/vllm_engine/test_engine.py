@@ -4,13 +4,13 @@ environment once."""
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny
+from surroundings import ENVIRONMENT
 
 HERE = Path(__file__).parent
 SHORT = ["--engine-option", "max_model_len=512", "--engine-option", "gpu_memory_utilization=0.3"]  # of its memory
@@ -18,15 +18,7 @@ TIES = 2  # of a hundred answers, at most: rounding differs between two librarie
 
 
 def run(*command: str, **more: str) -> subprocess.CompletedProcess:
-    environment = {
-        **os.environ,
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-        **more,
-    }
+    environment = {**ENVIRONMENT, **more}
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=1200)
 
 

@@ -17,6 +17,7 @@ import openai
 import pytest
 import torch
 from PIL import Image
+from surroundings import ENVIRONMENT
 
 import vtprune
 from vtprune.inputs.chats import prepare
@@ -49,14 +50,6 @@ def served(tmp_path_factory):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    environment = {
-        **os.environ,
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
     command = [
         *(sys.executable, "-m", "vtprune", "serve", "--engine", "vllm", "--recipe", "divprune", "--keep", "36"),
         *("--port", str(port), "--", "--max-model-len", "512", "--enforce-eager", "--enable-mm-embeds"),
@@ -64,7 +57,7 @@ def served(tmp_path_factory):
     ]
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("wb") as out:
-        running = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+        running = subprocess.Popen(command, env=ENVIRONMENT, stdout=out, stderr=out, start_new_session=True)
     for _ in range(400):
         assert running.poll() is None, log.read_text(encoding="utf-8")[-3000:]
         try:

@@ -78,11 +78,11 @@ def run(args: argparse.Namespace) -> int:
 def _engine(args: argparse.Namespace) -> int:
     """As :func:`run`, for ``--engine``."""
     recipe = engine_recipe(args)
-    shown: list[list[Any]] = [[open_image(args.image)]] if args.image else []
+    pictures: list[Any] = [open_image(args.image)] if args.image else []
     asked = [args.question]
     if args.image is None:
         samples = scenes_samples(args.samples)[: args.samples]
-        shown, asked = [[s.image] for s in samples], [s.question for s in samples]
+        pictures, asked = [s.image for s in samples], [s.question for s in samples]
     model, processor = models.load(args)
     folder = args.model or demo_model.FOLDER
     answers = compare(
@@ -90,7 +90,7 @@ def _engine(args: argparse.Namespace) -> int:
         processor,
         folder,
         recipe,
-        shown,
+        [[picture] for picture in pictures],
         asked,
         new_tokens=args.new_tokens,
         encoded=args.encoded,

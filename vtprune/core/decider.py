@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from ..methods.base import Method
-from .planning import budget
+from .planning import budget, for_rasters
 from .recipe import Stage
 from .select import as_mix, from_mask, gather, join, merged, subview
 from .types import NOTE, Cut, Geometry, Mix, Recent, Selection, TokenView, UnsupportedError
@@ -78,20 +78,12 @@ class Decider:
     def _cut(self, rasters: Rasters) -> Cut:
         """The cut as planned for a unit made of ``rasters``."""
         if rasters not in self.plans:
-            n = sum(r * c for r, c in rasters)
-            one = len(rasters) == 1
-            geometry = replace(
-                self.geometry,
-                tokens=n,
-                grid=rasters[0] if one else (n, 1),
-                rasters=() if one else rasters,
-                variable=True,
-            )
+            geometry = for_rasters(self.geometry, rasters)
             cuts = self.method.plan(geometry, budget(geometry, self.stage, self.method))
             if [c.site for c in cuts] != [c.site for c in self.cuts]:
                 raise UnsupportedError(
-                    f"{self.method.info.name} would cut elsewhere for an image of {n} tokens than for one of "
-                    f"{self.geometry.tokens}"
+                    f"{self.method.info.name} would cut elsewhere for an image of {geometry.tokens} tokens than for "
+                    f"one of {self.geometry.tokens}"
                 )
             self.plans[rasters] = cuts[self.number]
         return self.plans[rasters]

@@ -67,6 +67,13 @@ def for_units(geometry: Geometry, per: str | None) -> Geometry:
     return replace(geometry, variable=True) if several else geometry
 
 
+def for_rasters(geometry: Geometry, rasters: tuple[tuple[int, int], ...]) -> Geometry:
+    """``geometry`` of a unit that is made of these ``rasters``."""
+    n, one = sum(r * c for r, c in rasters), len(rasters) == 1
+    grid = rasters[0] if one else (n, 1)
+    return replace(geometry, tokens=n, grid=grid, rasters=() if one else rasters, variable=True)
+
+
 def plan(geometry: Geometry, recipe: Recipe) -> list[Planned]:
     """Every stage with its method and cuts, in execution order. Raises for unknown options, impossible budgets, needs
     that the model does not meet and stages that cannot follow each other."""

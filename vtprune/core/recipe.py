@@ -36,6 +36,13 @@ def resolve(keep: int | float, tokens: int) -> int:
     return keep
 
 
+def asked_budget(keep: Any) -> int | float | None:
+    """A budget as a client of a server writes it. Raises :class:`VtpruneError` for what is none."""
+    if keep is None or _number(keep):
+        return keep
+    raise VtpruneError(f"keep={keep!r} is neither a number of tokens (64) nor a fraction (0.25)")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """``method`` with its ``options``, on budget ``keep`` (``None``: the method's default); the method itself says at

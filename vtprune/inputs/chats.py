@@ -39,8 +39,13 @@ def prepare(processor: Any, images: Sequence[Image.Image | Sequence[Image.Image]
     if not images or len(images) != len(questions):
         raise VtpruneError(f"give one question per image; got {len(images)} images and {len(questions)} questions")
     shown = [[i] if isinstance(i, Image.Image) else i for i in images]
-    contents = [[*map(image_part, s), text_part(q)] for s, q in zip(shown, questions, strict=True)]
-    return prepare_chats(processor, [[{"role": "user", "content": content}] for content in contents])
+    return prepare_chats(processor, about(shown, questions))
+
+
+def about(images: Sequence[Sequence[Any]], questions: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """A conversation for each question about its images."""
+    contents = [[*map(image_part, shown), text_part(q)] for shown, q in zip(images, questions, strict=True)]
+    return [[{"role": "user", "content": content}] for content in contents]
 
 
 def image_part(image: Image.Image) -> dict[str, Any]:

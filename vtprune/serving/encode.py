@@ -7,6 +7,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -234,11 +235,12 @@ class _Reading:
         assert call.level is not None
         if self.compact and not call.level.dense:
             return (valid.long().cumsum(1) - 1).clamp_min(0)
-        full = self._whole_positions().to(rows.device)
+        full = self._whole.to(rows.device)
         index = rows.expand(*full.shape[:-2], *rows.shape)
         return full.gather(-1, index).masked_fill(~valid, 0)
 
-    def _whole_positions(self) -> Tensor:
+    @cached_property
+    def _whole(self) -> Tensor:
         """Those of the whole prompt, ``[B, T]`` or ``[3 or 4, B, T]``."""
         ids, full = self.inputs["input_ids"], self.given.get("position_ids")
         if full is None:
@@ -252,10 +254,11 @@ class _Reading:
         ``left`` ``[K]`` of them stand, ``[3, K]``, and how many positions it takes."""
         if self.compact:
             return torch.arange(len(left)).expand(AXES, -1).contiguous(), len(left)
-        full = self._whole_positions()[..., sample, :].cpu()
+        full = self._whole[..., sample, :].cpu()
         full = full.expand(AXES, -1) if full.ndim == 1 else full[-AXES:]
-        first, last = int(full[:, columns.cpu()].min()), int(full[:, columns.cpu()].max())
-        return full[:, left.cpu()] - first, last - first + 1
+        own = full[:, columns.cpu()]
+        first = int(own.min())
+        return full[:, left.cpu()] - first, int(own.max()) - first + 1
 
     def _item(self, sample: int, columns: Tensor, kind: str, stays: Tensor) -> Item:
         """One image or video: its placeholders are the ``columns`` ``[n]`` of the prompt."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..core.composition import Planned
-from ..core.planning import bind, plan
+from ..core.planning import bind, for_rasters, plan
 from ..core.recipe import Recipe
-from ..core.types import Action, UnsupportedError, VtpruneError
+from ..core.types import Action, Geometry, UnsupportedError, VtpruneError
 from ..inputs.loading import quiet
 from .encode import Encoder, check_stages
 
@@ -85,11 +84,12 @@ class Sizes:
                 "how many rows are left is known only behind the recipe; send images that vtprune has encoded"
             )
         check_stages(self.geometry, recipe, None)
-        self.check(recipe)
+        self._counted(self.geometry, recipe)
 
-    def check(self, recipe: Recipe) -> list[Planned]:
+    @staticmethod
+    def _counted(geometry: Geometry, recipe: Recipe) -> list[Planned]:
         """The stages of a recipe whose numbers of rows are known beforehand."""
-        stages = plan(self.geometry, recipe)
+        stages = plan(geometry, recipe)
         for stage, method, cuts in stages:
             info, read = method.info, {need for cut in cuts for need in method.info.needs.get(cut.kind, ())}
             if "text" in read:
@@ -120,29 +120,19 @@ class Sizes:
 
     def left(self, rasters: Rasters, keep: int | float | None = None) -> int:
         """Rows that are left of an image of these rasters, with another budget ``keep``."""
-        n = self.whole(rasters)
-        here = self.geometry
-        if self.geometry.variable:
-            grid = rasters[0] if len(rasters) == 1 else (n, 1)
-            here = replace(here, tokens=n, grid=grid, rasters=() if len(rasters) == 1 else rasters)
+        here = for_rasters(self.geometry, rasters) if self.geometry.variable else self.geometry
         recipe = self.recipe if keep is None else self.recipe.override(keep=keep)
-        self.check(recipe)
-        cuts = [cut for *_, own in plan(here, recipe) for cut in own]
-        return min([n, *(cut.keep for cut in cuts if cut.keep is not None)])
+        cuts = [cut for *_, own in self._counted(here, recipe) for cut in own]
+        return min([here.tokens, *(cut.keep for cut in cuts if cut.keep is not None)])
 
 
 class Eyes:
-    """Tower and projector of a ``model`` of :func:`load`, with a recipe: pixels in, placed rows out.
-
-    Attributes:
-        encodings: images that were encoded.
-    """
+    """Tower and projector of a ``model`` of :func:`load`, with a recipe: pixels in, placed rows out."""
 
     def __init__(self, model: Any, recipe: Recipe):
         self.model, self.recipe = model, recipe
         self.adapter = bind(model)
         self.encoder: Encoder | None = None
-        self.encodings = 0
 
     @property
     def device(self) -> torch.device:
@@ -181,12 +171,4 @@ class Eyes:
         inputs = {n: v.to(self.model.dtype) if v.is_floating_point() else v for n, v in inputs.items()}
         along = {name: (ids != TEXT).long() for name in self.adapter.follows}
         encoded = self.encoder({"input_ids": ids, "attention_mask": torch.ones_like(ids), **along, **inputs})
-        self.encodings += len(images)
         return list(encoded.placed)
-
-
-def budget(value: Any) -> int | float | None:
-    """A budget as clients write it. Raises :class:`VtpruneError` for what is none."""
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)):
-        return value
-    raise VtpruneError(f"keep={value!r} is neither a number of tokens (64) nor a fraction (0.25)")

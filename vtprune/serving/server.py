@@ -20,6 +20,7 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
+from ..core.recipe import asked_budget
 from ..core.types import VtpruneError
 from ..inputs.chats import PROCESSING, image_part, text_part
 from ..inputs.images import read_image
@@ -91,7 +92,7 @@ class Chats(ChatCompletionHandler):
 
     async def handle_request(self, body: dict, request_id: str) -> JSONResponse | StreamingResponse:
         ours = {name: body.pop(name, None) for name in OURS}
-        request = Asked(self.pruner.chosen(ours["recipe"], _budget(ours["keep"])))
+        request = Asked(self.pruner.chosen(ours["recipe"], asked_budget(ours["keep"])))
         self._checked(body)
         body["messages"] = await run_in_threadpool(partial(_messages, body.get("messages"), self.limits.images))
         asked.set(request)
@@ -131,12 +132,6 @@ class Chats(ChatCompletionHandler):
     @staticmethod
     def get_processor_inputs_from_messages(messages: list[dict], modality: Any) -> list[dict]:
         return messages  # read before
-
-
-def _budget(keep: Any) -> int | float | None:
-    if keep is None or (isinstance(keep, int | float) and not isinstance(keep, bool)):
-        return keep
-    raise VtpruneError(f"keep={keep!r} is neither a number of tokens (64) nor a fraction (0.25)")
 
 
 def _messages(messages: Any, most: int) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import torch
 from ...check.attach import attach
 from ...core.recipe import Recipe
 from ...core.types import VtpruneError
-from ...inputs.chats import PROCESSING, image_part, prepare_chats, prompt_ids, text_part
+from ...inputs.chats import PROCESSING, about, prepare_chats, prompt_ids
 from ..encode import Encoder
 from .launch import environment
 from .settings import KEEP
@@ -49,12 +49,6 @@ class Answer:
         return self.margin is not None and self.margin < TIE
 
 
-def chats(images: Sequence[Sequence[Any]], questions: Sequence[str]) -> list[list[dict[str, Any]]]:
-    """A message for each question about its images."""
-    contents = [[*map(image_part, shown), text_part(q)] for shown, q in zip(images, questions, strict=True)]
-    return [[{"role": "user", "content": content}] for content in contents]
-
-
 def compare(
     model: Any,
     processor: Any,
@@ -81,7 +75,7 @@ def compare(
     Raises:
         VtpruneError: no vLLM here, or it refuses the recipe.
     """
-    asked = chats(images, questions)
+    asked = about(images, questions)
     if positions != "original" and not encoded:
         raise VtpruneError("the engine keeps original positions; compact ones have to be encoded (encoded=True)")
     with attach(model, recipe, positions=positions):
@@ -89,8 +83,7 @@ def compare(
     given: list[Any] = [list(shown) for shown in images]
     if encoded:
         with Encoder(model, recipe, positions=positions) as encoder:
-            given = [[w[None] for w in encoder(_inputs(model, processor, chat)).placed] for chat in asked]
-        given = [g[0] if len(g) == 1 else [w[0] for w in g] for g in given]
+            given = [list(encoder(_inputs(model, processor, chat)).placed) for chat in asked]
         engine = {**engine, "enable_mm_embeds": True}
     ids = prompt_ids(processor, asked)
     prompts = [{"prompt_token_ids": i, "multi_modal_data": {"image": g}} for i, g in zip(ids, given, strict=True)]

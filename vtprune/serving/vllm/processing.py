@@ -199,23 +199,24 @@ class DummyInputs(BaseDummyInputsBuilder):
         return [placed(torch.zeros(rows, self.info.width), offsets, rows)] * count
 
 
-class QwenInfo(Info, Qwen2_5_VLProcessingInfo):
-    """Images alone."""
+class AnySize(Info):
+    """Images have as many tokens as their size gives."""
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         return {"image": self.get_max_image_tokens()}
 
 
-class Qwen3Info(Info, Qwen3VLProcessingInfo):
+class QwenInfo(AnySize, Qwen2_5_VLProcessingInfo):
+    """Images alone."""
+
+
+class Qwen3Info(AnySize, Qwen3VLProcessingInfo):
     """Images alone."""
 
     def get_supported_mm_processor_kwargs(self) -> dict[str, set[str]]:
         supported = BaseProcessingInfo.get_supported_mm_processor_kwargs(self)
         supported["images_kwargs"] |= {"min_pixels", "max_pixels"}
         return supported
-
-    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        return {"image": self.get_max_image_tokens()}
 
 
 class QwenProcessor(Processor, Qwen2VLMultiModalProcessor):

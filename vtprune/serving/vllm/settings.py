@@ -6,9 +6,8 @@ import os
 from typing import Any
 
 from ...core.planning import load_recipe
-from ...core.recipe import Recipe
+from ...core.recipe import Recipe, asked_budget
 from ...core.types import UnsupportedError, VtpruneError
-from ..eyes import budget
 
 RECIPE, KEEP = "VTPRUNE_RECIPE", "VTPRUNE_KEEP"
 OURS = "vtprune"  # our key in --mm-processor-kwargs, and our field of a configuration and of an image's tensors
@@ -45,7 +44,7 @@ def asked(kwargs: Any) -> int | float | None:
         return None
     if not isinstance(ours, dict) or set(ours) - {"keep"}:
         raise VtpruneError(f'"{OURS}" of the processor\'s keywords is an object with "keep", not {ours!r}')
-    return budget(ours.get("keep"))
+    return asked_budget(ours.get("keep"))
 
 
 def _number(text: str) -> int | float:
@@ -93,10 +92,10 @@ class Prepared:
 def _one_axis(config: Any) -> None:
     """A model whose positions have one axis says that it has three, all equal (:mod:`.models` reads one of them)."""
     text = config.get_text_config()
-    ropes = {(p or {}).get("rope_type", "default") for p in [getattr(text, "rope_parameters", None)]}
-    if ropes - set(ROPES):
+    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ROPES:
         raise UnsupportedError(
-            f"a rotary table of the type {ropes.pop()!r} depends on the length of the prompt, which pruning shortens; "
+            f"a rotary table of the type {rope!r} depends on the length of the prompt, which pruning shortens; "
             f"there are {', '.join(ROPES)}"
         )
     config.mrope_section = [1, 1, 1]
