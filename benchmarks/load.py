@@ -82,7 +82,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(folder: Path, recipe: str | None, keep: float | None, cores: str) -> Any:
+def server(folder: Path, recipe: str | None, keep: float | None, args: argparse.Namespace) -> Any:
     """The address of a server that is up."""
     port = free_port()
     environment = {
@@ -90,13 +90,13 @@ def server(folder: Path, recipe: str | None, keep: float | None, cores: str) -> 
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_CPU_OMP_THREADS_BIND": cores,
+        "VLLM_CPU_OMP_THREADS_BIND": args.cores,
         "HF_HUB_OFFLINE": "1",
     }
     environment |= {} if recipe is None else {"VTPRUNE_RECIPE": recipe, "VTPRUNE_KEEP": str(keep)}
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--host", "127.0.0.1"),
-        *("--port", str(port), "--served-model-name", "m", "--dtype", "bfloat16", "--max-model-len", "1024"),
+        *("--port", str(port), "--served-model-name", "m", "--dtype", args.dtype, "--max-model-len", "1024"),
         *("--max-num-seqs", "16", "--enforce-eager", "--limit-mm-per-prompt", '{"image": 1}'),
         *("--gpu-memory-utilization", "0.4"),  # of the machine's memory, on a CPU
         *(["--load-format", "dummy"] if recipe is None else []),
@@ -163,17 +163,17 @@ async def load(where: str, users: int, requests: int, seed: int) -> dict[str, fl
     """``requests`` of ``users`` at a time."""
     import openai
 
-    client = openai.AsyncOpenAI(base_url=where, api_key="none", timeout=600)
     waiting = iter([picture(seed + n) for n in range(requests)])
     told: list[tuple[float, float, int]] = []
 
-    async def user() -> None:
+    async def user(client: Any) -> None:
         for url in waiting:
             told.append(await ask(client, url))
 
-    begun = time.perf_counter()
-    await asyncio.gather(*(user() for _ in range(users)))
-    took = time.perf_counter() - begun
+    async with openai.AsyncOpenAI(base_url=where, api_key="none", timeout=600) as client:
+        begun = time.perf_counter()
+        await asyncio.gather(*(user(client) for _ in range(users)))
+        took = time.perf_counter() - begun
     first = sorted(t for t, *_ in told)
     return {
         "users": users,
@@ -192,6 +192,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=512, help="of the language model (default %(default)s)")
     parser.add_argument("--layers", type=int, default=8, help="of the language model (default %(default)s)")
     parser.add_argument("--requests", type=int, default=16, help="for each number of users (default %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="bfloat16 where the CPU multiplies it (default %(default)s)")
     parser.add_argument("--recipe", default="divprune", help="(default %(default)s)")
     parser.add_argument("--cores", default="auto", help="VLLM_CPU_OMP_THREADS_BIND (default %(default)s)")
     args = parser.parse_args()
@@ -200,16 +201,17 @@ def main() -> int:
         folder = Path(place)
         save_model(folder, args.width, args.layers)
         for recipe, keep in ((None, None), (args.recipe, 1.0), (args.recipe, 0.25), (args.recipe, 0.11)):
-            with server(folder, recipe, keep, args.cores) as where:
+            with server(folder, recipe, keep, args) as where:
                 asyncio.run(load(where, 2, 2, 9000))  # not counted
                 for n, users in enumerate(USERS):
                     told = asyncio.run(load(where, users, args.requests, 100 * n))
                     rows.append({"server": "stock vLLM" if recipe is None else f"{recipe}, keep {keep}", **told})
                     print(json.dumps(rows[-1]), flush=True)
     versions = ", ".join(f"{name} {version(name)}" for name in ("vllm-cpu", "torch", "transformers"))
-    facts = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, bfloat16, {versions}"
+    facts = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {versions}"
     if args.save:
-        command = f"benchmarks/load.py --width {args.width} --layers {args.layers} --requests {args.requests}"
+        given = {k: v for k, v in vars(args).items() if k != "save"}
+        command = " ".join(["benchmarks/load.py", *(f"--{name} {value}" for name, value in given.items())])
         told = {"command": command, "machine": facts, "new_tokens": NEW, "rows": rows}
         args.save.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         args.save.with_suffix(".md").write_text(table(told), encoding="utf-8")
