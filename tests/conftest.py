@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 # processes that tests start share the cores too: two threads each that wait for one another take several times as long
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "wandb" not in sys.modules:  # timm would import it, for four seconds in every process
+    sys.modules["wandb"] = None  # type: ignore[assignment]
 if not torch.cuda.is_available():  # before anything imports triton: its kernels run in the interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

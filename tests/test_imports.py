@@ -22,36 +22,66 @@ def fresh(code: str, cwd: Path, *flags: str, env: dict[str, str] | None = None):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_import_loads_nothing_heavy(tmp_path):
-    code = (
-        "import json, sys; before = set(sys.modules); import vtprune; print(json.dumps(sorted(set(sys.modules) - "
-        "before)))"
-    )
-    loaded = fresh(code, tmp_path, "-I")
-    assert "vtprune" in loaded
-    assert HEAVY & {name.split(".")[0] for name in loaded} == set()
-
-
-def test_import_leaves_no_mark_on_torch(tmp_path):
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """What an installed vtprune says of itself in one new interpreter: they take seconds to start."""
     code = """
-import json, torch
+import importlib, importlib.util, inspect, json, sys, torch
 from torch import nn
 modules = {"torch": torch, "functional": nn.functional, "Module": nn.Module, "Linear": nn.Linear, "MultiheadAttention": nn.MultiheadAttention}
 before = {name: dict(vars(module)) for name, module in modules.items()}
 import vtprune
-changed = [f"{name}.{key}" for name, module in modules.items() for key, value in before[name].items() if vars(module).get(key) is not value]
-state = torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32 and not torch.are_deterministic_algorithms_enabled()
-print(json.dumps([changed, state]))
+told = {"loaded": sorted(sys.modules)}
+told["changed"] = [f"{name}.{key}" for name, module in modules.items() for key, value in before[name].items() if vars(module).get(key) is not value]
+told["state"] = torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32 and not torch.are_deterministic_algorithms_enabled()
+told["packages"] = [folder for folder in ("models", "kernels", "demos") if importlib.util.find_spec(folder)]
+
+from vtprune.types import Report, TokenView, VtpruneError
+from vtprune.select import top
+from vtprune.recipe import Recipe
+from vtprune.ledger import snapshot, stopwatch
+from vtprune.attach import attach, load_recipe
+from vtprune.verify import CHECKS, _Case, _masks, check
+from vtprune.core import types
+try:
+    from vtprune.select import nothing
+except ImportError as e:
+    told["missing"] = "vtprune.select" in str(e)
+told["same"] = [types.VtpruneError is vtprune.types.VtpruneError, types.VtpruneError is VtpruneError]
+told["same"] += [Recipe is vtprune.Recipe, attach is vtprune.attach, vtprune.verify.__name__ == "verify"]
+
+names = ["adapters", "attach", "describe", "encode", "load_demo_model", "methods", "recipes", "solve", "verify"]
+for name in names:
+    if importlib.util.find_spec(f"vtprune.{name}"):
+        importlib.import_module(f"vtprune.{name}")
+told["hidden"] = [name for name in names if not inspect.isroutine(getattr(vtprune, name, None))]
+print(json.dumps(told))
 """  # noqa: E501
-    assert fresh(code, tmp_path, "-I") == [[], True]
+    return fresh(code, tmp_path_factory.mktemp("elsewhere"), "-I")
 
 
-@pytest.mark.parametrize("folder", ["models", "kernels", "demos"])
-def test_folders_are_no_top_level_packages(folder, tmp_path):
-    code = (
-        f"import json, vtprune; from importlib.util import find_spec; print(json.dumps(find_spec({folder!r}) is None))"
-    )
-    assert fresh(code, tmp_path, "-I")
+def test_import_loads_nothing_heavy(told):
+    assert "vtprune" in told["loaded"]
+    assert HEAVY & {name.split(".")[0] for name in told["loaded"]} == set()
+
+
+def test_import_leaves_no_mark_on_torch(told):
+    assert told["changed"] == [] and told["state"] is True
+
+
+def test_folders_are_no_top_level_packages(told):
+    assert told["packages"] == []
+
+
+def test_public_functions_survive_their_namesake_modules(told):
+    """The first import of a submodule binds it on the package, over a function of the same name (``vtprune.methods`` is
+    both)."""
+    assert told["hidden"] == []
+
+
+def test_names_of_the_first_layout_lead_to_where_things_are(told):
+    """Own methods import them; the function ``vtprune.verify`` is still the function."""
+    assert told["same"] == [True] * 5 and told["missing"] is True
 
 
 @pytest.mark.slow
@@ -86,43 +116,6 @@ print(json.dumps([vtprune.__file__, vtprune.models.__file__, vtprune.kernels.__f
         ROOT / "kernels/__init__.py",
     ]
     assert not doubled
-
-
-def test_public_functions_survive_their_namesake_modules(tmp_path):
-    """The first import of a submodule binds it on the package, over a function of the same name (``vtprune.methods`` is
-    both)."""
-    code = """
-import importlib, importlib.util, inspect, json
-import vtprune
-names = ["adapters", "attach", "describe", "load_demo_model", "methods", "recipes", "solve", "verify"]
-for name in names:
-    if importlib.util.find_spec(f"vtprune.{name}"):
-        importlib.import_module(f"vtprune.{name}")
-print(json.dumps([name for name in names if not inspect.isroutine(getattr(vtprune, name, None))]))
-"""
-    assert fresh(code, tmp_path, "-I") == []
-
-
-def test_names_of_the_first_layout_lead_to_where_things_are(tmp_path):
-    """Own methods import them; the function ``vtprune.verify`` is still the function."""
-    code = """
-import json, vtprune
-from vtprune.types import Report, TokenView, VtpruneError
-from vtprune.select import top
-from vtprune.recipe import Recipe
-from vtprune.ledger import snapshot, stopwatch
-from vtprune.attach import attach, load_recipe
-from vtprune.verify import CHECKS, _Case, _masks, check
-from vtprune.core import types
-try:
-    from vtprune.select import nothing
-except ImportError as e:
-    missing = "vtprune.select" in str(e)
-same = [types.VtpruneError is vtprune.types.VtpruneError, types.VtpruneError is VtpruneError]
-same += [Recipe is vtprune.Recipe, attach is vtprune.attach]
-print(json.dumps([*same, missing, vtprune.verify.__name__]))
-"""
-    assert fresh(code, tmp_path, "-I") == [True, True, True, True, True, "verify"]
 
 
 def test_every_old_name_has_a_place():

@@ -43,6 +43,13 @@ def table(vlm, folder: Path | None, part=None, **more):
     )
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The table of a run that nothing broke off, and its files."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return table(tiny(), folder), files(folder)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
@@ -108,8 +115,8 @@ def test_models_are_told_apart(vlm):
 # --------------------------------------------------------------------------------------------------------- broken off
 
 
-def test_a_model_that_raises_leaves_what_was_done(vlm, tmp_path):
-    whole = table(vlm, tmp_path / "whole")
+def test_a_model_that_raises_leaves_what_was_done(vlm, tmp_path, unbroken):
+    whole, written = unbroken
     with failing_after(vlm[0], 7, RuntimeError("CUDA error: device-side assert")), pytest.raises(RunError) as caught:
         table(vlm, tmp_path / "broken")
     assert "questions 4 to 5: RuntimeError: CUDA error" in str(caught.value) and "4 samples are kept in" in str(
@@ -119,7 +126,7 @@ def test_a_model_that_raises_leaves_what_was_done(vlm, tmp_path):
     assert {p.name for p in (tmp_path / "broken").iterdir()} == {"dense.json", "random-0.5-0.jsonl"}
     calls = []
     again = table(vlm, tmp_path / "broken", progress=calls.append)
-    assert files(tmp_path / "broken") == files(tmp_path / "whole") and again == whole
+    assert files(tmp_path / "broken") == written and again == whole
     assert sum(calls) == 7 * bench.runs(NAMES, [0.5], 2)
     with failing_after(vlm[0], 1, RuntimeError("never called")):
         assert table(vlm, tmp_path / "broken") == whole
@@ -144,10 +151,9 @@ def test_a_missing_or_corrupted_picture_is_named(vlm, tmp_path):
     assert table(vlm, tmp_path / "r", part) == table(vlm, None, part)
 
 
-def test_a_full_disk_leaves_what_was_done(vlm, tmp_path):
-    whole = table(vlm, None)
-    table(vlm, tmp_path / "size")
-    size = (tmp_path / "size" / "dense.json").stat().st_size
+def test_a_full_disk_leaves_what_was_done(vlm, tmp_path, unbroken):
+    whole, written = unbroken
+    size = len(written["dense.json"])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit in (size // 3, size - 40):  # in the journal, in the result
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
@@ -157,7 +163,7 @@ def test_a_full_disk_leaves_what_was_done(vlm, tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert not list((tmp_path / "r").glob("*.draft"))
-    assert table(vlm, tmp_path / "r") == whole and files(tmp_path / "r") == files(tmp_path / "size")
+    assert table(vlm, tmp_path / "r") == whole and files(tmp_path / "r") == written
 
 
 def test_runs_of_another_kind_are_not_mixed_in(vlm, tmp_path):
@@ -174,7 +180,7 @@ def test_runs_of_another_kind_are_not_mixed_in(vlm, tmp_path):
         table(vlm, tmp_path / "r", options={"fastv": {"layer": 2}})
 
 
-def test_a_journal_outlives_another_run_in_its_place(vlm, tmp_path):
+def test_a_journal_outlives_another_run_in_its_place(vlm, tmp_path, unbroken):
     with failing_after(vlm[0], 19, RuntimeError("stop")), pytest.raises(RunError):
         table(vlm, tmp_path / "r")
     journal = tmp_path / "r" / "fastv-0.5-0.jsonl"
@@ -192,7 +198,7 @@ def test_a_journal_outlives_another_run_in_its_place(vlm, tmp_path):
     with pytest.raises(RunError, match="line 2 of .* is damaged"):
         table(vlm, tmp_path / "r")
     journal.write_bytes(before)
-    assert table(vlm, tmp_path / "r") == table(vlm, None)
+    assert table(vlm, tmp_path / "r") == unbroken[0]
 
 
 def test_a_refusal_is_a_row_and_leaves_no_journal(vlm, tmp_path):
