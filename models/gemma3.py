@@ -2,8 +2,8 @@
 tokens an image; sliding and full layers.
 
 The image's tokens see each other in both directions where ``token_type_ids`` says so; that, like the windows, is in the
-model's own masks, of which rows and columns are taken. Pan-and-scan crops are images of their own. Averaging mixes
-neighbouring patches, so stages work behind the projector and in the language model, never on single patches.
+model's own masks, of which rows and columns are taken. Pan-and-scan crops are images of their own. Squares of patches
+are averaged into one visual token, so stages in the tower work on such squares.
 """
 
 from __future__ import annotations
@@ -35,24 +35,27 @@ class Gemma3(Mllm):
         if getattr(text, "use_bidirectional_attention", False):
             raise UnsupportedError("Gemma 3 as an encoder (use_bidirectional_attention) has no prompt to prune for")
         grid = (projector.tokens_per_side, projector.tokens_per_side)
+        inside = hf_vit.arch(core.vision_tower) is not None
         geometry = Geometry(
             family="gemma3",
             arch="siglip",
             tokens=grid[0] * grid[1],
             grid=grid,
             prefix=0,
-            vision_layers=0,
+            vision_layers=v.num_hidden_layers if inside else 0,
             vision_depth=v.num_hidden_layers,
-            notes=TOWER if hf_vit.arch(core.vision_tower) else frozenset(),
+            notes=TOWER if inside else frozenset(),
             seen_layers=v.num_hidden_layers,
             llm_layers=text.num_hidden_layers,
-            provides=BEHIND,
+            provides={"vision": TOWER, **BEHIND} if inside else BEHIND,
             refuses={
-                "vision": "average pooling mixes neighbouring patches",
+                "vision": f"its tower is a {type(core.vision_tower).__name__}, which this library does not know",
                 "pixels": "average pooling needs the whole raster",
             },
+            fold=projector.kernel_size,
         )
         self.tower, self.fold = core.vision_tower, projector.kernel_size
+        self.tower_mask = hf_vit.mask_name(self.tower) if inside else None
         vision = tower_shapes(v, group=projector.kernel_size**2)
         super().__init__(
             model,
@@ -64,6 +67,9 @@ class Gemma3(Mllm):
         )
         # a bare matrix, not a linear layer
         self.cost = replace(self.cost, proj=projector.mm_input_projection_weight.numel())
+
+    def tower_blocks(self) -> list[nn.Module]:
+        return hf_vit.layers(self.tower)
 
     def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> TowerEngine:
         described = replace(hf_vit.describe(self.tower, self.geometry.seen_layers), fold=self.fold)
@@ -114,8 +120,8 @@ ADAPTERS.register(
     AdapterInfo(
         name="gemma3",
         idea=(
-            "Gemma 3 on transformers (behind the projector and in the language model; sliding windows, both directions "
-            "within an image)"
+            "Gemma 3 on transformers (squares of patches in the tower, behind the projector, language model; sliding "
+            "windows, both directions within an image)"
         ),
         matches=lambda m: named(m, "Gemma3ForConditionalGeneration") is not None,
         bind=Gemma3,

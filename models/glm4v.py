@@ -126,8 +126,8 @@ ADAPTERS.register(
     AdapterInfo(
         name="glm4v",
         idea=(
-            "GLM-4.1V, GLM-4.5V (experts) and GLM-4.6V on transformers: images and video of any size; behind the "
-            "merger, language model"
+            "GLM-4.1V, GLM-4.5V (experts) and GLM-4.6V on transformers: images and video of any size; "
+            "squares of patches in the tower, behind the merger, language model"
         ),
         matches=lambda m: named(m, *CLASSES) is not None,
         bind=Glm4V,

@@ -2,8 +2,7 @@
 Qwen2, Qwen3 or Llama text.
 
 The tiles of an image follow each other in the prompt, so budgets are per image or per tile. Pixel shuffle folds 2 x 2
-patches into one visual token, so stages work behind the projector and in the language model, never on single patches
-that would be folded wrongly.
+patches into one visual token, so stages in the tower work on such squares.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from ..core.ledger import UndoLedger
 from ..core.types import Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
-from .engine.description import TOWER, Tower, unchanged
+from .engine.description import TOWER, Tower
 from .engine.tower import TowerEngine
 from .parts.mllm import BEHIND, Mllm
 from .parts.tiny import tiny_build, tiny_prompts, tiny_text
@@ -27,6 +26,7 @@ class InternVL(Mllm):
     """One bound InternVL."""
 
     runs = True
+    tower_mask = "attention_mask"  # of its attention; the blocks take none
 
     def __init__(self, model: Any):
         core, config = model.model, model.config
@@ -38,21 +38,27 @@ class InternVL(Mllm):
                 "InternVL is known with one vision_feature_layer and vision_feature_select_strategy='default' only"
             )
         grid = (height // ph // fold, width // pw // fold)
+        used = config.vision_feature_layer % (v.num_hidden_layers + 1)
+        inside = used == v.num_hidden_layers  # blocks behind would find the whole raster again
         geometry = Geometry(
             family="internvl",
             arch="internvl",
             tokens=grid[0] * grid[1],
             grid=grid,
             prefix=1,
-            vision_layers=0,
+            vision_layers=used if inside else 0,
             vision_depth=v.num_hidden_layers,
             notes=TOWER,
-            seen_layers=config.vision_feature_layer % (v.num_hidden_layers + 1),
+            seen_layers=used,
             llm_layers=config.text_config.num_hidden_layers,
-            provides=BEHIND,
-            refuses={"vision": "pixel shuffle would fold the wrong patches together"},
+            provides={"vision": TOWER, **BEHIND} if inside else BEHIND,
+            refuses={
+                "vision": "its features are those of a block in the middle of the tower",
+                "pixels": "pixel shuffle needs the whole raster",
+            },
             per=("image", "tile", "sample"),
             overview=-1,
+            fold=fold,
             traits=frozenset({"layers", "class_token"}),
         )
         vision = {
@@ -70,21 +76,37 @@ class InternVL(Mllm):
             model, geometry=geometry, projector=core.multi_modal_projector, lm=lm, image_token=image, vision=vision
         )
 
+    def tower_blocks(self) -> list[nn.Module]:
+        return list(self.tower.encoder.layer)[: self.geometry.seen_layers]
+
+    def masked_modules(self) -> list[nn.Module]:
+        blocks: list[Any] = self.tower_blocks()
+        return [block.attention for block in blocks]
+
     def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> TowerEngine:
         described = Tower(
             root=self.tower,
-            blocks=list(self.tower.encoder.layer)[: self.geometry.seen_layers],
+            blocks=self.tower_blocks(),
             prefix=1,
             grid=self.patches,
             mask=None,
-            attend=unchanged,
-            feed=unchanged,
+            attend=_attend,
+            feed=_feed,
+            width=self.model.config.vision_config.hidden_size,
             capture=_capture,
             project=_project,
             fold=self.fold,
         )
         tokens = self.patches[0] * self.patches[1]
         return TowerEngine(described, cuts, ledger, seed=seed, done=done, tokens=tokens)
+
+
+def _attend(block: Any, x: Tensor, mask: Tensor | None, caught: dict[str, Any]) -> Tensor:
+    return block.lambda_1 * block.attention(block.layernorm_before(x), attention_mask=mask)[0] + x
+
+
+def _feed(block: Any, x: Tensor) -> Tensor:
+    return block.lambda_2 * block.dropout(block.mlp(block.layernorm_after(x))) + x
 
 
 def _capture(block: Any) -> dict[str, nn.Module]:
@@ -128,8 +150,8 @@ ADAPTERS.register(
     AdapterInfo(
         name="internvl",
         idea=(
-            "InternVL on transformers (tiles; behind the projector and in the language model), Qwen2 / Qwen3 / Llama "
-            "text"
+            "InternVL on transformers (tiles; squares of patches in the tower, behind the projector, language model), "
+            "Qwen2 / Qwen3 / Llama text"
         ),
         matches=lambda m: named(m, "InternVLForConditionalGeneration") is not None,
         bind=InternVL,

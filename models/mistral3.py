@@ -2,13 +2,13 @@
 (``LlavaForConditionalGeneration`` with a Pixtral tower).
 
 Images keep their size, told by ``image_sizes``, and a break token stands behind every row of visual tokens. The tower
-sees all images of a batch as one sequence, of which Mistral 3 merges 2 x 2 patches into one visual token, so stages
-work behind the projector and in the language model; notes of patches travel there, as the mean over those of a token.
+sees all images of a batch as one sequence, of which Mistral 3 merges 2 x 2 patches into one visual token: stages in it
+work on those squares (Pixtral: on patches).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from ..core.ledger import UndoLedger
 from ..core.types import Geometry, VtpruneError
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
+from .engine.composed import noise_for
 from .engine.description import TOWER, PackedTower
+from .engine.folded import packed_engine
 from .engine.layout import Raster, RasterSpan
 from .engine.packed import PackedEngine
 from .engine.packing import Packing, in_order
@@ -46,6 +48,7 @@ class Mistral3(Mllm):
         # hidden_states[0] is the embedding; of a list of layers no block is the last one whose output is used
         feature, depth = config.vision_feature_layer, v.num_hidden_layers
         used = feature % (depth + 1) if isinstance(feature, int) else 0
+        inside = used == depth  # blocks behind would find the whole raster again
         self.cell = v.patch_size * self.fold  # pixels along one side of a visual token
         side = v.image_size // self.cell
         geometry = Geometry(
@@ -54,13 +57,17 @@ class Mistral3(Mllm):
             tokens=side * side,
             grid=(side, side),
             prefix=0,
-            vision_layers=0,
+            vision_layers=used if inside else 0,
             vision_depth=depth,
             notes=TOWER if used else frozenset(),
             seen_layers=used,
             llm_layers=config.text_config.num_hidden_layers,
-            provides=BEHIND,
-            refuses={"vision": "the tower packs all images into one sequence"},
+            provides={"vision": TOWER, **BEHIND} if inside else BEHIND,
+            refuses={
+                "vision": "its features are those of several blocks, or of one in the middle of the tower",
+                "pixels": "images keep their size: set the processor's longest_edge",
+            },
+            fold=self.fold,
             variable=True,
         )
         vision = tower_shapes(v, vmlp=3, group=self.fold**2)
@@ -69,13 +76,26 @@ class Mistral3(Mllm):
             model, geometry=geometry, projector=core.multi_modal_projector, lm=lm, image_token=image, vision=vision
         )
 
-    def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> PackedEngine:
-        blocks = list(self.tower.transformer.layers)[: self.geometry.seen_layers]
+    def tower_blocks(self) -> list[nn.Module]:
+        return list(self.tower.transformer.layers)[: self.geometry.seen_layers]
+
+    def packed(self) -> PackedTower:
+        blocks = self.tower_blocks()
         known(blocks, "PixtralAttentionLayer")
-        described = PackedTower(
-            root=self.tower, blocks=blocks, pack=self.pack, capture=hf_vit.capture, project=_project, fold=self.fold
+        return PackedTower(
+            root=self.tower,
+            blocks=blocks,
+            pack=self.pack,
+            capture=hf_vit.capture,
+            project=_project,
+            fold=self.fold,
+            attend=_attend,
+            feed=_feed,
+            sample=_sample,
         )
-        return PackedEngine(described, cuts, ledger, seed=seed, done=done)
+
+    def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> PackedEngine:
+        return packed_engine(self.packed(), cuts, ledger, seed=seed, done=done)
 
     def pack(self, inputs: dict[str, Any]) -> Packing | None:
         """All patches of an image, row by row, without what only fills its pixels up."""
@@ -103,6 +123,23 @@ def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor
     return *(t[0].transpose(0, 1) for t in (q, k, v)), a.scaling
 
 
+def _attend(block: Any, x: Tensor, caught: dict[str, Any], mix: Callable) -> Tensor:
+    z = block.attention_norm(x[None])
+    caught.update({name: m(z) for name, m in hf_vit.capture(block).items()})
+    return x + block.attention.o_proj(mix(*_project(block, caught)).flatten(1))
+
+
+def _feed(block: Any, x: Tensor) -> Tensor:
+    return x + block.feed_forward(block.ffn_norm(x))
+
+
+def _sample(block: Any) -> tuple[Tensor, dict[str, Any]]:
+    rows, width = 12, block.attention.head_dim
+    noise = noise_for(block, 1, rows, block.attention_norm.weight.numel())
+    angle = torch.linspace(0, 3, rows * (width // 2), device=noise.device).view(rows, -1).tile(2)
+    return noise, {"attention_mask": None, "position_embeddings": (angle.cos().to(noise), angle.sin().to(noise))}
+
+
 def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
     """Random; images of 4 x 3, 2 x 4 and 3 x 3 visual tokens with a break behind each row: one prompt with two images,
     one with a single one, left-padded."""
@@ -120,7 +157,7 @@ def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
         "vision_config": PixtralVisionConfig(
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=3,
             num_attention_heads=2,
             head_dim=16,
             image_size=32,
@@ -149,8 +186,8 @@ ADAPTERS.register(
     AdapterInfo(
         name="mistral3",
         idea=(
-            "Mistral Small 3.1+ and Pixtral 12B on transformers (images of any size; behind the projector and in the "
-            "language model)"
+            "Mistral Small 3.1+ and Pixtral 12B on transformers (images of any size; in the tower, behind the "
+            "projector, language model)"
         ),
         matches=matches,
         bind=Mistral3,

@@ -1,16 +1,15 @@
 """Hugging Face Qwen2-VL, Qwen2.5-VL and Qwen3-VL (dense, or with experts): images and video frames of any size, 2 x 2
 merger, positions with three axes (M-RoPE), DeepStack.
 
-Stages work on merged tokens, behind the merger and in the language model: single patches that are dropped in front of
-it would regroup wrongly. Notes of patches travel there as the mean over those of a token; every image, and every step
-in time of a video, attends within itself in the tower, in most blocks of Qwen2.5-VL within windows. Rotary positions
-are those of the surviving tokens. DeepStack (Qwen3-VL) adds features of earlier vision blocks to the visual rows behind
-the first decoder layers; those planes are cut, and merged, like the rows they belong to.
+Stages in the tower work on the squares of patches that the merger folds into one token. Every image, and every step in
+time of a video, attends within itself there, in most blocks of Qwen2.5-VL within windows. Rotary positions are those of
+the surviving tokens. DeepStack (Qwen3-VL) adds features of earlier vision blocks to the visual rows behind the first
+decoder layers; those planes are cut, and merged, like the rows they belong to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,7 +19,9 @@ from torch import Tensor, nn
 from ..core.ledger import UndoLedger
 from ..core.types import Geometry
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
+from .engine.composed import noise_for
 from .engine.description import TOWER, WINDOWED, PackedTower
+from .engine.folded import packed_engine
 from .engine.layout import Raster, RasterSpan, per_sample, some
 from .engine.packed import PackedEngine
 from .engine.packing import Packing, in_squares
@@ -53,16 +54,14 @@ def folded(family: str, config: Any, *, windows: bool = False) -> Geometry:
         tokens=256,  # a typical picture, 448 x 448 pixels in patches of 14
         grid=(16, 16),
         prefix=0,
-        vision_layers=0,
+        vision_layers=config.vision_config.depth,
         vision_depth=config.vision_config.depth,
         notes=WINDOWED if windows else TOWER,
         seen_layers=config.vision_config.depth,
         llm_layers=config.text_config.num_hidden_layers,
-        provides=BEHIND,
-        refuses={
-            "vision": "the merger would fold the wrong patches together",
-            "pixels": "the processor chooses the image's size: set its max_pixels",
-        },
+        provides={"vision": WINDOWED if windows else TOWER, **BEHIND},
+        refuses={"pixels": "the processor chooses the image's size: set its max_pixels"},
+        fold=config.vision_config.spatial_merge_size,
         per=("image", "video", "sample"),
         variable=True,
         mrope=True,
@@ -116,13 +115,27 @@ class QwenVL(Mllm):
             return super().mlp(layer)
         return text.hidden_size * (3 * text.moe_intermediate_size * text.num_experts_per_tok + text.num_experts)
 
-    def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> PackedEngine:
-        blocks = list(self.tower.blocks)
+    def tower_blocks(self) -> list[nn.Module]:
+        return list(self.tower.blocks)
+
+    def packed(self) -> PackedTower:
+        blocks = self.tower_blocks()
         known(blocks, *BLOCKS)
-        described = PackedTower(
-            root=self.tower, blocks=blocks, pack=self.pack, capture=_capture, project=_project, fold=self.fold
+        return PackedTower(
+            root=self.tower,
+            blocks=blocks,
+            pack=self.pack,
+            capture=_capture,
+            project=_project,
+            fold=self.fold,
+            attend=_attend,
+            feed=_feed,
+            sample=_sample,
+            readers=list(getattr(self.tower, "deepstack_merger_list", ())),
         )
-        return PackedEngine(described, cuts, ledger, seed=seed, done=done)
+
+    def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> PackedEngine:
+        return packed_engine(self.packed(), cuts, ledger, seed=seed, done=done)
 
     def pack(self, inputs: dict[str, Any]) -> Packing | None:
         """The patches of a visual token stand together; so do, with windows, the tokens of one."""
@@ -185,6 +198,23 @@ def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor
     q, k, v = caught["qkv"].unflatten(-1, (3, a.num_heads, -1)).permute(1, 2, 0, 3).unsqueeze(1)  # [1, H, S, d] each
     q, k = (rotate(t, cos, sin, prefix=0, half=True) for t in (q, k))
     return *(t[0].transpose(0, 1) for t in (q, k, v)), a.scaling
+
+
+def _attend(block: Any, x: Tensor, caught: dict[str, Any], mix: Callable) -> Tensor:
+    caught["qkv"] = block.attn.qkv(block.norm1(x))
+    return x + block.attn.proj(mix(*_project(block, caught)).flatten(1))
+
+
+def _feed(block: Any, x: Tensor) -> Tensor:
+    return x + block.mlp(block.norm2(x))
+
+
+def _sample(block: Any) -> tuple[Tensor, dict[str, Any]]:
+    heads, rows = block.attn.num_heads, 12
+    noise = noise_for(block, rows, block.norm1.weight.numel())
+    angle = torch.linspace(0, 3, rows * (noise.shape[1] // heads // 2), device=noise.device).view(rows, -1).tile(2)
+    starts = torch.tensor([0, 8, rows], dtype=torch.int32, device=noise.device)
+    return noise, {"cu_seqlens": starts, "position_embeddings": (angle.cos(), angle.sin())}
 
 
 # ----------------------------------------------------------------------------------------------------------- tiny
@@ -273,7 +303,8 @@ for _kind, _name in FAMILIES.items():
         _name,
         AdapterInfo(
             name=_name,
-            idea=f"{_said} on transformers: images and video of any size; behind the merger, language model",
+            idea=f"{_said} on transformers: images and video of any size; squares of patches in the tower, "
+            "behind the merger, language model",
             matches=partial(_is, _kind),
             bind=QwenVL,
             tiny={"images": partial(_tiny, _name, False), "video": partial(_tiny, _name, True)},

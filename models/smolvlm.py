@@ -2,9 +2,9 @@
 
 Text tokens stand between the tiles of an image as they do between images, so the inputs do not tell where one ends:
 budgets are per tile (a video's frame is one) or per sample. Pixel shuffle folds several patches into one visual token,
-so stages work behind the connector and in the language model; notes of patches travel there as the mean over those of a
-token. Of a tile that is partly hidden (``pixel_attention_mask``) the tower sees the upper left corner alone; tokens of
-which it saw nothing have no notes.
+so stages in the tower work on such squares, of whole tiles. Of a tile that is partly hidden (``pixel_attention_mask``)
+the tower sees the upper left corner alone: notes of patches travel behind the connector as the mean over those of a
+token that it saw.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.ledger import UndoLedger
-from ..core.types import Geometry, UnsupportedError
+from ..core.types import Action, Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
-from .engine.description import TOWER, PackedTower
+from .engine.description import TOWER, PackedTower, Tower
 from .engine.layout import RasterSpan
 from .engine.packed import PackedEngine
 from .engine.packing import Packing, in_corner
+from .engine.tower import TowerEngine
 from .parts import hf_vit
 from .parts.mllm import BEHIND, Mllm, known, tower_shapes
 from .parts.tiny import tiny_build, tiny_prompts, tiny_text
@@ -31,6 +32,8 @@ CLASSES = {"SmolVLMForConditionalGeneration": "smolvlm", "Idefics3ForConditional
 
 class SmolVLM(Mllm):
     """One bound SmolVLM or Idefics3."""
+
+    tower_mask = "attention_mask"
 
     def __init__(self, model: Any):
         core, config = model.model, model.config
@@ -42,14 +45,15 @@ class SmolVLM(Mllm):
             tokens=side * side,
             grid=(side, side),
             prefix=0,
-            vision_layers=0,
+            vision_layers=v.num_hidden_layers,
             vision_depth=v.num_hidden_layers,
             notes=TOWER,
             seen_layers=v.num_hidden_layers,
             llm_layers=config.text_config.num_hidden_layers,
-            provides=BEHIND,
-            refuses={"vision": "pixel shuffle would fold the wrong patches together"},
+            provides={"vision": TOWER, **BEHIND},
+            refuses={"pixels": "pixel shuffle needs the whole raster"},
             per=("tile", "sample"),
+            fold=fold,
         )
         self.tower, self.fold = core.vision_model, fold
         vision = tower_shapes(v, group=fold * fold)
@@ -62,9 +66,34 @@ class SmolVLM(Mllm):
             vision=vision,
         )
 
-    def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> PackedEngine:
-        blocks = list(self.tower.encoder.layers)
+    def tower_blocks(self) -> list[nn.Module]:
+        return list(self.tower.encoder.layers)
+
+    def tower_engine(
+        self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any
+    ) -> PackedEngine | TowerEngine:
+        blocks = self.tower_blocks()
         known(blocks, "SmolVLMEncoderLayer", "Idefics3EncoderLayer")
+        if any(c.cut.action is not Action.NOTE for c in cuts):
+            whole = Tower(
+                root=self.tower,
+                blocks=blocks,
+                prefix=0,
+                grid=(self.geometry.grid[0] * self.fold, self.geometry.grid[1] * self.fold),
+                mask=self.tower_mask,
+                masked=True,
+                attend=hf_vit.attend,
+                feed=hf_vit.feed,
+                capture=hf_vit.capture,
+                project=hf_vit.project,
+                width=self.model.config.vision_config.hidden_size,
+                raster=lambda pixels: (
+                    pixels.shape[2] // self.tower.patch_size,
+                    pixels.shape[3] // self.tower.patch_size,
+                ),
+                fold=self.fold,
+            )
+            return TowerEngine(whole, cuts, ledger, seed=seed, done=done, tokens=self.geometry.tokens)
         described = PackedTower(
             root=self.tower, blocks=blocks, pack=self.pack, capture=hf_vit.capture, project=_project, fold=self.fold
         )
@@ -110,11 +139,11 @@ def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor
 
 
 def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Random; 16 visual tokens a tile: one prompt with three tiles, one with a single one (its lower half masked),
-    left-padded."""
+    """Random; 16 visual tokens a tile: one prompt with three tiles, one with a single one (lower half masked, unless
+    ``whole``), left-padded."""
     import transformers as t
 
-    name, vision = ("SmolVLM", "SmolVLMVisionConfig") if kind == "smolvlm" else ("Idefics3", "Idefics3VisionConfig")
+    name, vision = ("Idefics3", "Idefics3VisionConfig") if kind == "idefics3" else ("SmolVLM", "SmolVLMVisionConfig")
     config = getattr(t, f"{name}Config")(
         vision_config=getattr(t, vision)(
             hidden_size=32,
@@ -132,7 +161,7 @@ def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
     pixels = torch.randn(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     pixels[1, 1:] = 0
     mask = torch.ones(2, 3, 32, 32, dtype=torch.long)
-    mask[1, 0, 16:] = 0
+    mask[1, 0, 32 if kind == "whole" else 16 :] = 0
     return tiny_build(getattr(t, f"{name}ForConditionalGeneration"), config), {
         **prompts,
         "pixel_values": pixels,
@@ -145,11 +174,11 @@ ADAPTERS.register(
     AdapterInfo(
         name="smolvlm",
         idea=(
-            "SmolVLM, SmolVLM2 and Idefics3 on transformers (tiles; behind the connector and in the language model), "
-            "Llama text"
+            "SmolVLM, SmolVLM2 and Idefics3 on transformers (tiles; squares of patches in the tower, behind the "
+            "connector, language model), Llama text"
         ),
         matches=lambda m: named(m, *CLASSES) is not None,
         bind=SmolVLM,
-        tiny={k: partial(_tiny, k) for k in ("smolvlm", "idefics3")},
+        tiny={k: partial(_tiny, k) for k in ("smolvlm", "idefics3", "whole")},
     ),
 )

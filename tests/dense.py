@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vtprune.models.engine.packed import PackedRun
 
 from vtprune.core.types import Action
 from vtprune.methods.base import METHODS
@@ -305,7 +306,10 @@ class Dense:
         done, adapter = self.done, self.adapter
         if not done.passes or done.given is not None:
             return []
+        if isinstance(done.passes[0][0], PackedRun):
+            raise NoReference("images of several sizes in one sequence")
         blocks, prefix, out = adapter.tower_blocks(), adapter.geometry.prefix, []
+        masked, squares = adapter.masked_modules(), done.passes[0][0].squares
         proportional = any(c.proportional for _, c in done.cuts)
         count, n = len(done.passes), done.passes[0][0].tokens
         merges = any(r.assignment is not None for run, _ in done.passes for r in run.records)
@@ -326,7 +330,7 @@ class Dense:
             if bool(hidden.any()):
                 if adapter.tower_mask is None:
                     raise NoReference("blocks that take no mask")
-                out.append((block, self._hide(hidden, prefix), "before"))
+                out.append((masked[i], self._hide(_of_patches(hidden, squares), prefix), "before"))
             mixes: list[tuple[bool, Tensor]] = []
             numbers = {k for run, _ in done.passes for k, r in enumerate(run.records) if r.site == f"vision.{i}"}
             for k in sorted(numbers):
@@ -357,7 +361,7 @@ class Dense:
                                     mix[j, members, old_kept[p]] = w
                     state[j] = kept, into
                 if any_merge:
-                    mixes.append((inside, mix))
+                    mixes.append((inside, mix if squares is None else _square_by_square(mix, squares)))
             for inside, mix in mixes:
                 if inside:
                     norm = next(getattr(block, name) for name in SECOND_NORM if hasattr(block, name))
@@ -375,6 +379,9 @@ class Dense:
             mask = nn.functional.pad(
                 torch.zeros(hidden.shape, dtype=x.dtype).masked_fill(hidden, -torch.inf), (prefix, 0)
             )[:, None, None]
+            own = args[1] if len(args) > 1 else kwargs.get(name)
+            if own is not None:  # what the model hides itself
+                mask = mask.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else mask + own
             mask = mask if form is None else form(mask)
             return ((args[0], mask, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, name: mask})
 
@@ -396,3 +403,21 @@ class Dense:
             return self._mixed(mix, prefix, output)
 
         return leave
+
+
+def _of_patches(hidden: Tensor, squares: Tensor | None) -> Tensor:
+    """``hidden`` ``[G, N]`` of tokens as that of their patches, in the order of the raster; ``squares`` ``[N, m]``."""
+    if squares is None:
+        return hidden
+    out = hidden.new_zeros(len(hidden), squares.numel())
+    for token, patches in enumerate(squares.tolist()):
+        out[:, patches] = hidden[:, token : token + 1]
+    return out
+
+
+def _square_by_square(mix: Tensor, squares: Tensor) -> Tensor:
+    """``mix`` ``[G, N, N]`` of tokens as that of their patches: those in the same places of their squares are mixed."""
+    out = mix.new_zeros(len(mix), squares.numel(), squares.numel())
+    for place in squares.T:
+        out[:, place[:, None], place] = mix
+    return out

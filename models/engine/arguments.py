@@ -14,6 +14,9 @@ class Arguments:
     def first(self, args: tuple, kwargs: dict) -> Any:
         return args[0] if args else kwargs[self.names[0]]
 
+    def put_first(self, args: tuple, kwargs: dict, value: Any) -> tuple[tuple, dict]:
+        return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, self.names[0]: value})
+
     def find(self, args: tuple, kwargs: dict, name: str) -> Any:
         place = self._place(args, name)
         return args[place] if place < len(args) else kwargs.get(name)

@@ -60,9 +60,28 @@ def arrived(request: Request, visual: Tensor) -> Tensor:
     there = []
     for b, (parts, rows, sources) in enumerate(zip(request.parts, request.vision, request.sources, strict=True)):
         if len(sources):
-            mine = torch.cat(
-                [live[id(run)][g] for run, g in rows] or [torch.zeros(1, dtype=torch.bool, device=visual.device)]
-            ).to(visual.device)
+            none = [torch.zeros(1, dtype=torch.bool, device=visual.device)]
+            mine = torch.cat([_flat(live[id(run)], run, g) for run, g in _by_run(rows)] or none).to(visual.device)
             held = None if request.held is None else request.held[b][visual[b]]
             there.append(present(parts, sources, mine[sources.to(visual.device).clamp_min(0)], held))
     return torch.zeros_like(visual).masked_scatter(visual, torch.cat(there)) if there else torch.zeros_like(visual)
+
+
+def _by_run(rows: list[tuple[Run, int]]) -> list[tuple[Run, list[int]]]:
+    """Passes, those of one run that follow each other together."""
+    out: list[tuple[Run, list[int]]] = []
+    for run, g in rows:
+        if out and out[-1][0] is run:
+            out[-1][1].append(g)
+        else:
+            out.append((run, [g]))
+    return out
+
+
+def _flat(table: Tensor, run: Run, rows: list[int]) -> Tensor:
+    """Of ``table`` ``[G, N]`` the ``rows``, each without padding, one behind the other."""
+    values, sizes = table[torch.tensor(rows, device=table.device)], [run.handed_over(g) for g in rows]
+    if all(n == values.shape[1] for n in sizes):
+        return values.flatten()
+    n = torch.arange(values.shape[1], device=table.device)
+    return values[n < torch.tensor(sizes, device=table.device)[:, None]]

@@ -16,13 +16,12 @@ from .description import Tower
 PATCHES = 7  # of the input by which a composed block is compared with the original
 
 
-def compose(tower: Tower, block: Any, number: int, ledger: UndoLedger, forward: Callable) -> None:
-    """Gives ``block`` the ``forward`` that is made of its own children. It must equal the original; anything that it
-    does not know (another norm order, a scale, a gate) shows here, at attach time."""
-    matrices = [p for p in block.parameters() if p.ndim == 2]
-    # matrices may be stored in integers: then the norms'
-    dtype = next(p.dtype for p in (*matrices, *block.parameters()) if p.is_floating_point())
-    noise, kwargs = _sample(tower, block, matrices[0].device, dtype)
+def compose(
+    block: Any, number: int, ledger: UndoLedger, forward: Callable, noise: Tensor, kwargs: dict[str, Any]
+) -> None:
+    """Gives ``block`` the ``forward`` that is made of its own children. It must equal the original on ``noise`` and
+    ``kwargs``; anything that it does not know (another norm order, a scale, a gate) shows here, at attach time."""
+    matrices, dtype = [p for p in block.parameters() if p.ndim == 2], noise.dtype
     modes = {m: m.training for m in block.modules()}
     try:
         block.eval()
@@ -43,10 +42,19 @@ def compose(tower: Tower, block: Any, number: int, ledger: UndoLedger, forward: 
         )
 
 
-def _sample(tower: Tower, block: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, dict[str, Any]]:
+def noise_for(block: nn.Module, *shape: int) -> Tensor:
+    """An input of ``block``, where its matrices are and of their type."""
+    matrices = [p for p in block.parameters() if p.ndim == 2]
+    # matrices may be stored in integers: then the norms'
+    dtype = next(p.dtype for p in (*matrices, *block.parameters()) if p.is_floating_point())
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(matrices[0].device, dtype)
+
+
+def sample(tower: Tower, block: Any) -> tuple[Tensor, dict[str, Any]]:
     """An input of ``block``, and the keywords that go with it."""
     width = tower.width or next(m.normalized_shape[0] for m in block.modules() if isinstance(m, nn.LayerNorm))
-    noise = torch.randn(2, tower.prefix + PATCHES, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    noise = noise_for(block, 2, tower.prefix + PATCHES, width)
+    dtype = noise.dtype
     kwargs: dict[str, Any] = {} if tower.mask is None else {tower.mask: None}
     if tower.rope is not None:
         assert tower.sample is not None

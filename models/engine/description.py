@@ -96,6 +96,7 @@ class Tower:
             ``grid``); it raises for images that the root cannot take.
         variable: whether the root takes images of any size.
         fold: the side of the square of patches that become one visual token behind it.
+        masked: whether the root may give its blocks a mask, which hides the same patches from all others.
     """
 
     root: nn.Module
@@ -115,12 +116,12 @@ class Tower:
     raster: Callable[[Tensor], tuple[int, int]] | None = None
     variable: bool = False
     fold: int = 1
+    masked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedTower:
-    """A family's description of a vision tower whose blocks see rasters of several sizes one behind the other, and of
-    which only notes are taken.
+    """A family's description of a vision tower whose blocks see rasters of several sizes one behind the other.
 
     ``caught`` is what one call of a block leaves for :attr:`project`: its rotary table under ``"rope"`` (None without)
     and the captured outputs under their names.
@@ -134,6 +135,11 @@ class PackedTower:
         project: ``project(block, caught)``: q, k, v (``[S, H, d]`` each, one row per patch, as the attention uses them)
             and a scale.
         fold: the side of the square of patches that become one visual token behind it.
+        attend: ``attend(block, x, caught, mix)``: the first residual half on rows ``x`` ``[S, C]``, made of the block's
+            own children; ``mix(q, k, v, scale)`` is the attention itself, ``[S, H, d]``.
+        feed: ``feed(block, x)``: the second one.
+        sample: ``sample(block)``: an input of a block, and its keywords, by which one made of its halves is compared.
+        readers: modules that read the rows between blocks.
     """
 
     root: nn.Module
@@ -142,3 +148,7 @@ class PackedTower:
     capture: Callable[[nn.Module], dict[str, nn.Module]]
     project: Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Tensor, Tensor, float]]
     fold: int
+    attend: Callable[[nn.Module, Tensor, dict[str, Any], Callable], Tensor] = unchanged
+    feed: Callable[[nn.Module, Tensor], Tensor] = unchanged
+    sample: Callable[[nn.Module], tuple[Tensor, dict[str, Any]]] | None = None
+    readers: Sequence[nn.Module] = ()

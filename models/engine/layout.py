@@ -89,7 +89,7 @@ def parts(
     for row, marks in zip(ids, visual, strict=True):
         columns = marks.nonzero()[:, 0]
         places, kinds = columns.tolist(), row[columns].tolist()
-        sample: list[RasterSpan] = []
+        spans: list[tuple[int, tuple]] = []  # how many placeholders each raster has, and the rest of its span
         image = video = -1
         at = 0
         while at < len(places):
@@ -109,12 +109,13 @@ def parts(
                         f"the prompt's visual tokens are not whole images: the next one has {raster.grid[0]} x "
                         f"{raster.grid[1]} of them"
                     )
-                joined = runs and not moving and sample and int(sample[-1].columns[-1]) == places[at] - 1
+                joined = runs and not moving and spans and places[at - 1] == places[at] - 1
                 image += not raster.joins and (moving or (i == 0 and not joined))
                 passes = tuple(n if p < 0 else p for p in raster.passes)
-                sample.append(RasterSpan(columns[at : at + n], raster.grid, image, video if moving else -1, passes))
+                spans.append((n, (raster.grid, image, video if moving else -1, passes)))
                 at += n
-        out.append(sample)
+        each = columns.split([n for n, _ in spans]) if spans else ()
+        out.append([RasterSpan(mine, *rest) for mine, (_, rest) in zip(each, spans, strict=True)])
     return out
 
 
@@ -130,7 +131,9 @@ def units(samples: list[list[RasterSpan]], per: str, segments: Tensor | None = N
             prompt = 0 if segments is None else int(segments[b, int(part.columns[0])])
             key = {"tile": i, "image": part.image, "video": whole, "sample": prompt}[per]
             groups.setdefault(key, []).append(part)
-        out += [BudgetGroup(b, torch.cat([p.columns for p in g]), tuple(p.grid for p in g)) for g in groups.values()]
+        for g in groups.values():
+            columns = g[0].columns if len(g) == 1 else torch.cat([p.columns for p in g])
+            out.append(BudgetGroup(b, columns, tuple(p.grid for p in g)))
     return out
 
 
@@ -139,6 +142,8 @@ def present(sample: list[RasterSpan], sources: Tensor, alive: Tensor, held: Tens
     (``sources`` ``[n]``, -1: it did not). A new-line token ends a row and leaves with the row's last token, unless it
     is ``held`` ``[n]``; one that has no row of its own stays."""
     out, at = alive.clone(), 0
+    if not bool((sources < 0).any()):
+        return out
     for part in sample:
         here = slice(at, at := at + len(part.columns))
         lines = (sources[here] < 0).view(part.grid)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ...core.ledger import UndoLedger
 from . import host
+from .description import PackedTower
+from .packing import Packing
 
 
 def hide_in_decoder(ledger: UndoLedger, layers: Sequence[nn.Module], hidden: Sequence[Tensor]) -> None:
@@ -65,6 +67,9 @@ def hide_in_tower(
                 hidden[number], -torch.inf
             )
             mask = nn.functional.pad(mask, (prefix, 0))[:, None, None]
+            own = args[1] if len(args) > 1 else kwargs.get(name)  # what the model hides itself
+            if own is not None:
+                mask = mask.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else mask + own
             mask = mask if form is None else form(mask)
             rest: Any = (args[0], mask, *args[2:]) if len(args) > 1 else args
             return rest, kwargs if len(args) > 1 else {**kwargs, name: mask}
@@ -73,3 +78,44 @@ def hide_in_tower(
 
     for i, block in enumerate(blocks):
         ledger.before(block, make(i))
+
+
+def hide_in_packed(ledger: UndoLedger, tower: PackedTower, hidden: Callable[[Packing], Sequence[Tensor]]) -> None:
+    """Block i hides the rows ``hidden(packing)[i]`` ``[S]`` (bool) of what a call of the tower sees: attention is that
+    of all rows under one mask, ``[S, S]``."""
+    now: list[Sequence[Tensor]] = []
+
+    def start(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        packing = tower.pack(host.arguments(module, args, kwargs))
+        assert packing is not None
+        now[:] = [hidden(packing)]
+
+    def make(number: int, block: nn.Module) -> Callable:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            inputs = host.arguments(block, args, kwargs)
+            whole, starts, mask = inputs["hidden_states"], host.segments(inputs), inputs.get(host.MASK)
+            x = whole.reshape(-1, whole.shape[-1])
+            row = torch.arange(len(x), device=x.device)
+            if starts is not None:
+                owner = torch.bucketize(row, starts[1:].to(row), right=True)
+                seen = owner[:, None] == owner
+            else:
+                seen = (
+                    torch.ones(len(x), len(x), dtype=torch.bool, device=x.device) if mask is None else mask[0, 0] == 0
+                )
+            seen = (seen & ~now[0][number].to(x.device)) | (row[:, None] == row)  # every row sees itself
+
+            def mix(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+                q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+                return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)[0].transpose(
+                    0, 1
+                )
+
+            x = tower.feed(block, tower.attend(block, x, {"rope": inputs.get(host.ROTARY)}, mix))
+            return x.view(whole.shape)
+
+        return forward
+
+    ledger.before(tower.root, start)
+    for i, block in enumerate(tower.blocks):
+        ledger.replace(block, "forward", make(i, block))

@@ -73,6 +73,10 @@ class PackedRun(Run):
             if s == stage
         }
 
+    def segments(self) -> Tensor:
+        """Where what a row of the block that runs attends to begins, and where the last one ends."""
+        raise NotImplementedError("blocks of which only notes are taken run as they are")
+
     def handed_over(self, g: int) -> int:
         rows, columns = self.seen.rasters[g].tokens
         return rows * columns
@@ -142,7 +146,10 @@ class PackedEngine:
             return  # the model's own message is the better one
         if module is not self.tower.root:
             raise UnsupportedError(COPY)
-        self.run = PackedRun.of(packing, self.tower.fold)
+        self.run = self._start(packing)
+
+    def _start(self, packing: Packing) -> PackedRun:
+        return PackedRun.of(packing, self.tower.fold)
 
     def _close(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         run, self.run = self.run, None
@@ -156,11 +163,11 @@ class PackedEngine:
     # one block --------------------------------------------------------------------------------------------------------
 
     def _enterer(self, block: nn.Module, caught: list[nn.Module] | None) -> Callable:
-        def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             run = self.run
             if run is None:
                 if in_backward():  # a checkpoint runs it again: its notes are taken
-                    return
+                    return None
                 raise UnsupportedError(BY_ITSELF)
             if module is not block:
                 raise UnsupportedError(COPY)
@@ -169,14 +176,15 @@ class PackedEngine:
                 self.catch(block, caught)
                 run.captured["inputs"] = inputs = host.arguments(block, args, kwargs)
                 run.captured["rope"] = inputs.get(host.ROTARY)
+            return None
 
         return enter
 
     def _leaver(self, block: nn.Module, cuts: list[PlannedCut]) -> Callable:
-        def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             run = self.run
             if run is None or not cuts:
-                return
+                return None
             x = (output[0] if isinstance(output, tuple) else output).detach()
             x = x.reshape(-1, x.shape[-1]).to(run.seen.device)  # [S, C]
             if len(x) != run.seen.starts[-1]:
@@ -189,6 +197,7 @@ class PackedEngine:
                 for kind in run.seen.kinds:
                     run.put(planned, kind, planned.note(self._view(run, planned, kind, x, look)))
             run.captured.clear()
+            return None
 
         return leave
 

@@ -82,6 +82,12 @@ class Kind:
     flat: Tensor
 
 
+@lru_cache(maxsize=CACHED)
+def window_sizes(raster: PackedRaster) -> tuple[int, ...]:
+    """The patches of each of its windows."""
+    return () if raster.windows is None else tuple((raster.windows >= 0).sum(1).tolist())
+
+
 class Packing:
     """What one pass of a tower sees: its ``rasters``, one behind the other in one sequence, or the rows of a batch
     (``batched``)."""
@@ -108,5 +114,4 @@ class Packing:
     @property
     def windows(self) -> list[int]:
         """Where windows begin, and where the last one ends."""
-        sizes = [n for r in self.rasters for n in ([] if r.windows is None else (r.windows >= 0).sum(1).tolist())]
-        return [0, *accumulate(sizes)]
+        return [0, *accumulate(n for r in self.rasters for n in window_sizes(r))]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...core.ledger import UndoLedger, live
-from ...core.types import Seed, Selection, TokenView, UnsupportedError
+from ...core.types import Action, Seed, Selection, TokenView, UnsupportedError
 from ..base import PlannedCut
 from .description import Tower
 from .run import Run
@@ -33,6 +33,7 @@ class Passes:
         cuts: all that there are.
         pixels: those of them in front of the tower.
         tokens: of an image of the typical size.
+        folded: whether a token is a square of patches that is folded into one behind the tower.
         seed: of the next passes.
         done: called at the end of each pass.
         made: features that were handed out, and the pass that made them.
@@ -41,6 +42,7 @@ class Passes:
     def __init__(self, tower: Tower, cuts: list[PlannedCut], *, tokens: int, seed: Seed, done: Callable[[Run], None]):
         self.tower, self.cuts, self.tokens, self.seed, self.done = tower, cuts, tokens, seed, done
         self.pixels = [c for c in cuts if c.cut.site == "pixels"]
+        self.folded = tower.fold > 1 and any(c.cut.action is not Action.NOTE for c in cuts)
         self.made: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.local = threading.local()
 
@@ -64,16 +66,22 @@ class Passes:
         self, run: Run, features: Tensor, planned: PlannedCut, *, prefix: int, sources: dict[str, Callable]
     ) -> TokenView:
         """What a method may look at. Images of another size than the typical one are planned for as they are."""
-        rasters = () if run.grid == self.tower.grid else ((run.grid,),) * run.images
+        rasters = () if run.grid == self.grid else ((run.grid,),) * run.images
         return run.view(
             features,
             planned,
-            grid=run.grid or self.tower.grid,
+            grid=run.grid or self.grid,
             prefix=prefix,
             seed=self.seed,
             sources=sources,
             rasters=rasters,
         )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the tokens of an image of the typical size."""
+        rows, columns = self.tower.grid
+        return (rows // self.tower.fold, columns // self.tower.fold) if self.folded else (rows, columns)
 
     def _open(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self.run = None
@@ -85,9 +93,13 @@ class Passes:
             raise UnsupportedError(COPY)
         grid = self.tower.grid if self.tower.raster is None else self.tower.raster(pixels)
         tokens = self.tokens if grid == self.tower.grid else grid[0] * grid[1]
+        squares = None
+        if self.folded:
+            squares = _squares(grid, self.tower.fold, pixels.device)
+            tokens, grid = len(squares), self.grid
         run = Run.start(pixels.shape[0], tokens, pixels.device)
         run.grid = run.cells = grid
-        run.fold = self.tower.fold
+        run.fold, run.squares = self.tower.fold, squares
         if self.cuts and torch.is_grad_enabled():
             run.decided = {}
         self.run = run
@@ -180,6 +192,14 @@ class Passes:
         if self.cuts and not (run.early and ran < there):
             check_blocks(ran, there)
         self.done(run)
+
+
+def _squares(grid: tuple[int, int], fold: int, device: torch.device) -> Tensor:
+    """``[N, fold^2]``: the places in the raster ``grid`` of the patches that each visual token is made of."""
+    if grid[0] % fold or grid[1] % fold:
+        raise UnsupportedError(f"{grid[0]} x {grid[1]} patches are no whole squares of {fold} x {fold}")
+    place = torch.arange(grid[0] * grid[1], device=device).view(grid[0] // fold, fold, grid[1] // fold, fold)
+    return place.transpose(1, 2).reshape(-1, fold * fold)
 
 
 def check_blocks(ran: int, there: int) -> None:

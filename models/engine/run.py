@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ...core.select import combine, gather, ranks
-from ...core.types import NOTE, Seed, Selection, TokenView, extent
+from ...core.types import NOTE, Seed, Selection, TokenView, UnsupportedError, extent
 from ..base import PlannedCut
 from .rotary import rotary_rows
+from .rows import put
 
 
 @dataclass
@@ -78,6 +79,11 @@ class Run:
         notes: the decisions, each as a call that makes its record.
         noted: by stage and site, what a method noted of every original token, ``[G, N, ...]``; NaN where it was gone.
         fold: the side of the square of tokens that become one behind the tower.
+        squares: where a token is such a square itself: the places of its patches in the raster of patches, ``[N,
+            fold^2]``. They stand together while the blocks run, and behind the last one in the raster's order again,
+            with zeros for what is gone.
+        mask: the one that the root gave to the blocks.
+        hidden: the patches of each token that nothing attends to, ``[G, N, group]``; ``None``: there are none.
         made: the records so far.
     """
 
@@ -103,6 +109,9 @@ class Run:
     made: list[Record] = field(default_factory=list)
     noted: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     fold: int = 1
+    squares: Tensor | None = None
+    mask: Any = None
+    hidden: Tensor | None = None
 
     @staticmethod
     def start(images: int, tokens: int, device: torch.device, counts: Sequence[int] | None = None) -> Run:
@@ -214,20 +223,64 @@ class Run:
             NOTE + site: partial(noted_at, table, self.index) for (s, site), table in self.noted.items() if s == stage
         }
 
+    @property
+    def group(self) -> int:
+        """Rows of a block's input that one token is."""
+        return 1 if self.squares is None else self.squares.shape[1]
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """Patches ``x`` ``[G, N * group, C]`` in the order of the raster, square by square."""
+        return x if self.squares is None else x[:, self.squares.flatten()]
+
+    def hide(self, mask: Any) -> None:
+        """Learns from the blocks' ``mask``, ``[G, 1, 1 or n, n]`` or ``[G, n]``, additive or what may be seen, which
+        patches nothing attends to."""
+        if self.mask is mask:
+            return
+        assert self.squares is not None
+        n = self.squares.numel()
+        if not isinstance(mask, Tensor) or mask.shape[-1] != n or mask.ndim not in (2, 4):
+            raise UnsupportedError("the tower was given an attention mask of a shape that this library does not know")
+        hidden = ~mask if mask.dtype == torch.bool else mask != 0 if mask.ndim == 4 else mask == 0
+        hidden = hidden[:, None, None] if hidden.ndim == 2 else hidden
+        if hidden.shape[1] != 1 or bool((hidden != hidden[:, :, :1]).any()):
+            raise UnsupportedError("the tower was given an attention mask that is not the same for every patch")
+        gone = hidden[:, 0, 0].expand(self.images, -1)[:, self.squares]
+        self.mask, self.hidden = mask, gone if bool(gone.any()) else None
+
+    def unseen(self) -> Tensor:
+        """``[G, n * group]``: which patches of the running tokens nothing attends to, padding among them."""
+        assert self.hidden is not None
+        rows = torch.arange(self.images, device=self.index.device)[:, None]
+        return (self.hidden[rows, self.index.clamp_min(0)] | ~self.valid[..., None]).flatten(1)
+
+    def scattered(self, x: Tensor) -> Tensor:
+        """What is left of them, ``[G, n * group, C]``, in the order of the raster, zeros for what is gone: ``[G, N *
+        group, C]``."""
+        if self.squares is None:
+            return x
+        places = self.squares.numel()
+        where = self.squares[self.index.clamp_min(0)].masked_fill((self.index < 0)[..., None], places)
+        return put(x.new_zeros(len(x), places + 1, x.shape[2]), where.flatten(1), x)[:, :places]
+
     def handed_over(self, g: int) -> int:
         """How many visual tokens image ``g`` becomes behind the tower, before any is dropped."""
-        return self.tokens // self.fold**2
+        return self.tokens if self.squares is not None else self.tokens // self.fold**2
 
     def noted_behind(self, stage: int, site: str) -> Sequence[Tensor]:
         """Per image the notes of the tokens behind the tower, ``[N / fold^2, ...]``: of those folded into one, their
         mean."""
         table = self.noted[stage, site]
-        if self.fold == 1:
+        if self.fold == 1 or self.squares is not None:
             return table.unbind()
         assert self.grid is not None
         rows, columns = (n // self.fold for n in self.grid)
         squares = table.view(len(table), rows, self.fold, columns, self.fold, *table.shape[2:])
         return squares.mean((2, 4)).flatten(1, 2).unbind()
+
+    def seen_by(self, g: int) -> list[float] | None:
+        """How many patches one of image ``g`` attends to, block by block; ``None``: all, or the model's window."""
+        return None
 
     def weights(self) -> Tensor | None:
         """``[G, n]``, ``None`` while all are 1: how often each running token counts in a mean. Every original token

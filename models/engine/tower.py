@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,20 @@ from ...core.types import Action, Projections, Seed, Selection, UnsupportedError
 from ..base import PlannedCut
 from .arguments import Arguments
 from .captured import catcher
-from .composed import compose
+from .composed import compose, sample
 from .description import Tower
 from .passes import COPY, Passes
 from .run import Run
 from .tower_replays import BlockReplays
 
+HIDDEN = (
+    "merging in the tower takes whole tiles: of this one a part is hidden (pixel_attention_mask), whose patches would "
+    "be mixed into those that are seen"
+)
+UNSEEN = (
+    "of a tile that is partly hidden (pixel_attention_mask) only hidden patches would be left, which the tower attends "
+    "to nowhere"
+)
 ONE_SIZE = "images must have the size that the model's configuration names, and patch dropout must be off"
 
 
@@ -66,16 +75,18 @@ class TowerEngine:
         self.passes.seed = seed
 
     def bias(self, x: Tensor) -> Tensor | None:
-        """``[G, 1, 1, P + n]`` added to the logits: log sizes (proportional attention) and -inf on padding; ``None``
-        while it would be zero."""
+        """``[G, 1, 1, P + n * group]`` added to the logits: log sizes (proportional attention) and -inf on padding;
+        ``None`` while it would be zero."""
         run = self.run
         assert run is not None
         sizes = self.proportional and run.merges
-        if not sizes and run.whole:
+        if not sizes and run.whole and run.hidden is None:
             return None
         size = run.size.double() if x.dtype == torch.float64 else run.size
         bias = size.clamp_min(1).log() if sizes else torch.zeros_like(size)
-        bias = bias.masked_fill(~run.valid, -torch.inf).to(x.dtype)
+        bias = bias.masked_fill(~run.valid, -torch.inf).to(x.dtype).repeat_interleave(run.group, 1)
+        if run.hidden is not None:
+            bias = bias.masked_fill(run.unseen(), -torch.inf)
         return F.pad(bias, (self.tower.prefix, 0))[:, None, None]
 
     def _hook_blocks(self) -> None:
@@ -84,7 +95,7 @@ class TowerEngine:
             inside = [c for c in mine if c.cut.inside]
             behind = [c for c in mine if not c.cut.inside]
             if inside or (self.tower.mask is None and self.changes):
-                compose(self.tower, block, i, self.ledger, self._composed(block, inside))
+                compose(block, i, self.ledger, self._composed(block, inside), *sample(self.tower, block))
             caught: list[nn.Module] = []
             if mine:
                 self.catch(block, caught)
@@ -101,14 +112,20 @@ class TowerEngine:
                 raise UnsupportedError(COPY)
             x = self.arguments.first(args, kwargs)
             run = self._current(number, x)
-            here, meant = x.shape[1] - self.tower.prefix, run.index.shape[1]
+            here, meant = x.shape[1] - self.tower.prefix, run.index.shape[1] * run.group
             if here != meant:
                 raise UnsupportedError(f"a block got {here} patches where {meant} are left of {run.tokens}; {ONE_SIZE}")
             run.counts.append(run.index)
+            if number == 0 and run.squares is not None:
+                x = self._rest(x, run.gathered)
+                args, kwargs = self.arguments.put_first(args, kwargs, x)
             run.captured["x"] = x
             if caught is not None:
                 self.catch(block, caught)
-            if self.cuts and (self.arguments.find(args, kwargs, self.mask) is not None or kwargs.get("is_causal")):
+            told = self.arguments.find(args, kwargs, self.mask)
+            if told is not None and self.cuts and self.tower.masked:
+                run.hide(told)
+            elif self.cuts and (told is not None or kwargs.get("is_causal")):
                 raise UnsupportedError(
                     "the tower was given an attention mask of its own; pruning and merging inside it need unmasked "
                     "images"
@@ -116,9 +133,16 @@ class TowerEngine:
             if self.tower.rope is not None:
                 args, kwargs = self._rotate(run, args, kwargs)
             bias = self.bias(x)
-            return (args, kwargs) if bias is None else self.arguments.put(args, kwargs, self.mask, bias)
+            if bias is None and (told is None or not self.cuts):
+                return args, kwargs
+            return self.arguments.put(args, kwargs, self.mask, bias)
 
         return enter
+
+    def _rest(self, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """``x`` ``[G, P + n, C]`` with its patches changed."""
+        p = self.tower.prefix
+        return torch.cat([x[:, :p], change(x[:, p:])], dim=1) if p else change(x)
 
     def _rotate(self, run: Run, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The block's arguments with the rotary table of the tokens that are left."""
@@ -148,10 +172,22 @@ class TowerEngine:
         for planned in cuts:
             selection = self._decision(run, block, planned, x)
             if selection is not None:
-                p = self.tower.prefix
-                left = run.apply(x[:, p:] if p else x, selection, planned)
-                x = torch.cat([x[:, :p], left], dim=1) if p else left
+                x = self._rest(x, partial(self._apply, run, selection, planned))
         return x
+
+    @staticmethod
+    def _apply(run: Run, selection: Selection, planned: PlannedCut, x: Tensor) -> Tensor:
+        """What ``selection`` leaves of the patches ``x`` ``[G, n * group, C]``: those of a token share its fate, and
+        are merged with those in the same places of others."""
+        if run.group == 1:
+            return run.apply(x, selection, planned)
+        if run.hidden is not None and planned.merges:
+            raise UnsupportedError(HIDDEN)
+        tokens = x.unflatten(1, (-1, run.group)).flatten(2)
+        left = run.apply(tokens, selection, planned).unflatten(2, (run.group, -1)).flatten(1, 2)
+        if run.hidden is not None and bool(run.unseen().all(1).any()):
+            raise UnsupportedError(UNSEEN)
+        return left
 
     def _decision(self, run: Run, block: Any, planned: PlannedCut, x: Tensor) -> Selection | None:
         """The method's, or when a checkpoint runs the block again the one that it made the first time."""
@@ -161,11 +197,12 @@ class TowerEngine:
 
         def projections() -> Projections:
             q, k, v, scale = self.tower.project(block, run.captured)
-            return Projections(q, k, v, scale, p, self.bias(x))
+            return Projections(q, k, v, scale, p, self.bias(x), run.group)
 
         sources: dict[str, Callable] = {"projections": projections, "prefix": lambda: x[:, :p]}
         sources |= run.noted_sources(planned.stage)
-        view = self.passes.view(run, x[:, p:], planned, prefix=p, sources=sources)
+        tokens = x[:, p:] if run.group == 1 else x[:, p:].unflatten(1, (-1, run.group)).mean(2)
+        view = self.passes.view(run, tokens, planned, prefix=p, sources=sources)
         selection = None
         if planned.cut.action is Action.NOTE:
             run.note_down(planned, planned.note(view))
@@ -182,6 +219,8 @@ class TowerEngine:
                 return None
             x = output[0] if isinstance(output, tuple) else output
             changed = self.decide(block, cuts, x) if cuts else x
+            if run.squares is not None and number == len(self.tower.blocks) - 1:
+                changed = self._rest(changed, run.scattered)
             run.captured.clear()
             run.slots.append(run.slot)
             if run.again:

@@ -58,6 +58,7 @@ class BlockReplays:
             raster=first.raster,
             decided=first.decided,
             present=present,
+            squares=first.squares,
             again=True,
         )
 

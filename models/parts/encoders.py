@@ -102,7 +102,7 @@ class Encoders:
             known: EncoderCall | None = getattr(self.local, "now", None)
             if known is not None:
                 known.runs.append(run)
-            if features.shape[1] == run.handed_over(0) and run.slot is run.raster:
+            if run.squares is not None or (features.shape[1] == run.handed_over(0) and run.slot is run.raster):
                 return None
             where = torch.where(run.valid, run.index, run.tokens)
             whole = put(features.new_zeros(run.images, run.tokens + 1, features.shape[2]), where, features)

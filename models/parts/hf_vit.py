@@ -69,14 +69,14 @@ def mask_name(model: Any) -> str | None:
     return None if _nested(layers(model)[0]) else "attention_mask"
 
 
-def _attend(block: Any, x: Tensor, mask: Tensor | None, caught: dict[str, Any]) -> Tensor:
+def attend(block: Any, x: Tensor, mask: Tensor | None, caught: dict[str, Any]) -> Tensor:
     if hasattr(block, "self_attn"):  # CLIP, SigLIP
         return x + block.self_attn(hidden_states=block.layer_norm1(x), attention_mask=mask)[0]
     if hasattr(block, "layernorm_before"):  # ViT, DeiT
         return block.dropout(block.attention(block.layernorm_before(x), attention_mask=mask)[0]) + x
     z = block.norm1(x)
     if _nested(block):
-        q, k, v, scale = _project(block, {name: m(z) for name, m in capture(block).items()})
+        q, k, v, scale = project(block, {name: m(z) for name, m in capture(block).items()})
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).reshape(z.shape)
         y = block.attention.output(mixed, z)
     else:
@@ -85,7 +85,7 @@ def _attend(block: Any, x: Tensor, mask: Tensor | None, caught: dict[str, Any]) 
     return block.drop_path(block.layer_scale1(y)) + x
 
 
-def _feed(block: Any, x: Tensor) -> Tensor:
+def feed(block: Any, x: Tensor) -> Tensor:
     if hasattr(block, "self_attn"):
         return x + block.mlp(block.layer_norm2(x))
     if hasattr(block, "layernorm_before"):
@@ -103,7 +103,7 @@ def capture(block: Any) -> dict[str, nn.Module]:
     )
 
 
-def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, float]:
+def project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, float]:
     a = _attention(block)
     width = a.attention.attention_head_size if _nested(block) else a.head_dim
     shape = (*caught["q"].shape[:2], -1, width)
@@ -160,10 +160,10 @@ def describe(model: Any, used: int, root: nn.Module | None = None, *, bare: bool
         prefix=prefix(model),
         grid=grid(config),
         mask=mask_name(model),
-        attend=_attend,
-        feed=_feed,
+        attend=attend,
+        feed=feed,
         capture=capture,
-        project=_project,
+        project=project,
         resize=resize,
         width=config.hidden_size,
         rope="position_embeddings" if rotary else None,

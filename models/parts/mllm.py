@@ -135,7 +135,12 @@ class Mllm:
         return None
 
     def tower_blocks(self) -> list[nn.Module]:
+        """Those that stages can be placed behind."""
         return []
+
+    def masked_modules(self) -> list[nn.Module]:
+        """What takes :attr:`tower_mask`, block by block."""
+        return self.tower_blocks()
 
     def rotary(self, x: Tensor, ids: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         return self.lm.rotary_emb(x, position_ids=ids)

@@ -54,6 +54,9 @@ class BareVit:
     def tower_blocks(self) -> list[nn.Module]:
         return list(self.tower.blocks)
 
+    def masked_modules(self) -> list[nn.Module]:
+        return self.tower_blocks()
+
     def decoder_layers(self) -> list[nn.Module]:
         return []
 

@@ -186,10 +186,9 @@ def restored(c: Case) -> str:
     """After ``remove()`` a full snapshot is equal and outputs are bitwise the same."""
     want = c.run()
     before = snapshot(c.model)
-    handle = c.attach()
-    c.run()
-    handle.remove()
-    handle.remove()
+    with c.attach() as handle:
+        c.run()
+    handle.remove()  # once more
     after = snapshot(c.model)
     if after != before:
         changed = [k for k in before if before[k] != after.get(k)]

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtprune.models.engine.masked import hide_in_decoder, hide_in_tower
+from vtprune.models.engine.folded import FoldedRun
+from vtprune.models.engine.masked import hide_in_decoder, hide_in_packed, hide_in_tower
+from vtprune.models.engine.packing import Packing
 
 from ..core.ledger import UndoLedger
 from ..core.report import Report
@@ -34,21 +36,49 @@ def masks(c: Case, report: Report, passes: list[tuple[Any, int]]) -> tuple[list[
 def _hide_in_tower(ledger: UndoLedger, c: Case, passes: list[tuple[Any, int]]) -> None:
     """Hides from every block of the tower what the blocks before it dropped; ``passes`` are the handle's: a run of the
     tower and the number of a picture in it."""
-    blocks = c.adapter.tower_blocks()
+    run = passes[0][0]
+    if isinstance(run, FoldedRun):
+        return hide_in_packed(ledger, c.adapter.packed(), _rows_gone(passes, len(c.adapter.tower_blocks())))
+    blocks = c.adapter.masked_modules()
     if c.adapter.tower_mask is None:
         raise Skip("this tower's blocks take no mask, so nothing can be hidden from the dense model")
-    gone = torch.zeros(len(passes), passes[0][0].tokens, dtype=torch.bool)
+    gone = torch.zeros(len(passes), run.tokens, dtype=torch.bool)
+    squares = None if run.squares is None else run.squares.flatten().cpu().argsort()
     per_block = []
     for i in range(len(blocks)):
-        for j, (run, g) in enumerate(passes):
-            for record in run.records:
+        for j, (each, g) in enumerate(passes):
+            for record in each.records:
                 if record.site == f"vision.{i - 1}":
                     gone = gone.clone()
                     gone[j] = True
                     gone[j, record.kept[g]] = False
-        per_block.append(gone)
+        # patches in the raster's order
+        per_block.append(gone if squares is None else gone.repeat_interleave(run.group, 1)[:, squares])
     form = getattr(c.adapter, "mask_form", None)
     hide_in_tower(ledger, blocks, c.adapter.tower_mask, c.geometry.prefix, per_block, form)
+
+
+def _rows_gone(passes: list[tuple[Any, int]], blocks: int) -> Callable[[Packing], list[Tensor]]:
+    """Of the call of the tower that saw a packing the rows that each block must not see."""
+    runs = list({id(run): run for run, _ in passes}.values())
+    used: list[Any] = []
+
+    def hidden(packing: Packing) -> list[Tensor]:
+        alike = [run for run in runs if run.seen.starts == packing.starts]
+        run = next((r for r in alike if all(r is not u for u in used)), alike[0])
+        used.append(run)
+        gone, out = torch.zeros(run.places.shape[:2], dtype=torch.bool), []
+        for i in range(blocks):
+            for record in run.records:
+                if record.site == f"vision.{i - 1}":
+                    gone = torch.ones_like(gone)
+                    for row, kept in zip(gone, record.kept, strict=True):
+                        row[kept] = False
+            rows = run.places.cpu()[gone].flatten()
+            out.append(torch.zeros(packing.starts[-1], dtype=torch.bool).index_fill(0, rows[rows >= 0], True))
+        return out
+
+    return hidden
 
 
 def _hidden(c: Case, report: Report) -> list[Tensor]:

@@ -58,7 +58,7 @@ class Accounts:
             visual_tokens=[n] * run.images,
             stages=tuple(self._stage(per_image(r, n)) for r in run.records),
             layer_tokens=[list(row) for row in per],
-            flops=sum(self._tower(run, row, float(run.valid[g].sum())) for g, row in enumerate(per)),
+            flops=sum(self._tower(run, g, row, float(run.valid[g].sum())) for g, row in enumerate(per)),
             dense_flops=run.images * cost.vision(s, 1, n, [n] * s.vdepth),
             kv_bytes=0,
             dense_kv_bytes=0,
@@ -114,15 +114,17 @@ class Accounts:
         lengths = {id(run): run.layer_tokens for run, _ in passes_of(request)}  # read once: they may lie on the device
         for run, g in passes_of(request):
             cuts = [r for r in run.records if r.site.startswith(("vision", "pixels"))]
-            projected = float(cuts[-1].tokens_out[g] if cuts else run.tokens)
-            spent += self._tower(run, [row[g] for row in lengths[id(run)]], projected)
+            # what is folded behind the tower is folded from the whole raster
+            whole = not cuts or self.geometry.fold > 1
+            projected = float(run.handed_over(g) if whole else cuts[-1].tokens_out[g])
+            spent += self._tower(run, g, [row[g] for row in lengths[id(run)]], projected)
         return dense, spent
 
-    def _tower(self, run: Run, layer_tokens: Sequence[int], projected: float) -> int:
-        """FLOPs of one image in the tower and of ``projected`` tokens in the projector."""
+    def _tower(self, run: Run, g: int, layer_tokens: Sequence[int], projected: float) -> int:
+        """FLOPs of image ``g`` in the tower and of ``projected`` tokens in the projector."""
         reduced = run.records and run.records[0].site == "pixels"
-        patches = run.records[0].tokens_out[0] if reduced else run.tokens  # that are embedded
-        return cost.vision(self.shapes, 1, patches, layer_tokens, self.inside, projected)
+        patches = run.records[0].tokens_out[0] if reduced else run.handed_over(g)  # that are embedded
+        return cost.vision(self.shapes, 1, patches, layer_tokens, self.inside, projected, run.seen_by(g))
 
     def _side_branches(self, request: Request) -> int:
         """FLOPs of routing methods' own layers."""

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from vtprune.models.engine.shapes import Shapes
 
 
-def tower_block(s: Shapes, n: int, after: int | None = None, seen: int | None = None) -> int:
+def tower_block(s: Shapes, n: int, after: int | None = None, seen: float | None = None) -> int:
     """One vision block over ``n`` tokens (prefix included); ``after`` tokens reach its MLP if a merge happens inside
-    it; each sees ``seen`` tokens (default all)."""
-    attention = 4 * n * s.vd * s.vd + 2 * n * (n if seen is None else min(seen, n)) * s.vd
+    it; each sees ``seen`` tokens (default all, of windows their mean)."""
+    attention = 4 * n * s.vd * s.vd + 2 * round(n * (n if seen is None else min(seen, n))) * s.vd
     return 2 * (attention + s.vmlp * (n if after is None else after) * s.vd * s.vf)
 
 
@@ -28,9 +28,11 @@ def vision(
     per_block: Sequence[float],
     inside: bool = False,
     projected: float | None = None,
+    seen: Sequence[float] | None = None,
 ) -> int:
     """Patch embedding, blocks and projector for ``images`` images; ``per_block`` patch tokens entering each block,
-    ``projected`` tokens through the projector.
+    ``projected`` tokens through the projector. ``seen``: the patches that each one attends to, block by block (default:
+    all, or what is in a window of the model).
 
     Blocks beyond ``per_block`` (run, but not used by LLaVA) see the last count.
     """
@@ -39,8 +41,8 @@ def vision(
     counts += [projected if projected is not None and inside else counts[-1]] * (s.vdepth - len(counts))
     for i, n in enumerate(counts):
         after = counts[i + 1] if inside and i + 1 < len(counts) else n
-        seen = s.window if s.window and i not in s.whole else None
-        total += tower_block(s, round(n) + s.prefix, round(after) + s.prefix, seen)
+        windowed = s.window if s.window and i not in s.whole else None
+        total += tower_block(s, round(n) + s.prefix, round(after) + s.prefix, seen[i] if seen else windowed)
     total += 2 * round(counts[-1] / s.group if projected is None else projected) * s.proj
     return images * total
 

@@ -33,11 +33,30 @@ class Decider:
         """What the method notes of each token of the view of a tower's pass, ``[B, N]``."""
         import torch
 
-        view, cut = self._promised(view, self.geometry.notes), self.cuts[self.number]
-        if view.rasters:  # images of another size than the typical one, all alike; grid= is that of their patches
-            cut, view = self._cut(view.rasters[0]), replace(view, rasters=())
+        view = self._promised(view, self.geometry.notes)
         with torch.no_grad():
-            return self.method.note(view, cut)
+            if not view.rasters:
+                return self.method.note(view, self.cuts[self.number])
+            kinds = self._kinds(view)
+            if len(kinds) == 1:  # grid= is that of their patches
+                return self.method.note(replace(view, rasters=()), self._cut(view.rasters[0]))
+            shared: dict[Any, Any] = {}
+            told: Tensor | None = None
+            for rasters, rows in kinds.items():
+                part = self.method.note(subview(view, rows, rasters[0], shared), self._cut(rasters))
+                if told is None:
+                    told = part.new_full((*view.valid.shape, *part.shape[2:]), torch.nan)
+                told[torch.tensor(rows, device=told.device), : part.shape[1]] = part
+            assert told is not None
+            return told
+
+    @staticmethod
+    def _kinds(view: TokenView) -> dict[Rasters, list[int]]:
+        """The images of a view by the rasters that they are made of."""
+        kinds: dict[Rasters, list[int]] = {}
+        for g, rasters in enumerate(view.rasters):
+            kinds.setdefault(rasters, []).append(g)
+        return kinds
 
     @staticmethod
     def _promised(view: TokenView, names: frozenset[str]) -> TokenView:
@@ -52,12 +71,9 @@ class Decider:
         with torch.no_grad():
             if not view.rasters:
                 return self._select(view, self.cuts[self.number])
-            kinds: dict[Rasters, list[int]] = {}
-            for g, rasters in enumerate(view.rasters):
-                kinds.setdefault(rasters, []).append(g)
             groups: dict[tuple[Rasters, tuple[int, ...]], list[int]] = {}
             apart = self.method.info.raster and not self.cuts[self.number].joint
-            for rasters, rows in kinds.items():
+            for rasters, rows in self._kinds(view).items():
                 left = self._left(view, rasters, rows) if apart and len(rasters) > 1 else [()] * len(rows)
                 for row, counts in zip(rows, left, strict=True):
                     groups.setdefault((rasters, counts), []).append(row)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.base import wide
-from .types import Mix, Selection, TokenView, extent
+from .types import Mix, Projections, Selection, TokenView, extent
 
 
 def top(
@@ -154,7 +154,9 @@ def subview(view: TokenView, rows: Sequence[int], grid: tuple[int, int], shared:
                 key = (name, *sorted(kwargs.items()))
                 if key not in shared:
                     shared[key] = source(**kwargs)
-                values = shared[key][at]
+                values = None if shared[key] is None else shared[key][at]
+            if isinstance(values, Projections):
+                return values.first(width)
             return values[:, :width] if isinstance(values, Tensor) and values.ndim > 1 else values
 
         return call
@@ -194,10 +196,11 @@ def join(view: TokenView, parts: Sequence[tuple[Sequence[int], Selection | None]
         mixes = [(rows, as_mix(s, view.size[list(rows)])) for rows, s in full]
         most = max(m.token.shape[1] for _, m in mixes)
         token, slot = torch.zeros(b, most, dtype=torch.long, device=kept.device), kept.new_full((b, most), -1)
-        mix = Mix(token, slot, mixes[0][1].weight.new_zeros(b, most))
+        widest = max((m.weight.dtype for _, m in mixes), key=lambda dtype: torch.finfo(dtype).bits)
+        mix = Mix(token, slot, torch.zeros(b, most, dtype=widest, device=kept.device))
         for rows, m in mixes:
             for whole, part in ((mix.token, m.token), (mix.slot, m.slot), (mix.weight, m.weight)):
-                whole[list(rows), : part.shape[1]] = part
+                whole[list(rows), : part.shape[1]] = part.to(whole.dtype)
     if any(s.target is not None for _, s in full):
         target, weight = torch.full((b, n), -1, device=kept.device), view.size.clone()
     if any(s.layout is not None for _, s in full):

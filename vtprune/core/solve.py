@@ -39,7 +39,7 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes:
         for c in cuts:
             if c.site == f"vision.{i}":
                 now = outcome(c, now)
-    through = now
+    through = now if geometry.fold == 1 else float(n)  # what is folded is folded from the whole raster
     if geometry.unmade:  # every patch that is left may keep the new-line token of its row
         now = sum(now * (1 - share) + n * share * min(1.0, width * now / n) for share, width in geometry.unmade) / len(
             geometry.unmade

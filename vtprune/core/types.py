@@ -4,7 +4,7 @@ tokens, K kept tokens, C channels."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -68,6 +68,8 @@ class Geometry:
         traits: what else methods may need: ``class_token`` in front of the patches, decoder ``layers`` that can be
             copied.
         rasters: those that one unit of a budget is made of, if it has several.
+        fold: the side of the square of patches that become one visual token behind the tower; stages in it see such
+            squares as tokens.
         unmade: for each shape an image may have, the share of new-line tokens among its visual tokens and how many
             patches each of them stands behind. A stage in the tower cannot drop them: they leave with the last patch of
             their row.
@@ -92,6 +94,7 @@ class Geometry:
     refuses: Mapping[str, str] = field(default_factory=dict)
     traits: frozenset[str] = frozenset({"layers"})
     rasters: tuple[tuple[int, int], ...] = ()
+    fold: int = 1
     unmade: tuple[tuple[float, float], ...] = ()
 
 
@@ -163,10 +166,11 @@ class Projections:
     """Queries, keys and values of one vision block, prefix tokens first.
 
     Attributes:
-        q, k, v: ``[B, H, P + N, d]``.
+        q, k, v: ``[B, H, P + N * group, d]``.
         scale: of the logits.
         prefix: P.
-        bias: what the block adds to its logits, ``[B, 1, 1, P + N]``.
+        bias: what the block adds to its logits, ``[B, 1, 1, P + N * group]``.
+        group: patches that each of the view's N tokens is made of (:attr:`Geometry.fold`); they stand together.
     """
 
     q: Tensor
@@ -175,6 +179,44 @@ class Projections:
     scale: float
     prefix: int
     bias: Tensor | None = None
+    group: int = 1
+
+    def __getitem__(self, rows: Tensor) -> Projections:
+        """Those of the images ``rows``."""
+        bias = None if self.bias is None else self.bias[rows]
+        return replace(self, q=self.q[rows], k=self.k[rows], v=self.v[rows], bias=bias)
+
+    def first(self, tokens: int) -> Projections:
+        """Those of the first ``tokens`` of each image."""
+        n = self.prefix + tokens * self.group
+        bias = None if self.bias is None else self.bias[..., :n]
+        return replace(self, q=self.q[:, :, :n], k=self.k[:, :, :n], v=self.v[:, :, :n], bias=bias)
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """``values`` ``[B, N * group]`` of patches as means over those of each token that are seen, ``[B, N]``; 0 where
+        none is."""
+        if self.group == 1:
+            return values
+        values = values.unflatten(1, (-1, self.group))
+        if self.bias is None:
+            return values.mean(2)
+        seen = self._seen(self.bias).unflatten(1, (-1, self.group))
+        return torch.where(seen, values, 0).sum(2) / seen.sum(2).clamp_min(1)
+
+    def keys(self) -> Tensor:
+        """``[B, H, N, d]``: the keys of the view's tokens; of one that is made of several patches their mean."""
+        keys = self.k[:, :, self.prefix :]
+        return keys if self.group == 1 else keys.unflatten(2, (-1, self.group)).mean(3)
+
+    def real(self, valid: Tensor) -> Tensor:
+        """``[B, P + N * group]`` bool: which rows are no padding, from the view's ``valid`` ``[B, N]``, and seen."""
+        valid = valid.repeat_interleave(self.group, 1)
+        if self.group > 1 and self.bias is not None:
+            valid = valid & self._seen(self.bias)
+        return torch.cat([valid.new_ones(len(valid), self.prefix), valid], 1)
+
+    def _seen(self, bias: Tensor) -> Tensor:
+        return bias[:, 0, 0, self.prefix :] > -torch.inf
 
 
 @dataclass(frozen=True)

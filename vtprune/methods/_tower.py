@@ -24,7 +24,7 @@ class TowerScored(Method):
     site: str = option(
         "auto",
         "where it decides: 'tower' (behind the last block that is used, on its features), 'projector' (on projected "
-        "features, the tower's scores noted), 'auto': the tower where stages can be placed there",
+        "features, the tower's scores noted), 'auto': the tower where stages can be placed on single patches",
         choices=("auto", "tower", "projector"),
     )
 
@@ -56,7 +56,7 @@ class TowerScored(Method):
             raise UnsupportedError(f"{self.info.name}: {geometry.family} has no projector; use site='tower'")
         last, scored = geometry.seen_layers - 1, self.blocks(geometry)
         data = {"blocks": scored}
-        if self.site == "projector" or not inside:
+        if self.site == "projector" or not inside or (self.site == "auto" and geometry.fold > 1):
             notes = [Cut(site=f"vision.{i}", action=Action.NOTE) for i in scored]
             return (*notes, Cut(site="projector", keep=keep, data=data))
         notes = [Cut(site=f"vision.{i}", action=Action.NOTE) for i in scored if i < last]
@@ -82,7 +82,7 @@ def class_attention(view: TokenView) -> Tensor:
     t = view.source("projections")
     bias = None if t.bias is None else t.bias[:, 0, 0]
     found = kernels.query_scores(t.q[:, :, :1], t.k, scale=t.scale, bias=bias)
-    return found[:, p:] * view.valid
+    return t.per_token(found[:, p:]) * view.valid
 
 
 def received_attention(view: TokenView) -> Tensor:
@@ -91,11 +91,12 @@ def received_attention(view: TokenView) -> Tensor:
     t, p = projections(view), view.prefix
     windows = view.source("windows") if "windows" in view.sources else None
     if windows is not None:
-        return _within(t, windows)
-    real = torch.cat([view.valid.new_ones(len(view.valid), p), view.valid], 1)
+        return t.per_token(_within(t, windows, t.real(view.valid))) * view.valid
+    real = t.real(view.valid)
     weight = real.to(torch.float32) / real.sum(1, keepdim=True)
     bias = None if t.bias is None else t.bias[:, 0, 0]
-    return kernels.query_scores(t.q, t.k, scale=t.scale, weight=weight, bias=bias)[:, p:] * view.valid
+    found = kernels.query_scores(t.q, t.k, scale=t.scale, weight=weight, bias=bias)
+    return t.per_token(found[:, p:]) * view.valid
 
 
 def projections(view: TokenView) -> Projections:
@@ -103,13 +104,13 @@ def projections(view: TokenView) -> Projections:
     return view.source("projections", **({"windows": True} if "windows" in view.sources else {}))
 
 
-def _within(t: Projections, windows: Tensor) -> Tensor:
+def _within(t: Projections, windows: Tensor, real: Tensor) -> Tensor:
     """``[B, N]``: the attention received of blocks in which the patches of each of the ``windows`` ``[B, W, m]`` (-1:
-    padding) see each other, and no patch is in two."""
+    padding) see each other, and no patch is in two; mean over the ``real`` ones ``[B, N]``."""
     (b, w, m), n = windows.shape, t.k.shape[2]
     at, there = windows.clamp_min(0).flatten(1), (windows >= 0).flatten(0, 1)
     q, k = (rows(x.transpose(1, 2).flatten(2), at).view(b * w, m, *x.shape[1::2]).transpose(1, 2) for x in (t.q, t.k))
-    weight = there.to(torch.float32) / n
+    weight = there.to(torch.float32) / real.sum(1).repeat_interleave(w)[:, None]
     bias = torch.zeros_like(weight).masked_fill(~there, -torch.inf)
     found = kernels.query_scores(q, k, scale=t.scale, weight=weight, bias=bias)  # [B W, m]
     received = found.new_zeros(b, n + 1)  # the last one takes the padding

@@ -51,7 +51,7 @@ class ApET(Method):
     site: str = option(
         "auto",
         "where the first stage is: 'tower' (behind the last block that is used), 'projector', 'auto': the tower where "
-        "stages can be placed there",
+        "stages can be placed on single patches",
         choices=("auto", "tower", "projector"),
     )
     layer: int | None = option(
@@ -66,7 +66,7 @@ class ApET(Method):
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
         assert keep is not None
-        inside = "vision" in geometry.provides
+        inside = "vision" in geometry.provides and (geometry.fold == 1 or self.site == "tower")
         if self.site == "tower" and not inside:
             raise UnsupportedError(
                 f"apet: site='tower' merges tokens in the tower, where {geometry.family} has no stages; use "

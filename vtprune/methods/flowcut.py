@@ -118,7 +118,7 @@ class FlowCut(Method):
     def _score(self, view: TokenView, query: str) -> tuple[Tensor, Tensor]:
         """Class attention ``[B, N]`` and the block's score ``[B, N]``, both zero on padding."""
         t, p = view.source("projections"), view.prefix
-        real = torch.cat([view.valid.new_ones(len(view.valid), p), view.valid], dim=1)  # [B, P + N]
+        real = t.real(view.valid)
         if query == "class":
             q, v = t.q[:, :, 0], t.v[:, :, 0]
         else:
@@ -134,7 +134,7 @@ class FlowCut(Method):
         scores = kernels.flow_scores(
             q, v, t.k, t.v, scale=t.scale, value_scale=t.scale if paper else 1.0, bias=bias, value_seen=seen
         )
-        attention, similar, strength = (s[:, p:] * view.valid for s in scores)
+        attention, similar, strength = (t.per_token(s[:, p:]) * view.valid for s in scores)
         if self.semantic == "none":
             return attention, attention * strength
         score = attention / attention.sum(1, keepdim=True) + similar / similar.sum(1, keepdim=True)

@@ -137,11 +137,7 @@ class PiToMe(Method):
             raise UnsupportedError(
                 "merging needs the same number of tokens in every image; the stage before it kept different numbers"
             )
-        metric = (
-            view.features
-            if cut.data["metric"] == "hidden"
-            else view.source("projections").k[:, :, view.prefix :].mean(1)
-        )
+        metric = view.features if cut.data["metric"] == "hidden" else view.source("projections").keys().mean(1)
         r = view.features.shape[1] - (cut.keep or 0)
         selection = (
             bipartite(metric, view, r)

@@ -67,7 +67,7 @@ class PruMerge(TowerScored):
 
     def score(self, view: TokenView, cut: Cut) -> Tensor:
         """``[B, N, 1 + C]``: attention, then the keys of all heads."""
-        keys = wide(projections(view).k)[:, :, view.prefix :].transpose(1, 2).flatten(2)
+        keys = wide(projections(view).keys()).transpose(1, 2).flatten(2)
         attention = class_attention(view) if self.heads == "mean" else joined_attention(view)
         return torch.cat([attention[..., None].to(keys.dtype), keys], -1)
 
@@ -207,4 +207,4 @@ def joined_attention(view: TokenView) -> Tensor:
     logits = (q[:, :, None] * k).sum((1, 3)) * q[0].numel() ** -0.5
     if t.bias is not None:
         logits = logits + t.bias[:, 0, 0]
-    return logits.softmax(-1)[:, p:] * view.valid
+    return t.per_token(logits.softmax(-1)[:, p:]) * view.valid

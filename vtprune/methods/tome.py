@@ -66,7 +66,7 @@ class ToMe(Method):
         return tuple(cuts)
 
     def select(self, view: TokenView, cut: Cut) -> Selection:
-        keys = view.source("projections").k[:, :, view.prefix :].mean(1)
+        keys = view.source("projections").keys().mean(1)
         return bipartite(keys, view, view.features.shape[1] - (cut.keep or 0), official=self.order == "official")
 
 

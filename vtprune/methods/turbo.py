@@ -85,7 +85,7 @@ class Turbo(ToMe):
         return tuple(cuts)
 
     def select(self, view: TokenView, cut: Cut) -> Selection:
-        keys = view.source("projections").k[:, :, view.prefix :].mean(1)
+        keys = view.source("projections").keys().mean(1)
         attention = class_attention(view) if cut.data["attention"] == "class" else received_attention(view)
         return bipartite(
             keys,

@@ -57,7 +57,7 @@ class VisionZip(TowerScored):
 
     def score(self, view: TokenView, cut: Cut) -> Tensor:
         """``[B, N, 1 + d]``: class attention, then the key."""
-        keys = wide(projections(view).k)[:, :, view.prefix :].mean(1)
+        keys = wide(projections(view).keys()).mean(1)
         return torch.cat([class_attention(view)[..., None].to(keys.dtype), keys], -1)
 
     def choose(self, view: TokenView, scores: list[Tensor], cut: Cut) -> Selection:

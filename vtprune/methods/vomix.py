@@ -86,7 +86,7 @@ class VoMix(Method):
             raise UnsupportedError(
                 "mixing needs the same number of tokens in every image; the stage before it kept different numbers"
             )
-        keys = view.source("projections").k[:, :, view.prefix :].mean(1)
+        keys = view.source("projections").keys().mean(1)
         b, n, _ = keys.shape
         r = max(n - max(cut.keep or 0, 1), 0)
         identity = torch.arange(n, device=keys.device).repeat(b, 1)
