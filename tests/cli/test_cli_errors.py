@@ -206,6 +206,7 @@ def loaded(module: str) -> bool:
     return find_spec(module) is not None
 
 
+@pytest.mark.ci
 def test_recipe_files_say_what_they_mean_in_utf_8(tmp_path):
     """Also where the locale's encoding is another."""
     recipe = vtprune.Recipe(name="größer", stages=(vtprune.Stage(method="uniform", keep=3),), source="二")

@@ -380,6 +380,7 @@ def test_phone_and_dark(seat, pictures, name, context):
     one.shot(name)
 
 
+@pytest.mark.ci
 def test_two_users_get_their_own_answers(seat, pictures):
     users = [seat(), seat()]
     for one, (path, question, _) in zip(users, pictures, strict=True):
@@ -394,6 +395,7 @@ def test_two_users_get_their_own_answers(seat, pictures):
     assert pictures[0][2] in titles[0] and pictures[1][2] in titles[1] and pictures[0][2] != pictures[1][2]
 
 
+@pytest.mark.ci
 def test_what_cannot_be_answered_gets_a_message(desk, pictures, tmp_path):
     path, question, dense = pictures[0]
     Image.new("L", (10000, 10000)).save(tmp_path / "large.png")

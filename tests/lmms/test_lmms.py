@@ -133,6 +133,7 @@ def test_every_recipe_answers_as_the_benchmark_does(bundled, manager, some_metho
     vtprune.attach(bundled[0], "random").remove()  # the recipe is out again
 
 
+@pytest.mark.ci
 def test_abilities_are_metrics_of_their_own(bundled, manager):
     out, _ = evaluated(plugin(bundled, batch_size=8), manager, ["scenes"])
     part = questions("scenes")

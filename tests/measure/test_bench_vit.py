@@ -73,6 +73,7 @@ def images(bench):
     return bench.pixels([image for _, image in bench.photographs(2)], SIDE)
 
 
+@pytest.mark.ci
 def test_every_method_is_measured_or_refused_with_a_reason(saved):
     result, text = saved
     assert (result["type"], result["version"]) == ("vtprune.Vit", 1)
@@ -84,6 +85,7 @@ def test_every_method_is_measured_or_refused_with_a_reason(saved):
     assert "scikit-learn" in result["versions"] and result["command"].startswith("python benchmarks/vit.py --size 56")
 
 
+@pytest.mark.ci
 def test_markdown_holds_each_row(saved):
     result, text = saved
     for part in ("## Features", "## Digits", "## Speed"):
@@ -108,6 +110,7 @@ def test_the_committed_tables_are_those_of_the_committed_result(bench):
     assert not any(result["full_budget"].values())
 
 
+@pytest.mark.ci
 def test_budgets_are_kept_and_what_cannot_be_reached_says_so(saved):
     result, _ = saved
     tokens = result["tokens"]["photographs"]
@@ -123,6 +126,7 @@ def test_budgets_are_kept_and_what_cannot_be_reached_says_so(saved):
     assert all(mild[m]["effective"] > 0.7 * tokens for m in ("uniform", "random", "tome"))
 
 
+@pytest.mark.ci
 def test_the_figures_follow_from_what_is_saved(bench, saved):
     result, _ = saved
     dense = result["dense"]["digits"]
@@ -153,6 +157,7 @@ def test_the_figures_follow_from_what_is_saved(bench, saved):
     assert seen > 3 * 6
 
 
+@pytest.mark.ci
 def test_the_full_budget_is_dense(bench, saved, images):
     result, text = saved
     assert set(result["full_budget"]) == {row["method"] for row in result["rows"]} and not any(

@@ -22,6 +22,7 @@ def recipe(name: str, *stages) -> Recipe:
     return Recipe(name=name, stages=tuple(Stage(method=m, keep=k, options=o) for m, k, o in stages))
 
 
+@pytest.mark.ci
 def test_rounds_leave_the_better_half(bundled, tmp_path):
     """Three candidates and one that cannot run: it goes at once, the last round asks everything, and the winner is the
     one of the most right answers there."""
