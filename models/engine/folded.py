@@ -186,7 +186,7 @@ class FoldedEngine(PackedEngine):
     ):
         super().__init__(tower, cuts, ledger, seed=seed, done=done)
         self.proportional = any(c.cut.proportional for c in cuts)
-        if any(c.cut.inside for c in cuts):
+        if self.proportional or any(c.cut.inside for c in cuts):  # the blocks themselves take no mask
             for i, block in enumerate(tower.blocks):
                 self._compose(block, i, ledger, [c for c in cuts if c.cut.site == f"vision.{i}" and c.cut.inside])
         for module in tower.readers:
@@ -301,7 +301,8 @@ class FoldedEngine(PackedEngine):
         sizes = self.proportional and run.merges
         if not sizes and run.whole:
             return None
-        bias = run.size.clamp_min(1).log() if sizes else torch.zeros_like(run.size)
+        size = run.size.to(torch.promote_types(x.dtype, torch.float32))
+        bias = size.clamp_min(1).log() if sizes else torch.zeros_like(size)
         bias = bias.masked_fill(~run.valid, -torch.inf).to(x.dtype)
         return bias.repeat_interleave(run.group, 1)[:, None, None]
 

@@ -217,6 +217,33 @@ def test_tome_over_squares_in_a_fixed_tower_equals_a_slow_transcription():
         compared(run, g, behind[g][place], left, slots)
 
 
+@pytest.mark.parametrize("family", ["qwen2-vl", "gemma3"])
+def test_sizes_count_in_the_attention_wherever_the_merge_falls(family):
+    """PiToMe's form for CLIP towers merges behind a block, not inside it."""
+    model, inputs = moulds.tiny(family, next(iter(ADAPTERS.get(family).tiny)))
+    logits = []
+    for proportional in (False, True):
+        with (
+            vtprune.attach(model, "pitome", keep=0.5, variant="hf-clip", proportional=proportional),
+            torch.no_grad(),
+        ):
+            logits.append(model(**inputs).logits)
+    assert float((logits[0] - logits[1]).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize(("family", "variant"), PAIRS)
+def test_scores_of_squares_are_those_that_notes_have(family, variant, tiny):
+    """Attention received within windows and rasters, of padded batches too: what HiPrune keeps behind the last block is
+    what it keeps behind the projector by the notes of single patches."""
+    model, inputs = tiny(family, variant)
+    kept = []
+    for site in ("tower", "projector"):
+        with vtprune.attach(model, "hiprune", keep=0.5, site=site) as handle, torch.no_grad():
+            model(**inputs)
+            kept.append(handle.report().stages[-1].kept)
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+
+
 def test_notes_of_images_of_several_sizes_are_their_own(tiny):
     """EvoCut follows each image through the blocks: what it noted in one is found again in the next."""
     model, inputs = tiny("mistral3", "pixtral")
