@@ -524,7 +524,7 @@ def test_a_block_that_mistreats_its_rotary_table_is_refused(tiny, monkeypatch):
 
     for module, name, family, variant in (
         (timm_vit, "_eva_attend", "timm-vit", "dinov3"),
-        (hf_vit, "_attend", "hf-vit", "dinov3"),
+        (hf_vit, "attend", "hf-vit", "dinov3"),
     ):
         model, _ = tiny(family, variant)
         right = getattr(module, name)
@@ -1156,7 +1156,7 @@ def test_weights_stored_in_integers(tiny, monkeypatch):
     from vtprune.models.parts import hf_vit
 
     model, _ = tiny("hf-vit", "clip")
-    monkeypatch.setattr(hf_vit, "_feed", lambda block, x: x)
+    monkeypatch.setattr(hf_vit, "feed", lambda block, x: x)
     with pytest.raises(vtprune.UnsupportedError, match="off"):
         vtprune.attach(model.train(), "tome", r=3)
     assert all(m.training for m in model.modules())
