@@ -86,6 +86,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="(default %(default)s)")
     parser.add_argument("--cpu-time", action="store_true", help="one thread's CPU time, on a machine that others use")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds that do not count (default %(default)s)")
+    parser.add_argument("--methods", default="random,uniform", help="(default %(default)s)")
     parser.add_argument("--depth", type=int, default=32, help="blocks (default %(default)s)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -107,9 +109,9 @@ def main() -> int:
         "again": lambda: limit(pixels, grid),
     }
     rows = []
-    for name in ("random", "uniform"):
+    for name in args.methods.split(","):
         with torch.no_grad(), vtprune.attach(whole, name, keep=KEEP, site=f"vision.{behind}"):
-            rows.append({"method": name, "ms": rounds(sides, args.rounds, device, warmup=1)})
+            rows.append({"method": name, "ms": rounds(sides, args.rounds, device, warmup=args.warmup)})
         print(json.dumps(rows[-1]), flush=True)
     command = " ".join(["benchmarks/tower.py", *sys.argv[1:]])
     told = {"command": command, "behind": behind, "environment": environment(whole), "rows": rows}
