@@ -28,6 +28,7 @@ from .description import PackedTower
 from .packed import PackedEngine, PackedRun, within
 from .packing import CACHED, PackedRaster, Packing
 from .run import Run
+from .tower_replays import in_backward
 
 AGAIN = (
     "gradient checkpointing runs blocks of this tower again in the backward pass, where tokens that were dropped in it "
@@ -201,7 +202,7 @@ class FoldedEngine(PackedEngine):
         check = super()._enterer(block, caught)
 
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            if self.run is None and torch._C._current_graph_task_id() != -1:
+            if self.run is None and in_backward():
                 raise UnsupportedError(AGAIN)
             check(module, args, kwargs)
             run = self.run

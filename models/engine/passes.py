@@ -99,7 +99,7 @@ class Passes:
             tokens, grid = len(squares), self.grid
         run = Run.start(pixels.shape[0], tokens, pixels.device)
         run.grid = run.cells = grid
-        run.fold, run.squares = self.tower.fold, squares
+        run.fold, run.squares = 1 if self.folded else self.tower.fold, squares
         if self.cuts and torch.is_grad_enabled():
             run.decided = {}
         self.run = run

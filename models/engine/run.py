@@ -78,7 +78,7 @@ class Run:
         slots: per block, ``slot`` behind it.
         notes: the decisions, each as a call that makes its record.
         noted: by stage and site, what a method noted of every original token, ``[G, N, ...]``; NaN where it was gone.
-        fold: the side of the square of tokens that become one behind the tower.
+        fold: the side of the square of tokens that become one behind the tower; 1 where tokens are such squares.
         squares: where a token is such a square itself: the places of its patches in the raster of patches, ``[N,
             fold^2]``. They stand together while the blocks run, and behind the last one in the raster's order again,
             with zeros for what is gone.
@@ -265,13 +265,13 @@ class Run:
 
     def handed_over(self, g: int) -> int:
         """How many visual tokens image ``g`` becomes behind the tower, before any is dropped."""
-        return self.tokens if self.squares is not None else self.tokens // self.fold**2
+        return self.tokens // self.fold**2
 
     def noted_behind(self, stage: int, site: str) -> Sequence[Tensor]:
         """Per image the notes of the tokens behind the tower, ``[N / fold^2, ...]``: of those folded into one, their
         mean."""
         table = self.noted[stage, site]
-        if self.fold == 1 or self.squares is not None:
+        if self.fold == 1:
             return table.unbind()
         assert self.grid is not None
         rows, columns = (n // self.fold for n in self.grid)

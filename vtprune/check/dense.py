@@ -42,20 +42,26 @@ def _hide_in_tower(ledger: UndoLedger, c: Case, passes: list[tuple[Any, int]]) -
     blocks = c.adapter.masked_modules()
     if c.adapter.tower_mask is None:
         raise Skip("this tower's blocks take no mask, so nothing can be hidden from the dense model")
-    gone = torch.zeros(len(passes), run.tokens, dtype=torch.bool)
-    squares = None if run.squares is None else run.squares.flatten().cpu().argsort()
-    per_block = []
-    for i in range(len(blocks)):
-        for j, (each, g) in enumerate(passes):
-            for record in each.records:
+    per_block = _gone(passes, len(blocks))
+    if run.squares is not None:  # patches in the raster's order
+        order = run.squares.flatten().cpu().argsort()
+        per_block = [gone.repeat_interleave(run.group, 1)[:, order] for gone in per_block]
+    form = getattr(c.adapter, "mask_form", None)
+    hide_in_tower(ledger, blocks, c.adapter.tower_mask, c.geometry.prefix, per_block, form)
+
+
+def _gone(passes: list[tuple[Any, int]], blocks: int) -> list[Tensor]:
+    """Of each of so many blocks which tokens ``[passes, N]`` the ones before it dropped."""
+    gone, out = torch.zeros(len(passes), passes[0][0].tokens, dtype=torch.bool), []
+    for i in range(blocks):
+        for j, (run, g) in enumerate(passes):
+            for record in run.records:
                 if record.site == f"vision.{i - 1}":
                     gone = gone.clone()
                     gone[j] = True
                     gone[j, record.kept[g]] = False
-        # patches in the raster's order
-        per_block.append(gone if squares is None else gone.repeat_interleave(run.group, 1)[:, squares])
-    form = getattr(c.adapter, "mask_form", None)
-    hide_in_tower(ledger, blocks, c.adapter.tower_mask, c.geometry.prefix, per_block, form)
+        out.append(gone)
+    return out
 
 
 def _rows_gone(passes: list[tuple[Any, int]], blocks: int) -> Callable[[Packing], list[Tensor]]:
@@ -67,13 +73,8 @@ def _rows_gone(passes: list[tuple[Any, int]], blocks: int) -> Callable[[Packing]
         alike = [run for run in runs if run.seen.starts == packing.starts]
         run = next((r for r in alike if all(r is not u for u in used)), alike[0])
         used.append(run)
-        gone, out = torch.zeros(run.places.shape[:2], dtype=torch.bool), []
-        for i in range(blocks):
-            for record in run.records:
-                if record.site == f"vision.{i - 1}":
-                    gone = torch.ones_like(gone)
-                    for row, kept in zip(gone, record.kept, strict=True):
-                        row[kept] = False
+        out = []
+        for gone in _gone([(run, g) for g in range(run.images)], blocks):
             rows = run.places.cpu()[gone].flatten()
             out.append(torch.zeros(packing.starts[-1], dtype=torch.bool).index_fill(0, rows[rows >= 0], True))
         return out
