@@ -1,6 +1,6 @@
 """Hugging Face SmolVLM, SmolVLM2 and Idefics3: tiles of one size, pixel shuffle in the ``connector``, Llama text.
 
-Text tokens stand between the tiles of an image as they do between images, so the inputs do not tell where one ends:
+Text tokens stand between the tiles of an image as they do between images:
 budgets are per tile (a video's frame is one) or per sample. Pixel shuffle folds several patches into one visual token,
 so stages in the tower work on such squares, of whole tiles. Of a tile that is partly hidden (``pixel_attention_mask``)
 the tower sees the upper left corner alone: notes of patches travel behind the connector as the mean over those of a
@@ -9,7 +9,9 @@ token that it saw.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -118,6 +120,16 @@ class SmolVLM(Mllm):
             sizes = torch.stack([rows, columns], 1).tolist()
         return Packing([in_corner(r, c, whole, self.fold) for r, c in sizes], pixels.device, batched=True)
 
+    def parts(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[RasterSpan]]:
+        """Tiles are told from whole images by the token in front of them: that of an image's small version, which is
+        the last of a prompt's rasters, of a whole image and of a video's frame is the same, each tile has another."""
+        out = []
+        for row, sample in zip(ids, super().parts(ids, inputs), strict=True):
+            ahead = [int(row[int(p.columns[0]) - 1]) if int(p.columns[0]) else -1 for p in sample]
+            number = accumulate([0, *(a == ahead[-1] for a in ahead[:-1])])
+            out.append([replace(p, image=n) for p, n in zip(sample, number, strict=bool(sample))])
+        return out
+
     def slice_(self, inputs: dict[str, Any], samples: list[list[RasterSpan]], b: int) -> dict[str, Any]:
         """The tiles of sample ``b``: pixels are ``[B, n, 3, H, W]``, and tiles of zeros only fill up."""
         tiles = [len(sample) for sample in samples]
@@ -157,7 +169,7 @@ def _tiny(kind: str) -> tuple[nn.Module, dict[str, Any]]:
         image_token_id=3,
         scale_factor=2,
     )
-    prompts = tiny_prompts([[(3, 16)] * 3, [(3, 16)]])
+    prompts = tiny_prompts([[(3, 16)] * 3, [(3, 16)]], opening=7)
     pixels = torch.randn(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     pixels[1, 1:] = 0
     mask = torch.ones(2, 3, 32, 32, dtype=torch.long)

@@ -41,6 +41,7 @@ MAY = {
         "vtprune.core.resources",
         "vtprune.kernels",
         "vtprune.kernels.base",
+        "vtprune.kernels.density",
     ),
     "vtprune.models.base": ("vtprune.core.types", "vtprune.core.registry", "vtprune.core.ledger", "vtprune.models"),
     "vtprune.models.engine*": ("vtprune.core.*", "vtprune.kernels*", "vtprune.models.base"),

@@ -119,6 +119,7 @@ class Cuts:
                 **self._notes(call, planned, candidates),
             },
             rasters=tuple(u.rasters for u in request.units),
+            frames=tuple(u.frames for u in request.units),
         )
 
     @staticmethod

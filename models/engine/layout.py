@@ -61,11 +61,14 @@ class BudgetGroup:
         sample: whose.
         columns: positions in the sequence, ascending, ``[n]``.
         rasters: rows and columns of those it is made of.
+        frames: tokens of each frame of a video, of each image where a unit has several, without what the tower did not
+            make (new lines); empty for an image alone.
     """
 
     sample: int
     columns: Tensor
     rasters: tuple[Grid, ...]
+    frames: tuple[int, ...] = ()
 
 
 def parts(
@@ -133,8 +136,20 @@ def units(samples: list[list[RasterSpan]], per: str, segments: Tensor | None = N
             groups.setdefault(key, []).append(part)
         for g in groups.values():
             columns = g[0].columns if len(g) == 1 else torch.cat([p.columns for p in g])
-            out.append(BudgetGroup(b, columns, tuple(p.grid for p in g)))
+            out.append(BudgetGroup(b, columns, tuple(p.grid for p in g), _frames(g) if per in JOINED else ()))
     return out
+
+
+JOINED = ("video", "sample")  # what a budget of several frames may apply to
+
+
+def _frames(unit: list[RasterSpan]) -> tuple[int, ...]:
+    """Tokens of each frame of a unit (:attr:`BudgetGroup.frames`)."""
+    counts: dict[int, int] = {}
+    for part in unit:
+        counts[part.image] = counts.get(part.image, 0) + len(part.columns) * bool(part.passes)
+    moving = all(part.video >= 0 for part in unit)
+    return tuple(counts.values()) if moving or len(counts) > 1 else ()
 
 
 def present(sample: list[RasterSpan], sources: Tensor, alive: Tensor, held: Tensor | None = None) -> Tensor:

@@ -112,6 +112,7 @@ class Prefill:
         spread = [p.new_zeros(*visual.shape, p.shape[-1]).masked_scatter(visual[..., None], p) for p in planes or ()]
         extra = [p[owner, at] for p in spread]
         seeds, rasters = self.seeds(request), tuple(u.rasters for u in request.units)
+        frames = tuple(u.frames for u in request.units)
         for planned in self.entry:
             grid = (x.shape[1], 1)
             notes = request.notes_of(planned.stage, visual)
@@ -120,7 +121,9 @@ class Prefill:
             }
             sources["origin"] = partial(origin_at, call, run.index)
             sources["text"] = partial(text_at, call, call.level.on(embeds.device), owner[:, 0], dense)
-            view = run.view(x, planned, grid=grid, prefix=0, seed=seeds, sources=sources, rasters=rasters)
+            view = run.view(
+                x, planned, grid=grid, prefix=0, seed=seeds, sources=sources, rasters=rasters, frames=frames
+            )
             if call.held is not None:
                 at = columns.gather(1, run.index.clamp_min(0))
                 view = replace(view, protected=call.held.to(embeds.device)[owner, at] & run.valid)

@@ -161,6 +161,7 @@ class Run:
         seed: Seed,
         sources: dict[str, Callable],
         rasters: tuple = (),
+        frames: tuple = (),
     ) -> TokenView:
         return TokenView(
             features=features,
@@ -174,6 +175,7 @@ class Run:
             memory=self.memory.setdefault(planned.stage, {}),
             sources=sources,
             rasters=rasters,
+            frames=frames,
             known=self._present()[1:],
         )
 

@@ -14,6 +14,7 @@ from vtprune.models.engine.host import cache_of, held
 from vtprune.models.engine.layout import units
 
 from ..core.ledger import UndoLedger, snapshot
+from ..core.planning import applies_to
 from ..core.types import VtpruneError
 from ..methods.base import OWN_BUDGETS
 from .case import Case, attention_mask, behind_tower, positioned
@@ -271,8 +272,10 @@ def _wanted(c: Case, keep: int, total: list[int]) -> list[int]:
     if not c.mllm:
         return [min(keep, n) for n in total]
     out = [0] * len(total)
-    for unit in units(c.adapter.parts(c.inputs["input_ids"], c.inputs), c.options.get("per") or c.geometry.per[0]):
-        out[unit.sample] += min(keep, len(unit.columns))
+    per = applies_to(c.geometry, c.recipe, c.options.get("per"))
+    for unit in units(c.adapter.parts(c.inputs["input_ids"], c.inputs), per):
+        whole = c.infos[-1].video and not unit.frames  # images
+        out[unit.sample] += len(unit.columns) if whole else min(keep, len(unit.columns))
     return out
 
 

@@ -37,7 +37,7 @@ class _Walk:
         order: the cuts as (stage, number within it), as they fall.
         most, least: tokens of an image when the next cut decides.
         aside: tokens that a routing stage has put aside.
-        reducer: the last method that dropped or merged some.
+        reducer: the last method that dropped or merged some; ``reduced`` the number of its stage, -1: none.
         merger: the last cut that merged, -1: none.
         idle: cuts of a stage that left as many as there were.
         whole_budgets: a stage in the tower keeps a number of tokens, and one of its passes need not be what a budget
@@ -51,6 +51,7 @@ class _Walk:
     least: int = field(init=False)
     aside: int = 0
     reducer: str = ""
+    reduced: int = -1
     merger: int = -1
     idle: dict[int, int] = field(init=False)
     whole_budgets: bool = False
@@ -83,7 +84,7 @@ class _Walk:
             )
         if self._fresh(cut) == 0 and (n == self.first[s] or self.reducer != info.name):
             raise VtpruneError(f"{info.name} at {cut.site} finds no visual tokens: {self.reducer} has taken them all")
-        if info.whole and self.reducer:
+        if info.whole and self.reduced not in (-1, s):
             raise VtpruneError(
                 f"{info.name} needs the whole raster; it cannot follow {self.reducer}, which drops or merges tokens"
             )
@@ -139,7 +140,7 @@ class _Walk:
         self.whole_budgets |= cut.kind in ("pixels", "vision") and isinstance(wanted, int)
         everything = isinstance(wanted, float) and wanted == 1
         if not (everything if self.geometry.variable else cut.keep >= self.geometry.tokens):
-            self.reducer = info.name
+            self.reducer, self.reduced = info.name, s
             self.merger = n if info.merges else self.merger
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from ..methods.base import Method
-from .planning import budget, for_rasters
+from .planning import budget, for_rasters, frame_grid
 from .recipe import Stage
 from .select import as_mix, from_mask, gather, join, merged, subview
 from .types import NOTE, Cut, Geometry, Mix, Recent, Selection, TokenView, UnsupportedError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Rasters = tuple[tuple[int, int], ...]
+Frames = tuple[int, ...]
 
 
 class Decider:
@@ -26,8 +28,9 @@ class Decider:
 
     def __init__(self, geometry: Geometry, stage: Stage, method: Method, cuts: tuple[Cut, ...], number: int):
         self.geometry, self.stage, self.method, self.cuts, self.number = geometry, stage, method, cuts, number
-        self.plans: Recent[Rasters, Cut] = Recent(256)
-        self.plans[(geometry.grid,)] = cuts[number]
+        self.plans: Recent[tuple[Rasters, Frames], Cut] = Recent(256)
+        self.plans[(geometry.grid,), ()] = cuts[number]
+        self.whole = False  # an image has come to a method of videos
 
     def note(self, view: TokenView) -> Tensor:
         """What the method notes of each token of the view of a tower's pass, ``[B, N]``."""
@@ -71,6 +74,8 @@ class Decider:
         with torch.no_grad():
             if not view.rasters:
                 return self._select(view, self.cuts[self.number])
+            if self.method.info.video:
+                return self._videos(view)
             groups: dict[tuple[Rasters, tuple[int, ...]], list[int]] = {}
             apart = self.method.info.raster and not self.cuts[self.number].joint
             for rasters, rows in self._kinds(view).items():
@@ -87,22 +92,51 @@ class Decider:
                 parts.append((rows, self._rasters(part, cut, rasters, counts) if counts else self._select(part, cut)))
             return join(view, parts)
 
+    def _videos(self, view: TokenView) -> Selection:
+        """The decision of a method of videos: images stay whole. Raises :class:`UnsupportedError` for images of several
+        sizes as the frames of one."""
+        kinds: dict[tuple[Rasters, Frames], list[int]] = {}
+        for row, kind in enumerate(zip(view.rasters, view.frames, strict=True)):
+            kinds.setdefault(kind, []).append(row)
+        shared: dict[Any, Any] = {}
+        parts: list[tuple[list[int], Selection | None]] = []
+        for (rasters, frames), rows in kinds.items():
+            if not frames:
+                if not self.whole:
+                    warnings.warn(
+                        f"{self.method.info.name} prunes videos: images of their own, as this prompt has, stay whole",
+                        stacklevel=2,
+                    )
+                self.whole = True
+                parts.append((rows, None))
+                continue
+            if len(set(frames)) > 1:
+                raise UnsupportedError(
+                    f"{self.method.info.name} compares the frames of a video, and the images of this prompt, taken as "
+                    f"frames, differ in size ({', '.join(map(str, sorted(set(frames))))} tokens)"
+                )
+            part = subview(view, rows, frame_grid(rasters, frames), shared)
+            part = replace(part, frames=(frames,) * len(rows))
+            parts.append((rows, self._select(part, self._cut(rasters, frames))))
+        chosen = join(view, parts)
+        return from_mask(view.valid) if chosen is None else chosen
+
     def _select(self, view: TokenView, cut: Cut) -> Selection | None:
         """The method's decision; where an earlier stage left nothing it is not asked."""
         return self.method.select(view, cut) if view.valid.shape[1] else from_mask(view.valid)
 
-    def _cut(self, rasters: Rasters) -> Cut:
-        """The cut as planned for a unit made of ``rasters``."""
-        if rasters not in self.plans:
-            geometry = for_rasters(self.geometry, rasters)
+    def _cut(self, rasters: Rasters, frames: Frames = ()) -> Cut:
+        """The cut as planned for a unit made of ``rasters``, which are a video of ``frames``."""
+        if (rasters, frames) not in self.plans:
+            geometry = for_rasters(self.geometry, rasters, frames)
             cuts = self.method.plan(geometry, budget(geometry, self.stage, self.method))
             if [c.site for c in cuts] != [c.site for c in self.cuts]:
                 raise UnsupportedError(
                     f"{self.method.info.name} would cut elsewhere for an image of {geometry.tokens} tokens than for "
                     f"one of {self.geometry.tokens}"
                 )
-            self.plans[rasters] = cuts[self.number]
-        return self.plans[rasters]
+            self.plans[rasters, frames] = cuts[self.number]
+        return self.plans[rasters, frames]
 
     @staticmethod
     def _left(view: TokenView, rasters: Rasters, rows: list[int]) -> list[tuple[int, ...]]:

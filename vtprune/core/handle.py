@@ -18,7 +18,7 @@ from .accounts import Accounts, passes_of
 from .composition import Planned, compose
 from .decider import Decider
 from .ledger import UndoLedger, strip
-from .planning import ATTACH_OPTIONS, TARGETS, bind, check_options, for_units, load_recipe, plan
+from .planning import ATTACH_OPTIONS, TARGETS, applies_to, bind, check_options, for_units, load_recipe, plan_for
 from .recipe import Recipe
 from .report import Report
 from .solve import solve
@@ -82,17 +82,17 @@ def put(
         proof(adapter.geometry.family)
         if target:
             chosen = solve(model, chosen, **target, **extra)
-        geometry = for_units(adapter.geometry, extra.get("per"))
-        for sentence in compose(geometry, plan(geometry, chosen)):
+        geometry = for_units(adapter.geometry, applies_to(adapter.geometry, chosen, extra.get("per")))
+        for sentence in compose(geometry, plan_for(adapter.geometry, chosen, extra.get("per"))):
             warnings.warn(sentence, stacklevel=level)
         return Handle(model, chosen, adapter, **extra)
 
 
-def _check_tower_budgets(geometry: Geometry, stages: Sequence[Planned], per: str | None) -> None:
+def _check_tower_budgets(geometry: Geometry, stages: Sequence[Planned], per: str) -> None:
     """Raises :class:`VtpruneError` for numbers of tokens where a pass of the tower is not what they apply to."""
     for stage, method, cuts in stages:
         inside = any(c.kind in ("pixels", "vision") and c.action is not Action.NOTE for c in cuts)
-        tiles = "tile" in geometry.per and (per or geometry.per[0]) != "tile"
+        tiles = "tile" in geometry.per and per != "tile"
         if inside and tiles and isinstance(stage.keep, int):
             raise VtpruneError(
                 f"{method.info.name} works in the vision tower, which sees one tile at a time: keep= takes a "
@@ -115,7 +115,8 @@ class Handle:
         per: str | None = None,
     ):
         self.recipe, self.geometry, self.adapter = recipe, adapter.geometry, adapter
-        stages = plan(for_units(adapter.geometry, per), recipe)
+        per = applies_to(adapter.geometry, recipe, per)
+        stages = plan_for(adapter.geometry, recipe, per)
         check_options(adapter.geometry, positions=positions, seed=seed, per=per)
         _check_tower_budgets(adapter.geometry, stages, per)
         self._ledger = UndoLedger()
@@ -146,9 +147,7 @@ class Handle:
         # each thread's most recent prefill
         self._threads: WeakKeyDictionary[threading.Thread, Any] = WeakKeyDictionary()
         try:
-            adapter.install(
-                planned, self._ledger, self, positions=positions, per=per or adapter.geometry.per[0], seed=seed
-            )
+            adapter.install(planned, self._ledger, self, positions=positions, per=per, seed=seed)
         except BaseException:
             self._ledger.undo()
             raise

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtprune.models.base import ADAPTERS
 
-from ..methods.base import Method, make
+from ..methods.base import METHODS, Method, make
 from .composition import ORDER, Planned, compose
 from .recipe import Recipe, Stage, resolve
 from .recipes import RECIPES
@@ -61,17 +61,50 @@ def load_recipe(recipe: str | os.PathLike | Recipe) -> Recipe:
     return RECIPES.get(text)
 
 
+def applies_to(geometry: Geometry, recipe: Recipe, per: str | None) -> str:
+    """What budgets apply to: ``per``, or the model's default; with methods of videos all frames of one, where the model
+    reads images alone all those of a prompt. Raises :class:`UnsupportedError` where such a method cannot have that."""
+    video = next((s.method for s in recipe.stages if METHODS.get(s.method).video), None)
+    if video is None:
+        return per or geometry.per[0]
+    joined = [name for name in ("video", "sample") if name in geometry.per]
+    if not joined or not geometry.llm_layers:
+        raise UnsupportedError(
+            f"{video} compares the frames of a video, and {geometry.family} ({geometry.arch}) sees one image at a time"
+        )
+    if per not in (None, *joined):
+        raise UnsupportedError(
+            f"{video} compares the frames of a video, so its budget is for all of them: "
+            f"per={' or '.join(map(repr, joined))}, not {per!r}"
+        )
+    return per or joined[0]
+
+
 def for_units(geometry: Geometry, per: str | None) -> Geometry:
     """``geometry`` as budgets see it: where several rasters may share one, the size of none of them bounds it."""
     several = per in ("sample", "video") or ((per or geometry.per[0]) == "image" and "tile" in geometry.per)
     return replace(geometry, variable=True) if several else geometry
 
 
-def for_rasters(geometry: Geometry, rasters: tuple[tuple[int, int], ...]) -> Geometry:
-    """``geometry`` of a unit that is made of these ``rasters``."""
+def for_rasters(geometry: Geometry, rasters: tuple[tuple[int, int], ...], frames: tuple[int, ...] = ()) -> Geometry:
+    """``geometry`` of a unit that is made of these ``rasters``, which are a video of these ``frames`` (tokens of
+    each)."""
     n, one = sum(r * c for r, c in rasters), len(rasters) == 1
     grid = rasters[0] if one else (n, 1)
-    return replace(geometry, tokens=n, grid=grid, rasters=() if one else rasters, variable=True)
+    if frames:
+        grid = frame_grid(rasters, frames)
+    return replace(geometry, tokens=n, grid=grid, rasters=() if one else rasters, frames=len(frames), variable=True)
+
+
+def frame_grid(rasters: tuple[tuple[int, int], ...], frames: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of each of a video's ``frames``; where one is made of several ``rasters``, they are one row."""
+    rows, columns = rasters[0]
+    return (rows, columns) if rows * columns == frames[0] else (1, frames[0])
+
+
+def plan_for(geometry: Geometry, recipe: Recipe, per: str | None) -> list[Planned]:
+    """:func:`plan` for a model of this ``geometry`` whose budgets apply to ``per`` (:func:`applies_to`)."""
+    return plan(for_units(geometry, applies_to(geometry, recipe, per)), recipe)
 
 
 def plan(geometry: Geometry, recipe: Recipe) -> list[Planned]:

@@ -141,7 +141,7 @@ def subview(view: TokenView, rows: Sequence[int], grid: tuple[int, int], shared:
     """The images ``rows`` of ``view``, without padding that they do not need. What sources compute for all images goes
     through ``shared``."""
     if len(rows) == len(view.valid):
-        return replace(view, grid=grid, rasters=())
+        return replace(view, grid=grid, rasters=(), frames=())
     at = torch.tensor(rows, device=view.valid.device)
     width = int(view.valid[at].sum(1).max())
 
@@ -170,6 +170,7 @@ def subview(view: TokenView, rows: Sequence[int], grid: tuple[int, int], shared:
         protected=view.protected[at, :width],
         grid=grid,
         rasters=(),
+        frames=(),
         seed=view.seed if isinstance(view.seed, int) else tuple(view.seed[r] for r in rows),
         memory=view.memory.setdefault(str(rows), {}),
         sources={name: only(name, source) for name, source in view.sources.items()},

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vtprune.models.engine.layout import units
+
 from ..methods.base import METHODS, OWN_BUDGETS
 from . import cost
-from .planning import bind, check_options, for_units, load_recipe, plan
+from .planning import applies_to, bind, check_options, for_rasters, for_units, load_recipe, plan
 from .recipe import Recipe
 from .types import Action, Cut, Geometry, VtpruneError
 
@@ -146,6 +148,7 @@ class _Image:
 
 def _image(adapter: Any, recipe: Recipe, inputs: dict[str, Any] | None, per: str | None) -> _Image:
     """The first sample of ``inputs``; without any, a typical image."""
+    per = applies_to(adapter.geometry, recipe, per)
     geometry = for_units(adapter.geometry, per)
     if inputs is None or not geometry.llm_layers:
         return _Image(geometry, adapter.cost)
@@ -158,6 +161,9 @@ def _image(adapter: Any, recipe: Recipe, inputs: dict[str, Any] | None, per: str
     passes = max(sum(len(p.passes) for p in samples[0]), 1)
     unmade = _unmade(adapter, recipe, inputs, samples)
     own = replace(geometry, tokens=visual, grid=(visual, 1), unmade=unmade)
+    (unit, *others) = units(samples[:1], per)
+    if unit.frames and not others:  # one video
+        own = replace(for_rasters(geometry, unit.rasters, unit.frames), unmade=unmade)
     return _Image(own, adapter.cost, text, passes)
 
 

@@ -68,6 +68,7 @@ class Geometry:
         traits: what else methods may need: ``class_token`` in front of the patches, decoder ``layers`` that can be
             copied.
         rasters: those that one unit of a budget is made of, if it has several.
+        frames: those of one unit of a budget, if it is a video; ``grid`` is then that of each.
         fold: the side of the square of patches that become one visual token behind the tower; stages in it see such
             squares as tokens.
         unmade: for each shape an image may have, the share of new-line tokens among its visual tokens and how many
@@ -94,6 +95,7 @@ class Geometry:
     refuses: Mapping[str, str] = field(default_factory=dict)
     traits: frozenset[str] = frozenset({"layers"})
     rasters: tuple[tuple[int, int], ...] = ()
+    frames: int = 0
     fold: int = 1
     unmade: tuple[tuple[float, float], ...] = ()
 
@@ -262,6 +264,9 @@ class TokenView:
         sources: lazily computed extras, by the names in :attr:`MethodInfo.needs`.
         rasters: per image, those it is made of (tiles, rows with new-line tokens, frames of a video) where they are not
             one ``grid``. A method is called once per kind of image.
+        frames: per unit of a budget the tokens of each frame, if it is a video, in front of what belongs to no frame.
+            Methods of videos (:attr:`MethodInfo.video`) are given videos alone, of as many tokens in every frame;
+            ``grid`` is then that of a frame.
         known: a mask and the fewest and most tokens of an image in it, where that is known without asking the device
             (see :attr:`extent`).
     """
@@ -277,6 +282,7 @@ class TokenView:
     memory: dict[str, Any] = field(default_factory=dict)
     sources: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     rasters: tuple[tuple[tuple[int, int], ...], ...] = ()
+    frames: tuple[tuple[int, ...], ...] = ()
     known: tuple[Tensor, int, int] | None = field(default=None, repr=False)
 
     def noted(self, site: str) -> Tensor:

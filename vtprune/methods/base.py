@@ -50,7 +50,8 @@ class MethodInfo:
         draws: it draws at random, so that the seed matters.
         budgeted: ``keep`` means anything to it.
         raster: it looks at the image plane, so that an image of several rasters is decided raster by raster.
-        whole: it needs every token of the raster.
+        video: it compares the frames of a video: a budget is for all of them, images stay whole.
+        whole: its first cut needs every token of the raster.
         even: it needs as many tokens in every image.
         carries: it remembers something of each token from cut to cut, which a merge in between would blur.
         elsewhere: options that make it work where its defaults are refused.
@@ -74,6 +75,7 @@ class MethodInfo:
     draws: bool = False
     budgeted: bool = True
     raster: bool = False
+    video: bool = False
     whole: bool = False
     even: bool = False
     carries: bool = False

@@ -20,7 +20,7 @@ from ..check.attach import attach
 from ..core.composition import Planned
 from ..core.handle import Handle
 from ..core.ledger import UndoLedger
-from ..core.planning import for_units, plan
+from ..core.planning import plan_for
 from ..core.recipe import Recipe
 from ..core.types import Geometry, UnsupportedError, VtpruneError
 from .encoded import Encoded, Item, signature
@@ -79,7 +79,7 @@ def check_stages(geometry: Geometry, recipe: Recipe, per: str | None) -> None:
     """Raises :class:`UnsupportedError` for a recipe that does not end before the language model."""
     if not geometry.llm_layers:
         raise UnsupportedError(f"{geometry.family} has no language model to encode for; attach the recipe")
-    stages = plan(for_units(geometry, per), recipe)
+    stages = plan_for(geometry, recipe, per)
     first = next((n for n, (*_, cuts) in enumerate(stages) if any(c.kind == "llm" for c in cuts)), None)
     if first is not None:
         raise UnsupportedError(_inside(stages, first))

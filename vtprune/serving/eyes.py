@@ -91,7 +91,13 @@ class Sizes:
         """The stages of a recipe whose numbers of rows are known beforehand."""
         stages = plan(geometry, recipe)
         for stage, method, cuts in stages:
-            info, read = method.info, {need for cut in cuts for need in method.info.needs.get(cut.kind, ())}
+            info = method.info
+            if info.video:
+                raise UnsupportedError(
+                    f"{info.name} compares the frames of a video, and an engine's encoder is asked for images here: "
+                    "send videos that vtprune has encoded"
+                )
+            read = {need for cut in cuts for need in method.info.needs.get(cut.kind, ())}
             if "text" in read:
                 raise UnsupportedError(
                     f"{info.name} reads the question, which an encoder inside an engine is not given (images are "

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..check.attach import attach
 from ..core.handle import Handle
-from ..core.planning import bind, for_units, plan
+from ..core.planning import bind, plan_for
 from ..core.recipe import Recipe
 from ..core.report import Report
 from ..core.types import VtpruneError
@@ -43,9 +43,9 @@ class Pruner:
     def __init__(self, model: Any, recipes: Mapping[str, Recipe], **options: Any):
         self.model, self.recipes, self.options = model, dict(recipes), options
         self.handle: Handle | None = None
-        self.geometry = for_units(bind(model).geometry, options.get("per"))
+        self.geometry = bind(model).geometry
         for recipe in self.recipes.values():
-            plan(self.geometry, recipe)
+            self._plan(recipe)
 
     @property
     def names(self) -> list[str]:
@@ -67,8 +67,12 @@ class Pruner:
         recipe = self.recipes[name]
         if keep is not None:
             recipe = recipe.override(keep=keep)
-        plan(self.geometry, recipe)
+        self._plan(recipe)
         return recipe
+
+    def _plan(self, recipe: Recipe) -> None:
+        """Raises :class:`VtpruneError` for what cannot be attached."""
+        plan_for(self.geometry, recipe, self.options.get("per"))
 
     def run(self, request: Asked, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``function(*args, **kwargs)`` with the request's recipe attached. Never in two threads at once."""
