@@ -1,5 +1,5 @@
-"""Clustering by density peaks with nearest neighbours (DPC-KNN: Rodriguez and Laio, Science 344, 2014; Du, Ding and Jia,
-2016), as methods of videos use it within frames. Plain PyTorch: frames are small, and nothing here is fused."""
+"""Clustering by density peaks with nearest neighbours (DPC-KNN: Rodriguez and Laio, Science 344, 2014; Du, Ding and
+Jia, 2016), as methods of videos use it within frames. Plain PyTorch: frames are small, and nothing here is fused."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def nearest(x: Tensor, centres: Tensor) -> Tensor:
 
 @torch.no_grad()
 def closest(x: Tensor, groups: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-    """``[B, N, G]``: how far each of the tokens ``x`` ``[B, N, C]`` is from the nearest member of each of the ``groups``
-    ``[B, G, A, C]``, of which only those that are ``there`` ``[B, G, A]`` count, and which one that is."""
+    """``[B, N, G]``: how far each of the tokens ``x`` ``[B, N, C]`` is from the nearest member of each of the
+    ``groups`` ``[B, G, A, C]``, of which only those that are ``there`` ``[B, G, A]`` count, and which one that is."""
     b, g, a, _ = groups.shape
     to, out = groups.flatten(1, 2), []
     for part in x.split(max(CHUNK // (b * g * a), 1), 1):

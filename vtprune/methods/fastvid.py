@@ -133,8 +133,8 @@ class FastVID(Method):
             torch.cat([weight, shared], 1),
         )
         # in reports a token stands with the most similar of the anchors that it went into
-        closest = distance.masked_fill(~joins, torch.inf).argmin(-1, keepdim=True)
-        home = torch.where(joins.any(-1), place.gather(2, closest)[..., 0], -1)
+        first = distance.masked_fill(~joins, torch.inf).argmin(-1, keepdim=True)
+        home = torch.where(joins.any(-1), place.gather(2, first)[..., 0], -1)
         home = torch.cat([home, home.new_full((b, n - f * p), -1)], 1)
         return replace(merged(kept, torch.where(kept, every, home)), mix=mix)
 
