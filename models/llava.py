@@ -11,7 +11,7 @@ from torch import nn
 from ..core.ledger import UndoLedger
 from ..core.types import Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
-from .engine.description import LLM, PROJECTOR, TOWER
+from .engine.description import LLM, PROJECTOR, RESIZE, TOWER
 from .engine.tower import TowerEngine
 from .parts import hf_vit
 from .parts.mllm import Mllm
@@ -77,7 +77,7 @@ class Llava(Mllm):
             notes=TOWER if self.used else frozenset(),
             seen_layers=self.used,
             provides={
-                "pixels": frozenset(),
+                "pixels": RESIZE,
                 **({"vision": TOWER} if self.used else {}),
                 "projector": PROJECTOR,
                 "llm": LLM,

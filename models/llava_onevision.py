@@ -2,13 +2,13 @@
 tiles, several images whole, video frames.
 
 Large images and video frames are interpolated behind the projector, so stages inside the tower are for images that are
-not; others are refused.
+not; others are refused. Notes taken in the tower are interpolated with a video's frames.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -52,13 +52,63 @@ class LlavaOnevision(LlavaNext):
 
     def sources(self, inputs: dict[str, Any], samples: list[list[RasterSpan]]) -> list[Tensor]:
         maps = [self.packed(size, tiled) for size, tiled in self.tiles(self.noted(inputs))]
-        if any(p.video >= 0 for sample in samples for p in sample) or any(bool((m != m.round()).any()) for m in maps):
+        if any(bool((m != m.round()).any()) for m in maps):
             raise UnsupportedError(
-                "LLaVA-OneVision interpolates video frames and large images behind the projector, where no token is "
-                "one of the tower's any more: what a stage drops, merges or notes in the tower has no place there; use "
-                "one that works at the projector or in the language model alone, or an image that fits its tiles"
+                "LLaVA-OneVision interpolates large images behind the projector, where no token is one of the tower's "
+                "any more: what a stage drops, merges or notes in the tower has no place there; use one that works at "
+                "the projector or in the language model alone, or an image that fits its tiles"
             )
-        return super().sources(inputs, samples)
+        still = [[p for p in sample if p.video < 0] for sample in samples]
+        images = super().sources(inputs, still)
+        return [self._with_videos(sample, made) for sample, made in zip(samples, images, strict=True)]
+
+    def _with_videos(self, sample: list[RasterSpan], images: Tensor) -> Tensor:
+        """Per visual token of a ``sample`` the tower's token it was made of, that of the largest weight in a video's
+        frame; ``images``: those of its images alone, counted over them."""
+        rows, start, at, shift = [], 0, 0, 0
+        for part in sample:
+            n = len(part.columns)
+            if part.video < 0:
+                mine = images[at : at + n]
+                rows.append(torch.where(mine >= 0, mine + shift, -1))
+                at += n
+            elif part.passes:
+                tokens, weight = self.pooled
+                rows.append(tokens.gather(1, weight.argmax(1, keepdim=True))[:, 0] + start)
+                shift += sum(part.passes)
+            else:
+                rows.append(torch.full((n,), -1))
+            start += sum(part.passes)
+        return torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
+
+    @cached_property
+    def pooled(self) -> tuple[Tensor, Tensor]:
+        """Of which of a frame's tokens each of those behind the pooling is a weighted mean, and the weights, ``[n, m]``
+        each: what the model's own pooling makes of each token alone."""
+        n = self.geometry.tokens
+        one = torch.eye(n, dtype=torch.float64)[None]  # [1, tokens, channels]: a channel for each
+        table = self.model.model.apply_pooling(one)[0]  # [pooled, tokens]
+        most = int((table != 0).sum(1).max())
+        weight, tokens = table.topk(most, dim=1)
+        return tokens, weight
+
+    def blends(self, inputs: dict[str, Any], samples: list[list[RasterSpan]]) -> list[tuple[Tensor, Tensor] | None]:
+        made = self.sources(inputs, samples)
+        return [self._blend(sample, sources) for sample, sources in zip(samples, made, strict=True)]
+
+    def _blend(self, sample: list[RasterSpan], sources: Tensor) -> tuple[Tensor, Tensor] | None:
+        if not any(p.video >= 0 for p in sample):
+            return None
+        own, weights = self.pooled
+        tokens, weight = sources[:, None].repeat(1, own.shape[1]), torch.zeros(len(sources), own.shape[1]).double()
+        weight[:, 0] = 1
+        at = start = 0
+        for part in sample:
+            here, at = slice(at, at + len(part.columns)), at + len(part.columns)
+            if part.video >= 0 and part.passes:
+                tokens[here], weight[here] = own + start, weights
+            start += sum(part.passes)
+        return tokens, weight
 
     def slice_(self, inputs: dict[str, Any], samples: list[list[RasterSpan]], b: int) -> dict[str, Any]:
         out: dict[str, Any] = {}

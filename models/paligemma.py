@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.ledger import UndoLedger
 from ..core.types import Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
-from .engine.description import LLM, PROJECTOR, TOWER
+from .engine.description import LLM, PROJECTOR, RESIZE, TOWER
 from .engine.layout import RasterSpan
 from .engine.tower import TowerEngine
 from .parts import hf_vit
@@ -51,7 +51,7 @@ class PaliGemma(Mllm):
             notes=TOWER,
             seen_layers=v.num_hidden_layers,
             provides={
-                "pixels": frozenset(),
+                "pixels": RESIZE,
                 "vision": TOWER,
                 "projector": PROJECTOR,
                 "llm": LLM,

@@ -20,7 +20,7 @@ from ..core.ledger import UndoLedger
 from ..core.types import Geometry
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
 from .engine.composed import noise_for
-from .engine.description import TOWER, WINDOWED, PackedTower
+from .engine.description import PIXEL_BLOCKS, TOWER, WINDOWED, PackedTower
 from .engine.folded import packed_engine
 from .engine.layout import Raster, RasterSpan, per_sample, some
 from .engine.packed import PackedEngine
@@ -59,8 +59,8 @@ def folded(family: str, config: Any, *, windows: bool = False) -> Geometry:
         notes=WINDOWED if windows else TOWER,
         seen_layers=config.vision_config.depth,
         llm_layers=config.text_config.num_hidden_layers,
-        provides={"vision": WINDOWED if windows else TOWER, **BEHIND},
-        refuses={"pixels": "the processor chooses the image's size: set its max_pixels"},
+        provides={"pixels": PIXEL_BLOCKS, "vision": WINDOWED if windows else TOWER, **BEHIND},
+        refuses={"resize": "the processor chooses the image's size: set its max_pixels"},
         fold=config.vision_config.spatial_merge_size,
         per=("image", "video", "sample"),
         variable=True,
@@ -132,6 +132,7 @@ class QwenVL(Mllm):
             feed=_feed,
             sample=_sample,
             readers=list(getattr(self.tower, "deepstack_merger_list", ())),
+            pixels=self._pixels,
         )
 
     def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> PackedEngine:
@@ -144,6 +145,11 @@ class QwenVL(Mllm):
             return None
         rasters = [in_squares(h, w, self.fold, self.window) for t, h, w in grids.tolist() for _ in range(t)]
         return Packing(rasters, pixels.device)
+
+    def _pixels(self, inputs: dict[str, Any]) -> Tensor:
+        embed = self.tower.patch_embed
+        rows = inputs["hidden_states"].view(-1, embed.in_channels, embed.temporal_patch_size, embed.patch_size**2)
+        return rows[:, :, 0]
 
     def images(self, inputs: dict[str, Any]) -> Iterator[list[Raster]]:
         return self._rasters(inputs.get("image_grid_thw"))

@@ -89,7 +89,14 @@ class Calls:
             return inputs
         call.tokens, call.parts = ids, self.decoder.parts(ids, inputs)
         call.told = partial(self.decoder.sources, inputs, call.parts)
-        call.sources = call.told() if self.tower or self.noting else []
+        if self.tower or self.noting:
+            call.sources, call.blends = call.told(), self.decoder.blends(inputs, call.parts)
+        if self.tower and any(blend is not None for blend in call.blends):
+            raise UnsupportedError(
+                f"{type(self.decoder.root).__name__} interpolates videos behind the projector, where no token is one "
+                "of the tower's any more: what a stage drops or merges in the tower has no place there; use one that "
+                "works at the projector or in the language model"
+            )
         call.encoded = self.decoder.encoded(inputs)
         call.segments = prompts_in_rows(inputs, call)
         if inputs.get("labels") is not None:

@@ -17,6 +17,8 @@ from .request import EncoderCall
 TOWER = frozenset({"projections", "prefix"})
 WINDOWED = TOWER | {"windows"}  # where some blocks attend within windows
 PROJECTOR = frozenset({"text", "origin"})
+RESIZE = frozenset({"resize"})  # in front of a tower that takes images of any size
+PIXEL_BLOCKS = frozenset({"pixel_blocks"})  # in front of one whose processor cuts images into blocks
 PLAIN = frozenset({"queried", "text", "states", "origin"})
 LLM = PLAIN | {"query_attention", "keys"}
 
@@ -32,6 +34,8 @@ class Decoder:
         visual: ``visual(input_ids)``: a bool mask of the placeholders ``[B, T]``.
         parts: ``parts(input_ids, inputs)``: what the placeholders stand for.
         sources: ``sources(inputs, parts)``: which of the tower's tokens each was made of.
+        blends: ``blends(inputs, parts)``: per sample, of which of them each is a weighted mean (tokens and weights
+            ``[n, m]``), ``None`` where each is one.
         kinds: each layer's attention type.
         window: of the sliding layers.
         rotary: ``rotary(x, ids, kind)``: the rotary table of other positions.
@@ -55,6 +59,9 @@ class Decoder:
     pairs: bool = False
     first_position: int = 0
     core: Any = None
+    blends: Callable[[dict[str, Any], list[list[RasterSpan]]], list[tuple[Tensor, Tensor] | None]] = (
+        lambda inputs, parts: [None] * len(parts)
+    )
     encoded: Callable[[dict[str, Any]], dict[str, EncoderCall]] = lambda inputs: {}
 
     def window_of(self, number: int) -> int | None:
@@ -140,6 +147,8 @@ class PackedTower:
         feed: ``feed(block, x)``: the second one.
         sample: ``sample(block)``: an input of a block, and its keywords, by which one made of its halves is compared.
         readers: modules that read the rows between blocks.
+        pixels: ``pixels(inputs)``: of a call of the root the pixels of every patch at its step's first moment, as the
+            processor normalised them, ``[S, channels, n]``; those of a visual token follow each other, in raster order.
     """
 
     root: nn.Module
@@ -152,3 +161,4 @@ class PackedTower:
     feed: Callable[[nn.Module, Tensor], Tensor] = unchanged
     sample: Callable[[nn.Module], tuple[Tensor, dict[str, Any]]] | None = None
     readers: Sequence[nn.Module] = ()
+    pixels: Callable[[dict[str, Any]], Tensor] | None = None

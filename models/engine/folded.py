@@ -10,7 +10,7 @@ is gone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
@@ -186,6 +186,7 @@ class FoldedEngine(PackedEngine):
         done: Callable[[Run], None],
     ):
         super().__init__(tower, cuts, ledger, seed=seed, done=done)
+        self.ahead = [c for c in cuts if c.cut.site == "pixels"]
         self.proportional = any(c.cut.proportional for c in cuts)
         if self.proportional or any(c.cut.inside for c in cuts):  # the blocks themselves take no mask
             for i, block in enumerate(tower.blocks):
@@ -193,8 +194,30 @@ class FoldedEngine(PackedEngine):
         for module in tower.readers:
             ledger.before(module, self._read)
 
+    def _open(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        super()._open(module, args, kwargs)
+        if self.ahead and isinstance(self.run, FoldedRun):
+            assert self.tower.pixels is not None
+            self.run.captured["pixels"] = self.tower.pixels(host.arguments(module, args, kwargs))
+
     def _start(self, packing: Packing) -> PackedRun:
         return FoldedRun.begin(packing)
+
+    def _ahead(self, run: FoldedRun, block: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The first block's arguments with what the cuts in front of the tower leave of its rows."""
+        whole, pixels = inputs["hidden_states"], run.captured.pop("pixels")
+        blocks = pixels.unflatten(0, (-1, run.group))  # [tokens of all, group, channels, n]
+        x = whole.reshape(-1, whole.shape[-1])
+        for planned in self.ahead:
+            patches = run.padded(x)
+            begin = torch.tensor(run.seen.starts[:-1], device=run.index.device)[:, None] // run.group
+            mine = partial(blocks.__getitem__, torch.where(run.valid, run.index + begin, 0).to(blocks.device))
+            view = replace(self._tokens(run, planned, block, patches), sources={"pixel_blocks": mine})
+            selection = planned.select(view)
+            if selection is not None:
+                x = self._apply(run, selection, planned, patches, x)
+        run.counts[-1] = run.index  # what the block sees
+        return {**inputs, "hidden_states": x.view(*whole.shape[:-2], *x.shape)}
 
     # one block --------------------------------------------------------------------------------------------------------
 
@@ -209,6 +232,8 @@ class FoldedEngine(PackedEngine):
             assert isinstance(run, FoldedRun)
             inputs = host.arguments(block, args, kwargs)
             inside = within(run.seen, inputs, type(block).__name__)
+            if self.ahead and block is self.tower.blocks[0]:
+                inputs = self._ahead(run, block, inputs)
             inputs = self._shortened(run, inputs, inside) if run.cut else inputs
             assert run.met is not None
             run.meets.append(run.met[inside])

@@ -22,11 +22,13 @@ WHITE = (255, 255, 255)
 
 @dataclass(frozen=True)
 class Piece:
-    """A picture and what to call it (``noun``); ``grid`` is the raster it must lie under, if the pixels tell."""
+    """A picture and what to call it (``noun``); ``grid`` is the raster it must lie under, if the pixels tell; ``film``
+    numbers the video that it belongs to."""
 
     noun: str
     picture: Image.Image
     grid: Grid | None = None
+    film: int | None = None
 
 
 def numbers(values: Any) -> np.ndarray:
@@ -145,9 +147,9 @@ def _videos(processor: Any, inputs: Mapping[str, Any]) -> Iterator[Piece]:
     if "video_grid_thw" in inputs:
         yield from _patches("frame", part, pixels, inputs["video_grid_thw"])
     elif pixels.ndim == 5:  # LLaVA-OneVision: a new-line token ends a video
-        for video in pixels:
-            yield from (Piece("frame", picture(part, frame)) for frame in video)
-            yield Piece("new line", Image.new("RGB", (8, 8), WHITE), (1, 1))
+        for number, video in enumerate(pixels):
+            yield from (Piece("frame", picture(part, frame), film=number) for frame in video)
+            yield Piece("new line", Image.new("RGB", (8, 8), WHITE), (1, 1), number)
     else:
         raise VtpruneError(
             f"{type(part).__name__} gives pixels of {pixels.ndim} dimensions, which cannot be matched with rasters"
@@ -157,13 +159,15 @@ def _videos(processor: Any, inputs: Mapping[str, Any]) -> Iterator[Piece]:
 def _patches(noun: str, part: Any, pixels: np.ndarray, grids: Any) -> Iterator[Piece]:
     """Qwen: rows of ``pixels`` are patches ``[channel, time, y, x]``, in blocks of ``merge_size`` squared; of frames
     that share a step the first is shown."""
-    at, m, p = 0, part.merge_size, part.patch_size
-    for t, h, w in grids.tolist():
+    at, m, p, moving = 0, part.merge_size, part.patch_size, noun == "frame"
+    if moving and part.temporal_patch_size == 2:
+        noun = "frame pair"
+    for number, (t, h, w) in enumerate(grids.tolist()):
         steps = pixels[at : at + t * h * w].reshape(t, h // m, w // m, m, m, -1, part.temporal_patch_size, p, p)[
             :, ..., 0, :, :
         ]
         for step in steps.transpose(0, 5, 1, 3, 6, 2, 4, 7).reshape(t, -1, h * p, w * p):
-            yield Piece(noun, picture(part, step), (h // m, w // m))
+            yield Piece(noun, picture(part, step), (h // m, w // m), number if moving else None)
         at += t * h * w
 
 

@@ -61,6 +61,8 @@ class Request:
         held: visual tokens that must not go, ``[B, T]``; ``None``: none.
         entry: the books of the stages behind the projector.
         sources: per sample, per visual token: which token of its passes of the tower (-1: none).
+        blends: per sample, if its visual tokens are weighted means of the tower's: of which, with which weights, ``[n,
+            m]`` each; ``None``: each is the one in ``sources``.
         vision: per sample, per pass of the tower: where its books are; ``None``: no stage there.
         looked_at: per sample, the tower's passes that notes were taken in; ``None``: there are no notes.
         standing: who stands for whom, since the first merge inside the language model.
@@ -88,6 +90,7 @@ class Request:
     held: Tensor | None = None
     entry: Run | None = None
     sources: list[Tensor] = field(default_factory=list)
+    blends: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
     vision: list[list[tuple[Run, int]]] | None = None
     looked_at: list[list[tuple[Run, int]]] | None = None
     standing: Standing | None = None
@@ -159,9 +162,14 @@ class Request:
         told = next(iter(tables.values()))[0]
         nothing = told.new_full((1, *told.shape[1:]), torch.nan)
         values = []
-        for rows, sources in zip(self.looked_at, self.sources, strict=True):
+        for rows, sources, blend in zip(self.looked_at, self.sources, self.blends, strict=True):
             mine = torch.cat([*(tables[id(run)][g] for run, g in rows), nothing])  # the last one is for -1
-            values.append(mine[sources.to(mine.device)])
+            if blend is None:
+                values.append(mine[sources.to(mine.device)])
+                continue
+            tokens, weight = (t.to(mine.device) for t in blend)
+            weight = weight.to(mine.dtype).view(*weight.shape, *[1] * (mine.ndim - 1))
+            values.append((mine[tokens] * weight).sum(1))
         whole = told.new_full((*visual.shape, *told.shape[1:]), torch.nan)
         whole[visual.to(told.device)] = torch.cat(values)
         return whole.to(visual.device)[self.owner[:, None], self.table.clamp_min(0)]
@@ -218,7 +226,7 @@ class Call:
         labels: a copy of the caller's, from which positions without a prediction are taken.
         visual: the placeholders, ``[B, T]`` bool.
         parts: per sample, what they stand for.
-        sources: as :attr:`Request.sources`, where a stage looks at the tower.
+        sources, blends: as in :class:`Request`, where a stage looks at the tower.
         told: makes them where none does.
         encoded: by modality, what its encoder did for this forward.
         cache: the caller's.
@@ -250,6 +258,7 @@ class Call:
     visual: Tensor | None = None
     parts: list[list[RasterSpan]] = field(default_factory=list)
     sources: list[Tensor] = field(default_factory=list)
+    blends: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
     told: Callable[[], list[Tensor]] = list
     encoded: dict[str, EncoderCall] = field(default_factory=dict)
     cache: Any = None

@@ -120,6 +120,11 @@ class Mllm:
         sample's passes (-1: none)."""
         return [torch.arange(sum(len(p.columns) for p in sample)) for sample in samples]
 
+    def blends(self, inputs: dict[str, Any], samples: list[list[RasterSpan]]) -> list[tuple[Tensor, Tensor] | None]:
+        """Per sample, where its visual tokens are weighted means of the tower's: of which, with which weights, ``[n,
+        m]`` each; ``None``: each is the one that :meth:`sources` names."""
+        return [None] * len(samples)
+
     def slice_(self, inputs: dict[str, Any], samples: list[list[RasterSpan]], b: int) -> dict[str, Any]:
         """The pixels of sample ``b`` as keywords; by default one row per pass of the tower."""
         passes = [sum(len(p.passes) for p in sample) for sample in samples]
@@ -211,6 +216,7 @@ class Mllm:
             visual=self.visual,
             parts=self.parts,
             sources=self.sources,
+            blends=self.blends,
             kinds=self.kinds(),
             window=getattr(self.lm.config, "sliding_window", None),
             rotary=self.rotary,

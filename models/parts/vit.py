@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...core.ledger import UndoLedger
 from ...core.types import Geometry, Seed, UnsupportedError
 from ..base import PlannedCut
-from ..engine.description import TOWER, Tower
+from ..engine.description import RESIZE, TOWER, Tower
 from ..engine.run import Run
 from ..engine.shapes import Shapes
 from ..engine.tower import TowerEngine
@@ -45,7 +45,7 @@ class BareVit:
             seen_layers=len(tower.blocks),
             provides={
                 "vision": TOWER,
-                **({"pixels": frozenset()} if tower.resize else {}),
+                **({"pixels": RESIZE} if tower.resize else {}),
             },
             traits=frozenset({"class_token"} if class_token else ()),
             variable=tower.variable,

@@ -56,7 +56,7 @@ def _gone(passes: list[tuple[Any, int]], blocks: int) -> list[Tensor]:
     for i in range(blocks):
         for j, (run, g) in enumerate(passes):
             for record in run.records:
-                if record.site == f"vision.{i - 1}":
+                if record.site == (f"vision.{i - 1}" if i else "pixels"):
                     gone = gone.clone()
                     gone[j] = True
                     gone[j, record.kept[g]] = False

@@ -122,7 +122,8 @@ class Accounts:
 
     def _tower(self, run: Run, g: int, layer_tokens: Sequence[int], projected: float) -> int:
         """FLOPs of image ``g`` in the tower and of ``projected`` tokens in the projector."""
-        reduced = run.records and run.records[0].site == "pixels"
+        # (of a tower that folds, every patch is embedded)
+        reduced = run.records and run.records[0].site == "pixels" and self.geometry.fold == 1
         patches = run.records[0].tokens_out[0] if reduced else run.handed_over(g)  # that are embedded
         return cost.vision(self.shapes, 1, patches, layer_tokens, self.inside, projected, run.seen_by(g))
 

@@ -192,28 +192,41 @@ def _paint(canvas: np.ndarray, alpha: np.ndarray, color: np.ndarray, top: int, l
     view += alpha[..., None] * (color - view)
 
 
-def _render(rng: np.random.RandomState, items: tuple[Item, ...]) -> np.ndarray:
-    # Background: muted grey-ish gradient with soft blobs and grain, so that "empty" patches are not all alike.
+def background(rng: np.random.RandomState) -> np.ndarray:
+    """A muted grey-ish gradient with soft blobs, so that "empty" patches are not all alike: float ``[SIZE, SIZE,
+    3]``."""
     base = rng.uniform(105, 160) + rng.uniform(-14, 14, size=3)
     coarse = rng.uniform(-16, 16, size=(7, 7, 1)) + rng.uniform(-5, 5, size=(7, 7, 3))
     grid = np.linspace(0, 5.999, SIZE)
     i0, frac = grid.astype(int), (grid % 1)[:, None, None]
     rows = coarse[i0] * (1 - frac) + coarse[i0 + 1] * frac
     frac = (grid % 1)[None, :, None]
-    canvas = base + rows[:, i0] * (1 - frac) + rows[:, i0 + 1] * frac
-    for item in items:
-        left, top = int(item.box[0]) - 1, int(item.box[1]) - 1
-        right, bottom = math.ceil(item.box[2]) + 1, math.ceil(item.box[3]) + 1
-        top, left = max(top, 0), max(left, 0)
-        y, x = np.mgrid[top : min(bottom, SIZE), left : min(right, SIZE)] + 0.5
-        color = np.array(COLORS[item.color], float) + rng.uniform(-9, 9, size=3)
-        if item.kind != "sign":
-            (cx, cy), r = item.center, (item.box[2] - item.box[0]) / 2
-            d = _distance(item.kind, x - cx, y - cy, r - 0.5, rng.uniform(-0.3, 0.3))
-            _paint(canvas, np.clip(0.5 - d, 0, 1), color, top, left)
-            continue
+    return base + rows[:, i0] * (1 - frac) + rows[:, i0 + 1] * frac
+
+
+def draw(canvas: np.ndarray, item: Item, color: np.ndarray, turn: float = 0.0) -> None:
+    """Paints a shape, turned by ``turn`` radians, or the plate of a sign."""
+    left, top = int(item.box[0]) - 1, int(item.box[1]) - 1
+    right, bottom = math.ceil(item.box[2]) + 1, math.ceil(item.box[3]) + 1
+    top, left = max(top, 0), max(left, 0)
+    y, x = np.mgrid[top : min(bottom, SIZE), left : min(right, SIZE)] + 0.5
+    if item.kind == "sign":
         inside = (x > item.box[0]) & (x < item.box[2]) & (y > item.box[1]) & (y < item.box[3])
         _paint(canvas, inside.astype(float), color, top, left)
+        return
+    (cx, cy), r = item.center, (item.box[2] - item.box[0]) / 2
+    d = _distance(item.kind, x - cx, y - cy, r - 0.5, turn)
+    _paint(canvas, np.clip(0.5 - d, 0, 1), color, top, left)
+
+
+def _render(rng: np.random.RandomState, items: tuple[Item, ...]) -> np.ndarray:
+    canvas = background(rng)
+    for item in items:
+        color = np.array(COLORS[item.color], float) + rng.uniform(-9, 9, size=3)
+        if item.kind != "sign":
+            draw(canvas, item, color, rng.uniform(-0.3, 0.3))
+            continue
+        draw(canvas, item, color)
         ink = rng.uniform(10, 60, size=3)
         for k, char in enumerate(item.text):  # one glyph pixel = 4 x 4 image pixels
             bits = np.array([[row >> (4 - b) & 1 for b in range(5)] for row in _GLYPHS[char]], float)

@@ -18,6 +18,7 @@ from .base import Cut, Method, MethodInfo, register
         paper="baseline",
         idea="resizes the image so that the tower makes fewer tokens",
         kinds=("pixels",),
+        needs={"pixels": frozenset({"resize"})},
         exact=False,
         merges=True,
         cases=({"keep": 0.75}, {"keep": 4}),

@@ -28,7 +28,9 @@ def model_view(processor: Any, image: Image.Image, overview: int = 0) -> Image.I
     return pixels_engine.picture(part, (pixels[0] if pixels.ndim == 5 else pixels)[overview])
 
 
-def views(processor: Any, inputs: Mapping[str, Any], report: Report, sample: int = 0) -> list[Image.Image]:
+def views(
+    processor: Any, inputs: Mapping[str, Any], report: Report, sample: int = 0, *, frames: bool = False
+) -> list[Image.Image]:
     """What lies under each raster of a sample, as the vision tower saw it: an image, each of its tiles, LLaVA-NeXT's
     tiles put together (with a blank column where its new-line tokens are), the frames of a video (Qwen: the first of
     each pair). Their ``info["label"]`` says which: ``"tile 2 of 5"``.

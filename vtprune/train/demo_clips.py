@@ -1,0 +1,321 @@
+"""Trains the bundled VLM's language model on clips (:mod:`vtprune.data.clips`); tower and projector stay as they are.
+
+    python -m vtprune.train.demo_clips cache --out work/clips       # what tower and projector make of the frames, once
+    python -m vtprune.train.demo_clips fit --features work/clips --out models/demo_vlm --minutes 40
+    python -m vtprune.train.demo_clips test --out work/clips.json   # answers of the finished model
+
+As in :mod:`vtprune.train.demo_vlm`, many question-answer pairs share one prefix, here "<s> user :" and the frames, one
+behind the other, and each pair is exactly what the model meets at inference. A cached clip is seen in any order of its
+frames, with new questions each time. Every fourth batch is one of single scenes, so that these are not forgotten. Two
+heads exist in training only: which frame an image token is of, and where in each frame a mentioned object is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data import clips, scenes
+from ..inputs.demo_model import CLIPS, load
+from .demo_model import TOKENS
+from .demo_packing import cell_number
+from .demo_trainee import _block
+
+FRAMES = clips.FRAMES
+AWAY = scenes.CELLS**2  # the class of an object that a frame does not show
+HELD_OUT = 24  # clips of the validation split that are looked at while training
+
+
+class _Named(Protocol):
+    """What both generators' questions have."""
+
+    @property
+    def ability(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+
+
+Places = dict[tuple[str, str], list[int]]  # (colour, shape) -> its cell in each frame, or AWAY
+Row = tuple[Tensor, Sequence[_Named], Places]  # features [F, TOKENS, C], questions, places
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# features
+
+
+@torch.no_grad()
+def cache(out: Path, split: str, start: int, stop: int, shard: int = 25) -> None:
+    """Writes what tower and projector make of clips ``start .. stop`` of ``split`` (``scenes-train``: scenes)."""
+    out.mkdir(parents=True, exist_ok=True)
+    model, processor = load()
+    for lo in range(start, stop, shard):
+        parts = []
+        for i in range(lo, min(lo + shard, stop)):
+            frames = scenes.scene(i).image[None] if split == "scenes-train" else clips.clip(i, split).frames
+            pixels = processor.image_processor(list(frames), return_tensors="pt")["pixel_values"]
+            parts.append(torch.stack(list(model.get_image_features(pixels).pooler_output)))
+        temporary = out / f".{split}-{lo:06d}.tmp"
+        torch.save(torch.stack(parts).half(), temporary)
+        temporary.rename(out / f"{split}-{lo:06d}.pt")
+        print(f"{split} {lo + len(parts)}", flush=True)
+
+
+class Clips:
+    """The cached clips and scenes, drawn from at random; shards that appear meanwhile are taken up."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.rng = folder, np.random.RandomState(seed)
+        self.features: dict[str, dict[int, Tensor]] = {"train": {}, "val": {}, "scenes-train": {}}
+        self.order: dict[str, list[int]] = {"train": [], "scenes-train": []}
+        self.read: set[Path] = set()
+
+    def load(self, split: str) -> dict[int, Tensor]:
+        for path in sorted(set(self.folder.glob(f"{split}-*.pt")) - self.read):
+            first = int(path.stem.rpartition("-")[2])
+            self.read.add(path)
+            self.features[split].update(enumerate(torch.load(path, weights_only=True), first))
+        return self.features[split]
+
+    def draw(self, split: str, count: int) -> list[Row]:
+        order = self.order[split]
+        if len(order) < count:
+            order[:] = list(self.rng.permutation(list(self.load(split))))
+        return [(self.clip if split == "train" else self.scene)(int(order.pop())) for _ in range(count)]
+
+    def clip(self, index: int) -> Row:
+        """A training clip with its frames in any order."""
+        order = self.rng.permutation(FRAMES)
+        tracks = clips.reorder(clips.clip_tracks(index, "train"), order)
+        questions = clips.questions(self.rng, tracks, 6)
+        return self.features["train"][index][torch.from_numpy(order)].float(), self._mixed(questions), _places(tracks)
+
+    def scene(self, index: int) -> Row:
+        s = scenes.scene(index, per_ability=5)
+        places = {(i.color, i.kind): [cell_number(*i.center)] for i in s.items if i.kind != "sign"}
+        return self.features["scenes-train"][index].float(), self._mixed(s.questions), places
+
+    def _mixed(self, questions: Sequence[Any]) -> list[Any]:
+        return [questions[i] for i in self.rng.permutation(len(questions))]
+
+
+def _places(tracks: Iterable[clips.Track]) -> Places:
+    out = {}
+    for t in tracks:
+        items = [t.item(f) for f in range(len(t.boxes))]
+        out[t.color, t.kind] = [AWAY if i is None else cell_number(*i.center) for i in items]
+    return out
+
+
+def pack(rows: Sequence[Row], tokenizer: Any, room: int) -> dict[str, Any]:
+    """A batch of rows with equally many frames: as many pairs as fit into ``room`` tokens behind each prefix."""
+    frames = rows[0][0].shape[0]
+    prefix = 3 + frames * TOKENS
+    n, total = len(rows), prefix + room
+    ids = torch.full((n, total), tokenizer.pad_token_id)
+    labels, group = torch.full((n, total), -100), torch.full((n, total), -1)
+    position = torch.arange(total).repeat(n, 1)
+    mention = torch.full((n, total, FRAMES), -100)
+    kinds: list[list[str]] = [[] for _ in rows]
+    ids[:, :3] = torch.tensor(tokenizer("<s> user :").input_ids)
+    group[:, :prefix] = 0
+    for b, (_, questions, places) in enumerate(rows):
+        at = prefix
+        for q in questions:
+            words = q.text.split()
+            asked = tokenizer(" ".join([*words, "assistant", ":"])).input_ids
+            answer = tokenizer(q.answer).input_ids + [tokenizer.eos_token_id]
+            end = at + len(asked) + len(answer)
+            if end > total:
+                continue
+            kinds[b].append(q.ability)
+            ids[b, at:end] = torch.tensor(asked + answer)
+            labels[b, end - len(answer) : end] = torch.tensor(answer)
+            group[b, at:end] = len(kinds[b])
+            position[b, at:end] = prefix + torch.arange(end - at)
+            for i in range(1, len(words)):
+                cells = places.get((words[i - 1], words[i]))
+                if cells is not None:
+                    mention[b, at + i, : len(cells)] = torch.tensor(cells)
+            at = end
+    same = (group[:, :, None] == group[:, None, :]) | (group[:, None, :] == 0)
+    mask = torch.tril(torch.ones(total, total, dtype=torch.bool)) & same | torch.eye(total, dtype=torch.bool)
+    return {
+        "image": torch.stack([f.flatten(0, 1) for f, *_ in rows]),
+        "ids": ids,
+        "labels": labels[:, prefix:],
+        "group": group[:, prefix:],
+        "mention": mention[:, prefix:],
+        "position": position,
+        "mask": torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)[:, None],
+        "kinds": kinds,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# training
+
+
+class ClipTrainee(nn.Module):
+    """The language model in float32 and the two heads that only training has."""
+
+    def __init__(self, llava: Any, compile: bool = False) -> None:
+        super().__init__()
+        self.lm, self.head = llava.model.language_model, llava.lm_head
+        width = llava.config.text_config.hidden_size
+        self.frame = nn.Linear(width, FRAMES)
+        self.place = nn.Linear(width, FRAMES * (AWAY + 1))
+        self.block = torch.compile(_block) if compile else _block
+
+    def forward(self, b: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits from the last prefix token on, of each image token's frame, and of each later token's places."""
+        prefix = 3 + b["image"].shape[1]
+        x = self.lm.embed_tokens(b["ids"])
+        x = torch.cat([x[:, :3], b["image"], x[:, prefix:]], dim=1)
+        cos, sin = (t[:, None] for t in self.lm.rotary_emb(x, b["position"]))
+        for i, layer in enumerate(self.lm.layers):
+            a, m = layer.self_attn, layer.mlp
+            parts = (layer.input_layernorm, a.q_proj, a.k_proj, a.v_proj, a.o_proj)
+            parts += (layer.post_attention_layernorm, m.gate_proj, m.up_proj, m.down_proj)
+            x = self.block(x, tuple(part.weight for part in parts), cos, sin, b["mask"])
+            if i == 1:
+                frame = self.frame(x[:, 3:prefix])
+            if i == len(self.lm.layers) // 2:
+                place = self.place(x[:, prefix:]).unflatten(-1, (FRAMES, AWAY + 1))
+        out = F.rms_norm(x[:, prefix - 1 :], (x.shape[-1],), self.lm.norm.weight, 1e-6)
+        return self.head(out), frame, place
+
+
+def losses(net: ClipTrainee, b: dict[str, Any]) -> dict[str, Tensor]:
+    """Cross-entropies of a batch: answers, frames of image tokens, places of mentioned objects."""
+    logits, frame, place = net(b)
+    asked, named = b["labels"] != -100, b["mention"] != -100
+    which = torch.arange(frame.shape[1]) // TOKENS
+    return {
+        "answer": F.cross_entropy(logits[:, :-1][asked], b["labels"][asked]),
+        "frame": F.cross_entropy(frame.flatten(0, 1), which.repeat(len(frame))),
+        "place": F.cross_entropy(place[named], b["mention"][named]),
+    }
+
+
+@torch.no_grad()
+def accuracy(net: ClipTrainee, rows: Sequence[Row], tokenizer: Any, size: int = 4) -> dict[str, float]:
+    """Share of pairs whose answer tokens are all the arg-max (teacher forcing), per ability."""
+    hits: dict[str, list[bool]] = {}
+    for lo in range(0, len(rows), size):
+        b = pack(rows[lo : lo + size], tokenizer, 288)
+        right = (net(b)[0][:, :-1].argmax(-1) == b["labels"]) | (b["labels"] == -100)
+        for row, kinds in enumerate(b["kinds"]):
+            for k, kind in enumerate(kinds, 1):
+                hits.setdefault(kind, []).append(bool(right[row][b["group"][row] == k].all()))
+    return {k: round(sum(v) / len(v), 4) for k, v in sorted(hits.items())}
+
+
+def fit(
+    features: Path, out: Path, *, minutes: float, batch: int, room: int, lr: float, seed: int, threads: int
+) -> None:
+    """Trains for ``minutes`` of wall clock and writes ``clips.safetensors`` and ``clips.json`` into ``out`` every 100
+    steps; the learning rate warms up over 30 steps and falls to zero over the last half."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    llava, processor = load()
+    tokenizer, data = processor.tokenizer, Clips(features, seed)
+    net = ClipTrainee(llava, compile=True)
+    optimisers = _optimisers(net, lr)
+    held_out = [
+        (f.float(), c.questions, _places(c.tracks))
+        for i, f in list(data.load("val").items())[:HELD_OUT]
+        for c in (clips.clip(i, "val", per_ability=3),)
+    ]
+    began, step, log, running = time.time(), 0, list[dict[str, Any]](), dict[str, float]()
+
+    def keep() -> None:
+        log.append({"step": step, "seconds": round(time.time() - began), **accuracy(net, held_out, tokenizer)})
+        print(json.dumps(log[-1]), flush=True)
+        facts = {"steps": step, "seconds": round(time.time() - began), "seed": seed, "batch": batch, "room": room}
+        facts |= {"lr": lr, "minutes": minutes, "threads": threads, "torch": torch.__version__, "frames": FRAMES}
+        facts |= {"clips": len(data.features["train"]), "scenes": len(data.features["scenes-train"]), "log": log}
+        save(llava, out, facts)
+
+    while (done := (time.time() - began) / (60 * minutes)) < 1:
+        step += 1
+        rows = data.draw("scenes-train", 2 * batch) if step % 4 == 0 else data.draw("train", batch)
+        rate = lr * min(1.0, step / 30) * min(1.0, (1 - done) / 0.5 + 0.01)
+        for group in (g for o in optimisers for g in o.param_groups):
+            group["lr"] = rate
+        parts = losses(net, pack(rows, tokenizer, room if step % 4 else 192))
+        (parts["answer"] + max(0.0, 1 - done / 0.9) * (0.5 * parts["place"] + 0.1 * parts["frame"])).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        for o in optimisers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        for name, value in parts.items():
+            name = name if step % 4 else f"scenes {name}"
+            running[name] = 0.9 * running.get(name, float(value.detach())) + 0.1 * float(value.detach())
+        if step % 20 == 0:
+            means = " ".join(f"{k} {v:.3f}" for k, v in running.items())
+            print(f"step {step} t {time.time() - began:.0f}s clips {len(data.features['train'])} {means}", flush=True)
+        if step % 100 == 0:
+            keep()
+    keep()
+
+
+def _optimisers(net: ClipTrainee, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the rest."""
+    matrices = [p for p in net.lm.layers.parameters() if p.ndim == 2]
+    held = {id(p) for p in matrices}
+    rest = [p for p in net.parameters() if id(p) not in held]
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def save(llava: Any, out: Path, facts: dict[str, Any]) -> None:
+    """Writes the language model in half precision and how it was made."""
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: tensor.detach().half().contiguous()
+        for name, tensor in llava.state_dict().items()
+        if name.startswith(("model.language_model.", "lm_head."))
+    }
+    save_file(weights, out / f".{CLIPS}.tmp", metadata={"format": "pt"})
+    (out / f".{CLIPS}.tmp").rename(out / CLIPS)
+    (out / CLIPS).with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub = parser.add_subparsers(dest="what", required=True)
+    c = sub.add_parser("cache", help="compute the features of frames")
+    c.add_argument("--out", type=Path, required=True)
+    c.add_argument("--split", choices=("train", "val", "scenes-train"), default="train")
+    c.add_argument("--start", type=int, default=0)
+    c.add_argument("--stop", type=int, default=400)
+    f = sub.add_parser("fit", help="train the language model")
+    f.add_argument("--features", type=Path, required=True)
+    f.add_argument("--out", type=Path, required=True)
+    f.add_argument("--minutes", type=float, default=40.0)
+    f.add_argument("--batch", type=int, default=4, help="clips per step (twice as many scenes)")
+    f.add_argument("--room", type=int, default=256, help="tokens of questions and answers per clip")
+    f.add_argument("--lr", type=float, default=1.2e-3)
+    f.add_argument("--seed", type=int, default=0)
+    f.add_argument("--threads", type=int, default=2)
+    options = vars(parser.parse_args())
+    {"cache": cache, "fit": fit}[options.pop("what")](**options)
+
+
+if __name__ == "__main__":
+    main()
