@@ -90,7 +90,7 @@ class Answerer:
     def answer(
         self,
         side: Side,
-        part: dict[str, Any],
+        parts: list[dict[str, Any]],
         question: str,
         max_new_tokens: int,
         halted: Callable[[], bool],
@@ -99,14 +99,14 @@ class Answerer:
         """One question. ``tell`` gets the text so far with every token; the answer ends when ``halted`` says so."""
         with self.attached(side) as handle:
             asked = meter.clock(self.model.device)()
-            inputs = self.inputs(part, question)
+            inputs = self.inputs(parts, question)
             halt = _Halt(halted)
             streamer = _Tell(self.text, tell)
             out, cost = self.generate(
                 inputs, asked, handle, max_new_tokens, streamer=streamer, stopping_criteria=[halt]
             )
             report = self.report(inputs, handle)
-            views, note = views_or_blank(self.processor, inputs, report)
+            views, note = views_or_blank(self.processor, inputs, report, frames=len(parts) > 1)
         later = cost["new_tokens"] - 1
         return Result(
             side=side,
@@ -126,19 +126,19 @@ class Answerer:
             total_ms=1000 * cost["seconds"],
         )
 
-    def first_token(self, side: Side, part: dict[str, Any], question: str) -> tuple[tuple[float, float], Side]:
+    def first_token(self, side: Side, parts: list[dict[str, Any]], question: str) -> tuple[tuple[float, float], Side]:
         """Seconds of a prefill and to the first token, behind a warm-up; and the side as solved."""
         with self.attached(side) as handle:
             for _ in range(2):  # the first one is the warm-up
                 asked = meter.clock(self.model.device)()
-                _, cost = self.generate(self.inputs(part, question), asked, handle, 1)
+                _, cost = self.generate(self.inputs(parts, question), asked, handle, 1)
             return (cost["prefill"], cost["ttft"]), solved(side, handle)
 
-    def inputs(self, part: dict[str, Any], question: str) -> Any:
+    def inputs(self, parts: list[dict[str, Any]], question: str) -> Any:
         """Model inputs for one question, where the model is."""
         try:
             inputs = chats.prepare_chats(
-                self.processor, [[{"role": "user", "content": [part, chats.text_part(question)]}]]
+                self.processor, [[{"role": "user", "content": [*parts, chats.text_part(question)]}]]
             )
         except VtpruneError:
             raise

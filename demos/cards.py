@@ -19,8 +19,21 @@ MARKS = {True: "✓ right", False: "✗ wrong"}  # a sign and a word, so that no
 
 
 def thumb(result: Result, panel: int = THUMB) -> Image.Image:
-    """The tokens that were left, on the picture that shows all of the image."""
+    """The tokens that were left, on the picture that shows all of the image; of a video on four of its frames."""
+    frames = [i for i, view in enumerate(result.views) if view.info.get("film") is not None]
+    if len(frames) > 1:
+        return _quarters(result, [frames[i * (len(frames) - 1) // 3] for i in range(4)], panel // 2)
     return pictures.kept_picture(result.views[result.overview], result.report, number=result.overview, panel=panel)
+
+
+def _quarters(result: Result, frames: Sequence[int], panel: int) -> Image.Image:
+    """Four frames, two rows of two."""
+    drawn = [pictures.kept_picture(result.views[i], result.report, number=i, panel=panel) for i in frames]
+    w, h = (max(size) for size in zip(*(d.size for d in drawn), strict=True))
+    out = Image.new("RGB", (2 * w + 2, 2 * h + 2), pictures.PAPER)
+    for i, picture in enumerate(drawn):
+        out.paste(picture, (i % 2 * (w + 2), i // 2 * (h + 2)))
+    return out
 
 
 def facts(entry: Entry) -> list[str]:

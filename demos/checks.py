@@ -11,12 +11,13 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from vtprune.core.types import VtpruneError
-from vtprune.inputs import chats, images
+from vtprune.inputs import chats, images, videos
 
 LONGEST_QUESTION = 2000  # characters
 LONGEST_TRUTH = 500
 LARGEST_SIDE = 2048  # pixels of a picture before it goes to the processor
 MOST_NEW_TOKENS = 512
+MOST_FRAMES, FEW_FRAMES = 32, 8  # of a video: for a processor that takes videos, and for one that sees pictures
 Shown = Image.Image | str | os.PathLike  # a picture, or the path of a picture or video
 
 
@@ -55,16 +56,19 @@ def checked_question(text: str | None, processor: Any) -> str:
 
 
 def is_video(path: str | os.PathLike) -> bool:
-    """Told by the file's name."""
-    return (mimetypes.guess_type(os.fspath(path))[0] or "").startswith("video/")
+    """Told by the file's name, or an animated picture. Raises :class:`VtpruneError` for a picture that cannot be
+    read."""
+    film = (mimetypes.guess_type(os.fspath(path))[0] or "").startswith("video/")
+    return film or videos.is_animated(Path(path))
 
 
-def part_of(shown: Shown | None, processor: Any) -> dict[str, Any]:
-    """A message part for :func:`vtprune.inputs.chats.prepare_chats`; pictures are upright, in RGB and at most
-    :data:`LARGEST_SIDE` pixels long.
+def parts_of(shown: Shown | None, processor: Any) -> list[dict[str, Any]]:
+    """Message parts for :func:`vtprune.inputs.chats.prepare_chats`; pictures are upright, in RGB and at most
+    :data:`LARGEST_SIDE` pixels long. A video or an animated picture has at most :data:`MOST_FRAMES` frames, for a
+    processor that takes no videos :data:`FEW_FRAMES` pictures.
 
-    Raises :class:`VtpruneError` for ``None``, for files that cannot be read (:func:`vtprune.inputs.images.open_image`,
-    :func:`vtprune.inputs.chats.video_part`) and for a video where the processor takes none."""
+    Raises :class:`VtpruneError` for ``None`` and for files that cannot be read
+    (:func:`vtprune.inputs.images.open_image`, :func:`vtprune.inputs.videos.read`)."""
     if shown is None:
         raise VtpruneError("choose a picture")
     if isinstance(shown, Image.Image):
@@ -74,13 +78,12 @@ def part_of(shown: Shown | None, processor: Any) -> dict[str, Any]:
             )
         image = ImageOps.exif_transpose(shown).convert("RGB")
     elif is_video(shown):
-        if getattr(processor, "video_processor", None) is None:  # says so before the video is decoded
-            raise VtpruneError(f"{type(processor).__name__} takes no videos")
-        return chats.video_part(Path(shown))
+        most = MOST_FRAMES if videos.takes_videos(processor) else FEW_FRAMES
+        return chats.video_parts(processor, videos.read(Path(shown), most))
     else:
         image = images.open_image(Path(shown))
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))  # leaves smaller ones as they are
-    return chats.image_part(image)
+    return [chats.image_part(image)]
 
 
 def check_length(max_new_tokens: int) -> None:

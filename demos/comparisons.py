@@ -49,11 +49,11 @@ def _fits(seconds: float, rounds: int, limit_s: float) -> bool:
     return not rounds or seconds * (rounds + 1) / rounds <= limit_s
 
 
-def entry(answerer: Answerer, side: Side, part: dict[str, Any], question: str, truth: str | None) -> Entry:
+def entry(answerer: Answerer, side: Side, parts: list[dict[str, Any]], question: str, truth: str | None) -> Entry:
     """The line of ``side``; what cannot run is one with a note."""
     try:
-        result = answerer.answer(side, part, question, run.MAX_NEW_TOKENS, lambda: False, lambda text: None)
-        (prefill, _), _ = answerer.first_token(solved(side, result.recipe), part, question)
+        result = answerer.answer(side, parts, question, run.MAX_NEW_TOKENS, lambda: False, lambda text: None)
+        (prefill, _), _ = answerer.first_token(solved(side, result.recipe), parts, question)
     except VtpruneError as e:
         return Entry(side.name, note=str(e))
     right = None if truth is None else samples.matches(result.answer, truth)

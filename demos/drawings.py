@@ -82,7 +82,7 @@ def picture(question: str, *results: Result) -> Image.Image:
     without sides."""
     if not results:
         raise VtpruneError("a picture needs at least one side")
-    strips = [pictures.token_picture(r.views[r.overview], r.report, 0, number=r.overview) for r in results]
+    strips = [_strip(r) for r in results]
     width = max(640, *(s.width for s in strips))
     blocks: list[Block] = [([(line, 17, pictures.INK) for line in _lines(question, width - 2 * GAP, 17, 6)], None)]
     blocks += [(_side_lines(result, width - 2 * GAP), strip) for result, strip in zip(results, strips, strict=True)]
@@ -98,6 +98,13 @@ def picture(question: str, *results: Result) -> Image.Image:
             y += strip_.height
         y += GAP
     return out
+
+
+def _strip(result: Result) -> Image.Image:
+    """The tokens of every stage: of a picture where all of it is shown, of a video in each frame."""
+    if any(view.info.get("film") is not None for view in result.views):
+        return pictures.sheet(result.views, result.report)
+    return pictures.token_picture(result.views[result.overview], result.report, 0, number=result.overview)
 
 
 def _side_lines(result: Result, width: int) -> list[Line]:

@@ -21,7 +21,7 @@ from vtprune.core.types import Geometry, VtpruneError
 
 from . import TRAINED
 from .answers import Answerer
-from .checks import LONGEST_TRUTH, Shown, check_length, checked_question, part_of, short
+from .checks import LONGEST_TRUTH, Shown, check_length, checked_question, parts_of, short
 from .comparisons import entry, in_turns
 from .results import Entry, Offer, Rounds, Turn
 from .sides import Side
@@ -111,11 +111,11 @@ class Engine:
                 :func:`vtprune.attach` and the processor refuse. Exceptions of the model come as they are.
         """
         check_length(max_new_tokens)
-        asked, part = checked_question(question, self.processor), part_of(shown, self.processor)
-        return self._stream(side, part, asked, max_new_tokens, stop or threading.Event())
+        asked, parts = checked_question(question, self.processor), parts_of(shown, self.processor)
+        return self._stream(side, parts, asked, max_new_tokens, stop or threading.Event())
 
     def _stream(
-        self, side: Side, part: dict[str, Any], question: str, max_new_tokens: int, stop: threading.Event
+        self, side: Side, parts: list[dict[str, Any]], question: str, max_new_tokens: int, stop: threading.Event
     ) -> Iterator[Turn]:
         texts: SimpleQueue[str | None] = SimpleQueue()
         gone, tell = threading.Event(), texts.put  # the job must not hold this generator: dropping it has to end it
@@ -124,7 +124,7 @@ class Engine:
             return stop.is_set() or gone.is_set()
 
         future = self.thread.submit(
-            lambda: None if halted() else self.answerer.answer(side, part, question, max_new_tokens, halted, tell)
+            lambda: None if halted() else self.answerer.answer(side, parts, question, max_new_tokens, halted, tell)
         )
         future.add_done_callback(lambda _: tell(None))
         try:
@@ -167,11 +167,11 @@ class Engine:
             raise VtpruneError(
                 f"two sides and at least one repeat are compared, got {len(sides)} sides and {repeats} repeats"
             )
-        asked, part = checked_question(question, self.processor), part_of(shown, self.processor)
+        asked, parts = checked_question(question, self.processor), parts_of(shown, self.processor)
         halt = stop or threading.Event()
 
         def first_token(side: Side) -> tuple[tuple[float, float], Side]:
-            return self.answerer.first_token(side, part, asked)
+            return self.answerer.first_token(side, parts, asked)
 
         return self.thread.do(lambda: in_turns(first_token, sides, repeats, limit_s, halt), stop)
 
@@ -198,13 +198,13 @@ class Engine:
         Raises :class:`VtpruneError` at once for a question, right answer, picture, budget or share that is not taken.
         """
         short(truth or "", "the right answer", LONGEST_TRUTH)
-        asked, part = checked_question(question, self.processor), part_of(shown, self.processor)
+        asked, parts = checked_question(question, self.processor), parts_of(shown, self.processor)
         Side(None, budget, share, seed=seed)  # says now what is wrong
-        return self._compare(part, asked, share, truth, budget, seed, names, stop or threading.Event())
+        return self._compare(parts, asked, share, truth, budget, seed, names, stop or threading.Event())
 
     def _compare(
         self,
-        part: dict[str, Any],
+        parts: list[dict[str, Any]],
         question: str,
         share: float,
         truth: str | None,
@@ -216,7 +216,7 @@ class Engine:
         for name in (None, *([o.name for o in self.recipes()] if names is None else names)):
             own = name is None or (name == TRAINED and self.trained is not None)
             side = Side(name, "own" if own else budget, share, seed=seed)
-            job = partial(entry, self.answerer, side, part, question, truth)
+            job = partial(entry, self.answerer, side, parts, question, truth)
             line = None if stop.is_set() else self.thread.do(job, stop)
             if line is None:
                 return

@@ -11,7 +11,8 @@ from .base import CHUNK
 
 def distances(x: Tensor) -> Tensor:
     """``[..., P, P]``: squared Euclidean distances of the tokens ``x`` ``[..., P, C]``, divided by C."""
-    return torch.cdist(x, x).square() / x.shape[-1]
+    far = torch.cdist(x, x).square()
+    return (far + far.mT) / (2 * x.shape[-1])  # matrix products round both ways differently, and ties would not tie
 
 
 @torch.no_grad()

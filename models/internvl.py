@@ -120,9 +120,9 @@ def _project(block: Any, caught: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor
     return q, k, v, a.scale
 
 
-def _tiny(text: str) -> tuple[nn.Module, dict[str, Any]]:
+def _tiny(text: str, frames: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """Random; 16 visual tokens a tile: one prompt with an image of two tiles and one of one, one with a single tile;
-    left-padded."""
+    ``frames``: three frames of a video, and two; left-padded."""
     from transformers import InternVLConfig, InternVLForConditionalGeneration, LlamaConfig, Qwen2Config, Qwen3Config
     from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 
@@ -140,8 +140,8 @@ def _tiny(text: str) -> tuple[nn.Module, dict[str, Any]]:
         image_token_id=3,
         image_seq_length=16,
     )
-    prompts = tiny_prompts([[(3, 32), (3, 16)], [(3, 16)]])
-    pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    prompts = tiny_prompts([[(3, 16)] * 3, [(3, 16)] * 2] if frames else [[(3, 32), (3, 16)], [(3, 16)]])
+    pixels = torch.randn(5 if frames else 4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     return tiny_build(InternVLForConditionalGeneration, config), {**prompts, "pixel_values": pixels}
 
 
@@ -155,6 +155,6 @@ ADAPTERS.register(
         ),
         matches=lambda m: named(m, "InternVLForConditionalGeneration") is not None,
         bind=InternVL,
-        tiny={t: partial(_tiny, t) for t in ("qwen2", "qwen3")},
+        tiny={**{t: partial(_tiny, t) for t in ("qwen2", "qwen3")}, "frames": partial(_tiny, "qwen2", True)},
     ),
 )

@@ -152,7 +152,9 @@ def test_the_closest_member_of_a_group_equals_the_loops(chunk: int, monkeypatch:
         for n in range(11):
             for g in range(3):
                 all_ = [
-                    (math.sqrt(apart(x[b, n].tolist(), groups[b, g, a].tolist())), a) for a in range(5) if there[b, g, a]
+                    (math.sqrt(apart(x[b, n].tolist(), groups[b, g, a].tolist())), a)
+                    for a in range(5)
+                    if there[b, g, a]
                 ]
                 if not all_:
                     assert far[b, n, g] == INF
@@ -177,3 +179,12 @@ def test_nan_does_not_stop_it() -> None:
     centres = torch.arange(6).expand(1, 2, 6) == 4
     got = density.nearest(x, centres)
     assert (got == 4).all()
+
+
+def test_distances_are_the_same_both_ways() -> None:
+    """Of more than 25 tokens PyTorch takes a matrix product: two that are nearest to one another are as dense."""
+    x, able = random(1, 40, 8), torch.ones(1, 40, dtype=torch.bool)
+    for dtype in (torch.float64, torch.float32):
+        far = density.distances(x.to(dtype))
+        assert torch.equal(far, far.mT)
+    check_prominence(x[None], able[None], 2)

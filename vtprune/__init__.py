@@ -54,9 +54,15 @@ __all__ = [
 keep_old_names(globals())
 
 
-def load_demo_model(device: str = "cpu", dtype: Any = None) -> tuple[Any, Any]:
+def load_demo_model(device: str = "cpu", dtype: Any = None, clips: bool = False) -> tuple[Any, Any]:
     """The bundled trained VLM: ``(LlavaForConditionalGeneration, LlavaProcessor)``, stock classes, evaluation mode, no
-    network. ``dtype``: float32 by default."""
+    network.
+
+    Args:
+        dtype: float32 by default.
+        clips: with the language model that was trained further on short videos, whose frames are the images of one
+            prompt, one behind the other (``vtprune/data/clips.py``).
+    """
     from vtprune.inputs.demo_model import load
 
-    return load(device, dtype)
+    return load(device, dtype, clips)

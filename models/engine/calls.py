@@ -94,8 +94,8 @@ class Calls:
         if self.tower and any(blend is not None for blend in call.blends):
             raise UnsupportedError(
                 f"{type(self.decoder.root).__name__} interpolates videos behind the projector, where no token is one "
-                "of the tower's any more: what a stage drops or merges in the tower has no place there; use one that "
-                "works at the projector or in the language model"
+                "of the tower's any more: what a stage drops or merges in the tower has no place there; decide "
+                "behind the projector (site='projector' where a method has it) or in the language model"
             )
         call.encoded = self.decoder.encoded(inputs)
         call.segments = prompts_in_rows(inputs, call)

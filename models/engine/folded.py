@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -26,7 +26,7 @@ from . import host
 from .composed import compose
 from .description import PackedTower
 from .packed import PackedEngine, PackedRun, within
-from .packing import CACHED, PackedRaster, Packing
+from .packing import Packing, squares_of
 from .run import Run
 from .tower_replays import in_backward
 
@@ -34,28 +34,6 @@ AGAIN = (
     "gradient checkpointing runs blocks of this tower again in the backward pass, where tokens that were dropped in it "
     "could not be dropped again; train without it, or with stages behind the tower"
 )
-
-
-@lru_cache(maxsize=CACHED)
-def squares_of(raster: PackedRaster) -> tuple[Tensor, Tensor]:
-    """Of a raster's tokens, in raster order: the rows of their patches ``[N, fold^2]``, and which window each is in
-    ``[N]`` (zeros: there are none). Raises :class:`UnsupportedError` where patches are left over."""
-    (rows, columns), (down, across) = raster.grid, raster.tokens
-    high, wide = rows // max(down, 1), columns // max(across, 1)
-    if down * high != rows or across * wide != columns:
-        raise UnsupportedError(
-            f"an image of {rows} x {columns} patches leaves some that become no visual token; stages in the tower need "
-            "images whose sides its squares divide"
-        )
-    patches = torch.arange(rows * columns).view(down, high, across, wide).transpose(1, 2).reshape(-1, high * wide)
-    window = torch.zeros(len(patches), dtype=torch.long)
-    if raster.windows is not None:
-        there = raster.windows >= 0
-        number = torch.arange(len(there))[:, None].expand_as(there)[there]
-        window = torch.empty(rows * columns, dtype=torch.long).index_put((raster.windows[there],), number)[
-            patches[:, 0]
-        ]
-    return raster.place[patches].sort(1).values, window
 
 
 @dataclass

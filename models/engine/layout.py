@@ -61,8 +61,8 @@ class BudgetGroup:
         sample: whose.
         columns: positions in the sequence, ascending, ``[n]``.
         rasters: rows and columns of those it is made of.
-        frames: tokens of each frame of a video, of each image where a unit has several, without what the tower did not
-            make (new lines); empty for an image alone.
+        frames: tokens of each frame of a video, of each image where a unit has several, without what follows the last
+            of them and was not made by the tower (new lines); empty for an image alone.
     """
 
     sample: int
@@ -145,9 +145,10 @@ JOINED = ("video", "sample")  # what a budget of several frames may apply to
 
 def _frames(unit: list[RasterSpan]) -> tuple[int, ...]:
     """Tokens of each frame of a unit (:attr:`BudgetGroup.frames`)."""
+    last = max((i for i, part in enumerate(unit) if part.passes), default=-1)
     counts: dict[int, int] = {}
-    for part in unit:
-        counts[part.image] = counts.get(part.image, 0) + len(part.columns) * bool(part.passes)
+    for part in unit[: last + 1]:
+        counts[part.image] = counts.get(part.image, 0) + len(part.columns)
     moving = all(part.video >= 0 for part in unit)
     return tuple(counts.values()) if moving or len(counts) > 1 else ()
 

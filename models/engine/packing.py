@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core.select import ranks
+from ...core.types import UnsupportedError
 from .layout import Grid
 
 CACHED = 256  # shapes of images whose order is remembered
@@ -69,6 +70,28 @@ def in_squares(rows: int, columns: int, fold: int, window: int | None = None) ->
         counts = number.unique(return_counts=True)[1].tolist()
         inside = torch.nn.utils.rnn.pad_sequence(order.split(counts), batch_first=True, padding_value=-1)
     return PackedRaster((rows, columns), place, len(order), (rows // fold, columns // fold), inside)
+
+
+@lru_cache(maxsize=CACHED)
+def squares_of(raster: PackedRaster) -> tuple[Tensor, Tensor]:
+    """Of a raster's tokens, in raster order: the rows of their patches ``[N, fold^2]``, and which window each is in
+    ``[N]`` (zeros: there are none). Raises :class:`UnsupportedError` where patches are left over."""
+    (rows, columns), (down, across) = raster.grid, raster.tokens
+    high, wide = rows // max(down, 1), columns // max(across, 1)
+    if down * high != rows or across * wide != columns:
+        raise UnsupportedError(
+            f"an image of {rows} x {columns} patches leaves some that become no visual token; stages in the tower need "
+            "images whose sides its squares divide"
+        )
+    patches = torch.arange(rows * columns).view(down, high, across, wide).transpose(1, 2).reshape(-1, high * wide)
+    window = torch.zeros(len(patches), dtype=torch.long)
+    if raster.windows is not None:
+        there = raster.windows >= 0
+        number = torch.arange(len(there))[:, None].expand_as(there)[there]
+        window = torch.empty(rows * columns, dtype=torch.long).index_put((raster.windows[there],), number)[
+            patches[:, 0]
+        ]
+    return raster.place[patches].sort(1).values, window
 
 
 @dataclass(frozen=True, eq=False)

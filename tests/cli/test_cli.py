@@ -159,7 +159,7 @@ def test_run_writes_the_theatre(capsys, vlm, image, tmp_path):
 
 @pytest.mark.parametrize("name", ["kept.png", "kept.html"])
 def test_rasters_that_lie_on_no_picture_cost_no_answer(capsys, vlm, image, tmp_path, monkeypatch, name):
-    def fails(*args):
+    def fails(*args, **how):
         raise vtprune.VtpruneError("nothing true to draw")
 
     monkeypatch.setattr(views, "views", fails)
@@ -218,7 +218,8 @@ def test_bad_images_and_models(capsys, monkeypatch, tmp_path, image):
 
 def test_unknown_commands_list_what_exists(capsys):
     assert "'bench'" in refused(capsys, 2, "evil")
-    assert "--image" in refused(capsys, 2, "run")
+    assert "--question" in refused(capsys, 2, "run")
+    assert "--image" in refused(capsys, 2, "run", "--question", "what")
     assert "METHOD" in refused(capsys, 2, "train")
 
 
@@ -375,6 +376,51 @@ def test_run_on_the_bundled_model(capsys, tmp_path):
     )
     text = capsys.readouterr().out
     assert "answer, pruned" in text and "72 of 144" in text.replace("72.0", "72")
+
+
+def shown(path) -> list[dict]:
+    """The scenes of a page."""
+    return json.loads(html.unescape(re.search("data-scenes='([^']*)'", path.read_text(encoding="utf-8"))[1]))["scenes"]
+
+
+def test_run_on_a_video_shows_its_frames(capsys, tmp_path):
+    """The bundled model takes no videos: their frames are images, and one budget."""
+    frames = [s.picture().resize((168, 168)) for s in samples.scenes_samples(3)]
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:], duration=100)
+    for i, frame in enumerate(frames):
+        frame.save(tmp_path / f"{i}.png")
+    files = [str(tmp_path / f"{i}.png") for i in range(3)]
+    ask = ["run", "--question", "what color is the cross ?", "--recipe", "evs", "--keep", "0.5"]
+    out = tmp_path / "clip.html"
+    assert main.main([*ask, "--video", str(tmp_path / "clip.gif"), "--picture", str(out)]) == 0
+    assert "evs" in (told := capsys.readouterr().out) and "432 -> 216 visual tokens" in told
+    pruned = shown(out)[1]
+    assert [(r["label"], r["film"]) for r in pruned["rasters"]] == [(f"frame {i} of 3", 0) for i in (1, 2, 3)]
+    assert "clip.gif" in out.read_text(encoding="utf-8")
+    assert main.main([*ask, "--video", *files, "--frames", "2", "--picture", str(out)]) == 0
+    assert "288 -> 144 visual tokens" in capsys.readouterr().out and len(shown(out)[1]["rasters"]) == 2
+    several = [word for path in files for word in ("--image", path)]
+    assert main.main([*ask, *several, "--picture", str(out)]) == 0
+    capsys.readouterr()
+    assert [(r["label"], r["film"]) for r in shown(out)[1]["rasters"]] == [(f"image {i} of 3", None) for i in (1, 2, 3)]
+
+
+def test_run_refuses_videos_that_are_none(capsys, vlm, image, tmp_path):
+    picture(1, 20).save(tmp_path / "small.png")
+    picture().save(tmp_path / "moving.gif", save_all=True, append_images=[picture(1)])
+    small, moving = str(tmp_path / "small.png"), str(tmp_path / "moving.gif")
+    for words, code, says in [
+        (["--video", image], 1, "still picture"),
+        (["--video", image, small], 1, "differ in size"),
+        (["--video", image, moving], 1, "a video of its own"),
+        (["--video", str(tmp_path / "gone.mp4")], 1, "no such video file"),
+        (["--video", image, str(tmp_path / "gone.png")], 1, "no such image file"),
+        (["--video", moving, "--image", image], 2, "not allowed with"),
+        (["--image", image, "--image", moving], 1, "moving.gif is animated: give it as --video"),
+        (["--image", image, "--frames", "3"], 1, "--frames is about a --video"),
+        (["--video", moving, "--frames", "0"], 2, "at least 1"),
+    ]:
+        assert says in refused(capsys, code, "run", "--question", "q", *words)
 
 
 def test_a_hub_id_is_asked_for_at_the_hub(monkeypatch, capsys, image):

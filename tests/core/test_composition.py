@@ -156,6 +156,8 @@ REFUSED = [
     ((("random", 0.5, {"site": "vision.0"}), ("flowcut", 6, {})), "both cut at vision.0"),
     ((("tome", 12, {}), ("pitome", 6, {"variant": "deit"})), "both cut at vision.0"),
     ((("random", 0.5, {"site": "vision.01"}),), "does not exist"),
+    # one between them only notes, and looks at no attention
+    ((("holov", 12, {"site": "tower"}), ("mmtok", 8, {}), ("tops", 4, {})), "holov and tops both cut at vision"),
 ]
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vtprune.demos import TRAINED, answers
-from vtprune.demos.checks import part_of
+from vtprune.demos import TRAINED, answers, cards, drawings
+from vtprune.demos.checks import parts_of
 from vtprune.demos.engine import Engine
 from vtprune.demos.results import medians, ratios
 from vtprune.demos.samples import samples
@@ -25,6 +25,7 @@ from fake import FakeProcessor, picture, tiny
 from vtprune.core.ledger import snapshot
 from vtprune.inputs import chats
 from vtprune.measure import samples as samples_module
+from vtprune.show import pictures
 
 LONG = 200  # tokens of an answer that a test stops
 
@@ -330,7 +331,7 @@ def test_the_first_prefill_of_an_attachment_is_in_no_time(long, monkeypatch):
     costs = iter([{"prefill": 9.0, "ttft": 9.5}, {"prefill": 2.0, "ttft": 3.0}])
     monkeypatch.setattr(long.answerer, "generate", lambda *args: (None, next(costs)))
     times, side = long.answerer.first_token(
-        Side("random", "effective", 0.5, seed=4), part_of(picture(), long.processor), "a"
+        Side("random", "effective", 0.5, seed=4), parts_of(picture(), long.processor), "a"
     )
     # solved once
     assert times == (2.0, 3.0) and side.recipe.stages[-1].keep == 8 and side.attach_options() == {"seed": 4}
@@ -524,11 +525,14 @@ def test_odd_pictures_are_read_as_what_they_show(engine, tmp_path):
     Image.new("RGB", (1, 1), "green").save(tmp_path / "dot.png")
     Image.new("RGB", (4000, 1), "white").save(tmp_path / "line.png")
     Image.new("RGB", (5000, 2500), "white").save(tmp_path / "wide.png")
-    read = {p.name: part_of(p, engine.processor)["image"] for p in tmp_path.iterdir()}
+    moving = parts_of(tmp_path / "moving.gif", engine.processor)
+    assert [p["image"].getpixel((5, 5)) for p in moving] == [(255, 0, 0), (0, 0, 255)]
+    (tmp_path / "moving.gif").unlink()
+    read = {p.name: parts_of(p, engine.processor)[0]["image"] for p in tmp_path.iterdir()}
     assert {i.mode for i in read.values()} == {"RGB"}
     values = np.asarray(read["deep.png"])[..., 0].ravel()
     assert (np.abs(values - np.linspace(0, 255, len(values))) <= 1).all()
-    assert read["moving.gif"].getpixel((5, 5)) == (255, 0, 0) and read["palette.png"].getpixel((5, 5)) == (0, 0, 255)
+    assert read["palette.png"].getpixel((5, 5)) == (0, 0, 255)
     r, g, b = read["print.jpg"].getpixel((5, 5))
     assert r > 200 and g < 40 and b < 40
     assert (
@@ -539,12 +543,12 @@ def test_odd_pictures_are_read_as_what_they_show(engine, tmp_path):
     for name in ("dot.png", "line.png", "deep.png"):
         assert last(engine.stream(Side("tome"), tmp_path / name, "what color is it ?")).report.visual_tokens == [144]
     assert (
-        part_of(lying, engine.processor)["image"].size == (20, 30)
-        and part_of(Image.new("RGBA", (3, 3)), engine.processor)["image"].mode == "RGB"
+        parts_of(lying, engine.processor)[0]["image"].size == (20, 30)
+        and parts_of(Image.new("RGBA", (3, 3)), engine.processor)[0]["image"].mode == "RGB"
     )
     with pytest.raises(vtprune.VtpruneError, match="32 bits"):
         Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "real.tif")
-        part_of(tmp_path / "real.tif", engine.processor)
+        parts_of(tmp_path / "real.tif", engine.processor)
 
 
 def test_a_processor_that_refuses_speaks_plainly(engine, monkeypatch):
@@ -575,8 +579,15 @@ def test_videos(engine, tmp_path):
         for i in range(5):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 50 * i, np.uint8), format="rgb24")))
         out.mux(stream.encode())
-    with pytest.raises(vtprune.VtpruneError, match="takes no videos"):
-        engine.stream(Side(), path, "what is it ?")
+    shown = last(engine.stream(Side("evs", "keep", 0.5), path, "what color is it ?", max_new_tokens=2))  # as images
+    assert shown.report.visual_tokens == [5 * 144] and shown.report.stages[-1].tokens_out == [360]
+    assert [v.info["label"] for v in shown.views] == [f"frame {i} of 5" for i in range(1, 6)]
+    strip, card = drawings.picture("what", shown), cards.thumb(shown)
+    assert strip.width == pictures.film_picture(shown.views, shown.report).width > 5 * pictures.FRAME
+    side = card.width // 2 - 1  # four of the frames, the first and the last among them
+    for number, corner in ((0, (0, 0)), (4, (side + 2, side + 2))):
+        drawn = pictures.kept_picture(shown.views[number], shown.report, number=number, panel=cards.THUMB // 2)
+        assert card.crop((*corner, corner[0] + side, corner[1] + side)).tobytes() == drawn.tobytes()
     other = Engine(tiny()[0], VideoProcessor())
     result = last(other.stream(Side("fastv"), path, "a b", max_new_tokens=2))
     assert result.report.visual_tokens == [16] and [v.size for v in result.views] == [(32, 32)]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from vtprune.models.engine.host import cache_of, cached
 import vtprune
 from fake import film, picture, video_model
 from vtprune.cli import main
-from vtprune.inputs import demo_model
+from vtprune.inputs import demo_model, videos
 from vtprune.inputs.chats import prepare
 from vtprune.lmms import errors, one, tasks
 from vtprune.lmms.model import Chat, Simple
@@ -374,6 +375,124 @@ def test_videos_several_images_and_text_share_a_run(tmp_path):
     with pytest.raises(RunError, match="2 of 2 requests") as caught:
         lm.generate_until([request(0), request(1)])
     assert "cannot read the video" in str(caught.value) and "no such video" in lm.failures[1]
+
+
+def moving(path, shades: list[int]) -> str:
+    first, *rest = [Image.new("RGB", (64, 64), (s, 255 - s, 0)) for s in shades]
+    first.save(path, save_all=True, append_images=rest, duration=100)
+    return str(path)
+
+
+def test_every_kind_of_video_is_the_same_video(tmp_path):
+    """What tasks hand out as a video: files, frames, clips of longer ones, readers of other packages."""
+    gif = moving(tmp_path / "a.gif", [0, 100, 200, 250])
+    frames = videos.pictures_of(videos.read(gif))
+    array = videos.read(gif)[0]
+
+    class Reader:
+        def __len__(self):
+            return len(array)
+
+        def __getitem__(self, i):
+            return array[i]
+
+        def get_avg_fps(self):
+            return 10.0
+
+        def get_batch(self, indices):
+            return SimpleNamespace(asnumpy=lambda: array[indices])
+
+    kinds = [
+        {"type": "video", "url": gif},
+        {"type": "image", "url": gif},  # lmms-eval takes a GIF for a picture
+        {"type": "video", "url": frames},
+        {"type": "video", "url": array},
+        {"type": "video", "url": Reader()},
+        {"type": "video", "url": {"path": gif, "video_start": 0.0, "video_end": 0.3}},
+        {"type": "video", "url": {"path": gif, "video_start": 0.0, "video_end": 0.1}},
+    ]
+    lm = plugin(video_model(), recipe="evs", keep=0.5, max_frames=4)
+    lm.task_dict = {"t": {"test": [{"pictures": [k], "text": "what is it"} for k in kinds]}}
+    found = lm.generate_until([request(i, {"max_new_tokens": 4}) for i in range(len(kinds))])
+    counts = [c["visual_tokens"] for c in lm.costs]
+    assert counts == [counts[0]] * 6 + [2 * 4 + 1] and counts[0] == 4 * 4 + 1 and len({*found[:6]}) == 1
+    assert all(c["effective_tokens"] < c["visual_tokens"] for c in lm.costs)
+
+
+def test_max_frames_are_spread_over_the_video(tmp_path, bundled):
+    """And a model that takes no videos is shown them as images."""
+    gif = moving(tmp_path / "a.gif", [0, 50, 100, 150, 200, 250])
+    seen = []
+    lm = plugin(bundled, recipe="evs", keep=0.5, max_frames="3")
+    lm.task_dict = {"t": {"test": [{"pictures": [{"type": "video", "url": gif}], "text": "what color is it ?"}]}}
+    inner = lm.pruned.inputs
+    lm.pruned.inputs = lambda chats: (seen.extend(chats), inner(chats))[1]
+    lm.generate_until([request(0, {"max_new_tokens": 2})])
+    shown = [p["image"].getpixel((9, 9))[0] for p in seen[0][0]["content"] if p["type"] == "image"]
+    assert shown == pytest.approx([0, 100, 250], abs=4) and lm.costs[0]["visual_tokens"] == 3 * 144
+    with pytest.raises(vtprune.VtpruneError, match="max_frames='few' is not a number of frames"):
+        plugin(bundled, max_frames="few")
+
+
+def test_videos_that_cannot_be_shown_are_told_one_by_one(tmp_path):
+    picture().save(tmp_path / "still.png")
+    lm = plugin(video_model())
+    shown = [
+        {"type": "video", "url": str(tmp_path / "still.png")},
+        {"type": "video", "url": {"bytes": b"", "path": None}},
+        {"type": "video", "url": 3},
+        {"type": "audio", "url": "a.wav"},
+        {"type": "video", "url": [picture(), picture(0, 20)]},
+    ]
+    lm.task_dict = {"t": {"test": [{"pictures": [s], "text": "x"} for s in shown]}}
+    with pytest.raises(RunError, match=f"{len(shown)} of {len(shown)} requests"):
+        lm.generate_until([request(i) for i in range(len(shown))])
+    for failure, words in zip(
+        lm.failures, ("still picture", "names no file", "from int", "not audio", "differ in size"), strict=True
+    ):
+        assert words in failure and "\n" not in failure
+
+
+FILM_TASK = """
+task: clips
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function looks.visual
+doc_to_text: !function looks.text
+doc_to_target: answer
+generation_kwargs: {{max_new_tokens: 3}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@pytest.mark.parametrize("cls", [Chat, Simple])
+def test_a_video_task_runs_through_lmms_eval(tmp_path, bundled, cls):
+    rows = [
+        {
+            "clip": moving(tmp_path / f"{i}.gif", [40 * i, 90, 200, 10]),
+            "question": "what color is it ?",
+            "answer": "red",
+        }
+        for i in range(2)
+    ]
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    folder = tmp_path / "task"
+    folder.mkdir()
+    (folder / "clips.yaml").write_text(FILM_TASK.format(data=tmp_path / "clips.jsonl"))
+    (folder / "looks.py").write_text(
+        "def visual(doc):\n    return [{'type': 'video', 'path': doc['clip']}]\n\n\n"
+        "def text(doc):\n    return doc['question']\n"
+    )
+    name = "vtprune"
+    manager = TaskManager("ERROR", include_path=str(folder), model_name=name)
+    lm = plugin(bundled, cls, recipe="evs", keep=0.5, max_frames=3, batch_size=2)
+    out, answers = evaluated(lm, manager, ["clips"])
+    assert sorted(answers["clips"]) == [0, 1] and out["throughput"]["avg_failed"] == 0
+    assert sum(c["samples"] for c in lm.costs) == 2
+    assert sum(c["visual_tokens"] for c in lm.costs) == 2 * 3 * 144
+    assert out["throughput"]["avg_effective_tokens"] == pytest.approx(3 * 144 / 2)
 
 
 def slow_likelihood(bundled, sample: samples.Sample, words: str) -> tuple[float, bool]:

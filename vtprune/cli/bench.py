@@ -40,14 +40,15 @@ def _table_arguments(parser: argparse.ArgumentParser) -> None:
         type=words,
         default=["scenes"],
         metavar="SETS",
-        help="question sets: scenes, easy-vqa, or both with a comma (default scenes)",
+        help="question sets, with commas: scenes, easy-vqa, clips (short videos: the bundled model that was trained on "
+        "them) (default scenes)",
     )
     add(
         "--samples",
         type=positive,
         default=100,
         metavar="N",
-        help="questions of easy-VQA, or scenes of about 11 questions each (default 100)",
+        help="questions of easy-VQA, scenes of about 11 questions each, or clips of about 6 (default 100)",
     )
     add(
         "--budgets",

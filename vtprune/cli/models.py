@@ -9,6 +9,7 @@ from ..inputs import models
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """``(model, processor)`` of ``--model``, ``--device`` and ``--dtype``; raises as
-    :func:`vtprune.inputs.models.load` does."""
-    return models.load(args.model, args.device, args.dtype)
+    """``(model, processor)`` of ``--model``, ``--device`` and ``--dtype``; where ``--abilities`` asks for clips, the
+    bundled model is the one trained on them. Raises as :func:`vtprune.inputs.models.load` does."""
+    clips = "clips" in getattr(args, "abilities", ())
+    return models.load(args.model, args.device, args.dtype, clips=clips)

@@ -1,4 +1,4 @@
-"""``vtprune run``: a question about an image, answered dense and pruned."""
+"""``vtprune run``: a question about images or a video, answered dense and pruned."""
 
 from __future__ import annotations
 
@@ -9,23 +9,45 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 import vtprune
 
 from ..core.paths import output
 from ..core.planning import load_recipe
 from ..core.report import Report
-from ..inputs.chats import generate, prepare
+from ..core.types import VtpruneError
+from ..inputs import videos
+from ..inputs.chats import generate, image_part, prepare_chats, text_part, video_parts
 from ..inputs.images import open_image
+from ..inputs.videos import Video
 from ..show import pictures, theatre, web
 from ..show.views import views_or_blank
 from ..version import __version__
 from . import models
 from .options import model_options, overrides, positive, recipe_options
 
+FRAMES = 8  # of a video
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All options of ``vtprune run``."""
-    parser.add_argument("--image", type=Path, required=True)
+    shown = parser.add_mutually_exclusive_group(required=True)
+    shown.add_argument("--image", type=Path, action="append", metavar="FILE", help="repeatable: several, in order")
+    shown.add_argument(
+        "--video",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="a video, an animated picture (GIF, WebP ...), or its frames in order as picture files; a model that "
+        "takes no videos sees them as images",
+    )
+    parser.add_argument(
+        "--frames",
+        type=positive,
+        metavar="N",
+        help=f"of a video at most so many, evenly spaced (default {FRAMES})",
+    )
     parser.add_argument("--question", required=True)
     parser.add_argument(
         "--picture",
@@ -42,15 +64,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code; raises :class:`VtpruneError` for what the user can put right."""
     recipe = load_recipe(args.recipe)
-    image, picture, chosen = open_image(args.image), output(args.picture, ".png", ".html"), overrides(args)
+    video, images = _seen(args)
+    picture, chosen = output(args.picture, ".png", ".html"), overrides(args)
     model, processor = models.load(args)
-    inputs = prepare(processor, [image], [args.question]).to(model.device, model.dtype)
+    parts = [image_part(i) for i in images] if video is None else video_parts(processor, video)
+    chat = [{"role": "user", "content": [*parts, text_part(args.question)]}]
+    inputs = prepare_chats(processor, [chat]).to(model.device, model.dtype)
     dense = generate(model, processor, inputs, args.max_new_tokens)[0]
     with vtprune.attach(model, recipe, **chosen) as handle:
         pruned = generate(model, processor, inputs, args.max_new_tokens)[0]
         report = handle.report()
     if picture is not None:
-        views, missing = views_or_blank(processor, inputs, report)
+        views, missing = views_or_blank(processor, inputs, report, frames=video is not None)
         if missing:  # the answers are there all the same
             print(f"vtprune: note: the picture is left out: {missing}", file=sys.stderr)
         if picture.suffix.lower() == ".html":
@@ -69,6 +94,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _seen(args: argparse.Namespace) -> tuple[Video | None, list[Image.Image]]:
+    """The video, or the images, that the question is about."""
+    if args.video is None:
+        if args.frames is not None:
+            raise VtpruneError("--frames is about a --video")
+        if moving := [str(path) for path in args.image if videos.is_animated(path)]:
+            raise VtpruneError(f"{moving[0]} is animated: give it as --video, its frames are all shown then")
+        return None, [open_image(path) for path in args.image]
+    frames = args.frames or FRAMES
+    if len(args.video) == 1:
+        return videos.read(args.video[0], frames), []
+    if moving := [str(path) for path in args.video if videos.is_animated(path)]:
+        raise VtpruneError(f"{moving[0]} is a video of its own: several files are the frames of one, a picture each")
+    return videos.of_pictures([open_image(path) for path in args.video], frames), []
+
+
 def _theatre(args: argparse.Namespace, report: Report, views: Sequence[Any], dense: str, pruned: str) -> str:
     """The interactive page of both runs; ``dense`` and ``pruned`` are their titles."""
     scenes = [
@@ -76,7 +117,9 @@ def _theatre(args: argparse.Namespace, report: Report, views: Sequence[Any], den
         theatre.scene(report, views, title=pruned),
     ]
     model = args.model or "the bundled VLM"
-    facts = f"{args.image.name} | vtprune {__version__} | {model}, {args.device}, {args.dtype}"
+    names = [path.name for path in args.video or args.image]
+    shown = ", ".join(names if len(names) < 4 else [*names[:2], "...", names[-1]])
+    facts = f"{shown} | vtprune {__version__} | {model}, {args.device}, {args.dtype}"
     return theatre.page(scenes, args.question, facts)
 
 

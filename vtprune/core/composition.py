@@ -104,11 +104,12 @@ class _Walk:
                 "between would merge"
             )
         looks = cut.observe or "projections" in info.needs.get(cut.kind, ())
-        before = self._at(n - 1)[1] if n else None
-        if looks and before is not None and before.site == cut.site and before.action is not Action.NOTE:
+        here = (self._at(m) for m in range(n))  # some may only note
+        first = next((i.name for _, c, i in here if c.site == cut.site and c.action is not Action.NOTE), None)
+        if looks and first is not None:
             raise VtpruneError(
-                f"{self._at(n - 1)[2].name} and {info.name} both cut at {cut.site}; the second cannot use attention "
-                "from before the first: move one"
+                f"{first} and {info.name} both cut at {cut.site}; the second cannot use attention from before the "
+                "first: move one"
             )
 
     def _fresh(self, cut: Cut) -> int:

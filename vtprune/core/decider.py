@@ -12,7 +12,7 @@ from ..methods.base import Method
 from .planning import budget, for_rasters, frame_grid
 from .recipe import Stage
 from .select import as_mix, from_mask, gather, join, merged, subview
-from .types import NOTE, Cut, Geometry, Mix, Recent, Selection, TokenView, UnsupportedError
+from .types import NOTE, Action, Cut, Geometry, Mix, Recent, Selection, TokenView, UnsupportedError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +102,7 @@ class Decider:
         parts: list[tuple[list[int], Selection | None]] = []
         for (rasters, frames), rows in kinds.items():
             if not frames:
-                if not self.whole:
+                if not self.whole and not any(c.action is not Action.NOTE for c in self.cuts[: self.number]):
                     warnings.warn(
                         f"{self.method.info.name} prunes videos: images of their own, as this prompt has, stay whole",
                         stacklevel=2,
@@ -112,8 +112,9 @@ class Decider:
                 continue
             if len(set(frames)) > 1:
                 raise UnsupportedError(
-                    f"{self.method.info.name} compares the frames of a video, and the images of this prompt, taken as "
-                    f"frames, differ in size ({', '.join(map(str, sorted(set(frames))))} tokens)"
+                    f"{self.method.info.name} compares the frames of a video, and those of this prompt (its images, "
+                    "where one budget is for all of them) differ in size: "
+                    f"{', '.join(map(str, sorted(set(frames))))} tokens"
                 )
             part = subview(view, rows, frame_grid(rasters, frames), shared)
             part = replace(part, frames=(frames,) * len(rows))

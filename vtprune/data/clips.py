@@ -82,6 +82,11 @@ def clip(index: int, split: str = "train", *, frames: int = FRAMES, max_items: i
     return Clip(_render(rng, tracks, frames), tracks, tuple(questions(rng, tracks, per_ability)))
 
 
+def clip_tracks(index: int, split: str = "train", *, frames: int = FRAMES, max_items: int = 5) -> tuple[Track, ...]:
+    """The tracks of a clip, without drawing it."""
+    return layout(np.random.RandomState([_CLIPS, _SPLITS[split], index]), frames, max_items)
+
+
 def reorder(tracks: Sequence[Track], order: Sequence[int]) -> tuple[Track, ...]:
     """The tracks of the clip whose frames are those of the given numbers, in that order."""
     return tuple(Track(t.kind, t.color, tuple(t.boxes[f] for f in order)) for t in tracks)
@@ -193,12 +198,14 @@ def _places(tracks: Sequence[Track]) -> tuple[tuple[int, Box], ...]:
 def _order(rng: np.random.RandomState, tracks: tuple[Track, ...]) -> Question | None:
     """Whether one came before another; the answer is drawn first. "No" needs the first to be there only together with
     the second, so that words and order agree."""
-    both = [(a, b) for a in tracks for b in tracks]
+    late = rng.rand() < 0.85  # both after the first frame, which would otherwise tell most orders
+    both = [(a, b) for a in tracks for b in tracks if (min(a.seen[0], b.seen[0]) > 0) == late]
+    before = [(a, b) for a, b in both if a.seen[0] < b.seen[0]]
     after = [(a, b) for a, b in both if a.seen[0] > b.seen[0] and set(a.seen) <= set(b.seen)]
-    if not after:
+    if not before or not after:
         return None
     yes = rng.rand() < 0.5
-    a, b = _pick(rng, [(a, b) for a, b in both if a.seen[0] < b.seen[0]] if yes else after)
+    a, b = _pick(rng, before if yes else after)
     text = f"is there a image of the {a.name} not of the {b.name} ?"
     return Question("order", text, "yes" if yes else "no", _places((a, b)))
 
@@ -211,9 +218,7 @@ def _counting(rng: np.random.RandomState, tracks: tuple[Track, ...]) -> Question
     if not options:
         return None
     f = _pick(rng, options)
-    return Question(
-        "counting", f"how many objects are not present in image {f + 1} ?", str(lacks[f]), _places(tracks)
-    )
+    return Question("counting", f"how many objects are not present in image {f + 1} ?", str(lacks[f]), _places(tracks))
 
 
 def _direction(rng: np.random.RandomState, tracks: tuple[Track, ...]) -> Question | None:

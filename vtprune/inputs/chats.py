@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jinja2 import TemplateError
 from PIL import Image
 
 from ..core.types import VtpruneError
+from . import videos
 
 # What a processor or its chat template raises on inputs that it does not take; templates are programs of the model's
 # maker.
@@ -56,28 +55,18 @@ def text_part(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
-def video_part(path: str | Path, frames: int = 32) -> dict[str, Any]:
-    """``frames`` evenly spaced frames of a video file (fewer if it is shorter). Raises :class:`VtpruneError` if it
-    cannot be read."""
-    from transformers.video_utils import load_video
-
-    path = Path(path)
-    if not path.is_file():
-        raise VtpruneError(f"no such video file: {path}")
-
-    def indices(metadata: Any, **_: Any) -> Any:
-        return _even(metadata.total_num_frames, frames)
-
-    try:
-        return {"type": "video", "video": load_video(str(path), backend="pyav", sample_indices_fn=indices)}
-    except ImportError as e:
-        raise VtpruneError("reading videos needs PyAV: pip install av") from e
-    except (OSError, ValueError, IndexError) as e:
-        raise VtpruneError(f"cannot read the video {path}: {str(e).strip() or type(e).__name__}") from e
+def video_part(source: Any, frames: int = 32, **how: Any) -> dict[str, Any]:
+    """``frames`` evenly spaced frames of a video (fewer if it is shorter); ``source`` and ``how``:
+    :func:`vtprune.inputs.videos.read`, which raises :class:`VtpruneError` if it cannot be read."""
+    return {"type": "video", "video": videos.read(source, frames, **how)}
 
 
-def _even(there: int, wanted: int) -> Any:
-    return np.linspace(0, there - 1, min(there, wanted)).round().astype(int)
+def video_parts(processor: Any, video: videos.Video) -> list[dict[str, Any]]:
+    """A video (:func:`vtprune.inputs.videos.read`) as ``processor`` takes it: as a video, or where it has no place for
+    one as a picture for each frame, in order."""
+    if videos.takes_videos(processor):
+        return [{"type": "video", "video": video}]
+    return [image_part(picture) for picture in videos.pictures_of(video)]
 
 
 def prepare_chats(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> Any:
@@ -154,11 +143,11 @@ def _media(processor: Any, chats: Sequence[Sequence[dict[str, Any]]], seen: tupl
         images = [_parts(chat, "image") for chat in chats]
         out["images"] = [part[0] for part in images] if all(len(part) == 1 for part in images) else images
     if "video" in seen:
-        if getattr(processor, "video_processor", None) is None:
+        if not videos.takes_videos(processor):
             raise VtpruneError(f"{type(processor).__name__} takes no videos")
-        videos = [_parts(chat, "video") for chat in chats]
-        out["videos"] = [[frames for frames, _ in part] for part in videos]
-        out["video_metadata"] = [[metadata for _, metadata in part] for part in videos]
+        shown = [_parts(chat, "video") for chat in chats]
+        out["videos"] = [[frames for frames, _ in part] for part in shown]
+        out["video_metadata"] = [[metadata for _, metadata in part] for part in shown]
         out["do_sample_frames"] = False
     return out
 

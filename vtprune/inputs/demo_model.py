@@ -12,18 +12,38 @@ from ..core.recipe import Recipe, Stage
 from ..core.types import VtpruneError
 
 FOLDER = Path(models.__file__).parent / "demo_vlm"
+CLIPS = "clips.safetensors"
 
 
-def load(device: str = "cpu", dtype: Any = None) -> tuple[Any, Any]:
+def load(device: str = "cpu", dtype: Any = None, clips: bool = False, folder: Path = FOLDER) -> tuple[Any, Any]:
+    """The stock model; ``clips``: with the language model of the file :data:`CLIPS` in ``folder``.
+    :class:`VtpruneError` if that is missing or damaged."""
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     model = LlavaForConditionalGeneration.from_pretrained(
         FOLDER, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False
     )
+    if clips:
+        _replace(model, folder / CLIPS)
     return model.to(device).eval(), AutoProcessor.from_pretrained(
         FOLDER, local_files_only=True, trust_remote_code=False
     )
+
+
+def _replace(model: Any, path: Path) -> None:
+    """Loads the weights of ``path`` over those of the same names."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise VtpruneError(f"{path}, the language model trained on clips, is missing")
+    try:
+        odd = model.load_state_dict(load_file(path), strict=False).unexpected_keys
+    except (OSError, RuntimeError, SafetensorError) as e:
+        raise VtpruneError(f"{path}, the language model trained on clips, cannot be read: {e}") from e
+    if odd:
+        raise VtpruneError(f"{path} holds weights that the bundled model has not: {', '.join(odd[:3])}")
 
 
 def branch(folder: Path = FOLDER) -> Recipe | None:

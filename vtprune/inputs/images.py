@@ -52,6 +52,14 @@ def open_image(path: str | Path) -> Image.Image:
 
 def read_image(file: Path | BinaryIO, name: str) -> Image.Image:
     """As :func:`open_image`, from a file that is there; messages call it ``name``."""
+    with opened(file, name) as image:
+        return eight_bits(ImageOps.exif_transpose(image), name).convert("RGB")
+
+
+@contextmanager
+def opened(file: Path | BinaryIO, name: str) -> Iterator[Image.Image]:
+    """A picture as Pillow opens it, its pixels not read yet; raises as :func:`open_image` does, also for what is read
+    of it inside."""
     Image.init()  # else only some formats are known yet
     formats = [name for name in RASTER if name in Image.OPEN]  # AVIF, WEBP and JPEG2000 are not in every build
     with warnings.catch_warnings(), whole_pictures():
@@ -62,18 +70,18 @@ def read_image(file: Path | BinaryIO, name: str) -> Image.Image:
                     raise VtpruneError(
                         f"{name} has {image.width} x {image.height} pixels; the limit is {MEGAPIXELS} megapixels"
                     )
-                return _eight_bits(ImageOps.exif_transpose(image), name).convert("RGB")
+                yield image
         except VtpruneError:
             raise
         except UnidentifiedImageError as e:
             raise VtpruneError(f"{name} is not an image in a format that is read here ({', '.join(formats)})") from e
         except Image.DecompressionBombError as e:
             raise VtpruneError(f"{name} has far more than {MEGAPIXELS} megapixels") from e
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as e:
+        except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as e:
             raise VtpruneError(f"cannot read {name}: {getattr(e, 'strerror', None) or e}") from e
 
 
-def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+def eight_bits(image: Image.Image, name: str) -> Image.Image:
     """Grey values of 16 bits as 8: Pillow's own conversion would cut them off at 255, which makes nearly everything
     white."""
     if image.mode != "F" and not image.mode.startswith("I"):

@@ -23,10 +23,10 @@ def is_local(model: str | None) -> bool:
     return False
 
 
-def load(model: str | None, device: str, dtype: str) -> tuple[Any, Any]:
-    """``(model, processor)``. A folder is read without a network, anything else is a hub id (``HF_HUB_OFFLINE=1``: as
-    cached). :class:`VtpruneError` for a device that is not there and for a folder or hub id that holds no such model or
-    cannot be reached."""
+def load(model: str | None, device: str, dtype: str, clips: bool = False) -> tuple[Any, Any]:
+    """``(model, processor)``; ``clips``: of the bundled model the one trained on clips. A folder is read without a
+    network, anything else is a hub id (``HF_HUB_OFFLINE=1``: as cached). :class:`VtpruneError` for a device that is not
+    there and for a folder or hub id that holds no such model or cannot be reached."""
     import torch
 
     place = _device(device)
@@ -36,7 +36,7 @@ def load(model: str | None, device: str, dtype: str) -> tuple[Any, Any]:
     if local:
         logging.disable_progress_bar()
     if model is None:
-        return demo_model.load(device, getattr(torch, dtype))
+        return demo_model.load(device, getattr(torch, dtype), clips)
     loaded, processor = loading.load(model, dtype=getattr(torch, dtype), local=local)
     with told(f"cannot move {model} to {place}"):
         return loaded.to(place), processor

@@ -48,6 +48,13 @@ def number_of_samples(batch_size: int | str) -> int:
     return int(batch_size)
 
 
+def number_of_frames(max_frames: int | str) -> int:
+    """Raises :class:`VtpruneError` for anything but a whole number from 1 on."""
+    if not str(max_frames).isdecimal() or int(max_frames) < 1:
+        raise VtpruneError(f"max_frames={max_frames!r} is not a number of frames")
+    return int(max_frames)
+
+
 def unquoted(text: str | None) -> str | None:
     """Without the quotation marks that kept its commas together."""
     return None if text is None else str(text).strip('"')

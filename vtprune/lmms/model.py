@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..measure.run import identity
 from ..measure.runs import Journal, fingerprint
 from ..models.engine.host import backend
 from . import meter, outcome
-from .arguments import check_unknown, divide, number_of_samples, unquoted
+from .arguments import check_unknown, divide, number_of_frames, number_of_samples, unquoted
 from .base import build, listen
 from .conversations import Conversations
 from .errors import REFUSED, fatal, usable
@@ -50,7 +51,7 @@ class Chat(lmms):
         batch_size: samples per batch. device: default ``cuda`` if there is one. dtype: default ``auto`` on a GPU,
             ``float32`` on a CPU.
         system_prompt: put in front of every conversation. max_new_tokens: for tasks that do not say (1024). max_frames:
-            of a video.
+            of a video, evenly spaced; a model without a place for videos is shown them as images.
         report: a JSON file for the costs of the run and all facts needed to repeat it. journal: a folder that keeps the
             answers: an interrupted run goes on, and the same requests with the same settings are answered from there.
         exits: end the process with code 1 on an error (``python -m lmms_eval`` would end with 0); otherwise errors are
@@ -77,7 +78,7 @@ class Chat(lmms):
         attn_implementation: str | None = None,
         system_prompt: str | None = None,
         max_new_tokens: int | None = None,
-        max_frames: int = 32,
+        max_frames: int | str = 32,
         trust_remote_code: bool = False,
         report: str | Path | None = None,
         journal: str | Path | None = None,
@@ -97,7 +98,7 @@ class Chat(lmms):
             usable()
             self.batch_size = number_of_samples(batch_size)
             self.max_new_tokens = max_new_tokens or 1024
-            self.conversations = Conversations(unquoted(system_prompt), max_frames)
+            self.conversations = Conversations(unquoted(system_prompt), number_of_frames(max_frames))
             chosen = None if recipe == "dense" else load_recipe(recipe)
             self.options, rest = divide(chosen, options)
             if base is None:
@@ -106,6 +107,7 @@ class Chat(lmms):
             if base is None:
                 made = loaded or load(pretrained, self._device, dtype, attn_implementation, trust_remote_code)
                 self.pruned = PrunedModel(*made, self._device)
+                self.conversations = replace(self.conversations, processor=made[1])
             else:
                 optional: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
                 optional |= {"system_prompt": self.conversations.system_prompt, "max_new_tokens": max_new_tokens}

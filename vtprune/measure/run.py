@@ -110,7 +110,7 @@ def _answer(
 
 
 def _inputs(model: Any, processor: Any, samples: Sequence[Sample]) -> Any:
-    inputs = prepare(processor, [s.picture() for s in samples], [s.question for s in samples])
+    inputs = prepare(processor, [s.shown() for s in samples], [s.question for s in samples])
     return inputs.to(model.device, model.dtype)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..core.types import VtpruneError
-from ..data import easyvqa, scenes
+from ..data import clips, easyvqa, scenes
 from ..inputs.images import open_image
 from .runs import digest
 
@@ -28,6 +28,7 @@ class Sample:
         ability: what it asks for.
         boxes: (left, top, right, bottom) pixels where the answer lies.
         source: ``"<set>/<image>"``, by default the picture itself.
+        frames: all pictures of a clip, of which ``image`` is the first.
     """
 
     image: Image.Image | str | Path
@@ -36,6 +37,7 @@ class Sample:
     ability: str
     boxes: tuple[tuple[float, float, float, float], ...] = ()
     source: str = ""
+    frames: tuple[Image.Image, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -52,6 +54,10 @@ class Sample:
 
     def picture(self) -> Image.Image:
         return self.image if isinstance(self.image, Image.Image) else open_image(self.image)
+
+    def shown(self) -> list[Image.Image]:
+        """What the question is about, in order: the picture, or a clip's frames."""
+        return list(self.frames) or [self.picture()]
 
 
 def easy_vqa_samples(n: int, split: str = "test") -> list[Sample]:
@@ -86,7 +92,25 @@ def scenes_samples(n_scenes: int, split: str = "test") -> list[Sample]:
     return out
 
 
-SETS: dict[str, Callable[[int], list[Sample]]] = {"easy-vqa": easy_vqa_samples, "scenes": scenes_samples}
+def clips_samples(n_clips: int, split: str = "test") -> list[Sample]:
+    """All questions (about 6 each, up to two per ability) of the first ``n_clips`` clips of ``split``."""
+    if n_clips < 1:
+        raise VtpruneError(f"the number of clips must be at least 1, got {n_clips}")
+    out = []
+    for i in range(n_clips):
+        clip = clips.clip(i, split)
+        frames = tuple(Image.fromarray(frame) for frame in clip.frames)
+        out += [
+            Sample(frames[0], q.text, q.answer, q.ability, source=f"clips/{i}", frames=frames) for q in clip.questions
+        ]
+    return out
+
+
+SETS: dict[str, Callable[[int], list[Sample]]] = {
+    "clips": clips_samples,
+    "easy-vqa": easy_vqa_samples,
+    "scenes": scenes_samples,
+}
 
 
 def matches(answer: str, expected: str) -> bool:

@@ -20,13 +20,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def table(result: dict[str, Any]) -> str:
     """Methods down, by where they decide; budgets across: accuracy on ``scenes`` in percent, the best of a group in
-    bold; – where the budget cannot be met, and where a method is newer than the results. ``result``: the contents of a
-    ``bench.json``."""
+    bold; – where the budget cannot be met, and where a method is newer than the results. Methods that the bundled model's
+    pictures say nothing about, of videos and of towers whose processor cuts blocks, follow without figures. ``result``:
+    the contents of a ``bench.json``."""
     budgets = result["budgets"]
     known = {(r["method"], r["budget"]): r for r in result["rows"] if "error" not in r}
     heads = ["method", "idea", "source", *(f"{100 * b:g} %" for b in budgets)]
     lines = [f"| {' | '.join(heads)} |", f"|---|---|---|{'--:|' * len(budgets)}"]
-    for title, infos in grouped([METHODS.get(m) for m in METHODS]).items():
+    every = [METHODS.get(m) for m in METHODS]
+    apart = [i for i in every if i.video or "pixel_blocks" in i.needs.get("pixels", ())]
+    for title, infos in grouped([i for i in every if i not in apart]).items():
         found = {
             (i.name, b): 100 * known[i.name, b]["sets"]["scenes"]["accuracy"]
             for i in infos
@@ -38,6 +41,8 @@ def table(result: dict[str, Any]) -> str:
         for i in infos:
             cells = [_cell(found.get((i.name, b)), best[b]) for b in budgets]
             lines.append(f"| `{i.name}` | {i.idea} | {i.paper} | {' | '.join(cells)} |")
+    lines.append(f"| **videos and screens, which `scenes` has none of** |{' |' * (2 + len(budgets))}")
+    lines += [f"| `{i.name}` | {i.idea} | {i.paper} |{' |' * len(budgets)}" for i in apart]
     return "\n".join(lines)
 
 

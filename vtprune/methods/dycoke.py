@@ -30,7 +30,8 @@ from .base import Cut, Method, MethodInfo, option, register
 class DyCoke(Method):
     """Section 3.2, in groups of four frames: the second is compared with the first, the fourth with the third, the
     third with the first, place by place; of each compared frame the tokens of the lowest cosine stay, as many in every
-    one. The first of each group stays whole, whatever the budget; so does what belongs to no frame.
+    one (where the budget does not divide, one more in the earlier ones), ties to the earlier token. The first of each
+    group stays whole, whatever the budget; so does what belongs to no frame.
 
     The paper says that what goes is merged; the official code drops it, and so it is here. Its second stage, which
     chooses columns of the cache anew while it decodes and frees none of them, is not part of this method."""
@@ -47,8 +48,9 @@ class DyCoke(Method):
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
         f, p, n = geometry.frames, per_frame(geometry), geometry.tokens
-        if not f:
-            return (Cut(site="projector", keep=n if self.ratio is not None else keep),)
+        if not f:  # of a typical image, what a long video's frames keep
+            share = None if self.ratio is None else max(int(n * (1 + 3 * self.ratio) / 4), 1)
+            return (Cut(site="projector", keep=keep if share is None else share),)
         compared = [t for t in range(f) if self._with(t, f) is not None]
         whole = n - len(compared) * p
         if self.ratio is not None:
@@ -74,8 +76,10 @@ class DyCoke(Method):
         partner = [self._with(t, f) for t in range(f)]
         before = torch.tensor([t if q is None else q for t, q in enumerate(partner)], device=device)
         compared = torch.tensor([q is not None for q in partner], device=device)[:, None]
-        like = (x * x[:, before]).sum(-1)  # [B, F, P]
+        change = (x - x[:, before]).square().sum(-1) / 2  # [B, F, P]: 1 - cos, exactly 0 of equal tokens
         quota = torch.tensor(cut.data["quota"], device=device)[:, None]
-        kept = (placed(-like, torch.ones_like(like, dtype=torch.bool)) < quota) | ~compared
-        chosen = top(spread(kept, view, True).double(), cut.keep or 0, view.valid, view.protected, span=view.extent)
-        return replace(chosen, score=spread((-like).masked_fill(~compared, torch.nan), view, torch.nan))
+        place = placed(change, torch.ones_like(change, dtype=torch.bool))
+        # where tokens must stay, the last ones of the compared frames make room
+        turn = torch.where(compared, (place < quota).double() - place / x.shape[2], 2)
+        chosen = top(spread(turn, view, 2), cut.keep or 0, view.valid, view.protected, span=view.extent)
+        return replace(chosen, score=spread((change - 1).masked_fill(~compared, torch.nan), view, torch.nan))

@@ -41,6 +41,6 @@ class EVS(Method):
 
     def select(self, view: TokenView, cut: Cut) -> Selection:
         x = unit(framed(view.features, view))
-        change = 1 - (x[:, 1:] * x[:, :-1]).sum(-1)
+        change = (x[:, 1:] - x[:, :-1]).square().sum(-1) / 2  # 1 - cos, exactly 0 of equal tokens
         change = torch.cat([torch.full_like(x[:, :1, :, 0], FIRST), change], 1)
         return top(spread(change, view, FIRST), cut.keep or 0, view.valid, view.protected, span=view.extent)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..core.select import merged
+from ..core.select import marked, merged, top
 from ..core.types import Action, Geometry, Mix, Selection, TokenView, UnsupportedError
 from ..kernels.base import wide
 from ..kernels.density import closest, prominence
@@ -66,29 +66,31 @@ class FastVID(Method):
         return class_attention(view)
 
     def select(self, view: TokenView, cut: Cut) -> Selection | None:
-        (f, p), n = shape(view), view.valid.shape[1]
-        keep = (cut.keep or 0) - (n - f * p)
-        if keep >= f * p:
+        (f, p), n, budget = shape(view), view.valid.shape[1], cut.keep or 0
+        if budget >= n:
             return None
         x = wide(framed(view.features, view))  # [B, F, P, C]
         attention = framed(view.noted(cut.data["note"]), view)
         scene, _ = scenes(self._starts(x.mean(2)))
-        each, more = divmod(max(keep, 0), f)
+        each, more = divmod(max(budget - (n - f * p), 0), f)
         share = int(each * self.context + 1e-9)
         salient = torch.tensor([each - share + (t < more) for t in range(f)], device=x.device)
         step = min(self.step, (p - each + share - (more > 0)) // share) if share else 1
         anchors = _anchors(scene, share, step)  # [B, F] tokens of each frame
-        first = attention.masked_fill(framed(view.protected, view), torch.inf)
-        chosen = placed(first, torch.ones_like(first, dtype=torch.bool)) < salient[:, None]
+        held = framed(view.protected, view)
+        order = placed(attention.masked_fill(held, torch.inf), torch.ones_like(held))
+        chosen = order < salient[:, None]
         rank = placed(prominence(x, ~chosen, self.neighbours), ~chosen)
         anchor = ~chosen & (rank < anchors[..., None])  # [B, F, P]
-        kept = spread(chosen | anchor, view, True)
+        # protected tokens that a frame has no room for take the places of the last anchors, then of the last salient
+        worth = spread(torch.where(chosen, p - order, -rank).to(x.dtype), view, torch.inf)
+        there = spread(chosen | anchor | held, view, True)
+        kept = marked(top(worth, budget, there, view.protected, span=(budget, budget)).kept, n)
+        anchor &= framed(kept, view)
         score = spread(attention.masked_fill(anchor, torch.nan), view, torch.nan)
         if not share:
-            return replace(
-                merged(kept, torch.where(kept, _arange(kept), -1), span=(keep + n - f * p,) * 2), score=score
-            )
-        return replace(self._merged(view, x, scene, chosen, anchor, rank, min(share * step, p)), score=score)
+            return replace(merged(kept, torch.where(kept, _arange(kept), -1), span=(budget, budget)), score=score)
+        return replace(self._merged(view, x, scene, kept, anchor, rank, min(share * step, p)), score=score)
 
     def _starts(self, frames: Tensor) -> Tensor:
         """``[B, F]`` bool: the frames, of mean tokens ``frames`` ``[B, F, C]``, that begin a scene."""
@@ -100,12 +102,13 @@ class FastVID(Method):
         return torch.cat([torch.ones_like(cut[:, :1]) if cut.shape[1] else cut.new_ones(len(x), 1), cut], 1)
 
     def _merged(
-        self, view: TokenView, x: Tensor, scene: Tensor, chosen: Tensor, anchor: Tensor, rank: Tensor, most: int
+        self, view: TokenView, x: Tensor, scene: Tensor, kept: Tensor, anchor: Tensor, rank: Tensor, most: int
     ) -> Selection:
-        """The anchors with what goes into them: at most ``most`` in a frame, of the ``rank`` ``[B, F, P]``."""
+        """The ``kept`` ``[B, N]`` with what goes into the anchors among them: at most ``most`` in a frame, of the
+        ``rank`` ``[B, F, P]``."""
         b, f, p, c = x.shape
+        chosen = framed(kept, view) & ~anchor
         n = view.valid.shape[1]
-        kept = spread(chosen | anchor, view, True)
         # [B, F, A] places of each frame's anchors in it, and the directions there
         at = torch.where(anchor, rank, p).argsort(dim=-1, stable=True)[..., :most]
         there = anchor.gather(2, at)

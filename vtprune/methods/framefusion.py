@@ -3,8 +3,8 @@ Models" (arXiv 2501.01986, ICCV 2025)."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class FrameFusion(Method):
     and over all rows of the prompt, in the layer before.
 
     The official code states the mean cost over 28 layers, here ``ratio``; ``keep`` counts what is left in the end. In
-    a language model of too few layers the last but one prunes."""
+    a language model of too few layers it prunes in front of the last, whatever else could merge."""
 
     threshold: float = option(0.6, "cosine from which on two tokens are alike", least=-1, most=1)
     least: float = option(
@@ -56,22 +56,24 @@ class FrameFusion(Method):
         n, depth = geometry.tokens, geometry.llm_layers
         if depth < 2:
             raise UnsupportedError("framefusion prunes by a layer in front of the cut, and this model has one layer")
-        # every layer that merges and is not the last leaves at most (1 - least) of the tokens
-        shrink = -math.log(1 - min(max(self.least, 1e-9), 0.999))
-        times = n if self.ratio is not None or keep is None else n / keep
-        last = min(depth - 1, math.ceil(math.log(times) / shrink) + 1)
-        cuts = [Cut(site=f"llm.{i}", keep=1, adaptive=True, observe=(i - 1,) if i else ()) for i in range(last + 1)]
+        # everywhere, whatever the video's length: its stages are the model's
+        last = depth - 1
+        cuts = [Cut(site=f"llm.{i}", keep=1, adaptive=True, observe=(i - 1,) if i else ()) for i in range(depth)]
         if self.ratio is not None:
-            data = {"cost": self.ratio * n * depth, "depth": depth}
+            data: dict[str, Any] = {"cost": self.ratio * n * depth, "depth": depth}
             return tuple(replace(cut, data={**data, "last": cut.layer == last}) for cut in cuts)
+        assert keep is not None
         data = {"keep": keep}
         end = replace(cuts[-1], keep=keep, adaptive=False)
-        return tuple(replace(cut, data={**data, "last": cut.layer == last}) for cut in (*cuts[:-1], end))
+        # a layer that is not followed by the one that prunes leaves at most (1 - least) of the tokens
+        most = [max(keep, int(n * (1 - self.least) ** i)) for i in range(depth)]
+        cuts = [replace(cut, most=m) for cut, m in zip(cuts[:-1], most, strict=False)]
+        return tuple(replace(cut, data={**data, "last": cut.layer == last}) for cut in (*cuts, end))
 
     def select(self, view: TokenView, cut: Cut) -> Selection:
         state, count = view.memory, view.counts.double()
         if state.get("over"):
-            return from_mask(view.valid)
+            return from_mask(view.valid, view.extent)
         done = state.get("done", torch.zeros_like(view.counts, dtype=torch.bool))  # [B], all
         merging, spent = state.get("merging", ~done), state.get("spent", torch.zeros_like(count))
         left = self._left(cut, count, spent)

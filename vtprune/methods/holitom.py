@@ -14,7 +14,7 @@ from ..core.types import Action, Geometry, Mix, Selection, TokenView, Unsupporte
 from ..kernels.base import wide
 from ..kernels.density import nearest, prominence
 from ._tower import class_attention
-from ._video import framed, placed, scenes, shape, spread, unit
+from ._video import framed, per_frame, placed, scenes, shape, spread, unit
 from .base import Cut, Method, MethodInfo, layers, option, register
 
 
@@ -69,7 +69,8 @@ class HoliTom(Method):
         n, frames = geometry.tokens, max(geometry.frames, 1)
         (layer,) = layers("holitom", self.layer, geometry, (max(18 * geometry.llm_layers // 28, 1),))
         site, outer = f"vision.{geometry.seen_layers - 1}", min(n, int(self.first * keep + 1e-9))
-        most = min(n, outer + 2 * frames)  # scenes and frames round up by less than one
+        loose = n - frames * per_frame(geometry)
+        most = min(n, max(outer, loose) + 2 * frames)  # scenes and frames round up by less than one
         return (
             Cut(site=site, action=Action.NOTE),
             Cut(site="projector", keep=1, adaptive=True, most=most, data={"note": site, "outer": outer}),
@@ -85,21 +86,23 @@ class HoliTom(Method):
         (f, p), n = shape(view), view.valid.shape[1]
         if cut.data["outer"] >= n:
             return None
-        return self._scened(view, cut.data["note"], (cut.data["outer"] - (n - f * p)) / (f * p))
+        return self._scened(view, cut.data["note"], max(cut.data["outer"] - (n - f * p), 0) / (f * p))
 
     def _scened(self, view: TokenView, note: str, rho: float) -> Selection:
         """Scenes, what is static in them, clusters."""
         f, p = shape(view)
         x = wide(framed(view.features, view))  # [B, F, P, C]
         attention, way = framed(view.noted(note), view), unit(x)
+        held = framed(view.protected, view)
         same = (way[:, 1:] * way[:, :-1]).sum(-1) > self.threshold  # [B, F - 1, P]
+        same &= ~(held[:, 1:] | held[:, :-1])  # what must stay is merged with nothing
         starts = torch.from_numpy(np.stack([best_scenes(s, self.window) for s in same.cpu().numpy()])).to(x.device)
         scene, size = scenes(starts)
         changes = torch.nn.functional.pad((~same).long(), (0, 0, 1, 0)) * ~starts[..., None]  # within a scene
         moved = torch.zeros_like(changes).scatter_add_(1, scene[..., None].expand(-1, -1, p), changes)
         static = (moved == 0) & (size > 1)[..., None]  # [B, scenes, P]
         saved = ((size - 1).clamp_min(0) * static.sum(-1)).sum(1)  # [B]
-        share = (rho * f * p / (f * p - saved).clamp_min(1)).clamp_max(1)[:, None].double()
+        share = (rho * f * p / (f * p - saved).clamp_min(1).double()).clamp_max(1)[:, None]
         still = static.gather(1, scene[..., None].expand(-1, -1, p))  # [B, F, P]
         # each scene's static means
         sums = torch.zeros_like(x).scatter_add_(1, scene[..., None, None].expand_as(x), x)
@@ -112,8 +115,9 @@ class HoliTom(Method):
         # the others, frame by frame
         other = ~still
         total = torch.ceil(share * other.sum(-1) - 1e-9).long()
-        ranked = (total * (1 - self.clustered)).round().long()
-        rank = placed(attention.masked_fill(framed(view.protected, view), torch.inf), other)
+        ranked = (total.double() * (1 - self.clustered)).round().long().maximum(held.sum(-1))
+        total = total.maximum(ranked)
+        rank = placed(attention.masked_fill(held, torch.inf), other)
         salient = other & (rank < ranked[..., None])
         rest = other & ~salient
         middle = rest & (placed(prominence(x, rest, self.neighbours), rest) < (total - ranked)[..., None])
@@ -154,7 +158,7 @@ class HoliTom(Method):
         others = torch.zeros(len(slot), f * p + 1, dtype=torch.double, device=device)
         others.scatter_add_(1, slot, ((clustered & ~heart) / times).flatten(1))
         alone = others.gather(1, slot).view_as(times) < 0.5
-        mine = torch.where(heart, torch.where(alone, 1.0, self.beta), 1 - self.beta)
+        mine = torch.where(heart, torch.where(alone, times.new_ones(()), self.beta), 1 - self.beta)
         mass = torch.where(heart, 1.0, others.gather(1, slot).view_as(times))
         weight = torch.where(clustered, mine / mass.clamp_min(1e-9) / times, 1.0)
         flat, every = spread(kept, view, True), torch.arange(n, device=device).expand(len(kept), n)

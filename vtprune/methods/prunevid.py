@@ -12,7 +12,7 @@ from ..core.select import merged, top
 from ..core.types import Geometry, Selection, TokenView
 from ..kernels.base import wide
 from ..kernels.density import distances, nearest, prominence
-from ._video import framed, placed, scenes, shape, spread, unit
+from ._video import framed, per_frame, placed, scenes, shape, spread, unit
 from .base import Cut, Method, MethodInfo, layers, option, register
 
 
@@ -43,8 +43,9 @@ class PruneVid(Method):
     ``keep`` counts what is left in the end; a budget that needs more than ``clusters`` leave raises that share. Scenes
     are neighbours like this: between two centres the frames up to some place go to the first, the others to the second,
     so that the sum of squared distances is least. A cluster stands at its centre, a static one in the first frame of
-    its scene. The official code takes the tokens that go out of the cache of the earlier layers too; here layers in
-    front of the cut keep what they read, as in a dense model."""
+    its scene. Where no text stands behind the video nobody asks, and the earlier tokens stay. The official code takes
+    the tokens that go out of the cache of the earlier layers too; here layers in front of the cut keep what they read,
+    as in a dense model."""
 
     scenes: float = option(0.25, "scenes per frame, rounded down, one at least", above=0, most=1)
     threshold: float = option(0.8, "mean cosine above which a place is static", least=-1, most=1)
@@ -57,7 +58,8 @@ class PruneVid(Method):
         n, frames = geometry.tokens, max(geometry.frames, 1)
         (layer,) = layers("prunevid", self.layer, geometry, (max(10 * geometry.llm_layers // 32, 1),))
         share = max(self.clusters, keep / n)
-        most = n if share >= 1 else min(n, int(share * n) + 2 * frames)  # scenes and frames round up by less than one
+        loose = n - frames * per_frame(geometry)
+        most = min(n, loose + int(share * (n - loose)) + 2 * frames)  # scenes and frames round up by less than one
         return (
             Cut(site="projector", keep=1, adaptive=True, most=most, data={"share": share}),
             Cut(site=f"llm.{layer}", keep=keep, observe=(layer - 1,)),
@@ -65,10 +67,21 @@ class PruneVid(Method):
 
     def select(self, view: TokenView, cut: Cut) -> Selection | None:
         if cut.kind == "llm":
-            text = view.source("text")
-            score = view.source("query_attention", layer="previous", query=text.valid & text.after, heads="max")
-            return top(score, cut.keep or 0, view.valid, view.protected)
+            return top(self._asked(view), cut.keep or 0, view.valid, view.protected)
         return None if cut.data["share"] >= 1 else self._clustered(view, cut.data["share"])
+
+    @staticmethod
+    def _asked(view: TokenView) -> Tensor:
+        """``[B, N]``: the most attention that a token of the question pays in any head; 0 without a question."""
+        text = view.source("text")
+        question = text.valid & text.after
+        number = question.cumsum(1)
+        score = torch.zeros(view.valid.shape, device=view.valid.device)
+        for t in range(int(question.sum(1).max()) if question.numel() else 0):  # a source takes means over its rows
+            asks = question & (number == t + 1)
+            found = view.source("query_attention", layer="previous", query=asks, heads="max")
+            score = torch.where(asks.any(1, keepdim=True), torch.maximum(score.to(found.dtype), found), score)
+        return score
 
     def _clustered(self, view: TokenView, share: float) -> Selection:
         f, p = shape(view)
@@ -80,15 +93,18 @@ class PruneVid(Method):
         sums = torch.zeros_like(x).scatter_add_(1, at[..., None].expand_as(x), unit(x))
         n = size[..., None]
         like = (sums.square().sum(-1) - n) / (n * (n - 1)).clamp_min(1)
-        static = (n > 1) & (like > self.threshold)  # [B, scenes, P]
+        held = framed(view.protected, view)  # what must stay is merged with nothing
+        apart = torch.zeros_like(at).scatter_add_(1, at, held.long()) > 0
+        static = (n > 1) & (like > self.threshold) & ~apart  # [B, scenes, P]
         means = torch.zeros_like(x).scatter_add_(1, at[..., None].expand_as(x), x) / n.clamp_min(1)[..., None]
         still = static.gather(1, at)
         centre, to = self._clusters(means, static, share)
-        middle, into = self._clusters(x, ~still, share)
+        middle, into = self._clusters(x, ~still & ~held, share)
         frame = torch.arange(f, device=x.device)[:, None]
         begin = (size.cumsum(1) - size).gather(1, scene)[..., None]
-        kept = torch.where(still, centre.gather(1, at) & (frame == begin), middle)
-        goes = torch.where(still, begin * p + to.gather(1, at), frame * p + into)
+        kept = torch.where(still, centre.gather(1, at) & (frame == begin), middle | held)
+        own = torch.arange(p, device=x.device)
+        goes = torch.where(still, begin * p + to.gather(1, at), frame * p + torch.where(held, own, into))
         weight = torch.where(still, 1 / size.gather(1, scene)[..., None].to(x.dtype), 1.0)  # of the mean over time
         every = torch.arange(view.valid.shape[1], device=x.device).expand_as(view.valid)
         destination = torch.cat([goes.flatten(1), every[:, f * p :]], 1)

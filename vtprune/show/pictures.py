@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import colorsys
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ..core.report import Report, StageReport
 
 PANEL = 264  # side of a panel, pixels
+FRAME, MANY = 132, 16  # side of a video's frame, pixels; of more frames than that they are half as large
 GAP = 10
 TITLE = 36
 PAPER, INK, MUTED, SHADE = (255, 255, 255), (25, 28, 33), (104, 110, 120), (46, 50, 58)
@@ -55,7 +57,7 @@ def token_picture(
     heat: bool = False,
 ) -> Image.Image:
     """The image and one panel per stage: dropped patches are dimmed, merged groups outlined in one colour each, with a
-    dot where the group stands.
+    dot where the group stands; hatched: patches that are part of a token of another raster.
 
     Args:
         image: as the model sees it (:func:`model_view`).
@@ -76,10 +78,10 @@ def token_picture(
     share = f"{tokens} of " if many else ""
     titles = [(caption or "image", f"{share}{report.visual_tokens[sample]} visual tokens")]
     panels = [_outlined(plain, boxes, plain.width / image.width, plain.height / image.height)]
-    owner = owners(report, sample, number)
+    owner = owners(report, sample)
     for i in _shown(report.stages, sample, limit):
         stage = report.stages[i]
-        left = int((owner[i] == start + np.arange(tokens)).sum())
+        left = int((owner[i][start : start + tokens] == start + np.arange(tokens)).sum())
         counts = f"{stage.tokens_in[sample]} -> {stage.tokens_out[sample]} tokens"
         counts = f"{left} of {tokens} here, {counts} in all" if many else counts
         titles.append((f"{stage.site}  {stage.method}", counts))
@@ -100,7 +102,85 @@ def kept_picture(
     grid, cell, plain = _plain(image, report, sample, number, panel)
     changed = [i for i, s in enumerate(report.stages) if s.tokens_in[sample] != s.tokens_out[sample]]
     start = starts(report, sample)[number % len(report.grids[sample])]
-    return _panel(plain, owners(report, sample, number)[changed[-1]], grid, cell, start, None) if changed else plain
+    return _panel(plain, owners(report, sample)[changed[-1]], grid, cell, start, None) if changed else plain
+
+
+def film_picture(
+    images: Sequence[Image.Image],
+    report: Report,
+    sample: int = 0,
+    *,
+    first: int = 0,
+    limit: int = 5,
+    caption: str = "",
+    heat: bool = False,
+) -> Image.Image:
+    """The frames of a video in rows, and again for each stage, as :func:`token_picture` draws one; below each frame how
+    many of its tokens are left.
+
+    Args:
+        images: of its frames, ``info["label"]`` what to call them. first: the raster of the first one.
+        limit, caption, heat: of :func:`token_picture`.
+
+    Raises:
+        VtpruneError: as :func:`token_picture`, or there are no frames.
+    """
+    if not images:
+        raise VtpruneError("a picture of a video needs at least one frame")
+    side = FRAME if len(images) <= MANY else FRAME // 2
+    parts = [_plain(image, report, sample, first + i, side) for i, image in enumerate(images)]
+    if heat and all(s.scores is None for s in report.stages):
+        raise VtpruneError("heat=True: no stage of this report ranks tokens by a score")
+    begin = starts(report, sample)[first:]
+    own = [np.arange(start, start + grid[0] * grid[1]) for start, (grid, _, _) in zip(begin, parts, strict=False)]
+    total = sum(map(len, own))
+    names = [image.info.get("label", f"frame {i} of {len(images)}") for i, image in enumerate(images, 1)]
+    names = [name.replace("frame pair", "pair").partition(" of ")[0] for name in names]
+    share = "" if total == report.visual_tokens[sample] else f"{total} of "
+    head = (caption or "video", f"{len(images)} pictures, {share}{report.visual_tokens[sample]} visual tokens")
+    blocks = [_frames(head, [(f"{n}: {len(t)}", p) for n, t, (_, _, p) in zip(names, own, parts, strict=True)])]
+    owner = owners(report, sample)
+    for i in _shown(report.stages, sample, limit):
+        stage, warm = report.stages[i], warmth(report, sample, i) if heat else None
+        left = [int((owner[i][tokens] == tokens).sum()) for tokens in own]
+        drawn = [
+            (
+                f"{name}: {n} of {len(tokens)}",
+                _panel(plain, owner[i], grid, cell, int(tokens[0]), None if warm is None else warm[tokens]),
+            )
+            for name, n, tokens, (grid, cell, plain) in zip(names, left, own, parts, strict=True)
+        ]
+        counts = f"{stage.tokens_in[sample]} -> {stage.tokens_out[sample]} tokens"
+        counts = f"{sum(left)} of {total} here, {counts} in all" if share else counts
+        blocks.append(_frames((f"{stage.site}  {stage.method}", counts), drawn))
+    return _stacked(blocks)
+
+
+def _frames(title: tuple[str, str], frames: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Labelled frames in rows below two lines."""
+    w, h = (max(size) for size in zip(*(f.size for _, f in frames), strict=True))
+    small = len(frames) > MANY
+    columns, line, size = min(len(frames), MANY if small else MANY // 2), 16, 10 if small else 12
+    rows = -(-len(frames) // columns)
+    width = max(columns * (w + GAP), PANEL) + GAP
+    out = Image.new("RGB", (width, TITLE + GAP + rows * (h + line + GAP)), PAPER)
+    draw = ImageDraw.Draw(out)
+    draw.text((GAP, GAP - 3), fit(draw, title[0], width - 2 * GAP, 15), fill=INK, font=font(15))
+    draw.text((GAP, GAP + 16), fit(draw, title[1], width - 2 * GAP, 13), fill=MUTED, font=font(13))
+    for i, (label, picture) in enumerate(frames):
+        x, y = GAP + i % columns * (w + GAP), GAP + TITLE + i // columns * (h + line + GAP)
+        out.paste(picture, (x, y))
+        label = label if draw.textlength(label, font=font(size)) <= w + GAP else label.removeprefix("frame ")
+        draw.text((x, y + h + 2), fit(draw, label, w + GAP - 2, size), fill=MUTED, font=font(size))
+    return out
+
+
+def _stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Below each other."""
+    out = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), PAPER)
+    for i, picture in enumerate(pictures):
+        out.paste(picture, (0, sum(p.height for p in pictures[:i])))
+    return out
 
 
 def _plain(
@@ -155,23 +235,29 @@ def fit(draw: ImageDraw.ImageDraw, words: str, width: float, size: int) -> str:
 def _panel(
     image: Image.Image, owner: np.ndarray, grid: tuple[int, int], cell: int, start: int, heat: np.ndarray | None
 ) -> Image.Image:
-    """The image behind a stage: ``owner`` of each token, ``heat`` as :func:`.heat.warmth` gives it, ``[tokens]``."""
+    """The image behind a stage: ``owner`` of each token of the sample, ``heat`` of the raster's own tokens as
+    :func:`.heat.warmth` gives it; the raster begins with token ``start``."""
     rows, columns = grid
+    mine = owner[start : start + rows * columns]
     pixels = np.asarray(image).astype(float)
     grey = pixels.mean(2, keepdims=True)
     dim = 0.78 * np.array(SHADE) + 0.22 * grey
-    gone = _cells(owner < 0, grid, cell)
-    shown = np.where(gone, dim, pixels)
+    away = (mine >= 0) & ((mine < start) | (mine >= start + len(mine)))
+    shown = np.where(_cells(mine < 0, grid, cell), dim, pixels)
+    shown = np.where(_cells(away, grid, cell), 0.55 * np.array(SHADE) + 0.45 * shown, shown)
     if heat is not None:
-        tinted = (0.3 * grey + 0.7 * _cells(tint(heat), grid, cell)) * np.where(gone, 0.55, 1)
+        tinted = (0.3 * grey + 0.7 * _cells(tint(heat), grid, cell)) * np.where(_cells(mine < 0, grid, cell), 0.55, 1)
         shown = np.where(_cells(np.isnan(heat), grid, cell), shown, tinted)
     out = Image.fromarray(shown.astype(np.uint8))
     draw = ImageDraw.Draw(out)
-    groups = set(owner[(owner >= 0) & (owner != start + np.arange(len(owner)))].tolist())
-    field = owner.reshape(grid)
+    groups = set(owner[(owner >= 0) & (owner != np.arange(len(owner)))].tolist())
+    field = mine.reshape(grid)
     for r in range(rows):
         for c in range(columns):
             _cell(draw, field, r, c, cell, groups, start)
+    for place in np.flatnonzero(away).tolist():
+        x, y, e = place % columns * cell, place // columns * cell, cell - 1
+        draw.line((x, y + e, x + e, y), fill=color(int(mine[place])))
     return out
 
 
@@ -217,20 +303,25 @@ def _cell(
 def sheet(
     pictures: Sequence[Image.Image], report: Report, sample: int = 0, *, heat: bool = False, caption: str = ""
 ) -> Image.Image:
-    """:func:`token_picture` of every raster of a sample below each other, on ``pictures`` as
-    :mod:`.views` gives them."""
+    """:func:`token_picture` of every raster of a sample below each other, :func:`film_picture` of every video, on
+    ``pictures`` as :mod:`.views` gives them."""
     many = len(pictures) > 1
     titles = [p.info.get("label", f"raster {i} of {len(pictures)}" if many else "") for i, p in enumerate(pictures, 1)]
-    if caption:
-        titles[0] = f"{titles[0]}: {caption}" if many else caption
-    strips = [
-        token_picture(p, report, sample, number=i, heat=heat, caption=title)
-        for i, (p, title) in enumerate(zip(pictures, titles, strict=True))
-    ]
-    out = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), PAPER)
-    for i, strip in enumerate(strips):
-        out.paste(strip, (0, sum(s.height for s in strips[:i])))
-    return out
+    strips, at = [], 0
+    for film, frames in itertools.groupby(pictures, lambda p: p.info.get("film")):
+        shown, title = list(frames), titles[at] if film is None else "video"
+        if caption and at == 0:
+            title = f"{title}: {caption}" if many else caption
+        if film is None:
+            strips.append(token_picture(shown[0], report, sample, number=at, heat=heat, caption=title))
+            strips += [
+                token_picture(p, report, sample, number=i, heat=heat, caption=titles[i])
+                for i, p in enumerate(shown[1:], at + 1)
+            ]
+        else:
+            strips.append(film_picture(shown, report, sample, first=at, heat=heat, caption=title))
+        at += len(shown)
+    return _stacked(strips)
 
 
 def contact_sheet(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 KEPT, MERGED, DROPPED, BACK, GONE = range(5)  # what a stage did to a token; the same numbers in theatre.js
 LARGEST = 672  # pixels, longer side of a picture
+FULL = 8  # so many pictures of a scene are stored in that size; more get as many pixels together
 
 
 def scene(report: Report, views: Sequence[Image.Image] = (), *, sample: int = 0, title: str = "") -> dict[str, Any]:
@@ -35,8 +36,8 @@ def scene(report: Report, views: Sequence[Image.Image] = (), *, sample: int = 0,
 
     Returns:
         ``title`` · ``tokens`` n · ``rasters``: ``rows``, ``columns``, ``start`` (its first token), ``label``,
-        ``picture`` (a data URL) · ``states`` one more than stages, each ``[n]``: the token that stands for each token
-        (itself, the one it was merged into, -1: gone), first before all stages, then behind each · ``steps`` in order:
+        ``picture`` (a data URL), ``film`` (the number of the video that it is a frame of, or
+        ``None``) · ``states`` one more than stages, each ``[n]``: the token that stands for each token (itself, the one it was merged into, -1: gone), first before all stages, then behind each · ``steps`` in order:
         ``site`` (``"image"``, the sites of tower and projector, every ``"llm.<i>"``), ``label``, ``state`` (index into
         ``states``: what a language-model layer processes), ``stages`` (the numbers of those that acted here),
         ``tokens`` present · ``stages``: ``site``, ``method``, ``tokens_in``, ``tokens_out``, ``kept``, ``outcome``
@@ -62,9 +63,15 @@ def scene(report: Report, views: Sequence[Image.Image] = (), *, sample: int = 0,
     for i, (rows, columns) in enumerate(grids):
         label = views[i].info.get("label") if views else None
         default = "image" if len(grids) == 1 else f"raster {i + 1} of {len(grids)}"
-        picture = _picture(views[i]) if views else None
         rasters.append(
-            {"rows": rows, "columns": columns, "start": bounds[i], "label": label or default, "picture": picture}
+            {
+                "rows": rows,
+                "columns": columns,
+                "start": bounds[i],
+                "label": label or default,
+                "picture": _picture(views[i], len(views)) if views else None,
+                "film": views[i].info.get("film") if views else None,
+            }
         )
     return {
         "title": title,
@@ -94,7 +101,8 @@ def present(scene: Mapping[str, Any], step: int) -> list[int]:
 
 def history(scene: Mapping[str, Any], token: int) -> list[str]:
     """When and why original token ``token`` went, one line per stage: ``"llm.3 fastv: rank 97 of 144, score 0.0012, 36
-    kept: dropped"``; of a merged token the rank and score of the token that stands for it.
+    kept: dropped"``; of a merged token the rank and score of the token that stands for it, and its frame if that is
+    another one: ``"merged into token 5 (frame 1 of 4)"``.
 
     Raises :class:`VtpruneError` if there is no such token.
     """
@@ -106,16 +114,14 @@ def history(scene: Mapping[str, Any], token: int) -> list[str]:
         who = before if before >= 0 else token  # a merged token goes the way of the one that it was merged into
         if stage["rank"] is not None and stage["rank"][who]:
             ranked, kept = stage["units"][stage["unit"][who]]
-            why = (
-                f"{'' if who == token else f'token {who} has '}rank {stage['rank'][who]} of {ranked}, score "
-                f"{stage['scores'][who]}, {kept} kept"
-            )
+            other = "" if who == token else f"{_named(scene, who, token)} has "
+            why = f"{other}rank {stage['rank'][who]} of {ranked}, score {stage['scores'][who]}, {kept} kept"
         else:
             why = f"{stage['tokens_in']} to {stage['tokens_out']} tokens"
         end = {
             KEPT: "kept",
-            MERGED: f"still part of token {after}" if before == after else f"merged into token {after}",
-            DROPPED: "dropped" if before == token else f"dropped with token {before}",
+            MERGED: f"{'still part of' if before == after else 'merged into'} {_named(scene, after, token)}",
+            DROPPED: "dropped" if before == token else f"dropped with {_named(scene, before, token)}",
             BACK: "came back",
             GONE: "was already gone",
         }[stage["outcome"][token]]
@@ -123,11 +129,23 @@ def history(scene: Mapping[str, Any], token: int) -> list[str]:
     return out or ["no stage: every layer sees this token"]
 
 
-def _picture(view: Image.Image) -> str:
-    """As a JPEG: photographs as PNG would make pages of several megabytes."""
+def _named(scene: Mapping[str, Any], token: int, seen_from: int) -> str:
+    """``token``, and where it is if that is another raster than that of ``seen_from``."""
+
+    def raster(number: int) -> Mapping[str, Any]:
+        return next(r for r in reversed(scene["rasters"]) if number >= r["start"]) if number >= 0 else {}
+
+    here = raster(token)
+    return f"token {token}" + (f" ({here['label']})" if here and here is not raster(seen_from) else "")
+
+
+def _picture(view: Image.Image, of: int) -> str:
+    """As a JPEG: photographs as PNG would make pages of several megabytes. Of many in one scene smaller ones."""
     small = view.convert("RGB")
-    small.thumbnail((LARGEST, LARGEST))
-    return web.data_url(small, "JPEG", quality=92, subsampling=0)
+    side = round(LARGEST * min(1, FULL / of) ** 0.5)
+    small.thumbnail((side, side))
+    how: dict[str, Any] = {"quality": 92, "subsampling": 0} if of <= FULL else {"quality": 85}
+    return web.data_url(small, "JPEG", **how)
 
 
 def _steps(report: Report, sample: int, states: Sequence[np.ndarray]) -> list[dict[str, Any]]:
@@ -220,6 +238,8 @@ def element(scenes: Sequence[Mapping[str, Any]]) -> str:
         {
             **s,
             "rasters": [{**r, "picture": pictures.index(r["picture"]) if r["picture"] else None} for r in s["rasters"]],
+            # most layers of a method that works in every layer change nothing
+            "states": [a if i == 0 or a != s["states"][i - 1] else None for i, a in enumerate(s["states"])],
         }
         for s in scenes
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -33,27 +34,38 @@ def views(
 ) -> list[Image.Image]:
     """What lies under each raster of a sample, as the vision tower saw it: an image, each of its tiles, LLaVA-NeXT's
     tiles put together (with a blank column where its new-line tokens are), the frames of a video (Qwen: the first of
-    each pair). Their ``info["label"]`` says which: ``"tile 2 of 5"``.
+    each pair). Their ``info["label"]`` says which: ``"tile 2 of 5"``; those of a video have its number as
+    ``info["film"]``.
 
     Args:
         inputs: what ``processor`` returned and the model was given, the whole batch of ``report``; any device and type.
+        frames: the images of the prompt are the frames of one video.
 
     Raises:
         VtpruneError: there is no such sample, or the rasters cannot be matched with the pixels.
     """
     check_sample(report, sample)
     pieces = pixels_engine.rasters(processor, inputs, report)[sample]
-    nouns = [p.noun for p in pieces]
-    for i, (noun, piece) in enumerate(zip(nouns, pieces, strict=True)):
-        of = f" {nouns[: i + 1].count(noun)} of {nouns.count(noun)}" if nouns.count(noun) > 1 else ""
-        piece.picture.info["label"] = noun + of
+    if frames and len(pieces) > 1 and {p.noun for p in pieces} == {"image"}:
+        pieces = [replace(p, noun="frame", film=0) for p in pieces]
+    # of each video its own
+    names = [(p.film, p.noun) for p in pieces]
+    films = sorted({p.film for p in pieces if p.film is not None})
+    for i, (name, piece) in enumerate(zip(names, pieces, strict=True)):
+        of = f" {names[: i + 1].count(name)} of {names.count(name)}" if names.count(name) > 1 else ""
+        where = f", video {films.index(piece.film) + 1}" if piece.film is not None and len(films) > 1 else ""
+        piece.picture.info["label"] = piece.noun + of + where
+        if piece.film is not None:
+            piece.picture.info["film"] = piece.film
     return [p.picture for p in pieces]
 
 
-def views_or_blank(processor: Any, inputs: Mapping[str, Any], report: Report) -> tuple[list[Image.Image], str]:
+def views_or_blank(
+    processor: Any, inputs: Mapping[str, Any], report: Report, *, frames: bool = False
+) -> tuple[list[Image.Image], str]:
     """The :func:`views` of the first sample; or plain light grey, and why."""
     try:
-        return views(processor, inputs, report), ""
+        return views(processor, inputs, report, frames=frames), ""
     except VtpruneError as e:
         return blank(report, 0), str(e)
 

@@ -2,11 +2,12 @@
 
     python -m vtprune.train.demo_clips cache --out work/clips       # what tower and projector make of the frames, once
     python -m vtprune.train.demo_clips fit --features work/clips --out models/demo_vlm --minutes 40
-    python -m vtprune.train.demo_clips test --out work/clips.json   # answers of the finished model
+    python -m vtprune.train.demo_clips test --features work/clips --out work/clips-test.json
 
 As in :mod:`vtprune.train.demo_vlm`, many question-answer pairs share one prefix, here "<s> user :" and the frames, one
 behind the other, and each pair is exactly what the model meets at inference. A cached clip is seen in any order of its
-frames, with new questions each time. Every fourth batch is one of single scenes, so that these are not forgotten. Two
+frames, with new questions each time. Every fourth batch is one of single scenes, so that these are not forgotten. The
+first part of the training leaves out most tokens of the background, to save time. Two
 heads exist in training only: which frame an image token is of, and where in each frame a mentioned object is.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,13 +28,14 @@ from torch import Tensor, nn
 
 from ..data import clips, scenes
 from ..inputs.demo_model import CLIPS, load
-from .demo_model import TOKENS
+from .demo_model import PATCH, SIDE, TOKENS
 from .demo_packing import cell_number
 from .demo_trainee import _block
 
 FRAMES = clips.FRAMES
 AWAY = scenes.CELLS**2  # the class of an object that a frame does not show
-HELD_OUT = 24  # clips of the validation split that are looked at while training
+THIN, THINNED = 48, 0.6  # tokens per frame in the first part of the training, and how long that is
+HELD_OUT = 12  # clips of the validation split that are looked at while training
 
 
 class _Named(Protocol):
@@ -47,7 +50,7 @@ class _Named(Protocol):
 
 
 Places = dict[tuple[str, str], list[int]]  # (colour, shape) -> its cell in each frame, or AWAY
-Row = tuple[Tensor, Sequence[_Named], Places]  # features [F, TOKENS, C], questions, places
+Row = tuple[Tensor, Sequence[_Named], Places, Tensor]  # features [F * TOKENS, C], questions, places, tokens in use
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -76,9 +79,10 @@ class Clips:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.rng = folder, np.random.RandomState(seed)
-        self.features: dict[str, dict[int, Tensor]] = {"train": {}, "val": {}, "scenes-train": {}}
+        self.features: dict[str, dict[int, Tensor]] = {"train": {}, "val": {}, "test": {}, "scenes-train": {}}
         self.order: dict[str, list[int]] = {"train": [], "scenes-train": []}
         self.read: set[Path] = set()
+        self.tokens = TOKENS  # per frame of a training clip
 
     def load(self, split: str) -> dict[int, Tensor]:
         for path in sorted(set(self.folder.glob(f"{split}-*.pt")) - self.read):
@@ -98,12 +102,26 @@ class Clips:
         order = self.rng.permutation(FRAMES)
         tracks = clips.reorder(clips.clip_tracks(index, "train"), order)
         questions = clips.questions(self.rng, tracks, 6)
-        return self.features["train"][index][torch.from_numpy(order)].float(), self._mixed(questions), _places(tracks)
+        features = self.features["train"][index][torch.from_numpy(order)].float().flatten(0, 1)
+        return features, self._mixed(questions), _places(tracks), self._thinned(tracks)
+
+    def _thinned(self, tracks: Sequence[clips.Track]) -> Tensor:
+        """Numbers of the tokens in use: those on objects first, others at random."""
+        chosen = []
+        for f in range(FRAMES):
+            rank = self.rng.rand(SIDE, SIDE)
+            for box in (t.boxes[f] for t in tracks):
+                if box is not None:
+                    left, top, right, bottom = (int(x // PATCH) for x in box)
+                    rank[top : bottom + 1, left : right + 1] += 1
+            chosen += [f * TOKENS + i for i in np.sort(np.argsort(-rank, axis=None)[: self.tokens])]
+        return torch.tensor(chosen)
 
     def scene(self, index: int) -> Row:
         s = scenes.scene(index, per_ability=5)
         places = {(i.color, i.kind): [cell_number(*i.center)] for i in s.items if i.kind != "sign"}
-        return self.features["scenes-train"][index].float(), self._mixed(s.questions), places
+        features = self.features["scenes-train"][index].float().flatten(0, 1)
+        return features, self._mixed(s.questions), places, torch.arange(TOKENS)
 
     def _mixed(self, questions: Sequence[Any]) -> list[Any]:
         return [questions[i] for i in self.rng.permutation(len(questions))]
@@ -118,9 +136,9 @@ def _places(tracks: Iterable[clips.Track]) -> Places:
 
 
 def pack(rows: Sequence[Row], tokenizer: Any, room: int) -> dict[str, Any]:
-    """A batch of rows with equally many frames: as many pairs as fit into ``room`` tokens behind each prefix."""
-    frames = rows[0][0].shape[0]
-    prefix = 3 + frames * TOKENS
+    """A batch of rows with equally many tokens in use: as many pairs as fit into ``room`` tokens behind each prefix.
+    Tokens out of use leave their positions empty."""
+    prefix, end_of_prefix = 3 + len(rows[0][3]), 3 + len(rows[0][0])
     n, total = len(rows), prefix + room
     ids = torch.full((n, total), tokenizer.pad_token_id)
     labels, group = torch.full((n, total), -100), torch.full((n, total), -1)
@@ -129,7 +147,8 @@ def pack(rows: Sequence[Row], tokenizer: Any, room: int) -> dict[str, Any]:
     kinds: list[list[str]] = [[] for _ in rows]
     ids[:, :3] = torch.tensor(tokenizer("<s> user :").input_ids)
     group[:, :prefix] = 0
-    for b, (_, questions, places) in enumerate(rows):
+    for b, (_, questions, places, used) in enumerate(rows):
+        position[b, 3:prefix] = 3 + used
         at = prefix
         for q in questions:
             words = q.text.split()
@@ -142,7 +161,7 @@ def pack(rows: Sequence[Row], tokenizer: Any, room: int) -> dict[str, Any]:
             ids[b, at:end] = torch.tensor(asked + answer)
             labels[b, end - len(answer) : end] = torch.tensor(answer)
             group[b, at:end] = len(kinds[b])
-            position[b, at:end] = prefix + torch.arange(end - at)
+            position[b, at:end] = end_of_prefix + torch.arange(end - at)
             for i in range(1, len(words)):
                 cells = places.get((words[i - 1], words[i]))
                 if cells is not None:
@@ -151,7 +170,7 @@ def pack(rows: Sequence[Row], tokenizer: Any, room: int) -> dict[str, Any]:
     same = (group[:, :, None] == group[:, None, :]) | (group[:, None, :] == 0)
     mask = torch.tril(torch.ones(total, total, dtype=torch.bool)) & same | torch.eye(total, dtype=torch.bool)
     return {
-        "image": torch.stack([f.flatten(0, 1) for f, *_ in rows]),
+        "image": torch.stack([row[0][row[3]] for row in rows]),
         "ids": ids,
         "labels": labels[:, prefix:],
         "group": group[:, prefix:],
@@ -169,13 +188,12 @@ def pack(rows: Sequence[Row], tokenizer: Any, room: int) -> dict[str, Any]:
 class ClipTrainee(nn.Module):
     """The language model in float32 and the two heads that only training has."""
 
-    def __init__(self, llava: Any, compile: bool = False) -> None:
+    def __init__(self, llava: Any) -> None:
         super().__init__()
         self.lm, self.head = llava.model.language_model, llava.lm_head
         width = llava.config.text_config.hidden_size
         self.frame = nn.Linear(width, FRAMES)
         self.place = nn.Linear(width, FRAMES * (AWAY + 1))
-        self.block = torch.compile(_block) if compile else _block
 
     def forward(self, b: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits from the last prefix token on, of each image token's frame, and of each later token's places."""
@@ -187,11 +205,11 @@ class ClipTrainee(nn.Module):
             a, m = layer.self_attn, layer.mlp
             parts = (layer.input_layernorm, a.q_proj, a.k_proj, a.v_proj, a.o_proj)
             parts += (layer.post_attention_layernorm, m.gate_proj, m.up_proj, m.down_proj)
-            x = self.block(x, tuple(part.weight for part in parts), cos, sin, b["mask"])
+            x = _block(x, tuple(part.weight for part in parts), cos, sin, b["mask"])
             if i == 1:
-                frame = self.frame(x[:, 3:prefix])
+                frame = self.frame(F.rms_norm(x[:, 3:prefix], x.shape[-1:]))
             if i == len(self.lm.layers) // 2:
-                place = self.place(x[:, prefix:]).unflatten(-1, (FRAMES, AWAY + 1))
+                place = self.place(F.rms_norm(x[:, prefix:], x.shape[-1:])).unflatten(-1, (FRAMES, AWAY + 1))
         out = F.rms_norm(x[:, prefix - 1 :], (x.shape[-1],), self.lm.norm.weight, 1e-6)
         return self.head(out), frame, place
 
@@ -200,20 +218,32 @@ def losses(net: ClipTrainee, b: dict[str, Any]) -> dict[str, Tensor]:
     """Cross-entropies of a batch: answers, frames of image tokens, places of mentioned objects."""
     logits, frame, place = net(b)
     asked, named = b["labels"] != -100, b["mention"] != -100
-    which = torch.arange(frame.shape[1]) // TOKENS
+    which = (b["position"][:, 3 : 3 + frame.shape[1]] - 3) // TOKENS
     return {
         "answer": F.cross_entropy(logits[:, :-1][asked], b["labels"][asked]),
-        "frame": F.cross_entropy(frame.flatten(0, 1), which.repeat(len(frame))),
+        "frame": F.cross_entropy(frame.flatten(0, 1), which.flatten()),
         "place": F.cross_entropy(place[named], b["mention"][named]),
     }
 
 
+def _rows(data: Clips, split: str) -> list[Row]:
+    """All cached clips of a split as they are, with three questions of each ability."""
+    found = [(f, clips.clip(i, split, per_ability=3)) for i, f in data.load(split).items()]
+    return [(f.float().flatten(0, 1), c.questions, _places(c.tracks), torch.arange(len(f) * TOKENS)) for f, c in found]
+
+
 @torch.no_grad()
-def accuracy(net: ClipTrainee, rows: Sequence[Row], tokenizer: Any, size: int = 4) -> dict[str, float]:
-    """Share of pairs whose answer tokens are all the arg-max (teacher forcing), per ability."""
+def accuracy(
+    net: ClipTrainee, rows: Sequence[Row], tokenizer: Any, blind: bool = False, size: int = 4
+) -> dict[str, float]:
+    """Share of pairs whose answer tokens are all the arg-max (teacher forcing; equal to greedy decoding for an exact
+    match), per ability; ``blind``: without visual tokens from the first layer on."""
     hits: dict[str, list[bool]] = {}
     for lo in range(0, len(rows), size):
         b = pack(rows[lo : lo + size], tokenizer, 288)
+        if blind:
+            prefix = 3 + b["image"].shape[1]
+            b["mask"][:, :, prefix:, 3:prefix] = torch.finfo(torch.float32).min
         right = (net(b)[0][:, :-1].argmax(-1) == b["labels"]) | (b["labels"] == -100)
         for row, kinds in enumerate(b["kinds"]):
             for k, kind in enumerate(kinds, 1):
@@ -222,21 +252,27 @@ def accuracy(net: ClipTrainee, rows: Sequence[Row], tokenizer: Any, size: int = 
 
 
 def fit(
-    features: Path, out: Path, *, minutes: float, batch: int, room: int, lr: float, seed: int, threads: int
+    features: Path,
+    out: Path,
+    *,
+    minutes: float,
+    batch: int,
+    room: int,
+    lr: float,
+    seed: int,
+    threads: int,
+    start_from: Path | None = None,
 ) -> None:
     """Trains for ``minutes`` of wall clock and writes ``clips.safetensors`` and ``clips.json`` into ``out`` every 100
-    steps; the learning rate warms up over 30 steps and falls to zero over the last half."""
+    steps; the learning rate warms up over 30 steps and falls to zero over the last half. ``start_from``: a folder with
+    the ``clips.safetensors`` to go on from."""
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    llava, processor = load()
+    llava, processor = load() if start_from is None else load(clips=True, folder=start_from)
     tokenizer, data = processor.tokenizer, Clips(features, seed)
-    net = ClipTrainee(llava, compile=True)
-    optimisers = _optimisers(net, lr)
-    held_out = [
-        (f.float(), c.questions, _places(c.tracks))
-        for i, f in list(data.load("val").items())[:HELD_OUT]
-        for c in (clips.clip(i, "val", per_ability=3),)
-    ]
+    net = ClipTrainee(llava)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    held_out = _rows(data, "val")[:HELD_OUT]
     began, step, log, running = time.time(), 0, list[dict[str, Any]](), dict[str, float]()
 
     def keep() -> None:
@@ -249,16 +285,16 @@ def fit(
 
     while (done := (time.time() - began) / (60 * minutes)) < 1:
         step += 1
+        data.tokens = THIN if done < THINNED else TOKENS
         rows = data.draw("scenes-train", 2 * batch) if step % 4 == 0 else data.draw("train", batch)
         rate = lr * min(1.0, step / 30) * min(1.0, (1 - done) / 0.5 + 0.01)
-        for group in (g for o in optimisers for g in o.param_groups):
+        for group in optimiser.param_groups:
             group["lr"] = rate
         parts = losses(net, pack(rows, tokenizer, room if step % 4 else 192))
         (parts["answer"] + max(0.0, 1 - done / 0.9) * (0.5 * parts["place"] + 0.1 * parts["frame"])).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        for o in optimisers:
-            o.step()
-            o.zero_grad(set_to_none=True)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
         for name, value in parts.items():
             name = name if step % 4 else f"scenes {name}"
             running[name] = 0.9 * running.get(name, float(value.detach())) + 0.1 * float(value.detach())
@@ -268,17 +304,6 @@ def fit(
         if step % 100 == 0:
             keep()
     keep()
-
-
-def _optimisers(net: ClipTrainee, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the rest."""
-    matrices = [p for p in net.lm.layers.parameters() if p.ndim == 2]
-    held = {id(p) for p in matrices}
-    rest = [p for p in net.parameters() if id(p) not in held]
-    return [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
 
 
 def save(llava: Any, out: Path, facts: dict[str, Any]) -> None:
@@ -296,12 +321,35 @@ def save(llava: Any, out: Path, facts: dict[str, Any]) -> None:
     (out / CLIPS).with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
+def test(features: Path, out: Path, threads: int) -> None:
+    """Writes the finished model's accuracy on the cached clips of the test split, with and without visual tokens."""
+    torch.set_num_threads(threads)
+    data = Clips(features, 0)
+    rows = _rows(data, "test")
+    answers: dict[str, Counter[str]] = {}
+    for q in (q for _, questions, _ in rows for q in questions):
+        answers.setdefault(q.ability, Counter())[q.answer] += 1
+    llava, processor = load(clips=True)
+    net = ClipTrainee(llava)
+    facts = {
+        "clips": len(rows),
+        "questions": {k: c.total() for k, c in answers.items()},
+        "majority answer": {k: round(c.most_common(1)[0][1] / c.total(), 4) for k, c in answers.items()},
+        "dense": accuracy(net, rows, processor.tokenizer),
+        "no visual tokens": accuracy(net, rows, processor.tokenizer, blind=True),
+        "threads": threads,
+        "torch": torch.__version__,
+    }
+    out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(facts, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest="what", required=True)
     c = sub.add_parser("cache", help="compute the features of frames")
     c.add_argument("--out", type=Path, required=True)
-    c.add_argument("--split", choices=("train", "val", "scenes-train"), default="train")
+    c.add_argument("--split", choices=("train", "val", "test", "scenes-train"), default="train")
     c.add_argument("--start", type=int, default=0)
     c.add_argument("--stop", type=int, default=400)
     f = sub.add_parser("fit", help="train the language model")
@@ -310,11 +358,16 @@ def main() -> None:
     f.add_argument("--minutes", type=float, default=40.0)
     f.add_argument("--batch", type=int, default=4, help="clips per step (twice as many scenes)")
     f.add_argument("--room", type=int, default=256, help="tokens of questions and answers per clip")
-    f.add_argument("--lr", type=float, default=1.2e-3)
+    f.add_argument("--lr", type=float, default=1e-3)
     f.add_argument("--seed", type=int, default=0)
+    f.add_argument("--start-from", type=Path, help="a folder that an earlier fit has written")
     f.add_argument("--threads", type=int, default=2)
+    t = sub.add_parser("test", help="measure the finished model")
+    t.add_argument("--features", type=Path, required=True)
+    t.add_argument("--out", type=Path, required=True)
+    t.add_argument("--threads", type=int, default=2)
     options = vars(parser.parse_args())
-    {"cache": cache, "fit": fit}[options.pop("what")](**options)
+    {"cache": cache, "fit": fit, "test": test}[options.pop("what")](**options)
 
 
 if __name__ == "__main__":
