@@ -45,6 +45,11 @@ def refused() -> dict[str, dict[str, str]]:
     return json.loads(Path(__file__).with_name("refused_pairs.json").read_text(encoding="utf-8"))
 
 
+def of_pictures(name: str) -> bool:
+    """Whether a method has something to say about the pictures that the bundled VLM is asked about."""
+    return not vtprune.describe(name).video and name not in refused()["llava/dinov2-llama"]
+
+
 def taken(pair: tuple[str, str, str, int]) -> bool:
     """Whether the checked-in table of refused pairs lets the pair work."""
     family, variant, name, case = pair

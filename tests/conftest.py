@@ -23,7 +23,7 @@ from vtprune.models.base import ADAPTERS
 import moulds
 import vtprune
 from browser import CHROMIUM, QUIET
-from choice import covering, kinds, pairs
+from choice import covering, kinds, of_pictures, pairs
 
 collect_ignore = ["plugin"]  # a distribution of its own: test_plugins.py installs it and runs its tests
 
@@ -79,8 +79,11 @@ def chromium() -> Iterator[Any]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "some_method" in metafunc.fixturenames:
-        some = {group[0] for group in kinds()}  # with the bundled model one of each kind; the others are slow
-        names = [pytest.param(name, marks=() if name in some else pytest.mark.slow) for name in vtprune.methods()]
+        # with the bundled model, which is asked about pictures, one of each kind; the others are slow
+        asked = [[name for name in group if of_pictures(name)] for group in kinds()]
+        some = {group[0] for group in asked if group}
+        every = [name for name in vtprune.methods() if of_pictures(name)]
+        names = [pytest.param(name, marks=() if name in some else pytest.mark.slow) for name in every]
         metafunc.parametrize("some_method", names)
     if "method_name" in metafunc.fixturenames:
         metafunc.parametrize("method_name", vtprune.methods())

@@ -16,9 +16,10 @@ from PIL import Image
 import vtprune
 from vtprune.data import clips, scenes
 from vtprune.inputs import demo_model
+from vtprune.measure.samples import clips_samples, scenes_samples
 from vtprune.train import demo_clips
 
-FROZEN = "1ad8d9e0e9475cf3"
+FROZEN = "dc011bcb6428e972"
 
 
 def _asked(index: int, split: str = "val", per_ability: int = 2) -> tuple[tuple[clips.Track, ...], list]:
@@ -88,7 +89,7 @@ def _truth(words: list[str], tracks: tuple[clips.Track, ...]) -> str:
 def test_answers_are_true(shuffled):
     """Also with the frames in another order, as in training."""
     seen = set()
-    for i in range(200):
+    for i in range(100):
         tracks, questions = _asked(i, per_ability=4)
         if shuffled:
             rng = np.random.RandomState(i)
@@ -121,7 +122,7 @@ def test_words_alone_do_not_tell_the_answer():
     known = set(json.loads(text)["model"]["vocab"])
     answers: dict[str, Counter] = {}
     forms: dict[str, Counter] = {}
-    for i in range(1500):
+    for i in range(500):
         for q in _asked(i)[1]:
             assert {*q.text.split(), q.answer} <= known
             answers.setdefault(q.ability, Counter())[q.answer] += 1
@@ -136,10 +137,10 @@ def test_words_alone_do_not_tell_the_answer():
 
 
 def test_no_single_frame_tells_when_or_the_order():
-    """Whoever sees one frame only, and guesses the likeliest answer for whether the named things are in it, stays far
-    from the whole clip's 100 %."""
+    """Whoever sees one frame only, and guesses the likeliest answer for whether the named things are in it, stays
+    behind the whole clip, which tells every answer."""
     seen: dict[tuple, Counter] = {}
-    for i in range(1000):
+    for i in range(400):
         tracks, questions = _asked(i)
         by_name = {t.name: t for t in tracks}
         for q in questions:
@@ -154,7 +155,7 @@ def test_no_single_frame_tells_when_or_the_order():
         for f in range(clips.FRAMES):
             cases = [c for key, c in seen.items() if key[:2] == (ability, f)]
             right = sum(c.most_common(1)[0][1] for c in cases) / sum(c.total() for c in cases)
-            assert right < {"when": 0.55, "order": 0.85}[ability], (ability, f, right)
+            assert right < {"when": 0.55, "order": 0.9}[ability], (ability, f, right)
 
 
 def test_shapes_are_drawn_where_the_tracks_are():
@@ -221,3 +222,17 @@ def test_missing_and_damaged_weights_are_said(tmp_path: Path):
     save_file({"other.weight": torch.zeros(2)}, tmp_path / demo_model.CLIPS)
     with pytest.raises(vtprune.VtpruneError, match="has not: other.weight"):
         demo_model.load(clips=True, folder=tmp_path)
+
+
+def test_bench_shows_all_frames():
+    samples = clips_samples(2)
+    assert {s.set for s in samples} == {"clips"} and {s.source for s in samples} == {"clips/0", "clips/1"}
+    c = clips.clip(0, "test")
+    assert [(s.question, s.answer) for s in samples if s.source == "clips/0"] == [
+        (q.text, q.answer) for q in c.questions
+    ]
+    assert all(np.array_equal(a, b) for a, b in zip(samples[0].shown(), c.frames, strict=True))
+    (scene, *_) = scenes_samples(1)
+    assert scene.shown() == [scene.picture()]
+    with pytest.raises(vtprune.VtpruneError, match="at least 1"):
+        clips_samples(0)

@@ -21,7 +21,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import vtprune
 
@@ -118,6 +118,10 @@ REMEMBER = """() => { window.told = []; new MutationObserver(() => {
 }).observe(document, {subtree: true, childList: true, characterData: true}); }"""  # messages pop up for seconds only
 
 
+def fewer_colours(path: Path) -> None:
+    Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
 class Seat:
     """One user: a browser context of its own, and what went wrong in it."""
 
@@ -183,7 +187,7 @@ class Seat:
         if folder := os.environ.get("VTPRUNE_SCREENSHOTS"):
             path = Path(folder) / f"demo-{name}.png"
             self.page.screenshot(path=path, full_page=full)
-            Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+            fewer_colours(path)
 
     def leave(self) -> None:
         self.context.close()
@@ -238,6 +242,45 @@ def pictures(tmp_path_factory) -> list[tuple[Path, str, str]]:
     return out
 
 
+def clip(path: Path) -> Path:
+    """A circle that crosses a scene, as a GIF."""
+    from vtprune.demos.samples import samples
+
+    frames = []
+    for i in range(8):
+        frame = samples(2)[1].picture().resize((168, 168))
+        ImageDraw.Draw(frame).ellipse((4 + 18 * i, 60 + 5 * i, 36 + 18 * i, 92 + 5 * i), (220, 40, 40), (20, 20, 20))
+        frames.append(frame)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=120)
+    return path
+
+
+def test_a_gif_is_shown_frame_by_frame(seat, tmp_path):
+    """The bundled model takes no videos: it sees the frames as images."""
+    one = seat()
+    one.upload(clip(tmp_path / "clip.gif"))
+    one.question("what color is the circle ?")
+    one.choose("recipe-b", "framefusion")
+    one.ask()
+    theatre = one.page.locator("vt-theatre")
+    time, which = theatre.locator(".vt-time"), theatre.locator(".vt-which")
+    assert which.inner_text() == "frame 1 of 8" and theatre.locator(".vt-frame").count() == 16
+    pruned = theatre.locator(".vt-scene").nth(1)
+    left = [int(text.split("/")[0]) for text in pruned.locator(".vt-frame").all_inner_texts()]
+    assert sum(left) == int(re.search(r"(\d+) of 1152 tokens", pruned.locator(".vt-caption").inner_text())[1]) < 1152
+    time.focus()
+    for _ in range(4):
+        one.page.keyboard.press("ArrowRight")
+    assert which.inner_text() == "frame 5 of 8"
+    assert len(pruned.get_attribute("data-kept").split(",")) == left[4]
+    pruned.locator(".vt-picture").click(position={"x": 9, "y": 9})
+    assert "(frame 1 of 8)" in theatre.locator(".vt-told li", has_text="merged into").first.inner_text()
+    one.shot("video")
+    if folder := os.environ.get("VTPRUNE_SCREENSHOTS"):
+        theatre.screenshot(path=Path(folder) / "theatre-video.png")
+        fewer_colours(Path(folder) / "theatre-video.png")
+
+
 def test_a_visit(seat, pictures, tmp_path):
     """Upload, ask, move the slider, compare two recipes, export; what is drawn is what the recipe, run here,
     reports."""
@@ -263,7 +306,7 @@ def test_a_visit(seat, pictures, tmp_path):
     with vtprune.attach(model, tmp_path / "recipe.json") as handle:
         generate(model, processor, prepare(processor, [open_image(path)], [question]), 1)
         report = handle.report()
-    slider = theatre.locator("input[type=range]")
+    slider = theatre.locator(".vt-step")
     slider.focus()
     slider.press("Home")
     steps = int(slider.get_attribute("max")) - int(slider.get_attribute("min")) + 1

@@ -218,7 +218,7 @@ def same_rows(got: dict[int, Tensor], want: dict[int, Vector], limit: float = 1e
     B.close(torch.stack(list(got.values())), torch.tensor(list(want.values()), dtype=torch.float64), limit)
 
 
-@pytest.mark.parametrize("outer", [1, 4, 9, 20, 37, 52, 66, 71])
+@pytest.mark.parametrize("outer", [1, 9, 37, 66, 71])
 @pytest.mark.parametrize(
     "options",
     [

@@ -165,7 +165,7 @@ def same_rows(got: dict[int, Tensor], want: dict[int, Vector], limit: float = 1e
     B.close(torch.stack(list(got.values())), torch.tensor(list(want.values()), dtype=torch.float64), limit)
 
 
-@pytest.mark.parametrize("share", [0.01, 0.1, 0.3, 0.5, 0.77, 0.99])
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize(
     "options",
     [
@@ -384,17 +384,19 @@ def moving(inputs: dict[str, Tensor], patches: int = 12) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "vision, text, keep, options",
+    "vision, text, keep, options, prompts",
     [
-        ("clip", "llama", 0.15, {}),
-        ("siglip", "qwen2", 30, {"clusters": 0.3, "scenes": 0.5, "layer": 2}),
-        ("clip", "qwen2", 1, {}),
-        ("clip", "llama", 0.7, {"layer": 3}),
+        ("clip", "llama", 0.15, {}, PROMPTS),
+        ("siglip", "qwen2", 30, {"clusters": 0.3, "scenes": 0.5, "layer": 2}, PROMPTS),
+        ("clip", "qwen2", 1, {}, [[3, 2, 4], [5, 1, 6]]),
+        ("clip", "llama", 0.7, {"layer": 3}, [[3, 1, 2]]),
     ],
 )
-def test_llava_equals_the_transcription(vision: str, text: str, keep: float, options: dict[str, Any]) -> None:
+def test_llava_equals_the_transcription(
+    vision: str, text: str, keep: float, options: dict[str, Any], prompts: list[list[int]]
+) -> None:
     """The images of a prompt are its frames: what is kept at both cuts, and the hidden states at the end."""
-    model, inputs = B.llava(vision, text, blocks=3, layers=4), moving(B.prompts(PROMPTS))
+    model, inputs = B.llava(vision, text, blocks=3, layers=4), moving(B.prompts(prompts))
     embeddings = B.embeddings(model, inputs)
     with vtprune.attach(model, "prunevid", keep=keep, **options) as handle:
         hidden, report = B.final(model, inputs), handle.report()
@@ -425,7 +427,7 @@ def test_llava_equals_the_transcription(vision: str, text: str, keep: float, opt
                 before = x
                 x = O._run_lm_layer(lm, i, x, order)
             B.close(hidden[b][order], lm.norm(x))
-    assert rest
+    assert rest or prompts != PROMPTS
 
 
 def test_the_most_attention_of_any_token_of_the_question() -> None:

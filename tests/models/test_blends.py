@@ -14,7 +14,9 @@ from vtprune.methods.hiprune import HiPrune
 VIDEO = 4  # the placeholder of videos
 
 
-def seen_by(model, inputs, name: str, cls: type, monkeypatch, **options) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def seen_by(
+    model, inputs, name: str, cls: type, monkeypatch, **options
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """What ``cls`` noted of each pass of the tower, and found again behind the projector."""
     told, found = [], []
     note, select = cls.note, cls.select

@@ -37,7 +37,9 @@ def _replace(model: Any, path: Path) -> None:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise VtpruneError(f"{path}, the language model trained on clips, is missing")
+        raise VtpruneError(
+            f"{path}, the language model trained on clips, is missing; python -m vtprune.train.demo_clips makes it"
+        )
     try:
         odd = model.load_state_dict(load_file(path), strict=False).unexpected_keys
     except (OSError, RuntimeError, SafetensorError) as e:

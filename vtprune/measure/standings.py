@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def table(result: dict[str, Any]) -> str:
     """Methods down, by where they decide; budgets across: accuracy on ``scenes`` in percent, the best of a group in
-    bold; – where the budget cannot be met, and where a method is newer than the results. Methods that the bundled model's
-    pictures say nothing about, of videos and of towers whose processor cuts blocks, follow without figures. ``result``:
-    the contents of a ``bench.json``."""
+    bold; – where the budget cannot be met, and where a method is newer than the results. Methods that the bundled
+    model's pictures say nothing about (of videos, of towers whose processor cuts blocks) follow without figures.
+    ``result``: the contents of a ``bench.json``."""
     budgets = result["budgets"]
     known = {(r["method"], r["budget"]): r for r in result["rows"] if "error" not in r}
     heads = ["method", "idea", "source", *(f"{100 * b:g} %" for b in budgets)]

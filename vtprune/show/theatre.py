@@ -36,14 +36,15 @@ def scene(report: Report, views: Sequence[Image.Image] = (), *, sample: int = 0,
 
     Returns:
         ``title`` · ``tokens`` n · ``rasters``: ``rows``, ``columns``, ``start`` (its first token), ``label``,
-        ``picture`` (a data URL), ``film`` (the number of the video that it is a frame of, or
-        ``None``) · ``states`` one more than stages, each ``[n]``: the token that stands for each token (itself, the one it was merged into, -1: gone), first before all stages, then behind each · ``steps`` in order:
-        ``site`` (``"image"``, the sites of tower and projector, every ``"llm.<i>"``), ``label``, ``state`` (index into
-        ``states``: what a language-model layer processes), ``stages`` (the numbers of those that acted here),
-        ``tokens`` present · ``stages``: ``site``, ``method``, ``tokens_in``, ``tokens_out``, ``kept``, ``outcome``
-        ``[n]`` (0 kept, 1 merged into the token of the state behind, 2 dropped, 3 came back, 4 was gone), ``scores``
-        ``[n]`` with four digits or ``None``, ``rank`` ``[n]`` (1 is best, 0 not ranked), ``unit`` ``[n]`` and
-        ``units``, how many were ranked and kept in each. The last four are ``None`` for a stage without scores.
+        ``picture`` (a data URL), ``film`` (the number of the video that it is a frame of, or ``None``) · ``states`` one
+        more than stages, each ``[n]``: the token that stands for each token (itself, the one it was merged into, -1:
+        gone), first before all stages, then behind each · ``steps`` in order: ``site`` (``"image"``, the sites of tower
+        and projector, every ``"llm.<i>"``), ``label``, ``state`` (index into ``states``: what a language-model layer
+        processes), ``stages`` (the numbers of those that acted here), ``tokens`` present · ``stages``: ``site``,
+        ``method``, ``tokens_in``, ``tokens_out``, ``kept``, ``outcome`` ``[n]`` (0 kept, 1 merged into the token of the
+        state behind, 2 dropped, 3 came back, 4 was gone), ``scores`` ``[n]`` with four digits or ``None``, ``rank``
+        ``[n]`` (1 is best, 0 not ranked), ``unit`` ``[n]`` and ``units``, how many were ranked and kept in each. The
+        last four are ``None`` for a stage without scores.
 
     Raises:
         VtpruneError: no such sample, a sample without visual tokens, or another number of views than rasters.

@@ -17,7 +17,7 @@ import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -99,10 +99,10 @@ class Clips:
 
     def clip(self, index: int) -> Row:
         """A training clip with its frames in any order."""
-        order = self.rng.permutation(FRAMES)
+        order = [int(f) for f in self.rng.permutation(FRAMES)]
         tracks = clips.reorder(clips.clip_tracks(index, "train"), order)
         questions = clips.questions(self.rng, tracks, 6)
-        features = self.features["train"][index][torch.from_numpy(order)].float().flatten(0, 1)
+        features = self.features["train"][index][order].float().flatten(0, 1)
         return features, self._mixed(questions), _places(tracks), self._thinned(tracks)
 
     def _thinned(self, tracks: Sequence[clips.Track]) -> Tensor:
@@ -203,8 +203,8 @@ class ClipTrainee(nn.Module):
         cos, sin = (t[:, None] for t in self.lm.rotary_emb(x, b["position"]))
         for i, layer in enumerate(self.lm.layers):
             a, m = layer.self_attn, layer.mlp
-            parts = (layer.input_layernorm, a.q_proj, a.k_proj, a.v_proj, a.o_proj)
-            parts += (layer.post_attention_layernorm, m.gate_proj, m.up_proj, m.down_proj)
+            parts = [layer.input_layernorm, a.q_proj, a.k_proj, a.v_proj, a.o_proj]
+            parts += [layer.post_attention_layernorm, m.gate_proj, m.up_proj, m.down_proj]
             x = _block(x, tuple(part.weight for part in parts), cos, sin, b["mask"])
             if i == 1:
                 frame = self.frame(F.rms_norm(x[:, 3:prefix], x.shape[-1:]))
@@ -278,7 +278,13 @@ def fit(
     def keep() -> None:
         log.append({"step": step, "seconds": round(time.time() - began), **accuracy(net, held_out, tokenizer)})
         print(json.dumps(log[-1]), flush=True)
-        facts = {"steps": step, "seconds": round(time.time() - began), "seed": seed, "batch": batch, "room": room}
+        facts: dict[str, Any] = {
+            "steps": step,
+            "seconds": round(time.time() - began),
+            "seed": seed,
+            "batch": batch,
+            "room": room,
+        }
         facts |= {"lr": lr, "minutes": minutes, "threads": threads, "torch": torch.__version__, "frames": FRAMES}
         facts |= {"clips": len(data.features["train"]), "scenes": len(data.features["scenes-train"]), "log": log}
         save(llava, out, facts)
@@ -327,7 +333,7 @@ def test(features: Path, out: Path, threads: int) -> None:
     data = Clips(features, 0)
     rows = _rows(data, "test")
     answers: dict[str, Counter[str]] = {}
-    for q in (q for _, questions, _ in rows for q in questions):
+    for q in (q for row in rows for q in row[1]):
         answers.setdefault(q.ability, Counter())[q.answer] += 1
     llava, processor = load(clips=True)
     net = ClipTrainee(llava)
@@ -367,7 +373,8 @@ def main() -> None:
     t.add_argument("--out", type=Path, required=True)
     t.add_argument("--threads", type=int, default=2)
     options = vars(parser.parse_args())
-    {"cache": cache, "fit": fit, "test": test}[options.pop("what")](**options)
+    commands: dict[str, Callable[..., None]] = {"cache": cache, "fit": fit, "test": test}
+    commands[options.pop("what")](**options)
 
 
 if __name__ == "__main__":
