@@ -323,6 +323,7 @@ def save(llava: Any, out: Path, facts: dict[str, Any]) -> None:
         if name.startswith(("model.language_model.", "lm_head."))
     }
     save_file(weights, out / f".{CLIPS}.tmp", metadata={"format": "pt"})
+    (out / f".{CLIPS}.tmp").chmod(0o644)  # safetensors writes for the owner only
     (out / f".{CLIPS}.tmp").rename(out / CLIPS)
     (out / CLIPS).with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
