@@ -24,6 +24,8 @@ FREE = (
     "visionzip",
     "prumerge",
     "prumerge+",
+    "fastvid",
+    "holitom",
 )  # their slots are no means of the tokens that the report puts into them
 SECOND_NORM = ("layer_norm2", "norm2", "layernorm_after", "ln_2")  # in front of a tower block's MLP
 

@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import math
 import multiprocessing
@@ -43,6 +44,7 @@ from torch import Tensor
 sys.path.insert(0, os.path.dirname(__file__))
 
 from vtprune.models.base import ADAPTERS
+from vtprune.models.engine.layout import units
 
 import vtprune
 from dense import Dense, Done, NoReference
@@ -82,6 +84,15 @@ class Bench:
     @property
     def mllm(self) -> bool:
         return self.adapter.geometry.llm_layers > 0
+
+    @functools.cached_property
+    def moving(self) -> bool:
+        """Whether a prompt holds a video, or several pictures that can be its frames."""
+        if not self.mllm:
+            return False
+        per = "video" if "video" in self.adapter.geometry.per else "sample"
+        found = units(self.adapter.parts(self.example["input_ids"], self.example), per)
+        return any(u.frames and len(set(u.frames)) == 1 for u in found)
 
     def output(self) -> Tensor:
         with torch.no_grad():
@@ -358,6 +369,8 @@ def method(draw: random.Random, b: Bench) -> tuple[str, dict[str, Any]]:
         return draw.choice(list(METHODS)), {}
     kind = draw.choice([k for k in b.adapter.geometry.provides if any(k in METHODS.get(m).kinds for m in METHODS)])
     able = [METHODS.get(m) for m in METHODS if kind in METHODS.get(m).kinds]
+    if not b.moving or draw.random() < 0.5:  # where all that a method of videos could do is leave pictures whole
+        able = [i for i in able if not i.video] or able
     deed = draw.choice(sorted({(i.merges, i.routes) for i in able}))
     alike = [i for i in able if (i.merges, i.routes) == deed]
     info = draw.choice(alike)
@@ -519,7 +532,8 @@ class Case:
                     )
                 if s.scores is None or s.units is None or s.assignment is not None or METHODS.get(s.method).merges:
                     continue
-                if any(words in METHODS.get(s.method).score for words in ("go first", "tile by tile")):
+                more = ("go first", "tile by tile", "frame by frame")
+                if any(words in METHODS.get(s.method).score for words in more):
                     continue  # its score is not all that decides
                 score, unit = s.scores[i].nan_to_num(-math.inf, posinf=math.inf, neginf=-math.inf), s.units[i]
                 chosen = torch.zeros(len(score), dtype=torch.bool)

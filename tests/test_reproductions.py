@@ -365,7 +365,8 @@ def test_suites_name_tasks_that_exist_once():
     assert set(SUITES) == {"standard", "hard", "local"}
     for suite in ("standard", "hard"):
         assert len(set(SUITES[suite])) == len(SUITES[suite]) and set(SUITES[suite]) <= set(tasks())
-    assert {name.replace("_", "-") for name in SUITES["local"]} == set(samples.SETS)
+    # clips, of several pictures each, are asked by vtprune bench alone
+    assert {name.replace("_", "-") for name in SUITES["local"]} == set(samples.SETS) - {"clips"}
     everything = {name for suite in SUITES.values() for name in suite}
     assert set(NOTES) <= everything and set(JUDGED) <= set(NOTES)
 

@@ -22,7 +22,7 @@ from .base import Cut, Method, MethodInfo, option, register
         exact=False,
         video=True,
         whole=True,
-        score="minus the cosine with the same place of the frame that a frame is compared with; none in whole frames",
+        score="minus the cosine with the place in the compared frame, ranked frame by frame; none in whole frames",
         cases=({"keep": 0.75}, {"ratio": 0.3}, {"keep": 0.6, "groups": "official"}),
     )
 )

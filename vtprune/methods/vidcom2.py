@@ -27,7 +27,7 @@ WIDTHS = (-3, -2, -1, 0, 1)  # k: a kernel of variance 2^k each
         keep=0.25,
         video=True,
         whole=True,
-        score="minus the similarity with the centres of the video and of the frame",
+        score="minus the similarity with the centres of the video and of the frame, compared frame by frame",
         cases=({"keep": 0.75}, {"keep": 0.2}, {"keep": 0.4, "rounding": "frames"}),
     )
 )
