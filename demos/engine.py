@@ -18,6 +18,7 @@ from typing import Any
 import vtprune
 from vtprune.core.recipe import Recipe
 from vtprune.core.types import Geometry, VtpruneError
+from vtprune.measure.bench import of_pictures
 
 from . import TRAINED
 from .answers import Answerer
@@ -216,6 +217,9 @@ class Engine:
         for name in (None, *([o.name for o in self.recipes()] if names is None else names)):
             own = name is None or (name == TRAINED and self.trained is not None)
             side = Side(name, "own" if own else budget, share, seed=seed)
+            if name and not own and len(parts) == 1 and parts[0]["type"] == "image" and not of_pictures(name):
+                yield Entry(side.name, note=f"{name} prunes videos; this is a picture, which it leaves whole")
+                continue
             job = partial(entry, self.answerer, side, parts, question, truth)
             line = None if stop.is_set() else self.thread.do(job, stop)
             if line is None:

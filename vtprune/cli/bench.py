@@ -150,9 +150,16 @@ def _check(args: argparse.Namespace) -> None:
 def _methods(args: argparse.Namespace) -> tuple[list[str], list[Recipe]]:
     """The names of what is asked for, and the recipes to measure: these and, unless they are left out, the
     baselines."""
-    asked = [load_recipe(name) for name in (vtprune.methods() if args.methods is None else args.methods)]
+    videos = "clips" in args.abilities
+    every = [name for name in vtprune.methods() if videos or bench.of_pictures(name)]
+    asked = [load_recipe(name) for name in (every if args.methods is None else args.methods)]
+    if not videos and (none := next((recipe.name for recipe in asked if not bench.of_pictures(recipe)), None)):
+        raise VtpruneError(
+            f"{none} prunes videos, and {', '.join(args.abilities)} asks about pictures, which it leaves whole: "
+            "--abilities clips"
+        )
     names = [recipe.name for recipe in asked]
-    added = [] if args.no_baselines else [load_recipe(name) for name in bench.baselines() if name not in names]
+    added = [] if args.no_baselines else [load_recipe(n) for n in bench.baselines(videos) if n not in names]
     return names, asked + added
 
 

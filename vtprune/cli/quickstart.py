@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     page, sheet, data = (args.out / f"quickstart.{kind}" for kind in ("html", "png", "json"))
     for path in (page, sheet, data):
         output(path)
-    methods = vtprune.methods()
+    methods = [name for name in vtprune.methods() if bench.of_pictures(name)]
     trained = demo_model.branch() if args.model is None else None
     fixed = [] if trained is None else [(trained, trained.source)]
     passes = bench.runs(methods, args.budgets, args.seeds, len(fixed))

@@ -145,9 +145,14 @@ def _rows(
         yield row
 
 
-def baselines() -> list[str]:
-    """The registered methods that every table holds."""
-    return [name for name in METHODS if METHODS.get(name).paper == "baseline"]
+def baselines(videos: bool = False) -> list[str]:
+    """The registered methods that every table holds, of questions about pictures or ``videos``."""
+    return [name for name in METHODS if METHODS.get(name).paper == "baseline" and (videos or of_pictures(name))]
+
+
+def of_pictures(recipe: str | Recipe) -> bool:
+    """Whether every stage of a recipe prunes pictures, and not the frames of videos alone."""
+    return not any(METHODS.get(stage.method).video for stage in load_recipe(recipe).stages)
 
 
 def runs(methods: Sequence[str | Recipe], budgets: Sequence[float], seeds: int, fixed: int = 0) -> int:
