@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core.types import UnsupportedError
 from .base import ADAPTERS, AdapterInfo, named
-from .engine.layout import Raster, RasterSpan, per_sample
+from .engine.layout import Blend, Raster, RasterSpan, per_sample
 from .llava_next import LlavaNext
 from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
@@ -82,7 +82,7 @@ class LlavaOnevision(LlavaNext):
         return torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
 
     @cached_property
-    def pooled(self) -> tuple[Tensor, Tensor]:
+    def pooled(self) -> Blend:
         """Of which of a frame's tokens each of those behind the pooling is a weighted mean, and the weights, ``[n, m]``
         each: what the model's own pooling makes of each token alone."""
         n = self.geometry.tokens
@@ -92,11 +92,10 @@ class LlavaOnevision(LlavaNext):
         weight, tokens = table.topk(most, dim=1)
         return tokens, weight
 
-    def blends(self, inputs: dict[str, Any], samples: list[list[RasterSpan]]) -> list[tuple[Tensor, Tensor] | None]:
-        made = self.sources(inputs, samples)
-        return [self._blend(sample, sources) for sample, sources in zip(samples, made, strict=True)]
+    def blends(self, sources: list[Tensor], samples: list[list[RasterSpan]]) -> list[Blend | None]:
+        return [self._blend(sample, made) for sample, made in zip(samples, sources, strict=True)]
 
-    def _blend(self, sample: list[RasterSpan], sources: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _blend(self, sample: list[RasterSpan], sources: Tensor) -> Blend | None:
         if not any(p.video >= 0 for p in sample):
             return None
         own, weights = self.pooled

@@ -90,7 +90,8 @@ class Calls:
         call.tokens, call.parts = ids, self.decoder.parts(ids, inputs)
         call.told = partial(self.decoder.sources, inputs, call.parts)
         if self.tower or self.noting:
-            call.sources, call.blends = call.told(), self.decoder.blends(inputs, call.parts)
+            call.sources = call.told()
+            call.blends = self.decoder.blends(call.sources, call.parts)
         if self.tower and any(blend is not None for blend in call.blends):
             raise UnsupportedError(
                 f"{type(self.decoder.root).__name__} interpolates videos behind the projector, where no token is one "

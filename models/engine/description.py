@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layout import RasterSpan
+from .layout import Blend, RasterSpan
 from .packing import Packing
 from .request import EncoderCall
 
@@ -34,8 +34,7 @@ class Decoder:
         visual: ``visual(input_ids)``: a bool mask of the placeholders ``[B, T]``.
         parts: ``parts(input_ids, inputs)``: what the placeholders stand for.
         sources: ``sources(inputs, parts)``: which of the tower's tokens each was made of.
-        blends: ``blends(inputs, parts)``: per sample, of which of them each is a weighted mean (tokens and weights
-            ``[n, m]``), ``None`` where each is one.
+        blends: ``blends(sources, parts)``: per sample, of which of them each is a weighted mean; ``None``: each is one.
         kinds: each layer's attention type.
         window: of the sliding layers.
         rotary: ``rotary(x, ids, kind)``: the rotary table of other positions.
@@ -52,6 +51,7 @@ class Decoder:
     visual: Callable[[Tensor], Tensor]
     parts: Callable[[Tensor, dict[str, Any]], list[list[RasterSpan]]]
     sources: Callable[[dict[str, Any], list[list[RasterSpan]]], list[Tensor]]
+    blends: Callable[[list[Tensor], list[list[RasterSpan]]], list[Blend | None]]
     kinds: tuple[str, ...]
     window: int | None
     rotary: Callable[[Tensor, Tensor, str], tuple[Tensor, Tensor]]
@@ -59,9 +59,6 @@ class Decoder:
     pairs: bool = False
     first_position: int = 0
     core: Any = None
-    blends: Callable[[dict[str, Any], list[list[RasterSpan]]], list[tuple[Tensor, Tensor] | None]] = (
-        lambda inputs, parts: [None] * len(parts)
-    )
     encoded: Callable[[dict[str, Any]], dict[str, EncoderCall]] = lambda inputs: {}
 
     def window_of(self, number: int) -> int | None:

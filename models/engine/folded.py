@@ -10,7 +10,7 @@ is gone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -183,17 +183,9 @@ class FoldedEngine(PackedEngine):
 
     def _ahead(self, run: FoldedRun, block: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         """The first block's arguments with what the cuts in front of the tower leave of its rows."""
-        whole, pixels = inputs["hidden_states"], run.captured.pop("pixels")
-        blocks = pixels.unflatten(0, (-1, run.group))  # [tokens of all, group, channels, n]
-        x = whole.reshape(-1, whole.shape[-1])
-        for planned in self.ahead:
-            patches = run.padded(x)
-            begin = torch.tensor(run.seen.starts[:-1], device=run.index.device)[:, None] // run.group
-            mine = partial(blocks.__getitem__, torch.where(run.valid, run.index + begin, 0).to(blocks.device))
-            view = replace(self._tokens(run, planned, block, patches), sources={"pixel_blocks": mine})
-            selection = planned.select(view)
-            if selection is not None:
-                x = self._apply(run, selection, planned, patches, x)
+        whole = inputs["hidden_states"]
+        x = self._decide(run, block, self.ahead, whole.reshape(-1, whole.shape[-1]))
+        run.captured.pop("pixels")
         run.counts[-1] = run.index  # what the block sees
         return {**inputs, "hidden_states": x.view(*whole.shape[:-2], *x.shape)}
 
@@ -287,6 +279,8 @@ class FoldedEngine(PackedEngine):
         sources: dict[str, Callable] = {"projections": projections, "prefix": lambda: patches[:, :0]}
         if any(r.windows is not None for r in run.seen.rasters):
             sources["windows"] = partial(windows_of, run)
+        if "pixels" in run.captured:
+            sources["pixel_blocks"] = partial(_blocks_of, run)
         sources |= run.noted_sources(planned.stage)
         seed = self.seed
         return run.view(
@@ -363,6 +357,13 @@ def packed_engine(
     """The engine that serves ``cuts``: where nothing is dropped or merged, the one that only looks."""
     changes = any(c.cut.action is not Action.NOTE for c in cuts)
     return (FoldedEngine if changes else PackedEngine)(tower, cuts, ledger, seed=seed, done=done)
+
+
+def _blocks_of(run: FoldedRun) -> Tensor:
+    """``[G, n, group, channels, pixels of a patch]``: of the running tokens, as :attr:`PackedTower.pixels` tells."""
+    blocks = run.captured["pixels"].unflatten(0, (-1, run.group))  # [tokens of all, group, channels, pixels]
+    begin = torch.tensor(run.seen.starts[:-1], device=run.index.device)[:, None] // run.group
+    return blocks[torch.where(run.valid, run.index + begin, 0).to(blocks.device)]
 
 
 def windows_of(run: FoldedRun) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...core.types import VtpruneError
 
 Grid = tuple[int, int]
+Blend = tuple[Tensor, Tensor]  # of which of the tower's tokens visual tokens are means, with which weights, [n, m]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...core.select import absorbing
 from ...core.types import Selection
-from .layout import BudgetGroup, RasterSpan
+from .layout import Blend, BudgetGroup, RasterSpan
 from .level import SequenceLength
 from .run import Record, Run
 
@@ -61,8 +61,8 @@ class Request:
         held: visual tokens that must not go, ``[B, T]``; ``None``: none.
         entry: the books of the stages behind the projector.
         sources: per sample, per visual token: which token of its passes of the tower (-1: none).
-        blends: per sample, if its visual tokens are weighted means of the tower's: of which, with which weights, ``[n,
-            m]`` each; ``None``: each is the one in ``sources``.
+        blends: per sample, if its visual tokens are weighted means of the tower's: of which; ``None``: each is the one
+            in ``sources``.
         vision: per sample, per pass of the tower: where its books are; ``None``: no stage there.
         looked_at: per sample, the tower's passes that notes were taken in; ``None``: there are no notes.
         standing: who stands for whom, since the first merge inside the language model.
@@ -90,7 +90,7 @@ class Request:
     held: Tensor | None = None
     entry: Run | None = None
     sources: list[Tensor] = field(default_factory=list)
-    blends: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+    blends: list[Blend | None] = field(default_factory=list)
     vision: list[list[tuple[Run, int]]] | None = None
     looked_at: list[list[tuple[Run, int]]] | None = None
     standing: Standing | None = None
@@ -258,7 +258,7 @@ class Call:
     visual: Tensor | None = None
     parts: list[list[RasterSpan]] = field(default_factory=list)
     sources: list[Tensor] = field(default_factory=list)
-    blends: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+    blends: list[Blend | None] = field(default_factory=list)
     told: Callable[[], list[Tensor]] = list
     encoded: dict[str, EncoderCall] = field(default_factory=dict)
     cache: Any = None

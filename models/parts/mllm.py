@@ -15,7 +15,7 @@ from ..base import PlannedCut, named
 from ..engine.count import count
 from ..engine.decoder import DecoderEngine
 from ..engine.description import LLM, PROJECTOR, Decoder
-from ..engine.layout import Raster, RasterSpan, parts
+from ..engine.layout import Blend, Raster, RasterSpan, parts
 from ..engine.packed import PackedEngine
 from ..engine.probe import probe, probe_queries
 from ..engine.request import EncoderCall, Request
@@ -120,9 +120,9 @@ class Mllm:
         sample's passes (-1: none)."""
         return [torch.arange(sum(len(p.columns) for p in sample)) for sample in samples]
 
-    def blends(self, inputs: dict[str, Any], samples: list[list[RasterSpan]]) -> list[tuple[Tensor, Tensor] | None]:
-        """Per sample, where its visual tokens are weighted means of the tower's: of which, with which weights, ``[n,
-        m]`` each; ``None``: each is the one that :meth:`sources` names."""
+    def blends(self, sources: list[Tensor], samples: list[list[RasterSpan]]) -> list[Blend | None]:
+        """Per sample, where its visual tokens are weighted means of the tower's: of which; ``None``: each is the one
+        that its :meth:`sources` name."""
         return [None] * len(samples)
 
     def slice_(self, inputs: dict[str, Any], samples: list[list[RasterSpan]], b: int) -> dict[str, Any]:

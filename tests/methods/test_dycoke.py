@@ -8,18 +8,12 @@ from typing import Any
 import builders as B
 import pytest
 import torch
+from films import Frame, cosine, framed, geometry, of_type, random, view
 from torch import Tensor
 
 import vtprune
-from vtprune.core.types import Cut, Geometry, Selection, TokenView
+from vtprune.core.types import Cut, Selection
 from vtprune.methods.base import make
-
-Frame = list[list[float]]
-
-
-def cosine(a: list[float], b: list[float]) -> float:
-    lengths = math.sqrt(sum(v * v for v in a)) * math.sqrt(sum(v * v for v in b))
-    return sum(v * w for v, w in zip(a, b, strict=True)) / lengths
 
 
 def pairs(frames: int, groups: str) -> dict[int, int]:
@@ -56,39 +50,6 @@ def counts_of(f: int, p: int, groups: str, *, keep: int = 0, ratio: float | None
     return counts
 
 
-def view(x: Tensor, f: int, p: int, protected: tuple[int, ...] = ()) -> TokenView:
-    """Videos ``x`` ``[B, F P + loose, C]``."""
-    b, n, _ = x.shape
-    held = torch.zeros(b, n, dtype=torch.bool)
-    held[:, list(protected)] = True
-    return TokenView(
-        features=x,
-        valid=torch.ones(b, n, dtype=torch.bool),
-        index=torch.arange(n).expand(b, n),
-        size=torch.ones(b, n),
-        protected=held,
-        grid=(1, p),
-        frames=((p,) * f,) * b,
-    )
-
-
-def geometry(f: int, p: int, loose: int = 0) -> Geometry:
-    return Geometry(
-        family="x",
-        arch="x",
-        tokens=f * p + loose,
-        grid=(1, p),
-        prefix=0,
-        vision_layers=2,
-        vision_depth=2,
-        llm_layers=2,
-        provides={"projector": frozenset()},
-        rasters=((1, p),) * f + ((1, 1),) * loose,
-        frames=f,
-        variable=True,
-    )
-
-
 def plan(f: int, p: int, keep: int | None = None, loose: int = 0, **options: Any) -> Cut:
     (cut,) = make("dycoke", options).plan(geometry(f, p, loose), keep)
     return cut
@@ -103,14 +64,6 @@ def select(x: Tensor, f: int, p: int, keep: int = 0, protected: tuple[int, ...] 
 
 def kept(*args: Any, **options: Any) -> list[list[int]]:
     return select(*args, **options).kept.tolist()
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def framed(x: Tensor, f: int, p: int) -> list[Frame]:
-    return x[: f * p].unflatten(0, (f, p)).tolist()
 
 
 def test_who_is_compared_with_whom():
@@ -154,7 +107,7 @@ def test_the_images_of_a_prompt_are_frames(options):
 def test_videos_of_models(family, f, p, loose, options, tiny):
     model, inputs = tiny(family, "video")
     B.randomise(model, 5)
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    _, inputs = of_type(model, inputs, torch.float64)
     (x, _), n = B.embeddings(model, inputs), f * p + loose
     x = x[inputs["input_ids"][0][inputs["attention_mask"][0].bool()] == 4]
     with vtprune.attach(model, "dycoke", **options) as handle, torch.no_grad():

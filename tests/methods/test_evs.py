@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import builders as B
 import pytest
 import torch
+from films import Frame, cosine, framed, geometry, of_type, random, view
 from torch import Tensor
 
 import vtprune
-from vtprune.core.types import Geometry, Selection, TokenView
+from vtprune.core.types import Selection
 from vtprune.methods.base import make
-
-Frame = list[list[float]]
-
-
-def cosine(a: list[float], b: list[float]) -> float:
-    lengths = math.sqrt(sum(v * v for v in a)) * math.sqrt(sum(v * v for v in b))
-    return sum(v * w for v, w in zip(a, b, strict=True)) / lengths
 
 
 def evs(frames: list[Frame], keep: int) -> list[int]:
@@ -32,40 +25,6 @@ def evs(frames: list[Frame], keep: int) -> list[int]:
     return sorted(order[: max(p, keep)])
 
 
-def view(x: Tensor, f: int, p: int, protected: tuple[int, ...] = ()) -> TokenView:
-    """Videos ``x`` ``[B, F P + loose, C]``."""
-    b, n, _ = x.shape
-    held = torch.zeros(b, n, dtype=torch.bool)
-    held[:, list(protected)] = True
-    return TokenView(
-        features=x,
-        valid=torch.ones(b, n, dtype=torch.bool),
-        index=torch.arange(n).expand(b, n),
-        size=torch.ones(b, n),
-        protected=held,
-        grid=(1, p),
-        frames=((p,) * f,) * b,
-    )
-
-
-def geometry(f: int, p: int, loose: int = 0) -> Geometry:
-    n = f * p + loose
-    return Geometry(
-        family="x",
-        arch="x",
-        tokens=n,
-        grid=(1, p),
-        prefix=0,
-        vision_layers=2,
-        vision_depth=2,
-        llm_layers=2,
-        provides={"projector": frozenset()},
-        rasters=((1, p),) * f + ((1, 1),) * loose,
-        frames=f,
-        variable=True,
-    )
-
-
 def select(x: Tensor, f: int, p: int, keep: int, protected: tuple[int, ...] = ()) -> Selection:
     method = make("evs", {})
     (cut,) = method.plan(geometry(f, p, x.shape[1] - f * p), keep)
@@ -76,14 +35,6 @@ def select(x: Tensor, f: int, p: int, keep: int, protected: tuple[int, ...] = ()
 
 def kept(*args: Any, **options: Any) -> list[list[int]]:
     return select(*args, **options).kept.tolist()
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def framed(x: Tensor, f: int, p: int) -> list[Frame]:
-    return x[: f * p].unflatten(0, (f, p)).tolist()
 
 
 @pytest.mark.parametrize("keep", [1, 36, 37, 90, 179, 180, 500])
@@ -109,7 +60,7 @@ def test_the_images_of_a_prompt_are_frames(keep):
 def test_videos_of_models(family, f, p, loose, keep, tiny):
     model, inputs = tiny(family, "video")
     B.randomise(model, 5)
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    _, inputs = of_type(model, inputs, torch.float64)
     (x, _), n = B.embeddings(model, inputs), f * p + loose
     x = x[inputs["input_ids"][0][inputs["attention_mask"][0].bool()] == 4]
     assert len(x) == n

@@ -7,8 +7,23 @@ from dataclasses import replace
 from typing import Any
 
 import builders as B
+import films
 import pytest
 import torch
+from films import (
+    FAMILIES,
+    Vector,
+    alone,
+    attention_of,
+    cosine,
+    decisions,
+    equals_dense,
+    finite,
+    mean,
+    of_type,
+    rows,
+    same_rows,
+)
 from torch import Tensor
 
 import oracles as O
@@ -18,16 +33,6 @@ from vtprune.core.types import NOTE, Action, Geometry, Selection, TokenView
 from vtprune.methods.base import METHODS, Cut, make
 
 SITE = "vision.2"
-Vector = list[float]
-
-
-def cosine(a: Vector, b: Vector) -> float:
-    dot = sum(p * q for p, q in zip(a, b, strict=True))
-    return dot / math.sqrt(sum(p * p for p in a) * sum(q * q for q in b))
-
-
-def mean(vectors: list[Vector]) -> Vector:
-    return [sum(column) / len(vectors) for column in zip(*vectors, strict=True)]
 
 
 def scenes(frames: list[list[Vector]], segments: int, threshold: float) -> list[list[int]]:
@@ -125,38 +130,13 @@ def view(
     features: Tensor, f: int, attention: Tensor | None = None, loose: int = 0, protected: list[int] | None = None
 ) -> TokenView:
     """A view of the videos ``features`` ``[B, N, C]``, of ``f`` frames each, with ``loose`` tokens behind."""
-    b, n, _ = features.shape
-    if attention is None:
-        attention = torch.rand(b, n, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-        attention[:, n - loose :] = torch.nan if loose else attention[:, n:]
-    held = torch.zeros(b, n, dtype=torch.bool)
-    held[:, protected or []] = True
-    p = (n - loose) // f
-    return TokenView(
-        features=features,
-        valid=torch.ones(b, n, dtype=torch.bool),
-        index=torch.arange(n).expand(b, n),
-        size=torch.ones(b, n, dtype=features.dtype),
-        protected=held,
-        grid=(1, p),
-        frames=((p,) * f,) * b,
-        sources={NOTE + SITE: lambda: attention},
-    )
+    told = attention_of(features, loose) if attention is None else attention
+    p = (features.shape[1] - loose) // f
+    return films.view(features, f, p, protected or (), {NOTE + SITE: lambda: told})
 
 
 def select(made: TokenView, keep: int, **options: Any) -> Selection:
     return make("fastvid", options).select(made, Cut(site="projector", keep=keep, data={"note": SITE}))
-
-
-def rows(made: TokenView, selection: Selection | None) -> list[dict[int, Tensor]]:
-    """Of each video what is left, by position."""
-    if selection is None:
-        return [dict(enumerate(x)) for x in made.features]
-    values, _ = combine(made.features, selection, made.size)
-    return [
-        {int(i): value for i, value in zip(kept, row, strict=True) if i >= 0}
-        for kept, row in zip(selection.kept, values, strict=True)
-    ]
 
 
 def slow(
@@ -167,12 +147,6 @@ def slow(
     a = made.noted(site)[b, : f * p].double().unflatten(0, (f, p)).tolist()
     out, members = fastvid(x, a, keep - (made.features.shape[1] - f * p), **options)
     return out | {i: made.features[b, i].tolist() for i in range(f * p, made.features.shape[1])}, members
-
-
-def same(got: dict[int, Tensor], want: dict[int, Vector], limit: float = 1e-9) -> None:
-    assert list(got) == list(want)
-    if want:
-        B.close(torch.stack(list(got.values())), torch.tensor(list(want.values()), dtype=torch.float64), limit)
 
 
 @pytest.mark.parametrize("keep", [1, 7, 11, 29, 50, 73, 83])
@@ -196,7 +170,7 @@ def test_views_equal_the_transcription(keep: int, options: dict[str, Any]) -> No
     for b, got in enumerate(rows(made, selection)):
         want, _ = slow(made, keep, b, **options)
         assert len(want) == keep
-        same(got, want)
+        same_rows(got, want)
 
 
 @pytest.mark.parametrize("f, p", [(1, 20), (2, 9), (3, 30), (13, 4), (5, 1)])
@@ -205,7 +179,7 @@ def test_other_shapes_equal_the_transcription(f: int, p: int) -> None:
     for keep in {1, f, f * p // 5 or 1, f * p // 2 or 1, f * p * 4 // 5 or 1, f * p - 1 or 1}:
         for options in ({}, {"segments": 2, "threshold": 0.1, "context": 0.6}):
             (got,) = rows(made, select(made, keep, **options))
-            same(got, slow(made, keep, **options)[0])
+            same_rows(got, slow(made, keep, **options)[0])
 
 
 def test_the_worked_example() -> None:
@@ -220,7 +194,7 @@ def test_the_worked_example() -> None:
     assert len(kept) == 152 and [len(e) for e in each] == [12, 12, 12, 40, 12, 12, 12, 40]  # frames 3 and 7 anchor
     for j, mine in enumerate(each):
         assert set(O._top(attention[j * p : (j + 1) * p], 12)) <= set(mine)
-    same(rows(made, selection)[0], slow(made, 152, segments=1)[0])
+    same_rows(rows(made, selection)[0], slow(made, 152, segments=1)[0])
 
 
 def test_scenes_begin_where_neighbours_differ() -> None:
@@ -245,7 +219,7 @@ def test_scenes_begin_where_neighbours_differ() -> None:
         last = {s[-1] for s in got}
         if 2 * max(map(len, got)) <= 5:
             assert {i // 5 for i in kept} == last
-        same(rows(made, selection)[0], slow(made, 12, context=1.0, step=99, **options)[0])
+        same_rows(rows(made, selection)[0], slow(made, 12, context=1.0, step=99, **options)[0])
 
 
 @pytest.mark.parametrize(
@@ -306,7 +280,7 @@ def test_short_types_are_finite_and_keep_as_many(dtype: torch.dtype) -> None:
         assert selection.counts.tolist() == [keep] and values.dtype == dtype and torch.isfinite(values).all()
     made = view(made.features.float(), 5)
     (got,) = rows(made, select(made, 60))
-    same({i: v.double() for i, v in got.items()}, slow(made, 60)[0], 1e-5)
+    same_rows({i: v.double() for i, v in got.items()}, slow(made, 60)[0], 1e-5)
 
 
 @pytest.mark.parametrize("context", [0.0, 0.4, 1.0])
@@ -321,7 +295,7 @@ def test_protected_tokens_stay_and_count(keep: int, context: float) -> None:
     if context < 1 and keep > 8:  # they are salient ones, and there is room: the transcription with infinite attention
         attention = made.noted(SITE).clone()
         attention[0, held] = torch.inf
-        same(rows(made, selection)[0], slow(view(made.features, 6, attention), keep, context=context)[0])
+        same_rows(rows(made, selection)[0], slow(view(made.features, 6, attention), keep, context=context)[0])
 
 
 def test_more_protected_tokens_than_a_frame_may_have() -> None:
@@ -340,7 +314,7 @@ def test_what_belongs_to_no_frame_stays(loose: int, keep: int) -> None:
     made = view(x[None], 5, loose=loose)
     (got,) = rows(made, select(made, keep))
     assert len(got) == keep and set(range(40, 40 + loose)) <= set(got)
-    same(got, slow(made, keep)[0])
+    same_rows(got, slow(made, keep)[0])
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 4])
@@ -358,7 +332,7 @@ def test_the_weight_of_an_anchor() -> None:
     for beta in (0.0, 0.3, 0.6, 1.0):
         got = rows(made, select(made, 18, segments=2, threshold=-1.0, beta=beta))[0]
         want, members = slow(made, 18, segments=2, threshold=-1.0, beta=beta)
-        same(got, want)
+        same_rows(got, want)
         assert members and max(map(len, members.values())) > 1
         for i, mine in members.items():
             if beta == 1.0 or not mine:
@@ -374,7 +348,7 @@ def test_anchor_frames_stand_closer_where_tokens_are_few(keep: int) -> None:
     for options in ({}, {"context": 0.8}, {"context": 1.0, "segments": 1, "threshold": -1.0}, {"step": 7}):
         (got,) = rows(made, select(made, keep, **options))
         assert len(got) == keep
-        same(got, slow(made, keep, **options)[0])
+        same_rows(got, slow(made, keep, **options)[0])
 
 
 def test_the_whole_budget_leaves_everything() -> None:
@@ -442,30 +416,21 @@ def test_a_batch_is_its_videos_alone() -> None:
     model, inputs = B.llava("clip", "llama", blocks=3, layers=2), moving(B.prompts(PROMPTS))
     with vtprune.attach(model, "fastvid", keep=0.3, segments=2) as handle:
         together, both = B.final(model, inputs), handle.report().stages[-1]
-        images = [0, 3, 8]
+        counts = [3, 5]
         for b in range(2):
-            there = inputs["attention_mask"][b].bool()
-            alone = {k: inputs[k][b : b + 1, there] for k in ("input_ids", "attention_mask", "position_ids")}
-            alone["pixel_values"] = inputs["pixel_values"][images[b] : images[b + 1]]
-            (solo,) = B.final(model, alone)
+            (solo,) = B.final(model, alone(inputs, b, counts))
             one = handle.report().stages[-1]
             assert one.kept[0].tolist() == both.kept[b].tolist()
             assert one.assignment[0].tolist() == both.assignment[b].tolist()
             B.close(together[b], solo)
 
 
-FAMILIES = [("qwen2.5-vl", "video"), ("smolvlm", "smolvlm"), ("llava-onevision", "video")]
-
-
 @pytest.mark.parametrize("family, variant", FAMILIES)
 def test_families_equal_the_transcription(tiny, family: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the views that families make of their videos; what is reported is what was selected."""
     model, inputs = tiny(family, variant)
-    model = model.double()
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-    cls, seen = METHODS.get("fastvid").cls, []
-    real = cls.select
-    monkeypatch.setattr(cls, "select", lambda self, v, cut: (seen.append((v, cut, s := real(self, v, cut))), s)[1])
+    model, inputs = of_type(model, inputs, torch.float64)
+    seen = decisions("fastvid", monkeypatch)
     with torch.no_grad(), vtprune.attach(model, "fastvid", keep=0.4, segments=2, context=0.6) as handle:
         model(**inputs)
         stage = handle.report().stages[-1]
@@ -473,24 +438,18 @@ def test_families_equal_the_transcription(tiny, family: str, variant: str, monke
     kept = []
     for made, cut, selection in seen:
         for b, got in enumerate(rows(made, selection)):
-            same(got, slow(made, cut.keep, b, cut.data["note"], segments=2, context=0.6)[0])
+            same_rows(got, slow(made, cut.keep, b, cut.data["note"], segments=2, context=0.6)[0])
             assert len(got) == cut.keep == math.floor(0.4 * made.features.shape[1])
             kept.append(len(got))
     assert sum(kept) <= sum(stage.tokens_out)
-    with torch.no_grad():
-        dense = model(**inputs).logits
-        with vtprune.attach(model, "fastvid", keep=1.0):
-            torch.testing.assert_close(model(**inputs).logits, dense, rtol=1e-9, atol=1e-9)
+    equals_dense(model, inputs, "fastvid", keep=1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_finite(tiny, dtype: torch.dtype) -> None:
     model, inputs = tiny("smolvlm", "smolvlm")
-    model = model.to(dtype)
-    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-    with torch.no_grad(), vtprune.attach(model, "fastvid", keep=0.3):
-        logits = model(**inputs).logits
-    assert torch.isfinite(logits[inputs["attention_mask"].bool()]).all()
+    model, inputs = of_type(model, inputs, dtype)
+    finite(model, inputs, "fastvid", keep=0.3)
 
 
 def geometry(**changes: Any) -> Geometry:

@@ -11,6 +11,7 @@ from typing import Any
 import builders as B
 import pytest
 import torch
+from films import Vector, alone, cosine, equals_dense, finite, mean, of_type
 from torch import Tensor
 
 import oracles as O
@@ -18,17 +19,6 @@ import vtprune
 from vtprune.core.select import combine
 from vtprune.core.types import Geometry, TokenView
 from vtprune.methods.base import METHODS, make
-
-Vector = list[float]
-
-
-def cosine(a: Vector, b: Vector) -> float:
-    dot = sum(p * q for p, q in zip(a, b, strict=True))
-    return dot / math.sqrt(sum(p * p for p in a) * sum(q * q for q in b))
-
-
-def mean(vectors: list[Vector]) -> Vector:
-    return [sum(column) / len(vectors) for column in zip(*vectors, strict=True)]
 
 
 @dataclass
@@ -469,12 +459,9 @@ def test_a_batch_is_its_videos_alone() -> None:
     model, inputs = B.llava("clip", "llama", blocks=3, layers=4), moving(B.prompts(PROMPTS))
     with vtprune.attach(model, "framefusion", keep=0.3, threshold=0.97) as handle:
         together, both = B.final(model, inputs), handle.report()
-        images = [0, 3, 7]
+        counts = [3, 4]
         for b in range(2):
-            there = inputs["attention_mask"][b].bool()
-            alone = {k: inputs[k][b : b + 1, there] for k in ("input_ids", "attention_mask", "position_ids")}
-            alone["pixel_values"] = inputs["pixel_values"][images[b] : images[b + 1]]
-            (solo,) = B.final(model, alone)
+            (solo,) = B.final(model, alone(inputs, b, counts))
             for one, two in zip(handle.report().stages, both.stages, strict=True):
                 assert one.kept[0].tolist() == two.kept[b].tolist()
             B.close(together[b], solo)
@@ -507,8 +494,7 @@ def test_families_equal_the_transcription(
 ) -> None:
     """On the views that families make of their videos, layer by layer."""
     model, inputs = tiny(family, variant)
-    model = model.double()
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    model, inputs = of_type(model, inputs, torch.float64)
     cls, seen = METHODS.get("framefusion").cls, []
     real = cls.select
 
@@ -545,22 +531,16 @@ def test_families_equal_the_transcription(
             B.close(values[b, : len(kept)], torch.tensor(want, dtype=torch.float64))
     if budget:
         assert len(kept) == math.floor(0.4 * total) <= max(stage.tokens_out)
-    with torch.no_grad():
-        dense = model(**inputs).logits
-        for whole in ({"keep": 1.0}, {"ratio": 1.0}):
-            with vtprune.attach(model, "framefusion", **whole) as handle:
-                torch.testing.assert_close(model(**inputs).logits, dense, rtol=1e-9, atol=1e-9)
+    for whole in ({"keep": 1.0}, {"ratio": 1.0}):
+        equals_dense(model, inputs, "framefusion", **whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_finite(tiny, dtype: torch.dtype) -> None:
     model, inputs = tiny("smolvlm", "smolvlm")
-    model = model.to(dtype)
-    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    model, inputs = of_type(model, inputs, dtype)
     for options in ({"keep": 0.3}, {"ratio": 0.4}):
-        with torch.no_grad(), vtprune.attach(model, "framefusion", **options):
-            logits = model(**inputs).logits
-        assert torch.isfinite(logits[inputs["attention_mask"].bool()]).all()
+        finite(model, inputs, "framefusion", **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"least": 0.5}, {"least": 1.0}, {"ratio": 0.3}])

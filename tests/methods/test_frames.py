@@ -7,10 +7,10 @@ import math
 import builders as B
 import pytest
 import torch
+from films import geometry, random, view
 from torch import Tensor
 
 import vtprune
-from vtprune.core.types import Geometry, TokenView
 from vtprune.methods.base import make
 
 
@@ -42,41 +42,11 @@ def tokens(frames: list[int], p: int, f: int = 0, loose: int = 0) -> list[int]:
 
 def kept(name: str, x: Tensor, f: int, p: int, keep: int, protected: tuple[int, ...] = ()) -> list[list[int]]:
     """Of videos ``x`` ``[B, F P + loose, C]``."""
-    b, n, _ = x.shape
-    held = torch.zeros(b, n, dtype=torch.bool)
-    held[:, list(protected)] = True
-    view = TokenView(
-        features=x,
-        valid=torch.ones(b, n, dtype=torch.bool),
-        index=torch.arange(n).expand(b, n),
-        size=torch.ones(b, n),
-        protected=held,
-        grid=(1, p),
-        frames=((p,) * f,) * b,
-    )
-    geometry = Geometry(
-        family="x",
-        arch="x",
-        tokens=n,
-        grid=(1, p),
-        prefix=0,
-        vision_layers=2,
-        vision_depth=2,
-        llm_layers=2,
-        provides={"projector": frozenset()},
-        rasters=((1, p),) * f + ((1, 1),) * (n - f * p),
-        frames=f,
-        variable=True,
-    )
     method = make(name, {})
-    (cut,) = method.plan(geometry, keep)
-    chosen = method.select(view, cut)
+    (cut,) = method.plan(geometry(f, p, x.shape[1] - f * p), keep)
+    chosen = method.select(view(x, f, p, protected), cut)
     assert chosen is not None and (protected or chosen.kept.shape[1] == cut.keep)
     return [row[row >= 0].tolist() for row in chosen.kept]
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_the_middles_of_spans():

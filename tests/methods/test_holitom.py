@@ -7,29 +7,35 @@ import math
 from typing import Any
 
 import builders as B
+import films
 import numpy as np
 import pytest
 import torch
+from films import (
+    FAMILIES,
+    Vector,
+    alone,
+    attention_of,
+    cosine,
+    decisions,
+    equals_dense,
+    finite,
+    mean,
+    moving,
+    of_type,
+    repeating,
+    rows,
+    same_rows,
+)
 from torch import Tensor
 
 import oracles as O
 import vtprune
-from vtprune.core.select import combine
 from vtprune.core.types import NOTE, Action, Geometry, Selection, TokenView
 from vtprune.methods.base import METHODS, Cut, make
 from vtprune.methods.holitom import best_scenes
 
 SITE = "vision.2"
-Vector = list[float]
-
-
-def cosine(a: Vector, b: Vector) -> float:
-    dot = sum(p * q for p, q in zip(a, b, strict=True))
-    return dot / math.sqrt(sum(p * p for p in a) * sum(q * q for q in b))
-
-
-def mean(vectors: list[Vector]) -> Vector:
-    return [sum(column) / len(vectors) for column in zip(*vectors, strict=True)]
 
 
 def blend(a: Vector, b: Vector, share: float) -> Vector:
@@ -150,57 +156,21 @@ def asked(x: list[Vector], score: list[float], keep: int) -> dict[int, Vector]:
 
 
 def video(f: int, p: int, c: int = 6, seed: int = 0, moving: float = 0.4, cuts: tuple[int, ...] = ()) -> Tensor:
-    """``[f * p, c]``: frames that repeat up to a little noise, a share of the places new in each; other ones at
-    ``cuts``."""
-    generator = torch.Generator().manual_seed(seed)
-    random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    still, out = random(p, c), []
-    for i in range(f):
-        if i in cuts:
-            still = random(p, c)
-        new = torch.rand(p, 1, generator=generator) < moving
-        out.append(torch.where(new, random(p, c), still + 0.1 * random(p, c)))
-    return torch.cat(out)
+    return repeating(f, p, c, seed, moving, cuts, 0.1)
 
 
 def view(
     features: Tensor, f: int, attention: Tensor | None = None, loose: int = 0, protected: list[int] | None = None
 ) -> TokenView:
     """A view of the videos ``features`` ``[B, N, C]``, of ``f`` frames each, with ``loose`` tokens behind."""
-    b, n, _ = features.shape
-    if attention is None:
-        attention = torch.rand(b, n, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-        if loose:
-            attention[:, n - loose :] = torch.nan
-    held = torch.zeros(b, n, dtype=torch.bool)
-    held[:, protected or []] = True
-    p = (n - loose) // f
-    return TokenView(
-        features=features,
-        valid=torch.ones(b, n, dtype=torch.bool),
-        index=torch.arange(n).expand(b, n),
-        size=torch.ones(b, n, dtype=torch.float64 if features.dtype == torch.float64 else torch.float32),
-        protected=held,
-        grid=(1, p),
-        frames=((p,) * f,) * b,
-        sources={NOTE + SITE: lambda: attention},
-    )
+    told = attention_of(features, loose) if attention is None else attention
+    p = (features.shape[1] - loose) // f
+    return films.view(features, f, p, protected or (), {NOTE + SITE: lambda: told})
 
 
 def select(made: TokenView, outer: int, **options: Any) -> Selection | None:
     cut = Cut(site="projector", keep=1, adaptive=True, data={"note": SITE, "outer": outer})
     return make("holitom", options).select(made, cut)
-
-
-def rows(made: TokenView, selection: Selection | None) -> list[dict[int, Tensor]]:
-    """Of each unit what is left, by position."""
-    if selection is None:
-        return [dict(enumerate(x)) for x in made.features]
-    values, _ = combine(made.features, selection, made.size)
-    return [
-        {int(i): value for i, value in zip(kept, row, strict=True) if i >= 0}
-        for kept, row in zip(selection.kept, values, strict=True)
-    ]
 
 
 def slow(
@@ -211,11 +181,6 @@ def slow(
     a = made.noted(site)[b, : f * p].double().unflatten(0, (f, p)).tolist()
     out, starts, rho = holitom(x, a, outer - (made.features.shape[1] - f * p), **options)
     return out | {i: made.features[b, i].tolist() for i in range(f * p, made.features.shape[1])}, starts, rho
-
-
-def same_rows(got: dict[int, Tensor], want: dict[int, Vector], limit: float = 1e-9) -> None:
-    assert list(got) == list(want)
-    B.close(torch.stack(list(got.values())), torch.tensor(list(want.values()), dtype=torch.float64), limit)
 
 
 @pytest.mark.parametrize("outer", [1, 9, 37, 66, 71])
@@ -475,20 +440,6 @@ def test_unanswered_and_protected_ones_in_the_language_model() -> None:
 PROMPTS = [[3, 2, 1, 4], [2, 1, 1, 1, 5]]  # three images and four
 
 
-def moving(inputs: dict[str, Tensor], patches: int = 12) -> dict[str, Tensor]:
-    """``inputs`` whose images are one, but for noise in some patches of each; the last two are another one."""
-    noise, first = B.images(len(inputs["pixel_values"]), seed=8), inputs["pixel_values"][1]
-    pixels = first.repeat(len(noise), 1, 1, 1)
-    pixels[-2:] = -first
-    generator = torch.Generator().manual_seed(1)
-    for image in range(len(noise)):
-        pixels[image] += 1e-3 * noise[image]
-        for patch in torch.randperm(B.N, generator=generator)[:patches].tolist():
-            y, x = patch // B.SIDE * 8, patch % B.SIDE * 8
-            pixels[image, :, y : y + 8, x : x + 8] = 2 * noise[image, :, y : y + 8, x : x + 8]
-    return {**inputs, "pixel_values": pixels}
-
-
 @pytest.mark.parametrize("vision, text", [("clip", "llama"), ("siglip", "qwen2")])
 @pytest.mark.parametrize("keep, options", [(0.15, {}), (30, {"clustered": 0.5, "first": 1.5, "layer": 1}), (1, {})])
 def test_llava_equals_the_transcription(vision: str, text: str, keep: float, options: dict[str, Any]) -> None:
@@ -541,18 +492,12 @@ def test_a_batch_is_its_videos_alone() -> None:
     model, inputs = B.llava("clip", "llama", blocks=3, layers=3), moving(B.prompts(PROMPTS))
     with vtprune.attach(model, "holitom", keep=0.15, clustered=0.5) as handle:
         together, both = B.final(model, inputs), handle.report().stages
-        images = [0, 3, 7]
+        counts = [3, 4]
         for b in range(2):
-            there = inputs["attention_mask"][b].bool()
-            alone = {k: inputs[k][b : b + 1, there] for k in ("input_ids", "attention_mask", "position_ids")}
-            alone["pixel_values"] = inputs["pixel_values"][images[b] : images[b + 1]]
-            (solo,) = B.final(model, alone)
+            (solo,) = B.final(model, alone(inputs, b, counts))
             for one, two in zip(handle.report().stages, both, strict=True):
                 assert one.kept[0].tolist() == two.kept[b].tolist()
             B.close(together[b], solo)
-
-
-FAMILIES = [("qwen2.5-vl", "video"), ("smolvlm", "smolvlm"), ("llava-onevision", "video")]
 
 
 @pytest.mark.filterwarnings("ignore:holitom prunes videos")
@@ -560,11 +505,8 @@ FAMILIES = [("qwen2.5-vl", "video"), ("smolvlm", "smolvlm"), ("llava-onevision",
 def test_families_equal_the_transcription(tiny, family: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the views that families make of their videos; with the whole budget the model is the dense one."""
     model, inputs = tiny(family, variant)
-    model = model.double()
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-    cls, seen = METHODS.get("holitom").cls, []
-    real = cls.select
-    monkeypatch.setattr(cls, "select", lambda self, v, cut: (seen.append((v, cut, s := real(self, v, cut))), s)[1])
+    model, inputs = of_type(model, inputs, torch.float64)
+    seen = decisions("holitom", monkeypatch)
     options: dict[str, Any] = {"threshold": 0.3, "clustered": 0.5}
     with torch.no_grad(), vtprune.attach(model, "holitom", keep=0.3, **options):
         model(**inputs)
@@ -578,21 +520,15 @@ def test_families_equal_the_transcription(tiny, family: str, variant: str, monke
                 n = int(made.valid[b].sum())
                 score = made.source("query_attention", layer="previous")[b, :n].tolist()
                 same_rows(got, asked(made.features[b, :n].tolist(), score, min(cut.keep, n)))
-    with torch.no_grad():
-        dense = model(**inputs).logits
-        with vtprune.attach(model, "holitom", keep=1.0):
-            torch.testing.assert_close(model(**inputs).logits, dense, rtol=1e-9, atol=1e-9)
+    equals_dense(model, inputs, "holitom", keep=1.0)
 
 
 @pytest.mark.filterwarnings("ignore:holitom prunes videos")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_finite(tiny, dtype: torch.dtype) -> None:
     model, inputs = tiny("smolvlm", "smolvlm")
-    model = model.to(dtype)
-    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-    with torch.no_grad(), vtprune.attach(model, "holitom", keep=0.2, clustered=0.5):
-        logits = model(**inputs).logits
-    assert torch.isfinite(logits[inputs["attention_mask"].bool()]).all()
+    model, inputs = of_type(model, inputs, dtype)
+    finite(model, inputs, "holitom", keep=0.2, clustered=0.5)
 
 
 def geometry(**changes: Any) -> Geometry:

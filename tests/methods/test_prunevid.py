@@ -8,30 +8,34 @@ import math
 from typing import Any
 
 import builders as B
+import films
 import pytest
 import torch
+from films import (
+    FAMILIES,
+    Vector,
+    alone,
+    cosine,
+    decisions,
+    equals_dense,
+    finite,
+    mean,
+    moving,
+    of_type,
+    repeating,
+    rows,
+    same_rows,
+)
 from torch import Tensor, nn
 
 import oracles as O
 import vtprune
-from vtprune.core.select import combine
 from vtprune.core.types import Geometry, Selection, Text, TokenView
 from vtprune.methods.base import METHODS, Cut, make
-
-Vector = list[float]
 
 
 def squared(a: Vector, b: Vector) -> float:
     return sum((p - q) ** 2 for p, q in zip(a, b, strict=True)) / len(a)
-
-
-def cosine(a: Vector, b: Vector) -> float:
-    dot = sum(p * q for p, q in zip(a, b, strict=True))
-    return dot / math.sqrt(sum(p * p for p in a) * sum(q * q for q in b))
-
-
-def mean(vectors: list[Vector]) -> Vector:
-    return [sum(column) / len(vectors) for column in zip(*vectors, strict=True)]
 
 
 def peaks(tokens: dict[int, Vector], count: int, neighbours: int) -> list[int]:
@@ -105,50 +109,16 @@ def prunevid(
 
 
 def video(f: int, p: int, c: int = 6, seed: int = 0, moving: float = 0.3, cuts: tuple[int, ...] = ()) -> Tensor:
-    """``[f * p, c]``: frames that repeat up to a little noise, a share of the places new in each; other ones at
-    ``cuts``."""
-    generator = torch.Generator().manual_seed(seed)
-    random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    still, out = random(p, c), []
-    for i in range(f):
-        if i in cuts:
-            still = random(p, c)
-        new = torch.rand(p, 1, generator=generator) < moving
-        out.append(torch.where(new, random(p, c), still + 0.2 * random(p, c)))
-    return torch.cat(out)
+    return repeating(f, p, c, seed, moving, cuts, 0.2)
 
 
 def view(features: Tensor, f: int, loose: int = 0, protected: list[int] | None = None, **sources: Any) -> TokenView:
     """A view of the videos ``features`` ``[B, N, C]``, of ``f`` frames each, with ``loose`` tokens behind."""
-    b, n, _ = features.shape
-    held = torch.zeros(b, n, dtype=torch.bool)
-    held[:, protected or []] = True
-    p = (n - loose) // f
-    return TokenView(
-        features=features,
-        valid=torch.ones(b, n, dtype=torch.bool),
-        index=torch.arange(n).expand(b, n),
-        size=torch.ones(b, n, dtype=torch.float64 if features.dtype == torch.float64 else torch.float32),
-        protected=held,
-        grid=(1, p),
-        frames=((p,) * f,) * b,
-        sources=sources,
-    )
+    return films.view(features, f, (features.shape[1] - loose) // f, protected or (), sources)
 
 
 def select(made: TokenView, share: float, **options: Any) -> Selection | None:
     return make("prunevid", options).select(made, Cut(site="projector", keep=1, adaptive=True, data={"share": share}))
-
-
-def rows(made: TokenView, selection: Selection | None) -> list[dict[int, Tensor]]:
-    """Of each video what is left, by position."""
-    if selection is None:
-        return [dict(enumerate(x)) for x in made.features]
-    values, _ = combine(made.features, selection, made.size)
-    return [
-        {int(i): value for i, value in zip(kept, row, strict=True) if i >= 0}
-        for kept, row in zip(selection.kept, values, strict=True)
-    ]
 
 
 def slow(made: TokenView, share: float, b: int = 0, **options: Any) -> tuple[dict[int, Vector], list[list[int]], int]:
@@ -158,11 +128,6 @@ def slow(made: TokenView, share: float, b: int = 0, **options: Any) -> tuple[dic
         options["scene_share"] = options.pop("scenes")
     out, found, static = prunevid(x, share, **options)
     return out | {i: made.features[b, i].tolist() for i in range(f * p, made.features.shape[1])}, found, static
-
-
-def same_rows(got: dict[int, Tensor], want: dict[int, Vector], limit: float = 1e-9) -> None:
-    assert list(got) == list(want)
-    B.close(torch.stack(list(got.values())), torch.tensor(list(want.values()), dtype=torch.float64), limit)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.9])
@@ -369,20 +334,6 @@ def most_attention(
     return most
 
 
-def moving(inputs: dict[str, Tensor], patches: int = 12) -> dict[str, Tensor]:
-    """``inputs`` whose images are one, but for noise in some patches of each; the last two are another one."""
-    noise, first = B.images(len(inputs["pixel_values"]), seed=8), inputs["pixel_values"][1]
-    pixels = first.repeat(len(noise), 1, 1, 1)
-    pixels[-2:] = -first
-    generator = torch.Generator().manual_seed(1)
-    for image in range(len(noise)):
-        pixels[image] += 1e-3 * noise[image]
-        for patch in torch.randperm(B.N, generator=generator)[:patches].tolist():
-            y, x = patch // B.SIDE * 8, patch % B.SIDE * 8
-            pixels[image, :, y : y + 8, x : x + 8] = 2 * noise[image, :, y : y + 8, x : x + 8]
-    return {**inputs, "pixel_values": pixels}
-
-
 @pytest.mark.parametrize(
     "vision, text, keep, options, prompts",
     [
@@ -470,18 +421,12 @@ def test_a_batch_is_its_videos_alone() -> None:
     model, inputs = B.llava("clip", "llama", blocks=3, layers=3), moving(B.prompts(PROMPTS))
     with vtprune.attach(model, "prunevid", keep=0.15) as handle:
         together, both = B.final(model, inputs), handle.report().stages
-        images = [0, 3, 7]
+        counts = [3, 4]
         for b in range(2):
-            there = inputs["attention_mask"][b].bool()
-            alone = {k: inputs[k][b : b + 1, there] for k in ("input_ids", "attention_mask", "position_ids")}
-            alone["pixel_values"] = inputs["pixel_values"][images[b] : images[b + 1]]
-            (solo,) = B.final(model, alone)
+            (solo,) = B.final(model, alone(inputs, b, counts))
             for one, two in zip(handle.report().stages, both, strict=True):
                 assert one.kept[0].tolist() == two.kept[b].tolist()
             B.close(together[b], solo)
-
-
-FAMILIES = [("qwen2.5-vl", "video"), ("smolvlm", "smolvlm"), ("llava-onevision", "video")]
 
 
 @pytest.mark.filterwarnings("ignore:prunevid prunes videos")
@@ -489,11 +434,8 @@ FAMILIES = [("qwen2.5-vl", "video"), ("smolvlm", "smolvlm"), ("llava-onevision",
 def test_families_equal_the_transcription(tiny, family: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the views that families make of their videos; with the whole budget the model is the dense one."""
     model, inputs = tiny(family, variant)
-    model = model.double()
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-    cls, seen = METHODS.get("prunevid").cls, []
-    real = cls.select
-    monkeypatch.setattr(cls, "select", lambda self, v, cut: (seen.append((v, cut, s := real(self, v, cut))), s)[1])
+    model, inputs = of_type(model, inputs, torch.float64)
+    seen = decisions("prunevid", monkeypatch)
     with torch.no_grad(), vtprune.attach(model, "prunevid", keep=0.2, threshold=0.2, clusters=0.4):
         model(**inputs)
     assert {cut.kind for _, cut, _ in seen} == {"projector", "llm"}
@@ -504,18 +446,12 @@ def test_families_equal_the_transcription(tiny, family: str, variant: str, monke
                 assert len(got) <= cut.most
             else:
                 assert len(got) == min(cut.keep, int(made.valid[b].sum()))
-    with torch.no_grad():
-        dense = model(**inputs).logits
-        with vtprune.attach(model, "prunevid", keep=1.0):
-            torch.testing.assert_close(model(**inputs).logits, dense, rtol=1e-9, atol=1e-9)
+    equals_dense(model, inputs, "prunevid", keep=1.0)
 
 
 @pytest.mark.filterwarnings("ignore:prunevid prunes videos")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_finite(tiny, dtype: torch.dtype) -> None:
     model, inputs = tiny("smolvlm", "smolvlm")
-    model = model.to(dtype)
-    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-    with torch.no_grad(), vtprune.attach(model, "prunevid", keep=0.2):
-        logits = model(**inputs).logits
-    assert torch.isfinite(logits[inputs["attention_mask"].bool()]).all()
+    model, inputs = of_type(model, inputs, dtype)
+    finite(model, inputs, "prunevid", keep=0.2)

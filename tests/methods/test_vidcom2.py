@@ -8,14 +8,13 @@ from typing import Any
 import builders as B
 import pytest
 import torch
+from films import Frame, framed, geometry, of_type, random, view
 from torch import Tensor
 
 import vtprune
-from vtprune.core.types import Geometry, Selection, TokenView
+from vtprune.core.types import Selection
 from vtprune.methods.base import make
 from vtprune.methods.vidcom2 import quotas
-
-Frame = list[list[float]]
 
 
 def usual(frames: list[Frame]) -> tuple[list[list[float]], list[list[float]]]:
@@ -72,39 +71,6 @@ def vidcom2(frames: list[Frame], keep: int, rounding: str = "exact") -> list[int
     return sorted(kept)
 
 
-def view(x: Tensor, f: int, p: int, protected: tuple[int, ...] = ()) -> TokenView:
-    """Videos ``x`` ``[B, F P + loose, C]``."""
-    b, n, _ = x.shape
-    held = torch.zeros(b, n, dtype=torch.bool)
-    held[:, list(protected)] = True
-    return TokenView(
-        features=x,
-        valid=torch.ones(b, n, dtype=torch.bool),
-        index=torch.arange(n).expand(b, n),
-        size=torch.ones(b, n),
-        protected=held,
-        grid=(1, p),
-        frames=((p,) * f,) * b,
-    )
-
-
-def geometry(f: int, p: int, loose: int = 0) -> Geometry:
-    return Geometry(
-        family="x",
-        arch="x",
-        tokens=f * p + loose,
-        grid=(1, p),
-        prefix=0,
-        vision_layers=2,
-        vision_depth=2,
-        llm_layers=2,
-        provides={"projector": frozenset()},
-        rasters=((1, p),) * f + ((1, 1),) * loose,
-        frames=f,
-        variable=True,
-    )
-
-
 def select(x: Tensor, f: int, p: int, keep: int, protected: tuple[int, ...] = (), **options: Any) -> Selection:
     method = make("vidcom2", options)
     (cut,) = method.plan(geometry(f, p, x.shape[1] - f * p), keep)
@@ -122,19 +88,11 @@ def kept(*args: Any, **options: Any) -> list[list[int]]:
     return [row[row >= 0].tolist() for row in select(*args, **options).kept]
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def uneven(b: int, f: int, p: int, c: int, loose: int = 0, seed: int = 0) -> Tensor:
     """Frames around centres of their own, some close to the video's, in channels that vary differently."""
     x = random(b, f, p, c, seed=seed) * torch.linspace(0.1, 1, f, dtype=torch.float64)[:, None, None] + 1
     x = x * torch.linspace(2, 0.2, c, dtype=torch.float64)
     return torch.cat([x.flatten(1, 2), random(b, loose, c, seed=seed + 1)], 1)
-
-
-def framed(x: Tensor, f: int, p: int) -> list[Frame]:
-    return x[: f * p].unflatten(0, (f, p)).tolist()
 
 
 @pytest.mark.parametrize("rounding", ["exact", "frames"])
@@ -163,7 +121,7 @@ def test_the_images_of_a_prompt_are_frames(keep, rounding):
 def test_videos_of_models(family, f, p, loose, keep, tiny):
     model, inputs = tiny(family, "video")
     B.randomise(model, 5)
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    _, inputs = of_type(model, inputs, torch.float64)
     (x, _), n = B.embeddings(model, inputs), f * p + loose
     x = x[inputs["input_ids"][0][inputs["attention_mask"][0].bool()] == 4]
     counts = (inputs["input_ids"] == B.IMAGE).sum(1).tolist()  # images behind the video, and in the other prompt

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..methods.base import Method
 from .planning import budget, for_rasters, frame_grid
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Rasters = tuple[tuple[int, int], ...]
 Frames = tuple[int, ...]
+K = TypeVar("K")
 
 
 class Decider:
@@ -40,7 +41,7 @@ class Decider:
         with torch.no_grad():
             if not view.rasters:
                 return self.method.note(view, self.cuts[self.number])
-            kinds = self._kinds(view)
+            kinds = _rows_by(view.rasters)
             if len(kinds) == 1:  # grid= is that of their patches
                 return self.method.note(replace(view, rasters=()), self._cut(view.rasters[0]))
             shared: dict[Any, Any] = {}
@@ -52,14 +53,6 @@ class Decider:
                 told[torch.tensor(rows, device=told.device), : part.shape[1]] = part
             assert told is not None
             return told
-
-    @staticmethod
-    def _kinds(view: TokenView) -> dict[Rasters, list[int]]:
-        """The images of a view by the rasters that they are made of."""
-        kinds: dict[Rasters, list[int]] = {}
-        for g, rasters in enumerate(view.rasters):
-            kinds.setdefault(rasters, []).append(g)
-        return kinds
 
     @staticmethod
     def _promised(view: TokenView, names: frozenset[str]) -> TokenView:
@@ -78,7 +71,7 @@ class Decider:
                 return self._videos(view)
             groups: dict[tuple[Rasters, tuple[int, ...]], list[int]] = {}
             apart = self.method.info.raster and not self.cuts[self.number].joint
-            for rasters, rows in self._kinds(view).items():
+            for rasters, rows in _rows_by(view.rasters).items():
                 left = self._left(view, rasters, rows) if apart and len(rasters) > 1 else [()] * len(rows)
                 for row, counts in zip(rows, left, strict=True):
                     groups.setdefault((rasters, counts), []).append(row)
@@ -95,12 +88,9 @@ class Decider:
     def _videos(self, view: TokenView) -> Selection:
         """The decision of a method of videos: images stay whole. Raises :class:`UnsupportedError` for images of several
         sizes as the frames of one."""
-        kinds: dict[tuple[Rasters, Frames], list[int]] = {}
-        for row, kind in enumerate(zip(view.rasters, view.frames, strict=True)):
-            kinds.setdefault(kind, []).append(row)
         shared: dict[Any, Any] = {}
         parts: list[tuple[list[int], Selection | None]] = []
-        for (rasters, frames), rows in kinds.items():
+        for (rasters, frames), rows in _rows_by(zip(view.rasters, view.frames, strict=True)).items():
             if not frames:
                 if not self.whole and not any(c.action is not Action.NOTE for c in self.cuts[: self.number]):
                     warnings.warn(
@@ -213,6 +203,14 @@ class Decider:
         selection = merged(keep, target, weight) if merges else from_mask(keep)
         mixes = any(piece is not None and piece.mix is not None for piece, *_ in pieces)
         return replace(selection, score=score, mix=_joined(pieces, keep) if mixes else None)
+
+
+def _rows_by(kinds: Iterable[K]) -> dict[K, list[int]]:
+    """The rows of a view by what they are made of."""
+    out: dict[K, list[int]] = {}
+    for row, kind in enumerate(kinds):
+        out.setdefault(kind, []).append(row)
+    return out
 
 
 def _shares(budget: int, left: tuple[int, ...]) -> list[int]:

@@ -18,7 +18,7 @@ from .accounts import Accounts, passes_of
 from .composition import Planned, compose
 from .decider import Decider
 from .ledger import UndoLedger, strip
-from .planning import ATTACH_OPTIONS, TARGETS, applies_to, bind, check_options, for_units, load_recipe, plan_for
+from .planning import ATTACH_OPTIONS, TARGETS, applies_to, bind, check_options, for_units, load_recipe, plan
 from .recipe import Recipe
 from .report import Report
 from .solve import solve
@@ -83,7 +83,7 @@ def put(
         if target:
             chosen = solve(model, chosen, **target, **extra)
         geometry = for_units(adapter.geometry, applies_to(adapter.geometry, chosen, extra.get("per")))
-        for sentence in compose(geometry, plan_for(adapter.geometry, chosen, extra.get("per"))):
+        for sentence in compose(geometry, plan(geometry, chosen)):
             warnings.warn(sentence, stacklevel=level)
         return Handle(model, chosen, adapter, **extra)
 
@@ -116,7 +116,7 @@ class Handle:
     ):
         self.recipe, self.geometry, self.adapter = recipe, adapter.geometry, adapter
         per = applies_to(adapter.geometry, recipe, per)
-        stages = plan_for(adapter.geometry, recipe, per)
+        stages = plan(for_units(adapter.geometry, per), recipe)
         check_options(adapter.geometry, positions=positions, seed=seed, per=per)
         _check_tower_budgets(adapter.geometry, stages, per)
         self._ledger = UndoLedger()

@@ -32,22 +32,27 @@ def top(
     ranked_by = score
     kept = (min(keep, span[0]), min(keep, span[1])) if span is not None and isinstance(keep, int) else None
     score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
-    score = torch.where(torch.isnan(score), -torch.inf, score)
     if protected is not None:
         score = torch.where(protected, torch.inf, score)
-    # A stable sort, with padding behind everything (two keys: first by score, then by validity).
-    order = score.argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, valid.gather(1, order).int().argsort(dim=1, descending=True, stable=True))
     counts = valid.sum(1)
     keep = torch.as_tensor(keep, device=score.device).expand(score.shape[0])
     keep = torch.minimum(keep, counts)
-    return replace(from_mask(ranks(order) < keep[:, None], kept), score=ranked_by)
+    return replace(from_mask(placed(score, valid) < keep[:, None], kept), score=ranked_by)
+
+
+def placed(score: Tensor, able: Tensor | None = None) -> Tensor:
+    """``[..., N]``: how many have a higher ``score`` ``[..., N]`` than each, ties to the lower position, NaN last;
+    those that are not ``able`` ``[..., N]`` stand behind the others."""
+    order = torch.where(torch.isnan(score), -torch.inf, score).argsort(dim=-1, descending=True, stable=True)
+    if able is not None:  # a second key: the sort is stable
+        order = order.gather(-1, able.gather(-1, order).int().argsort(dim=-1, descending=True, stable=True))
+    return ranks(order)
 
 
 def ranks(order: Tensor) -> Tensor:
-    """``[B, N]``: where in ``order`` ``[B, N]``, positions that each stand there once, each position stands."""
-    column = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, column)
+    """``[..., N]``: where in ``order`` ``[..., N]``, positions that each stand there once, each position stands."""
+    column = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, column)
 
 
 def from_mask(mask: Tensor, span: tuple[int, int] | None = None) -> Selection:

@@ -55,12 +55,6 @@ def text_part(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
-def video_part(source: Any, frames: int = 32, **how: Any) -> dict[str, Any]:
-    """``frames`` evenly spaced frames of a video (fewer if it is shorter); ``source`` and ``how``:
-    :func:`vtprune.inputs.videos.read`, which raises :class:`VtpruneError` if it cannot be read."""
-    return {"type": "video", "video": videos.read(source, frames, **how)}
-
-
 def video_parts(processor: Any, video: videos.Video) -> list[dict[str, Any]]:
     """A video (:func:`vtprune.inputs.videos.read`) as ``processor`` takes it: as a video, or where it has no place for
     one as a picture for each frame, in order."""
@@ -74,7 +68,7 @@ def prepare_chats(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> 
 
     Args:
         chats: per sample the messages, ``{"role": ..., "content": [part, ...]}`` with :func:`image_part`,
-            :func:`video_part` and :func:`text_part`; all samples must show the same kinds of things (:func:`kinds`).
+            :func:`video_parts` and :func:`text_part`; all samples must show the same kinds of things (:func:`kinds`).
 
     Raises :class:`VtpruneError` for a processor without chat template, for one that takes no videos, for a mixture of
     kinds, for text that holds the mark of an image or video, for a template that leaves no place for them, and where

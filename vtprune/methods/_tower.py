@@ -41,11 +41,7 @@ class TowerScored(Method):
         raise NotImplementedError
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
-        if not geometry.seen_layers:
-            raise UnsupportedError(
-                f"{self.info.name} scores by the vision tower's attention, which {geometry.family} ({geometry.arch}) "
-                "does not show"
-            )
+        last = last_seen(self.info.name, geometry)
         inside = "vision" in geometry.provides
         if self.site == "tower" and not inside:
             raise UnsupportedError(
@@ -54,7 +50,7 @@ class TowerScored(Method):
             )
         if self.site == "projector" and "projector" not in geometry.provides:
             raise UnsupportedError(f"{self.info.name}: {geometry.family} has no projector; use site='tower'")
-        last, scored = geometry.seen_layers - 1, self.blocks(geometry)
+        scored = self.blocks(geometry)
         data = {"blocks": scored}
         if self.site == "projector" or not inside or (self.site == "auto" and geometry.fold > 1):
             notes = [Cut(site=f"vision.{i}", action=Action.NOTE) for i in scored]
@@ -71,6 +67,16 @@ class TowerScored(Method):
             for i in cut.data["blocks"]
         ]
         return self.choose(view, scores, cut)
+
+
+def last_seen(name: str, geometry: Geometry) -> int:
+    """The last block of the tower whose output is used. Raises :class:`UnsupportedError` where the method ``name``
+    cannot look at its attention."""
+    if not geometry.seen_layers:
+        raise UnsupportedError(
+            f"{name} scores by the vision tower's attention, which {geometry.family} ({geometry.arch}) does not show"
+        )
+    return geometry.seen_layers - 1
 
 
 def class_attention(view: TokenView) -> Tensor:

@@ -19,14 +19,18 @@ def per_frame(geometry: Geometry) -> int:
     return geometry.grid[0] * geometry.grid[1] if geometry.frames else geometry.tokens
 
 
+def loose(geometry: Geometry) -> int:
+    """Tokens of the planned video that belong to no frame."""
+    return geometry.tokens - max(geometry.frames, 1) * per_frame(geometry)
+
+
 def frames_kept(geometry: Geometry, keep: int | None) -> int:
     """Tokens of as many whole frames as ``keep`` has room for, one at least, and of what belongs to none."""
     assert keep is not None
     if not geometry.frames:
         return keep
-    p = per_frame(geometry)
-    loose = geometry.tokens - geometry.frames * p
-    return loose + p * max((keep - loose) // p, 1)
+    p, rest = per_frame(geometry), loose(geometry)
+    return rest + p * max((keep - rest) // p, 1)
 
 
 def framed(values: Tensor, view: TokenView) -> Tensor:
@@ -54,11 +58,12 @@ def scenes(starts: Tensor) -> tuple[Tensor, Tensor]:
     return scene, torch.zeros_like(scene).scatter_add_(1, scene, torch.ones_like(scene))
 
 
-def placed(score: Tensor, able: Tensor) -> Tensor:
-    """``[..., P]``: how many of the ``able`` have a higher ``score`` than each, ties to the lower position; those that
-    are not able stand behind them."""
-    score = torch.where(able, score.nan_to_num(-torch.inf), -torch.inf)
-    order = score.argsort(dim=-1, descending=True, stable=True)
-    order = order.gather(-1, able.gather(-1, order).int().argsort(dim=-1, descending=True, stable=True))
-    column = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, column)
+def begins(scene: Tensor, size: Tensor) -> Tensor:
+    """``[B, F]``: the first frame of each frame's scene, for what :func:`scenes` answers."""
+    return (size.cumsum(1) - size).gather(1, scene)
+
+
+def summed(values: Tensor, scene: Tensor) -> Tensor:
+    """``values`` ``[B, F, ...]`` of frames added up over those of each ``scene`` ``[B, F]``, zeros behind the last."""
+    at = scene.view(*scene.shape, *[1] * (values.ndim - 2)).expand_as(values)
+    return torch.zeros_like(values).scatter_add_(1, at, values)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..core.select import top
+from ..core.select import placed, top
 from ..core.types import Geometry, Selection, TokenView
-from ._video import framed, per_frame, placed, spread, unit
+from ._video import framed, per_frame, spread, unit
 from .base import Cut, Method, MethodInfo, option, register
 
 
@@ -78,7 +78,7 @@ class DyCoke(Method):
         compared = torch.tensor([q is not None for q in partner], device=device)[:, None]
         change = (x - x[:, before]).square().sum(-1) / 2  # [B, F, P]: 1 - cos, exactly 0 of equal tokens
         quota = torch.tensor(cut.data["quota"], device=device)[:, None]
-        place = placed(change, torch.ones_like(change, dtype=torch.bool))
+        place = placed(change)
         # where tokens must stay, the last ones of the compared frames make room
         turn = torch.where(compared, (place < quota).double() - place / x.shape[2], 2)
         chosen = top(spread(turn, view, 2), cut.keep or 0, view.valid, view.protected, span=view.extent)

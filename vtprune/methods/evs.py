@@ -8,7 +8,7 @@ import torch
 
 from ..core.select import top
 from ..core.types import Geometry, Selection, TokenView
-from ._video import framed, per_frame, spread, unit
+from ._video import framed, loose, per_frame, spread, unit
 from .base import Cut, Method, MethodInfo, register
 
 FIRST = 255.0  # dissimilarity of the first frame's tokens, above any other (2)
@@ -36,7 +36,7 @@ class EVS(Method):
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
         assert keep is not None
         if geometry.frames:
-            keep = max(keep, geometry.tokens - (geometry.frames - 1) * per_frame(geometry))
+            keep = max(keep, per_frame(geometry) + loose(geometry))
         return (Cut(site="projector", keep=keep),)
 
     def select(self, view: TokenView, cut: Cut) -> Selection:

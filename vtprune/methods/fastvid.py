@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..core.select import marked, merged, top
-from ..core.types import Action, Geometry, Mix, Selection, TokenView, UnsupportedError
+from ..core.select import marked, merged, placed, top
+from ..core.types import Action, Geometry, Mix, Selection, TokenView
 from ..kernels.base import wide
 from ..kernels.density import closest, prominence
-from ._tower import class_attention
-from ._video import framed, placed, scenes, shape, spread, unit
+from ._tower import class_attention, last_seen
+from ._video import framed, scenes, shape, spread, unit
 from .base import Cut, Method, MethodInfo, option, register
 
 
@@ -54,12 +54,7 @@ class FastVID(Method):
     beta: float = option(0.6, "least weight of an anchor's own features", least=0, most=1)
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
-        if not geometry.seen_layers:
-            raise UnsupportedError(
-                f"fastvid scores by the vision tower's attention, which {geometry.family} ({geometry.arch}) does not "
-                "show"
-            )
-        site = f"vision.{geometry.seen_layers - 1}"
+        site = f"vision.{last_seen('fastvid', geometry)}"
         return Cut(site=site, action=Action.NOTE), Cut(site="projector", keep=keep, data={"note": site})
 
     def note(self, view: TokenView, cut: Cut) -> Tensor:
@@ -78,7 +73,7 @@ class FastVID(Method):
         step = min(self.step, (p - each + share - (more > 0)) // share) if share else 1
         anchors = _anchors(scene, share, step)  # [B, F] tokens of each frame
         held = framed(view.protected, view)
-        order = placed(attention.masked_fill(held, torch.inf), torch.ones_like(held))
+        order = placed(attention.masked_fill(held, torch.inf))
         chosen = order < salient[:, None]
         rank = placed(prominence(x, ~chosen, self.neighbours), ~chosen)
         anchor = ~chosen & (rank < anchors[..., None])  # [B, F, P]
@@ -96,9 +91,7 @@ class FastVID(Method):
         """``[B, F]`` bool: the frames, of mean tokens ``frames`` ``[B, F, C]``, that begin a scene."""
         x = unit(frames)
         like = (x[:, 1:] * x[:, :-1]).sum(-1)
-        cut = (like < self.threshold) | (
-            like.argsort(dim=1, stable=True).argsort(dim=1, stable=True) < self.segments - 1
-        )
+        cut = (like < self.threshold) | (placed(-like) < self.segments - 1)
         return torch.cat([torch.ones_like(cut[:, :1]) if cut.shape[1] else cut.new_ones(len(x), 1), cut], 1)
 
     def _merged(

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.select import from_mask, marked, merged, top
+from ..core.select import from_mask, marked, merged, placed, top
 from ..core.types import Geometry, Selection, TokenView, UnsupportedError
-from ._video import placed, shape, unit
+from ._video import shape, unit
 from .base import Cut, Method, MethodInfo, option, register
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.select import ranks, top
 from ..core.types import Action, Geometry, Selection, TokenView, UnsupportedError
-from ._tower import NEEDS, class_attention
+from ._tower import NEEDS, class_attention, last_seen
 from .base import Cut, Method, MethodInfo, option, register
 
 
@@ -51,15 +51,11 @@ class HiRED(Method):
     )
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
-        if not geometry.seen_layers:
-            raise UnsupportedError(
-                f"hired scores by the vision tower's attention, which {geometry.family} ({geometry.arch}) does not show"
-            )
+        last = last_seen("hired", geometry)
         if "projector" not in geometry.provides:
             raise UnsupportedError(
                 f"hired decides behind the projector, where the tiles of an image meet, and {geometry.family} has none"
             )
-        last = geometry.seen_layers - 1
         notes = [Cut(site=f"vision.{i}", action=Action.NOTE) for i in sorted({0, last})]
         data = {"last": last, "overview": geometry.overview, "family": geometry.family}
         return (*notes, Cut(site="projector", keep=keep, data=data))

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..core.select import from_mask, marked, merged, top
-from ..core.types import Action, Geometry, Mix, Selection, TokenView, UnsupportedError
+from ..core.select import from_mask, marked, merged, placed, top
+from ..core.types import Action, Geometry, Mix, Selection, TokenView
 from ..kernels.base import wide
 from ..kernels.density import nearest, prominence
-from ._tower import class_attention
-from ._video import framed, per_frame, placed, scenes, shape, spread, unit
+from ._tower import class_attention, last_seen
+from ._video import begins, framed, loose, scenes, shape, spread, summed, unit
 from .base import Cut, Method, MethodInfo, layers, option, register
 
 
@@ -60,17 +60,11 @@ class HoliTom(Method):
     layer: int | None = option(None, "first layer with keep tokens (default: 18 of 28, in proportion)", least=1)
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
-        if not geometry.seen_layers:
-            raise UnsupportedError(
-                f"holitom scores by the vision tower's attention, which {geometry.family} ({geometry.arch}) does not "
-                "show"
-            )
         assert keep is not None
         n, frames = geometry.tokens, max(geometry.frames, 1)
         (layer,) = layers("holitom", self.layer, geometry, (max(18 * geometry.llm_layers // 28, 1),))
-        site, outer = f"vision.{geometry.seen_layers - 1}", min(n, int(self.first * keep + 1e-9))
-        loose = n - frames * per_frame(geometry)
-        most = min(n, max(outer, loose) + 2 * frames)  # scenes and frames round up by less than one
+        site, outer = f"vision.{last_seen('holitom', geometry)}", min(n, int(self.first * keep + 1e-9))
+        most = min(n, max(outer, loose(geometry)) + 2 * frames)  # scenes and frames round up by less than one
         return (
             Cut(site=site, action=Action.NOTE),
             Cut(site="projector", keep=1, adaptive=True, most=most, data={"note": site, "outer": outer}),
@@ -99,14 +93,12 @@ class HoliTom(Method):
         starts = torch.from_numpy(np.stack([best_scenes(s, self.window) for s in same.cpu().numpy()])).to(x.device)
         scene, size = scenes(starts)
         changes = torch.nn.functional.pad((~same).long(), (0, 0, 1, 0)) * ~starts[..., None]  # within a scene
-        moved = torch.zeros_like(changes).scatter_add_(1, scene[..., None].expand(-1, -1, p), changes)
-        static = (moved == 0) & (size > 1)[..., None]  # [B, scenes, P]
+        static = (summed(changes, scene) == 0) & (size > 1)[..., None]  # [B, scenes, P]
         saved = ((size - 1).clamp_min(0) * static.sum(-1)).sum(1)  # [B]
         share = (rho * f * p / (f * p - saved).clamp_min(1).double()).clamp_max(1)[:, None]
         still = static.gather(1, scene[..., None].expand(-1, -1, p))  # [B, F, P]
         # each scene's static means
-        sums = torch.zeros_like(x).scatter_add_(1, scene[..., None, None].expand_as(x), x)
-        means = sums / size.clamp_min(1)[..., None, None]
+        means = summed(x, scene) / size.clamp_min(1)[..., None, None]
         some = static.sum(-1)
         count = torch.where(some > 0, (share * some).round().long().clamp_min(1), 0)
         centre = placed(prominence(means, static, self.neighbours), static) < count[..., None]
@@ -144,7 +136,7 @@ class HoliTom(Method):
         f, p = shape(view)
         n, device = view.valid.shape[1], scene.device
         frame = torch.arange(f, device=device)[:, None]
-        begin = (size.cumsum(1) - size).gather(1, scene)[..., None]  # the first frame of each frame's scene
+        begin = begins(scene, size)[..., None]  # the first frame of each frame's scene
         central = centre.gather(1, scene[..., None].expand(-1, -1, p)) & still
         goes = torch.where(still, begin * p + to.gather(1, scene[..., None].expand(-1, -1, p)), frame * p + into)
         clustered = still | (rest & middle.any(-1, keepdim=True))

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.select import merged, top
+from ..core.select import merged, placed, top
 from ..core.types import Geometry, Selection, TokenView
 from ..kernels.base import wide
 from ..kernels.density import distances, nearest, prominence
-from ._video import framed, per_frame, placed, scenes, shape, spread, unit
+from ._video import begins, framed, loose, scenes, shape, spread, summed, unit
 from .base import Cut, Method, MethodInfo, layers, option, register
 
 
@@ -58,8 +58,8 @@ class PruneVid(Method):
         n, frames = geometry.tokens, max(geometry.frames, 1)
         (layer,) = layers("prunevid", self.layer, geometry, (max(10 * geometry.llm_layers // 32, 1),))
         share = max(self.clusters, keep / n)
-        loose = n - frames * per_frame(geometry)
-        most = min(n, loose + int(share * (n - loose)) + 2 * frames)  # scenes and frames round up by less than one
+        rest = loose(geometry)
+        most = min(n, rest + int(share * (n - rest)) + 2 * frames)  # scenes and frames round up by less than one
         return (
             Cut(site="projector", keep=1, adaptive=True, most=most, data={"share": share}),
             Cut(site=f"llm.{layer}", keep=keep, observe=(layer - 1,)),
@@ -90,18 +90,16 @@ class PruneVid(Method):
         scene, size = scenes(starts)
         at = scene[..., None].expand(-1, -1, p)
         # mean cosine over pairs of frames: (|sum|^2 - n) / (n (n - 1))
-        sums = torch.zeros_like(x).scatter_add_(1, at[..., None].expand_as(x), unit(x))
         n = size[..., None]
-        like = (sums.square().sum(-1) - n) / (n * (n - 1)).clamp_min(1)
+        like = (summed(unit(x), scene).square().sum(-1) - n) / (n * (n - 1)).clamp_min(1)
         held = framed(view.protected, view)  # what must stay is merged with nothing
-        apart = torch.zeros_like(at).scatter_add_(1, at, held.long()) > 0
-        static = (n > 1) & (like > self.threshold) & ~apart  # [B, scenes, P]
-        means = torch.zeros_like(x).scatter_add_(1, at[..., None].expand_as(x), x) / n.clamp_min(1)[..., None]
+        static = (n > 1) & (like > self.threshold) & (summed(held.long(), scene) == 0)  # [B, scenes, P]
+        means = summed(x, scene) / n.clamp_min(1)[..., None]
         still = static.gather(1, at)
         centre, to = self._clusters(means, static, share)
         middle, into = self._clusters(x, ~still & ~held, share)
         frame = torch.arange(f, device=x.device)[:, None]
-        begin = (size.cumsum(1) - size).gather(1, scene)[..., None]
+        begin = begins(scene, size)[..., None]
         kept = torch.where(still, centre.gather(1, at) & (frame == begin), middle | held)
         own = torch.arange(p, device=x.device)
         goes = torch.where(still, begin * p + to.gather(1, at), frame * p + torch.where(held, own, into))
@@ -123,7 +121,7 @@ class PruneVid(Method):
         b, f, _ = frames.shape
         every = torch.ones(b, f, dtype=torch.bool, device=frames.device)
         count = max(int(self.scenes * f + 1e-9), 1)
-        centre = placed(prominence(frames, every, self.neighbours), every) < count
+        centre = placed(prominence(frames, every, self.neighbours)) < count
         far = distances(frames)  # [B, F, F]
         at = torch.where(centre, torch.arange(f, device=frames.device), f).sort(1).values[:, :count]  # [B, S]
         cost = far.gather(1, at[..., None].expand(-1, -1, f))  # [B, S, F]

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..core.select import from_mask, ranks, top
+from ..core.select import from_mask, placed, top
 from ..core.types import Geometry, Selection, TokenView
 from ..kernels.base import wide
-from ._video import framed, per_frame, placed, spread, unit
+from ._video import framed, loose, spread, unit
 from .base import Cut, Method, MethodInfo, option, register
 
 TEMPERATURE = 0.01  # of the softmax over frames
@@ -52,7 +52,7 @@ class VidCom2(Method):
         assert keep is not None
         if self.rounding == "exact" or not geometry.frames or keep >= geometry.tokens:
             return (Cut(site="projector", keep=keep),)
-        least = geometry.frames + geometry.tokens - geometry.frames * per_frame(geometry)
+        least = geometry.frames + loose(geometry)
         most = min(geometry.tokens, keep + least)  # each frame rounds up by less than one
         return (Cut(site="projector", keep=min(least, keep), adaptive=True, most=most, data={"share": keep}),)
 
@@ -60,13 +60,13 @@ class VidCom2(Method):
         keep = cut.data.get("share", cut.keep or 0)
         usual, video = usualness(wide(framed(view.features, view)))  # [B, F, P] each
         quota = quotas(video, keep - (view.valid.shape[1] - usual[0].numel()))
-        place = placed(-usual, torch.ones_like(usual, dtype=torch.bool))  # in the frame
+        place = placed(-usual)  # in the frame
         mine, score = spread(place < quota[..., None], view, True), spread(-usual, view, torch.nan)
         if "share" in cut.data:
             return replace(from_mask(mine | view.protected), score=score)
         # the first of each frame, then what the frames chose, then what is least usual
         turn = mine.long() + spread(place == 0, view, True)
-        order = ranks(score.nan_to_num(torch.inf).argsort(dim=1, descending=True, stable=True))
+        order = placed(score.nan_to_num(torch.inf))
         turn = (turn * order.shape[1] - order).double()
         return replace(top(turn, keep, view.valid, view.protected, span=view.extent), score=score)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import kernels
 from ..core.select import from_mask, marked, merged, ranks, top
 from ..core.types import Action, Geometry, Selection, TokenView, UnsupportedError, VtpruneError
-from ._tower import NEEDS, class_attention
+from ._tower import NEEDS, class_attention, last_seen
 from .base import Cut, Method, MethodInfo, layers, option, register
 
 
@@ -57,19 +57,15 @@ class VScan(Method):
     layer: int | None = option(None, "first layer with keep tokens (default: half the depth)")
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
-        seen, n = geometry.seen_layers, geometry.tokens
-        if not seen:
-            raise UnsupportedError(
-                f"vscan scores by the vision tower's attention, which {geometry.family} ({geometry.arch}) does not show"
-            )
+        last, n = last_seen("vscan", geometry), geometry.tokens
         if "projector" not in geometry.provides:
             raise UnsupportedError(f"vscan merges behind the projector, and {geometry.family} has none")
-        local = min(5 * geometry.vision_depth // 24, seen - 1) if self.local is None else self.local
-        if local >= seen:
-            raise VtpruneError(f"vscan: local={local} is not among blocks 0..{seen - 1}, whose output is used")
+        local = min(5 * geometry.vision_depth // 24, last) if self.local is None else self.local
+        if local > last:
+            raise VtpruneError(f"vscan: local={local} is not among blocks 0..{last}, whose output is used")
         (layer,) = layers("vscan", self.layer, geometry, (geometry.llm_layers // 2,))
         assert keep is not None
-        sites = (f"vision.{local}", f"vision.{seen - 1}")
+        sites = (f"vision.{local}", f"vision.{last}")
         notes = [Cut(site=site, action=Action.NOTE) for site in dict.fromkeys(sites)]
         stage = Cut(site="projector", keep=max(keep, min(n, int(self.first * keep + 1e-9))), data={"sites": sites})
         return (*notes, stage, Cut(site=f"llm.{layer}", keep=keep, joint=True))

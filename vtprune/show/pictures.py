@@ -309,17 +309,17 @@ def sheet(
     titles = [p.info.get("label", f"raster {i} of {len(pictures)}" if many else "") for i, p in enumerate(pictures, 1)]
     strips, at = [], 0
     for film, frames in itertools.groupby(pictures, lambda p: p.info.get("film")):
-        shown, title = list(frames), titles[at] if film is None else "video"
+        shown = list(frames)
+        mine = titles[at : at + len(shown)] if film is None else ["video"]
         if caption and at == 0:
-            title = f"{title}: {caption}" if many else caption
+            mine[0] = f"{mine[0]}: {caption}" if many else caption
         if film is None:
-            strips.append(token_picture(shown[0], report, sample, number=at, heat=heat, caption=title))
             strips += [
-                token_picture(p, report, sample, number=i, heat=heat, caption=titles[i])
-                for i, p in enumerate(shown[1:], at + 1)
+                token_picture(p, report, sample, number=i, heat=heat, caption=title)
+                for i, (p, title) in enumerate(zip(shown, mine, strict=True), at)
             ]
         else:
-            strips.append(film_picture(shown, report, sample, first=at, heat=heat, caption=title))
+            strips.append(film_picture(shown, report, sample, first=at, heat=heat, caption=mine[0]))
         at += len(shown)
     return _stacked(strips)
 

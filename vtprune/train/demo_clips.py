@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from ..data import clips, scenes
 from ..inputs.demo_model import CLIPS, load
 from .demo_model import PATCH, SIDE, TOKENS
-from .demo_packing import cell_number
-from .demo_trainee import _block
+from .demo_packing import cell_number, judge, mask_of
+from .demo_trainee import decoder_layer, weights_of
 
 FRAMES = clips.FRAMES
 AWAY = scenes.CELLS**2  # the class of an object that a frame does not show
@@ -167,8 +167,6 @@ def pack(rows: Sequence[Row], tokenizer: Any, room: int) -> dict[str, Any]:
                 if cells is not None:
                     mention[b, at + i, : len(cells)] = torch.tensor(cells)
             at = end
-    same = (group[:, :, None] == group[:, None, :]) | (group[:, None, :] == 0)
-    mask = torch.tril(torch.ones(total, total, dtype=torch.bool)) & same | torch.eye(total, dtype=torch.bool)
     return {
         "image": torch.stack([row[0][row[3]] for row in rows]),
         "ids": ids,
@@ -176,7 +174,7 @@ def pack(rows: Sequence[Row], tokenizer: Any, room: int) -> dict[str, Any]:
         "group": group[:, prefix:],
         "mention": mention[:, prefix:],
         "position": position,
-        "mask": torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)[:, None],
+        "mask": mask_of(group, torch.float32),
         "kinds": kinds,
     }
 
@@ -202,10 +200,7 @@ class ClipTrainee(nn.Module):
         x = torch.cat([x[:, :3], b["image"], x[:, prefix:]], dim=1)
         cos, sin = (t[:, None] for t in self.lm.rotary_emb(x, b["position"]))
         for i, layer in enumerate(self.lm.layers):
-            a, m = layer.self_attn, layer.mlp
-            parts = [layer.input_layernorm, a.q_proj, a.k_proj, a.v_proj, a.o_proj]
-            parts += [layer.post_attention_layernorm, m.gate_proj, m.up_proj, m.down_proj]
-            x = _block(x, tuple(part.weight for part in parts), cos, sin, b["mask"])
+            x = decoder_layer(x, weights_of(layer, x.dtype), cos, sin, b["mask"])
             if i == 1:
                 frame = self.frame(F.rms_norm(x[:, 3:prefix], x.shape[-1:]))
             if i == len(self.lm.layers) // 2:
@@ -244,10 +239,7 @@ def accuracy(
         if blind:
             prefix = 3 + b["image"].shape[1]
             b["mask"][:, :, prefix:, 3:prefix] = torch.finfo(torch.float32).min
-        right = (net(b)[0][:, :-1].argmax(-1) == b["labels"]) | (b["labels"] == -100)
-        for row, kinds in enumerate(b["kinds"]):
-            for k, kind in enumerate(kinds, 1):
-                hits.setdefault(kind, []).append(bool(right[row][b["group"][row] == k].all()))
+        judge(net(b)[0], b["labels"], b["group"], b["kinds"], hits)
     return {k: round(sum(v) / len(v), 4) for k, v in sorted(hits.items())}
 
 

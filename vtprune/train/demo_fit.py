@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .demo_model import GROWN_FROM, PREFIX, build_model, grow, processor_and_tokenizer, save
-from .demo_packing import Packed
+from .demo_packing import Packed, judge
 from .demo_trainee import Trainee
 
 HEADS = ("kind.", "color.", "place.", "compare.")  # only there in training, and carried from phase to phase
@@ -27,10 +27,7 @@ def accuracy(net: nn.Module, data: Packed, size: int = 20) -> dict[str, float]:
         for lo in range(0, len(data.items) - size + 1, size):
             b = data.batch(data.items[lo : lo + size], shuffle=False)
             logits, *_ = net(b["features"], b["ids"], b["position"], b["mask"])
-            right = (logits[:, :-1].argmax(-1) == b["labels"][:, PREFIX:]) | (b["labels"][:, PREFIX:] == -100)
-            for row, (kinds, group) in enumerate(zip(b["kinds"], b["group"][:, PREFIX:], strict=True)):
-                for k, kind in enumerate(kinds, 1):
-                    hits.setdefault(kind, []).append(bool(right[row][group == k].all()))
+            judge(logits, b["labels"][:, PREFIX:], b["group"][:, PREFIX:], b["kinds"], hits)
     return {k: sum(v) / len(v) for k, v in sorted(hits.items())}
 
 

@@ -57,6 +57,24 @@ class Pair:
     simple: Pair | None = None  # a relation said with "left of" or "above"
 
 
+def mask_of(group: Tensor, dtype: torch.dtype) -> Tensor:
+    """The additive mask ``[B, 1, T, T]``, float32 with the least number of ``dtype``, under which every pair sees
+    itself and the prefix, causally; ``group`` ``[B, T]``: 0 the shared prefix, k pair k, -1 padding."""
+    total = group.shape[1]
+    same = (group[:, :, None] == group[:, None, :]) | (group[:, None, :] == 0)
+    mask = torch.tril(torch.ones(total, total, dtype=torch.bool)) & same | torch.eye(total, dtype=torch.bool)
+    return torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
+
+
+def judge(logits: Tensor, labels: Tensor, group: Tensor, kinds: list[list[str]], hits: dict[str, list[bool]]) -> None:
+    """Adds to ``hits``, by kind, whether all answer tokens of each pair are the arg-max; ``labels`` and ``group``
+    ``[B, T]`` behind the prefix, ``logits`` ``[B, T + 1, words]`` from its last token on."""
+    right = (logits[:, :-1].argmax(-1) == labels) | (labels == -100)
+    for row, named in enumerate(kinds):
+        for k, kind in enumerate(named, 1):
+            hits.setdefault(kind, []).append(bool(right[row][group[row] == k].all()))
+
+
 class Packed:
     """Batches of images with as many question-answer pairs as fit into ``room`` tokens behind each image."""
 
@@ -131,10 +149,6 @@ class Packed:
                 position[b, at:end] = PREFIX + torch.arange(end - at)
                 kinds[b].append(kind)
                 at = end
-        causal = torch.tril(torch.ones(total, total, dtype=torch.bool))
-        same = (group[:, :, None] == group[:, None, :]) | (group[:, None, :] == 0)
-        mask = causal & same
-        mask |= torch.eye(total, dtype=torch.bool)
         dense = [torch.zeros(2, TOKENS) - 1 if d is None else d for *_, d in chosen]
         return {
             "features": torch.stack([f for f, *_ in chosen]).float(),
@@ -143,7 +157,7 @@ class Packed:
             "group": group,
             "targets": targets,
             "position": position,
-            "mask": torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.bfloat16).min)[:, None],
+            "mask": mask_of(group, torch.bfloat16),
             "dense": torch.stack(dense).long(),
             "kinds": kinds,
         }

@@ -3,6 +3,8 @@ training has."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,19 @@ from .demo_model import PREFIX
 HEAD = 32  # channels per head
 
 
-def _block(x: Tensor, weights: tuple[Tensor, ...], cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+def weights_of(layer: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Those of a ``LlamaDecoderLayer`` in the order of :func:`decoder_layer`, as ``dtype``."""
+    a, m = layer.self_attn, layer.mlp
+    parts = (
+        layer.input_layernorm,
+        *(a.q_proj, a.k_proj, a.v_proj, a.o_proj),
+        layer.post_attention_layernorm,
+        *(m.gate_proj, m.up_proj, m.down_proj),
+    )
+    return tuple(part.weight.to(dtype) for part in parts)
+
+
+def decoder_layer(x: Tensor, weights: tuple[Tensor, ...], cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
     """One Llama decoder layer, x ``[B, T, C]`` bfloat16: the arithmetic of ``LlamaDecoderLayer`` with the projections
     fused (a test compares the two)."""
     norm1, q, k, v, o, norm2, gate, up, down = weights
@@ -52,7 +66,7 @@ class Trainee(nn.Module):
         self.color = nn.Linear(width, 1 + len(scenes.COLORS))
         self.place = nn.Linear(width, scenes.CELLS**2)
         self.compare = nn.Linear(width, 6)
-        self.block = torch.compile(_block) if compile else _block
+        self.block = torch.compile(decoder_layer) if compile else decoder_layer
         self.dtype = dtype
 
     def forward(
@@ -67,14 +81,7 @@ class Trainee(nn.Module):
         cos, sin = (t[:, None].to(cast) for t in self.lm.rotary_emb(x.float(), position))
         mask = mask.to(cast)
         for i, layer in enumerate(self.lm.layers):
-            a, m = layer.self_attn, layer.mlp
-            parts = (
-                layer.input_layernorm,
-                *(a.q_proj, a.k_proj, a.v_proj, a.o_proj),
-                layer.post_attention_layernorm,
-                *(m.gate_proj, m.up_proj, m.down_proj),
-            )
-            x = self.block(x, tuple(part.weight.to(cast) for part in parts), cos, sin, mask)
+            x = self.block(x, weights_of(layer, cast), cos, sin, mask)
             if i == len(self.lm.layers) // 3:
                 image = x[:, 3:PREFIX]
             if i == len(self.lm.layers) // 2:
