@@ -106,7 +106,8 @@ class Answerer:
                 inputs, asked, handle, max_new_tokens, streamer=streamer, stopping_criteria=[halt]
             )
             report = self.report(inputs, handle)
-            views, note = views_or_blank(self.processor, inputs, report, frames=len(parts) > 1)
+            times = chats.seconds(parts)
+            views, note = views_or_blank(self.processor, inputs, report, frames=len(parts) > 1, times=times)
         later = cost["new_tokens"] - 1
         return Result(
             side=side,

@@ -47,8 +47,11 @@ class Ranking:
         attention of the layer before it (``"previous"``). ``keys``: softmax over all keys that the row sees or over
         the visual ones alone. ``rope``: whether queries and keys are rotated; ``"corrected"``: they are, and every
         probability is divided by the scaled product of the two places' all-ones vectors, rotated alike (SparseVLM+).
-        ``heads``: ``"mean"``, ``"max"`` of each row, or ``"each"``: ``[G, N, H]``.
+        ``heads``: ``"mean"``, ``"max"`` of each row, ``"most"`` of any row (0 where no row asks; not corrected), or
+        ``"each"``: ``[G, N, H]``.
         """
+        if heads == "most" and rope == "corrected":
+            raise ValueError('heads="most" has no correction')
         number, x, level = self._asked(call, planned, x, layer)
         dense = call.dense[self.decoder.kinds[number]]
         rotary = self.serving.prefill(call, level, number, dense, x)["position_embeddings"] if rope else None

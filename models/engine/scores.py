@@ -130,8 +130,10 @@ def _largest(
     scale: float,
     rotary: tuple[Tensor, Tensor] | None,
     cap: float | None,
+    each_row: bool,
 ) -> Tensor:
-    """As :func:`vtprune.kernels.query_scores`, but of each row the largest head's attention: ``[B, M]``."""
+    """As :func:`vtprune.kernels.query_scores`, but of each row the largest head's attention: ``[B, M]``; without
+    ``each_row`` the largest of any row that has a weight."""
     with torch.autocast(q.device.type, enabled=False):  # it would multiply in 16 bits
         q, k = wide(q), wide(k)
         k = k if rotary is None else rotate(k, *rotary)
@@ -142,7 +144,11 @@ def _largest(
             logits = (part @ k.transpose(2, 3)).view(b, h, -1, m)
             logits = logits if cap is None else torch.tanh(logits / cap) * cap
             found = logits.masked_fill(~seen[:, None, i : i + step], -torch.inf).softmax(-1).nan_to_num().amax(1)
-            score += (found * weight[:, i : i + step, None].to(found.dtype)).sum(1)
+            share = weight[:, i : i + step, None].to(found.dtype)
+            if each_row:
+                score += (found * share).sum(1)
+            else:
+                score = torch.maximum(score, (found * (share > 0)).amax(1))
     return score
 
 
@@ -161,9 +167,9 @@ def attention_to(
     corrected: bool = False,
 ) -> Tensor:
     """Attention of ``rows`` ``[B, R]``, weighted by ``weight`` ``[B, R]`` and averaged over heads, to each of the
-    level's M tokens: ``[B, M]``; ``each_head="max"``: the largest head's in each row, ``"each"``: ``[B, M, H]``.
-    ``corrected``: divided by what rotary positions alone would give. A few rows at a time meet the keys, never a full
-    map."""
+    level's M tokens: ``[B, M]``; ``each_head="max"``: the largest head's in each row, ``"most"``: of any row,
+    ``"each"``: ``[B, M, H]``. ``corrected``: divided by what rotary positions alone would give. A few rows at a time
+    meet the keys, never a full map."""
     q, k, how = question(block, x, rows, rotary, pairs)
     parts = []
     for i in range(0, rows.shape[1], ROWS):
@@ -177,8 +183,9 @@ def attention_to(
         elif each_head == "each":
             parts.append(torch.stack(_each(part, k, share, seen, how), -1))
         else:
-            parts.append(_largest(part, k, share, seen, **how))
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+            parts.append(_largest(part, k, share, seen, **how, each_row=each_head == "max"))
+    made = torch.stack(parts)
+    return made.amax(0) if each_head == "most" else made.sum(0)
 
 
 def answer_starts(labels: Tensor, level: SequenceLength) -> Tensor:

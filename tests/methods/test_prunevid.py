@@ -393,8 +393,8 @@ def test_the_most_attention_of_any_token_of_the_question() -> None:
     )
 
     def source(layer: str, query: Tensor, heads: str) -> Tensor:
-        assert (layer, heads) == ("previous", "max")
-        return attention[query[0]].mean(0)[None] if bool(query.any()) else torch.zeros(1, 4)
+        assert (layer, heads) == ("previous", "most")
+        return attention[query[0]].amax(0)[None] if bool(query.any()) else torch.zeros(1, 4)
 
     made = view(torch.ones(1, 4, 2), 1, text=lambda: text, query_attention=source)
     for keep, want in ((1, [1]), (2, [1, 3]), (3, [1, 2, 3])):

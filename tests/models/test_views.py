@@ -89,10 +89,10 @@ def spies():
                 "normed": (view.source("states", layer="next", norm=True), view.source("text", norm=True).hidden),
                 "keys": view.source("keys"),
                 "each": ask(query="last", heads="each"),
-                "by": {h: ask(query=text.after, heads=h) for h in ("mean", "max", "each")},
+                "by": {h: ask(query=text.after, heads=h) for h in ("mean", "max", "most", "each")},
                 "corrected": {h: ask(query=text.after, heads=h, rope="corrected") for h in ("mean", "max", "each")},
                 "last": ask(query="last", rope="corrected"),
-                "own": {h: ask(query="visual", heads=h) for h in ("mean", "max", "each")},
+                "own": {h: ask(query="visual", heads=h) for h in ("mean", "max", "most", "each")},
             }
             SEEN.setdefault("llm", []).append(seen)
             return from_mask(view.valid)
@@ -273,10 +273,12 @@ def check(seen, g, columns, b, here, mask, out):
     close(seen["by"]["mean"][g, :n], block.mean((0, 1)))
     close(seen["by"]["each"][g, :n], block.mean(1).T)
     close(seen["by"]["max"][g, :n], block.amax(0).mean(0))
+    close(seen["by"]["most"][g, :n], block.amax((0, 1)))
     own = weights[:, columns][:, :, columns]  # [H, n, n]
     close(seen["own"]["mean"][g, :n], own.mean((0, 1)))
     close(seen["own"]["each"][g, :n], own.mean(1).T)
     close(seen["own"]["max"][g, :n], own.amax(0).mean(0))
+    close(seen["own"]["most"][g, :n], own.amax((0, 1)))
 
 
 def close(got: Tensor, want: Tensor) -> None:

@@ -13,7 +13,7 @@ import vtprune
 from fake import video_model
 from vtprune.core.report import Report, StageReport
 from vtprune.inputs import chats
-from vtprune.show import pictures, views
+from vtprune.show import pictures, theatre, views
 
 SIDE = (2, 2)
 
@@ -140,6 +140,13 @@ def test_frames_that_share_a_token_are_a_pair(monkeypatch):
     shown = views.views(SimpleNamespace(video_processor=part), inputs, report(3))
     assert [(v.info["label"], v.info["film"]) for v in shown] == [(f"frame pair {i} of 3", 0) for i in (1, 2, 3)]
     assert [v.getpixel((9, 9))[0] for v in shown] == [0, 128, 255]
+    part_ = SimpleNamespace(video_processor=part)
+    for many in (5, 6):  # an odd one is shown twice
+        timed = views.views(part_, inputs, report(3), times=[0.25 * i for i in range(many)])
+        assert [v.info["label"] for v in timed] == [f"frame pair {i} of 3, {0.5 * (i - 1):.1f} s" for i in (1, 2, 3)]
+    for many in (3, 4, 7):
+        with pytest.raises(vtprune.VtpruneError, match=f"times of {many} frames, which the 3 rasters do not show"):
+            views.views(part_, inputs, report(3), times=[0.25 * i for i in range(many)])
     written = told(monkeypatch)
     pictures.film_picture(shown, report(3))
     assert written[2:] == ["pair 1: 4", "pair 2: 4", "pair 3: 4"]
@@ -157,6 +164,11 @@ def test_images_are_frames_where_they_are_said_to_be():
     assert not any("film" in v.info for v in plain)
     assert [(v.info["label"], v.info["film"]) for v in moving] == [(f"frame {i} of 3", 0) for i in (1, 2, 3)]
     assert moving[1].getpixel((80, 80)) == (0, 0, 255)
+    timed = views.views(processor, inputs, report, frames=True, times=[0, 1.04, 2.5])
+    assert [v.info["label"] for v in timed] == [
+        f"frame {i} of 3, {at} s" for i, at in ((1, "0.0"), (2, "1.0"), (3, "2.5"))
+    ]
+    assert theatre.scene(report, timed)["rasters"][1]["label"] == "frame 2 of 3, 1.0 s"
     inputs = chats.prepare(processor, [pictures_[:1]], ["what color is it ?"])
     with vtprune.attach(model, "uniform", keep=0.5) as handle, torch.no_grad():
         model(**inputs)

@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
         pruned = generate(model, processor, inputs, args.max_new_tokens)[0]
         report = handle.report()
     if picture is not None:
-        views, missing = views_or_blank(processor, inputs, report, frames=video is not None)
+        times = () if video is None else videos.seconds(video)
+        views, missing = views_or_blank(processor, inputs, report, frames=video is not None, times=times)
         if missing:  # the answers are there all the same
             print(f"vtprune: note: the picture is left out: {missing}", file=sys.stderr)
         if picture.suffix.lower() == ".html":

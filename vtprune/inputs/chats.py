@@ -63,6 +63,14 @@ def video_parts(processor: Any, video: videos.Video) -> list[dict[str, Any]]:
     return [image_part(picture) for picture in videos.pictures_of(video)]
 
 
+def seconds(parts: Sequence[dict[str, Any]]) -> list[float]:
+    """When the frames of the one video of ``parts`` (:func:`video_parts`) are shown; none where that is not known."""
+    if [p["type"] for p in parts] == ["video"]:
+        return videos.seconds(parts[0]["video"])
+    shown = [p["image"].info for p in parts if p["type"] == "image"]
+    return [info["seconds"] for info in shown] if all("seconds" in info for info in shown) else []
+
+
 def prepare_chats(processor: Any, chats: Sequence[Sequence[dict[str, Any]]]) -> Any:
     """Left-padded model inputs for conversations that the model is to go on with.
 

@@ -79,8 +79,16 @@ def takes_videos(processor: Any) -> bool:
 
 
 def pictures_of(video: Video) -> list[Image.Image]:
-    """The frames as pictures."""
-    return [Image.fromarray(frame) for frame in video[0]]
+    """The frames as pictures; ``info["seconds"]``: when each is shown, where that is known."""
+    pictures = [Image.fromarray(frame) for frame in video[0]]
+    for picture, at in zip(pictures, seconds(video), strict=False):
+        picture.info["seconds"] = at
+    return pictures
+
+
+def seconds(video: Video) -> list[float]:
+    """When its frames are shown; none for a video without times."""
+    return [round(float(t), 6) for t in video[1].timestamps] if video[1].fps else []
 
 
 def _chosen(

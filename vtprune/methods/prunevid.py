@@ -75,13 +75,8 @@ class PruneVid(Method):
         """``[B, N]``: the most attention that a token of the question pays in any head; 0 without a question."""
         text = view.source("text")
         question = text.valid & text.after
-        number = question.cumsum(1)
-        score = torch.zeros(view.valid.shape, device=view.valid.device)
-        for t in range(int(question.sum(1).max()) if question.numel() else 0):  # a source takes means over its rows
-            asks = question & (number == t + 1)
-            found = view.source("query_attention", layer="previous", query=asks, heads="max")
-            score = torch.where(asks.any(1, keepdim=True), torch.maximum(score.to(found.dtype), found), score)
-        return score
+        found = view.source("query_attention", layer="previous", query=question, heads="most")
+        return torch.where(question.any(1, keepdim=True), found, torch.zeros_like(found))
 
     def _clustered(self, view: TokenView, share: float) -> Selection:
         f, p = shape(view)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,13 @@ def model_view(processor: Any, image: Image.Image, overview: int = 0) -> Image.I
 
 
 def views(
-    processor: Any, inputs: Mapping[str, Any], report: Report, sample: int = 0, *, frames: bool = False
+    processor: Any,
+    inputs: Mapping[str, Any],
+    report: Report,
+    sample: int = 0,
+    *,
+    frames: bool = False,
+    times: Sequence[float] = (),
 ) -> list[Image.Image]:
     """What lies under each raster of a sample, as the vision tower saw it: an image, each of its tiles, LLaVA-NeXT's
     tiles put together (with a blank column where its new-line tokens are), the frames of a video (Qwen: the first of
@@ -40,9 +46,10 @@ def views(
     Args:
         inputs: what ``processor`` returned and the model was given, the whole batch of ``report``; any device and type.
         frames: the images of the prompt are the frames of one video.
+        times: of the frames of the sample's only video (Qwen: of both of each pair), in seconds; the labels tell them.
 
     Raises:
-        VtpruneError: there is no such sample, or the rasters cannot be matched with the pixels.
+        VtpruneError: there is no such sample, the rasters cannot be matched with the pixels, or the times with them.
     """
     check_sample(report, sample)
     pieces = pixels_engine.rasters(processor, inputs, report)[sample]
@@ -51,21 +58,37 @@ def views(
     # of each video its own
     names = [(p.film, p.noun) for p in pieces]
     films = sorted({p.film for p in pieces if p.film is not None})
+    when = _times(pieces, times) if times and films else {}
     for i, (name, piece) in enumerate(zip(names, pieces, strict=True)):
         of = f" {names[: i + 1].count(name)} of {names.count(name)}" if names.count(name) > 1 else ""
         where = f", video {films.index(piece.film) + 1}" if piece.film is not None and len(films) > 1 else ""
-        piece.picture.info["label"] = piece.noun + of + where
+        at = f", {when[i]:.1f} s" if i in when else ""
+        piece.picture.info["label"] = piece.noun + of + where + at
         if piece.film is not None:
             piece.picture.info["film"] = piece.film
     return [p.picture for p in pieces]
 
 
+def _times(pieces: Sequence[pixels_engine.Piece], times: Sequence[float]) -> dict[int, float]:
+    """When each frame of a video is shown, by its place in ``pieces``; ``times`` of single frames."""
+    frames = [i for i, piece in enumerate(pieces) if piece.film is not None and piece.noun.startswith("frame")]
+    step = 2 if frames and pieces[frames[0]].noun == "frame pair" else 1
+    if -(-len(times) // step) != len(frames):
+        raise VtpruneError(f"there are times of {len(times)} frames, which the {len(frames)} rasters do not show")
+    return dict(zip(frames, times[::step], strict=True))
+
+
 def views_or_blank(
-    processor: Any, inputs: Mapping[str, Any], report: Report, *, frames: bool = False
+    processor: Any,
+    inputs: Mapping[str, Any],
+    report: Report,
+    *,
+    frames: bool = False,
+    times: Sequence[float] = (),
 ) -> tuple[list[Image.Image], str]:
     """The :func:`views` of the first sample; or plain light grey, and why."""
     try:
-        return views(processor, inputs, report, frames=frames), ""
+        return views(processor, inputs, report, frames=frames, times=times), ""
     except VtpruneError as e:
         return blank(report, 0), str(e)
 
