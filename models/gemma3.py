@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.ledger import UndoLedger
 from ..core.types import Geometry, UnsupportedError
@@ -75,9 +75,6 @@ class Gemma3(Mllm):
         described = replace(hf_vit.describe(self.tower, self.geometry.seen_layers), fold=self.fold)
         tokens = described.grid[0] * described.grid[1]
         return TowerEngine(described, cuts, ledger, seed=seed, done=done, tokens=tokens)
-
-    def rotary(self, x: Tensor, ids: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-        return self.lm.rotary_emb(x, ids, kind)  # sliding and full layers turn by other angles
 
 
 def _tiny() -> tuple[nn.Module, dict[str, Any]]:

@@ -11,7 +11,6 @@ with the reason: :mod:`~vtprune.models.parts.hindrance`.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,9 +18,8 @@ from torch import Tensor, nn
 
 from ..core.types import Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, named
-from .engine.description import LLM, PLAIN, PROJECTOR
+from .engine.description import LLM, PROJECTOR
 from .engine.layout import RasterSpan, some
-from .engine.probe import probe, probe_queries
 from .parts.hindrance import REFUSED, hindrance, placeholder, stacks_of
 from .parts.mllm import Mllm
 from .parts.tiny import tiny_build, tiny_model, tiny_prompts, tiny_text
@@ -41,6 +39,7 @@ class Generic(Mllm):
     """One bound model of an unknown family."""
 
     tested: ClassVar[Collection[str]] = ()
+    ranks = False
     follows: ClassVar[dict[str, int]] = {"token_type_ids": 0, "mm_token_type_ids": 0}
 
     def __init__(self, model: Any):
@@ -77,16 +76,6 @@ class Generic(Mllm):
             vision=nothing,
         )
         self.unspoken += tuple(getattr(model.config, "visual_indicator_token_ids", None) or ())  # Ovis
-
-    def probe(self) -> None:
-        """Attention that cannot be recomputed takes away the methods that rank by it, anything else all of them."""
-        try:
-            probe_queries(self.describe())
-        except UnsupportedError as e:
-            without = {**self.geometry.provides, "llm": PLAIN}
-            refuses = {**self.geometry.refuses, **dict.fromkeys(LLM - PLAIN, str(e))}
-            self.geometry = replace(self.geometry, provides=without, refuses=refuses)
-        probe(self.describe())
 
     def parts(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[RasterSpan]]:
         out = []

@@ -9,6 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+from torch import Tensor
 
 from ...core.ledger import MARK, UndoLedger, close, follow, mark
 from ...core.types import UnsupportedError
@@ -16,8 +17,9 @@ from . import host
 from .decoding import check_conversation, check_foreign
 from .description import Decoder
 from .entry import Entry
+from .layout import prompts
 from .level import dense_level
-from .prompt import prompts_in_rows, real_tokens
+from .prompt import prompt_tokens, prompts_in_rows, real_tokens
 from .request import Call, Request
 
 
@@ -87,7 +89,10 @@ class Calls:
         if not call.prefill:
             call.plain = ids
             return inputs
-        call.tokens, call.parts = ids, self.decoder.parts(ids, inputs)
+        call.tokens = ids
+        if self.decoder.text is not None:
+            return self._text(call, inputs, ids)
+        call.parts = self.decoder.parts(ids, inputs)
         call.told = partial(self.decoder.sources, inputs, call.parts)
         if self.tower or self.noting:
             call.sources = call.told()
@@ -99,6 +104,20 @@ class Calls:
                 "behind the projector (site='projector' where a method has it) or in the language model"
             )
         call.encoded = self.decoder.encoded(inputs)
+        return self._prompt(call, inputs, ids)
+
+    def _text(self, call: Call, inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
+        """What a model without images is called with, once the tokens of its prompt are known."""
+        inputs = self._prompt(call, inputs, ids)
+        assert self.decoder.text is not None
+        call.visual = prompt_tokens(call, real_tokens(call.mask, *ids.shape).to(ids.device), *self.decoder.text)
+        call.prefill = bool(call.visual.any())
+        call.plain = None if call.prefill else ids
+        call.parts = prompts(call.visual, call.segments)
+        return inputs
+
+    def _prompt(self, call: Call, inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
+        """Finds out what of ``ids`` ``[B, T]`` is the prompt."""
         call.segments = prompts_in_rows(inputs, call)
         if inputs.get("labels") is not None:
             # positions without a prediction are masked out of it before the loss reads it

@@ -114,6 +114,7 @@ class Cuts:
                 "queried": lambda: self.ranking.queried(call, candidates.owner),
                 "states": partial(self.ranking.states, call, planned, x, candidates),
                 "text": partial(self.ranking.text, call, planned, x, candidates),
+                "products": partial(self.ranking.products, call, planned, x, candidates),
                 "keys": partial(self.ranking.keys, call, planned, x, candidates),
                 "origin": partial(origin_at, call, candidates.index),
                 **self._notes(call, planned, candidates),

@@ -17,6 +17,7 @@ from ...core.ledger import UndoLedger
 from ...core.types import Action, Seed, UnsupportedError, VtpruneError
 from ..base import PlannedCut
 from . import host
+from .ahead import check_ahead
 from .calls import Calls
 from .cuts import Cuts
 from .decoder_replays import LayerReplays
@@ -115,6 +116,8 @@ class DecoderEngine:
             return None
         backend(self.decoder.lm.config)
         self._check_layers(module.layers)
+        if self.decoder.text is not None and kwargs.get("inputs_embeds") is None:
+            kwargs = {**kwargs, "input_ids": None, "inputs_embeds": module.embed_tokens(kwargs["input_ids"])}
         if call.prefill:
             return self.prefill.begin(call, args, kwargs)
         return continue_prompt(self.decoder, call, args, kwargs, compact=self.serving.compact)
@@ -157,7 +160,7 @@ class DecoderEngine:
             # a checkpoint runs the layer again, long after the forward
             if call is None or (call.request is None and module.training):
                 return self.replays.again(number, args, kwargs)
-            if call.request is None:
+            if call.request is None or call.aside:
                 return None
             call.ran += 1
             if call.prefill:
@@ -220,6 +223,7 @@ def _check_model(decoder: Decoder, cuts: list[PlannedCut]) -> None:
     for module in (decoder.lm, decoder.layers[0]):
         host.cache_name(module)
     for planned in cuts:
+        check_ahead(decoder, planned)
         if planned.cut.action is Action.CONTEXT and decoder.window_of(planned.cut.layer) is not None:
             raise UnsupportedError(
                 f"layer {planned.cut.layer} has a sliding window, whose cache does not hold visual tokens ahead of the "

@@ -20,7 +20,7 @@ PROJECTOR = frozenset({"text", "origin"})
 RESIZE = frozenset({"resize"})  # in front of a tower that takes images of any size
 PIXEL_BLOCKS = frozenset({"pixel_blocks"})  # in front of one whose processor cuts images into blocks
 PLAIN = frozenset({"queried", "text", "states", "origin"})
-LLM = PLAIN | {"query_attention", "keys"}
+LLM = PLAIN | {"query_attention", "products", "keys"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,8 @@ class Decoder:
         first_position: of a prompt's first token.
         core: the model in ``root`` that takes ``input_ids`` as well; ``None``: there is none.
         encoded: ``encoded(inputs)``: what the encoders did for the forward, by modality.
+        text: a model without images: what is pruned is the prompt itself, but for so many tokens at its beginning and
+            its end; these count as its text, the others as visual.
     """
 
     root: Any
@@ -60,6 +62,7 @@ class Decoder:
     first_position: int = 0
     core: Any = None
     encoded: Callable[[dict[str, Any]], dict[str, EncoderCall]] = lambda inputs: {}
+    text: tuple[int, int] | None = None
 
     def window_of(self, number: int) -> int | None:
         return self.window if self.kinds[number] == "sliding_attention" else None

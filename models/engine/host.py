@@ -80,6 +80,23 @@ def cache_in(kwargs: Mapping[str, Any]) -> Any:
     return next((kwargs[n] for n in CACHES if kwargs.get(n) is not None), None)
 
 
+def uncached(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a layer's ``kwargs`` has to change so that it fills no cache."""
+    return {**{n: None for n in CACHES if n in kwargs}, **({"use_cache": False} if "use_cache" in kwargs else {})}
+
+
+def rotary(lm: Any, x: Tensor, ids: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """A language model's rotary table for the positions ``ids``, of layers of this ``kind`` where these turn by other
+    angles."""
+    table = lm.rotary_emb
+    return table(x, ids, kind) if "layer_type" in _parameters(type(table).forward) else table(x, position_ids=ids)
+
+
+def takes_planes(lm: Any) -> bool:
+    """Whether a language model adds planes of the image between its layers (DeepStack)."""
+    return PLANES in _parameters(type(lm).forward)
+
+
 def cache_of(output: Any) -> Any:
     """The cache that an output carries (also a tuple, ``return_dict=False``), or ``None``; :class:`UnsupportedError`
     where its class has no field for one."""

@@ -123,6 +123,18 @@ def parts(
     return out
 
 
+def prompts(visual: Tensor, segments: Tensor | None) -> list[list[RasterSpan]]:
+    """The tokens ``visual`` ``[B, T]`` of each prompt, several in a row where ``segments`` ``[B, T]`` tells them apart,
+    as one row of a raster."""
+    out = []
+    for b, marks in enumerate(visual):
+        columns = marks.nonzero()[:, 0]
+        numbers = columns.new_zeros(len(columns)) if segments is None else segments.to(columns.device)[b, columns]
+        each = columns.split(numbers.unique_consecutive(return_counts=True)[1].tolist())
+        out.append([RasterSpan(mine, (len(mine), 1), i, -1, (len(mine),)) for i, mine in enumerate(each) if len(mine)])
+    return out
+
+
 def units(samples: list[list[RasterSpan]], per: str, segments: Tensor | None = None) -> list[BudgetGroup]:
     """Parts joined by ``per``: ``"tile"`` every raster alone, ``"image"`` an image (a video's frame), ``"video"`` also
     all frames of a video, ``"sample"`` everything in a sample, or in each of the prompts that are packed into a row

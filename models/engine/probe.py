@@ -64,7 +64,8 @@ def probe_queries(decoder: Decoder) -> None:
             return
         for number, block in enumerate(decoder.layers):
             attention: Any = getattr(block, "self_attn", None)
-            lacks = [n for n in PROJECTIONS if not hasattr(attention, n)]
+            fused = hasattr(attention, "qkv_proj")
+            lacks = [n for n in PROJECTIONS if not hasattr(attention, n) and not (fused and n[0] in "qkv")]
             if lacks or not hasattr(block, "input_layernorm"):
                 raise UnsupportedError(
                     f"{toy.name}: its attention has no {', '.join(lacks) or 'input_layernorm'} under the usual names"

@@ -77,6 +77,42 @@ def asking_rows(call: Call, level: SequenceLength) -> Tensor:
     return real & ends.to(real.device)
 
 
+def prompt_tokens(call: Call, real: Tensor, head: int, tail: int) -> Tensor:
+    """``[B, T]``: of the ``real`` tokens of each prompt, which ends where an answer begins if there is one, all but the
+    first ``head`` and the last ``tail``.
+
+    Raises :class:`UnsupportedError` for labels that leave no prompt in front of an answer."""
+    first = _seams(real, call.segments)
+    last = nn.functional.pad(first[:, 1:], (0, 1), value=True)
+    if call.labels is not None:
+        answer = (call.labels.to(real.device) != -100) & real
+        real = real & (_numbers(answer, first) == 0)
+        if bool((answer & (_numbers(answer | real, first) == 1)).any()):
+            raise UnsupportedError(
+                "the labels leave no prompt in front of the answer, so there is nothing to prune: mark the prompt's "
+                "tokens with -100"
+            )
+    elif call.prompt is not None:
+        real = real & (torch.arange(real.shape[1], device=real.device) < call.prompt.to(real.device)[:, None])
+    behind = _numbers(real.flip(1), last.flip(1)).flip(1)
+    return real & (_numbers(real, first) > head) & (behind > tail)
+
+
+def _seams(real: Tensor, segments: Tensor | None) -> Tensor:
+    """``[B, T]``: where prompts begin, several in a row if ``segments`` tell them apart."""
+    first = torch.zeros_like(real)
+    if segments is not None:
+        first[:, 1:] = (segments[:, 1:] != segments[:, :-1]).to(real.device)
+    first[:, :1] = True
+    return first
+
+
+def _numbers(marks: Tensor, first: Tensor) -> Tensor:
+    """``[B, T]``: how many tokens are marked from the beginning of each prompt (``first``) up to each one, from 1."""
+    number = marks.cumsum(1)
+    return number - torch.where(first, number - marks.long(), 0).cummax(1).values
+
+
 def next_positions(ids: Tensor | None, level: SequenceLength) -> Tensor:
     """The position behind the prompt ``[B]``; ids ``[B, T]``, or ``[3 or 4, B, T]`` with three axes (four: the text's
     own in front)."""

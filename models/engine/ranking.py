@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.types import Text, UnsupportedError
+from ...core.types import Products, Text, UnsupportedError
+from ...kernels.base import wide
 from ..base import PlannedCut
 from . import host
+from .ahead import read_ahead
 from .candidates import Candidates
 from .description import Decoder
 from .level import SequenceLength
 from .request import Call
-from .scores import attention_to, keys_of, query_rows
+from .rows import take
+from .scores import attention_to, heads, keys_of, query_rows, turn
 from .serving import Serving
 from .text import columns, marked, segment, text_at, up_to
 
@@ -38,17 +41,18 @@ class Ranking:
         keys: str = "all",
         rope: bool | str = True,
         heads: str = "mean",
+        visual: Tensor | None = None,
     ) -> Tensor:
         """Attention of the query rows (mean over rows and heads) to each candidate: ``[G, N]``.
 
         ``query``: ``"last"`` the last prompt token (with labels: every token in front of an answer), ``"all"`` every
         row, ``"visual"`` those of the unit itself that are left, or a mask ``[G, T]`` over the rows of the source
-        ``text``. ``layer``: projections of the layer about to run on this cut's input (``"next"``) or the real
-        attention of the layer before it (``"previous"``). ``keys``: softmax over all keys that the row sees or over
-        the visual ones alone. ``rope``: whether queries and keys are rotated; ``"corrected"``: they are, and every
-        probability is divided by the scaled product of the two places' all-ones vectors, rotated alike (SparseVLM+).
-        ``heads``: ``"mean"``, ``"max"`` of each row, ``"most"`` of any row (0 where no row asks; not corrected), or
-        ``"each"``: ``[G, N, H]``.
+        ``text``; or their weights, which ``visual`` ``[G, N]`` goes on with over the unit's own tokens. ``layer``:
+        projections of the layer about to run on this cut's input (``"next"``) or the real attention of the layer
+        before it (``"previous"``). ``keys``: softmax over all keys that the row sees or over the visual ones alone.
+        ``rope``: whether queries and keys are rotated; ``"corrected"``: they are, and every probability is divided by
+        the scaled product of the two places' all-ones vectors, rotated alike (SparseVLM+). ``heads``: ``"mean"``,
+        ``"max"`` of each row, ``"most"`` of any row (0 where no row asks; not corrected), or ``"each"``: ``[G, N, H]``.
         """
         if heads == "most" and rope == "corrected":
             raise ValueError('heads="most" has no correction')
@@ -61,6 +65,8 @@ class Ranking:
             if isinstance(query, Tensor):
                 where, marks = columns(call, level, candidates.owner.to(x.device)), query
             asking = marked(where.to(x.device), marks.to(x.device), level.width)
+            if visual is not None:
+                asking = asking + marked(candidates.where.to(x.device), visual.to(x.device), level.width)
             return self._asked_by(call, asking, number, x, level, rotary, keys, how, candidates)
         asking = self._asking(call, level, query)
         one = query == "last" and call.labels is None
@@ -79,6 +85,54 @@ class Ranking:
                 out = score
         assert out is not None
         return out.masked_fill(_like(where < 0, out), -torch.inf)
+
+    @torch.no_grad()
+    def products(
+        self,
+        call: Call,
+        planned: PlannedCut,
+        x: Tensor,
+        candidates: Candidates,
+        *,
+        layer: str | int = "previous",
+    ) -> Products:
+        """What the last token of each prompt (with labels: those in front of answers, their mean) gives to all tokens
+        of the prompt that are left: the scaled products of its query and their keys, rotated, before any softmax, mean
+        over heads.
+
+        ``layer`` as for :meth:`query_attention`; a number: a later layer, read ahead of its turn.
+        """
+        if isinstance(layer, int):
+            assert call.level is not None
+            number, level = layer, call.level.on(x.device)
+            x = read_ahead(self.decoder, self.serving, call, planned.cut.layer, number, x, level)
+        else:
+            number, x, level = self._asked(call, planned, x, layer)
+        block, pairs, owner = self.decoder.layers[number], self.decoder.pairs, candidates.owner.to(x.device)
+        asking = self._asking(call, level, "last")
+        rows, weight = query_rows(asking, 1 if call.labels is None and call.segments is None else None)
+        dense = call.dense[self.decoder.kinds[number]]
+        rotary = self.serving.prefill(call, level, number, dense, x)["position_embeddings"]
+        with host.gathered(block):
+            h = block.input_layernorm(x)
+            tables = (take(t.expand(len(x), -1, -1), rows) for t in rotary)
+            q = wide(turn(heads(block.self_attn, "q", take(h, rows)), *tables, pairs))  # [B, H, R, d]
+            k = wide(turn(heads(block.self_attn, "k", h), *rotary, pairs))  # [B, G, M, d]
+        with torch.autocast(x.device.type, enabled=False):  # it would multiply in 16 bits
+            both = (q.unflatten(1, (k.shape[1], -1)).mean(2) * block.self_attn.scaling) @ k.transpose(2, 3)
+        both = both.mean(1)[owner]  # [G, R, M]: the mean over heads
+        mine, asks = up_to(call, level, asking)[owner], (weight > 0)[owner]
+        if call.segments is not None:
+            segments = call.segments.to(x.device).gather(1, level.rows)
+            own = segment(call, owner)[:, None]
+            mine, asks = mine & (segments[owner] == own), asks & (segments.gather(1, rows)[owner] == own)
+        score = (both * asks[..., None]).sum(1) / asks.sum(1).clamp_min(1)[:, None]
+        width = level.width
+        column = torch.arange(width, device=x.device)
+        order = torch.where(mine, column, width).sort(1).values[:, : max(int(mine.sum(1).max()), 1)]
+        told = score.gather(1, order.clamp_max(width - 1)).masked_fill(order == width, -torch.inf)
+        at = (mine.cumsum(1) - 1).gather(1, candidates.where.clamp_min(0).to(x.device))
+        return Products(told, torch.where(candidates.where.to(x.device) < 0, -1, at))
 
     def _asked_by(
         self,

@@ -56,6 +56,7 @@ class Request:
         memory: what each stage's method remembers.
         branched: by stage, per sample, visual tokens that its side branch ran over.
         cached: layers whose cache holds more rows than pass through them.
+        ahead: layers run before their turn: the first, the one that was asked, and per sample the tokens they read.
         keys_only: by layer, per sample, visual tokens that gave it keys and values only.
         arrived: visual tokens that the tower handed over, ``[B, T]``; ``None``: no stage there.
         held: visual tokens that must not go, ``[B, T]``; ``None``: none.
@@ -85,6 +86,7 @@ class Request:
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     branched: dict[int, list[int]] = field(default_factory=dict)
     cached: dict[int, SequenceLength] = field(default_factory=dict)
+    ahead: list[tuple[int, int, list[int]]] = field(default_factory=list)
     keys_only: dict[int, list[int]] = field(default_factory=dict)
     arrived: Tensor | None = None
     held: Tensor | None = None
@@ -248,6 +250,7 @@ class Call:
         inputs: by layer, what cuts behind it look at.
         stash: by stage, the rows that it has put aside.
         merged: rows of a layer's input are no rows of the one before.
+        aside: layers run before their turn, and are not the forward's.
     """
 
     request: Request | None = None
@@ -279,6 +282,7 @@ class Call:
     inputs: dict[int, tuple[Tensor, SequenceLength]] = field(default_factory=dict)
     stash: dict[int, Stash] = field(default_factory=dict)
     merged: bool = False
+    aside: bool = False
 
     @property
     def held(self) -> Tensor | None:

@@ -18,8 +18,13 @@ ROWS = 64  # query rows whose masks are made at once
 
 def heads(attention: Any, name: str, x: Tensor) -> Tensor:
     """Projection ``name`` (q, k, v) of ``x`` ``[B, M, C]`` with the norm per head that Qwen3 and Gemma 3 have: ``[B, H,
-    M, d]``."""
-    out = getattr(attention, f"{name}_proj")(x).view(*x.shape[:2], -1, attention.head_dim)
+    M, d]``; Phi-3 makes all three at once."""
+    if hasattr(attention, "qkv_proj"):
+        counts = (getattr(attention.config, f"num_{kind}_heads") for kind in ("attention", *2 * ("key_value",)))
+        out = attention.qkv_proj(x).split([n * attention.head_dim for n in counts], -1)["qkv".index(name)]
+    else:
+        out = getattr(attention, f"{name}_proj")(x)
+    out = out.view(*x.shape[:2], -1, attention.head_dim)
     norm = getattr(attention, f"{name}_norm", None)
     return (out if norm is None else norm(out)).transpose(1, 2)
 
@@ -197,10 +202,12 @@ def answer_starts(labels: Tensor, level: SequenceLength) -> Tensor:
 
 
 def query_rows(asking: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """The columns that ``asking`` ``[B, M]`` marks, ``[B, R]`` with zeros behind, and their weights, which sum to one.
-    ``most`` of them, if that is known."""
-    m = asking.shape[1]
-    most = max(int(asking.sum(1).max()), 1) if most is None else most
-    rows = torch.where(asking, torch.arange(m, device=asking.device), m).sort(1).values[:, :most]
-    weight = (rows < m).float()
-    return torch.where(rows < m, rows, 0), weight / weight.sum(1, keepdim=True).clamp_min(1)
+    """The columns that ``asking`` ``[B, M]`` marks or weighs, ``[B, R]`` with zeros behind, and their weights, which
+    sum to one. ``most`` of them, if that is known."""
+    m, marks = asking.shape[1], asking > 0
+    most = max(int(marks.sum(1).max()), 1) if most is None else most
+    rows = torch.where(marks, torch.arange(m, device=asking.device), m).sort(1).values[:, :most]
+    at = torch.where(rows < m, rows, 0)
+    weight = asking.float().gather(1, at) * (rows < m)
+    total = weight.sum(1, keepdim=True)
+    return at, weight / torch.where(total > 0, total, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...core.types import Text
 from .level import SequenceLength
@@ -63,6 +63,7 @@ def text_at(call: Call, level: SequenceLength, owner: Tensor, x: Tensor, keys: T
 
 
 def marked(where: Tensor, mask: Tensor, width: int) -> Tensor:
-    """``[G, width]`` bool: the columns ``where`` ``[G, T]`` that ``mask`` ``[G, T]`` marks."""
-    place = torch.where(mask & (where >= 0), where, width)
-    return nn.functional.pad(mask.new_zeros(len(mask), width), (0, 1)).scatter(1, place, True)[:, :width]
+    """``[G, width]``: the marks or weights ``mask`` ``[G, T' <= T]`` of the columns ``where`` ``[G, T]``."""
+    where = where[:, : mask.shape[1]]
+    place = torch.where((mask != 0) & (where >= 0), where, width)
+    return mask.new_zeros(len(mask), width + 1).scatter(1, place, mask)[:, :width]

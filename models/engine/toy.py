@@ -121,5 +121,6 @@ def _build(decoder: Decoder, weight: Tensor) -> Toy:
         mrope=False,
         core=None,
         encoded=lambda inputs: {},
+        text=None,
     )
     return Toy(root, described, ids, mask, marks, TOLERANCE[weight.dtype])

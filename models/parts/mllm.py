@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from itertools import repeat
 from typing import Any, ClassVar
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from ...core.ledger import UndoLedger
 from ...core.types import Action, Geometry, Seed, UnsupportedError
 from ..base import PlannedCut, named
+from ..engine import host
 from ..engine.count import count
 from ..engine.decoder import DecoderEngine
-from ..engine.description import LLM, PROJECTOR, Decoder
+from ..engine.description import LLM, PLAIN, PROJECTOR, Decoder
 from ..engine.layout import Blend, Raster, RasterSpan, parts
 from ..engine.packed import PackedEngine
 from ..engine.probe import probe, probe_queries
@@ -35,6 +37,7 @@ class Mllm:
     which placeholders)."""
 
     tested: ClassVar[Collection[str]] = TEXT  # language models that are not probed
+    ranks = True  # a language model whose attention cannot be recomputed is refused
     tower_mask: str | None = None
     runs = False  # tiles that follow each other without a token between them are one image
     follows: ClassVar[dict[str, int]] = {}  # inputs with one entry per token, and what a generated token has there
@@ -79,9 +82,17 @@ class Mllm:
             ) from e
 
     def probe(self) -> None:
-        """A language model that nobody has tested here must show that it can be pruned."""
+        """A language model that nobody has tested here must show that it can be pruned. Where it need not rank,
+        attention that cannot be recomputed takes away the methods that rank by it."""
+        try:
+            probe_queries(self.describe())
+        except UnsupportedError as e:
+            if self.ranks:
+                raise
+            without = {**self.geometry.provides, "llm": PLAIN}
+            refuses = {**self.geometry.refuses, **dict.fromkeys(LLM - PLAIN, str(e))}
+            self.geometry = replace(self.geometry, provides=without, refuses=refuses)
         probe(self.describe())
-        probe_queries(self.describe())
 
     def _said(self) -> tuple[Layer, ...] | None:
         """What the configuration says of the layers of an unknown language model, if it does."""
@@ -148,7 +159,7 @@ class Mllm:
         return self.tower_blocks()
 
     def rotary(self, x: Tensor, ids: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-        return self.lm.rotary_emb(x, position_ids=ids)
+        return host.rotary(self.lm, x, ids, kind)
 
     def moving(self, inputs: dict[str, Any]) -> int | None:
         """The token that stands for videos in a prompt of these inputs, ``None``: there are none."""
@@ -161,6 +172,10 @@ class Mllm:
         """Placeholders of images and videos, bool as ``ids``."""
         marks = ids == self.image_token
         return marks if self.video_token is None else marks | (ids == self.video_token)
+
+    def prunable(self, inputs: dict[str, Any]) -> Tensor:
+        """The tokens of a prompt that methods choose from, ``[B, T]`` bool."""
+        return self.visual(inputs["input_ids"])
 
     def parts(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[RasterSpan]]:
         """Per sample of ``ids`` ``[B, T]`` the rasters of visual tokens in it."""

@@ -24,7 +24,8 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
         recipe: a registered name, a :class:`Recipe`, or a path to its JSON / YAML form.
         **overrides: ``keep=`` tokens per image after the last cut (int) or their fraction (float in (0, 1]);
         ``effective_tokens=`` / ``flops=`` let the budget solver
-            derive the schedule; ``positions="original" | "compact"`` (in-LLM and projector cuts); ``seed=`` for random
+            derive the schedule; ``positions="original" | "compact"`` (in-LLM and projector cuts; the default is the
+            method's, mostly original ones); ``seed=`` for random
             methods; ``per=`` what a budget applies to behind the projector: ``"image"`` (a video's frame), ``"tile"``,
             ``"video"`` (all its frames) or ``"sample"`` (everything in a prompt), the default being the family's first;
             all else are the last stage's options.

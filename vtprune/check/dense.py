@@ -13,6 +13,7 @@ from vtprune.models.engine.masked import hide_in_decoder, hide_in_packed, hide_i
 from vtprune.models.engine.packing import Packing
 
 from ..core.ledger import UndoLedger
+from ..core.planning import positions_of
 from ..core.report import Report
 from .case import Case, attention_mask
 from .outcome import Skip
@@ -28,7 +29,7 @@ def masks(c: Case, report: Report, passes: list[tuple[Any, int]]) -> tuple[list[
         return [], torch.empty(0), ledger
     padding, hidden = attention_mask(c.inputs), _hidden(c, report)
     hide_in_decoder(ledger, c.adapter.decoder_layers(), hidden)
-    if c.options.get("positions") == "compact":
+    if positions_of(c.geometry, c.recipe, c.options.get("positions")) == "compact":
         _renumber(ledger, c, [padding.bool() & ~h if bool(h.any()) else None for h in hidden])
     return hidden, padding.bool() & ~hidden[-1], ledger
 
@@ -85,7 +86,7 @@ def _rows_gone(passes: list[tuple[Any, int]], blocks: int) -> Callable[[Packing]
 def _hidden(c: Case, report: Report) -> list[Tensor]:
     """Per layer of the language model, the columns ``[B, T]`` of visual tokens that were dropped before it."""
     ids = c.inputs["input_ids"]
-    visual = c.adapter.visual(ids)
+    visual = c.adapter.prunable(c.inputs)
 
     def columns(kept: list[Tensor]) -> Tensor:
         out = visual.clone()

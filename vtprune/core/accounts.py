@@ -84,6 +84,12 @@ class Accounts:
             layer_tokens=layers,
             flops=vision
             + self._side_branches(request)
+            + sum(
+                cost.decoder_layer(s, i, n)
+                for first, end, counts in request.ahead
+                for i in range(first, end)
+                for n in counts
+            )
             + sum(cost.prefill(s, p, h) for p, h in zip(passing, held, strict=True)),
             dense_flops=dense_vision + sum(cost.prefill(s, row) for row in dense),
             kv_bytes=sum(cost.kv_bytes(s, row) for row in held),

@@ -18,7 +18,17 @@ from .accounts import Accounts, passes_of
 from .composition import Planned, compose
 from .decider import Decider
 from .ledger import UndoLedger, strip
-from .planning import ATTACH_OPTIONS, TARGETS, applies_to, bind, check_options, for_units, load_recipe, plan
+from .planning import (
+    ATTACH_OPTIONS,
+    TARGETS,
+    applies_to,
+    bind,
+    check_options,
+    for_units,
+    load_recipe,
+    plan,
+    positions_of,
+)
 from .recipe import Recipe
 from .report import Report
 from .solve import solve
@@ -110,7 +120,7 @@ class Handle:
         recipe: Recipe,
         adapter: Any,
         *,
-        positions: str = "original",
+        positions: str | None = None,
         seed: int = 0,
         per: str | None = None,
     ):
@@ -118,6 +128,7 @@ class Handle:
         per = applies_to(adapter.geometry, recipe, per)
         stages = plan(for_units(adapter.geometry, per), recipe)
         check_options(adapter.geometry, positions=positions, seed=seed, per=per)
+        self.positions = positions = positions_of(adapter.geometry, recipe, positions)
         _check_tower_budgets(adapter.geometry, stages, per)
         self._ledger = UndoLedger()
         # by method; behind the first of one method, by method and number of the stage

@@ -80,6 +80,13 @@ def applies_to(geometry: Geometry, recipe: Recipe, per: str | None) -> str:
     return per or joined[0]
 
 
+def positions_of(geometry: Geometry, recipe: Recipe, positions: str | None) -> str:
+    """How positions are counted: as the user says, or as the recipe's methods have it; original ones where the model
+    has no other."""
+    own = {METHODS.get(s.method).positions for s in recipe.stages} - {"original"}
+    return positions or ("original" if geometry.mrope else next(iter(own), "original"))
+
+
 def for_units(geometry: Geometry, per: str | None) -> Geometry:
     """``geometry`` as budgets see it: where several rasters may share one, the size of none of them bounds it."""
     several = per in ("sample", "video") or ((per or geometry.per[0]) == "image" and "tile" in geometry.per)
@@ -176,14 +183,14 @@ def check_seed(seed: Any) -> None:
         raise VtpruneError(f"seed={seed!r} is not a whole number from 0 to 2**63 - 1")
 
 
-def check_options(geometry: Geometry, *, positions: Any = "original", seed: Any = 0, per: Any = None) -> None:
+def check_options(geometry: Geometry, *, positions: Any = None, seed: Any = 0, per: Any = None) -> None:
     """Raises :class:`VtpruneError` for values of :data:`ATTACH_OPTIONS` that a model of this ``geometry`` does not
     take."""
-    if positions not in ("original", "compact"):
+    if positions not in (None, "original", "compact"):
         raise VtpruneError(f"positions={positions!r} is not one of 'original', 'compact'")
-    if positions != "original" and geometry.llm_layers == 0:
+    if positions == "compact" and geometry.llm_layers == 0:
         raise VtpruneError("positions= is for models with a language model")
-    if positions != "original" and geometry.mrope:
+    if positions == "compact" and geometry.mrope:
         raise UnsupportedError(
             f"{geometry.family} places visual tokens by time, row and column; renumbering them is not defined: "
             "positions='original'"

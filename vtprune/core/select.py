@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.base import wide
-from .types import Mix, Projections, Selection, TokenView, extent
+from .types import Mix, Products, Projections, Selection, TokenView, extent
 
 
 def top(
@@ -160,7 +160,7 @@ def subview(view: TokenView, rows: Sequence[int], grid: tuple[int, int], shared:
                 if key not in shared:
                     shared[key] = source(**kwargs)
                 values = None if shared[key] is None else shared[key][at]
-            if isinstance(values, Projections):
+            if isinstance(values, Projections | Products):
                 return values.first(width)
             return values[:, :width] if isinstance(values, Tensor) and values.ndim > 1 else values
 

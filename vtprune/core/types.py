@@ -66,7 +66,7 @@ class Geometry:
         mrope: whether rotary positions have three axes.
         refuses: what is not offered, and why.
         traits: what else methods may need: ``class_token`` in front of the patches, decoder ``layers`` that can be
-            copied.
+            copied, a ``prompt`` of text alone, whose tokens are what is pruned.
         rasters: those that one unit of a budget is made of, if it has several.
         frames: those of one unit of a budget, if it is a video; ``grid`` is then that of each.
         fold: the side of the square of patches that become one visual token behind the tower; stages in it see such
@@ -127,6 +127,7 @@ class Cut:
         proportional: the tower adds the log of the merged sizes to its attention logits from here on (ToMe, arXiv
             2210.09461, eq. 1).
         observe: decoder layers whose input the decision looks at.
+        ahead: the decoder layer that the decision asks before its turn: those in front of it run once more for that.
         adaptive: the method decides image by image, and ``keep`` is only the least it leaves.
         most: the most that an adaptive cut leaves; ``None``: everything.
         joint: all rasters of a unit compete here, also those of a method of the image plane.
@@ -139,6 +140,7 @@ class Cut:
     inside: bool = False
     proportional: bool = False
     observe: tuple[int, ...] = ()
+    ahead: int | None = None
     adaptive: bool = False
     most: int | None = None
     joint: bool = False
@@ -245,6 +247,27 @@ class Text:
         """Those of the images ``rows``."""
         keys, ids = (None if t is None else t[rows] for t in (self.keys, self.ids))
         return Text(self.hidden[rows], self.valid[rows], self.after[rows], self.place[rows], keys, ids)
+
+
+@dataclass(frozen=True)
+class Products:
+    """What the last token of a prompt gives to each of the prompt's tokens.
+
+    Attributes:
+        score: ``[B, P]``, in the prompt's order, -inf behind its last token.
+        place: ``[B, N]``, the view's tokens among them, -1 for padding.
+    """
+
+    score: Tensor
+    place: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Products:
+        """Those of the images ``rows``."""
+        return Products(self.score[rows], self.place[rows])
+
+    def first(self, tokens: int) -> Products:
+        """Those of the first ``tokens`` of each image."""
+        return Products(self.score, self.place[:, :tokens])
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from ..core.types import Geometry, VtpruneError
 
 
 def place(name: str, geometry: Geometry, site: str | None) -> str:
-    """``site`` checked, or the default: behind the projector, in a bare ViT behind the middle block."""
+    """``site`` checked, or the default: behind the projector, in a bare ViT behind the middle block, in a model without
+    images in front of its first layer."""
     if site is None:
-        return "projector" if "projector" in geometry.provides else f"vision.{geometry.vision_layers // 2}"
+        defaults = {"projector": "projector", "vision": f"vision.{geometry.vision_layers // 2}", "llm": "llm.0"}
+        return next(at for kind, at in defaults.items() if kind in geometry.provides)
     kind, _, number = site.partition(".")
     count = {"projector": 0, "vision": geometry.vision_layers, "llm": geometry.llm_layers}.get(kind)
     if count is None or kind not in geometry.provides:

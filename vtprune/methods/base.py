@@ -58,6 +58,7 @@ class MethodInfo:
         dial: of a method whose number of tokens follows from the picture where ``keep`` is ``None``: the option that
             says how much stays, a setting that leaves few tokens and one that leaves many
             (:func:`vtprune.calibrate` turns it).
+        positions: how it counts positions where a user does not say (``attach(positions=)``).
         score: what its tokens are ranked by, in words (higher stays; empty: it does not rank).
         cls: the method itself.
     """
@@ -81,6 +82,7 @@ class MethodInfo:
     carries: bool = False
     elsewhere: Mapping[str, Any] = field(default_factory=dict)
     dial: tuple[str, float, float] | None = None
+    positions: str = "original"
     score: str = ""
     cls: type[Method] | None = None
 

@@ -1,0 +1,115 @@
+"""Language models without images: the prompt itself is pruned. A stack of layers of transformers' usual shape (Llama,
+Mistral, Qwen, Gemma, Phi and what is built alike), under any ``...ForCausalLM``.
+
+What may go is the prompt's tokens, answers never: the first :data:`HEAD` stay, to which attention clings wherever it
+has nothing to say (sinks: arXiv 2309.17453), and so does the last, from which the answer follows. The others are what
+methods and reports call visual tokens, one row of them in each prompt; budgets are of those. Decoders that are not
+known here are probed at ``attach``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.types import Geometry, UnsupportedError
+from .base import ADAPTERS, AdapterInfo
+from .engine.description import LLM, Decoder
+from .engine.layout import RasterSpan, prompts
+from .engine.prompt import prompt_tokens, real_tokens
+from .engine.request import Call
+from .parts.hindrance import hindrance, placeholder, stacks_of
+from .parts.mllm import Mllm
+from .parts.tiny import tiny_build, tiny_text
+
+HEAD, TAIL = 4, 1  # tokens of a prompt that stay
+
+
+def matches(model: nn.Module) -> bool:
+    """A transformers language model that generates and has no token that stands for an image."""
+    return (
+        hasattr(model, "generate")
+        and hasattr(model, "base_model")
+        and any(c.__name__.endswith("ForCausalLM") for c in type(model).__mro__)
+        and placeholder(model, "image") is None
+    )
+
+
+class CausalLm(Mllm):
+    """One bound language model."""
+
+    ranks = False
+
+    def __init__(self, model: Any):
+        name, why = type(model).__name__, hindrance(model)
+        if why is not None:
+            raise UnsupportedError(f"{name} cannot be pruned: {why}")
+        (lm,) = stacks_of(model)
+        images = "this model reads no images"
+        geometry = Geometry(
+            family="causal-lm",
+            arch=name,
+            tokens=256,
+            grid=(256, 1),
+            prefix=0,
+            vision_layers=0,
+            vision_depth=0,
+            llm_layers=len(lm.layers),
+            provides={"llm": LLM},
+            refuses=dict.fromkeys(("pixels", "vision", "projector"), images),
+            traits=frozenset({"prompt"}),
+            per=("sample",),
+            variable=True,
+            raster=False,
+        )
+        nothing = dict.fromkeys(("vd", "vf", "vheads", "vdepth", "patch", "prefix"), 0)
+        super().__init__(model, geometry=geometry, projector=nn.Identity(), lm=lm, image_token=-1, vision=nothing)
+        self.unspoken = ()
+
+    def visual(self, ids: Tensor) -> Tensor:
+        return torch.ones_like(ids, dtype=torch.bool)
+
+    def prunable(self, inputs: dict[str, Any]) -> Tensor:
+        ids = inputs["input_ids"]
+        call = Call(labels=inputs.get("labels"))
+        return prompt_tokens(call, real_tokens(inputs.get("attention_mask"), *ids.shape).to(ids.device), HEAD, TAIL)
+
+    def parts(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[RasterSpan]]:
+        return prompts(self.prunable({**inputs, "input_ids": ids}), None)
+
+    def slice_(self, inputs: dict[str, Any], samples: list[list[RasterSpan]], b: int) -> dict[str, Any]:
+        return {}
+
+    def describe(self) -> Decoder:
+        return replace(super().describe(), core=None, text=(HEAD, TAIL))
+
+
+def _tiny(config: str, model: str, **more: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A random model of these classes of transformers, and two left-padded prompts."""
+    import transformers
+
+    ids = torch.randint(8, 64, (2, 36), generator=torch.Generator().manual_seed(2))
+    ids[1, :11] = 0
+    made = tiny_build(getattr(transformers, model), getattr(transformers, config)(**tiny_text(**more)))
+    return made, {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+ADAPTERS.register(
+    "causal-lm",
+    AdapterInfo(
+        name="causal-lm",
+        priority=-2,
+        idea="language models without images: the tokens of a long prompt, in the language model",
+        matches=matches,
+        bind=CausalLm,
+        tiny={
+            "llama": lambda: _tiny("LlamaConfig", "LlamaForCausalLM"),
+            "qwen3": lambda: _tiny("Qwen3Config", "Qwen3ForCausalLM", head_dim=12),
+            "gemma3": lambda: _tiny("Gemma3TextConfig", "Gemma3ForCausalLM", head_dim=12, sliding_window=12),
+            "phi3": lambda: _tiny("Phi3Config", "Phi3ForCausalLM"),
+        },
+    ),
+)
