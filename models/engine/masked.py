@@ -3,13 +3,14 @@ dropped, columns are only hidden."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...core.ledger import UndoLedger
+from ...core.types import UnsupportedError
 from . import host
 from .description import PackedTower
 from .packing import Packing
@@ -45,6 +46,31 @@ def hide_in_decoder(ledger: UndoLedger, layers: Sequence[nn.Module], hidden: Seq
 
     for i, layer in enumerate(layers):
         ledger.before(layer, make(i))
+
+
+def block_in_decoder(ledger: UndoLedger, layers: Mapping[int, nn.Module], blocked: Tensor) -> None:
+    """In each of ``layers`` (by number) row b of a prompt must not read column a where ``blocked`` ``[B, T, T]`` (bool)
+    says so at ``[b, a]``, on top of the model's own mask; the other weights sum to one again. A prompt is read at once,
+    and a row that would be left without anything to read is refused."""
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        x = args[0] if args else kwargs["hidden_states"]
+        own, q = kwargs.get("attention_mask"), x.shape[1]
+        if q != blocked.shape[1] or (own is not None and (own.ndim != 4 or own.shape[-1] != q)):
+            raise UnsupportedError("attention is knocked out in a prompt that is read at once, without a cache")
+        place = torch.arange(q, device=x.device)
+        if own is None:
+            own = (place <= place[:, None])[None, None]
+        elif own.dtype != torch.bool:
+            own = own == 0
+        seen = own & ~blocked[:, None].to(x.device)
+        if bool((own.any(-1) & ~seen.any(-1)).any()):
+            raise UnsupportedError("a row would be left without anything to read")
+        mask = torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill(~seen, torch.finfo(x.dtype).min)
+        return args, {**kwargs, "attention_mask": mask}
+
+    for layer in layers.values():
+        ledger.before(layer, enter)
 
 
 def hide_in_tower(

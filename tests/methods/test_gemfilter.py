@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from prompts import best, heads, inputs_of, llama, smoothed
+from vtprune.models.causal_lm import HEAD
 
 import vtprune
-from prompts import best, heads, inputs_of, llama, smoothed
 from vtprune.core import cost
-from vtprune.models.causal_lm import HEAD
 
 
 def chosen(model, ids, layer: int, keep: int, pool: int) -> list[int]:

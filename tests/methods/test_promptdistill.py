@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-import vtprune
 from prompts import best, heads, inputs_of, llama, smoothed
 from vtprune.models.causal_lm import HEAD
+
+import vtprune
 
 
 def chosen(model, ids, layer: int, keep: int, pool: int) -> list[int]:

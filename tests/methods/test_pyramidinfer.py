@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from prompts import best, heads, llama
+from vtprune.models.causal_lm import HEAD
 
 import vtprune
-from prompts import best, heads, llama
 from vtprune.core.planning import bind, plan
 from vtprune.core.recipe import Recipe, Stage
-from vtprune.models.causal_lm import HEAD
 
 
 def levels(model, ids, p: float, floor: int, interval: int, recent: float) -> list[list[int]]:

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-
-import vtprune
 from vtprune.models.base import ADAPTERS
 from vtprune.models.causal_lm import HEAD
 from vtprune.models.engine.prompt import prompt_tokens
 from vtprune.models.engine.request import Call
+
+import vtprune
 
 VARIANTS = tuple(ADAPTERS.get("causal-lm").tiny)
 

@@ -1,4 +1,5 @@
-"""``vtprune analyze``: whether recipes pay on a model and this device, and from which budget on."""
+"""``vtprune analyze``: whether recipes pay on a model and this device, and from which budget on; ``flow`` and
+``suggest`` are in :mod:`.flow`."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from ..measure.analyze import BUDGETS, REPEATS, check, times
 from ..measure.text import text
 from ..measure.times_text import cells, save
 from ..methods.base import make
-from . import models
+from . import flow, models
 from .options import chosen_options, fractions, key_value, model_options, positive, words
 
 
@@ -71,10 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--json", action="store_true")
     model_options(parser)
+    flow.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code; raises :class:`VtpruneError` for what the user can put right."""
+    if args.what is not None:
+        return flow.run(args)
     from tqdm import tqdm
 
     for path in args.out:

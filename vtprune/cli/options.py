@@ -54,6 +54,14 @@ def seed_value(text: str) -> int:
     return int(text)
 
 
+def odd(text: str) -> int:
+    """An odd whole number of at least 1."""
+    number = positive(text)
+    if number % 2 == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not odd")
+    return number
+
+
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
