@@ -112,7 +112,7 @@ def test_pairs_of_stages(tiny, family, variant):
 
 
 def test_triples_of_stages(tiny):
-    counts = _all(tiny, "llava", "clip-llama", _lists(3, 1, 60))
+    counts = _all(tiny, "llava", "clip-llama", _lists(3, 1, 150))
     assert counts["refused"] and counts["compared"], counts
 
 

@@ -149,9 +149,9 @@ def test_public_look_ups():
         "downsample",
     } <= set(vtprune.methods())
     assert set(vtprune.methods()) <= set(vtprune.recipes())
-    towers = {"hf-vit", "timm-vit", "open-clip"}
+    alone = {"hf-vit", "timm-vit", "open-clip", "causal-lm"}
     tiled = {"llava", "llava-next", "llava-onevision", "internvl", "smolvlm", "gemma3", "paligemma", "mistral3"}
-    assert set(vtprune.adapters()) == towers | tiled | {
+    assert set(vtprune.adapters()) == alone | tiled | {
         "qwen2-vl",
         "qwen2.5-vl",
         "qwen3-vl",

@@ -157,11 +157,12 @@ def layer_by_layer(model: Any, inputs: Mapping[str, Any]) -> dict[str, list[floa
         out = model(**inputs, output_hidden_states=True, output_attentions=True, use_cache=False)
     states: list[Tensor] = list(out.hidden_states)
     raw: list[Tensor] = []  # the last of the states has been through the final norm
-    hook = adapter.lm.norm.register_forward_pre_hook(lambda module, args: raw.append(args[0]))
+    ledger = UndoLedger()
     try:
+        ledger.before(adapter.lm.norm, lambda module, args, kwargs: raw.append(args[0]))
         model(**inputs, use_cache=False)
     finally:
-        hook.remove()
+        ledger.undo()
     states[-1] = raw[0]
     head, image, last = model.get_output_embeddings(), parts["image"], parts["last"]
     text = (parts["question"] | last)[0]

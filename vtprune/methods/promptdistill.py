@@ -23,7 +23,7 @@ from .base import Cut, Method, MethodInfo, layers, option, register
         needs={"llm": frozenset({"products"})},
         keep=0.25,
         score="product of the last prompt token's query and the key in the selection layer, averaged over neighbours",
-        cases=({"keep": 0.75}, {"keep": 2, "layers": (1, 3), "counts": (6, 2)}),
+        cases=({"keep": 0.75}, {"keep": 2, "layers": (1, 3)}),
     )
 )
 @dataclass(frozen=True, kw_only=True)
