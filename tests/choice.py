@@ -35,7 +35,10 @@ def kinds() -> tuple[tuple[str, ...], ...]:
     groups: dict[Any, list[str]] = {}
     for name in vtprune.methods():
         info = vtprune.describe(name)
-        reads = bool(info.needs.get("llm", frozenset()) & {"query_attention", "products", "keys"}) and info.kinds[0] == "llm"
+        reads = (
+            bool(info.needs.get("llm", frozenset()) & {"query_attention", "products", "keys"})
+            and info.kinds[0] == "llm"
+        )
         groups.setdefault((info.kinds[0], reads, info.merges, info.routes), []).append(name)
     return tuple(map(tuple, groups.values()))
 

@@ -68,7 +68,7 @@ class Dense:
         depth = adapter.geometry.llm_layers
         self.routed = next((m for m in done.methods if m.info.routes), None)
         if depth and done.ids is not None:
-            self.visual = adapter.visual(done.ids)
+            self.visual = adapter.prunable({"input_ids": done.ids, "attention_mask": done.mask, "labels": done.labels})
             self._follow()
             self.present = ~self.lost[-1]
         found = self._tower()
@@ -136,7 +136,10 @@ class Dense:
         return out
 
     def _entry(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        embeds = kwargs["inputs_embeds"]
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:  # a model without images makes them itself
+            embeds = module.embed_tokens(kwargs["input_ids"])
+            kwargs = {**kwargs, "input_ids": None, "inputs_embeds": embeds}
         if self.done.given is not None:
             rows = self.done.given[self.done.rows].to(embeds.dtype)
             take = self.visual & rows.isfinite().all(-1)
@@ -252,7 +255,13 @@ class Dense:
         h = layer.input_layernorm(x)
 
         def heads(name: str) -> Tensor:
-            y = getattr(attention, f"{name}_proj")(h).unflatten(-1, (-1, attention.head_dim))
+            if hasattr(attention, "qkv_proj"):  # Phi-3: all in one, queries first
+                groups = attention.config.num_key_value_heads * attention.head_dim
+                y = attention.qkv_proj(h)
+                y = y[..., : -2 * groups] if name == "q" else y[..., -2 * groups : -groups]
+            else:
+                y = getattr(attention, f"{name}_proj")(h)
+            y = y.unflatten(-1, (-1, attention.head_dim))
             norm = getattr(attention, f"{name}_norm", None)
             return (y if norm is None else norm(y)).transpose(1, 2)
 

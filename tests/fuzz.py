@@ -184,7 +184,7 @@ def compose(b: Bench, draw: random.Random) -> tuple[dict[str, Tensor], str]:
         if draw.random() < 0.2 and "batch_num_images" not in row:
             row = _joined(b, row, draw.choice(b.samples))
         end = draw.choices(("as-is", "more", "image-last", "image-near"), (6, 4, 0.5, 0.7))[0]
-        seen = b.adapter.visual(row["input_ids"])[0].nonzero()[:, 0]
+        seen = b.adapter.prunable(row)[0].nonzero()[:, 0]
         length = row["input_ids"].shape[1]
         if end == "more":
             length += draw.randint(1, 12)
@@ -498,7 +498,7 @@ class Case:
             [m for _, m, _ in planned],
             rows or list(range(count)),
             self.handle.modules,
-            self.overrides.get("positions", "original"),
+            self.handle.positions,
             given,
             mask,
             labels,
@@ -510,7 +510,9 @@ class Case:
             return [set()] * rows
         out = []
         for b, ids in enumerate(self.ids):
-            columns = self.b.adapter.visual(ids).nonzero()[:, 0].tolist()
+            told = None if labels is None else labels[b : b + 1]
+            one = {"input_ids": ids[None], "attention_mask": self.mask[b : b + 1], "labels": told}
+            columns = self.b.adapter.prunable(one)[0].nonzero()[:, 0].tolist()
             ends = {int(self.mask[b].nonzero()[-1])}
             if labels is not None:
                 ends |= set(((labels[b, 1:] != -100) & (labels[b, :-1] == -100)).nonzero()[:, 0].tolist())
@@ -588,7 +590,8 @@ class Case:
     residue: bool = False
 
     def _enter(self, module: Any, args: tuple, kwargs: dict) -> None:
-        self.entered.append(kwargs["inputs_embeds"].detach().clone())
+        if kwargs.get("inputs_embeds") is not None:  # a model without images makes them itself
+            self.entered.append(kwargs["inputs_embeds"].detach().clone())
 
     def detach(self) -> None:
         if self.hook is not None:
@@ -683,12 +686,13 @@ def _labels(c: Case) -> Tensor:
     """Answers somewhere in the text, in most samples."""
     labels = torch.full_like(c.ids, -100)
     for b in range(len(c.ids)):
-        text = (c.mask[b].bool() & ~c.b.adapter.visual(c.ids)[b]).nonzero()[:, 0].tolist()
+        images = c.b.adapter.visual(c.ids)[b] & (c.b.family != "causal-lm")
+        text = (c.mask[b].bool() & ~images).nonzero()[:, 0].tolist()
         for _ in range(c.draw.choice((0, 1, 1, 1, 2))):
             start = c.draw.choice(text)
             stop = start + c.draw.randint(1, 5)
             labels[b, start:stop] = torch.where(c.mask[b, start:stop].bool(), c.ids[b, start:stop], -100)
-        labels[b, c.b.adapter.visual(c.ids)[b]] = -100
+        labels[b, images] = -100
         labels[b, int(c.mask[b].nonzero()[0])] = -100  # in front of the first token is padding, which predicts nothing
     return labels
 
@@ -1161,7 +1165,7 @@ def bad_inputs(c: Case) -> None:
         if c.on and kind not in ("no-pixels",):
             raise Mismatch(f"bad inputs ({kind}): answered, and the dense model raises")
         return
-    visual = bool(c.b.adapter.visual(x["input_ids"]).any())
+    visual = bool(c.b.adapter.visual(x["input_ids"]).any()) and c.b.family != "causal-lm"
     if visual and kind in ("short-mask", "long-mask"):
         raise Mismatch(f"bad inputs ({kind}): answered")
     if (visual and kind == "no-pixels") or kind.endswith("-mask") and kind.startswith(("short", "long")):

@@ -67,6 +67,10 @@ def applies_to(geometry: Geometry, recipe: Recipe, per: str | None) -> str:
     video = next((s.method for s in recipe.stages if METHODS.get(s.method).video), None)
     if video is None:
         return per or geometry.per[0]
+    if "prompt" in geometry.traits:
+        raise UnsupportedError(
+            f"{video} compares the frames of a video, and {geometry.family} ({geometry.arch}) reads text alone"
+        )
     joined = [name for name in ("video", "sample") if name in geometry.per]
     if not joined or not geometry.llm_layers:
         raise UnsupportedError(

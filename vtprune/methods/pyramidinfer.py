@@ -72,7 +72,7 @@ class PyramidInfer(Method):
         left = (context.double() * cut.data["share"] + 1e-9).long()
         left = torch.where(left > self.floor, left, context)
         keep = recent.sum(1) + (left - head).clamp_min(0)
-        return top(score, keep, view.valid, view.protected | recent)
+        return top(score.masked_fill(recent, torch.inf), keep, view.valid, view.protected | recent)
 
 
 def _weight(place: Tensor, n: Tensor, asks: Tensor) -> Tensor:
