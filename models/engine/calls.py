@@ -3,7 +3,7 @@ need."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -18,7 +18,7 @@ from .decoding import check_conversation, check_foreign
 from .description import Decoder
 from .entry import Entry
 from .layout import prompts
-from .level import dense_level
+from .level import dense_level, within
 from .prompt import prompt_tokens, prompts_in_rows, real_tokens
 from .request import Call, Request
 
@@ -31,15 +31,24 @@ class Calls:
         tower: whether the tower may drop tokens.
         noting: whether notes are taken in the tower.
         done: called with the request after each prefill.
+        evicting: layers in front of which cuts evict from the caches before them.
         requests: the request that each cache belongs to.
         whole: caches filled without this attachment that were looked at.
         entrance: the ways into the model.
     """
 
     def __init__(
-        self, decoder: Decoder, ledger: UndoLedger, *, tower: bool, noting: bool, done: Callable[[Request], None]
+        self,
+        decoder: Decoder,
+        ledger: UndoLedger,
+        *,
+        tower: bool,
+        noting: bool,
+        done: Callable[[Request], None],
+        evicting: Sequence[int] = (),
     ):
         self.decoder, self.tower, self.noting, self.done = decoder, tower, noting, done
+        self.evicting = evicting
         self.requests: WeakKeyDictionary[Any, Request] = WeakKeyDictionary()
         self.whole: WeakSet[Any] = WeakSet()
         roots = [decoder.root] if decoder.core is None else [decoder.root, decoder.core]
@@ -167,9 +176,10 @@ class Calls:
                 f"{type(self.decoder.root).__name__} did not call its language model as this library knows it, so "
                 "nothing was pruned"
             )
-        self._finish(request)
         cache = host.cache_of(output)
         cache = call.cache if cache is None else cache
+        self._evict(request, cache)
+        self._finish(request)
         if cache is not None:
             self.requests[cache] = request
             pruned = any(not level.dense for level in request.levels)
@@ -177,6 +187,20 @@ class Calls:
             if pruned:
                 follow(cache, {name: getattr(request, how) for name, how in host.MOVES.items()})
         self._tell(request)
+
+    def _evict(self, request: Request, cache: Any) -> None:
+        """Takes out of the caches in front of evicting cuts what these dropped."""
+        begin = 0
+        for at in self.evicting:
+            level = request.level_at(at)
+            if cache is None and self.entrance.generation is not None:
+                raise UnsupportedError("what is evicted from caches can only be told with a cache: use_cache=True")
+            for i in range(begin, at):
+                held = request.level_at(i)
+                if cache is not None and held is not level:
+                    host.shorten(cache, i, within(held, level))
+                    request.cached[i], request.evicted[i] = level, level.counts
+            begin = at
 
     def _finish(self, request: Request) -> None:
         """What the steps behind the prompt have to know of each layer's cache."""

@@ -64,7 +64,8 @@ class DecoderEngine:
         )
         routes = any(c.cut.action is not Action.SELECT for c in cuts)
         self.replays = LayerReplays(decoder, self.serving, routes=routes)
-        self.calls = Calls(decoder, ledger, tower=tower, noting=noting, done=done)
+        evicting = [c.cut.layer for c in cuts if c.cut.evict]
+        self.calls = Calls(decoder, ledger, tower=tower, noting=noting, done=done, evicting=evicting)
         self.entrance, self.local, self.requests = self.calls.entrance, self.calls.entrance.local, self.calls.requests
         ledger.before(decoder.lm, self._enter)
         ledger.after(decoder.lm, self._leave)
@@ -224,6 +225,11 @@ def _check_model(decoder: Decoder, cuts: list[PlannedCut]) -> None:
         host.cache_name(module)
     for planned in cuts:
         check_ahead(decoder, planned)
+        sliding = [i for i in range(planned.cut.layer) if decoder.window_of(i) is not None]
+        if planned.cut.evict and sliding:
+            raise UnsupportedError(
+                f"layer {sliding[0]} has a sliding window, from whose cache nothing can be evicted: truncate nothing"
+            )
         if planned.cut.action is Action.CONTEXT and decoder.window_of(planned.cut.layer) is not None:
             raise UnsupportedError(
                 f"layer {planned.cut.layer} has a sliding window, whose cache does not hold visual tokens ahead of the "

@@ -147,6 +147,20 @@ def stored(cache: Any, layer: int) -> tuple[int, int, int]:
     return sizes[0], sizes[1], window - 1 if window else 0
 
 
+def shorten(cache: Any, layer: int, columns: Tensor) -> None:
+    """Keeps of layer ``layer`` of ``cache`` only the ``columns`` ``[B, M]`` of each sample. Raises
+    :class:`UnsupportedError` for caches that do not simply grow (static, sliding, quantised)."""
+    held = cache.layers[layer]
+    if type(held).__name__ != "DynamicLayer":
+        raise UnsupportedError(
+            f"rows cannot be evicted from a {type(held).__name__}: use a dynamic cache, or truncate nothing"
+        )
+    for name in ("keys", "values"):
+        rows = getattr(held, name)  # [B, H, T, d]
+        at = columns.to(rows.device)[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
+        setattr(held, name, rows.gather(2, at))
+
+
 def without_cache(module: nn.Module) -> bool:
     """Whether ``module`` is a layer that will be run without the cache it is given: gradient checkpointing takes it
     away."""

@@ -55,7 +55,8 @@ class Request:
         text_tokens: per sample.
         memory: what each stage's method remembers.
         branched: by stage, per sample, visual tokens that its side branch ran over.
-        cached: layers whose cache holds more rows than pass through them.
+        cached: layers whose cache holds other rows than pass through them.
+        evicted: by layer, per sample, visual tokens that its cache still holds after others were evicted.
         ahead: layers run before their turn: the first, the one that was asked, and per sample the tokens they read.
         keys_only: by layer, per sample, visual tokens that gave it keys and values only.
         arrived: visual tokens that the tower handed over, ``[B, T]``; ``None``: no stage there.
@@ -86,6 +87,7 @@ class Request:
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     branched: dict[int, list[int]] = field(default_factory=dict)
     cached: dict[int, SequenceLength] = field(default_factory=dict)
+    evicted: dict[int, list[int]] = field(default_factory=dict)
     ahead: list[tuple[int, int, list[int]]] = field(default_factory=list)
     keys_only: dict[int, list[int]] = field(default_factory=dict)
     arrived: Tensor | None = None

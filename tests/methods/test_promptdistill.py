@@ -6,6 +6,7 @@ import pytest
 import torch
 from prompts import best, heads, inputs_of, llama, smoothed
 from vtprune.models.causal_lm import HEAD
+from vtprune.models.engine.host import cached
 
 import vtprune
 
@@ -68,3 +69,102 @@ def test_options():
     ):
         with pytest.raises(vtprune.VtpruneError, match=why):
             vtprune.attach(model, "promptdistill", **options)
+
+
+@pytest.mark.parametrize(
+    ("layers", "counts", "truncate"), [((2,), (9,), 1), ((1, 3), (15, 6), 1), ((1, 3), (15, 6), -1)]
+)
+def test_truncated_caches(layers, counts, truncate):
+    """Decoding equals the stock model under masks: in the prefill each layer sees what the stage before it left, behind
+    it a truncated one only what the next stage sent on."""
+    model, prompts = llama(samples=2)
+    ids = torch.cat([prompts, torch.zeros(2, 7, dtype=torch.long)], 1)
+    ids[0] = ids[0].roll(7)
+    ids[1, :47] = torch.cat([torch.zeros(12, dtype=torch.long), prompts[1, :35]])
+    mask = (ids != 0).long()
+    how = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options = {"layers": layers, "counts": counts, "truncate": truncate}
+    with vtprune.attach(model, "promptdistill", **options) as handle, torch.no_grad():
+        out = model.generate(input_ids=ids, attention_mask=mask, **how)
+        report, cache = handle.report(), out.cache if hasattr(out, "cache") else out.past_key_values
+    real = mask.sum(1).tolist()
+
+    def columns(b: int, stage: int) -> list[int]:
+        """Those of sample b behind so many stages."""
+        every = mask[b].nonzero()[:, 0].tolist()
+        if stage == 0:
+            return every
+        inner = every[HEAD:-1]
+        return [*every[:HEAD], *(inner[i] for i in report.stages[stage - 1].kept[b].tolist()), every[-1]]
+
+    short = len(layers) if truncate < 0 else truncate
+    read = [sum(i > layer for layer in layers) for i in range(6)]  # stages in front of each layer
+    hold = [max(r, min(r + 1, short)) for r in read]  # those by which its cache has been shortened
+    for i in range(6):
+        assert cache.get_seq_length(i) == max(len(columns(b, hold[i])) for b in range(2)) + 4
+    want = stepwise(model, ids, mask, columns, read, hold, out.sequences)
+    torch.testing.assert_close(
+        torch.stack(out.logits, 1).double(), want, rtol=1e-5, atol=1e-6
+    )  # logits come in float32
+    kept = sum(len(columns(0, h)) for h in hold) / (6 * real[0])
+    assert report.kv_bytes / report.dense_kv_bytes == pytest.approx(
+        sum(len(columns(b, h)) for b in range(2) for h in hold) / (6 * sum(real))
+    )
+    assert kept < 1
+
+
+def stepwise(model, ids, mask, columns, read, hold, sequences):
+    """Logits of every new token: the whole sequence anew each time, layer by layer under one mask, whose prompt rows
+    see what the layer read, and whose later rows what its cache holds."""
+    b, t = ids.shape
+    new = sequences.shape[1] - t
+    places = torch.cat([mask.cumsum(1) - 1, mask.sum(1, keepdim=True) + torch.arange(new)], 1).clamp_min(0)
+    out = []
+    for step in range(new):
+        n = t + step
+        hidden: list = []
+
+        def under(i: int, n: int = n) -> torch.Tensor:
+            seen = torch.zeros(b, n, n, dtype=torch.bool)
+            for s in range(b):
+                for row in range(n):
+                    alive = columns(s, read[i] if row < t else hold[i])
+                    for column in [*alive, *range(t, n)]:
+                        seen[s, row, column] = column <= row
+                    seen[s, row, row] = True
+            return torch.zeros(b, 1, n, n, dtype=torch.float64).masked_fill(
+                ~seen[:, None], torch.finfo(torch.float64).min
+            )
+
+        hooks = []
+        for i, layer in enumerate(model.model.layers):
+            made = under(i)
+            hooks.append(
+                layer.register_forward_pre_hook(
+                    lambda m, a, k, made=made: (a, {**k, "attention_mask": made}), with_kwargs=True
+                )
+            )
+        with torch.no_grad():
+            hidden.append(model(input_ids=sequences[:, :n], position_ids=places[:, :n], use_cache=False).logits[:, -1])
+        for hook in hooks:
+            hook.remove()
+        out += hidden
+    return torch.stack(out, 1)
+
+
+def test_what_cannot_be_truncated():
+    from transformers import StaticCache
+    from vtprune.models.base import ADAPTERS
+
+    model, prompts = llama()
+    with pytest.raises(vtprune.VtpruneError, match="there are 1 stages"):
+        vtprune.attach(model, "promptdistill", truncate=2)
+    with vtprune.attach(model, "promptdistill", layers=(2,), keep=9, truncate=1):
+        with pytest.raises(vtprune.UnsupportedError, match="use_cache=True"):
+            model.generate(prompts, max_new_tokens=2, use_cache=False)
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        with pytest.raises(vtprune.UnsupportedError, match="evicted from a Static"):
+            model(input_ids=prompts, **cached(model, cache))
+    sliding, _ = ADAPTERS.get("causal-lm").tiny["gemma3"]()
+    with pytest.raises(vtprune.UnsupportedError, match="nothing can be evicted"):
+        vtprune.attach(sliding, "promptdistill", layers=(2,), truncate=1)

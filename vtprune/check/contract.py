@@ -14,7 +14,7 @@ from vtprune.models.engine.host import cache_of, held
 from vtprune.models.engine.layout import units
 
 from ..core.ledger import UndoLedger, snapshot
-from ..core.planning import applies_to
+from ..core.planning import applies_to, plan_for
 from ..core.types import VtpruneError
 from ..methods.base import OWN_BUDGETS
 from .case import Case, attention_mask, behind_tower, positioned
@@ -67,6 +67,7 @@ def decode_is_masked_dense(c: Case) -> str:
     """Cached greedy generation gives the logits of the dense model under the same masks."""
     _only_pruning(c)
     _needs_lm(c)
+    _nothing_evicted(c)
     with c.attach() as handle:
         got, tokens = generate(c)
         report = handle.report()
@@ -83,6 +84,7 @@ def decode_is_masked_dense(c: Case) -> str:
 def cached_is_uncached(c: Case) -> str:
     """Prefill and cached decoding equal one forward over prompt and answer."""
     _needs_lm(c)
+    _nothing_evicted(c)
     with c.attach():
         want, tokens = generate(c)
         ids = torch.cat([c.inputs["input_ids"], tokens], dim=1)
@@ -260,6 +262,11 @@ def finite_in_half(c: Case) -> str:
 def _only_pruning(c: Case) -> None:
     if any(i.merges or i.routes for i in c.infos):
         raise Skip("merging and routing change values, no mask gives the same")
+
+
+def _nothing_evicted(c: Case) -> None:
+    if any(cut.evict for *_, cuts in plan_for(c.geometry, c.recipe, c.options.get("per")) for cut in cuts):
+        raise Skip("caches give tokens up behind the prefill, which no one forward does")
 
 
 def _needs_lm(c: Case) -> None:

@@ -151,12 +151,14 @@ def _methods(args: argparse.Namespace) -> tuple[list[str], list[Recipe]]:
     """The names of what is asked for, and the recipes to measure: these and, unless they are left out, the
     baselines."""
     videos = "clips" in args.abilities
-    every = [name for name in vtprune.methods() if videos or bench.of_pictures(name)]
+    every = [n for n in vtprune.methods() if bench.of_pictures(n) or (videos and not vtprune.describe(n).of_text)]
     asked = [load_recipe(name) for name in (every if args.methods is None else args.methods)]
-    if not videos and (none := next((recipe.name for recipe in asked if not bench.of_pictures(recipe)), None)):
+    strange = next((recipe for recipe in asked if not videos and not bench.of_pictures(recipe)), None)
+    if strange is not None:
+        text = any(vtprune.describe(stage.method).of_text for stage in strange.stages)
         raise VtpruneError(
-            f"{none} prunes videos, and {', '.join(args.abilities)} asks about pictures, which it leaves whole: "
-            "--abilities clips"
+            f"{strange.name} prunes {'prompts of text' if text else 'videos'}, and {', '.join(args.abilities)} asks "
+            f"about pictures{'' if text else ', which it leaves whole: --abilities clips'}"
         )
     names = [recipe.name for recipe in asked]
     added = [] if args.no_baselines else [load_recipe(n) for n in bench.baselines(videos) if n not in names]

@@ -77,6 +77,8 @@ class Accounts:
         held = [[c + text[b] for c in layers[b]] for b in samples]  # whose keys and values the layer holds
         only = [[request.keys_only.get(i, [0] * len(samples))[b] for i in range(len(held[b]))] for b in samples]
         passing = [[h - o for h, o in zip(held[b], only[b], strict=True)] for b in samples]  # that go through it
+        gone = request.evicted
+        left = [[gone[i][b] + text[b] if i in gone else n for i, n in enumerate(held[b])] for b in samples]
         dense_vision, vision = self._vision(request)
         return Report(
             visual_tokens=total,
@@ -92,7 +94,7 @@ class Accounts:
             )
             + sum(cost.prefill(s, p, h) for p, h in zip(passing, held, strict=True)),
             dense_flops=dense_vision + sum(cost.prefill(s, row) for row in dense),
-            kv_bytes=sum(cost.kv_bytes(s, row) for row in held),
+            kv_bytes=sum(cost.kv_bytes(s, row) for row in left),
             dense_kv_bytes=sum(cost.kv_bytes(s, row) for row in dense),
             recipe=self.key,
             grids=[[p.grid for p in parts] for parts in request.parts],

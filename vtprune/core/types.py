@@ -128,6 +128,8 @@ class Cut:
             2210.09461, eq. 1).
         observe: decoder layers whose input the decision looks at.
         ahead: the decoder layer that the decision asks before its turn: those in front of it run once more for that.
+        evict: once the prompt has been read, the caches of the layers in front of it, back to the stage's evicting cut
+            before it, give up what they hold of the tokens that it dropped.
         adaptive: the method decides image by image, and ``keep`` is only the least it leaves.
         most: the most that an adaptive cut leaves; ``None``: everything.
         joint: all rasters of a unit compete here, also those of a method of the image plane.
@@ -141,6 +143,7 @@ class Cut:
     proportional: bool = False
     observe: tuple[int, ...] = ()
     ahead: int | None = None
+    evict: bool = False
     adaptive: bool = False
     most: int | None = None
     joint: bool = False

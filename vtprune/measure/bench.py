@@ -151,8 +151,9 @@ def baselines(videos: bool = False) -> list[str]:
 
 
 def of_pictures(recipe: str | Recipe) -> bool:
-    """Whether every stage of a recipe prunes pictures, and not the frames of videos alone."""
-    return not any(METHODS.get(stage.method).video for stage in load_recipe(recipe).stages)
+    """Whether every stage of a recipe prunes pictures, and not the frames of videos, or text, alone."""
+    infos = [METHODS.get(stage.method) for stage in load_recipe(recipe).stages]
+    return not any(info.video or info.of_text for info in infos)
 
 
 def runs(methods: Sequence[str | Recipe], budgets: Sequence[float], seeds: int, fixed: int = 0) -> int:

@@ -102,6 +102,11 @@ class MethodInfo:
         return self.kinds
 
     @property
+    def of_text(self) -> bool:
+        """Whether it prunes prompts of text alone."""
+        return any("prompt" in names for names in self.needs.values())
+
+    @property
     def question_aware(self) -> bool:
         """Whether what it keeps depends on the prompt's text."""
         return any(names & {"query_attention", "text"} for names in self.needs.values())

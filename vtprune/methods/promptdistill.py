@@ -30,9 +30,10 @@ from .base import Cut, Method, MethodInfo, layers, option, register
 class PromptDistill(Method):
     """Behind selection layer l: ``s_j = mean_h q_h(last) . k_h(j) / sqrt(d)``, rotated, without softmax or mask, over
     the tokens that are left; the last token's own score is zero, then the average over 5 neighbours. The best ``keep``
-    go on to layer l + 1 at their original positions, the last token always. Layers up to l keep what they have read:
-    truncating their caches behind the prefill (``cache_truncation_end``) is not offered. Several stages without
-    ``counts`` keep equal shares of what is left, down to ``keep`` (ours)."""
+    go on to layer l + 1 at their original positions, the last token always. Layers up to l keep what they have read, or
+    with ``truncate``, once the prompt has been read, only what their stage sent on. Several stages without ``counts``
+    keep equal shares of what is left, down to ``keep``; of several truncated ones each layer keeps what the next stage
+    behind it sent on (both ours)."""
 
     layers: tuple[int, ...] | None = option(None, "selection layers (default: 13 of 32, in proportion)")
     counts: tuple[float, ...] | None = option(
@@ -42,6 +43,9 @@ class PromptDistill(Method):
         above=0,
     )
     pool: int = option(5, "neighbours that the score is averaged over, odd; 1: none", least=1)
+    truncate: int = option(
+        0, "stages in front of which caches are truncated behind the prefill (cache_truncation_end); -1: all", least=-1
+    )
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
         depth, n = geometry.llm_layers, geometry.tokens
@@ -61,7 +65,13 @@ class PromptDistill(Method):
                     f"promptdistill: counts={list(self.counts)} must be {len(chosen)} falling numbers, one for each of "
                     f"{list(chosen)}"
                 )
-        return tuple(Cut(site=f"llm.{i + 1}", keep=k, observe=(i,)) for i, k in zip(chosen, left, strict=True))
+        if self.truncate > len(chosen):
+            raise VtpruneError(f"promptdistill: truncate={self.truncate}, and there are {len(chosen)} stages")
+        short = len(chosen) if self.truncate < 0 else self.truncate
+        return tuple(
+            Cut(site=f"llm.{i + 1}", keep=k, observe=(i,), evict=n < short)
+            for n, (i, k) in enumerate(zip(chosen, left, strict=True))
+        )
 
     def select(self, view: TokenView, cut: Cut) -> Selection:
         return top(pooled(view, "previous", self.pool, last=False), cut.keep or 0, view.valid, view.protected)
