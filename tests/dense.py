@@ -68,7 +68,9 @@ class Dense:
         depth = adapter.geometry.llm_layers
         self.routed = next((m for m in done.methods if m.info.routes), None)
         if depth and done.ids is not None:
-            self.visual = adapter.prunable({"input_ids": done.ids, "attention_mask": done.mask, "labels": done.labels})
+            told = {"attention_mask": done.mask, "labels": done.labels}  # of the prompt, or of what follows as well
+            told = {k: None if v is None else v[:, : done.ids.shape[1]] for k, v in told.items()}
+            self.visual = adapter.prunable({"input_ids": done.ids, **told})
             self._follow()
             self.present = ~self.lost[-1]
         found = self._tower()
