@@ -193,3 +193,9 @@ def test_the_bundled_model_from_questions_to_a_figure(tmp_path, capsys):
     (tmp_path / "wrong.json").write_text("{}")
     assert main(["analyze", "suggest", str(tmp_path / "wrong.json")]) == 1
     assert "is not what vtprune analyze flow writes" in capsys.readouterr().err
+
+
+def test_arguments_that_make_no_sense(capsys):
+    for wrong, code in ((["--window", "2"], 2), (["--scenes", "0"], 2), (["--out", "flow.txt"], 1)):
+        assert main(["analyze", "flow", *wrong]) == code
+    assert "not odd" in (told := capsys.readouterr().err) and "its name ends in" in told
