@@ -63,6 +63,19 @@ def test_the_pass_ahead_leaves_no_trace():
     assert report.flops == again + cost.prefill(shapes, [6 + HEAD + 1] * 6)
 
 
+def test_a_budget_of_flops_counts_the_pass_ahead():
+    model, prompts = llama(length=200)
+    inputs = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
+    for share in (0.6, 0.8):
+        recipe = vtprune.solve(model, "gemfilter", layer=2, flops=share, inputs=inputs)
+        with vtprune.attach(model, recipe) as handle, torch.no_grad():
+            model(**inputs)
+            report = handle.report()
+        assert report.flops / report.dense_flops == pytest.approx(share, abs=0.01)
+    with pytest.raises(vtprune.VtpruneError, match="cannot reach"):  # the layers ahead alone take more
+        vtprune.solve(model, "gemfilter", layer=5, flops=0.5, inputs=inputs)
+
+
 def test_original_positions_can_be_had():
     model, prompts = llama()
     with torch.no_grad():

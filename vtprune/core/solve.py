@@ -62,6 +62,8 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes:
     )
     if llm:
         flops += cost.prefill(shapes, [round(k) + text for k in through_llm], [round(k) + text for k in llm])
+        for c in cuts:  # layers that are read ahead of their turn, by all tokens
+            flops += sum(cost.decoder_layer(shapes, i, n + text) for i in range(c.layer, c.ahead or c.layer))
         for stage, _, own in stages:  # the side branches of routing stages
             if any(c.returns for c in own):
                 split = next(c.layer for c in own if c.action is Action.STASH)
@@ -76,7 +78,7 @@ def solve(
     effective_tokens: float | None = None,
     flops: float | None = None,
     inputs: dict[str, Any] | None = None,
-    positions: str = "original",
+    positions: str | None = None,
     seed: int = 0,
     per: str | None = None,
     **overrides: Any,
