@@ -12,8 +12,8 @@ from vtprune.models.base import ADAPTERS
 import vtprune
 
 # Families of different kinds: a class token and a plain prompt, three rotary axes and merged patches, sliding windows,
-# a bare tower, tiles.
-DIFFERENT = ("llava", "qwen2.5-vl", "gemma3", "timm-vit", "llava-next")
+# a bare tower, tiles, text alone.
+DIFFERENT = ("llava", "qwen2.5-vl", "gemma3", "timm-vit", "llava-next", "causal-lm")
 MEET = 3  # families of different kinds that every method meets, with all its cases among them
 
 

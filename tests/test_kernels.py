@@ -449,6 +449,7 @@ def test_merge_and_gather_carry_gradients():
     assert torch.autograd.gradcheck(lambda t: kernels.gather(target, t)[0], (x,))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", list(KERNELS))
 def test_ops_are_compiled_without_a_break(name):
     """On the CPU torch.compile traces the reference as a whole."""
@@ -480,6 +481,7 @@ print(json.dumps(found))
 """  # noqa: E501
 
 
+@pytest.mark.ci
 def test_kernels_are_registered_ops_whose_shapes_are_known_without_a_gpu(tmp_path):
     """What torch.compile needs of them: traced with fake CUDA tensors they give the shapes and dtypes of the
     reference."""

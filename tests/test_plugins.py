@@ -302,6 +302,7 @@ def test_what_is_registered_late_is_offered_and_listed(fresh, capsys):
         assert "loudest" in table and "distribution" not in table.splitlines()[0]  # of no plug-in
 
 
+@pytest.mark.ci
 def test_an_outsider_takes_none_of_our_names_before_they_are_loaded(tmp_path):
     code = """
 import json, vtprune

@@ -84,7 +84,8 @@ def test_the_choice_of_every_run_covers():
         assert all(met & set(group) for group in kinds())
     for name in vtprune.methods():
         works = [pair for pair in chosen if pair[2] == name and taken(pair)]
-        assert len({family for family, *_ in works}) >= 3, name
+        able = {f for f in ADAPTERS if any(taken((f, next(iter(ADAPTERS.get(f).tiny)), name, i)) for i in (0, 1))}
+        assert len({family for family, *_ in works}) >= min(3, len(able)) > 0, name
         assert {case for *_, case in works} == set(range(len(vtprune.describe(name).cases))), name
 
 
@@ -137,7 +138,7 @@ def _with_text(inputs):
     return out
 
 
-FAMILIES = [name for name in ADAPTERS if name not in ("hf-vit", "timm-vit", "open-clip")]
+FAMILIES = [name for name in ADAPTERS if name not in ("hf-vit", "timm-vit", "open-clip", "causal-lm")]
 
 
 MIXED = ("pyramiddrop", "fastv", "random", "uniform", "flowcut")
@@ -281,6 +282,7 @@ def bundled():
     return model, dict(prepare(processor, [Image.fromarray(s.image) for s in found], questions))
 
 
+@pytest.mark.ci
 def test_bundled_model_meets_the_contract(bundled, some_method):
     """Pruned equals masked dense to 1e-5 on the trained model, prefill and cached generation."""
     model, inputs = bundled

@@ -321,6 +321,7 @@ def test_verify(capsys, vlm):
     assert told["passed"] and len(told["checks"]) > 3
 
 
+@pytest.mark.ci
 def test_quickstart(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(models, "load", lambda args: tiny())
     monkeypatch.setattr(vtprune, "methods", lambda: ["dpvr-lf", "random", "tome", "uniform"])

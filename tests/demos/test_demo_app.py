@@ -110,6 +110,7 @@ def test_the_tab_of_results_tells_no_path_of_the_server(tmp_path, monkeypatch, t
         assert "/" not in shown[-1] and shown[-1] in status
 
 
+@pytest.mark.ci
 def test_a_page_of_results_tells_no_path_and_runs_nothing(tmp_path):
     (source,) = (RESULTS / "fastv-layer-1").glob("*.json")
     result = json.loads(source.read_text(encoding="utf-8"))

@@ -255,6 +255,7 @@ def clip(path: Path) -> Path:
     return path
 
 
+@pytest.mark.ci
 def test_a_gif_is_shown_frame_by_frame(seat, tmp_path):
     """The bundled model takes no videos: it sees the frames as images."""
     one = seat()
@@ -281,6 +282,7 @@ def test_a_gif_is_shown_frame_by_frame(seat, tmp_path):
         fewer_colours(Path(folder) / "theatre-video.png")
 
 
+@pytest.mark.ci
 def test_a_visit(seat, pictures, tmp_path):
     """Upload, ask, move the slider, compare two recipes, export; what is drawn is what the recipe, run here,
     reports."""

@@ -100,6 +100,7 @@ def test_the_manifest_is_light():
     assert done.stdout.split() == ["False", "False"], done.stderr
 
 
+@pytest.mark.ci
 def test_exported_tasks_ask_what_the_benchmark_asks(exported, manager):
     import datasets
 
@@ -121,6 +122,7 @@ def test_exported_tasks_ask_what_the_benchmark_asks(exported, manager):
 # benchmark
 
 
+@pytest.mark.ci
 def test_every_recipe_answers_as_the_benchmark_does(bundled, manager, some_method):
     lm = plugin(bundled, recipe=some_method, effective_tokens=0.25, batch_size=3)
     out, answers = evaluated(lm, manager, ["easy_vqa", "scenes"], limit=5)
@@ -467,6 +469,7 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 """
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("cls", [Chat, Simple])
 def test_a_video_task_runs_through_lmms_eval(tmp_path, bundled, cls):
     rows = [
@@ -542,6 +545,7 @@ def test_pruned_likelihoods_rank_by_the_prompt_alone(bundled, recipe):
     assert [loss for loss, _ in scores] == pytest.approx([loss for loss, _ in expected], abs=5e-4)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("batch", [1, 4])
 def test_likelihoods_equal_a_slow_loop(bundled, batch):
     part = samples.easy_vqa_samples(3)

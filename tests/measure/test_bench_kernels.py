@@ -147,6 +147,7 @@ def test_no_number_for_an_op_whose_tests_fail(bench, monkeypatch, capsys):
     assert sum(line.startswith("| merge") for line in out) == 2
 
 
+@pytest.mark.ci
 def test_the_ops_own_tests_decide(bench, monkeypatch):
     """pytest in a process of its own: any exit code but 0 refuses, also that of no test at all."""
     spec = importlib.util.spec_from_file_location("bench_again", bench.__file__)

@@ -115,6 +115,7 @@ def test_models_are_told_apart(vlm):
 # --------------------------------------------------------------------------------------------------------- broken off
 
 
+@pytest.mark.ci
 def test_a_model_that_raises_leaves_what_was_done(vlm, tmp_path, unbroken):
     whole, written = unbroken
     with failing_after(vlm[0], 7, RuntimeError("CUDA error: device-side assert")), pytest.raises(RunError) as caught:
@@ -132,6 +133,7 @@ def test_a_model_that_raises_leaves_what_was_done(vlm, tmp_path, unbroken):
         assert table(vlm, tmp_path / "broken") == whole
 
 
+@pytest.mark.ci
 def test_a_missing_or_corrupted_picture_is_named(vlm, tmp_path):
     part = samples()
     path = tmp_path / "p.png"
@@ -166,6 +168,7 @@ def test_a_full_disk_leaves_what_was_done(vlm, tmp_path, unbroken):
     assert table(vlm, tmp_path / "r") == whole and files(tmp_path / "r") == written
 
 
+@pytest.mark.ci
 def test_runs_of_another_kind_are_not_mixed_in(vlm, tmp_path):
     table(vlm, tmp_path / "r")
     with pytest.raises(vtprune.VtpruneError, match=r"dense\.json was made with protocol .* choose another folder"):
@@ -180,6 +183,7 @@ def test_runs_of_another_kind_are_not_mixed_in(vlm, tmp_path):
         table(vlm, tmp_path / "r", options={"fastv": {"layer": 2}})
 
 
+@pytest.mark.ci
 def test_a_journal_outlives_another_run_in_its_place(vlm, tmp_path, unbroken):
     with failing_after(vlm[0], 19, RuntimeError("stop")), pytest.raises(RunError):
         table(vlm, tmp_path / "r")
@@ -264,6 +268,7 @@ def bundled():
     return model, processor, [*samples_module.easy_vqa_samples(2), *samples_module.scenes_samples(1)[:3]]
 
 
+@pytest.mark.ci
 def test_batches_do_not_change_an_answer(bundled, some_method):
     model, processor, part = bundled
     runs = [run_module.evaluate(model, processor, part, some_method, batch=b, effective_tokens=0.25) for b in (1, 3)]

@@ -21,6 +21,7 @@ from vtprune.measure import support
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "family",
     [
@@ -41,6 +42,7 @@ def test_the_table_in_the_docs_is_true():
     assert support.readme(text) == text, "run python -m vtprune.measure.support"
 
 
+@pytest.mark.ci
 def test_every_family_has_a_method_of_every_kind_it_offers():
     for family in ADAPTERS:
         offered = {

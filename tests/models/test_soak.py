@@ -232,6 +232,7 @@ def model_and_inputs(tiny):
 full = pytest.mark.slow
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("count", [32, pytest.param(1000, marks=full)])
 def test_attach_generate_remove(model_and_inputs, count):
     cycles(*model_and_inputs, count)
@@ -247,6 +248,7 @@ def test_requests_in_threads(model_and_inputs, threads, each):
     in_threads(*model_and_inputs, threads, each, random.Random(1))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("count", [6, pytest.param(200, marks=full)])
 def test_interleaved_requests(model_and_inputs, count):
     interleaved(*model_and_inputs, count, random.Random(2))
