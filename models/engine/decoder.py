@@ -118,7 +118,7 @@ class DecoderEngine:
         backend(self.decoder.lm.config)
         self._check_layers(module.layers)
         if self.decoder.text is not None and kwargs.get("inputs_embeds") is None:
-            kwargs = {**kwargs, "input_ids": None, "inputs_embeds": module.embed_tokens(kwargs["input_ids"])}
+            kwargs = {**kwargs, "input_ids": None, "inputs_embeds": self.decoder.lm.embed_tokens(kwargs["input_ids"])}
         if call.prefill:
             return self.prefill.begin(call, args, kwargs)
         return continue_prompt(self.decoder, call, args, kwargs, compact=self.serving.compact)

@@ -115,9 +115,10 @@ class Ranking:
         rotary = self.serving.prefill(call, level, number, dense, x)["position_embeddings"]
         with host.gathered(block):
             h = block.input_layernorm(x)
-            tables = (take(t.expand(len(x), -1, -1), rows) for t in rotary)
-            q = wide(turn(heads(block.self_attn, "q", take(h, rows)), *tables, pairs))  # [B, H, R, d]
-            k = wide(turn(heads(block.self_attn, "k", h), *rotary, pairs))  # [B, G, M, d]
+            cos, sin = rotary
+            c, s = (take(t.expand(len(x), -1, -1), rows) for t in (cos, sin))
+            q = wide(turn(heads(block.self_attn, "q", take(h, rows)), c, s, pairs))  # [B, H, R, d]
+            k = wide(turn(heads(block.self_attn, "k", h), cos, sin, pairs))  # [B, G, M, d]
         with torch.autocast(x.device.type, enabled=False):  # it would multiply in 16 bits
             both = (q.unflatten(1, (k.shape[1], -1)).mean(2) * block.self_attn.scaling) @ k.transpose(2, 3)
         both = both.mean(1)[owner]  # [G, R, M]: the mean over heads

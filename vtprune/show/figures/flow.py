@@ -26,7 +26,8 @@ def flow_figure(told: Mapping[str, Any]) -> Figure:
     numbers of :data:`BESIDE` over all questions."""
     abilities = told["abilities"]
     figure = new_figure(WIDTH, 5.6)
-    above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    above, below = halves
     axes = above.subplots(1, len(abilities), sharey=True, squeeze=False)[0]
     for ax, (name, one) in zip(axes, abilities.items(), strict=True):
         for i, flow in enumerate(told["flows"]):
