@@ -21,6 +21,7 @@ from .engine.description import LLM, Decoder
 from .engine.layout import RasterSpan, prompts
 from .engine.prompt import prompt_tokens, real_tokens
 from .engine.request import Call
+from .engine.toy import toy_prompt
 from .parts.hindrance import hindrance, placeholder, stacks_of
 from .parts.mllm import Mllm
 from .parts.tiny import tiny_build, tiny_text
@@ -68,6 +69,15 @@ class CausalLm(Mllm):
         nothing = dict.fromkeys(("vd", "vf", "vheads", "vdepth", "patch", "prefix"), 0)
         super().__init__(model, geometry=geometry, projector=nn.Identity(), lm=lm, image_token=-1, vision=nothing)
         self.unspoken = ()
+
+    def probe(self) -> None:
+        """As of any unknown language model; and it must read tokens as it reads their embeddings."""
+        super().probe()
+        with toy_prompt(self.describe(), "embeddings") as toy:
+            if toy is not None:
+                embedded = self.lm(inputs_embeds=self.lm.embed_tokens(toy.ids)).last_hidden_state
+                if not torch.equal(self.lm(input_ids=toy.ids).last_hidden_state, embedded):
+                    raise UnsupportedError(f"{toy.name} reads tokens otherwise than their embeddings")
 
     def visual(self, ids: Tensor) -> Tensor:
         return torch.ones_like(ids, dtype=torch.bool)
