@@ -1022,7 +1022,7 @@ def singles(c: Case) -> None:
                         f"{alone.visual_tokens[0]} alone"
                     )
                 for s, t in zip(report.stages, alone.stages, strict=False) if report.visual_tokens[b] else ():
-                    if not torch.equal(s.kept[b], t.kept[0]) and not _tie(s, b, t, c.dtype):
+                    if not torch.equal(s.kept[b], t.kept[0]) and not (_tie(s, b, t, c.dtype) or _by_batch(c)):
                         raise Mismatch(
                             f"singles: sample {b} keeps {s.kept[b].tolist()} at {s.site} of {s.method} in the batch, "
                             f"{t.kept[0].tolist()} alone"
@@ -1030,6 +1030,11 @@ def singles(c: Case) -> None:
                     if not torch.equal(s.kept[b], t.kept[0]):
                         return
             c.equal(got[0], out[b, c.mask[b].bool()], f"singles: sample {b}")
+
+
+def _by_batch(c: Case) -> bool:
+    """Whether a stage is told to go by the whole batch (FlowCut's ``batch="max"``, as its official code does)."""
+    return "max" in [stage.options.get("batch") for stage in c.chosen.stages]
 
 
 def _tie(s: Any, b: int, t: Any, dtype: torch.dtype) -> bool:
@@ -1261,7 +1266,7 @@ def tower_singles(c: Case) -> None:
                     if not torch.equal(s.kept[g], t.kept[0]):
                         if _tie(s, g, t, c.dtype) or c.dtype == torch.bfloat16:
                             return
-                        if "max" in [stage.options.get("batch") for stage in c.chosen.stages]:
+                        if _by_batch(c):
                             return
                         raise Mismatch(f"singles: image {g} keeps other tokens at {s.site} of {s.method} than alone")
             if one is not None and one.ndim == 2:
