@@ -90,18 +90,22 @@ def load(folder: Path) -> tuple[Any, Any]:
 
     packed = sorted(folder.glob("*.gguf"))
     if not packed:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(
-            folder
-        )
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=packed[0].name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=packed[0].name)
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        ).eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=packed[0].name, dtype=torch.float32, trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=packed[0].name, trust_remote_code=False)
     told = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     plain = type(model)(type(model.config)(**told))
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     with tempfile.TemporaryDirectory() as place:  # one that has been saved and read is as any other
         plain.save_pretrained(place)
-        return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval(), tokenizer
+        return AutoModelForCausalLM.from_pretrained(
+            place, dtype=torch.float32, trust_remote_code=False
+        ).eval(), tokenizer
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...core.ledger import renew
 from ...core.types import UnsupportedError
 
 CACHES = ("cache", "past_key_values")  # the key-value cache: 5.24 and later, before
@@ -155,10 +156,9 @@ def shorten(cache: Any, layer: int, columns: Tensor) -> None:
         raise UnsupportedError(
             f"rows cannot be evicted from a {type(held).__name__}: use a dynamic cache, or truncate nothing"
         )
-    for name in ("keys", "values"):
-        rows = getattr(held, name)  # [B, H, T, d]
-        at = columns.to(rows.device)[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
-        setattr(held, name, rows.gather(2, at))
+    rows: dict[str, Tensor] = {"keys": held.keys, "values": held.values}  # [B, H, T, d]
+    at = columns.to(held.keys.device)[:, None, :, None]
+    renew(held, **{name: t.gather(2, at.expand(-1, t.shape[1], -1, t.shape[3])) for name, t in rows.items()})
 
 
 def without_cache(module: nn.Module) -> bool:

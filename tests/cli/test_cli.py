@@ -387,6 +387,7 @@ def shown(path) -> list[dict]:
 def test_run_on_a_video_shows_its_frames(capsys, tmp_path):
     """The bundled model takes no videos: their frames are images, and one budget."""
     frames = [s.picture().resize((168, 168)) for s in samples.scenes_samples(3)]
+    # the same picture again lengthens the frame that is there: 1.2, 1.1 and 1.0 seconds
     frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:], duration=100)
     for i, frame in enumerate(frames):
         frame.save(tmp_path / f"{i}.png")
@@ -396,7 +397,10 @@ def test_run_on_a_video_shows_its_frames(capsys, tmp_path):
     assert main.main([*ask, "--video", str(tmp_path / "clip.gif"), "--picture", str(out)]) == 0
     assert "evs" in (told := capsys.readouterr().out) and "432 -> 216 visual tokens" in told
     pruned = shown(out)[1]
-    assert [(r["label"], r["film"]) for r in pruned["rasters"]] == [(f"frame {i} of 3", 0) for i in (1, 2, 3)]
+    times = ("0.0", "1.2", "2.3")
+    assert [(r["label"], r["film"]) for r in pruned["rasters"]] == [
+        (f"frame {i} of 3, {at} s", 0) for i, at in enumerate(times, 1)
+    ]
     assert "clip.gif" in out.read_text(encoding="utf-8")
     assert main.main([*ask, "--video", *files, "--frames", "2", "--picture", str(out)]) == 0
     assert "288 -> 144 visual tokens" in capsys.readouterr().out and len(shown(out)[1]["rasters"]) == 2

@@ -75,7 +75,7 @@ def first(model: Any, inputs: dict[str, Any], method: str, **options: Any) -> An
 # what a budget applies to
 
 
-@pytest.mark.parametrize("family", [name for name in ADAPTERS if name not in TOWERS])
+@pytest.mark.parametrize("family", [name for name in ADAPTERS if name not in (*TOWERS, "causal-lm")])
 def test_a_budget_is_for_all_frames(family, tiny):
     model, _ = tiny(family, next(iter(ADAPTERS.get(family).tiny)))
     geometry = bind(model).geometry
@@ -90,6 +90,14 @@ def test_a_budget_is_for_all_frames(family, tiny):
             assert "\n" not in str(error.value)
     other = recipe(Stage(method="random", keep=4))
     assert applies_to(geometry, other, None) == geometry.per[0] and applies_to(geometry, other, "sample") == "sample"
+
+
+def test_a_model_of_text_has_no_frames(tiny):
+    geometry = bind(tiny("causal-lm", "llama")[0]).geometry
+    for name in VIDEO:
+        for per in (None, "sample"):
+            with pytest.raises(vtprune.UnsupportedError, match=f"{name} compares the frames .* reads text alone"):
+                applies_to(geometry, recipe(Stage(method=name)), per)
 
 
 def test_one_stage_of_videos_decides_for_the_recipe():

@@ -294,7 +294,7 @@ def test_recipes_are_tried_once(engine, long, monkeypatch):
     found = {o.name: o.reason for o in engine.recipes()}
     assert list(found) == [*vtprune.recipes(), TRAINED]
     reasons = {name: reason for name, reason in found.items() if reason}
-    assert set(reasons) == {"pyramiddrop-64", "pixelprune"}
+    assert set(reasons) == {"pyramiddrop-64", "pixelprune", "pyramidinfer"}
     assert "0..11" in reasons["pyramiddrop-64"]  # its layers are those of a deeper model
     assert "pixel_blocks" in reasons["pixelprune"]
     monkeypatch.setattr(engine, "_refusal", None)
@@ -583,7 +583,7 @@ def test_videos(engine, tmp_path):
         out.mux(stream.encode())
     shown = last(engine.stream(Side("evs", "keep", 0.5), path, "what color is it ?", max_new_tokens=2))  # as images
     assert shown.report.visual_tokens == [5 * 144] and shown.report.stages[-1].tokens_out == [360]
-    assert [v.info["label"] for v in shown.views] == [f"frame {i} of 5" for i in range(1, 6)]
+    assert [v.info["label"] for v in shown.views] == [f"frame {i + 1} of 5, 0.{i} s" for i in range(5)]
     strip, card = drawings.picture("what", shown), cards.thumb(shown)
     assert strip.width == pictures.film_picture(shown.views, shown.report).width > 5 * pictures.FRAME
     side = card.width // 2 - 1  # four of the frames, the first and the last among them

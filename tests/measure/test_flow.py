@@ -186,7 +186,7 @@ def test_the_bundled_model_from_questions_to_a_figure(tmp_path, capsys):
     (tmp_path / "flow.png").write_bytes(picture)
     assert Image.open(tmp_path / "flow.png").width > 1000
     (tmp_path / "flow.json").write_text(json.dumps(made))
-    assert main(["analyze", "suggest", str(tmp_path / "flow.json"), "--out", str(tmp_path / "found")]) == 0
+    assert main(["analyze", "suggest", str(tmp_path / "flow.json"), "--folder", str(tmp_path / "found")]) == 0
     assert "effective tokens" in capsys.readouterr().out
     for path in (tmp_path / "found").iterdir():
         assert Recipe.load(path).stages

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..core.paths import output
+from ..core.paths import folder, output
 from ..core.types import VtpruneError
 from ..measure.flow import FLOWS, flow, suggest
 from ..measure.samples import scenes_samples
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     two.add_argument("found", type=Path, metavar="FILE", help="the .json that flow has written")
     two.add_argument("--tolerance", type=float, default=0.05, help="what withdrawing the image may cost (0.05)")
     two.add_argument("--ability", default="all", help="go by the questions of one ability (default: all)")
-    two.add_argument("--out", type=Path, metavar="FOLDER", help="a folder for the recipe files")
+    two.add_argument("--folder", type=Path, metavar="FOLDER", help="where the recipe files go")
     for sub in (one, two):
         sub.add_argument("--json", action="store_true")
     model_options(one)
@@ -86,10 +86,9 @@ def _suggest(args: argparse.Namespace) -> int:
     found = suggest(told, tolerance=args.tolerance, ability=args.ability)
     if not found:
         raise VtpruneError("the image is needed up to the last layer, so no schedule can be suggested")
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
+    if folder(args.folder) is not None:
         for name, one in found.items():
-            web.write(args.out / f"{name}.json", (json.dumps(one["recipe"], indent=1) + "\n").encode())
+            web.write(args.folder / f"{name}.json", (json.dumps(one["recipe"], indent=1) + "\n").encode())
     if args.json:
         print(json.dumps(found))
         return 0

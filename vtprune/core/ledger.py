@@ -132,6 +132,12 @@ def strip(model: nn.Module) -> None:
                     flags.pop(number, None)
 
 
+def renew(cache_layer: Any, **values: Any) -> None:
+    """Gives a layer of one request's key-value cache other contents, for good: caches are no part of a model."""
+    for name, value in values.items():
+        setattr(cache_layer, name, value)
+
+
 MARK = "_vtprune_pruned"
 
 

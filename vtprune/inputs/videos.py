@@ -87,8 +87,9 @@ def pictures_of(video: Video) -> list[Image.Image]:
 
 
 def seconds(video: Video) -> list[float]:
-    """When its frames are shown; none for a video without times."""
-    return [round(float(t), 6) for t in video[1].timestamps] if video[1].fps else []
+    """When its frames are shown, where the file tells it of each of them; none otherwise. (A mean rate does not: frames
+    of animated pictures, and of many videos, stand unequally long.)"""
+    return list(getattr(video[1], "shown_at", ()))
 
 
 def _chosen(
@@ -118,7 +119,14 @@ def _chosen(
     return indices
 
 
-def _video(frames: Sequence[np.ndarray], there: int, rate: float | None, indices: np.ndarray, by: str) -> Video:
+def _video(
+    frames: Sequence[np.ndarray],
+    there: int,
+    rate: float | None,
+    indices: np.ndarray,
+    by: str,
+    shown_at: Sequence[float] = (),
+) -> Video:
     from transformers.video_utils import VideoMetadata
 
     height, width = frames[0].shape[:2]
@@ -131,6 +139,7 @@ def _video(frames: Sequence[np.ndarray], there: int, rate: float | None, indices
         video_backend=by,
         frames_indices=indices,
     )
+    facts.shown_at = list(shown_at)  # seconds of each frame, of our own
     return np.stack(frames), facts
 
 
@@ -160,7 +169,8 @@ def _pictures(path: Path, chosen: Callable[..., np.ndarray]) -> Video:
         for i in indices.tolist():
             image.seek(i)
             kept[i] = np.asarray(images.eight_bits(image, str(path)).convert("RGB"))
-        return _video([kept[i] for i in indices.tolist()], there, rate, indices, "pillow")
+        starts = [sum(seconds[:i]) for i in indices.tolist()]
+        return _video([kept[i] for i in indices.tolist()], there, rate, indices, "pillow", starts)
 
 
 def _film(path: Path, chosen: Callable[..., np.ndarray]) -> Video:
@@ -178,19 +188,21 @@ def _film(path: Path, chosen: Callable[..., np.ndarray]) -> Video:
             there = stream.frames or sum(packet.pts is not None for packet in container.demux(stream))
             rate = float(stream.average_rate) if stream.average_rate else None
             indices = chosen(there, rate, stream.width, stream.height)
-            kept = dict[int, np.ndarray]()
+            kept, times = dict[int, np.ndarray](), dict[int, float | None]()
         wanted = set(indices.tolist())
         with av.open(str(path)) as container:
             for i, frame in enumerate(container.decode(video=0)):
                 if i in wanted:
-                    kept[i] = frame.to_ndarray(format="rgb24")
+                    kept[i], times[i] = frame.to_ndarray(format="rgb24"), frame.time
                 if len(kept) == len(wanted):
                     break
     except (OSError, ValueError, IndexError) as e:
         raise VtpruneError(f"cannot read the video {path}: {str(e).strip() or type(e).__name__}") from e
     if len(kept) < len(wanted):
         raise VtpruneError(f"cannot read the video {path}: of {there} frames that it says it holds some are missing")
-    return _video([kept[i] for i in indices.tolist()], there, rate, indices, "pyav")
+    shown_at = [at for at in times.values() if at is not None]  # in order; all of them or none
+    timed = shown_at if len(shown_at) == len(kept) else []
+    return _video([kept[i] for i in indices.tolist()], there, rate, indices, "pyav", timed)
 
 
 def _array(frames: np.ndarray, chosen: Callable[..., np.ndarray], name: str) -> Video:
