@@ -265,17 +265,17 @@ def test_a_gif_is_shown_frame_by_frame(seat, tmp_path):
     one.ask()
     theatre = one.page.locator("vt-theatre")
     time, which = theatre.locator(".vt-time"), theatre.locator(".vt-which")
-    assert which.inner_text() == "frame 1 of 8" and theatre.locator(".vt-frame").count() == 16
+    assert which.inner_text() == "frame 1 of 8, 0.0 s" and theatre.locator(".vt-frame").count() == 16
     pruned = theatre.locator(".vt-scene").nth(1)
     left = [int(text.split("/")[0]) for text in pruned.locator(".vt-frame").all_inner_texts()]
     assert sum(left) == int(re.search(r"(\d+) of 1152 tokens", pruned.locator(".vt-caption").inner_text())[1]) < 1152
     time.focus()
     for _ in range(4):
         one.page.keyboard.press("ArrowRight")
-    assert which.inner_text() == "frame 5 of 8"
+    assert which.inner_text().startswith("frame 5 of 8, ")
     assert len(pruned.get_attribute("data-kept").split(",")) == left[4]
     pruned.locator(".vt-picture").click(position={"x": 9, "y": 9})
-    assert "(frame 1 of 8)" in theatre.locator(".vt-told li", has_text="merged into").first.inner_text()
+    assert "(frame 1 of 8, 0.0 s)" in theatre.locator(".vt-told li", has_text="merged into").first.inner_text()
     one.shot("video")
     if folder := os.environ.get("VTPRUNE_SCREENSHOTS"):
         theatre.screenshot(path=Path(folder) / "theatre-video.png")
