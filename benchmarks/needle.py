@@ -151,7 +151,7 @@ def main() -> int:
                 rows.append({**row, "good": good, "answer": told, "tokens": len(ids), "effective": 1.0, "flops": 1.0})
                 continue
             try:
-                with budgeted(model, method, args.keep, len(ids)) as handle:
+                with budgeted(model, method, args.keep, ids) as handle:
                     good, told, seconds = ask(model, tokenizer, ids, answer)
                     report = handle.report()
             except VtpruneError as e:
@@ -176,20 +176,12 @@ def main() -> int:
     return 0
 
 
-def budgeted(model: Any, method: str, keep: float, tokens: int) -> Any:
-    """``method`` attached so that a prompt of ``tokens`` keeps ``keep`` of them, averaged over the layers."""
-    if method != "pyramidinfer":
+def budgeted(model: Any, method: str, keep: float, ids: Sequence[int]) -> Any:
+    """``method`` attached so that the prompt ``ids`` keeps ``keep`` of its tokens, averaged over the layers."""
+    if vtprune.describe(method).dial is None:
         return vtprune.attach(model, method, effective_tokens=keep)
-    low, high = 0.0, 1.0  # its share p, by halving
-    ids = torch.arange(8, 8 + tokens)[None] % 1000
-    for _ in range(8):
-        middle = (low + high) / 2
-        with torch.no_grad(), vtprune.attach(model, method, p=middle) as handle:
-            model(input_ids=ids, logits_to_keep=1)
-            report = handle.report()
-        more = report.effective_tokens / report.visual_tokens[0] > keep
-        low, high = (low, middle) if more else (middle, high)
-    return vtprune.attach(model, method, p=high)
+    inputs = {"input_ids": torch.tensor([ids], device=model.device)}
+    return vtprune.attach(model, vtprune.calibrate(model, method, inputs, effective_tokens=keep))
 
 
 def wilson(good: int, of: int) -> tuple[float, float]:

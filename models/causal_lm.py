@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.types import Geometry, UnsupportedError
+from ..core.types import UnsupportedError
 from .base import ADAPTERS, AdapterInfo
 from .engine.description import LLM, Decoder
 from .engine.layout import RasterSpan, prompts
 from .engine.prompt import prompt_tokens, real_tokens
 from .engine.request import Call
 from .engine.toy import toy_prompt
-from .parts.hindrance import hindrance, placeholder, stacks_of
-from .parts.mllm import Mllm
+from .parts.hindrance import placeholder, stack_of
+from .parts.mllm import NO_TOWER, Mllm, untowered
 from .parts.tiny import tiny_build, tiny_text
 
 HEAD, TAIL = 4, 1  # tokens of a prompt that stay
@@ -45,29 +45,17 @@ class CausalLm(Mllm):
     ranks = False
 
     def __init__(self, model: Any):
-        name, why = type(model).__name__, hindrance(model)
-        if why is not None:
-            raise UnsupportedError(f"{name} cannot be pruned: {why}")
-        (lm,) = stacks_of(model)
-        images = "this model reads no images"
-        geometry = Geometry(
-            family="causal-lm",
-            arch=name,
-            tokens=256,
-            grid=(256, 1),
-            prefix=0,
-            vision_layers=0,
-            vision_depth=0,
-            llm_layers=len(lm.layers),
+        lm, images = stack_of(model), "this model reads no images"
+        geometry = untowered(
+            "causal-lm",
+            model,
+            lm,
             provides={"llm": LLM},
             refuses=dict.fromkeys(("pixels", "vision", "projector"), images),
             traits=frozenset({"prompt"}),
             per=("sample",),
-            variable=True,
-            raster=False,
         )
-        nothing = dict.fromkeys(("vd", "vf", "vheads", "vdepth", "patch", "prefix"), 0)
-        super().__init__(model, geometry=geometry, projector=nn.Identity(), lm=lm, image_token=-1, vision=nothing)
+        super().__init__(model, geometry=geometry, projector=nn.Identity(), lm=lm, image_token=-1, vision=NO_TOWER)
         self.unspoken = ()
 
     def probe(self) -> None:

@@ -16,12 +16,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..core.types import Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, named
 from .engine.description import LLM, PROJECTOR
 from .engine.layout import RasterSpan, some
-from .parts.hindrance import REFUSED, hindrance, placeholder, stacks_of
-from .parts.mllm import Mllm
+from .parts.hindrance import REFUSED, placeholder, stack_of
+from .parts.mllm import NO_TOWER, Mllm, untowered
 from .parts.tiny import tiny_build, tiny_model, tiny_prompts, tiny_text
 
 
@@ -43,28 +42,17 @@ class Generic(Mllm):
     follows: ClassVar[dict[str, int]] = {"token_type_ids": 0, "mm_token_type_ids": 0}
 
     def __init__(self, model: Any):
-        name, why = type(model).__name__, hindrance(model)
-        if why is not None:
-            raise UnsupportedError(f"{name} cannot be pruned: {why}")
-        lm, image = stacks_of(model)[0], placeholder(model, "image")
+        lm, image = stack_of(model), placeholder(model, "image")
         assert image is not None
         unknown = "the tower of this model is not known"
-        geometry = Geometry(
-            family="generic",
-            arch=name,
-            tokens=256,
-            grid=(256, 1),
-            prefix=0,
-            vision_layers=0,
-            vision_depth=0,
-            llm_layers=len(lm.layers),
+        geometry = untowered(
+            "generic",
+            model,
+            lm,
             provides={"projector": PROJECTOR, "llm": LLM},
             refuses={"vision": unknown, "pixels": unknown, "layers": "copies of its layers have not been tried"},
             traits=frozenset(),
-            variable=True,
-            raster=False,
         )
-        nothing = dict.fromkeys(("vd", "vf", "vheads", "vdepth", "patch", "prefix"), 0)
         video = placeholder(model, "video")
         super().__init__(
             model,
@@ -73,7 +61,7 @@ class Generic(Mllm):
             lm=lm,
             image_token=image,
             video_token=video,
-            vision=nothing,
+            vision=NO_TOWER,
         )
         self.unspoken += tuple(getattr(model.config, "visual_indicator_token_ids", None) or ())  # Ovis
 

@@ -225,8 +225,8 @@ def _check_model(decoder: Decoder, cuts: list[PlannedCut]) -> None:
         host.cache_name(module)
     for planned in cuts:
         check_ahead(decoder, planned)
-        sliding = [i for i in range(planned.cut.layer) if decoder.window_of(i) is not None]
-        if planned.cut.evict and sliding:
+        sliding = [i for i in range(planned.cut.layer) if planned.cut.evict and decoder.window_of(i) is not None]
+        if sliding:
             raise UnsupportedError(
                 f"layer {sliding[0]} has a sliding window, from whose cache nothing can be evicted: truncate nothing"
             )

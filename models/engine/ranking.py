@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.types import Products, Text, UnsupportedError
-from ...kernels.base import wide
+from ...kernels.base import rotate, wide
 from ..base import PlannedCut
 from . import host
 from .ahead import read_ahead
@@ -17,8 +17,7 @@ from .candidates import Candidates
 from .description import Decoder
 from .level import SequenceLength
 from .request import Call
-from .rows import take
-from .scores import attention_to, heads, keys_of, query_rows, turn
+from .scores import attention_to, keys_of, query_rows, question
 from .serving import Serving
 from .text import columns, marked, segment, text_at, up_to
 
@@ -114,13 +113,10 @@ class Ranking:
         dense = call.dense[self.decoder.kinds[number]]
         rotary = self.serving.prefill(call, level, number, dense, x)["position_embeddings"]
         with host.gathered(block):
-            h = block.input_layernorm(x)
-            cos, sin = rotary
-            c, s = (take(t.expand(len(x), -1, -1), rows) for t in (cos, sin))
-            q = wide(turn(heads(block.self_attn, "q", take(h, rows)), c, s, pairs))  # [B, H, R, d]
-            k = wide(turn(heads(block.self_attn, "k", h), cos, sin, pairs))  # [B, G, M, d]
+            q, k, how = question(block, x, rows, rotary, pairs)  # [B, H, R, d], [B, G, M, d]
+        q, k = wide(q), wide(rotate(k, *how["rotary"]))
         with torch.autocast(x.device.type, enabled=False):  # it would multiply in 16 bits
-            both = (q.unflatten(1, (k.shape[1], -1)).mean(2) * block.self_attn.scaling) @ k.transpose(2, 3)
+            both = (q.unflatten(1, (k.shape[1], -1)).mean(2) * how["scale"]) @ k.transpose(2, 3)
         both = both.mean(1)[owner]  # [G, R, M]: the mean over heads
         mine, asks = up_to(call, level, asking)[owner], (weight > 0)[owner]
         if call.segments is not None:

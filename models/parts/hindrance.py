@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ...core.types import UnsupportedError
 from ..base import named
 from ..engine import host
 
@@ -74,6 +75,15 @@ def stacks_of(model: nn.Module) -> list[Any]:
         and hasattr(m, "embed_tokens")
         and hasattr(m, "rotary_emb")
     ]
+
+
+def stack_of(model: Any) -> Any:
+    """The one stack of decoder layers that reads the prompt. Raises :class:`UnsupportedError`, with the
+    :func:`hindrance`, for a model that is not of the shape that is pruned here."""
+    why = hindrance(model)
+    if why is not None:
+        raise UnsupportedError(f"{type(model).__name__} cannot be pruned: {why}")
+    return stacks_of(model)[0]
 
 
 def placeholder(model: Any, kind: str) -> int | None:

@@ -285,6 +285,27 @@ class Mllm:
         return engine
 
 
+NO_TOWER = dict.fromkeys(("vd", "vf", "vheads", "vdepth", "patch", "prefix"), 0)  # as keywords of Shapes
+
+
+def untowered(family: str, model: nn.Module, lm: Any, **more: Any) -> Geometry:
+    """The geometry of a model of which only its language model is known: what is pruned are rows of tokens of any
+    length. ``more`` says what it provides."""
+    return Geometry(
+        family=family,
+        arch=type(model).__name__,
+        tokens=256,
+        grid=(256, 1),
+        prefix=0,
+        vision_layers=0,
+        vision_depth=0,
+        llm_layers=len(lm.layers),
+        variable=True,
+        raster=False,
+        **more,
+    )
+
+
 def tower_shapes(config: Any, **more: Any) -> dict[str, Any]:
     """Keywords of :class:`Shapes` for a tower with the usual names in its configuration; ``more`` adds to them."""
     return {

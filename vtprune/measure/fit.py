@@ -61,7 +61,7 @@ def withdrawal(
     found: dict[int, float] = {}
     for layer in range(1, depth):
         with attach(model, "vtw", layer=layer):
-            moved = [_divergence(p, _next(model, some)) for p, some in zip(dense, _told(inputs, progress), strict=True)]
+            moved = [divergence(p, _next(model, some)) for p, some in zip(dense, _told(inputs, progress), strict=True)]
         found[layer] = float(torch.cat(moved).mean())
         if found[layer] < threshold:
             why = f"KL {found[layer]:.2g} below {threshold:g}"
@@ -82,7 +82,7 @@ def _next(model: Any, inputs: Any) -> Tensor:
     return logits.double().log_softmax(-1)
 
 
-def _divergence(p: Tensor, q: Tensor) -> Tensor:
+def divergence(p: Tensor, q: Tensor) -> Tensor:
     """``KL(p || q)`` of log-probabilities, ``[B]``; what p excludes counts nothing."""
     return torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ..core.recipe import Recipe, Stage
 from ..core.types import UnsupportedError, VtpruneError
 from ..inputs.chats import generate, prepare
 from .environment import environment
+from .fit import divergence
 from .samples import Sample, matches
 
 FLOWS = ("image->question", "image->last", "question->last", "last->last")
@@ -82,19 +84,25 @@ def encoded_once(model: Any) -> Iterator[None]:
         ledger.undo()
 
 
-@torch.no_grad()
 def knocked_out(model: Any, inputs: Mapping[str, Any], pairs: Tensor, layers: Sequence[int]) -> Tensor:
     """Logits ``[B, V]`` at each prompt's last token if in ``layers`` the ``pairs`` ``[B, T, T]`` are blocked."""
-    adapter, ledger = bind(model), UndoLedger()
+    adapter = bind(model)
+    return _blocked_run(model, inputs, adapter.decoder_layers(), places(adapter, inputs)["last"], pairs, layers)
+
+
+@torch.no_grad()
+def _blocked_run(
+    model: Any, inputs: Mapping[str, Any], every: Sequence[Any], last: Tensor, pairs: Tensor, layers: Sequence[int]
+) -> Tensor:
+    """As :func:`knocked_out`, of a model with the decoder layers ``every`` and a batch whose last tokens are known."""
+    ledger = UndoLedger()
     try:
-        every = adapter.decoder_layers()
         if layers and bool(pairs.any()):
             block_in_decoder(ledger, {i: every[i] for i in layers}, pairs)
         out = model(**inputs, use_cache=False).logits
     finally:
         ledger.undo()
-    last = places(adapter, inputs)["last"].to(out.device)
-    return out[last].float()
+    return out[last.to(out.device)].float()
 
 
 def windows(layers: int, window: int) -> list[range]:
@@ -121,13 +129,14 @@ def knockout(
     if backend(adapter.lm.config).startswith("flash"):
         raise UnsupportedError("flash attention takes no mask for single pairs: load the model with sdpa or eager")
     parts, spans = places(adapter, inputs), windows(layers, window_of(layers) if window is None else window)
-    base = knocked_out(model, inputs, blocked(parts, FLOWS[0]), ()).softmax(-1)
+    run = partial(_blocked_run, model, inputs, adapter.decoder_layers(), parts["last"])
+    base = run(blocked(parts, FLOWS[0]), ()).softmax(-1)
     token = base.argmax(-1, keepdim=True)
     p = base.gather(1, token)[:, 0]
     out = []
     for flow in flows:
         pairs = blocked(parts, flow)
-        changed = [knocked_out(model, inputs, pairs, span).softmax(-1).gather(1, token)[:, 0] for span in spans]
+        changed = [run(pairs, span).softmax(-1).gather(1, token)[:, 0] for span in spans]
         out.append(torch.stack([100 * (q - p) / p for q in changed]))
     return torch.stack(out)
 
@@ -153,21 +162,21 @@ def layer_by_layer(model: Any, inputs: Mapping[str, Any]) -> dict[str, list[floa
     adapter = bind(model)
     parts = places(adapter, inputs)
     layers = adapter.geometry.llm_layers
-    with _eager(model):
-        out = model(**inputs, output_hidden_states=True, output_attentions=True, use_cache=False)
-    states: list[Tensor] = list(out.hidden_states)
-    raw: list[Tensor] = []  # the last of the states has been through the final norm
+    raw: list[Tensor] = []  # what the last layer leaves: the last of the states has been through the final norm
     ledger = UndoLedger()
     try:
         ledger.before(adapter.lm.norm, lambda module, args, kwargs: raw.append(args[0]))
-        model(**inputs, use_cache=False)
+        with _eager(model):
+            out = model(**inputs, output_hidden_states=True, output_attentions=True, use_cache=False)
     finally:
         ledger.undo()
+    states: list[Tensor] = list(out.hidden_states)
     states[-1] = raw[0]
     head, image, last = model.get_output_embeddings(), parts["image"], parts["last"]
     text = (parts["question"] | last)[0]
     logits = out.logits[last].float()
     token, whole = int(logits.argmax()), logits.log_softmax(-1)
+    every, pairs = adapter.decoder_layers(), blocked({**parts, "rest": parts["all"] & ~image}, "image->rest")
     told: dict[str, list[float]] = {k: [] for k in ("lens", "visual_lens", "to_image", "cosine", "withdrawn")}
     for i in range(layers):
         before, behind = states[i][0].float(), states[i + 1][0]
@@ -176,9 +185,8 @@ def layer_by_layer(model: Any, inputs: Mapping[str, Any]) -> dict[str, list[floa
         told["to_image"].append(float(out.attentions[i][0].float().mean(0)[text][:, image[0]].sum(-1).mean()))
         same = torch.nn.functional.cosine_similarity(before[image[0]], behind[image[0]].float(), dim=-1)
         told["cosine"].append(float(same.mean()))
-        pairs = blocked({**parts, "rest": parts["all"] & ~image}, "image->rest")
-        left = knocked_out(model, inputs, pairs, range(i, layers)).log_softmax(-1)
-        told["withdrawn"].append(max(float((whole.exp() * (whole - left)).sum()), 0.0))
+        left = _blocked_run(model, inputs, every, last, pairs, range(i, layers)).log_softmax(-1)
+        told["withdrawn"].append(max(float(divergence(whole, left)), 0.0))
     return told
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type
 
 from torch import Tensor
 
+from ..core.recipe import resolve
 from ..core.registry import Registry
 from ..core.types import Action, Cut, Geometry, Selection, TokenView, UnsupportedError, VtpruneError
 
@@ -25,7 +26,9 @@ __all__ = [
     "Method",
     "MethodInfo",
     "choice",
+    "equal_shares",
     "layers",
+    "left_by",
     "make",
     "option",
     "register",
@@ -274,3 +277,17 @@ def layers(name: str, given: Any, geometry: Geometry, default: tuple[int, ...]) 
     ) != sorted(set(numbers)):
         raise VtpruneError(f"{name}: layers {list(numbers)} must ascend and lie in 0..{geometry.llm_layers - 1}")
     return numbers
+
+
+def equal_shares(tokens: int, keep: int, cuts: int) -> list[int]:
+    """What each of so many ``cuts`` leaves of ``tokens`` if all keep the same share of what they find, down to
+    ``keep``."""
+    return [math.floor(tokens * (keep / tokens) ** ((i + 1) / cuts) + 1e-9) for i in range(cuts)]
+
+
+def left_by(counts: tuple[float, ...], geometry: Geometry) -> list[int]:
+    """``counts`` of an option, numbers of tokens or fractions of the original number, as tokens. Where sizes vary, an
+    image may have fewer than are to stay."""
+    n = geometry.tokens
+    most = n if geometry.variable else 2**63
+    return [resolve(min(k, most) if isinstance(k, int) else k, n) for k in counts]

@@ -9,10 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..core.recipe import resolve
 from ..core.select import top
 from ..core.types import Geometry, Selection, TokenView, VtpruneError
-from .base import Cut, Method, MethodInfo, layers, option, register
+from .base import Cut, Method, MethodInfo, layers, left_by, option, register
 
 
 @register(
@@ -61,8 +60,7 @@ class FitPrune(Method):
             assert keep is not None
             left = [n - (n - keep) * (i + 1) // len(chosen) for i in range(len(chosen))]
         else:
-            most = n if geometry.variable else 2**63  # where sizes vary, an image may have fewer than are to stay
-            left = [resolve(min(k, most) if isinstance(k, int) else k, n) for k in self.counts]
+            left = left_by(self.counts, geometry)
             if len(left) != len(chosen) or any(a < b for a, b in pairwise(left)):
                 raise VtpruneError(
                     f"fitprune: counts={list(self.counts)} must be {len(chosen)} falling numbers, one per layer of "

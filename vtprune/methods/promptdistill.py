@@ -3,15 +3,13 @@ Language Model Inference" (arXiv 2503.23274)."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ..core.recipe import resolve
 from ..core.select import top
 from ..core.types import Geometry, Selection, TokenView, VtpruneError
 from ._prompt import pooled
-from .base import Cut, Method, MethodInfo, layers, option, register
+from .base import Cut, Method, MethodInfo, equal_shares, layers, left_by, option, register
 
 
 @register(
@@ -48,7 +46,7 @@ class PromptDistill(Method):
     )
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
-        depth, n = geometry.llm_layers, geometry.tokens
+        depth = geometry.llm_layers
         chosen = layers("promptdistill", self.layers, geometry, (min(13 * depth // 32, depth - 2),))
         if self.pool % 2 == 0:
             raise VtpruneError(f"promptdistill: pool={self.pool} must be odd")
@@ -56,10 +54,9 @@ class PromptDistill(Method):
             raise VtpruneError("promptdistill: nothing is left to read behind the last layer, so it cannot select")
         if self.counts is None:
             assert keep is not None
-            left = [math.floor(n * (keep / n) ** ((i + 1) / len(chosen)) + 1e-9) for i in range(len(chosen))]
+            left = equal_shares(geometry.tokens, keep, len(chosen))
         else:
-            most = n if geometry.variable else 2**63
-            left = [resolve(min(k, most) if isinstance(k, int) else k, n) for k in self.counts]
+            left = left_by(self.counts, geometry)
             if len(left) != len(chosen) or any(a < b for a, b in pairwise(left)):
                 raise VtpruneError(
                     f"promptdistill: counts={list(self.counts)} must be {len(chosen)} falling numbers, one for each of "

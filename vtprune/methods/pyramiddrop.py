@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from ..core.select import top
 from ..core.types import Geometry, Selection, TokenView, VtpruneError
-from .base import Cut, Method, MethodInfo, layers, option, register
+from .base import Cut, Method, MethodInfo, equal_shares, layers, option, register
 
 
 @register(
@@ -66,7 +65,7 @@ class PyramidDrop(Method):
             counts = [max(1, int(n * r)) for r in self.ratios]
         else:
             assert keep is not None
-            counts = [math.floor(n * (keep / n) ** ((i + 1) / len(cuts)) + 1e-9) for i in range(len(cuts))]
+            counts = equal_shares(n, keep, len(cuts))
         observe = (lambda i: (i - 1,)) if self.score_layer == "previous" else (lambda i: ())
         return tuple(Cut(site=f"llm.{i}", keep=k, observe=observe(i)) for i, k in zip(cuts, counts, strict=True))
 
