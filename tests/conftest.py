@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,9 +49,25 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m leaves tests out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _leave_to_ci(items)
     order = {name: number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: order.get(item.path.name, len(FIRST)))
+
+
+def _leave_to_ci(items: list[pytest.Item]) -> None:
+    """Of a test's cases that ``sampled(n)`` marks all but one in n carry ``ci``: which follows from their names, as if
+    drawn, so that no parameter is left out by a rhythm of its own."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled") is not None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for own in cases.values():
+        (count,) = own[0].get_closest_marker("sampled").args
+        own.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        for item in own[-(-len(own) // count) :]:
+            item.add_marker("ci")
 
 
 @pytest.fixture
@@ -83,13 +100,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         asked = [[name for name in group if of_pictures(name)] for group in kinds()]
         some = {group[0] for group in asked if group}
         every = [name for name in vtprune.methods() if of_pictures(name)]
-        names = [pytest.param(name, marks=() if name in some else pytest.mark.slow) for name in every]
-        metafunc.parametrize("some_method", names)
+        _chosen(metafunc, "some_method", [(name, name, name in some) for name in every])
     if "method_name" in metafunc.fixturenames:
         metafunc.parametrize("method_name", vtprune.methods())
     if "pair" in metafunc.fixturenames:
-        everything = [
-            pytest.param(p, id="-".join(map(str, p)), marks=() if p in covering() else pytest.mark.slow)
-            for p in pairs()
-        ]
-        metafunc.parametrize("pair", everything)
+        _chosen(metafunc, "pair", [(p, "-".join(map(str, p)), p in covering()) for p in pairs()])
+
+
+def _chosen(metafunc: pytest.Metafunc, name: str, values: list[tuple[Any, str, bool]]) -> None:
+    """``values`` with their ids, of which some are not slow; the others are not even made where no slow test is asked
+    for: they are most of all tests."""
+    asked = metafunc.config.option.markexpr
+    spared = "not slow" in asked and " or " not in asked
+    marked = [
+        pytest.param(value, id=id_, marks=() if quick else pytest.mark.slow)
+        for value, id_, quick in values
+        if quick or not spared
+    ]
+    metafunc.parametrize(name, marked)

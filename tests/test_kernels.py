@@ -79,6 +79,7 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", empty)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name, case, n, dtype", cases())
 def test_triton_equals_the_reference(name, case, n, dtype, poisoned):
     info = KERNELS.get(name)
@@ -345,6 +346,7 @@ def test_references_in_chunks_equal_the_whole(name, n):
         info.close(arguments, got, want)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["match", "energy", "query_scores", "flow_scores", "maxmin", "dpp", "coverage"])
 def test_no_reference_makes_a_map_of_all_tokens(name):
     """The largest tensor alive inside the reference grows with N, not with its square."""
@@ -548,6 +550,7 @@ def test_tokens_that_are_not_finite_are_similar_to_nothing():
                 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "backend, width",
     [("reference", 3), ("reference", 64), ("triton", 64), pytest.param("triton", 3, marks=pytest.mark.slow)],
@@ -644,6 +647,7 @@ def test_small_chunks_change_nothing(name, case, monkeypatch):
     info.close(arguments, info.reference(*arguments), want)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("name", ["maxmin", "dpp", "coverage"])
 def test_equal_tokens_are_chosen_from_the_front_whatever_is_beside_them(name, backend):

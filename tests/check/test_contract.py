@@ -157,6 +157,7 @@ TURNS = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("family", "method", "attention"), TURNS)
 def test_mixed_batches_and_single_samples_equal_the_masked_dense_model(tiny, family, method, attention):
     """Every multimodal family, in the language model, behind the projector and in the tower: samples with several
@@ -203,6 +204,7 @@ def test_eager_attention_and_compact_positions(tiny, method, positions):
         assert result.passed, f"{name}: {result.detail}"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize(
     "stages",

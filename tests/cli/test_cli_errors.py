@@ -144,6 +144,7 @@ def numbers() -> list[tuple[str, str, str]]:
     ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("command", "name", "value"), numbers())
 def test_values_that_are_none(capfd, here, monkeypatch, command, name, value):
     if (command, name) == ("bench", "--timing"):
@@ -425,6 +426,7 @@ def folder_of(tmp_path: Path, damage: str, weights: dict) -> Path:
     return out
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_model_folders_with_something_wrong(capfd, tmp_path, monkeypatch, weights, damage):
     monkeypatch.chdir(tmp_path)

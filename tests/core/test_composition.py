@@ -105,6 +105,7 @@ def _all(tiny, family: str, variant: str, lists: list[tuple[Stage, ...]]) -> dic
     return counts
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family, variant", FAMILIES, ids=[f for f, _ in FAMILIES])
 def test_pairs_of_stages(tiny, family, variant):
     counts = _all(tiny, family, variant, _lists(2, 0, 60))
@@ -289,6 +290,7 @@ NUMBERS = (
 )
 
 
+@pytest.mark.sampled(2)
 def test_odd_values_of_every_option_are_refused_or_run(tiny, method_name):
     """Never a raw error, and never NaN or infinity taken in."""
     model, inputs = tiny("llava", "clip-llama")

@@ -33,6 +33,7 @@ def _count(model, inputs) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("method", "options"), METHODS)
 @pytest.mark.parametrize("variant", ["clip-llama", "dinov2-llama", "siglip-qwen2"])
 def test_llava_flops_equal_the_counter(tiny, variant, method, options):
@@ -59,6 +60,7 @@ ALONE = (
 )  # of an unknown model the tower is not known, and Pixtral's masks in each image what all of them cost
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("family", "variant"), LANGUAGE)
 def test_every_familys_flops_and_cache_equal_the_counter(tiny, family, variant):
     """The whole model, tower and experts included, and what its cache holds: the formulas know each layer of each

@@ -276,6 +276,7 @@ def test_a_new_line_token_stays(name, tiny):
 # the solver
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("family", "n"), [("qwen2.5-vl", 48), ("qwen3-vl", 48), ("llava-onevision", 13)])
 @pytest.mark.parametrize("name", ["evs", "vidcom2", "dycoke", "uniform-frames", "key-frames", "prunevid"])
 def test_the_solver_meets_a_video_s_budget(family, n, name, tiny):

@@ -77,6 +77,7 @@ def test_answers_are_true_boxes_hold_the_objects_and_nothing_overlaps():
             assert all(0 <= b[0] < b[2] <= scenes.SIZE and 0 <= b[1] < b[3] <= scenes.SIZE for b in q.boxes)
 
 
+@pytest.mark.ci
 def test_answers_are_balanced():
     """No ability has an answer that is right much more often than chance, and the words of yes/no questions tell
     nothing."""

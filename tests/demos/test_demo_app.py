@@ -13,10 +13,14 @@ import pytest
 
 from vtprune.core.types import VtpruneError
 
-gr = pytest.importorskip("gradio")
+
+@pytest.fixture(scope="module", autouse=True)
+def gr():
+    """Imported for these tests alone: it takes seconds, in every process."""
+    return pytest.importorskip("gradio")
 
 
-def test_files_are_read_only_from_the_folder_of_uploads(tmp_path):
+def test_files_are_read_only_from_the_folder_of_uploads(gr, tmp_path):
     from gradio.data_classes import FileData, ListFiles
     from vtprune.demos.parts import own_upload
 
@@ -34,7 +38,7 @@ def test_files_are_read_only_from_the_folder_of_uploads(tmp_path):
         own_upload(field, FileData(path=mine.replace("json", "png")))
 
 
-def test_every_field_of_the_page_that_takes_files_has_that_check(tmp_path):
+def test_every_field_of_the_page_that_takes_files_has_that_check(gr, tmp_path):
     from gradio.data_classes import FileData, ListFiles
     from vtprune.demos import app
 
@@ -49,7 +53,7 @@ def test_every_field_of_the_page_that_takes_files_has_that_check(tmp_path):
                 field.preprocess(payload)
 
 
-def test_choices_that_do_not_exist_are_not_repeated_as_html(tmp_path):
+def test_choices_that_do_not_exist_are_not_repeated_as_html(gr, tmp_path):
     from vtprune.demos import app
 
     page = app.build(SimpleNamespace(), tmp_path)
@@ -66,7 +70,7 @@ def test_messages_name_files_without_their_folder():
     assert list(served(updates, "/tmp/up/abc/cat.png")) == [{"message": "cat.png is not an image"}]
 
 
-def test_messages_are_text_that_a_stream_can_carry(monkeypatch):
+def test_messages_are_text_that_a_stream_can_carry(gr, monkeypatch):
     from vtprune.demos import messages
 
     assert messages.why(VtpruneError("a\ud800b")).encode() == b"a\\ud800b"
@@ -100,7 +104,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
     "text",
     ["{", "{}", '{"type": "vtprune.Bench", "version": 9}', '{"type": "vtprune.Bench", "version": 1}', "[" * 100_000],
 )
-def test_the_tab_of_results_tells_no_path_of_the_server(tmp_path, monkeypatch, text):
+def test_the_tab_of_results_tells_no_path_of_the_server(gr, tmp_path, monkeypatch, text):
     shown = []
     monkeypatch.setattr(gr, "Warning", shown.append)
     folder = files(tmp_path, mine=text)

@@ -50,6 +50,7 @@ def tokens(model, recipe, inputs) -> float:
         return handle.report().effective_tokens
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "internvl"])
 @pytest.mark.parametrize("target", [0.3, 0.75])
 def test_the_dial_meets_the_budget(family, target, tiny):

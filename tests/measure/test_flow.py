@@ -167,6 +167,7 @@ def test_suggestions():
         flow.suggest(told([0.0, 0.0]))
 
 
+@pytest.mark.ci
 def test_the_bundled_model_from_questions_to_a_figure(tmp_path, capsys):
     model, processor = vtprune.load_demo_model()
     samples = scenes_samples(1, "train")[:2]

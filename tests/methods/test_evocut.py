@@ -119,6 +119,7 @@ def test_twelve_updates_of_clip():
     assert [c.site for c in make("evocut", {}).plan(geometry(24, 3), 64)] == ["vision.1", "vision.2"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "options",
     [

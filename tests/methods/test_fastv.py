@@ -15,6 +15,7 @@ import vtprune
 PROMPTS = [[4, 9], [7, 12], [3, 5]]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("k, keep, left", [(1, 18, True), (2, 9, True), (2, 9, False), (5, 1, True), (3, 35, True)])
 def test_equals_the_transcription(text: str, k: int, keep: int, left: bool) -> None:

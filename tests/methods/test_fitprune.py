@@ -94,6 +94,7 @@ def test_one_of_the_two_alone(by):
     compared("mistral", TWO, {1: 24, 3: 10}, by, layers=(1, 3), counts=(24, 10))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("keep", [1, 9, 35, 36])
 def test_the_schedule_without_a_fit(keep):
     """Two cuts of six layers, half of what goes at each."""

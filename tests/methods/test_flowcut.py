@@ -34,6 +34,7 @@ def same_kept(report: Any, want: list[list[Tensor]]) -> None:
         before = kept
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("batch", ["image", "max"])
 @pytest.mark.parametrize(
     "kind, blocks, keep",
@@ -219,6 +220,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind, options", OPTIONS)
 def test_options_equal_the_equations(kind: str, options: dict[str, Any]) -> None:
     model, pixels = B.tower(kind, 8), B.images(3)

@@ -46,15 +46,11 @@ class Slow:
         self.how = "done"
         if self.done:
             return {i: [i] for i in x}
-        left = self.keep
+        left, cost = self.keep, math.inf
         if self.ratio is not None:
-            left = max(1, round((self.ratio * self.total * self.depth - self.spent) / (self.depth - layer)))
+            cost = self.ratio * self.total * self.depth
+            left = max(1, round((cost - self.spent) / (self.depth - layer)))
         go = max(len(x) - left, 0)
-        if self.prunes or layer == self.last:
-            self.done, self.how = True, "prune"
-            ranked = attention()
-            best = sorted(x, key=lambda i: (i not in self.held, -ranked[i], i))[: len(x) - go]
-            return {i: [i] for i in sorted(best)}
         before, like = {}, {}
         for i in sorted(x):
             if i >= self.total - self.loose:
@@ -64,6 +60,13 @@ class Slow:
                 before[i] = max(earlier)
                 like[i] = cosine(x[i], x[before[i]])
         alike = [i for i in like if like[i] >= self.threshold and i not in self.held]
+        if layer and len(alike) < go:  # one token has to be left for each layer behind
+            self.prunes = self.prunes or self.spent + len(x) - len(alike) + self.depth - layer - 1 > cost
+        if self.prunes or layer == self.last:
+            self.done, self.how = True, "prune"
+            ranked = attention()
+            best = sorted(x, key=lambda i: (i not in self.held, -ranked[i], i))[: len(x) - go]
+            return {i: [i] for i in sorted(best)}
         if len(alike) < go:
             self.prunes = len(alike) < self.least * len(x)
             self.how = "merge all"
@@ -301,6 +304,35 @@ def test_the_mean_over_layers_is_the_ratio(ratio: float, depth: int) -> None:
         least = sum(each[:2]) + depth - 2  # in front of layer 1 at the earliest something is pruned: one is left
         wanted = max(ratio * 72 * depth, least)
         assert abs(sum(each) - wanted) <= depth / 2 + 1
+
+
+@pytest.mark.parametrize("ratio", [0.15, 0.2, 0.25, 0.3, 0.5])
+@pytest.mark.parametrize("least", [0.0, 0.02, 0.1])
+def test_merging_ends_while_the_ratio_can_still_be_met(ratio: float, least: float) -> None:
+    """Also where every layer finds a little more to merge: one token is left for each of the layers behind."""
+    x = torch.stack([video(6, 12, seed=s, still=0.15 * s) for s in range(6)])
+    ways = check(x, 6, None, depth=8, ratio=ratio, least=least, change=1.0, threshold=0.7)
+    layers, last = run(x, 6, None, depth=8, ratio=ratio, least=least, change=1.0, threshold=0.7)
+    (mean,) = {c.mean for c in make("framefusion", {"ratio": ratio}).plan(geometry(6, 12), None)}
+    for b in range(6):
+        assert sum(layer.counts[b] for layer in layers) <= 8 * mean <= max(ratio * 72 * 8, 72 + 7) + 4
+    if least == 0.0 and ratio < 0.4:
+        assert any(2 <= way.index("prune") < last for way in ways if "prune" in way)
+
+
+def test_a_budget_of_effective_tokens_is_its_own_ratio() -> None:
+    model, inputs = B.llava("clip", "llama", blocks=3, layers=6), moving(B.prompts(PROMPTS))
+    for share, threshold in ((0.4, 0.9), (0.4, 0.97), (0.8, 0.9)):
+        recipe = vtprune.solve(model, "framefusion", effective_tokens=share, threshold=threshold)
+        (stage,) = recipe.stages
+        assert stage.keep is None and share - 0.1 < stage.options["ratio"] <= share
+        with vtprune.attach(model, recipe) as handle:
+            B.final(model, inputs)
+            report = handle.report()
+        for rows, n in zip(report.layer_tokens, report.visual_tokens, strict=True):
+            assert share - 0.15 < sum(rows) / len(rows) / n <= share
+    with pytest.raises(vtprune.VtpruneError, match="smallest schedule"):
+        vtprune.solve(model, "framefusion", effective_tokens=0.1)
 
 
 def test_a_ratio_that_cannot_be_met_leaves_one() -> None:

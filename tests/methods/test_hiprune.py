@@ -67,6 +67,7 @@ def chosen(index: Tensor, grid: tuple[int, int], middle: Any, deep: Any, keep: i
     return [row[row >= 0].tolist() for row in answer.kept]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "options",
     [

@@ -81,6 +81,7 @@ CASES: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("site", ["auto", "tower"])
 @pytest.mark.parametrize("vision", ["clip", "siglip", "dinov2"])
 @pytest.mark.parametrize("keep, options", CASES)

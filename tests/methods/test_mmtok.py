@@ -79,6 +79,7 @@ def test_the_examples_of_the_specification():
     assert greedy(v[0], v[0], directions(150)[0], 1) == [3]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "options",
     [{}, {"alpha": 0.0}, {"alpha": 3.0, "temperature": 0.1}, {"text_temperature": 0.2}, {"features": "projected"}],

@@ -26,6 +26,7 @@ TIMM: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", TIMM)
 @pytest.mark.parametrize("kind", ["class", "layerscale-registers", "distilled", "avg-pool"])
 def test_timm_equals_the_transcription(kind: str, name: str) -> None:

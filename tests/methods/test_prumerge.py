@@ -91,6 +91,7 @@ CASES: list[tuple[int | None, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("vision", ["clip", "siglip", "dinov2"])
 @pytest.mark.parametrize("keep, options", CASES)
 @pytest.mark.parametrize("name", BOTH)

@@ -47,6 +47,7 @@ def check(
         assert not hidden[b][~present].any()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("left", [True, False])

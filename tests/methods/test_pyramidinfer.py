@@ -58,6 +58,7 @@ def levels(model, ids, p: float, floor: int, interval: int, recent: float) -> li
     return out
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("p", "floor", "interval", "recent"), [(0.9, 4, 1, 0.2), (0.5, 4, 1, 0.2), (0.3, 12, 2, 0.35), (0.2, 100, 1, 0.2)]
 )

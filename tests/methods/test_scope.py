@@ -92,6 +92,7 @@ def decided(model, inputs, **options) -> list[list[int]]:
 
 
 # (with alpha=0 two tokens that cover nothing but each other gain the same, and rounding decides)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("keep, alpha", [(1, 0.0), (36, 0.0), (2, 0.3), (16, 0.3), (1, 1.0), (7, 1.0), (35, 1.0)])
 def test_llava_equals_the_transcription(keep, alpha):
     model, inputs = B.llava("clip", "llama", blocks=4, layers=2), B.prompts([[4, 9], [7, 2, 5]])

@@ -142,6 +142,7 @@ def check(model: nn.Module, inputs: dict[str, Tensor], cuts: dict[int, int], **o
         B.close(hidden[b][original], want)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("version", ["1.5", "2.0"])
 @pytest.mark.parametrize("text", ["llama", "qwen2"])
 def test_equals_the_transcription(text: str, version: str) -> None:
@@ -152,6 +153,7 @@ def test_equals_the_transcription(text: str, version: str) -> None:
 OTHERS = ({"positions": "compact"}, {"reconstruct": "sum"}, {"raters": "least"})
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("options", [*OTHERS, {"version": "2.0", "positions": "compact"}])
 def test_options_equal_the_transcription(options: dict[str, Any]) -> None:
     check(

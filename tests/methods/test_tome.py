@@ -39,6 +39,7 @@ def check(model: nn.Module, pixels: Tensor, want: dict, got: tuple[Tensor, Tenso
         B.close(logits[b], B.head(model, target[rows][None])[0])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("proportional", [True, False])
 @pytest.mark.parametrize("order", ["official", "position"])
@@ -108,6 +109,7 @@ def test_options_change_the_result() -> None:
     assert [a.tolist() for a in plain[-1].assignment] != [a.tolist() for a in official[-1].assignment]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "name, options",

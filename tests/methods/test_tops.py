@@ -89,6 +89,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "text, keep, number", [("llama", 4, 0), ("qwen2", 1, 0), ("mistral", 2, 1), ("qwen2", 3, 2), ("llama", 36, 3)]
 )

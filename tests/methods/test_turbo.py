@@ -84,6 +84,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_equals_the_equations(kind: str, options: dict[str, Any]) -> None:

@@ -102,6 +102,7 @@ def split(keep: int, share: float = 10 / 64) -> tuple[int, int]:
     return (keep, 0) if keep >= B.N else (keep - contextual, contextual)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("vision", ["clip", "siglip", "dinov2"])
 @pytest.mark.parametrize(
     "keep, options",

@@ -61,6 +61,7 @@ def compare(kind: str, rule: Rule, **options: Any) -> Any:
     return report
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 0.02])
 def test_equals_the_equations(kind: str, temperature: float) -> None:

@@ -105,12 +105,14 @@ def check(vision: str, keep: int, blocks: tuple[int, int] = (0, 2), **options: A
             B.close(hidden[b][rows], lm.norm(x))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("keep", [1, 2, 4, 7, 11, 12, 36])
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
 def test_llava_equals_the_transcription(vision: str, keep: int) -> None:
     check(vision, keep)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "options, blocks",
     [

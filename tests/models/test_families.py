@@ -57,6 +57,7 @@ def test_sliding_windows_span_the_prompts_positions(tiny, family, variant, monke
     assert _results(model, inputs, names, keep=2) == {names[0]: True, names[1]: False}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("family", "variant"), EVERY)
 def test_both_attentions_and_every_budget_unit(tiny, family, variant):
     """Eager attention and sdpa; a budget per sample; compact positions."""

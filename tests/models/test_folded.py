@@ -48,6 +48,7 @@ def by_turns(choices: Any, pairs: list[tuple[str, str]]) -> list[Any]:
     ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("family", "variant", "method"), by_turns(CUTS, PAIRS))
 def test_pruned_is_masked_dense(family, variant, method, tiny):
     """Batches of several sizes, single samples, videos: prefill and cached decoding equal the dense model with the
@@ -59,6 +60,7 @@ def test_pruned_is_masked_dense(family, variant, method, tiny):
         assert result.passed, f"{name}: {result.detail}"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("family", "variant", "method"), by_turns(MERGES, PAIRS))
 def test_merges_do_not_depend_on_the_batch(family, variant, method, tiny):
     model, inputs = tiny(family, variant)
@@ -74,6 +76,7 @@ def test_merges_do_not_depend_on_the_batch(family, variant, method, tiny):
         assert result.passed, f"{name}: {result.detail}"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("family", "variant", "site"), by_turns(("vision.0", "vision.1"), [p for p in PAIRS if p[0] != "mistral3"])
 )
@@ -231,6 +234,7 @@ def test_sizes_count_in_the_attention_wherever_the_merge_falls(family):
     assert float((logits[0] - logits[1]).abs().max()) > 1e-4
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("family", "variant"), PAIRS)
 def test_scores_of_squares_are_those_that_notes_have(family, variant, tiny):
     """Attention received within windows and rasters, of padded batches too: what HiPrune keeps behind the last block is
@@ -265,6 +269,7 @@ def film(family: str, frames: int) -> tuple[Any, dict[str, Any]]:
     return model, inputs
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
 @pytest.mark.parametrize(("method", "options"), [("random", {"site": "vision.0"}), ("flowcut", {})])
 def test_operators_and_host_reads_do_not_grow_with_the_frames(family, method, options):

@@ -78,6 +78,7 @@ class NoStream(contextlib.nullcontext):
     def wait_stream(self, other) -> None: ...
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("family", "variant", "method"), PAIRS, ids=["-".join(p) for p in PAIRS])
 def test_every_way_of_generating_equals_the_masked_dense_model(tiny, monkeypatch, family, variant, method, way):

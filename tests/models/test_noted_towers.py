@@ -226,6 +226,7 @@ def prepared(family: str, variant: str, tiny) -> tuple[Any, dict[str, Any]]:
     return model.double(), {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family, variant", PAIRS)
 def test_notes_of_patches_are_the_tower_s_own(family, variant, tiny, monkeypatch):
     """States, attention within each raster (and window), and what arrives at each placeholder."""

@@ -512,6 +512,7 @@ MAY_REFUSE = {
 QUICK = ("llava", "llava-next", "qwen2.5-vl", "gemma3", "smolvlm")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAMILIES])
 def test_what_passes_without_passes_with_pyramiddrop_at_full_budget(family):
     """One family in every mode, others in those that a family can do in its own way; the rest under the slow

@@ -30,6 +30,7 @@ def reported(tiny, family: str, variant: str, method: str, case: int) -> Report:
 MET = {(family, method) for family, _, method, _ in covering()}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "family, case, method",
     [

@@ -243,6 +243,7 @@ def test_injected_exceptions(model_and_inputs, count):
     exceptions(*model_and_inputs, count, random.Random(0))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("threads", "each"), [(3, 2), pytest.param(4, 25, marks=full)])
 def test_requests_in_threads(model_and_inputs, threads, each):
     in_threads(*model_and_inputs, threads, each, random.Random(1))

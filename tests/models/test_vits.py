@@ -312,6 +312,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled(2)
 @torch.no_grad()
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("family", "variant", "apart", "end"), CASES, ids=[f"{f}-{v}" for f, v, *_ in CASES])
@@ -744,6 +745,7 @@ def expected_map(report: Any, block: int, rows: Tensor, image: int) -> Tensor:
     return out.T.reshape(-1, 4, 4)
 
 
+@pytest.mark.sampled(3)
 @torch.no_grad()
 @pytest.mark.parametrize("method", WAYS)
 @pytest.mark.parametrize("variant", TIMM)
@@ -981,6 +983,7 @@ def features(model: Any, family: str, x: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else out[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", ["tome", "random", "flowcut"])
 @pytest.mark.parametrize(("family", "variant"), CHECKPOINTS, ids=[f"{f}-{v}" for f, v in CHECKPOINTS])
 def test_checkpointed_gradients(tiny, family, variant, method):

@@ -495,6 +495,7 @@ def flash(monkeypatch):
     return use
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("attention", ["sdpa", "flash"])
 @pytest.mark.parametrize(
     ("recipe", "options"),
@@ -702,6 +703,7 @@ class Wrapped(nn.Module):
         return self.layer(*args, **kwargs)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("how", ["one", "fewer", "skipped", "wrapped"])
 @pytest.mark.parametrize("family", MULTIMODAL)
 def test_layers_that_were_replaced_since_are_noticed(family, how):
@@ -778,6 +780,7 @@ def shard(tmp_path):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "recipe, options",
     [

@@ -86,6 +86,7 @@ def why_not(model, method, **options) -> str | None:
         return "windows of" if any(decoder.decoder.window_of(i) for i in range(decoder.depth)) else None
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "chosen",
     [pytest.param(p, id="-".join(map(str, p)), marks=() if p in CHOSEN else pytest.mark.slow) for p in PAIRS],

@@ -111,6 +111,7 @@ def test_encoded_images_say_where_they_stand(demo):
 SERVED = ["apet", "divprune", "evocut", "flowcut", "hiprune", "keep-last", "pitome", "pool", "scope", "tome", "uniform"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", [*SERVED, "visionzip", "vispruner", "vomix", "turbo", "hired", "holov", "random"])
 @ENCODES
 def test_images_alone_become_what_they_become_in_a_prompt(demo, seeing, name):
@@ -147,6 +148,7 @@ def tiny(family: str):
 QWEN = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", QWEN)
 @pytest.mark.parametrize("name", ["divprune", "uniform", "vispruner", "apet"])
 @ENCODES
@@ -168,6 +170,39 @@ def test_images_of_any_size(family, name, tmp_path):
         rasters = sizes.rasters(image)
         assert len(a) == sizes.left(rasters) and (parted(a)[2] == sizes.span(rasters)).all()
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", QWEN)
+@pytest.mark.parametrize("behind", [None, 3, 0.9])
+@ENCODES
+def test_what_pixels_decide_is_known_before_the_tower(family, behind, dtype, tmp_path):
+    """Blocks that their neighbours predict are counted by the processor alone, and by a stage behind those are left."""
+    model, inputs = tiny(family)
+    model.save_pretrained(tmp_path)
+    grids = inputs["image_grid_thw"]
+    levels = torch.randint(-1, 2, inputs["pixel_values"].shape[:1], generator=torch.Generator().manual_seed(0)) * 0.1
+    flat = levels[:, None].expand_as(inputs["pixel_values"]).clone()
+    pixels = flat.view(-1, 4, flat.shape[1])[:, :1].expand(-1, 4, -1).flatten(0, 1)  # four patches of a block alike
+    stages = [vtprune.Stage(method="pixelprune", options={"threshold": 0.06})]
+    stages += [] if behind is None else [vtprune.Stage(method="divprune", keep=behind)]
+    recipe = vtprune.Recipe(name="mine", stages=tuple(stages))
+    sizes = eyes.Sizes(model.config, recipe, dtype)
+    assert sizes.reads_pixels and not eyes.Sizes(model.config, load_recipe("uniform")).reads_pixels
+    images = [
+        {"pixel_values": p, "image_grid_thw": g[None]}
+        for p, g in zip(pixels.split(grids.prod(1).tolist()), grids, strict=True)
+    ]
+    counts = [sizes.left(sizes.rasters(image), image=image) for image in images]
+    whole = [sizes.whole(sizes.rasters(image)) for image in images]
+    assert sum(counts) < sum(whole)
+    if behind is None:
+        assert max(c / w for c, w in zip(counts, whole, strict=True)) < 1 and len(set(counts)) > 1
+    seer = eyes.Eyes(eyes.load(tmp_path, model.config, dtype, "cpu"), recipe)
+    rows = seer.see(images)
+    assert [len(r) for r in rows] == counts
+    assert [int(parted(r)[2][0]) for r in rows] == [sizes.span(sizes.rasters(image)) for image in images]
 
 
 @pytest.mark.parametrize(

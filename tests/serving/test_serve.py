@@ -117,6 +117,7 @@ def chat(question: str, *urls: str) -> list[dict]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("recipe", "keep"), [(None, None), ("pyramiddrop", None), ("divprune", 9), ("tome", 0.5), ("dense", None)]
 )

@@ -96,6 +96,7 @@ CASES = [(m, i) for m in vtprune.methods() for i in range(len(vtprune.describe(m
 CASES = [(m, i) for m, i in CASES if taken(("llava", "clip-llama", m, i))]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("method", "number"),
     [pytest.param(m, i, marks=() if m in {group[0] for group in kinds()} else pytest.mark.slow) for m, i in CASES],

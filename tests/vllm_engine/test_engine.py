@@ -79,6 +79,19 @@ def test_other_families(folders, kind, encoded):
     assert found["different"] == 0 and found["ties"] == 0 and found["largest_difference"] < 1e-3
 
 
+@pytest.mark.parametrize("kind", ["qwen2.5-vl", "qwen3-vl"])
+def test_what_pixels_decide_is_counted_in_the_processor(folders, kind, tmp_path):
+    """Every picture has a number of rows of its own, and a stage behind takes its share of what is left."""
+    recipe = {"type": "vtprune.Recipe", "version": 1, "name": "flat", "stages": []}
+    first = {"method": "pixelprune", "keep": None, "options": {"threshold": 0.1, "std": [0.27]}}
+    for stages in ([first], [first, {"method": "divprune", "keep": 12, "options": {}}]):
+        (tmp_path / "flat.json").write_text(json.dumps({**recipe, "stages": stages}))
+        options = ("--model", str(folders[kind]), "--recipe", str(tmp_path / "flat.json"), "--samples", "12")
+        found = verify(*options)
+        assert found["different"] == 0 and found["ties"] == 0 and found["largest_difference"] < 1e-3
+    assert max(found["prompt_tokens"]) < 40
+
+
 def test_a_method_that_reads_the_question_is_encoded_outside():
     found = verify("--recipe", "mmtok", "--keep", "36", "--samples", "16", "--encoded")
     assert found["different"] == 0 and found["largest_difference"] < 1e-3

@@ -68,7 +68,8 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes:
             if any(c.returns for c in own):
                 split = next(c.layer for c in own if c.action is Action.STASH)
                 flops += stage.options.get("branch_layers", 1) * cost.decoder_layer(shapes, split, round(aside))
-    return sum(rows) / len(rows), int(flops)
+    means = [c.mean for c in cuts if c.mean is not None]
+    return min([sum(rows) / len(rows), *means]), int(flops)
 
 
 def solve(
@@ -270,6 +271,9 @@ def _candidates(geometry: Geometry, recipe: Recipe) -> list[Recipe]:
             [min((k + 1e-6) / n, 1.0) for k in range(1, n + 1)] if geometry.variable else list(range(1, n + 1))
         )
         stages = [replace(last, keep=k, options=_free(last.options)) for k in counts]
+        if info.mean is not None:
+            shares = [min(k / n, 1.0) for k in range(1, n + 1)]
+            stages = [replace(last, keep=None, options={**_free(last.options), info.mean: k}) for k in shares]
     else:
         name = "layer" if "layer" in info.options else "split"
         if last.options.get(name) is not None or not geometry.llm_layers:

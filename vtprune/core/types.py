@@ -132,6 +132,8 @@ class Cut:
             before it, give up what they hold of the tokens that it dropped.
         adaptive: the method decides image by image, and ``keep`` is only the least it leaves.
         most: the most that an adaptive cut leaves; ``None``: everything.
+        mean: the most that its stage leaves in the mean over the language model's layers, where that is less than what
+            its cuts leave one by one at most.
         joint: all rasters of a unit compete here, also those of a method of the image plane.
         data: what else the method wants to find again in :meth:`~vtprune.methods.base.Method.select`.
     """
@@ -146,6 +148,7 @@ class Cut:
     evict: bool = False
     adaptive: bool = False
     most: int | None = None
+    mean: float | None = None
     joint: bool = False
     data: Mapping[str, Any] = field(default_factory=dict)
 

@@ -61,6 +61,8 @@ class MethodInfo:
         dial: of a method whose number of tokens follows from the picture where ``keep`` is ``None``: the option that
             says how much stays, a setting that leaves few tokens and one that leaves many
             (:func:`vtprune.calibrate` turns it).
+        mean: of a method whose own budget is what its layers have on average: the option that states it, as a share of
+            the tokens (a budget of effective tokens is handed over there).
         positions: how it counts positions where a user does not say (``attach(positions=)``).
         score: what its tokens are ranked by, in words (higher stays; empty: it does not rank).
         cls: the method itself.
@@ -85,6 +87,7 @@ class MethodInfo:
     carries: bool = False
     elsewhere: Mapping[str, Any] = field(default_factory=dict)
     dial: tuple[str, float, float] | None = None
+    mean: str | None = None
     positions: str = "original"
     score: str = ""
     cls: type[Method] | None = None

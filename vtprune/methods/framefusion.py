@@ -25,6 +25,7 @@ from .base import Cut, Method, MethodInfo, option, register
         keep=0.2,
         merges=True,
         video=True,
+        mean="ratio",
         score="cosine with the same place in the frame before, negated, while it merges; then the attention received",
         cases=({"keep": 0.6}, {"keep": 0.3, "threshold": 0.2}),
     )
@@ -38,8 +39,10 @@ class FrameFusion(Method):
     is done. In front of the layer behind the last that merged the tokens of the highest attention stay: mean over heads
     and over all rows of the prompt, in the layer before.
 
-    The official code states the mean cost over 28 layers, here ``ratio``; ``keep`` counts what is left in the end. In
-    a language model of too few layers it prunes in front of the last, whatever else could merge."""
+    The official code states the mean cost over 28 layers, here ``ratio``, and raises where merging spends more than
+    that; here merging ends so early that the layers behind can make up for it. Less than the whole first layer takes,
+    where nothing is alike, cannot be met: one token is left then. ``keep`` counts what is left in the end. In a
+    language model of too few layers it prunes in front of the last, whatever else could merge."""
 
     threshold: float = option(0.6, "cosine from which on two tokens are alike", least=-1, most=1)
     least: float = option(
@@ -60,8 +63,11 @@ class FrameFusion(Method):
         last = depth - 1
         cuts = [Cut(site=f"llm.{i}", keep=1, adaptive=True, observe=(i - 1,) if i else ()) for i in range(depth)]
         if self.ratio is not None:
-            data: dict[str, Any] = {"cost": self.ratio * n * depth, "depth": depth}
-            return tuple(replace(cut, data={**data, "last": cut.layer == last}) for cut in cuts)
+            cost = self.ratio * n * depth
+            data: dict[str, Any] = {"cost": cost, "depth": depth}
+            # the first layer may have all, the others one; what the last ones have is rounded
+            mean = max(cost, n + depth - 1) / depth + 0.5
+            return tuple(replace(cut, mean=mean, data={**data, "last": cut.layer == last}) for cut in cuts)
         assert keep is not None
         data = {"keep": keep}
         end = replace(cuts[-1], keep=keep, adaptive=False)
@@ -77,11 +83,12 @@ class FrameFusion(Method):
         done = state.get("done", torch.zeros_like(view.counts, dtype=torch.bool))  # [B], all
         merging, spent = state.get("merging", ~done), state.get("spent", torch.zeros_like(count))
         left = self._left(cut, count, spent)
-        prune = ~done if cut.data["last"] else ~done & ~merging
-        merge = ~done & ~prune
         like, order = _alike(view)
         alike = view.valid & (like >= self.threshold) & ~view.protected
         have, many = alike.sum(1), (count - left).clamp_min(0)
+        merging = merging & ~self._overdrawn(cut, spent + count - have, have < many)
+        prune = ~done if cut.data["last"] else ~done & ~merging
+        merge = ~done & ~prune
         final = merge & (have >= many)  # as many are alike as have to go
         some = placed(like, alike) < torch.where(final, many, have)[:, None]
         goes = alike & some & merge[:, None]
@@ -98,6 +105,14 @@ class FrameFusion(Method):
         every = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         home = torch.where(kept, every, torch.where(goes, _roots(goes, order), -1))
         return replace(merged(kept, home, torch.ones_like(view.size)), score=score)
+
+    @staticmethod
+    def _overdrawn(cut: Cut, spent: Tensor, goes_on: Tensor) -> Tensor:
+        """``[B]``: whether merging on, which would have ``spent`` tokens in all up to this layer, leaves less than one
+        for each layer behind it. In front of the first layer nothing is known to prune by."""
+        if "cost" not in cut.data or not cut.layer:
+            return torch.zeros_like(goes_on)
+        return goes_on & (spent + cut.data["depth"] - cut.layer - 1 > cut.data["cost"])
 
     @staticmethod
     def _left(cut: Cut, count: Tensor, spent: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.composition import Planned
 from ..core.planning import bind, for_rasters, plan
 from ..core.recipe import Recipe
-from ..core.types import Action, Geometry, UnsupportedError, VtpruneError
+from ..core.types import Action, Cut, Geometry, TokenView, UnsupportedError, VtpruneError
 from ..inputs.loading import quiet
 from .encode import Encoder, check_stages
 
@@ -64,16 +64,24 @@ def load(folder: str, config: Any, dtype: torch.dtype, device: torch.device | st
 
 
 class Sizes:
-    """How many rows a recipe leaves of an image, by the model's configuration alone.
+    """How many rows a recipe leaves of an image, by the model's configuration and, for methods that decide in front of
+    the tower, by what the processor makes of the image; no weight is read.
+
+    Args:
+        config: the model's.
+        recipe: what its images are encoded with.
+        dtype: the tower's, in which it is given the pixels.
 
     Raises:
-        UnsupportedError: a recipe that cannot be encoded; whose numbers of rows follow from the picture; that reads the
-            question, or weighs images against each other: an engine's encoder sees one image alone.
+        UnsupportedError: a recipe that cannot be encoded; whose numbers of rows follow from what the tower makes of the
+            picture; that reads the question, or weighs images against each other: an engine's encoder sees one image
+            alone.
     """
 
-    def __init__(self, config: Any, recipe: Recipe):
+    def __init__(self, config: Any, recipe: Recipe, dtype: torch.dtype = torch.float32):
         from transformers import AutoModelForImageTextToText
 
+        self.dtype = dtype
         with torch.device("meta"):
             self.adapter = bind(AutoModelForImageTextToText.from_config(without_language_model(config)))
         layers = config.get_text_config().num_hidden_layers
@@ -103,6 +111,8 @@ class Sizes:
                     f"{info.name} reads the question, which an encoder inside an engine is not given (images are "
                     "cached without it): send images that vtprune has encoded"
                 )
+            if all(cut.kind == "pixels" for cut in cuts):
+                continue
             budget = info.keep if stage.keep is None else stage.keep
             counted = all(cut.keep is not None for cut in cuts if cut.action is not Action.NOTE)
             if not info.exact or (info.budgeted and budget is None) or not counted:
@@ -124,12 +134,45 @@ class Sizes:
         """Positions that such an image takes: with three axes those of its longest side."""
         return max(max(grid) for grid in rasters) if self.geometry.mrope else self.whole(rasters)
 
-    def left(self, rasters: Rasters, keep: int | float | None = None) -> int:
-        """Rows that are left of an image of these rasters, with another budget ``keep``."""
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether :meth:`left` has to be given the image."""
+        return any(cut.kind == "pixels" for *_, cuts in self._counted(self.geometry, self.recipe) for cut in cuts)
+
+    def left(self, rasters: Rasters, keep: int | float | None = None, image: Mapping[str, Tensor] | None = None) -> int:
+        """Rows that are left of an image of these rasters, with another budget ``keep``; ``image`` is what the family's
+        processor makes of it (:attr:`reads_pixels`)."""
         here = for_rasters(self.geometry, rasters) if self.geometry.variable else self.geometry
         recipe = self.recipe if keep is None else self.recipe.override(keep=keep)
-        cuts = [cut for *_, own in self._counted(here, recipe) for cut in own]
-        return min([here.tokens, *(cut.keep for cut in cuts if cut.keep is not None)])
+        counts = [here.tokens]
+        for _, method, cuts in self._counted(here, recipe):
+            for cut in cuts:
+                if cut.kind == "pixels":
+                    assert image is not None
+                    counts.append(self._unlike(method, cut, rasters, image))
+                elif cut.keep is not None:
+                    counts.append(cut.keep)
+        return min(counts)
+
+    def _unlike(self, method: Any, cut: Cut, rasters: Rasters, image: Mapping[str, Tensor]) -> int:
+        """Rows of an image that a cut in front of the tower leaves."""
+        tower = self.adapter.packed()
+        pixels = tower.pixels({"hidden_states": image["pixel_values"].to(self.dtype)})
+        blocks, first, left = pixels.unflatten(0, (-1, tower.fold**2)), 0, 0  # [N, group, channels, pixels of a patch]
+        for rows, columns in rasters:
+            n = rows * columns
+            own = blocks[None, first : first + n]
+            view = TokenView(
+                features=own.flatten(2),
+                valid=torch.ones(1, n, dtype=torch.bool),
+                index=torch.arange(n)[None],
+                size=torch.ones(1, n),
+                protected=torch.zeros(1, n, dtype=torch.bool),
+                grid=(rows, columns),
+                sources={"pixel_blocks": lambda own=own: own},
+            )
+            left, first = left + int((method.select(view, cut).kept >= 0).sum()), first + n
+        return left
 
 
 class Eyes:

@@ -64,7 +64,7 @@ class Info(BaseProcessingInfo):
         """Raises :class:`VtpruneError` for a server that takes encoded images alone."""
         if self.recipe is None:
             raise VtpruneError("this server takes images that vtprune has encoded (Encoded.placed), and no others")
-        return Sizes(self.get_hf_config(), self.recipe)
+        return Sizes(self.get_hf_config(), self.recipe, self.ctx.model_config.dtype)
 
     @cached_property
     def width(self) -> int:
@@ -128,7 +128,7 @@ class Processor(BaseMultiModalProcessor):
     def _fact(self, image: Mapping[str, Any], keep: int | float | None) -> torch.Tensor:
         rasters = self.info.sizes.rasters(image)
         kind = 0 if keep is None else 1 if isinstance(keep, int) else 2
-        rows, span = self.info.sizes.left(rasters, keep), self.info.sizes.span(rasters)
+        rows, span = self.info.sizes.left(rasters, keep, image), self.info.sizes.span(rasters)
         return torch.tensor([kind, keep or 0, rows, span], dtype=torch.float64)
 
     def _known(self, rows: torch.Tensor, keep: int | float | None) -> torch.Tensor:
@@ -226,7 +226,13 @@ class QwenProcessor(Processor, Qwen2VLMultiModalProcessor):
 
     def _images(self, out: BatchFeature) -> list[dict[str, Any]] | None:
         grids = out.get("image_grid_thw")
-        return None if grids is None else [{"image_grid_thw": grid[None]} for grid in grids]
+        if grids is None:
+            return None
+        each = [{"image_grid_thw": grid[None]} for grid in grids]
+        if self.info.sizes.reads_pixels:
+            pixels = out["pixel_values"].split(grids.prod(1).tolist())
+            each = [{**image, "pixel_values": own} for image, own in zip(each, pixels, strict=True)]
+        return each
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
