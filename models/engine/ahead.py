@@ -51,6 +51,8 @@ def read_ahead(
             dense = call.dense[decoder.kinds[i]]
             kwargs = {**dense, **serving.prefill(call, level, i, dense, out), **host.uncached(dense)}
             kwargs.pop("hidden_states", None)
+            if isinstance(mask := kwargs.get(host.MASK), Tensor):
+                kwargs[host.MASK] = mask[..., : out.shape[1]]  # not the free columns of a cache of fixed size
             out = decoder.layers[i](out, **kwargs)
             out = out[0] if isinstance(out, tuple) else out
         return out

@@ -100,3 +100,21 @@ def test_what_cannot_be_read_ahead_is_refused():
     model, _ = llama()
     with pytest.raises(vtprune.VtpruneError, match="must be odd"):
         vtprune.attach(model, "gemfilter", pool=4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("layer", [1, 5])
+def test_a_cache_of_fixed_size_changes_nothing(attention, layer):
+    """Its mask has columns that nothing fills yet; the pass ahead has no cache."""
+    model, prompts = llama(samples=2, length=40)
+    model = model.float()
+    model.set_attn_implementation(attention)
+    ids = prompts.clone()
+    ids[1] = torch.cat([torch.zeros(9, dtype=torch.long), ids[1, 9:]])
+    mask, how = (ids != 0).long(), {"max_new_tokens": 5, "do_sample": False}
+    found = {}
+    for cache in ("dynamic", "static"):
+        with vtprune.attach(model, "gemfilter", keep=8, layer=layer) as handle, torch.no_grad():
+            out = model.generate(ids, attention_mask=mask, cache_implementation=cache, **how)
+            found[cache] = out.tolist(), [k.tolist() for k in handle.report().stages[0].kept]
+    assert found["static"] == found["dynamic"]
