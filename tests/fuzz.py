@@ -1127,6 +1127,8 @@ def bad_inputs(c: Case) -> None:
         del x["attention_mask"]
     elif kind == "4d-mask":
         t = c.ids.shape[1]
+        if bool((c.mask.sum(1) == t - 1).any()):  # of right padding, one column: the mask of a prompt without any
+            raise NoReference(kind)
         seen = torch.ones(t, t, dtype=torch.bool).tril() & c.mask[:, None, None].bool() | torch.eye(t, dtype=torch.bool)
         x["attention_mask"] = torch.zeros(seen.shape, dtype=c.dtype).masked_fill(~seen, torch.finfo(c.dtype).min)
     elif kind.startswith("placeholder"):

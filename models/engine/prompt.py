@@ -36,7 +36,16 @@ def real_tokens(mask: Any, batch: int, length: int) -> Tensor:
                 "an additive mask with other values than 0 and -inf cannot be shortened; pass a 2-D attention_mask "
                 "[batch, sequence]"
             )
-        mask = (mask if mask.dtype == torch.bool else mask == 0)[:, 0].any(1)[:, :length].expand(batch, -1)
+        seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, :, :length]
+        if seen.shape[1:] == (length, length):
+            others = seen & ~torch.eye(length, dtype=torch.bool, device=seen.device)
+            if bool(((seen.any(1) & ~others.any(1)).sum(1) > 1).any()):
+                raise UnsupportedError(
+                    "in this 4-D attention_mask several tokens of a row are seen by themselves alone, so that it "
+                    "cannot be told which of them are padding and where prompts end; pass a 2-D attention_mask "
+                    "[batch, sequence]"
+                )
+        mask = seen.any(1).expand(batch, -1)
     if mask.shape != (batch, length):
         raise UnsupportedError(f"the attention_mask is {list(mask.shape)} for a prompt of {[batch, length]} tokens")
     return mask.bool()

@@ -926,3 +926,32 @@ def test_recordings_are_refused():
                 tuple(inputs.values()),
                 check_trace=False,
             )
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "method"), [("llava", "clip-llama", "fastv"), ("causal-lm", "llama", "fastv")]
+)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_mask_of_four_axes_tells_padding_or_is_refused(family, variant, method, dtype):
+    """Padding that sees nothing is padding, as in a 2-D mask; padding that sees itself cannot be told from a token."""
+    model, inputs = tiny(family, variant)
+    mask = inputs["attention_mask"].bool()
+    assert not mask.all()
+    length, eye = mask.shape[1], torch.eye(mask.shape[1], dtype=torch.bool)
+    hidden = torch.ones(length, length, dtype=torch.bool).tril() & mask[:, None, None]
+
+    def given(seen):
+        if dtype != torch.bool:
+            seen = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        return {**inputs, "attention_mask": seen}
+
+    with vtprune.attach(model, method, keep=0.4, layer=2) as handle, torch.no_grad():
+        model(**inputs)
+        want = [k.tolist() for k in handle.report().stages[0].kept]
+        model(**given(hidden))
+        assert [k.tolist() for k in handle.report().stages[0].kept] == want
+        blocks = (torch.arange(length) < 9)[:, None] == (torch.arange(length) < 9)  # two prompts in each row
+        for seen in (hidden | eye, torch.ones_like(hidden).tril() & blocks):
+            with pytest.raises(vtprune.UnsupportedError, match="seen by themselves alone"):
+                model(**given(seen))
+        model(**given(torch.ones_like(hidden).tril()))  # all are tokens
