@@ -188,7 +188,7 @@ def wilson(good: int, of: int) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson's score)."""
     z, p = 1.96, good / of
     middle, half = p + z * z / (2 * of), z * (p * (1 - p) / of + z * z / (4 * of * of)) ** 0.5
-    return (middle - half) / (1 + z * z / of), (middle + half) / (1 + z * z / of)
+    return max((middle - half) / (1 + z * z / of), 0.0), min((middle + half) / (1 + z * z / of), 1.0)
 
 
 def table(result: dict[str, Any]) -> str:
