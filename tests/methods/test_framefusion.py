@@ -333,6 +333,11 @@ def test_a_budget_of_effective_tokens_is_its_own_ratio() -> None:
             assert share - 0.15 < sum(rows) / len(rows) / n <= share
     with pytest.raises(vtprune.VtpruneError, match="smallest schedule"):
         vtprune.solve(model, "framefusion", effective_tokens=0.1)
+    for share in (0.7, 0.9):
+        with vtprune.attach(model, "framefusion", flops=share, threshold=0.97) as handle:
+            B.final(model, inputs)
+            report = handle.report()
+        assert share - 0.25 < report.flops / report.dense_flops <= share
 
 
 def test_a_ratio_that_cannot_be_met_leaves_one() -> None:

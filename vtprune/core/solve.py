@@ -56,6 +56,10 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes:
                 now = outcome(c, now)
         through_llm.append(now)
         llm.append(aside if any(c.action is Action.CONTEXT and c.site == f"llm.{i}" for c in cuts) else now)
+    means = [c.mean for c in cuts if c.mean is not None]
+    if means and min(means) * len(llm) < sum(through_llm):  # most FLOPs: all of it in the first layers
+        top = max(through_llm)
+        llm = through_llm = [min(max(min(means) * len(llm) - i * top, 1.0), top) for i in range(len(llm))]
     rows = llm or tower
     flops = passes * cost.vision(
         shapes, 1, round(patches / passes), [t / passes for t in tower], inside, through / passes
@@ -68,8 +72,7 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes:
             if any(c.returns for c in own):
                 split = next(c.layer for c in own if c.action is Action.STASH)
                 flops += stage.options.get("branch_layers", 1) * cost.decoder_layer(shapes, split, round(aside))
-    means = [c.mean for c in cuts if c.mean is not None]
-    return min([sum(rows) / len(rows), *means]), int(flops)
+    return sum(rows) / len(rows), int(flops)
 
 
 def solve(

@@ -111,7 +111,7 @@ class Sizes:
                     f"{info.name} reads the question, which an encoder inside an engine is not given (images are "
                     "cached without it): send images that vtprune has encoded"
                 )
-            if all(cut.kind == "pixels" for cut in cuts):
+            if _by_pixels(method):
                 continue
             budget = info.keep if stage.keep is None else stage.keep
             counted = all(cut.keep is not None for cut in cuts if cut.action is not Action.NOTE)
@@ -137,7 +137,7 @@ class Sizes:
     @property
     def reads_pixels(self) -> bool:
         """Whether :meth:`left` has to be given the image."""
-        return any(cut.kind == "pixels" for *_, cuts in self._counted(self.geometry, self.recipe) for cut in cuts)
+        return any(_by_pixels(method) for _, method, _ in self._counted(self.geometry, self.recipe))
 
     def left(self, rasters: Rasters, keep: int | float | None = None, image: Mapping[str, Tensor] | None = None) -> int:
         """Rows that are left of an image of these rasters, with another budget ``keep``; ``image`` is what the family's
@@ -147,7 +147,7 @@ class Sizes:
         counts = [here.tokens]
         for _, method, cuts in self._counted(here, recipe):
             for cut in cuts:
-                if cut.kind == "pixels":
+                if _by_pixels(method):
                     assert image is not None
                     counts.append(self._unlike(method, cut, rasters, image))
                 elif cut.keep is not None:
@@ -173,6 +173,11 @@ class Sizes:
             )
             left, first = left + int((method.select(view, cut).kept >= 0).sum()), first + n
         return left
+
+
+def _by_pixels(method: Any) -> bool:
+    """Whether it decides on what the processor makes of an image, in front of the tower."""
+    return "pixel_blocks" in method.info.needs.get("pixels", ())
 
 
 class Eyes:
