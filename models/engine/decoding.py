@@ -31,7 +31,8 @@ def check_foreign(decoder: Decoder, cache: Any, kwargs: dict) -> None:
     held, mask, ids = host.held(cache), kwargs.get("attention_mask"), kwargs.get("position_ids")
     if held == 0:
         return
-    layers, new = range(len(decoder.layers)), kwargs["inputs_embeds"].shape[1]
+    given = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    layers, new = range(len(decoder.layers)), given.shape[1]
     total = held + new
     ragged = any(host.held(cache, i) != held for i in layers)
     # a cache of fixed size also takes a mask of that size

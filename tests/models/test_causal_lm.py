@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from vtprune.models.base import ADAPTERS
 from vtprune.models.causal_lm import HEAD
+from vtprune.models.engine.host import cache_of, cached
 from vtprune.models.engine.prompt import prompt_tokens
 from vtprune.models.engine.request import Call
 
@@ -132,3 +133,25 @@ def test_other_stacks_are_refused():
     model = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32, state_size=4))
     with pytest.raises(vtprune.UnsupportedError):
         vtprune.attach(model, "random")
+
+
+@pytest.mark.parametrize("length", [3, 5, 15])
+def test_a_cache_that_this_attachment_did_not_fill_goes_on(length):
+    """Of a prompt that is too short to be pruned, or read before: decoding is the stock model's."""
+    model, inputs = built()
+    prompt = inputs["input_ids"][inputs["attention_mask"].bool().all(1)][:1, :length]
+    steps = torch.tensor([[9, 11, 13]])
+
+    def decode(cache):
+        out = []
+        for i in range(3):
+            out.append(model(input_ids=steps[:, i : i + 1], use_cache=True, **cached(model, cache)).logits)
+        return torch.cat(out, 1)
+
+    with torch.no_grad():
+        want = decode(cache_of(model(input_ids=prompt, use_cache=True)))
+        before = cache_of(model(input_ids=prompt, use_cache=True))
+        with vtprune.attach(model, "vtw", layer=2):
+            torch.testing.assert_close(decode(before), want)
+            if length <= 5:
+                torch.testing.assert_close(decode(cache_of(model(input_ids=prompt, use_cache=True))), want)
