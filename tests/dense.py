@@ -39,7 +39,7 @@ class Done:
     """What an attached model said it did with one prompt of ``ids`` ``[B, T]``. ``stages``: those of the report;
     ``passes``: ``(run, row)`` per pass of the tower; ``cuts``: ``(stage, Cut)``; ``rows``: which of the report's
     samples each row of the batch is; ``given``: rows that entered the language model, for towers that cannot be
-    repeated."""
+    repeated, and behind them those of each plane (DeepStack)."""
 
     ids: Tensor | None = None
     stages: tuple[Any, ...] = ()
@@ -49,7 +49,7 @@ class Done:
     rows: list[int] = field(default_factory=list)
     modules: dict[str, Any] = field(default_factory=dict)
     positions: str = "original"
-    given: Tensor | None = None
+    given: Sequence[Tensor] | None = None
     mask: Tensor | None = None  # [B, T]
     labels: Tensor | None = None
 
@@ -142,15 +142,18 @@ class Dense:
         if embeds is None:  # a model without images makes them itself
             embeds = module.embed_tokens(kwargs["input_ids"])
             kwargs = {**kwargs, "input_ids": None, "inputs_embeds": embeds}
-        if self.done.given is not None:
-            rows = self.done.given[self.done.rows].to(embeds.dtype)
-            take = self.visual & rows.isfinite().all(-1)
-            embeds = embeds.clone()
-            embeds[:, : rows.shape[1]][take] = rows[take]
-        planes, single = kwargs.get("deepstack_visual_embeds"), embeds
+        planes = kwargs.get("deepstack_visual_embeds")
         whole = [p.new_zeros(*embeds.shape[:2], p.shape[-1]) for p in planes or ()]
         for s, p in zip(whole, planes or (), strict=True):
             s[:, : self.visual.shape[1]][self.visual] = p
+        if self.done.given is not None:
+            embeds = embeds.clone()
+            for now, given in zip((embeds, *whole), self.done.given, strict=True):
+                rows = given[self.done.rows].to(now.dtype)
+                take = self.visual & rows.isfinite().all(-1)
+                now[:, : rows.shape[1]][take] = rows[take]
+            planes = [s[:, : self.visual.shape[1]][self.visual] for s in whole] if planes is not None else None
+        single = embeds
         for stage in self.done.stages:
             if stage.assignment is None or stage.site.startswith(("vision", "pixels")):
                 continue

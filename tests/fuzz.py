@@ -435,7 +435,7 @@ class Case:
     dtype: torch.dtype
     on: bool = True
     handle: Any = None
-    entered: list[Tensor] = field(default_factory=list)
+    entered: list[tuple[Tensor, ...]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -591,7 +591,11 @@ class Case:
 
     def _enter(self, module: Any, args: tuple, kwargs: dict) -> None:
         if kwargs.get("inputs_embeds") is not None:  # a model without images makes them itself
-            self.entered.append(kwargs["inputs_embeds"].detach().clone())
+            embeds, planes = kwargs["inputs_embeds"].detach().clone(), []
+            for plane in kwargs.get("deepstack_visual_embeds") or ():
+                planes.append(embeds.new_zeros(*embeds.shape[:2], plane.shape[-1]))
+                planes[-1][kwargs["visual_pos_masks"]] = plane.detach()
+            self.entered.append((embeds, *planes))
 
     def detach(self) -> None:
         if self.hook is not None:
