@@ -100,21 +100,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         asked = [[name for name in group if of_pictures(name)] for group in kinds()]
         some = {group[0] for group in asked if group}
         every = [name for name in vtprune.methods() if of_pictures(name)]
-        _chosen(metafunc, "some_method", [(name, name, name in some) for name in every])
+        names = [pytest.param(name, marks=() if name in some else pytest.mark.slow) for name in every]
+        metafunc.parametrize("some_method", names)
     if "method_name" in metafunc.fixturenames:
         metafunc.parametrize("method_name", vtprune.methods())
     if "pair" in metafunc.fixturenames:
-        _chosen(metafunc, "pair", [(p, "-".join(map(str, p)), p in covering()) for p in pairs()])
-
-
-def _chosen(metafunc: pytest.Metafunc, name: str, values: list[tuple[Any, str, bool]]) -> None:
-    """``values`` with their ids, of which some are not slow; the others are not even made where no slow test is asked
-    for: they are most of all tests."""
-    asked = metafunc.config.option.markexpr
-    spared = "not slow" in asked and " or " not in asked
-    marked = [
-        pytest.param(value, id=id_, marks=() if quick else pytest.mark.slow)
-        for value, id_, quick in values
-        if quick or not spared
-    ]
-    metafunc.parametrize(name, marked)
+        everything = [
+            pytest.param(p, id="-".join(map(str, p)), marks=() if p in covering() else pytest.mark.slow)
+            for p in pairs()
+        ]
+        metafunc.parametrize("pair", everything)

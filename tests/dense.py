@@ -152,8 +152,7 @@ class Dense:
                 rows = given[self.done.rows].to(now.dtype)
                 take = self.visual & rows.isfinite().all(-1)
                 now[:, : rows.shape[1]][take] = rows[take]
-            planes = [s[:, : self.visual.shape[1]][self.visual] for s in whole] if planes is not None else None
-        single = embeds
+        single, spread = embeds, whole
         for stage in self.done.stages:
             if stage.assignment is None or stage.site.startswith(("vision", "pixels")):
                 continue
@@ -173,7 +172,8 @@ class Dense:
                     embeds[b, columns[k]] = single[b, members].mean(0)
                     for s, w in zip(spread, whole, strict=True):
                         s[b, columns[k]] = w[b, members].mean(0)
-            planes = [s[:, : self.visual.shape[1]][self.visual] for s in spread] if planes is not None else None
+        if planes is not None:
+            planes = [s[:, : self.visual.shape[1]][self.visual] for s in spread]
         more = {"deepstack_visual_embeds": planes} if planes is not None else {}
         return args, {**kwargs, **more, "inputs_embeds": embeds}
 

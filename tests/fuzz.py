@@ -1131,7 +1131,9 @@ def bad_inputs(c: Case) -> None:
         del x["attention_mask"]
     elif kind == "4d-mask":
         t = c.ids.shape[1]
-        if bool((c.mask.sum(1) == t - 1).any()):  # of right padding, one column: the mask of a prompt without any
+        if bool(
+            ((c.mask.sum(1) == t - 1) & (c.mask[:, -1] == 0)).any()
+        ):  # that mask is one of a prompt without padding
             raise NoReference(kind)
         seen = torch.ones(t, t, dtype=torch.bool).tril() & c.mask[:, None, None].bool() | torch.eye(t, dtype=torch.bool)
         x["attention_mask"] = torch.zeros(seen.shape, dtype=c.dtype).masked_fill(~seen, torch.finfo(c.dtype).min)

@@ -38,8 +38,8 @@ def real_tokens(mask: Any, batch: int, length: int) -> Tensor:
             )
         seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, :, :length]
         if seen.shape[1:] == (length, length):
-            others = seen & ~torch.eye(length, dtype=torch.bool, device=seen.device)
-            if bool(((seen.any(1) & ~others.any(1)).sum(1) > 1).any()):
+            alone = (seen.sum(1) == 1) & seen.diagonal(dim1=1, dim2=2)
+            if bool((alone.sum(1) > 1).any()):
                 raise UnsupportedError(
                     "in this 4-D attention_mask several tokens of a row are seen by themselves alone, so that it "
                     "cannot be told which of them are padding and where prompts end; pass a 2-D attention_mask "

@@ -145,6 +145,12 @@ def tiny(family: str):
     return next(iter(ADAPTERS.get(family).tiny.values()))()
 
 
+def apart(pixels: torch.Tensor, grids: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """What the processor makes of each image, as a batch of one."""
+    rows = pixels.split(grids.prod(1).tolist())
+    return [{"pixel_values": p, "image_grid_thw": g[None]} for p, g in zip(rows, grids, strict=True)]
+
+
 QWEN = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"]
 
 
@@ -160,9 +166,7 @@ def test_images_of_any_size(family, name, tmp_path):
     model.save_pretrained(tmp_path)
     seeing = eyes.load(tmp_path, model.config, torch.float32, "cpu")
     seer, sizes = eyes.Eyes(seeing, recipe), eyes.Sizes(model.config, recipe)
-    grids = inputs["image_grid_thw"]
-    pixels = inputs["pixel_values"].split(grids.prod(1).tolist())
-    images = [{"pixel_values": p, "image_grid_thw": g[None]} for p, g in zip(pixels, grids, strict=True)]
+    images = apart(inputs["pixel_values"], inputs["image_grid_thw"])
     moving = [i.kind == "video" for i in whole.items]
     wanted = [w for w, video in zip(whole.placed, moving, strict=True) if not video]
     alone = seer.see(images)
@@ -181,7 +185,6 @@ def test_what_pixels_decide_is_known_before_the_tower(family, behind, dtype, tmp
     """Blocks that their neighbours predict are counted by the processor alone, and by a stage behind those are left."""
     model, inputs = tiny(family)
     model.save_pretrained(tmp_path)
-    grids = inputs["image_grid_thw"]
     levels = torch.randint(-1, 2, inputs["pixel_values"].shape[:1], generator=torch.Generator().manual_seed(0)) * 0.1
     flat = levels[:, None].expand_as(inputs["pixel_values"]).clone()
     pixels = flat.view(-1, 4, flat.shape[1])[:, :1].expand(-1, 4, -1).flatten(0, 1)  # four patches of a block alike
@@ -190,10 +193,7 @@ def test_what_pixels_decide_is_known_before_the_tower(family, behind, dtype, tmp
     recipe = vtprune.Recipe(name="mine", stages=tuple(stages))
     sizes = eyes.Sizes(model.config, recipe, dtype)
     assert sizes.reads_pixels and not eyes.Sizes(model.config, load_recipe("uniform")).reads_pixels
-    images = [
-        {"pixel_values": p, "image_grid_thw": g[None]}
-        for p, g in zip(pixels.split(grids.prod(1).tolist()), grids, strict=True)
-    ]
+    images = apart(pixels, inputs["image_grid_thw"])
     counts = [sizes.left(sizes.rasters(image), image=image) for image in images]
     whole = [sizes.whole(sizes.rasters(image)) for image in images]
     assert sum(counts) < sum(whole)

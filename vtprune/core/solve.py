@@ -268,15 +268,15 @@ def _free(options: Mapping[str, Any]) -> dict[str, Any]:
 def _candidates(geometry: Geometry, recipe: Recipe) -> list[Recipe]:
     last = recipe.stages[-1]
     info = METHODS.get(last.method)
-    if info.budgeted:
-        n = geometry.tokens
+    n = geometry.tokens
+    if info.mean is not None:
+        shares = (k / n for k in range(1, n + 1))
+        stages = [replace(last, keep=None, options={**_free(last.options), info.mean: share}) for share in shares]
+    elif info.budgeted:
         counts: list[int | float] = (
             [min((k + 1e-6) / n, 1.0) for k in range(1, n + 1)] if geometry.variable else list(range(1, n + 1))
         )
         stages = [replace(last, keep=k, options=_free(last.options)) for k in counts]
-        if info.mean is not None:
-            shares = [min(k / n, 1.0) for k in range(1, n + 1)]
-            stages = [replace(last, keep=None, options={**_free(last.options), info.mean: k}) for k in shares]
     else:
         name = "layer" if "layer" in info.options else "split"
         if last.options.get(name) is not None or not geometry.llm_layers:

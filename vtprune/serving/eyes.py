@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ class Sizes:
         """Positions that such an image takes: with three axes those of its longest side."""
         return max(max(grid) for grid in rasters) if self.geometry.mrope else self.whole(rasters)
 
-    @property
+    @cached_property
     def reads_pixels(self) -> bool:
         """Whether :meth:`left` has to be given the image."""
         return any(_by_pixels(method) for _, method, _ in self._counted(self.geometry, self.recipe))
