@@ -79,7 +79,7 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", empty)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name, case, n, dtype", cases())
 def test_triton_equals_the_reference(name, case, n, dtype, poisoned):
     info = KERNELS.get(name)

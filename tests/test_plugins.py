@@ -423,11 +423,12 @@ SLOW = (
 )
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="every round is a process of its own")
 @pytest.mark.parametrize(
     ("before", "rounds"),
     [
-        pytest.param("import torch", 4, id="import", marks=pytest.mark.ci),
+        pytest.param("import torch", 4, id="import"),
         pytest.param("import vtprune", 12, id="look-up"),
     ],
 )

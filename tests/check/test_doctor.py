@@ -84,6 +84,7 @@ def test_filelock_4_is_a_conflict_only_with_the_lmms_eval_that_needs_it(monkeypa
     )
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "families", [("generic", "llava", "timm-vit"), pytest.param((), marks=pytest.mark.slow)], ids=["three", "all"]
 )

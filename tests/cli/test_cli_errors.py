@@ -491,6 +491,7 @@ def test_what_nobody_foresaw_is_one_line_as_well(capfd, monkeypatch):
         main.main(["methods", "--debug"])
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_behind_stdout():
     with open("/dev/full", "w", encoding="utf-8") as full:

@@ -572,6 +572,7 @@ def test_markup_in_names_stays_text(seat, pictures, elsewhere, tmp_path):
     assert asked == [] and one.page.title() == "vtprune"
 
 
+@pytest.mark.ci
 def test_what_is_injected_reaches_nobody(seat, elsewhere):
     """If something slipped through all the same: no picture from elsewhere, no script, no form, no frame."""
     site, asked = elsewhere

@@ -294,6 +294,7 @@ def test_a_program_for_a_folder_and_a_recipe_file(engine, asked, tmp_path):
         repeat.snippet([Side(TRAINED)], "a", "some/model", "a.png")
 
 
+@pytest.mark.ci
 def test_a_recipe_file_repeats_what_ran(engine, asked, tmp_path, capsys):
     image = images.open_image(asked[0])
     image.thumbnail((2048, 2048))

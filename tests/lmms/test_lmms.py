@@ -524,6 +524,7 @@ def read_on_likelihood(bundled, sample: samples.Sample, words: str) -> tuple[flo
     return loss, greedy
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("recipe", ["fastv", "pyramiddrop", "tome", "random"])
 def test_pruned_likelihoods_rank_by_the_prompt_alone(bundled, recipe):
     """The tokens that stay are those of the prompt, whatever continuation is scored."""

@@ -153,6 +153,7 @@ def test_a_missing_or_corrupted_picture_is_named(vlm, tmp_path):
     assert table(vlm, tmp_path / "r", part) == table(vlm, None, part)
 
 
+@pytest.mark.ci
 def test_a_full_disk_leaves_what_was_done(vlm, tmp_path, unbroken):
     whole, written = unbroken
     size = len(written["dense.json"])

@@ -58,6 +58,7 @@ def test_candidates_are_papers_and_stacks():
     assert len(keys) == len(set(keys))
 
 
+@pytest.mark.ci
 def test_the_command_writes_a_recipe(tmp_path, capsys):
     out = tmp_path / "best.json"
     words = ["search", "--recipes", "fastv,uniform", "--abilities", "scenes", "--samples", "1", "--budgets", "0.25"]

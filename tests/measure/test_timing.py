@@ -62,6 +62,7 @@ def test_cpu_time_leaves_out_what_is_waited_for(monkeypatch):
         timing.use_cpu_time("cuda")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family, variant", FAMILIES)
 def test_parts_of_every_family(family, variant):
     """Parts lie within the whole, and the model is left as it was."""
@@ -113,6 +114,7 @@ def own(model, inputs, recipe, **options) -> float:
     ]
 
 
+@pytest.mark.ci
 def test_the_scorer_is_the_librarys_own_time(llava, monkeypatch):
     """Methods that take 50 ms longer to decide: one behind the projector, and one inside the tower's blocks, where no
     hook is."""

@@ -238,6 +238,7 @@ def test_attach_generate_remove(model_and_inputs, count):
     cycles(*model_and_inputs, count)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("count", [20, pytest.param(300, marks=full)])
 def test_injected_exceptions(model_and_inputs, count):
     exceptions(*model_and_inputs, count, random.Random(0))
@@ -255,6 +256,7 @@ def test_interleaved_requests(model_and_inputs, count):
     interleaved(*model_and_inputs, count, random.Random(2))
 
 
+@pytest.mark.ci
 def test_a_leak_is_seen(model_and_inputs):
     model, inputs = model_and_inputs
     level, kept = SequenceLength(), []

@@ -294,7 +294,7 @@ PICTURED = {
 }  # not by placeholders alone
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in TRIED])
 def test_exact_or_refused(name):
     model = _build(name)

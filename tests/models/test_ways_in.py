@@ -372,6 +372,7 @@ def test_guidance_does_not_hide_the_report():
         assert handle.report().visual_tokens == [16] and handle.report().layer_tokens[0][-1] == 3
 
 
+@pytest.mark.ci
 def test_solver_and_contract_look_into_the_wrappers_that_attach_looks_into():
     from vtprune.measure.run import dense_report
 
@@ -596,6 +597,7 @@ class Count(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("family", "variant", "recipe"),
     [

@@ -515,6 +515,7 @@ def inside(figure) -> None:
     )
 
 
+@pytest.mark.ci
 def test_no_bar_label_is_cut_off():
     inside(bar_figures.latency(times(), 0.25))
     inside(bar_figures.latency({"rows": times()["rows"][:1]}, 0.25))

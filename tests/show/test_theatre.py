@@ -403,6 +403,7 @@ def test_what_the_browser_shows_is_what_the_report_says(opened, tiny):
         tab.locator(".vt-next").click()
 
 
+@pytest.mark.ci
 def test_keys_clicks_bars_and_play(opened):
     scene = theatre.scene(hand([0.5, NAN, 0.75, 0.25]), [Image.new("RGB", (64, 64), "white")], title="t")
     tab = opened(theatre.page([scene]))
@@ -476,6 +477,7 @@ def test_groups_have_the_outlines_of_the_still_pictures(opened):
                 assert tab.locator("canvas").evaluate(corner, [x, y]) == pytest.approx(color, abs=1)
 
 
+@pytest.mark.ci
 def test_heat_map_names_the_latest_ranking(opened):
     model, _, inputs = demo()
     scene = theatre.scene(run(model, inputs, "pyramiddrop", keep=0.125))
@@ -504,6 +506,7 @@ def test_text_can_be_read(chromium, scheme):
     tab.close()
 
 
+@pytest.mark.ci
 def test_a_video_has_a_slider_through_its_frames(opened):
     scenes = [theatre.scene(theatre.dense(moving()), film_views()), theatre.scene(moving(), film_views(), title="t")]
     tab = opened(theatre.page(scenes))
@@ -560,6 +563,7 @@ def test_frames_are_dim_where_their_tokens_stand_elsewhere(opened):
     assert shown[0] == 255 and shown[1] < 150
 
 
+@pytest.mark.ci
 def test_frames_play_and_stop(opened):
     tab = opened(theatre.page([theatre.scene(moving(), film_views())]))
     step = tab.locator("vt-theatre").get_attribute("data-step")
