@@ -23,6 +23,10 @@ def _nothing_noted(view: TokenView) -> Tensor:
     raise NotImplementedError("this cut's method notes nothing")
 
 
+def _nothing_skipped(rows: Tensor, prompt: Tensor) -> Tensor:
+    raise NotImplementedError("this cut's method leaves out no layer")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlannedCut:
     """A cut as the adapter sees it.
@@ -34,6 +38,7 @@ class PlannedCut:
         note: at a cut that only notes, the method's number of each token.
         merges: the method may merge tokens.
         bring_back: the method's :meth:`~vtprune.methods.base.Method.restore`, its module bound.
+        skip: its :meth:`~vtprune.methods.base.Method.skip`, cut and module bound.
     """
 
     cut: Cut
@@ -42,6 +47,7 @@ class PlannedCut:
     note: Callable[[TokenView], Tensor] = _nothing_noted
     merges: bool = False
     bring_back: Callable[..., Tensor] = _nothing_back
+    skip: Callable[[Tensor, Tensor], Tensor] = _nothing_skipped
 
 
 class Recorder(Protocol):

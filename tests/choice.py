@@ -39,7 +39,7 @@ def kinds() -> tuple[tuple[str, ...], ...]:
             bool(info.needs.get("llm", frozenset()) & {"query_attention", "products", "keys"})
             and info.kinds[0] == "llm"
         )
-        groups.setdefault((info.kinds[0], reads, info.merges, info.routes), []).append(name)
+        groups.setdefault((info.kinds[0], reads, info.merges, info.routes, info.skips), []).append(name)
     return tuple(map(tuple, groups.values()))
 
 

@@ -52,6 +52,7 @@ class Done:
     given: Sequence[Tensor] | None = None
     mask: Tensor | None = None  # [B, T]
     labels: Tensor | None = None
+    skipped: list[list[str]] = field(default_factory=list)  # halves of layers left out, per sample of the report
 
 
 class Dense:
@@ -85,6 +86,10 @@ class Dense:
             self.hooks.append(adapter.lm.register_forward_pre_hook(self._entry, with_kwargs=True))
             for i, layer in enumerate(adapter.decoder_layers()):
                 self.hooks.append(layer.register_forward_pre_hook(self._layer(i), with_kwargs=True))
+                for half, name in (("attention", "self_attn"), ("mlp", "mlp")):
+                    left = [f"llm.{i}.{half}" in done.skipped[row] for row in done.rows if done.skipped]
+                    if any(left):
+                        self.hooks.append(getattr(layer, name).register_forward_hook(self._silent(left)))
 
     def __enter__(self) -> Dense:
         return self
@@ -212,6 +217,18 @@ class Dense:
             return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
         return enter
+
+    @staticmethod
+    def _silent(left: list[bool]) -> Callable:
+        """What a half of a layer gives, without that of the samples that are ``left`` out."""
+
+        def leave(module: nn.Module, args: tuple, output: Any) -> Any:
+            kept = torch.stack(
+                [torch.zeros_like(row) if gone else row for row, gone in zip(_first(output), left, strict=True)]
+            )
+            return (kept, *output[1:]) if isinstance(output, tuple) else kept
+
+        return leave
 
     def _tables(self, kwargs: dict, lost: Tensor, kind: str, x: Tensor) -> Any:
         """Rotary tables with ``lost`` columns gone: the model's own, or of positions without gaps."""
@@ -419,6 +436,10 @@ class Dense:
             return self._mixed(mix, prefix, output)
 
         return leave
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _of_patches(hidden: Tensor, squares: Tensor | None) -> Tensor:

@@ -371,8 +371,8 @@ def method(draw: random.Random, b: Bench) -> tuple[str, dict[str, Any]]:
     able = [METHODS.get(m) for m in METHODS if kind in METHODS.get(m).kinds]
     if not b.moving or draw.random() < 0.5:  # where all that a method of videos could do is leave pictures whole
         able = [i for i in able if not i.video] or able
-    deed = draw.choice(sorted({(i.merges, i.routes) for i in able}))
-    alike = [i for i in able if (i.merges, i.routes) == deed]
+    deed = draw.choice(sorted({(i.merges, i.routes, i.skips) for i in able}))
+    alike = [i for i in able if (i.merges, i.routes, i.skips) == deed]
     info = draw.choice(alike)
     if draw.random() < 0.9:  # whose sources are there
         info = draw.choice([i for i in alike if _shown(i, b.adapter.geometry)] or alike)
@@ -502,6 +502,7 @@ class Case:
             given,
             mask,
             labels,
+            report.skipped,
         )
 
     def _needed(self, labels: Tensor | None, rows: int) -> list[set[int]]:
@@ -657,7 +658,7 @@ def forward(c: Case) -> None:
     got = out.logits
     done = c.done()
     cache = getattr(out, CACHE, None)
-    if c.on and cache is not None and done.stages:
+    if c.on and cache is not None and (done.stages or any(done.skipped)):
         _lengths(c, cache)
     ways.pop("use_cache")
     want, d = c.dense(done, ways)
@@ -680,9 +681,11 @@ def _lengths(c: Case, cache: Any) -> None:
     }
     for i, held in enumerate(cache.layers):
         want = max(t + row[i] for t, row in zip(text, report.layer_tokens, strict=True))
+        if all(f"llm.{i}.attention" in halves for halves in report.skipped):
+            want = 0
         if i in beside:  # rows of visual tokens beside rows of text, each as wide as its widest sample
             want = max(text) + max(row[i] for row in report.layer_tokens)
-        if not getattr(held, "is_sliding", False) and held.get_seq_length() not in (want, c.ids.shape[1]):
+        if not getattr(held, "is_sliding", False) and held.get_seq_length() not in (want, want and c.ids.shape[1]):
             raise Mismatch(f"layer {i} caches {held.get_seq_length()} tokens, the report says {want}")
 
 

@@ -20,9 +20,12 @@ def _faults(seeds: range, **only) -> list[str]:
     return [fuzz.line(o) for o in fuzz.sweep(seeds, **only) if o.kind in fuzz.FAULTS]
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3))])
+PARTS = [pytest.param(i, marks={0: (), 1: pytest.mark.ci}.get(i, pytest.mark.slow)) for i in range(8)]
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_no_seed_answers_wrongly_or_raises_raw(part):
-    assert not _faults(range(40 * part, 40 * part + 40))
+    assert not _faults(range(20 * part, 20 * part + 20))
 
 
 @pytest.mark.slow

@@ -522,6 +522,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(scope, tmp_path):
     assert {f"{name}_triton" for name in KERNELS} <= compiled
 
 
+@pytest.mark.ci
 def test_tokens_that_are_not_finite_are_similar_to_nothing():
     """They neither win a maximum nor open what is closed, on both backends."""
     for bad in (math.nan, math.inf):
@@ -553,7 +554,12 @@ def test_tokens_that_are_not_finite_are_similar_to_nothing():
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "backend, width",
-    [("reference", 3), ("reference", 64), ("triton", 64), pytest.param("triton", 3, marks=pytest.mark.slow)],
+    [
+        ("reference", 3),
+        ("reference", 64),
+        pytest.param("triton", 64, marks=pytest.mark.ci),
+        pytest.param("triton", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_what_adds_nothing_comes_by_position(backend, width):
     """Two directions, many times each, in 3 or 64 channels (with and without the matrix): two choices cover all, the

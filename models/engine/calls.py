@@ -62,7 +62,7 @@ class Calls:
     def end(self) -> None:
         """The attachment is over: what was read with it cannot go on without it."""
         for cache, request in list(self.requests.items()):
-            if any(not level.dense for level in request.levels):
+            if request.altered:
                 close(
                     cache,
                     "the attachment that this cache's prompt was pruned with has been removed; start a new prompt",
@@ -182,9 +182,8 @@ class Calls:
         self._finish(request)
         if cache is not None:
             self.requests[cache] = request
-            pruned = any(not level.dense for level in request.levels)
-            mark(cache, pruned)
-            if pruned:
+            mark(cache, request.altered)
+            if request.altered:
                 follow(cache, {name: getattr(request, how) for name, how in host.MOVES.items()})
         self._tell(request)
 
@@ -206,7 +205,8 @@ class Calls:
         """What the steps behind the prompt have to know of each layer's cache."""
         request.at = tuple(request.level_at(i) for i in range(len(self.decoder.layers)))
         for i, level in enumerate(request.at):
-            request.first.setdefault((id(level), self.decoder.kinds[i]), i)
+            if not request.idle(i, "attention"):
+                request.first.setdefault((id(level), self.decoder.kinds[i]), i)
         request.pruned = frozenset(i for i, level in enumerate(request.at) if not level.dense)
         request.uneven = frozenset(
             i for i in request.pruned if not request.at[i].whole or self.decoder.window_of(i) is not None

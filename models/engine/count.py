@@ -97,7 +97,7 @@ def count(decoder: Decoder, said: tuple[Layer, ...] | None) -> tuple[tuple[Layer
                 f"{name} with {', '.join(foreign)}: what its layers do with a token cannot be counted; attach to the "
                 "model as it was before"
             )
-        work, cache, blind = _work(toy, decoder)
+        work, halves, cache, blind = _work(toy, decoder)
         layers, held = [], []
         for i, runs in enumerate(work):
             key, value, most = host.stored(cache, i)
@@ -111,28 +111,45 @@ def count(decoder: Decoder, said: tuple[Layer, ...] | None) -> tuple[tuple[Layer
                 pair = (key + value) * heads // (getattr(lm.config, "num_key_value_heads", None) or heads)
             known = None if said is None else said[i]
             agrees = known is not None and (known.row + known.key, known.pair, known.kept) == (row, pair, key + value)
-            layers.append(known if known is not None and agrees else Layer(row, 0, pair, key + value))
+            counted = Layer(row, 0, pair, key + value, _per_token(halves[i]))
+            layers.append(known if known is not None and agrees else counted)
         _counted[lm] = tuple(layers), tuple(held)
     return _counted[lm]
 
 
-def _work(toy: Toy, decoder: Decoder) -> tuple[list[list[tuple[int, int]]], Any, bool]:
-    """Per layer the multiply-adds of prompts of a few lengths, ``(length, multiply-adds)``; the last one's cache, and
-    whether attention was not counted in it."""
-    work: list[list[tuple[int, int]]] = [[] for _ in decoder.layers]
+def _per_token(work: list[tuple[int, int]]) -> int | None:
+    """Multiply-adds per token, from tokens and multiply-adds of some prompts; ``None``: there is no such number."""
+    each = {divmod(done, n) for n, done in work}
+    per, rest = each.pop() if len(each) == 1 else (0, 1)
+    return None if rest else per
+
+
+Work = list[list[tuple[int, int]]]
+
+
+def _work(toy: Toy, decoder: Decoder) -> tuple[Work, Work, Any, bool]:
+    """Per layer the multiply-adds of prompts of a few lengths, ``(length, multiply-adds)``, and those of its MLP alone;
+    the last prompt's cache, and whether attention was not counted in it."""
+    work: Work = [[] for _ in decoder.layers]
+    halves: Work = [[] for _ in decoder.layers]
     for n in (3, 6, 11):
         ledger, mode = UndoLedger(), Products()
         for i, layer in enumerate(decoder.layers):
-            ledger.before(layer, lambda m, a, k, i=i, n=n, mode=mode: work[i].append((n, -mode.total)))
-            ledger.after(
-                layer, lambda m, a, k, o, i=i, n=n, mode=mode: work[i].append((n, work[i].pop()[1] + mode.total))
-            )
+            _watch(ledger, layer, mode, work[i], n)
+            if (mlp := getattr(layer, host.HALVES["mlp"], None)) is not None:
+                _watch(ledger, mlp, mode, halves[i], n)
         try:
             with mode:
                 cache = host.cache_of(toy.root(toy.ids[:1, :n], attention_mask=torch.ones_like(toy.ids[:1, :n])))
         finally:
             ledger.undo()
-    return work, cache, mode.blind
+    return work, halves, cache, mode.blind
+
+
+def _watch(ledger: UndoLedger, module: Any, mode: Products, work: list[tuple[int, int]], n: int) -> None:
+    """Adds to ``work`` what ``module`` does with a prompt of ``n`` tokens."""
+    ledger.before(module, lambda m, a, k: work.append((n, -mode.total)))
+    ledger.after(module, lambda m, a, k, o: work.append((n, work.pop()[1] + mode.total)))
 
 
 def _plain(layer: Any) -> bool:

@@ -30,6 +30,7 @@ from .request import Call, Request
 from .routing import Routing
 from .run import Run
 from .serving import Serving
+from .skipping import Skipping
 
 
 class DecoderEngine:
@@ -58,6 +59,8 @@ class DecoderEngine:
         self.decoder, self.seed, self.depth = decoder, seed, len(decoder.layers)
         self.serving = Serving(decoder, compact=positions == "compact")
         routing = Routing(decoder, self.serving, ledger)
+        skips = [c for c in cuts if c.cut.action is Action.SKIP]
+        cuts = [c for c in cuts if c.cut.action is not Action.SKIP]
         self.cuts = Cuts(decoder, Ranking(decoder, self.serving), routing, self._seeds)
         self.prefill = Prefill(
             decoder, per=per, tower=tower, noting=noting, entry=entry, seeds=self._seeds, books=arrived
@@ -67,6 +70,7 @@ class DecoderEngine:
         evicting = [c.cut.layer for c in cuts if c.cut.evict]
         self.calls = Calls(decoder, ledger, tower=tower, noting=noting, done=done, evicting=evicting)
         self.entrance, self.local, self.requests = self.calls.entrance, self.calls.entrance.local, self.calls.requests
+        self.skipping = Skipping(decoder, skips, ledger, lambda: self.call)
         ledger.before(decoder.lm, self._enter)
         ledger.after(decoder.lm, self._leave)
         self.observed = {i for c in cuts for i in c.cut.observe}
@@ -146,6 +150,7 @@ class DecoderEngine:
                 f"{call.ran} of the {len(self.watched)} layers ran that this attachment watches in "
                 f"{type(module).__name__}: layers were skipped, or run twice"
             )
+        self.skipping.check(call)
         if not call.prefill or call.level is None or call.level.dense:
             return None
         return self.prefill.end(call, output)

@@ -54,7 +54,7 @@ def continue_prompt(
     call.level = base = request.at[0]
     b, q = embeds.shape[:2]
     if b != len(base.rows):
-        if not request.pruned:  # nothing was dropped: the cache is as any other
+        if not request.altered:  # the cache is as any other
             return None
         raise UnsupportedError(
             f"this cache holds {len(base.rows)} prompts, and {b} rows of new tokens were given: one row belongs to each"

@@ -39,6 +39,7 @@ PACKED = (
 )  # flash attention: where the sequences of a packed row begin
 SEGMENTS = ("cu_seqlens", PACKED[0])  # the same of the blocks of a vision tower
 MASK, ROTARY = "attention_mask", "position_embeddings"  # what blocks of a vision tower are given besides
+HALVES = {"attention": "self_attn", "mlp": "mlp"}  # of a decoder layer, each adding to what passes by
 PRIVATE = {"assistant": "_get_candidate_generator", "prefill": "_prefill"}
 
 

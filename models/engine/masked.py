@@ -3,7 +3,7 @@ dropped, columns are only hidden."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,25 @@ def block_in_decoder(ledger: UndoLedger, layers: Mapping[int, nn.Module], blocke
 
     for layer in layers.values():
         ledger.before(layer, enter)
+
+
+def silence_in_decoder(ledger: UndoLedger, layers: Sequence[nn.Module], skipped: Sequence[Collection[str]]) -> None:
+    """The halves of layers that ``skipped`` names sample by sample, as ``"llm.5.attention"``, run and give zeros."""
+
+    def make(gone: Tensor) -> Callable:
+        def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            first = output[0] if isinstance(output, tuple) else output
+            rows = gone.to(first.device).view(-1, *[1] * (first.ndim - 1))
+            first = torch.where(rows, torch.zeros_like(first), first)
+            return (first, *output[1:]) if isinstance(output, tuple) else first
+
+        return leave
+
+    for i, layer in enumerate(layers):
+        for half, name in host.HALVES.items():
+            gone = torch.tensor([f"llm.{i}.{half}" in halves for halves in skipped])
+            if bool(gone.any()):
+                ledger.after(getattr(layer, name), make(gone))
 
 
 def hide_in_tower(

@@ -59,6 +59,8 @@ class Request:
         evicted: by layer, per sample, visual tokens that its cache still holds after others were evicted.
         ahead: layers run before their turn: the first, the one that was asked, and per sample the tokens they read.
         keys_only: by layer, per sample, visual tokens that gave it keys and values only.
+        skipped: halves of layers (number, ``"attention"`` or ``"mlp"``) that were left out, and for which samples.
+        skipping: the same of the cache's samples, which may move.
         arrived: visual tokens that the tower handed over, ``[B, T]``; ``None``: no stage there.
         held: visual tokens that must not go, ``[B, T]``; ``None``: none.
         entry: the books of the stages behind the projector.
@@ -90,6 +92,8 @@ class Request:
     evicted: dict[int, list[int]] = field(default_factory=dict)
     ahead: list[tuple[int, int, list[int]]] = field(default_factory=list)
     keys_only: dict[int, list[int]] = field(default_factory=dict)
+    skipped: dict[tuple[int, str], list[bool]] = field(default_factory=dict)
+    skipping: dict[tuple[int, str], list[bool]] = field(default_factory=dict)
     arrived: Tensor | None = None
     held: Tensor | None = None
     entry: Run | None = None
@@ -103,6 +107,16 @@ class Request:
     first: dict[tuple[int, str], int] = field(default_factory=dict)
     pruned: frozenset[int] = frozenset()
     uneven: frozenset[int] = frozenset()
+
+    @property
+    def altered(self) -> bool:
+        """Whether its cache is another than the dense model's."""
+        return bool(self.skipped) or any(not level.dense for level in self.levels)
+
+    def idle(self, number: int, half: str) -> bool:
+        """Whether a half of layer ``number`` was left out for all samples, so that it did not run."""
+        left = self.skipped.get((number, half))
+        return left is not None and all(left)
 
     @property
     def records(self) -> list[Record]:
@@ -181,6 +195,7 @@ class Request:
     def move(self, index: Tensor) -> None:
         """The cache's samples ``index`` ``[B']`` take the places of all."""
         self.next = self.next[index.to(self.next.device)]
+        self.skipping = {key: [left[b] for b in index.tolist()] for key, left in self.skipping.items()}
         for level in {id(level): level for level in (*self.levels, *self.at)}.values():
             level.move(index)
 
@@ -252,6 +267,7 @@ class Call:
         inputs: by layer, what cuts behind it look at.
         stash: by stage, the rows that it has put aside.
         merged: rows of a layer's input are no rows of the one before.
+        halves: those of layers that came by, of which a method may leave some out.
         aside: layers run before their turn, and are not the forward's.
     """
 
@@ -284,6 +300,7 @@ class Call:
     inputs: dict[int, tuple[Tensor, SequenceLength]] = field(default_factory=dict)
     stash: dict[int, Stash] = field(default_factory=dict)
     merged: bool = False
+    halves: set[tuple[int, str]] = field(default_factory=set)
     aside: bool = False
 
     @property

@@ -14,12 +14,14 @@ class Layer:
         key: multiply-adds for its keys and values.
         pair: multiply-adds per query and key.
         kept: numbers in the cache.
+        mlp: of ``row``, those of the MLP (and router); ``None``: not known.
     """
 
     row: int
     key: int
     pair: int
     kept: int
+    mlp: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,4 +73,4 @@ class Shapes:
 def attention(d: int, heads: int, hd: int, kv: int, mlp: int) -> Layer:
     """A layer of width ``d`` with ``heads`` x ``hd`` queries, ``kv`` x ``hd`` keys and values, and ``mlp``
     multiply-adds per token behind them."""
-    return Layer(row=2 * d * heads * hd + mlp, key=2 * d * kv * hd, pair=2 * heads * hd, kept=2 * kv * hd)
+    return Layer(row=2 * d * heads * hd + mlp, key=2 * d * kv * hd, pair=2 * heads * hd, kept=2 * kv * hd, mlp=mlp)

@@ -27,6 +27,13 @@ def up_to(call: Call, level: SequenceLength, asking: Tensor) -> Tensor:
     return every
 
 
+def prompt_at(call: Call, level: SequenceLength) -> Tensor:
+    """``[B, M]``: the rows of ``level`` that are a prompt's, visual tokens included: no padding, no answers."""
+    assert call.question is not None
+    question = call.question.to(level.rows.device).gather(1, level.rows) & level.valid
+    return up_to(call, level, question)
+
+
 def columns(call: Call, level: SequenceLength, owner: Tensor) -> Tensor:
     """Of each of the G units, whose samples are ``owner`` ``[G]``, the columns of ``level`` that hold its prompt's
     text, ``[G, T]``, padded with -1."""

@@ -56,7 +56,8 @@ class Mllm:
         video_token: int | None = None,
     ):
         text = lm.config
-        self.model, self.geometry, self.projector, self.lm = model, geometry, projector, lm
+        self.model, self.projector, self.lm = model, projector, lm
+        self.geometry = replace(geometry, width=text.hidden_size)
         self.image_token, self.video_token = image_token, video_token
         self.unspoken = tuple(t for t in (image_token, video_token) if t is not None)  # tokens that no answer holds
         self.encoding = Encoders(model.base_model, projector)

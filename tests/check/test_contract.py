@@ -19,15 +19,9 @@ from vtprune.core.planning import load_recipe
 from vtprune.core.types import UnsupportedError
 
 # Variants of a family meet the checks in which their parts could make a difference, and so do, in the choice of every
-# run, methods whose kind the family has met with another.
-CORE = (
-    "prefill_is_masked_dense",
-    "decode_is_masked_dense",
-    "batch_is_singles",
-    "counts_are_true",
-    "full_budget",
-    "restored",
-)
+# run, methods whose kind the family has met with another. Those of what is computed are FAST, the rest is CI's.
+FAST = ("prefill_is_masked_dense", "decode_is_masked_dense", "batch_is_singles", "counts_are_true")
+CORE = (*FAST, "full_budget", "restored")
 FIRST = "counts_are_true"  # attaches and runs before anything else: what is refused, is refused there
 
 
@@ -40,7 +34,7 @@ def _checks(pair: tuple[str, str, str, int]) -> tuple[str, ...]:
     if kind is None or variant != next(iter(ADAPTERS.get(family).tiny)):
         return CORE
     # the others by turns: each family meets all of them, and so does each kind
-    return tuple(c for i, c in enumerate(CHECKS) if c in CORE or (i + number + kind) % 4 == 0)
+    return tuple(c for i, c in enumerate(CHECKS) if c in CORE or (i + number + kind) % 2)
 
 
 def test_pair(pair, tiny):
@@ -56,7 +50,17 @@ def test_pair(pair, tiny):
         pytest.skip(str(e))
     assert listed is None, "this pair works, and refused_pairs.json says that it is refused"
     assert first.passed, first.detail
-    assert _passes([name for name in _checks(pair) if name != FIRST], model, method, inputs, options) >= 2
+    names = FAST if pair in covering() else _checks(pair)
+    assert _passes([name for name in names if name != FIRST], model, method, inputs, options) >= 1
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("chosen", sorted(p for p in covering() if taken(p)), ids=lambda p: "-".join(map(str, p)))
+def test_further_checks_of_a_chosen_pair(chosen, tiny):
+    family, variant, method, case = chosen
+    model, inputs = tiny(family, variant)
+    rest = [name for name in _checks(chosen) if name not in FAST]
+    assert _passes(rest, model, method, inputs, case_options(model, method, case)) >= 1
 
 
 @pytest.mark.slow

@@ -384,6 +384,7 @@ def shown(path) -> list[dict]:
     return json.loads(html.unescape(re.search("data-scenes='([^']*)'", path.read_text(encoding="utf-8"))[1]))["scenes"]
 
 
+@pytest.mark.ci
 def test_run_on_a_video_shows_its_frames(capsys, tmp_path):
     """The bundled model takes no videos: their frames are images, and one budget."""
     frames = [s.picture().resize((168, 168)) for s in samples.scenes_samples(3)]

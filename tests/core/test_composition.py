@@ -290,7 +290,7 @@ NUMBERS = (
 )
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_odd_values_of_every_option_are_refused_or_run(tiny, method_name):
     """Never a raw error, and never NaN or infinity taken in."""
     model, inputs = tiny("llava", "clip-llama")

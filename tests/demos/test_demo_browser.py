@@ -597,6 +597,7 @@ def test_what_is_injected_reaches_nobody(seat, elsewhere):
     one.elsewhere.clear()
 
 
+@pytest.mark.ci
 def test_other_sites_and_large_uploads_are_refused(server):
     assert server.request("GET", "/")[0] == 200 and server.request("GET", "/gradio_api/startup-events")[0] == 200
     assert server.upload("a.png", b"x")[0] == 200

@@ -134,6 +134,7 @@ def test_comparing_tells_how_far_it_is(desk, sample):
     assert last["status"] == "stopped" and last["done"] < last["of"]
 
 
+@pytest.mark.ci
 def test_tiles_and_videos(tmp_path):
     """Every tile and frame has its own raster with its own picture."""
     model, processor = video_model()

@@ -171,6 +171,7 @@ KEYS_ONLY = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("full, keys", [*KEYS_ONLY, ({"split": 0, "variant": "pc"}, {"split": 0, "variant": "kv"})])
 @pytest.mark.parametrize("shapes", [[*SHAPES, [11]], [[4, 9]]])
 @pytest.mark.parametrize(
@@ -269,6 +270,7 @@ def test_branch_has_the_published_size() -> None:
     assert report.flops - report.dense_flops == 3 * c(49) + c(36) + 2 * c(13) + 2 * c(49) - 7 * c(49)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "options",
     [

@@ -54,6 +54,7 @@ def test_compact_positions_renumber_the_rest_of_the_stack(text: str) -> None:
         B.close(hidden[rows], lm.norm(x))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "options",
     [{"query": "all"}, {"keys": "visual"}, {"rope": False}, {"query": "all", "keys": "visual", "rope": False}],

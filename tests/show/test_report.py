@@ -485,6 +485,7 @@ def test_overhead_bars_and_the_limit():
     assert [line.get_xdata()[0] for line in prefill.lines] == [40, 41] and bars(decode, "dense") == []
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "make",
     [

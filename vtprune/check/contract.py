@@ -236,6 +236,9 @@ def counts_are_true(c: Case) -> str:
         cache = cache_of(out)
         for i in range(c.geometry.llm_layers):
             real = max(t - n + row[i] for t, n, row in zip(text, total, report.layer_tokens, strict=True))
+            idle = all(f"llm.{i}.attention" in halves for halves in report.skipped)
+            if idle and held(cache, i):
+                raise Fail(f"layer {i} caches {held(cache, i)} tokens, the report says that its attention did not run")
             if report.layer_tokens[0][i] != total[0] and held(cache, i) != real:
                 raise Fail(f"layer {i} caches {held(cache, i)} tokens, the report says {real}")
     return f"{[s.tokens_out[0] for s in report.stages]}"

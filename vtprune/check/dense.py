@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.models.engine.folded import FoldedRun
-from vtprune.models.engine.masked import hide_in_decoder, hide_in_packed, hide_in_tower
+from vtprune.models.engine.masked import hide_in_decoder, hide_in_packed, hide_in_tower, silence_in_decoder
 from vtprune.models.engine.packing import Packing
 
 from ..core.ledger import UndoLedger
@@ -29,6 +29,7 @@ def masks(c: Case, report: Report, passes: list[tuple[Any, int]]) -> tuple[list[
         return [], torch.empty(0), ledger
     padding, hidden = attention_mask(c.inputs), _hidden(c, report)
     hide_in_decoder(ledger, c.adapter.decoder_layers(), hidden)
+    silence_in_decoder(ledger, c.adapter.decoder_layers(), report.skipped)
     if positions_of(c.geometry, c.recipe, c.options.get("positions")) == "compact":
         _renumber(ledger, c, [padding.bool() & ~h if bool(h.any()) else None for h in hidden])
     return hidden, padding.bool() & ~hidden[-1], ledger

@@ -21,7 +21,12 @@ LEGEND = (
 
 
 def _what(info: MethodInfo) -> str:
-    marks = {"q": info.question_aware, "m": info.merges, "t": info.routes, "~": info.dial is not None or not info.exact}
+    marks = {
+        "q": info.question_aware,
+        "m": info.merges,
+        "t": info.trained,
+        "~": info.dial is not None or not info.exact,
+    }
     return "".join(mark for mark, holds in marks.items() if holds) or "-"
 
 
@@ -74,7 +79,7 @@ def _entry(info: MethodInfo) -> dict[str, Any]:
     needs = {kind: sorted(names) for kind, names in info.needs.items()}
     facts: dict[str, Any] = {"name": info.name, "paper": info.paper, "idea": info.idea}
     facts |= {"sites": info.kinds, "needs": needs}
-    facts |= {"question_aware": info.question_aware, "merges": info.merges, "trained": info.routes}
+    facts |= {"question_aware": info.question_aware, "merges": info.merges, "trained": info.trained}
     facts |= {"exact": info.exact, "dial": info.dial}
     facts |= {"keep": info.keep, "options": info.options, "help": info.option_help, "score": info.score}
     return {**facts, "distribution": METHODS.distribution(info.name)}

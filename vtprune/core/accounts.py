@@ -10,7 +10,7 @@ from vtprune.models.engine.books import by_sample, per_image, tower_record
 from . import cost
 from .composition import Planned
 from .report import Report, StageReport
-from .types import Action, Geometry
+from .types import Action, Geometry, UnsupportedError
 
 if TYPE_CHECKING:
     from vtprune.models.engine.request import Request
@@ -36,6 +36,12 @@ class Accounts:
         self, geometry: Geometry, shapes: Any, key: str, stages: Sequence[Planned], branches: Mapping[int, Any]
     ):
         self.geometry, self.shapes, self.key, self.branches = geometry, shapes, key, branches
+        skipped = sorted({c.layer for *_, cuts in stages for c in cuts if c.action is Action.SKIP})
+        if unknown := [i for i in skipped if shapes.layers[i].mlp is None]:
+            raise UnsupportedError(
+                f"what of layer {unknown[0]} is its attention and what its MLP could not be counted, so that what "
+                "leaving one of them out saves could not be told"
+            )
         self.methods = [stage.method for stage, *_ in stages]
         # stage and site of the cuts that decide raster by raster
         self.apart = {
@@ -77,8 +83,10 @@ class Accounts:
         held = [[c + text[b] for c in layers[b]] for b in samples]  # whose keys and values the layer holds
         only = [[request.keys_only.get(i, [0] * len(samples))[b] for i in range(len(held[b]))] for b in samples]
         passing = [[h - o for h, o in zip(held[b], only[b], strict=True)] for b in samples]  # that go through it
-        gone = request.evicted
+        gone, idle = request.evicted, [key for key in request.skipped if request.idle(*key)]
         left = [[gone[i][b] + text[b] if i in gone else n for i, n in enumerate(held[b])] for b in samples]
+        for i in (i for i, half in idle if half == "attention"):
+            left = [[*row[:i], 0, *row[i + 1 :]] for row in left]
         dense_vision, vision = self._vision(request)
         return Report(
             visual_tokens=total,
@@ -92,12 +100,16 @@ class Accounts:
                 for i in range(first, end)
                 for n in counts
             )
-            + sum(cost.prefill(s, p, h) for p, h in zip(passing, held, strict=True)),
+            + sum(cost.prefill(s, p, h) for p, h in zip(passing, held, strict=True))
+            - sum(cost.half(s, i, half, passing[b][i]) for i, half in idle for b in samples),
             dense_flops=dense_vision + sum(cost.prefill(s, row) for row in dense),
             kv_bytes=sum(cost.kv_bytes(s, row) for row in left),
             dense_kv_bytes=sum(cost.kv_bytes(s, row) for row in dense),
             recipe=self.key,
             grids=[[p.grid for p in parts] for parts in request.parts],
+            skipped=[
+                [f"llm.{i}.{half}" for (i, half), left in sorted(request.skipped.items()) if left[b]] for b in samples
+            ],
         )
 
     def _stages(self, request: Request) -> list[StageReport]:

@@ -17,7 +17,7 @@ def compose(geometry: Geometry, stages: Sequence[Planned]) -> list[str]:
     """Follows the tokens of an image through all cuts. Answers with a sentence for every stage that changes nothing;
     raises :class:`VtpruneError` for stages that cannot follow each other: one that finds no tokens, needs the whole
     raster, equal counts or the attention in front of its cut behind a stage that leaves none of these, remembers tokens
-    that are merged meanwhile, or cuts while others are put aside."""
+    that are merged meanwhile, cuts while others are put aside, or skips layers beside any other."""
     walk = _Walk(geometry, stages)
     for n in range(len(walk.order)):
         walk.check(n)
@@ -73,6 +73,10 @@ class _Walk:
     def check(self, n: int) -> None:
         """Raises :class:`VtpruneError` if cut ``n`` cannot fall here."""
         s, cut, info = self._at(n)
+        if info.skips and len(self.stages) > 1:
+            raise VtpruneError(
+                f"{info.name} leaves out halves of layers, which is not composed with other stages yet: use it alone"
+            )
         if cut.action is Action.NOTE:
             return self._check_memory(n)
         routing = (t for t in self.first if t != s and self.stages[t][1].info.routes)

@@ -54,6 +54,13 @@ def decoder_layer(s: Shapes, layer: int, n: int, keys: int | None = None) -> int
     return 2 * (n * at.row + seen * at.key + n * seen * at.pair)
 
 
+def half(s: Shapes, layer: int, which: str, n: int) -> int:
+    """What of :func:`decoder_layer` over ``n`` tokens is its ``"mlp"``, or its ``"attention"``."""
+    mlp = s.layers[layer].mlp
+    assert mlp is not None
+    return 2 * n * mlp if which == "mlp" else decoder_layer(s, layer, n) - 2 * n * mlp
+
+
 def prefill(s: Shapes, per_layer: Sequence[int], keys: Sequence[int] | None = None) -> int:
     """Decoder layers over ``per_layer`` tokens (text and visual) and the head for one position; ``keys`` as for
     :func:`decoder_layer`."""

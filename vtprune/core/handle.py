@@ -6,6 +6,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -13,7 +14,7 @@ from vtprune.models.base import PlannedCut
 from vtprune.models.engine.books import carry
 from vtprune.models.engine.host import forget_compiled
 
-from ..methods.base import OWN_BUDGETS
+from ..methods.base import OWN_BUDGETS, Method
 from .accounts import Accounts, passes_of
 from .composition import Planned, compose
 from .decider import Decider
@@ -32,11 +33,11 @@ from .planning import (
 from .recipe import Recipe
 from .report import Report
 from .solve import solve
-from .types import Action, Geometry, VtpruneError
+from .types import Action, Cut, Geometry, VtpruneError
 from .wrappers import unwrap
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from vtprune.models.engine.request import Request
     from vtprune.models.engine.run import Run
@@ -110,6 +111,10 @@ def _check_tower_budgets(geometry: Geometry, stages: Sequence[Planned], per: str
             )
 
 
+def _skip(method: Method, cut: Cut, module: Any, rows: Tensor, prompt: Tensor) -> Tensor:
+    return method.skip(rows, prompt, cut, module)
+
+
 class Handle:
     """Owns one attachment. Leaving its context, or :meth:`remove`, restores the model exactly, also after an
     exception."""
@@ -136,7 +141,8 @@ class Handle:
         branches: dict[int, Any] = {}  # by number of the stage
         planned: list[PlannedCut] = []
         for number, (stage, method, cuts) in enumerate(stages):
-            module = method.build(adapter.branch, adapter.geometry) if method.info.routes else None
+            built = method.info.routes or method.info.skips
+            module = method.build(adapter.branch, adapter.geometry) if built else None
             if module is not None:
                 branches[number] = module
                 self.modules[stage.method if stage.method not in self.modules else f"{stage.method}.{number}"] = module
@@ -152,6 +158,7 @@ class Handle:
                         bring_back=lambda hidden, run, method=method, module=module: method.restore(
                             hidden, run, module
                         ),
+                        skip=partial(_skip, method, cut, module),
                     )
                 )
         self._accounts = Accounts(adapter.geometry, adapter.cost, recipe.key(), stages, branches)

@@ -51,6 +51,8 @@ class Report:
         kv_bytes, dense_kv_bytes: of the key-value cache behind the prefill.
         recipe: its key.
         grids: the rasters (rows, columns) that a sample's visual tokens form, in order.
+        skipped: the halves of layers that were left out, as ``"llm.5.attention"`` (of a bare ViT empty). One that some
+            sample of the batch needs runs for all of them, and counts in ``flops`` and ``kv_bytes``.
     """
 
     visual_tokens: list[int]
@@ -62,6 +64,7 @@ class Report:
     dense_kv_bytes: int
     recipe: str = ""
     grids: list[list[tuple[int, int]]] = field(default_factory=list)
+    skipped: list[list[str]] = field(default_factory=list)
 
     @property
     def effective_tokens(self) -> float:
@@ -117,6 +120,7 @@ class Report:
                 for s in self.stages
             ],
             "layer_tokens": self.layer_tokens,
+            "skipped": self.skipped,
             "effective_tokens": self.effective_tokens,
             "flops": self.flops,
             "dense_flops": self.dense_flops,

@@ -24,7 +24,6 @@ class UnsupportedError(VtpruneError):
 
 
 K = TypeVar("K")
-
 V = TypeVar("V")
 
 
@@ -71,6 +70,7 @@ class Geometry:
         frames: those of one unit of a budget, if it is a video; ``grid`` is then that of each.
         fold: the side of the square of patches that become one visual token behind the tower; stages in it see such
             squares as tokens.
+        width: of the language model's residual stream; 0 for a bare ViT.
         unmade: for each shape an image may have, the share of new-line tokens among its visual tokens and how many
             patches each of them stands behind. A stage in the tower cannot drop them: they leave with the last patch of
             their row.
@@ -97,6 +97,7 @@ class Geometry:
     rasters: tuple[tuple[int, int], ...] = ()
     frames: int = 0
     fold: int = 1
+    width: int = 0
     unmade: tuple[tuple[float, float], ...] = ()
 
 
@@ -113,6 +114,8 @@ class Action(Enum):
     """The tokens put aside come back into the sequence, changed by the side branch; nothing is dropped."""
     CONTEXT = "context"
     """The tokens put aside, changed by the side branch, give this layer keys and values and nothing else."""
+    SKIP = "skip"
+    """A half of the layer (:attr:`Cut.half`) is left out for the samples that the method names; no token is dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +138,7 @@ class Cut:
         mean: the most that its stage leaves in the mean over the language model's layers, where that is less than what
             its cuts leave one by one at most.
         joint: all rasters of a unit compete here, also those of a method of the image plane.
+        half: of the layer that is skipped, ``"attention"`` or ``"mlp"``.
         data: what else the method wants to find again in :meth:`~vtprune.methods.base.Method.select`.
     """
 
@@ -150,6 +154,7 @@ class Cut:
     most: int | None = None
     mean: float | None = None
     joint: bool = False
+    half: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -342,8 +347,7 @@ class TokenView:
 
 
 def extent(mask: Tensor) -> tuple[int, int]:
-    """The fewest and the most True of the rows of ``mask`` ``[B, N]``, read from the device at once; ``(0, 0)`` without
-    rows."""
+    """The fewest and the most True in the rows of ``mask`` ``[B, N]``, read at once; ``(0, 0)`` without rows."""
     if not mask.shape[0]:
         return 0, 0
     least, most = torch.stack(mask.sum(1).aminmax()).tolist()

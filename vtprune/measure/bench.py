@@ -167,13 +167,12 @@ def draws(recipe: Recipe) -> bool:
 
 
 def _untrained(recipe: Recipe, options: Mapping[str, Any]) -> str:
-    """A remark on a routing method whose side branch was never trained."""
+    """A remark on a method whose side branch, or gates, were never trained."""
     last = recipe.stages[-1]
-    return (
-        "untrained side branch"
-        if METHODS.get(last.method).routes and not {**last.options, **options}.get("weights")
-        else ""
-    )
+    info = METHODS.get(last.method)
+    if not info.trained or {**last.options, **options}.get("weights"):
+        return ""
+    return "untrained side branch" if info.routes else "untrained gates"
 
 
 def _solved(asked: Recipe, used: Mapping[str, Any]) -> str:

@@ -59,7 +59,7 @@ def candidates(names: Sequence[str] = ()) -> list[Recipe]:
 def _plain(name: str) -> bool:
     stages = RECIPES.get(name).stages
     infos = [METHODS.get(s.method) for s in stages]
-    if any(i.routes or not i.budgeted for i in infos[-1:]) or any(i.routes for i in infos):
+    if any(i.routes or not i.budgeted for i in infos[-1:]) or any(i.trained for i in infos):
         return False
     return len(stages) > 1 or (name in METHODS and infos[0].paper != "baseline")
 

@@ -50,6 +50,7 @@ class MethodInfo:
         exact: an integer ``keep`` is met exactly.
         merges: it merges tokens.
         routes: it puts tokens aside for a side branch of its own.
+        skips: it leaves out halves of decoder layers, and drops no token.
         draws: it draws at random, so that the seed matters.
         budgeted: ``keep`` means anything to it.
         raster: it looks at the image plane, so that an image of several rasters is decided raster by raster.
@@ -78,6 +79,7 @@ class MethodInfo:
     exact: bool = True
     merges: bool = False
     routes: bool = False
+    skips: bool = False
     draws: bool = False
     budgeted: bool = True
     raster: bool = False
@@ -106,6 +108,11 @@ class MethodInfo:
     @property
     def stages(self) -> tuple[str, ...]:
         return self.kinds
+
+    @property
+    def trained(self) -> bool:
+        """Whether a part of it has to be trained first."""
+        return "weights" in self.options
 
     @property
     def of_text(self) -> bool:
@@ -144,8 +151,15 @@ class Method:
         :meth:`build` made."""
         raise NotImplementedError
 
+    def skip(self, rows: Tensor, prompt: Tensor, cut: Cut, module: Any) -> Tensor:
+        """Skipping methods only: for which samples the half of the layer at ``cut`` is left out, ``[B]`` bool, in a
+        prompt and in all that follows it. ``rows`` ``[B, T, C]``, what that half is given (behind the layer's norm);
+        ``prompt`` ``[B, T]`` bool, those of the prompt: no padding, no answers; ``module`` is what :meth:`build`
+        made."""
+        raise NotImplementedError
+
     def build(self, branch: Callable[[int], Any], geometry: Geometry) -> Any:
-        """Routing methods only: the trainable module; ``branch(i)`` copies decoder layer ``i``."""
+        """Routing and skipping methods only: the trainable module; ``branch(i)`` copies decoder layer ``i``."""
         return None
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core.select import from_mask
 from ..core.types import Geometry, Selection, TokenView, VtpruneError
+from ._weights import load_weights
 from .base import Action, Cut, Method, MethodInfo, layers, option, register
 
 
@@ -110,35 +110,8 @@ class DpvrLf(Method):
                         else:
                             p.fill_(0.0 if name.endswith("bias") else 1.0)
         if self.weights is not None:
-            from safetensors import SafetensorError, safe_open
-
-            if not Path(self.weights).is_file():
-                raise VtpruneError(f"dpvr-lf: no such file {self.weights}")
-            try:
-                with safe_open(self.weights, framework="pt") as file:
-                    told, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-                if told.get("split", str(s)) != str(s):
-                    raise VtpruneError(
-                        f"dpvr-lf: {self.weights} was trained for split={told['split'][:40]}, this is split={s}"
-                    )
-                if bad := [
-                    name
-                    for name, tensor in state.items()
-                    if not tensor.is_floating_point() or not tensor.isfinite().all()
-                ]:
-                    raise VtpruneError(
-                        f"dpvr-lf: {self.weights} holds values that are no finite numbers, in {bad[0]} for one"
-                    )
-                module.load_state_dict(state)
-            except SafetensorError as e:
-                raise VtpruneError(f"dpvr-lf: {self.weights} is not a safetensors file: {e}") from e
-            except OSError as e:
-                raise VtpruneError(f"dpvr-lf: cannot read {self.weights}: {e.strerror or e}") from e
-            except RuntimeError as e:
-                raise VtpruneError(
-                    f"dpvr-lf: {self.weights} does not fit {self.branch_layers} layers of this model: "
-                    f"{str(e).splitlines()[0]}"
-                ) from e
+            fits = f"{self.branch_layers} layers of this model"
+            load_weights("dpvr-lf", self.weights, module, {"split": str(s)}, fits)
         return module
 
     def restore(self, hidden: Tensor, run: Any, module: nn.ModuleList) -> Tensor:

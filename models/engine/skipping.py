@@ -1,0 +1,155 @@
+"""Halves of decoder layers that a method leaves out: their attention, or their MLP, adds nothing to what passes by.
+
+Who leaves out what is decided once, while the prompt is read, and holds for all that follows it. A half that no sample
+of the batch needs is not run, and its attention caches nothing; where some need it, it runs for all of them, and the
+others are not given what it makes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.ledger import UndoLedger
+from ...core.types import UnsupportedError
+from ..base import PlannedCut
+from . import host
+from .description import Decoder
+from .request import Call
+from .text import prompt_at
+from .toy import toy_prompt
+
+
+class Skipping:
+    """Stands in front of the halves at ``cuts``; ``now()``: the forward that the thread is in."""
+
+    def __init__(self, decoder: Decoder, cuts: list[PlannedCut], ledger: UndoLedger, now: Callable[[], Call | None]):
+        self.now = now
+        self.watched = {(planned.cut.layer, planned.cut.half) for planned in cuts}
+        if cuts:
+            probe_halves(decoder)
+        for planned in cuts:
+            number, half = planned.cut.layer, planned.cut.half
+            if half == "attention" and number == decoder.kinds.index(decoder.kinds[number]):
+                raise UnsupportedError(
+                    f"layer {number} is the first of type {decoder.kinds[number]}: how much has been read is told by "
+                    "what its attention caches, so it cannot be left out"
+                )
+            module = getattr(decoder.layers[number], host.HALVES[half])
+            decide = ledger.timed(planned.skip)
+            ledger.replace(module, "forward", self._forward(number, half, decoder.layers[number], module, decide))
+
+    def check(self, call: Call) -> None:
+        """Every half came by in the forward that ends; what took its place since would run unseen."""
+        for number, half in sorted(self.watched - call.halves):
+            raise UnsupportedError(
+                f"the {half} of layer {number} was replaced since attach(), what stands there now is not watched: "
+                "remove() and attach again"
+            )
+
+    def _forward(self, number: int, half: str, layer: nn.Module, module: nn.Module, decide: Callable) -> Callable:
+        own = module.forward
+
+        @functools.wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = self.now()
+            if call is None or call.request is None or call.aside:
+                return own(*args, **kwargs)
+            call.halves.add((number, half))
+            x = args[0] if args else kwargs.get("hidden_states")
+            if not isinstance(x, Tensor) or x.ndim != 3:
+                raise UnsupportedError(
+                    f"the {half} of layer {number} is called with something else than rows of tokens, so it cannot be "
+                    "left out"
+                )
+            if call.prefill:
+                if host.without_cache(layer):
+                    raise UnsupportedError(
+                        "gradient checkpointing runs layers again when nobody knows which of them were left out: "
+                        "gradient_checkpointing_disable()"
+                    )
+                self._decide(call, (number, half), decide, x)
+            left = call.request.skipping.get((number, half), [])
+            if left and all(left):
+                nothing = torch.zeros_like(x)
+                return (nothing, None) if half == "attention" else nothing
+            out = own(*args, **kwargs)
+            if not any(left):
+                return out
+            gone = torch.tensor(left, device=x.device)[:, None, None]
+            return (out[0].masked_fill(gone, 0), *out[1:]) if isinstance(out, tuple) else out.masked_fill(gone, 0)
+
+        return torch.compiler.disable(forward, recursive=False)
+
+    @staticmethod
+    def _decide(call: Call, key: tuple[int, str], decide: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> None:
+        """Asks the method about the prompt whose rows are ``x`` ``[B, T, C]``; samples without visual tokens stay
+        whole."""
+        request, level = call.request, call.level
+        assert request is not None and level is not None
+        if call.segments is not None:
+            raise UnsupportedError(
+                "which layers are left out is decided prompt by prompt, and several prompts are packed into one row: "
+                "read each in a row of its own"
+            )
+        level = level.on(x.device)
+        left = decide(x.detach(), prompt_at(call, level)) & (level.visual & level.valid).any(1)
+        if bool(left.any()):
+            request.skipped[key] = left.tolist()
+            request.skipping[key] = list(request.skipped[key])
+
+
+def probe_halves(decoder: Decoder) -> None:
+    """A layer whose attention and MLP give zeros must hand on what it was given, to the last bit.
+
+    Raises:
+        UnsupportedError: it does not, or its halves have other names or outputs.
+    """
+    with toy_prompt(decoder, "halves") as toy:
+        if toy is None:
+            return
+        ledger, entered = UndoLedger(), dict[int, Tensor]()
+
+        def silent(half: str, number: int) -> Callable:
+            def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+                first = output[0] if isinstance(output, tuple) else output
+                if isinstance(output, tuple) is not (half == "attention") or first.shape != entered[number].shape:
+                    raise UnsupportedError(
+                        f"{toy.name}: the {half} of layer {number} gives something else than is known here"
+                    )
+                return (torch.zeros_like(first), *output[1:]) if half == "attention" else torch.zeros_like(first)
+
+            return leave
+
+        def enter(number: int) -> Callable:
+            def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+                entered[number] = args[0] if args else kwargs["hidden_states"]
+
+            return note
+
+        def check(number: int) -> Callable:
+            def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+                out = output[0] if isinstance(output, tuple) else output
+                if not torch.equal(out, entered[number]):
+                    raise UnsupportedError(
+                        f"{toy.name}: layer {number} changes what it is given also without its attention and its MLP, "
+                        "so leaving out a half of it is not defined"
+                    )
+
+            return leave
+
+        try:
+            for number, layer in enumerate(decoder.layers):
+                ledger.before(layer, enter(number))
+                for half, name in host.HALVES.items():
+                    if not hasattr(layer, name):
+                        raise UnsupportedError(f"{toy.name}: layer {number} has no {name}, so no half of it is known")
+                    ledger.after(getattr(layer, name), silent(half, number))
+                ledger.after(layer, check(number))
+            toy.root(toy.ids, attention_mask=toy.mask)
+        finally:
+            ledger.undo()

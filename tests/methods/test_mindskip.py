@@ -1,0 +1,220 @@
+"""MindSkip (arXiv 2410.13184) against a slow transcription, and the halves of layers that the engine leaves out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from prompts import llama
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from vtprune.models.engine.host import cache_of, cached, held
+
+import vtprune
+from vtprune.check.case import Case
+from vtprune.core import cost
+from vtprune.core.planning import load_recipe
+from vtprune.core.types import Geometry, VtpruneError
+
+FAMILIES = [("causal-lm", v) for v in ("llama", "qwen3", "phi3")] + [
+    ("llava", "clip-llama"),
+    ("qwen2-vl", "images"),
+    ("llava-next", "clip-llama"),
+]
+
+
+def attend(attention, h: Tensor, tables) -> Tensor:
+    """A layer's attention over ``h`` ``[n, C]``, plain causal."""
+    n = len(h)
+    mask = torch.full((n, n), torch.finfo(h.dtype).min, dtype=h.dtype).triu(1)[None, None]
+    return attention(hidden_states=h[None], position_embeddings=tables, attention_mask=mask)[0][0]
+
+
+@torch.no_grad()
+def slow(model, lm, x: Tensor, tables, gates: dict[int, Tensor], tau: float) -> tuple[Tensor, list[int]]:
+    """Logits of one prompt ``x`` ``[n, C]``, and the layers whose attention was left out."""
+    left = []
+    for i, layer in enumerate(lm.layers):
+        h = layer.input_layernorm(x)
+        runs = True
+        if i in gates:
+            mean = [sum(row[c].item() for row in h) / len(h) for c in range(h.shape[1])]
+            dot = sum(a * b for a, b in zip(mean, gates[i].tolist(), strict=True))
+            runs = 1 / (1 + math.exp(-dot)) >= tau
+        if runs:
+            x = x + attend(layer.self_attn, h, tables)
+        else:
+            left.append(i)
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return model.lm_head(lm.norm(x)), left
+
+
+def entered(model, lm, inputs) -> tuple[Tensor, tuple]:
+    """What the first decoder layer is given of ``inputs``: rows and rotary tables."""
+    seen = []
+    hook = lm.layers[0].register_forward_pre_hook(
+        lambda m, a, k: seen.append((a[0] if a else k["hidden_states"], k["position_embeddings"])), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    return seen[0]
+
+
+def gates_of(handle) -> dict[int, Tensor]:
+    module = handle.modules["mindskip"]
+    return dict(zip(module.routed, module.w.detach(), strict=True))
+
+
+def drawn(handle, seed: int, scale: float = 3.0) -> None:
+    """Other random gates."""
+    w = handle.modules["mindskip"].w
+    with torch.no_grad():
+        w.copy_(torch.randn(w.shape, generator=torch.Generator().manual_seed(seed)) * scale)
+
+
+def names(layers: list[int]) -> list[str]:
+    return [f"llm.{i}.attention" for i in layers]
+
+
+def tell(model, inputs, seed: int | None = None, **options):
+    """Logits of an attached run with the gates that ``seed`` draws, its report, and those gates."""
+    with vtprune.attach(model, "mindskip", **options) as handle, torch.no_grad():
+        if seed is not None:
+            drawn(handle, seed)
+        return model(**inputs).logits, handle.report(), gates_of(handle)
+
+
+@pytest.mark.parametrize(("family", "variant"), FAMILIES, ids=lambda x: x)
+def test_equals_the_transcription(tiny, family, variant):
+    """Logits of single prompts and the layers left out, under some draws of the gates."""
+    model, inputs = tiny(family, variant)
+    case = Case(model, load_recipe("mindskip"), inputs, {})
+    lm, met = case.adapter.lm, set()
+    for one in case.samples():
+        x, tables = entered(model, lm, one)
+        for seed in range(4):
+            got, report, gates = tell(model, one, seed, layers=(1, 2, 3))
+            want, left = slow(model, lm, x[0], tables, gates, 0.5)
+            assert report.skipped == [names(left)]
+            assert torch.allclose(got[0], want, atol=1e-4 * float(want.abs().max()))
+            met.add(tuple(left))
+    assert len(met) > 2, "the draws all do the same"
+
+
+@pytest.mark.parametrize(("family", "variant"), [("causal-lm", "llama"), ("llava", "clip-llama")])
+def test_gates_of_zeros_are_the_dense_model(tiny, family, variant):
+    model, inputs = tiny(family, variant)
+    with torch.no_grad():
+        want = model(**inputs).logits
+    got, report, gates = tell(model, inputs)
+    assert torch.equal(got, want) and not any(w.any() for w in gates.values())
+    assert report.skipped == [[], []] and report.flops == report.dense_flops
+    assert report.kv_bytes == report.dense_kv_bytes
+
+
+def test_the_default_layers_are_the_papers():
+    info = vtprune.describe("mindskip")
+    geometry = Geometry("causal-lm", "x", 9, (9, 1), 0, 0, 0, 32, {"llm": frozenset()})
+    assert [c.layer for c in info.cls().plan(geometry, None)] == list(range(15, 31))
+
+
+def test_a_layer_without_attention_is_the_model_with_that_half_deleted(tiny):
+    """With a gate that always closes: weights of the output projection of zero."""
+    model, inputs = tiny("causal-lm", "llama")
+    got, report, _ = tell(model, inputs, 3, layers=(2, 3), threshold=1.0)
+    assert report.skipped == [names([2, 3])] * 2
+    with torch.no_grad():
+        for i in (2, 3):
+            model.model.layers[i].self_attn.o_proj.weight.zero_()
+        want = model(**inputs).logits
+    assert torch.equal(got, want)
+
+
+def test_decoding_keeps_the_prompts_decision():
+    """Token by token and all at once; layers that were left out cache nothing, and FLOPs and bytes are what ran."""
+    model, ids = llama(length=30)
+    model = model.float()
+    model.set_attn_implementation("eager")  # whose products the counter sees
+    more = torch.randint(8, 64, (1, 5), generator=torch.Generator().manual_seed(1))
+    with vtprune.attach(model, "mindskip", layers=(1, 2, 4), threshold=1.0) as handle, torch.no_grad():
+        counter = FlopCounterMode(display=False)
+        with counter:
+            out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        report, cache = handle.report(), cache_of(out)
+        assert report.skipped == [names([1, 2, 4])]
+        assert report.flops == counter.get_total_flops() < report.dense_flops
+        assert [held(cache, i) for i in range(6)] == [30, 0, 0, 30, 0, 30]
+        assert report.kv_bytes * 2 == report.dense_kv_bytes
+        steps = [model(input_ids=more[:, i : i + 1], **cached(model, cache)).logits for i in range(5)]
+        whole = model(input_ids=torch.cat([ids, more], 1), labels=_labels(ids, more)).logits
+        again = model(input_ids=ids, use_cache=True)
+        at_once = model(input_ids=more, **cached(model, cache_of(again))).logits
+    assert torch.allclose(torch.cat(steps, 1), whole[:, 30:], atol=1e-5)
+    assert torch.allclose(at_once, whole[:, 30:], atol=1e-5)
+
+
+def _labels(ids: Tensor, more: Tensor) -> Tensor:
+    return torch.cat([torch.full_like(ids, -100), more], 1)
+
+
+def mixed(tiny, family: str, variant: str) -> tuple:
+    """A model, a padded batch, and gates by whose decisions its samples differ in some layer."""
+    model, inputs = tiny(family, variant)
+    for seed in range(40):
+        _, report, _ = tell(model, inputs, seed, layers=(1, 2, 3))
+        if report.skipped[0] != report.skipped[1]:
+            return model, inputs, seed
+    raise AssertionError("no draw tells the samples apart")
+
+
+@pytest.mark.parametrize(("family", "variant"), [("causal-lm", "llama"), ("qwen2.5-vl", "images")])
+def test_samples_decide_for_themselves(tiny, family, variant):
+    """A batch equals its samples alone, through greedy answers and beams whose rows move; what only some leave out is
+    counted as run."""
+    model, inputs, seed = mixed(tiny, family, variant)
+    case = Case(model, load_recipe("mindskip"), inputs, {})
+    with vtprune.attach(model, "mindskip", layers=(1, 2, 3)) as handle, torch.no_grad():
+        drawn(handle, seed)
+        for how in ({"num_beams": 1}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}):
+            how = {**how, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            both = model.generate(**inputs, **how)[:, inputs["input_ids"].shape[1] :]
+            report, alone = handle.report(), []
+            for b, one in enumerate(case.samples()):
+                alone.append(model.generate(**one, **how)[:, one["input_ids"].shape[1] :])
+                assert handle.report().skipped[0] == report.skipped[b * how["num_beams"]]
+            assert torch.equal(both, torch.cat(alone))
+        model(**inputs)
+        report = handle.report()
+    every = set(report.skipped[0]) & set(report.skipped[1])
+    shapes, n = handle.adapter.cost, [int(m.sum()) for m in inputs["attention_mask"]]
+    saved = sum(cost.half(shapes, int(name.split(".")[1]), "attention", k) for name in every for k in n)
+    assert report.flops == report.dense_flops - saved
+    cache = [cost.kv_bytes(shapes, [k] * shapes.depth) // shapes.depth for k in n]
+    assert report.kv_bytes == report.dense_kv_bytes - len(every) * sum(cache)
+
+
+def test_trained_gates_are_read_and_bad_files_are_refused(tmp_path):
+    model, ids = llama(length=12)
+    gates = torch.randn(2, model.config.hidden_size, generator=torch.Generator().manual_seed(2))
+    good, path = {"w": gates}, str(tmp_path / "gates.safetensors")
+    save_file(good, path, {"layers": "1,2"})
+    _, report, read = tell(model, {"input_ids": ids}, layers=(1, 2), weights=path)
+    assert torch.equal(torch.stack([read[1], read[2]]), gates)
+    with pytest.raises(VtpruneError, match="was trained for layers=1,2, this is layers=2,3"):
+        vtprune.attach(model, "mindskip", layers=(2, 3), weights=path)
+    with pytest.raises(VtpruneError, match="no such file"):
+        vtprune.attach(model, "mindskip", weights=str(tmp_path / "none"))
+    for bad, why in (
+        ({"w": gates[:, :5].contiguous()}, "does not fit 2 gates of this model"),
+        ({"v": gates}, "does not fit"),
+        ({"w": gates * math.nan}, "no finite numbers"),
+    ):
+        save_file(bad, path)
+        with pytest.raises(VtpruneError, match=why):
+            vtprune.attach(model, "mindskip", layers=(1, 2), weights=path)
+    (tmp_path / "gates.safetensors").write_bytes(b"nothing")
+    with pytest.raises(VtpruneError, match="not a safetensors file"):
+        vtprune.attach(model, "mindskip", layers=(1, 2), weights=path)
