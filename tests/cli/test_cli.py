@@ -134,6 +134,15 @@ def test_encode(capsys, vlm, image, tmp_path):
         assert said in refused(capsys, 1, *words, "--keep", "4", *more)
 
 
+def test_run_says_what_was_left_out(capsys, vlm, image):
+    ask = ["run", "--model", str(vlm), "--image", str(image), "--question", "what color ?", "--recipe", "mindskip"]
+    gates = ["--option", "layers=[1, 2]", "--option", 'init="random"', "--option", "threshold=1.0"]
+    assert main.main([*ask, *gates]) == 0
+    assert "left out          llm.1.attention llm.2.attention" in capsys.readouterr().out
+    assert main.main(ask) == 0
+    assert "left out" not in capsys.readouterr().out
+
+
 def test_run_writes_the_theatre(capsys, vlm, image, tmp_path):
     out = tmp_path / "kept.html"
     words = [

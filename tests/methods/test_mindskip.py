@@ -196,6 +196,15 @@ def test_samples_decide_for_themselves(tiny, family, variant):
     assert report.kv_bytes == report.dense_kv_bytes - len(every) * sum(cache)
 
 
+def test_no_budget_is_promised(tiny):
+    model, _ = tiny("llava", "clip-llama")
+    for target in ({"effective_tokens": 0.5}, {"flops": 0.5}):
+        with pytest.raises(VtpruneError, match="mindskip drops no token and leaves out layers prompt by prompt"):
+            vtprune.attach(model, "mindskip", **target)
+    with pytest.raises(VtpruneError, match="takes no keep="):
+        vtprune.attach(model, "mindskip", keep=0.5)
+
+
 def test_trained_gates_are_read_and_bad_files_are_refused(tmp_path):
     model, ids = llama(length=12)
     gates = torch.randn(2, model.config.hidden_size, generator=torch.Generator().manual_seed(2))

@@ -26,7 +26,7 @@ from .outcome import Fail, Skip, close
 def full_budget(c: Case) -> str:
     """Full budget equals the unpatched model, and at least one site fired."""
     if not all(i.budgeted for i in c.infos):
-        raise Skip("no budget to fill: the method drops or routes whatever the budget")
+        raise Skip("no budget to fill: the method drops, routes or leaves out whatever the budget")
     stages = tuple(
         replace(s, keep=1.0, options={k: v for k, v in s.options.items() if k not in OWN_BUDGETS})
         for s in c.recipe.stages

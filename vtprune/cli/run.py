@@ -125,12 +125,14 @@ def _theatre(args: argparse.Namespace, report: Report, views: Sequence[Any], den
 
 
 def _costs(report: Report) -> list[tuple[str, str]]:
-    """What each stage kept, and what of the dense model's costs is left."""
+    """What each stage kept or left out, and what of the dense model's costs is left."""
     visual, effective = report.visual_tokens[0], report.effective_tokens
     stages = [
         (f"{stage.site} {stage.method}", f"{stage.tokens_in[0]} -> {stage.tokens_out[0]} visual tokens")
         for stage in report.stages
     ]
+    if report.skipped and report.skipped[0]:
+        stages.append(("left out", " ".join(report.skipped[0])))
     flops, dense_flops = report.flops, report.dense_flops
     cache, dense_cache = report.kv_bytes, report.dense_kv_bytes
     return [

@@ -109,14 +109,19 @@ def solve(
     pass.
 
     Raises:
-        VtpruneError: not exactly one target, or none of the schedules meets it (the smallest reachable budget is named,
-            or why there is none).
+        VtpruneError: not exactly one target, a method that leaves out layers, or none of the schedules meets it (the
+            smallest reachable budget is named, or why there is none).
     """
     if (effective_tokens is None) == (flops is None):
         raise VtpruneError("give exactly one of effective_tokens= and flops=")
     adapter, chosen = bind(model), load_recipe(recipe)
     check_options(adapter.geometry, positions=positions, seed=seed, per=per)
     chosen = chosen.override(**overrides) if overrides else chosen
+    skips = next((s.method for s in chosen.stages if METHODS.get(s.method).skips), None)
+    if skips is not None:
+        raise VtpruneError(
+            f"{skips} drops no token and leaves out layers prompt by prompt: it meets no budget of tokens or FLOPs"
+        )
     image = _image(adapter, chosen, inputs, per)
     if flops is None:
         target = _target(image, effective_tokens, 0, known=inputs is not None)
