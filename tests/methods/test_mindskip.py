@@ -156,6 +156,20 @@ def test_decoding_keeps_the_prompts_decision():
     assert torch.allclose(at_once, whole[:, 30:], atol=1e-5)
 
 
+def test_answers_and_padding_decide_nothing():
+    """The layers left out are those of the prompt alone, whatever follows it."""
+    model, ids = llama(length=20)
+    answer = torch.randint(8, 64, (1, 30), generator=torch.Generator().manual_seed(2))
+    both, met = torch.cat([ids, answer], 1), set()
+    for seed in range(12):
+        _, alone, _ = tell(model, {"input_ids": ids}, seed, layers=(1, 2, 3))
+        _, told, _ = tell(model, {"input_ids": both, "labels": _labels(ids, answer)}, seed, layers=(1, 2, 3))
+        _, whole, _ = tell(model, {"input_ids": both}, seed, layers=(1, 2, 3))
+        assert told.skipped == alone.skipped
+        met.add(whole.skipped == alone.skipped)
+    assert met == {True, False}, "the answer would never have changed a decision"
+
+
 def _labels(ids: Tensor, more: Tensor) -> Tensor:
     return torch.cat([torch.full_like(ids, -100), more], 1)
 

@@ -178,13 +178,23 @@ def test_second_turns_go_on(tiny):
 
 
 def test_prompts_without_anything_to_prune_stay_whole(tiny):
-    model, _ = tiny("llava", "clip-llama")
+    model, inputs = tiny("llava", "clip-llama")
     ids = torch.randint(8, 60, (1, 12), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         want = model(input_ids=ids).logits
         with vtprune.attach(model, "some-half") as handle:
             assert torch.equal(model(input_ids=ids).logits, want)
             assert handle.report().skipped == [[]]
+        row, more = inputs["input_ids"].shape[1], inputs["input_ids"].shape[1] - 12
+        batch = {
+            "input_ids": torch.cat([inputs["input_ids"], torch.nn.functional.pad(ids, (more, 0))]),
+            "attention_mask": torch.cat([inputs["attention_mask"], torch.tensor([[0] * more + [1] * 12])]),
+            "pixel_values": inputs["pixel_values"],
+        }
+        with vtprune.attach(model, "some-half") as handle:
+            mixed = model(**batch).logits
+            assert handle.report().skipped == [["llm.1.attention", "llm.3.attention"]] * 2 + [[]]
+    assert torch.allclose(mixed[2, row - 12 :], want[0], atol=1e-5)
 
 
 def test_packed_prompts_and_checkpoints_are_refused(tiny):
