@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor
 
-from ...core.ledger import MARK, UndoLedger, close, follow, mark
+from ...core.ledger import MARK, UndoLedger, bar, close, follow, mark
 from ...core.types import UnsupportedError
 from . import host
 from .decoding import check_conversation, check_foreign
@@ -85,6 +85,7 @@ class Calls:
             inputs.get("attention_mask"),
             inputs.get("position_ids"),
         )
+        call.maps = host.maps_asked(inputs, getattr(self.decoder.root, "config", None), self.decoder.lm.config)
         ids = inputs.get("input_ids")
         filled = call.cache is not None and host.held(call.cache) > 0
         if self._goes_on(call, inputs, filled):
@@ -185,6 +186,13 @@ class Calls:
             mark(cache, request.altered)
             if request.altered:
                 follow(cache, {name: getattr(request, how) for name, how in host.MOVES.items()})
+            sliding = [i for i in range(len(request.at)) if self.decoder.window_of(i) is not None]
+            if idle := [i for i in sliding if request.idle(i, "attention")]:
+                bar(
+                    cache,
+                    "crop",
+                    f"layer {idle[0]} was left out and caches nothing in its window: it cannot be cut back",
+                )
         self._tell(request)
 
     def _evict(self, request: Request, cache: Any) -> None:

@@ -195,6 +195,24 @@ def backend(config: Any) -> str:
     return getattr(config, "_attn_implementation", None) or "eager"
 
 
+def offloads(cache: Any) -> bool:
+    """Whether ``cache`` keeps its layers elsewhere and brings each back while the one in front of it is read."""
+    return bool(getattr(cache, "offloading", False))
+
+
+def maps_asked(inputs: Mapping[str, Any], *configs: Any) -> bool:
+    """Whether a forward with these ``inputs`` hands out attention maps."""
+    asked = inputs.get("output_attentions")
+    return any(getattr(c, "output_attentions", False) for c in configs) if asked is None else bool(asked)
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running in this thread: what is called there is a checkpoint's."""
+    import torch
+
+    return torch._C._current_graph_task_id() != -1
+
+
 def checkpointed(module: nn.Module) -> bool:
     """Whether ``module`` is a layer whose checkpoints run its hooks again in the backward pass, as in transformers up
     to 5.17."""

@@ -194,8 +194,9 @@ class Request:
 
     def move(self, index: Tensor) -> None:
         """The cache's samples ``index`` ``[B']`` take the places of all."""
+        order = torch.arange(len(self.next))[index.cpu()].tolist()  # an index may be a mask
         self.next = self.next[index.to(self.next.device)]
-        self.skipping = {key: [left[b] for b in index.tolist()] for key, left in self.skipping.items()}
+        self.skipping = {key: [left[b] for b in order] for key, left in self.skipping.items()}
         for level in {id(level): level for level in (*self.levels, *self.at)}.values():
             level.move(index)
 
@@ -268,6 +269,7 @@ class Call:
         stash: by stage, the rows that it has put aside.
         merged: rows of a layer's input are no rows of the one before.
         halves: those of layers that came by, of which a method may leave some out.
+        maps: attention maps are asked for.
         aside: layers run before their turn, and are not the forward's.
     """
 
@@ -301,6 +303,7 @@ class Call:
     stash: dict[int, Stash] = field(default_factory=dict)
     merged: bool = False
     halves: set[tuple[int, str]] = field(default_factory=set)
+    maps: bool = False
     aside: bool = False
 
     @property

@@ -39,6 +39,10 @@ class Skipping:
                     f"layer {number} is the first of type {decoder.kinds[number]}: how much has been read is told by "
                     "what its attention caches, so it cannot be left out"
                 )
+            if not hasattr(decoder.layers[number], "input_layernorm"):
+                raise UnsupportedError(
+                    f"layer {number} has no input_layernorm, behind which it is decided what is left out"
+                )
             module = getattr(decoder.layers[number], host.HALVES[half])
             decide = ledger.timed(planned.skip)
             ledger.replace(module, "forward", self._forward(number, half, decoder.layers[number], module, decide))
@@ -57,6 +61,8 @@ class Skipping:
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = self.now()
+            if call is None and host.in_backward():
+                raise UnsupportedError(CHECKPOINTS)
             if call is None or call.request is None or call.aside:
                 return own(*args, **kwargs)
             call.halves.add((number, half))
@@ -66,14 +72,13 @@ class Skipping:
                     f"the {half} of layer {number} is called with something else than rows of tokens, so it cannot be "
                     "left out"
                 )
+            if host.without_cache(layer):
+                raise UnsupportedError(CHECKPOINTS)
             if call.prefill:
-                if host.without_cache(layer):
-                    raise UnsupportedError(
-                        "gradient checkpointing runs layers again when nobody knows which of them were left out: "
-                        "gradient_checkpointing_disable()"
-                    )
                 self._decide(call, (number, half), decide, x)
             left = call.request.skipping.get((number, half), [])
+            if any(left):
+                _check(call, half, layer, host.cache_in(kwargs))
             if left and all(left):
                 nothing = torch.zeros_like(x)
                 return (nothing, None) if half == "attention" else nothing
@@ -103,6 +108,32 @@ class Skipping:
             request.skipping[key] = list(request.skipped[key])
 
 
+CHECKPOINTS = (
+    "gradient checkpointing runs layers again when nobody knows which of them were left out: "
+    "gradient_checkpointing_disable()"
+)
+
+
+def _check(call: Call, half: str, layer: nn.Module, cache: Any) -> None:
+    """Raises :class:`UnsupportedError` where leaving out a half of ``layer`` would mislead what stands around it."""
+    if half == "attention" and call.maps:
+        raise UnsupportedError(
+            "an attention that was left out has no map, and the maps of the layers behind it would take its place: "
+            "leave out output_attentions"
+        )
+    if half == "attention" and (host.offloads(cache) or host.offloads(call.cache)):
+        raise UnsupportedError(
+            "an offloaded cache brings a layer's keys back while the layer in front of it is read, which a layer that "
+            "was left out is not: use another cache"
+        )
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if layer.training and torch.is_grad_enabled() and together and torch.distributed.get_world_size() > 1:
+        raise UnsupportedError(
+            "processes that train together would leave out different layers, and wait for each other's gradients: "
+            "train in one process, or without the attachment"
+        )
+
+
 def probe_halves(decoder: Decoder) -> None:
     """A layer whose attention and MLP give zeros must hand on what it was given, to the last bit.
 
@@ -117,7 +148,8 @@ def probe_halves(decoder: Decoder) -> None:
         def silent(half: str, number: int) -> Callable:
             def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
                 first = output[0] if isinstance(output, tuple) else output
-                if isinstance(output, tuple) is not (half == "attention") or first.shape != entered[number].shape:
+                known = isinstance(output, tuple) and len(output) == 2 if half == "attention" else first is output
+                if not known or first.shape != entered[number].shape:
                     raise UnsupportedError(
                         f"{toy.name}: the {half} of layer {number} gives something else than is known here"
                     )
@@ -134,7 +166,7 @@ def probe_halves(decoder: Decoder) -> None:
         def check(number: int) -> Callable:
             def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
                 out = output[0] if isinstance(output, tuple) else output
-                if not torch.equal(out, entered[number]):
+                if not torch.equal(out, entered[number].to(out.device)):
                     raise UnsupportedError(
                         f"{toy.name}: layer {number} changes what it is given also without its attention and its MLP, "
                         "so leaving out a half of it is not defined"

@@ -28,10 +28,13 @@ def up_to(call: Call, level: SequenceLength, asking: Tensor) -> Tensor:
 
 
 def prompt_at(call: Call, level: SequenceLength) -> Tensor:
-    """``[B, M]``: the rows of ``level`` that are a prompt's, visual tokens included: no padding, no answers."""
+    """``[B, M]``: the rows of ``level`` that are a prompt's, visual tokens included: no padding, no answers. All that
+    stands in front of the first answer is the prompt's, whatever its labels."""
     assert call.question is not None
     question = call.question.to(level.rows.device).gather(1, level.rows) & level.valid
-    return up_to(call, level, question)
+    column = torch.arange(level.width, device=question.device)
+    first = torch.where(question, column, level.width).amin(1, keepdim=True)
+    return up_to(call, level, question) | (level.valid & (column <= first))
 
 
 def columns(call: Call, level: SequenceLength, owner: Tensor) -> Tensor:

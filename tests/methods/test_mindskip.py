@@ -170,6 +170,20 @@ def test_answers_and_padding_decide_nothing():
     assert met == {True, False}, "the answer would never have changed a decision"
 
 
+def test_what_stands_in_front_of_an_image_is_its_prompt_whatever_its_labels(tiny):
+    """Labels on everything but the image: the gates read what they read with labels on the answer alone."""
+    model, inputs = tiny("llava", "clip-llama")
+    one = Case(model, load_recipe("mindskip"), inputs, {}).samples()[0]
+    images = one["input_ids"] == model.config.image_token_id
+    behind = int(images[0].nonzero()[-1]) + 1
+    every = one["input_ids"].masked_fill(images, -100)
+    answer = every.clone()
+    answer[:, :behind] = -100
+    for seed in range(6):
+        logits = [tell(model, {**one, "labels": labels}, seed, layers=(1, 2, 3)) for labels in (every, answer)]
+        assert logits[0][1].skipped == logits[1][1].skipped
+
+
 def _labels(ids: Tensor, more: Tensor) -> Tensor:
     return torch.cat([torch.full_like(ids, -100), more], 1)
 
@@ -235,9 +249,12 @@ def test_trained_gates_are_read_and_bad_files_are_refused(tmp_path):
         ({"v": gates}, "does not fit"),
         ({"w": gates * math.nan}, "no finite numbers"),
     ):
-        save_file(bad, path)
+        save_file(bad, path, {"layers": "1,2"})
         with pytest.raises(VtpruneError, match=why):
             vtprune.attach(model, "mindskip", layers=(1, 2), weights=path)
+    save_file(good, path)
+    with pytest.raises(VtpruneError, match="does not tell for which layers it was trained"):
+        vtprune.attach(model, "mindskip", layers=(1, 2), weights=path)
     (tmp_path / "gates.safetensors").write_bytes(b"nothing")
     with pytest.raises(VtpruneError, match="not a safetensors file"):
         vtprune.attach(model, "mindskip", layers=(1, 2), weights=path)

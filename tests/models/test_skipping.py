@@ -160,6 +160,12 @@ def test_samples_of_a_cache_that_move_take_their_decisions_along(tiny):
         straight = go_on([0, 1])
         assert torch.allclose(go_on([1, 0]), straight[[1, 0]], atol=1e-6)
         assert torch.allclose(go_on([1]), straight[[1]], atol=1e-6)
+        for mask in ([True, True], [False, True], [True, False]):
+            cache, keep = cache_of(model(**inputs, use_cache=True)), torch.tensor(mask)
+            cache.batch_select_indices(keep)
+            seen = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)[keep]
+            got = model(input_ids=steps[keep], attention_mask=seen, **cached(model, cache)).logits
+            assert torch.allclose(got, straight[keep], atol=1e-6)
 
 
 def test_second_turns_go_on(tiny):
@@ -228,6 +234,56 @@ def test_layers_that_change_their_rows_themselves_are_refused(tiny, monkeypatch)
     monkeypatch.setattr(attention, "forward", lambda *args, **kwargs: (both(*args, **kwargs)[0][..., :4], None))
     with pytest.raises(UnsupportedError, match="gives something else than is known here"):
         vtprune.attach(model, "some-half")
+
+
+def test_what_a_layer_that_was_left_out_would_mislead_is_refused(tiny):
+    """Attention maps, which move up, and caches that bring back the layer behind the one that runs."""
+    from transformers import DynamicCache
+
+    model, inputs = tiny("causal-lm", "llama")
+    model.set_attn_implementation("eager")
+    with vtprune.attach(model, "some-half"), torch.no_grad():
+        with pytest.raises(UnsupportedError, match="leave out output_attentions"):
+            model(**inputs, output_attentions=True)
+        model.config.output_attentions = True
+        with pytest.raises(UnsupportedError, match="leave out output_attentions"):
+            model(**inputs)
+        model.config.output_attentions = False
+        cache = DynamicCache(config=model.config)
+        # only behind layer 0: moving its keys needs a GPU
+        model.model.layers[0].register_forward_hook(lambda *_: setattr(cache, "offloading", True))
+        with pytest.raises(UnsupportedError, match="use another cache"):
+            model(**inputs, **cached(model, cache))
+        model(**inputs)
+    with vtprune.attach(model, "some-half", half="mlp"), torch.no_grad():
+        assert len(model(**inputs, output_attentions=True).attentions) == 6
+
+
+def test_a_window_that_caches_nothing_is_not_cut_back(tiny):
+    model, inputs = tiny("causal-lm", "gemma3")
+    sliding = [i for i, kind in enumerate(model.config.layer_types) if kind == "sliding_attention"]
+    with vtprune.attach(model, "some-half", layers=(sliding[1],)), torch.no_grad():
+        cache = cache_of(model(**inputs, use_cache=True))
+        with pytest.raises(UnsupportedError, match="cannot be cut back"):
+            cache.crop(-1)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_of_others_are_refused(tiny, monkeypatch, reentrant):
+    """``torch.utils.checkpoint`` around a layer, which transformers does not know of."""
+    model, inputs = tiny("causal-lm", "llama")
+    ids, labels = inputs["input_ids"][:1], inputs["input_ids"][:1].clone()
+    labels[:, :30] = -100
+    layer = model.model.layers[1]
+    whole = layer.forward
+
+    def again(x, **kwargs):
+        return torch.utils.checkpoint.checkpoint(lambda y: whole(y, **kwargs), x, use_reentrant=reentrant)
+
+    with vtprune.attach(model, "some-half"):
+        monkeypatch.setattr(layer, "forward", again)
+        with pytest.raises(UnsupportedError, match="gradient checkpointing runs layers again"):
+            model(input_ids=ids, labels=labels).loss.backward()
 
 
 def test_halves_that_were_replaced_since_are_refused(tiny):

@@ -204,6 +204,11 @@ def follow(cache: Any, methods: Mapping[str, Callable[[Any], None]]) -> None:
             cache.__dict__[name] = _Follower(function, then)
 
 
+def bar(cache: Any, name: str, why: str) -> None:
+    """The method ``name`` of ``cache`` is refused with the reason, until another prompt is read into it."""
+    cache.__dict__[name] = _Follower(functools.partial(_refuse, why), lambda index: None)
+
+
 def live() -> None:
     """Refuses recordings: what is dropped differs from prompt to prompt, and a recorded program would repeat the choice
     of one."""

@@ -10,9 +10,11 @@ from torch import nn
 from ..core.types import VtpruneError
 
 
-def load_weights(name: str, path: str, module: nn.Module, told: Mapping[str, str], fits: str) -> None:
+def load_weights(
+    name: str, path: str, module: nn.Module, told: Mapping[str, str], fits: str, *, must_tell: bool = False
+) -> None:
     """Loads ``path`` into ``module``, the trained part of the method ``name``. What the file's metadata says must be as
-    ``told``; ``fits`` says what a file of another shape does not fit.
+    ``told``, if it says so at all (``must_tell``: it has to); ``fits`` says what a file of another shape does not fit.
 
     Raises:
         VtpruneError: no such file, no safetensors file, trained for something else, values that are no finite numbers,
@@ -25,6 +27,11 @@ def load_weights(name: str, path: str, module: nn.Module, told: Mapping[str, str
     try:
         with safe_open(path, framework="pt") as file:
             written, state = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        if missing := [key for key in told if must_tell and key not in written]:
+            raise VtpruneError(
+                f"{name}: {path} does not tell for which {missing[0]} it was trained (metadata, here "
+                f"{missing[0]}={told[missing[0]]})"
+            )
         for key, value in told.items():
             if written.get(key, value) != value:
                 raise VtpruneError(f"{name}: {path} was trained for {key}={written[key][:40]}, this is {key}={value}")

@@ -42,7 +42,7 @@ class MindSkip(Method):
     init: str = option(
         "zeros", "gates before training: 'zeros' (everything runs) or 'random'", choices=("zeros", "random")
     )
-    weights: str | None = option(None, "trained gates (safetensors)")
+    weights: str | None = option(None, "trained gates (safetensors; metadata: layers=1,2,3)")
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
         return tuple(Cut(site=f"llm.{i}", action=Action.SKIP, half="attention") for i in self._routed(geometry))
@@ -59,7 +59,8 @@ class MindSkip(Method):
             nn.init.normal_(gates.w, generator=torch.Generator().manual_seed(0))
         if self.weights is not None:
             told = {"layers": ",".join(map(str, routed))}
-            load_weights("mindskip", self.weights, gates, told, f"{len(routed)} gates of this model")
+            fits = f"{len(routed)} gates of this model"
+            load_weights("mindskip", self.weights, gates, told, fits, must_tell=True)
         return gates
 
     def skip(self, rows: Tensor, prompt: Tensor, cut: Cut, module: Gates) -> Tensor:
