@@ -186,13 +186,9 @@ class Calls:
             mark(cache, request.altered)
             if request.altered:
                 follow(cache, {name: getattr(request, how) for name, how in host.MOVES.items()})
-            sliding = [i for i in range(len(request.at)) if self.decoder.window_of(i) is not None]
-            if idle := [i for i in sliding if request.idle(i, "attention")]:
-                bar(
-                    cache,
-                    "crop",
-                    f"layer {idle[0]} was left out and caches nothing in its window: it cannot be cut back",
-                )
+            idle = [number for number, half in request.skipped if request.idle(number, half) and half == "attention"]
+            if idle:
+                bar(cache, "crop", f"layer {idle[0]} was left out and caches nothing, so this cache cannot be cut back")
         self._tell(request)
 
     def _evict(self, request: Request, cache: Any) -> None:
