@@ -54,8 +54,14 @@ def test_pair(pair, tiny):
     assert _passes([name for name in names if name != FIRST], model, method, inputs, options) >= 1
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("chosen", sorted(p for p in covering() if taken(p)), ids=lambda p: "-".join(map(str, p)))
+# Every other one in CI, the rest is slow.
+CHOSEN = [
+    pytest.param(pair, id="-".join(map(str, pair)), marks=pytest.mark.slow if i % 2 else pytest.mark.ci)
+    for i, pair in enumerate(sorted(p for p in covering() if taken(p)))
+]
+
+
+@pytest.mark.parametrize("chosen", CHOSEN)
 def test_further_checks_of_a_chosen_pair(chosen, tiny):
     family, variant, method, case = chosen
     model, inputs = tiny(family, variant)

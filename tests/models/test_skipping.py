@@ -68,7 +68,7 @@ def some_half():
 
 
 @pytest.mark.sampled(9)
-@pytest.mark.parametrize("odd", [False, True], ids=["all", "odd"])
+@pytest.mark.parametrize("odd", [pytest.param(False, id="all", marks=pytest.mark.slow), pytest.param(True, id="odd")])
 @pytest.mark.parametrize("half", list(HALVES))
 @pytest.mark.parametrize(("family", "variant"), PAIRS, ids=lambda x: x)
 def test_every_family_gives_what_the_dense_model_gives_with_zeros_there(tiny, family, variant, half, odd):
