@@ -119,9 +119,8 @@ def solve(
     chosen = chosen.override(**overrides) if overrides else chosen
     skips = next((s.method for s in chosen.stages if METHODS.get(s.method).skips), None)
     if skips is not None:
-        plan(
-            for_units(adapter.geometry, applies_to(adapter.geometry, chosen, per)), chosen
-        )  # attach's own reasons first
+        # attach's own reasons come first
+        plan(for_units(adapter.geometry, applies_to(adapter.geometry, chosen, per)), chosen)
         raise VtpruneError(
             f"{skips} drops no token and leaves out layers prompt by prompt: it meets no budget of tokens or FLOPs"
         )

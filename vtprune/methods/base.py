@@ -111,8 +111,8 @@ class MethodInfo:
 
     @property
     def trained(self) -> bool:
-        """Whether a part of it has to be trained first."""
-        return "weights" in self.options
+        """Whether a part of it has to be trained first: a side branch, or what an option reads."""
+        return self.routes or "weights" in self.options
 
     @property
     def of_text(self) -> bool:
