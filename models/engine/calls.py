@@ -21,6 +21,7 @@ from .layout import prompts
 from .level import dense_level, within
 from .prompt import prompt_tokens, prompts_in_rows, real_tokens
 from .request import Call, Request
+from .turns import Shelving
 
 
 class Calls:
@@ -34,6 +35,7 @@ class Calls:
         evicting: layers in front of which cuts evict from the caches before them.
         requests: the request that each cache belongs to.
         whole: caches filled without this attachment that were looked at.
+        shelving: keeps what later turns choose from again; ``None``: they go on with what was chosen.
         entrance: the ways into the model.
     """
 
@@ -49,6 +51,7 @@ class Calls:
     ):
         self.decoder, self.tower, self.noting, self.done = decoder, tower, noting, done
         self.evicting = evicting
+        self.shelving: Shelving | None = None
         self.requests: WeakKeyDictionary[Any, Request] = WeakKeyDictionary()
         self.whole: WeakSet[Any] = WeakSet()
         roots = [decoder.root] if decoder.core is None else [decoder.root, decoder.core]
@@ -143,17 +146,25 @@ class Calls:
         ids = inputs.get("input_ids")
         encoded = (v for k, v in inputs.items() if k.startswith(host.PIXELS) or k == host.ENCODED)
         pixels = any(v is not None and len(v) for v in encoded)
-        if filled and pixels and ids is not None and bool(self.decoder.visual(ids).any()):
+        again = known and self.shelving is not None
+        if filled and pixels and not again and ids is not None and bool(self.decoder.visual(ids).any()):
             raise UnsupportedError(
                 "visual tokens in a continuation of a cache cannot be pruned; start a new prompt with the whole "
                 "conversation"
             )
         if known and filled:
             call.request = self.requests[call.cache]
+            if call.request.broken:
+                raise UnsupportedError(
+                    "a turn of this conversation broke off, so that its cache is no whole one: start a new prompt with "
+                    "the whole conversation"
+                )
             if call.request.packed:
                 raise UnsupportedError(
                     "several prompts packed into one row cannot be continued; read each prompt in a row of its own"
                 )
+            if self.shelving is not None:
+                self.shelving.look(call, inputs)
             return True
         if filled and getattr(call.cache, MARK, False):
             raise UnsupportedError(
@@ -184,7 +195,7 @@ class Calls:
         if cache is not None:
             self.requests[cache] = request
             mark(cache, request.altered)
-            if request.altered:
+            if request.altered or request.shelf is not None:
                 follow(cache, {name: getattr(request, how) for name, how in host.MOVES.items()})
             idle = [number for number, half in request.skipped if request.idle(number, half) and half == "attention"]
             if idle:

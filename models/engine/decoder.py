@@ -31,6 +31,7 @@ from .routing import Routing
 from .run import Run
 from .serving import Serving
 from .skipping import Skipping
+from .turns import Shelving
 
 
 class DecoderEngine:
@@ -57,7 +58,7 @@ class DecoderEngine:
             raise VtpruneError(f"positions={positions!r} is not one of 'original', 'compact'")
         _check_model(decoder, cuts)
         self.decoder, self.seed, self.depth = decoder, seed, len(decoder.layers)
-        self.serving = Serving(decoder, compact=positions == "compact")
+        self.planned, self.serving = cuts, Serving(decoder, compact=positions == "compact")
         routing = Routing(decoder, self.serving, ledger)
         skips = [c for c in cuts if c.cut.action is Action.SKIP]
         cuts = [c for c in cuts if c.cut.action is not Action.SKIP]
@@ -84,6 +85,15 @@ class DecoderEngine:
     @property
     def call(self) -> Call | None:
         return self.calls.now
+
+    @property
+    def shelving(self) -> Shelving | None:
+        return self.calls.shelving
+
+    def shelve(self) -> None:
+        """Later turns choose again. Raises :class:`UnsupportedError` where they could not."""
+        p = self.prefill
+        self.calls.shelving = Shelving(self.decoder, self.planned, p, elsewhere=p.tower or p.noting or bool(p.entry))
 
     def end(self) -> None:
         """The attachment is over: what was read with it cannot go on without it."""
@@ -124,8 +134,14 @@ class DecoderEngine:
         if self.decoder.text is not None and kwargs.get("inputs_embeds") is None:
             kwargs = {**kwargs, "input_ids": None, "inputs_embeds": self.decoder.lm.embed_tokens(kwargs["input_ids"])}
         if call.prefill:
-            return self.prefill.begin(call, args, kwargs)
-        return continue_prompt(self.decoder, call, args, kwargs, compact=self.serving.compact)
+            begun = self.prefill.begin(call, args, kwargs)
+            if self.shelving is not None:
+                self.shelving.begin(call, kwargs)
+            return begun
+        goes_on = continue_prompt(self.decoder, call, args, kwargs, compact=self.serving.compact)
+        if self.shelving is not None:
+            self.shelving.go_on(call, kwargs["inputs_embeds"].shape[1])
+        return goes_on
 
     def _check_layers(self, layers: Any) -> None:
         """Layers that took the places of those that are watched have no hooks; wrappers around the same ones have."""
@@ -169,6 +185,14 @@ class DecoderEngine:
             if call.request is None or call.aside:
                 return None
             call.ran += 1
+            shelving = self.shelving
+            if shelving is not None:
+                x = args[0] if args else kwargs["hidden_states"]
+                whole = shelving.keep(call, number, x, kwargs)
+                if whole is not None and number < shelving.first:
+                    return None
+                if whole is not None:
+                    args, kwargs = ((whole, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": whole})
             if call.prefill:
                 return self._read(call, number, changing, context, module, args, kwargs)
             return self._continue(call, number, args, kwargs)

@@ -168,6 +168,27 @@ def without_cache(module: nn.Module) -> bool:
     return module.training and getattr(module, "gradient_checkpointing", False)
 
 
+def empty(cache: Any, first: int) -> None:
+    """Takes everything out of the layers of ``cache`` from ``first`` on. Raises :class:`UnsupportedError`, and takes
+    nothing, for caches that do not simply grow (static, sliding, quantised, offloaded)."""
+    layers = cache.layers[first:]
+    strange = next((type(layer).__name__ for layer in layers if type(layer).__name__ != "DynamicLayer"), None)
+    if strange is not None or offloads(cache):
+        raise UnsupportedError(
+            f"a {strange or 'cache that is offloaded'} cannot be read anew: use a dynamic cache, or start a new prompt "
+            "with the whole conversation"
+        )
+    for layer in layers:
+        renew(layer, keys=layer.keys[:, :, :0], values=layer.values[:, :, :0])
+
+
+def stretches(config: Any) -> bool:
+    """Whether a language model's rotary positions depend on how long the sequence is."""
+    told = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    groups = [told, *(group for group in told.values() if isinstance(group, Mapping))]
+    return any(group.get("rope_type", group.get("type")) in ("dynamic", "longrope") for group in groups)
+
+
 def rounds(cache: Any, layer: int) -> bool:
     """Whether layer ``layer`` of ``cache`` gives back less than it was given, from the second time on (quantised)."""
     layers = getattr(cache, "layers", ())

@@ -64,7 +64,7 @@ class Prefill:
                 "token of the prompt, so nothing can be pruned"
             )
         visual = call.visual.to(embeds.device)
-        request = self._request(call, visual, kwargs.get("position_ids"))
+        request = self.open(call, visual, kwargs.get("position_ids"))
         if self.noting:
             request.looked_at = assign(request, call.encoded)
         if not self.tower and not self.entry:
@@ -83,8 +83,8 @@ class Prefill:
             raise UnsupportedError(ENDS)
         return args, {**kwargs, "inputs_embeds": embeds}
 
-    def _request(self, call: Call, visual: Tensor, ids: Tensor | None) -> Request:
-        """The books of a prompt whose placeholders are ``visual`` ``[B, T]``."""
+    def open(self, call: Call, visual: Tensor, ids: Tensor | None = None) -> Request:
+        """The books of a prompt whose placeholders are ``visual`` ``[B, T]``, at the positions ``ids``."""
         b, t = visual.shape
         real = real_tokens(call.mask, b, t).to(visual.device)
         level = dense_level(real, visual)
@@ -143,14 +143,14 @@ class Prefill:
         return embeds, gone, None if planes is None else [p[visual] for p in spread]
 
     def end(self, call: Call, output: Any) -> Any:
-        """Puts the final hidden states back to the caller's length, dropped positions zero, and takes their predictions
-        out of the labels."""
+        """Puts the final hidden states back to the caller's length (in a turn, of its new tokens), dropped positions
+        zero, and takes their predictions out of the labels."""
         assert call.level is not None and call.request is not None
         hidden, length = output.last_hidden_state, call.request.length
         level = call.level.on(hidden.device)
         b, _, c = hidden.shape
         where = torch.where(level.valid, level.rows, length)
-        full = put(hidden.new_zeros(b, length + 1, c), where, hidden)[:, :length]
+        full = put(hidden.new_zeros(b, length + 1, c), where, hidden)[:, call.request.resumed : length]
         if call.labels is not None:
             marks = torch.zeros(b, length + 1, dtype=torch.bool, device=hidden.device).scatter_(1, where, True)
             silent = ~marks[:, : length - 1].to(call.labels.device)

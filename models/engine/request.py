@@ -15,6 +15,7 @@ from ...core.types import Selection
 from .layout import Blend, BudgetGroup, RasterSpan
 from .level import SequenceLength
 from .run import Record, Run
+from .shelf import Shelf
 
 
 @dataclass(eq=False)
@@ -71,6 +72,10 @@ class Request:
         looked_at: per sample, the tower's passes that notes were taken in; ``None``: there are no notes.
         standing: who stands for whom, since the first merge inside the language model.
         packed: several prompts in one row.
+        resumed: columns that were read before, in a turn that chooses again, and ``front`` the layers that are not read
+            anew there.
+        broken: such a turn has begun, and not ended.
+        shelf: what such a turn will need.
         at: per layer what its cache holds, once the prompt has been read.
         first: the first layer of each level and attention type.
         pruned: layers whose cache is shorter than the prompt.
@@ -103,6 +108,10 @@ class Request:
     looked_at: list[list[tuple[Run, int]]] | None = None
     standing: Standing | None = None
     packed: bool = False
+    resumed: int = 0
+    front: int = 0
+    broken: bool = False
+    shelf: Shelf | None = None
     at: tuple[SequenceLength, ...] = ()
     first: dict[tuple[int, str], int] = field(default_factory=dict)
     pruned: frozenset[int] = frozenset()
@@ -197,6 +206,8 @@ class Request:
         order = torch.arange(len(self.next))[index.cpu()].tolist()  # an index may be a mask
         self.next = self.next[index.to(self.next.device)]
         self.skipping = {key: [left[b] for b in order] for key, left in self.skipping.items()}
+        if self.shelf is not None and order != list(range(len(self.shelf.ids))):
+            self.shelf.lost = "its samples were moved"
         for level in {id(level): level for level in (*self.levels, *self.at)}.values():
             level.move(index)
 
@@ -271,6 +282,7 @@ class Call:
         halves: those of layers that came by, of which a method may leave some out.
         maps: attention maps are asked for.
         aside: layers run before their turn, and are not the forward's.
+        again: a turn that chooses again from the whole conversation.
     """
 
     request: Request | None = None
@@ -305,6 +317,7 @@ class Call:
     halves: set[tuple[int, str]] = field(default_factory=set)
     maps: bool = False
     aside: bool = False
+    again: bool = False
 
     @property
     def held(self) -> Tensor | None:

@@ -98,4 +98,6 @@ class Serving:
         it has seen."""
         if call.cache is None:
             return q, 0
+        if call.again and call.request is not None:  # the layers in front hold the conversation, which is read anew
+            number = max(number, call.request.front)
         return host.columns(call.cache, q, number)

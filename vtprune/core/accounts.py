@@ -88,6 +88,7 @@ class Accounts:
         for i in (i for i, half in idle if half == "attention"):
             left = [[*row[:i], 0, *row[i + 1 :]] for row in left]
         dense_vision, vision = self._vision(request)
+        dense_flops, spared = self._onward(request, dense)
         return Report(
             visual_tokens=total,
             stages=tuple(self._stages(request)),
@@ -101,16 +102,33 @@ class Accounts:
                 for n in counts
             )
             + sum(cost.prefill(s, p, h) for p, h in zip(passing, held, strict=True))
-            - sum(cost.half(s, i, half, passing[b][i]) for i, half in idle for b in samples),
-            dense_flops=dense_vision + sum(cost.prefill(s, row) for row in dense),
+            - sum(cost.half(s, i, half, passing[b][i]) for i, half in idle for b in samples)
+            - spared,
+            dense_flops=dense_vision + dense_flops,
             kv_bytes=sum(cost.kv_bytes(s, row) for row in left),
             dense_kv_bytes=sum(cost.kv_bytes(s, row) for row in dense),
             recipe=self.key,
+            shelved_bytes=0 if request.shelf is None else request.shelf.bytes,
             grids=[[p.grid for p in parts] for parts in request.parts],
             skipped=[
                 [f"llm.{i}.{half}" for (i, half), left in sorted(request.skipped.items()) if left[b]] for b in samples
             ],
         )
+
+    def _onward(self, request: Request, dense: Sequence[Sequence[int]]) -> tuple[int, int]:
+        """FLOPs of the dense model, of which each layer holds ``dense`` tokens (by sample), and what of a new prompt's
+        a turn that chooses again is spared. The dense model goes on with its cache there."""
+        s = self.shapes
+        whole = sum(cost.prefill(s, row) for row in dense)
+        if request.resumed == 0:
+            return whole, 0
+        new = request.real[:, request.resumed :].sum(1).tolist()
+        held = [row[0] for row in dense]
+        spared = [
+            sum(cost.decoder_layer(s, i, h) - cost.onward(s, i, n, h) for n, h in zip(new, held, strict=True))
+            for i in range(s.depth)
+        ]
+        return whole - sum(spared), sum(spared[: request.front])
 
     def _stages(self, request: Request) -> list[StageReport]:
         tower = [run.records for run, _ in passes_of(request)]
@@ -126,7 +144,8 @@ class Accounts:
     def _vision(self, request: Request) -> tuple[int, int]:
         """FLOPs of tower and projector, dense and as they ran."""
         s = self.shapes
-        sizes = [n for parts in request.parts for p in parts for n in p.passes]  # tokens of each pass of the tower
+        new = [p for parts in request.parts for p in parts if int(p.columns[0]) >= request.resumed]
+        sizes = [n for p in new for n in p.passes]  # tokens of each pass of the tower
         dense = sum(cost.vision(s, 1, n, [n] * s.vdepth) for n in sizes)
         if request.vision is None:
             return dense, dense

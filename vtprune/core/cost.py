@@ -54,6 +54,12 @@ def decoder_layer(s: Shapes, layer: int, n: int, keys: int | None = None) -> int
     return 2 * (n * at.row + seen * at.key + n * seen * at.pair)
 
 
+def onward(s: Shapes, layer: int, n: int, held: int) -> int:
+    """Decoder layer ``layer`` over ``n`` tokens more, of ``held`` that its cache then holds."""
+    at = s.layers[layer]
+    return 2 * (n * (at.row + at.key) + n * held * at.pair)
+
+
 def half(s: Shapes, layer: int, which: str, n: int) -> int:
     """What of :func:`decoder_layer` over ``n`` tokens is its ``"mlp"``, or its ``"attention"``."""
     mlp = s.layers[layer].mlp

@@ -33,7 +33,7 @@ from .planning import (
 from .recipe import Recipe
 from .report import Report
 from .solve import solve
-from .types import Action, Cut, Geometry, VtpruneError
+from .types import Action, Cut, Geometry, UnsupportedError, VtpruneError
 from .wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -71,6 +71,9 @@ def put(
     chosen = load_recipe(recipe)
     extra = {name: overrides.pop(name) for name in ATTACH_OPTIONS if name in overrides}
     target = {name: overrides.pop(name) for name in TARGETS if overrides.get(name) is not None}
+    shelve = overrides.pop("shelve", False)
+    if not isinstance(shelve, bool):
+        raise VtpruneError(f"shelve={shelve!r} is not True or False")
     budgets = [*target, *(n for n in ("keep", *OWN_BUDGETS) if overrides.get(n) is not None)]
     if len(budgets) > 1:
         raise VtpruneError(f"give one budget, not {' and '.join(f'{n}=' for n in budgets)}")
@@ -96,7 +99,7 @@ def put(
         geometry = for_units(adapter.geometry, applies_to(adapter.geometry, chosen, extra.get("per")))
         for sentence in compose(geometry, plan(geometry, chosen)):
             warnings.warn(sentence, stacklevel=level)
-        return Handle(model, chosen, adapter, **extra)
+        return Handle(model, chosen, adapter, shelve=shelve, **extra)
 
 
 def _check_tower_budgets(geometry: Geometry, stages: Sequence[Planned], per: str) -> None:
@@ -115,6 +118,15 @@ def _skip(method: Method, cut: Cut, module: Any, rows: Tensor, prompt: Tensor) -
     return method.skip(rows, prompt, cut, module)
 
 
+def _shelve(adapter: Any, positions: str) -> None:
+    """Later turns choose again from what the prompt left on a shelf."""
+    if adapter.geometry.llm_layers == 0:
+        raise VtpruneError("shelve= is for models with a language model")
+    if positions == "compact":
+        raise UnsupportedError("shelve=True: positions='compact' renumbers each turn's tokens otherwise")
+    adapter.decoder.shelve()
+
+
 class Handle:
     """Owns one attachment. Leaving its context, or :meth:`remove`, restores the model exactly, also after an
     exception."""
@@ -128,6 +140,7 @@ class Handle:
         positions: str | None = None,
         seed: int = 0,
         per: str | None = None,
+        shelve: bool = False,
     ):
         self.recipe, self.geometry, self.adapter = recipe, adapter.geometry, adapter
         per = applies_to(adapter.geometry, recipe, per)
@@ -166,6 +179,8 @@ class Handle:
         self._threads: WeakKeyDictionary[threading.Thread, Any] = WeakKeyDictionary()
         try:
             adapter.install(planned, self._ledger, self, positions=positions, per=per, seed=seed)
+            if shelve:
+                _shelve(adapter, positions)
         except BaseException:
             self._ledger.undo()
             raise

@@ -53,6 +53,9 @@ class Report:
         grids: the rasters (rows, columns) that a sample's visual tokens form, in order.
         skipped: the halves of layers that were left out, as ``"llm.5.attention"`` (of a bare ViT empty). One that some
             sample of the batch needs runs for all of them, and counts in ``flops`` and ``kv_bytes``.
+        shelved_bytes: of what is kept for turns that choose again (``shelve=True``), answers included, when the report
+            is made. Of such a turn ``flops`` and ``dense_flops`` are what it runs itself: the layers in front of the
+            first cut over its new tokens, those behind over the conversation; the dense model over its new tokens.
     """
 
     visual_tokens: list[int]
@@ -65,6 +68,7 @@ class Report:
     recipe: str = ""
     grids: list[list[tuple[int, int]]] = field(default_factory=list)
     skipped: list[list[str]] = field(default_factory=list)
+    shelved_bytes: int = 0
 
     @property
     def effective_tokens(self) -> float:
@@ -126,4 +130,5 @@ class Report:
             "dense_flops": self.dense_flops,
             "kv_bytes": self.kv_bytes,
             "dense_kv_bytes": self.dense_kv_bytes,
+            "shelved_bytes": self.shelved_bytes,
         }

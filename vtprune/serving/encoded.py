@@ -299,5 +299,7 @@ def _report(told: dict[str, Any]) -> Report:
         told["dense_kv_bytes"],
         told["recipe"],
         [[(r, c) for r, c in sample] for sample in told["grids"]],
-        told.get("skipped", [[] for _ in told["visual_tokens"]]),  # files from before layers could be left out have none
+        # files that were written before layers could be left out, or rows be shelved, have none
+        told.get("skipped", [[] for _ in told["visual_tokens"]]),
+        told.get("shelved_bytes", 0),
     )
