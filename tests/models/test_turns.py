@@ -77,9 +77,7 @@ def talked(model: Any, inputs: dict[str, Any], recipe: Any, **options: Any) -> t
     return talk, handle
 
 
-def the_same(
-    talk: Talk, handle: Handle, logits: Tensor, recipe: Any, *, caches: bool = True, **options: Any
-) -> Talk:
+def the_same(talk: Talk, handle: Handle, logits: Tensor, recipe: Any, *, caches: bool = True, **options: Any) -> Talk:
     """What the turn said, chose, counted and cached is what a new prompt's is; answers with that."""
     told, step = handle.report(), torch.tensor([20])
     own = copy.deepcopy(talk.mask), talk.say(step)
@@ -137,9 +135,7 @@ def test_a_turn_is_a_new_prompt_in_every_family(tiny, family, variant, method):
     the_same(talk, handle, logits, method, **options)
 
 
-METHODS_THAT_MAY = [
-    name for name in METHODS if METHODS.get(name).kinds[0] == "llm" and not METHODS.get(name).skips
-]
+METHODS_THAT_MAY = [name for name in METHODS if METHODS.get(name).kinds[0] == "llm" and not METHODS.get(name).skips]
 
 
 @pytest.mark.parametrize("method", METHODS_THAT_MAY)
