@@ -28,7 +28,9 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
             method's, mostly original ones); ``seed=`` for random
             methods; ``per=`` what a budget applies to behind the projector: ``"image"`` (a video's frame), ``"tile"``,
             ``"video"`` (all its frames) or ``"sample"`` (everything in a prompt), the default being the family's first;
-            all else are the last stage's options.
+            ``shelve=True``: a later turn (more than one new token behind a prompt) chooses again from the whole
+            conversation, and gives what a new prompt of it would (stages inside the language model alone; default: it
+            goes on with what the prompt kept); all else are the last stage's options.
 
     Raises:
         VtpruneError: unknown recipe or option, impossible budget, a model that is attached already;
