@@ -28,7 +28,7 @@ import torch
 import vtprune
 from vtprune.core.types import VtpruneError
 from vtprune.measure import timing
-from vtprune.measure.environment import environment
+from vtprune.measure.environment import environment, in_words
 from vtprune.show.figures.needle import heat_maps
 from vtprune.show.figures.style import encode
 
@@ -192,11 +192,10 @@ def wilson(good: int, of: int) -> tuple[float, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    facts = ", ".join(f"{k} {v}" for part in result["environment"].values() for k, v in part.items())
     kinds = list(dict.fromkeys(r["kind"] for r in result["rows"]))
     heads = [*(f"{k}, %" for k in kinds), "effective tokens", "prefill FLOPs", "cache", "prefill time"]
     lines = [
-        f"`{result['command']}`: {facts}",
+        f"`{result['command']}`: {in_words(result['environment'])}",
         "",
         f"| method | {' | '.join(heads)} |",
         "|---" * (len(heads) + 1) + "|",

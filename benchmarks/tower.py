@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import vtprune
-from vtprune.measure.environment import environment
+from vtprune.measure.environment import environment, in_words
 from vtprune.measure.timing import rounds, use_cpu_time
 
 SIDE, KEEP, FOLD = 64, 256, 4  # patches along a side, tokens left, patches of a token
@@ -122,9 +122,8 @@ def main() -> int:
 
 
 def table(told: dict[str, Any]) -> str:
-    facts = ", ".join(f"{k} {v}" for part in told["environment"].values() for k, v in part.items())
     lines = [
-        f"`{told['command']}`: {facts}",
+        f"`{told['command']}`: {in_words(told['environment'])}",
         "",
         "| method | pruned over limit: median, least, most | limit over limit | dense over limit | pruned, s |",
         "|---|--:|--:|--:|--:|",

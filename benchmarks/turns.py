@@ -34,7 +34,7 @@ from vtprune.models.engine.host import cache_of, cached
 import vtprune
 from vtprune.inputs import chats, demo_model
 from vtprune.measure import timing
-from vtprune.measure.environment import environment
+from vtprune.measure.environment import environment, in_words
 from vtprune.measure.samples import matches, scenes_samples
 
 WAYS = ("dense", "kept", "again", "anew")
@@ -154,8 +154,12 @@ def main() -> int:
 
 def table(result: dict[str, Any]) -> str:
     by = {way: [r for r in result["rows"] if r["way"] == way] for way in WAYS}
-    facts = ", ".join(f"{k} {v}" for part in result["environment"].values() for k, v in part.items())
-    lines = [f"`{result['command']}`: {facts}", "", f"{len(by['anew'])} second questions, `{result['method']}`.", ""]
+    lines = [
+        f"`{result['command']}`: {in_words(result['environment'])}",
+        "",
+        f"{len(by['anew'])} second questions, `{result['method']}`.",
+        "",
+    ]
     lines += [
         "| second question | right, % | as anew, % | time / anew | FLOPs / anew | shelved / cache |",
         "|---|--:|--:|--:|--:|--:|",

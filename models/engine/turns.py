@@ -22,7 +22,7 @@ from .description import Decoder
 from .layout import RasterSpan, prompts
 from .level import allowed
 from .prefill import Prefill
-from .prompt import prompt_tokens
+from .prompt import prompt_tokens, real_tokens
 from .request import Call, Request
 from .shelf import Shelf
 
@@ -93,7 +93,7 @@ class Shelving:
         if shelf.ids.shape[1] < before:
             shelf.lost = shelf.lost or "some of it was not read here"
         if q > 1:
-            _check(call, request, shelf, places=self.decoder.mrope)
+            _check(call, shelf, places=self.decoder.mrope)
         if shelf.lost:
             return
         assert call.tokens is not None and call.tail is not None
@@ -135,8 +135,8 @@ class Shelving:
         host.empty(call.cache, self.first)
         call.tokens, call.visual = shelf.ids, shelf.visual
         new, call.parts = call.parts, old.parts
-        real = shelf.real if call.mask is None else call.mask.bool().to(shelf.real.device)
         if self.decoder.text is not None:
+            real = real_tokens(call.mask, *shelf.ids.shape).to(shelf.ids.device)
             call.visual = prompt_tokens(call, real, *self.decoder.text)
             call.parts = prompts(call.visual, None)
         elif new:
@@ -154,7 +154,7 @@ class Shelving:
 ANEW = "start a new prompt with the whole conversation"
 
 
-def _check(call: Call, request: Request, shelf: Shelf, *, places: bool) -> None:
+def _check(call: Call, shelf: Shelf, *, places: bool) -> None:
     """Raises :class:`UnsupportedError` where a turn would not be what a new prompt is. ``places``: images are placed
     along three axes, which is not done for new ones, and padding counts as a place."""
     assert call.tail is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,14 +56,14 @@ class Talk:
         more = {"input_ids": new, "attention_mask": self.mask, **more}
         return self.model(**more, **cached(self.model, self.cache)).logits
 
-    def anew(self, model: Any = None) -> Talk:
+    def anew(self) -> Talk:
         """All of it as one prompt."""
         inputs = {**self.inputs, "input_ids": self.ids, "attention_mask": self.mask}
         more = self.ids.shape[1] - self.inputs["input_ids"].shape[1]
         for name in TYPES:
             if name in inputs:
                 inputs[name] = torch.nn.functional.pad(inputs[name], (0, more))
-        return Talk(model or self.model, inputs)
+        return Talk(self.model, inputs)
 
 
 def talked(model: Any, inputs: dict[str, Any], recipe: Any, **options: Any) -> tuple[Talk, Handle]:
@@ -80,7 +79,7 @@ def talked(model: Any, inputs: dict[str, Any], recipe: Any, **options: Any) -> t
 def the_same(talk: Talk, handle: Handle, logits: Tensor, recipe: Any, **options: Any) -> Talk:
     """What the turn said, chose, counted and cached is what a new prompt's is; answers with that."""
     told, step = handle.report(), torch.tensor([20])
-    own = copy.deepcopy(talk.mask), talk.say(step)
+    own = talk.mask, talk.say(step)
     handle.remove()
     new = talk.anew()
     new.ids, new.mask = new.ids[:, :-1], own[0]
@@ -276,7 +275,6 @@ def test_two_conversations_do_not_meet(tiny):
         a.say([token]), b.say([token + 1])
     got = a.say(QUESTION)
     b.say([11, 10, 9])
-    handle.report()
     told = handle.report(of=a.cache)
     handle.remove()
     with vtprune.attach(model, "fastv", keep=3, layer=2) as handle:
@@ -442,7 +440,7 @@ def test_a_refused_turn_leaves_the_conversation_as_it_was(tiny):
     the_same(talk, handle, talk.say(QUESTION), "fastv", keep=3, layer=2)
 
 
-def test_a_turn_that_breaks_off_is_not_gone_on_with(tiny, monkeypatch):
+def test_a_turn_that_breaks_off_is_not_gone_on_with(tiny):
     model, inputs = tiny("llava", "clip-llama")
     talk, handle = talked(model, inputs, "fastv", keep=3, layer=2)
 

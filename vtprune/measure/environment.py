@@ -40,6 +40,11 @@ def environment(model: Any) -> dict[str, Any]:
     }
 
 
+def in_words(facts: dict[str, Any]) -> str:
+    """An :func:`environment` as it stands above a table."""
+    return ", ".join(f"{name} {value}" for part in facts.values() for name, value in part.items())
+
+
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
