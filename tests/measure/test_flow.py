@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from typing import Any
 
 import pytest
@@ -128,6 +130,96 @@ def test_refusals():
         flow.knockout(vit, inputs)
 
 
+def single(family: str) -> tuple[Any, dict[str, Any]]:
+    """A model in float64 and its first prompt alone, without padding."""
+    model, inputs = built(family)
+    model = model.double().eval()
+    one = {"input_ids": inputs["input_ids"][:1, inputs["attention_mask"][0].bool()]}
+    if "pixel_values" in inputs:
+        images = len(bind(model).parts(inputs["input_ids"], inputs)[0])
+        one["pixel_values"] = inputs["pixel_values"][:images].double()
+    return model, one
+
+
+def weights_by_hand(layer: Any, config: Any, x: torch.Tensor) -> torch.Tensor:
+    """``[T, T]``: the mean over heads of a Llama layer's attention to the rows ``x`` ``[T, C]``, value by value."""
+    base = config.rope_parameters["rope_theta"]
+    normed = x / (x.pow(2).mean(-1, keepdim=True) + layer.input_layernorm.variance_epsilon).sqrt()
+    normed = normed * layer.input_layernorm.weight
+    q, k = (p.weight @ normed.T for p in (layer.self_attn.q_proj, layer.self_attn.k_proj))  # [heads * d, T]
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    d, n = q.shape[0] // heads, x.shape[0]
+
+    def turned(v: torch.Tensor, t: int) -> torch.Tensor:
+        out = v.clone()
+        for j in range(d // 2):
+            angle = torch.tensor(t * base ** (-2 * j / d), dtype=torch.float64)
+            a, b = v[j], v[j + d // 2]
+            out[j], out[j + d // 2] = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+        return out
+
+    mean = torch.zeros(n, n, dtype=torch.float64)
+    for h in range(heads):
+        g = h // (heads // shared)
+        qs = [turned(q[h * d : (h + 1) * d, t], t) for t in range(n)]
+        ks = [turned(k[g * d : (g + 1) * d, t], t) for t in range(n)]
+        for t in range(n):
+            e = [math.exp(float(qs[t] @ ks[s]) / math.sqrt(d)) for s in range(t + 1)]
+            for s in range(t + 1):
+                mean[t, s] += e[s] / sum(e) / heads
+    return mean
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llava", "causal-lm"])
+def test_numbers_layer_by_layer_are_their_formulas(family):
+    model, inputs = single(family)
+    adapter = bind(model)
+    lm, head = adapter.lm, model.get_output_embeddings().weight
+    rows: list[torch.Tensor] = []
+    hooks = [m.register_forward_pre_hook(lambda m, args: rows.append(args[0][0])) for m in (*lm.layers, lm.norm)]
+    logits = model(**inputs).logits[0, -1]
+    for hook in hooks:
+        hook.remove()
+    image = adapter.prunable(inputs)[0].nonzero()[:, 0].tolist()
+    n, layers = inputs["input_ids"].shape[1], len(lm.layers)
+    text = [t for t in range(image[0], n) if t not in image]
+    high: dict[int, float] = {}
+    for span in adapter.parts(inputs["input_ids"], inputs)[0]:
+        for place, column in enumerate(span.columns.tolist()):
+            high[column] = (place // span.grid[1] + 0.5) / span.grid[0]
+    assert len({high[j] for j in image}) > 1
+    token, whole = int(logits.argmax()), logits.softmax(-1)
+    got = flow.layer_by_layer(model, inputs)
+
+    def seen(x: torch.Tensor) -> float:
+        scaled = x / (x.pow(2).mean() + lm.norm.variance_epsilon).sqrt() * lm.norm.weight
+        return float((head @ scaled).softmax(-1)[token])
+
+    for i in range(layers):
+        before, behind = rows[i], rows[i + 1]
+        cosines = [float(before[j] @ behind[j] / before[j].norm() / behind[j].norm()) for j in image]
+        attention = weights_by_hand(lm.layers[i], lm.config, before)
+        to = {j: sum(float(attention[t, j]) for t in text) / len(text) for j in image}
+        total, middle = sum(to.values()), sum(high[j] for j in image) / len(image)
+        pairs = torch.zeros(1, n, n, dtype=torch.bool)
+        for t in set(range(n)) - set(image):
+            for j in image:
+                pairs[0, t, j] = True
+        left = by_hand(model, inputs, pairs, range(i, layers))[0].double().softmax(-1)
+        want = {
+            "lens": seen(behind[-1]),
+            "visual_lens": sum(seen(behind[j]) for j in image) / len(image),
+            "to_image": total,
+            "row_bias": sum(to[j] * high[j] for j in image) / total - middle,
+            "cosine": sum(cosines) / len(image),
+            "withdrawn": float((whole * (whole.log() - left.log())).sum()),
+        }
+        assert set(want) == set(flow.NUMBERS)
+        for name, value in want.items():
+            assert got[name][i] == pytest.approx(value, rel=1e-3, abs=2e-5), (name, i)
+
+
 def test_encoders_run_once():
     model, inputs = built()
     calls = []
@@ -176,7 +268,7 @@ def test_the_bundled_model_from_questions_to_a_figure(tmp_path, capsys):
     assert done == [1, 1] and made["layers"] == 12 and made["window"] == 11
     every = made["abilities"]["all"]
     assert every["correct"] == sum(one["correct"] for name, one in made["abilities"].items() if name != "all")
-    for name in ("image->last", "lens", "visual_lens", "to_image", "cosine", "withdrawn"):
+    for name in ("image->last", *flow.NUMBERS):
         assert len(every[name]["mean"]) == 12
     assert every["lens"]["mean"][-1] > 0.5  # behind the last layer it is the answer's own probability
     inputs = prepare(processor, [samples[0].shown()], [samples[0].question])
@@ -194,6 +286,27 @@ def test_the_bundled_model_from_questions_to_a_figure(tmp_path, capsys):
     (tmp_path / "wrong.json").write_text("{}")
     assert main(["analyze", "suggest", str(tmp_path / "wrong.json")]) == 1
     assert "is not what vtprune analyze flow writes" in capsys.readouterr().err
+
+
+@pytest.mark.ci
+def test_from_the_command_line(tmp_path, capsys, monkeypatch):
+    """The command asks, tells in a table, and writes what ``suggest`` and a figure are made of."""
+    first = scenes_samples(1, "train")[:1]
+    monkeypatch.setattr("vtprune.cli.flow.scenes_samples", lambda scenes, split: first)
+    out = [str(tmp_path / f"flow.{kind}") for kind in ("json", "svg")]
+    assert main(["analyze", "flow", "--window", "23", "--out", out[0], "--out", out[1]]) == 0
+    table = capsys.readouterr().out.splitlines()
+    made = json.loads((tmp_path / "flow.json").read_text())
+    every = made["abilities"]["all"]
+    assert table[0] == f"{every['correct']} of 1 questions answered; windows of 23 layers"
+    heads = [cell.strip() for cell in re.split(r"\s{2,}", table[2].strip())]
+    assert heads == ["layer", *flow.FLOWS, "lens", "visual lens", "to image", "row bias", "cosine", "withdrawn"]
+    last = re.split(r"\s{2,}", table[-1].strip())
+    assert last[0] == "11" and last[-6:] == [f"{every[name]['mean'][11]:.3f}" for name in flow.NUMBERS]
+    assert made["command"].startswith("vtprune analyze flow --window 23") and (tmp_path / "flow.svg").read_text()
+    assert all(len(set(every[name]["mean"])) == 1 for name in flow.FLOWS)  # windows as wide as the stack
+    assert main(["analyze", "suggest", out[0], "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) <= {"pyramiddrop", "vtw", "dpvr-lf"}
 
 
 def test_arguments_that_make_no_sense(capsys):

@@ -6,11 +6,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from ..core.paths import folder, output
 from ..core.types import VtpruneError
-from ..measure.flow import FLOWS, flow, suggest
+from ..measure.flow import FLOWS, NUMBERS, flow, suggest
 from ..measure.samples import scenes_samples
 from ..measure.text import text
 from ..show import web
@@ -63,17 +62,14 @@ def _flow(args: argparse.Namespace) -> int:
         print(json.dumps(told))
         return 0
     every = told["abilities"]["all"]
-    heads = ("layer", *FLOWS, "lens", "to image", "cosine", "withdrawn")
+    heads = ("layer", *FLOWS, *(name.replace("_", " ") for name in NUMBERS))
     rows = [
-        (str(i), *(f"{every[f]['mean'][i]:.1f} %" for f in FLOWS), *_numbers(every, i)) for i in range(told["layers"])
+        (str(i), *(f"{every[f]['mean'][i]:.1f} %" for f in FLOWS), *(f"{every[n]['mean'][i]:.3f}" for n in NUMBERS))
+        for i in range(told["layers"])
     ]
     print(f"{every['correct']} of {every['asked']} questions answered; windows of {told['window']} layers\n")
     print(text([heads, *rows]))
     return 0
-
-
-def _numbers(told: dict[str, Any], i: int) -> list[str]:
-    return [f"{told[name]['mean'][i]:.3f}" for name in ("lens", "to_image", "cosine", "withdrawn")]
 
 
 def _suggest(args: argparse.Namespace) -> int:

@@ -2,8 +2,9 @@
 
 Attention knock-out after "Cross-modal Information Flow in Multimodal Large Language Models" (arXiv 2411.18620): rows
 of one part of the prompt may not read another part within a window of layers, and what the answer loses is measured.
-Beside it, layer by layer, the logit lens, how much text attends to the image, how much visual rows still change, and
-what withdrawing the image from that layer on costs (the saturation of arXiv 2606.09131).
+Beside it, layer by layer, the logit lens, how much text attends to the image, how far below the picture's middle
+(arXiv 2412.13180 saw that FastV's criterion keeps the bottom), how much visual rows still change, and what withdrawing
+the image from that layer on costs (the saturation of arXiv 2606.09131).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .samples import Sample, matches
 
 FLOWS = ("image->question", "image->last", "question->last", "last->last")
 WINDOW = 9  # layers of 32, the paper's
+NUMBERS = ("lens", "visual_lens", "to_image", "row_bias", "cosine", "withdrawn")  # layer by layer
 
 
 def window_of(layers: int) -> int:
@@ -136,8 +138,8 @@ def knockout(
     out = []
     for flow in flows:
         pairs = blocked(parts, flow)
-        changed = [run(pairs, span).softmax(-1).gather(1, token)[:, 0] for span in spans]
-        out.append(torch.stack([100 * (q - p) / p for q in changed]))
+        changed = {span: run(pairs, span).softmax(-1).gather(1, token)[:, 0] for span in dict.fromkeys(spans)}
+        out.append(torch.stack([100 * (changed[span] - p) / p for span in spans]))
     return torch.stack(out)
 
 
@@ -152,13 +154,25 @@ def _eager(model: Any) -> Iterator[None]:
         model.set_attn_implementation(how)
 
 
+def _heights(adapter: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """``[T]``: how far down its raster each visual token of the first prompt is, the middles of rows between 0 (top)
+    and 1."""
+    out = torch.zeros(inputs["input_ids"].shape[1])
+    for span in adapter.parts(inputs["input_ids"], dict(inputs))[0]:
+        rows, columns = span.grid
+        out[span.columns.cpu()] = ((torch.arange(rows) + 0.5) / rows).repeat_interleave(columns)
+    return out.to(inputs["input_ids"].device)
+
+
 @torch.no_grad()
 def layer_by_layer(model: Any, inputs: Mapping[str, Any]) -> dict[str, list[float]]:
     """For one prompt, layer by layer: ``lens`` the probability that the last token's state behind the layer gives to
     the model's own answer (final norm and head), ``visual_lens`` the mean of the visual rows', ``to_image`` the share
-    of the question's and the last token's attention that goes to the image, ``cosine`` of each visual row in front of
-    and behind the layer, mean, and ``withdrawn`` the divergence (KL, nats) of the answer's distribution if from this
-    layer on nobody reads the image."""
+    of the question's and the last token's attention that goes to the image, ``row_bias`` how much lower that share
+    lies than an even spread, in heights of the raster (-0.5: all in the first row of many, 0.5: all in the last; of a
+    text its tokens are the rows), ``cosine`` of each visual row in front of and behind the layer, mean, and
+    ``withdrawn`` the divergence (KL, nats) of the answer's distribution if from this layer on nobody reads the
+    image."""
     adapter = bind(model)
     parts = places(adapter, inputs)
     layers = adapter.geometry.llm_layers
@@ -177,12 +191,15 @@ def layer_by_layer(model: Any, inputs: Mapping[str, Any]) -> dict[str, list[floa
     logits = out.logits[last].float()
     token, whole = int(logits.argmax()), logits.log_softmax(-1)
     every, pairs = adapter.decoder_layers(), blocked({**parts, "rest": parts["all"] & ~image}, "image->rest")
-    told: dict[str, list[float]] = {k: [] for k in ("lens", "visual_lens", "to_image", "cosine", "withdrawn")}
+    lower = _heights(adapter, inputs)[image[0]]
+    told: dict[str, list[float]] = {name: [] for name in NUMBERS}
     for i in range(layers):
         before, behind = states[i][0].float(), states[i + 1][0]
         for name, rows in (("lens", last[0]), ("visual_lens", image[0])):
             told[name].append(float(head(adapter.lm.norm(behind[rows])).float().softmax(-1)[:, token].mean()))
-        told["to_image"].append(float(out.attentions[i][0].float().mean(0)[text][:, image[0]].sum(-1).mean()))
+        share = out.attentions[i][0].float().mean(0)[text][:, image[0]].mean(0)
+        told["to_image"].append(float(share.sum()))
+        told["row_bias"].append(float(share @ (lower - lower.mean()) / share.sum()))
         same = torch.nn.functional.cosine_similarity(before[image[0]], behind[image[0]].float(), dim=-1)
         told["cosine"].append(float(same.mean()))
         left = _blocked_run(model, inputs, every, last, pairs, range(i, layers)).log_softmax(-1)

@@ -15,6 +15,7 @@ BESIDE = {
     "lens": ("logit lens, last token:", "probability of the answer"),
     "visual_lens": ("logit lens, visual rows:", "probability of the answer"),
     "to_image": ("attention of the text", "to the image"),
+    "row_bias": ("how much lower than the", "middle it lies, in heights"),
     "cosine": ("visual rows: cosine of", "the layer's in- and output"),
     "withdrawn": ("if nobody reads the image", "from here on: KL, nats"),
 }
@@ -23,7 +24,7 @@ BESIDE = {
 @styled
 def flow_figure(told: Mapping[str, Any]) -> Figure:
     """Above one panel per ability: what knocking a flow out around each layer costs, with 95 % intervals; below the
-    numbers of :data:`BESIDE` over all questions."""
+    numbers of :data:`BESIDE` over all questions, those that ``told`` has."""
     abilities = told["abilities"]
     figure = new_figure(WIDTH, 5.6)
     halves: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1))
@@ -37,7 +38,8 @@ def flow_figure(told: Mapping[str, Any]) -> Figure:
         _layers(ax)
     axes[0].set_ylabel(f"answer's probability: change in %\n(windows of {told['window']} layers)")
     above.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(told["flows"]))
-    for ax, (name, words) in zip(below.subplots(1, len(BESIDE)), BESIDE.items(), strict=True):
+    beside = {name: words for name, words in BESIDE.items() if name in abilities["all"]}
+    for ax, (name, words) in zip(below.subplots(1, len(beside)), beside.items(), strict=True):
         _line(ax, abilities["all"][name], PALETTE[4], "")
         ax.set_title("\n".join(words), fontsize=8.5)
         _layers(ax)
