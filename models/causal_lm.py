@@ -1,10 +1,8 @@
 """Language models without images: the prompt itself is pruned. A stack of layers of transformers' usual shape (Llama,
 Mistral, Qwen, Gemma, Phi and what is built alike), under any ``...ForCausalLM``.
 
-What may go is the prompt's tokens, answers never: the first :data:`HEAD` stay, to which attention clings wherever it
-has nothing to say (sinks: arXiv 2309.17453), and so does the last, from which the answer follows. The others are what
-methods and reports call visual tokens, one row of them in each prompt; budgets are of those. Decoders that are not
-known here are probed at ``attach``.
+What may go is the prompt's tokens (:mod:`.engine.whole`), answers never. Decoders that are not known here are probed
+at ``attach``.
 """
 
 from __future__ import annotations
@@ -13,20 +11,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.types import UnsupportedError
 from .base import ADAPTERS, AdapterInfo
 from .engine.description import LLM, Decoder
-from .engine.layout import RasterSpan, prompts
-from .engine.prompt import prompt_tokens, real_tokens
-from .engine.request import Call
+from .engine.layout import RasterSpan
 from .engine.toy import toy_prompt
+from .engine.whole import OfPrompts
 from .parts.hindrance import placeholder, stack_of
 from .parts.mllm import NO_TOWER, Mllm, untowered
 from .parts.tiny import tiny_build, tiny_text
-
-HEAD, TAIL = 4, 1  # tokens of a prompt that stay
 
 
 def matches(model: nn.Module) -> bool:
@@ -39,7 +34,7 @@ def matches(model: nn.Module) -> bool:
     )
 
 
-class CausalLm(Mllm):
+class CausalLm(OfPrompts, Mllm):
     """One bound language model."""
 
     ranks = False
@@ -53,7 +48,7 @@ class CausalLm(Mllm):
             provides={"llm": LLM},
             refuses=dict.fromkeys(("pixels", "vision", "projector"), images),
             traits=frozenset({"prompt"}),
-            per=("sample",),
+            per=("sample", "prompt"),
         )
         super().__init__(model, geometry=geometry, projector=nn.Identity(), lm=lm, image_token=-1, vision=NO_TOWER)
         self.unspoken = ()
@@ -67,22 +62,11 @@ class CausalLm(Mllm):
                 if not torch.equal(self.lm(input_ids=toy.ids).last_hidden_state, embedded):
                     raise UnsupportedError(f"{toy.name} reads tokens otherwise than their embeddings")
 
-    def visual(self, ids: Tensor) -> Tensor:
-        return torch.ones_like(ids, dtype=torch.bool)
-
-    def prunable(self, inputs: dict[str, Any]) -> Tensor:
-        ids = inputs["input_ids"]
-        call = Call(labels=inputs.get("labels"))
-        return prompt_tokens(call, real_tokens(inputs.get("attention_mask"), *ids.shape).to(ids.device), HEAD, TAIL)
-
-    def parts(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[RasterSpan]]:
-        return prompts(self.prunable({**inputs, "input_ids": ids}), None)
-
     def slice_(self, inputs: dict[str, Any], samples: list[list[RasterSpan]], b: int) -> dict[str, Any]:
         return {}
 
     def describe(self) -> Decoder:
-        return replace(super().describe(), core=None, text=(HEAD, TAIL))
+        return replace(super().describe(), core=None)
 
 
 def _tiny(config: str, model: str, **more: Any) -> tuple[nn.Module, dict[str, Any]]:

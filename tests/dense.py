@@ -149,8 +149,9 @@ class Dense:
             kwargs = {**kwargs, "input_ids": None, "inputs_embeds": embeds}
         planes = kwargs.get("deepstack_visual_embeds")
         whole = [p.new_zeros(*embeds.shape[:2], p.shape[-1]) for p in planes or ()]
+        marks = self.adapter.visual(self.done.ids)  # where they are of images, and text is pruned as well
         for s, p in zip(whole, planes or (), strict=True):
-            s[:, : self.visual.shape[1]][self.visual] = p
+            s[:, : self.visual.shape[1]][marks] = p
         if self.done.given is not None:
             embeds = embeds.clone()
             for now, given in zip((embeds, *whole), self.done.given, strict=True):
@@ -178,7 +179,7 @@ class Dense:
                     for s, w in zip(spread, whole, strict=True):
                         s[b, columns[k]] = w[b, members].mean(0)
         if planes is not None:
-            planes = [s[:, : self.visual.shape[1]][self.visual] for s in spread]
+            planes = [s[:, : self.visual.shape[1]][marks] for s in spread]
         more = {"deepstack_visual_embeds": planes} if planes is not None else {}
         return args, {**kwargs, **more, "inputs_embeds": embeds}
 

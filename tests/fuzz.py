@@ -45,6 +45,7 @@ sys.path.insert(0, os.path.dirname(__file__))
 
 from vtprune.models.base import ADAPTERS
 from vtprune.models.engine.layout import units
+from vtprune.models.engine.whole import of_prompts
 
 import vtprune
 from dense import Dense, Done, NoReference
@@ -410,6 +411,8 @@ def overrides(draw: random.Random, b: Bench, chosen: Recipe) -> dict[str, Any]:
     tiled = "tile" in geometry.per[1:]
     if draw.random() < (0.5 if tiled else 0.25):
         out["per"] = draw.choice(geometry.per)
+    if "prompt" in geometry.traits and b.family != "causal-lm":
+        out["per"] = "prompt"
     if draw.random() < 0.2:
         out["seed"] = draw.randrange(1000)
     info = METHODS.get(chosen.stages[-1].method)
@@ -1376,6 +1379,8 @@ def run(seed: int, families: tuple[str, ...] = (), ways: tuple[str, ...] = ()) -
         known = {k: v for k, v in (WAYS if b.mllm else TOWER_WAYS).items() if not ways or k in ways}
         if not known:
             return Outcome(seed, "ok", family, "-", "")
+        if b.mllm and draw.random() < 0.08:
+            b = dataclasses.replace(b, adapter=of_prompts(b.adapter))
         way = draw.choices(list(known), [w for _, w in known.values()])[0]
         inputs, side = compose(b, draw)
         chosen = recipe(draw, b)

@@ -138,14 +138,14 @@ def prompts(visual: Tensor, segments: Tensor | None) -> list[list[RasterSpan]]:
 def units(samples: list[list[RasterSpan]], per: str, segments: Tensor | None = None) -> list[BudgetGroup]:
     """Parts joined by ``per``: ``"tile"`` every raster alone, ``"image"`` an image (a video's frame), ``"video"`` also
     all frames of a video, ``"sample"`` everything in a sample, or in each of the prompts that are packed into a row
-    (``segments`` ``[B, T]``)."""
+    (``segments`` ``[B, T]``); so does ``"prompt"``, of whose parts text is one."""
     out: list[BudgetGroup] = []
     for b, sample in enumerate(samples):
         groups: dict[object, list[RasterSpan]] = {}
         for i, part in enumerate(sample):
             whole = ("video", part.video) if part.video >= 0 else ("image", part.image)
             prompt = 0 if segments is None else int(segments[b, int(part.columns[0])])
-            key = {"tile": i, "image": part.image, "video": whole, "sample": prompt}[per]
+            key = {"tile": i, "image": part.image, "video": whole, "sample": prompt, "prompt": prompt}[per]
             groups.setdefault(key, []).append(part)
         for g in groups.values():
             columns = g[0].columns if len(g) == 1 else torch.cat([p.columns for p in g])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from prompts import best, heads, inputs_of, llama, smoothed
-from vtprune.models.causal_lm import HEAD
 from vtprune.models.engine.host import cached
+from vtprune.models.engine.whole import HEAD
 
 import vtprune
 

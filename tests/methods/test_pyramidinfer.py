@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from prompts import best, heads, llama
-from vtprune.models.causal_lm import HEAD
+from vtprune.models.engine.whole import HEAD
 
 import vtprune
 from vtprune.core.planning import bind, plan

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 from vtprune.models.base import ADAPTERS
-from vtprune.models.causal_lm import HEAD
 from vtprune.models.engine.host import cache_of, cached
 from vtprune.models.engine.prompt import prompt_tokens
 from vtprune.models.engine.request import Call
+from vtprune.models.engine.whole import HEAD
 
 import vtprune
 

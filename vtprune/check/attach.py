@@ -27,7 +27,8 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
             derive the schedule; ``positions="original" | "compact"`` (in-LLM and projector cuts; the default is the
             method's, mostly original ones); ``seed=`` for random
             methods; ``per=`` what a budget applies to behind the projector: ``"image"`` (a video's frame), ``"tile"``,
-            ``"video"`` (all its frames) or ``"sample"`` (everything in a prompt), the default being the family's first;
+            ``"video"`` (all its frames), ``"sample"`` (all images of a prompt) or ``"prompt"`` (its text as well: all
+            tokens but the first four and the last), the default being the family's first;
             ``shelve=True``: a later turn (more than one new token behind a prompt) chooses again from the whole
             conversation, and gives what a new prompt of it would (stages inside the language model alone; default: it
             goes on with what the prompt kept); all else are the last stage's options.

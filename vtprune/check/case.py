@@ -25,7 +25,7 @@ class Case:
     options: dict[str, Any]  # of ``attach``: positions, seed, per
 
     def __post_init__(self) -> None:
-        self.adapter = bind(self.model)
+        self.adapter = bind(self.model, self.options.get("per"))
         self.geometry = self.adapter.geometry
         self.infos = [METHODS.get(s.method) for s in self.recipe.stages]
         self.mllm = self.geometry.llm_layers > 0

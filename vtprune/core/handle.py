@@ -91,7 +91,7 @@ def put(
                 f"parts of this model belong to a {other} that is attached already; call remove() on its handle first"
             )
         strip(model)
-        adapter = bind(model)
+        adapter = bind(model, extra.get("per"))
         check_options(adapter.geometry, **extra)
         proof(adapter.geometry.family)
         if target:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtprune.models.base import ADAPTERS
+from vtprune.models.engine.whole import of_prompts
 
 from ..methods.base import METHODS, Method, make
 from .composition import ORDER, Planned, compose
@@ -25,11 +26,13 @@ ATTACH_OPTIONS = ("positions", "seed", "per")
 TARGETS = ("effective_tokens", "flops")  # budgets that the solver turns into a schedule
 
 
-def bind(model: nn.Module) -> Any:
-    """The adapter for ``model``: of those that match it the one of the highest priority.
+def bind(model: nn.Module, per: str | None = None) -> Any:
+    """The adapter for ``model``: of those that match it the one of the highest priority; with ``per="prompt"`` it
+    offers the whole prompt.
 
     Raises:
-        UnsupportedError: none matches (the families there are, are named), or two of the same priority do.
+        UnsupportedError: none matches (the families there are, are named), or two of the same priority do; a model
+            without a language model for ``per="prompt"``.
     """
     model = unwrap(model)
     matching = [info for _, info in ADAPTERS.items() if info.matches(model)]
@@ -41,7 +44,8 @@ def bind(model: nn.Module) -> Any:
             f"{', '.join(info.name for info in best)}; one of them needs a higher one"
         )
     if best:
-        return best[0].bind(model)
+        adapter = best[0].bind(model)
+        return of_prompts(adapter) if per == "prompt" else adapter
     hint = "; pass the whole model, ...ForConditionalGeneration" if type(model).__name__.endswith("Model") else ""
     raise UnsupportedError(
         f"no adapter takes a {type(model).__name__}; there are {', '.join(ADAPTERS)} ('vtprune adapters' says "
@@ -69,7 +73,7 @@ def applies_to(geometry: Geometry, recipe: Recipe, per: str | None) -> str:
         return per or geometry.per[0]
     if "prompt" in geometry.traits:
         raise UnsupportedError(
-            f"{video} compares the frames of a video, and {geometry.family} ({geometry.arch}) reads text alone"
+            f"{video} compares the frames of a video, and what is pruned of {geometry.family} ({geometry.arch}) is text"
         )
     joined = [name for name in ("video", "sample") if name in geometry.per]
     if not joined or not geometry.llm_layers:
@@ -93,7 +97,7 @@ def positions_of(geometry: Geometry, recipe: Recipe, positions: str | None) -> s
 
 def for_units(geometry: Geometry, per: str | None) -> Geometry:
     """``geometry`` as budgets see it: where several rasters may share one, the size of none of them bounds it."""
-    several = per in ("sample", "video") or ((per or geometry.per[0]) == "image" and "tile" in geometry.per)
+    several = per in ("sample", "video", "prompt") or ((per or geometry.per[0]) == "image" and "tile" in geometry.per)
     return replace(geometry, variable=True) if several else geometry
 
 
@@ -149,7 +153,8 @@ def plan(geometry: Geometry, recipe: Recipe) -> list[Planned]:
             missing = info.needs.get(cut.kind, frozenset()) - (offers or frozenset()) - geometry.traits
             if offers is None or missing:
                 lacks = ", ".join(sorted(missing)) or f"{cut.kind} sites"
-                reasons = dict.fromkeys(geometry.refuses[n] for n in sorted(missing) if n in geometry.refuses)
+                known = {"prompt": "per='prompt' does", **geometry.refuses}
+                reasons = dict.fromkeys(known[n] for n in sorted(missing) if n in known)
                 why = "".join(f" ({reason})" for reason in reasons)
                 raise UnsupportedError(
                     f"{info.name} needs {lacks}, which {geometry.family} ({geometry.arch}) does not provide{why}"
@@ -201,4 +206,5 @@ def check_options(geometry: Geometry, *, positions: Any = None, seed: Any = 0, p
         )
     check_seed(seed)
     if per is not None and per not in geometry.per:
-        raise VtpruneError(f"per={per!r}: {geometry.family} takes {', '.join(map(repr, geometry.per))}")
+        names = dict.fromkeys((*geometry.per, *(("prompt",) if geometry.llm_layers else ())))
+        raise VtpruneError(f"per={per!r}: {geometry.family} takes {', '.join(map(repr, names))}")

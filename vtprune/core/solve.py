@@ -114,7 +114,7 @@ def solve(
     """
     if (effective_tokens is None) == (flops is None):
         raise VtpruneError("give exactly one of effective_tokens= and flops=")
-    adapter, chosen = bind(model), load_recipe(recipe)
+    adapter, chosen = bind(model, per), load_recipe(recipe)
     check_options(adapter.geometry, positions=positions, seed=seed, per=per)
     chosen = chosen.override(**overrides) if overrides else chosen
     skips = next((s.method for s in chosen.stages if METHODS.get(s.method).skips), None)

@@ -16,6 +16,7 @@ from ..inputs.chats import prepare
 from . import generation, timing
 from .break_even import break_even
 from .environment import environment
+from .run import of_images
 
 REPEATS = 3  # rounds at least: fewer do not tell the noise
 BUDGETS = (0.75, 0.5, 0.25, 0.11)
@@ -92,6 +93,7 @@ def times(
         VtpruneError: nothing to measure, recipes of the same name, or fewer than three ``repeats``.
     """
     chosen = check(recipes, repeats)
+    of_images(options or {})
     if not budgets or not batches or not images:
         raise VtpruneError("name at least one budget, one batch size and one number of images")
     adapter = bind(model)

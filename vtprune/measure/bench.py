@@ -14,6 +14,7 @@ from ..core.types import VtpruneError
 from ..methods.base import METHODS, OWN_BUDGETS, make
 from .bench_runs import TableRuns
 from .environment import environment, protocol
+from .run import of_images
 from .runs import RunError
 from .samples import Sample
 from .statistics import add_group_a, score
@@ -85,6 +86,7 @@ def _loaded(methods: Sequence[str | Recipe], options: Mapping[str, Mapping[str, 
     if not names or len({*names}) < len(names):
         raise VtpruneError(f"methods must be named, each once; got {', '.join(names) or 'none'}")
     for recipe in recipes:
+        of_images(options.get(recipe.name, {}))
         own = {k: v for k, v in options.get(recipe.name, {}).items() if k not in ATTACH_OPTIONS}
         if doubled := {"keep", *TARGETS, *OWN_BUDGETS} & own.keys():
             raise VtpruneError(

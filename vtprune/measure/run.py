@@ -205,6 +205,16 @@ def dense_report(model: Any, inputs: Any) -> Report:
     )
 
 
+def of_images(options: Mapping[str, Any]) -> None:
+    """Raises :class:`VtpruneError` for ``options`` of ``attach`` with which something else than images is pruned: their
+    tokens cannot stand beside the dense model's visual ones, nor beside those of a baseline."""
+    if options.get("per") == "prompt":
+        raise VtpruneError(
+            "per='prompt' counts a prompt's text among its tokens, so its budgets are not those of images that this "
+            "compares: attach() and report() tell of it"
+        )
+
+
 def kept_places(report: Report, i: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Tokens of sample ``i`` kept per image row and per image column, by the last stage that dropped some but not all
     (``None``: none did, or the sample's images have several shapes). A merged group is spread over its members."""

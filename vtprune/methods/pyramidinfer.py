@@ -35,7 +35,7 @@ class PyramidInfer(Method):
     ``int(C r_i)`` of the C it has left, ``r_i = p + (1 - p)(1 + cos(pi i / L)) / 2``, if that is more than ``floor``.
     Ranked by the attention of the recent rows, weighted from 1 to 1.2; the first four tokens are always kept. What is
     kept stays at its positions. Reducing the cache while it grows behind the prompt is not offered. For language models
-    without images, which this is about."""
+    without images, which this is about, and with ``per="prompt"`` for others."""
 
     p: float = option(
         0.9, "share that the last layers keep of what is left (0.9: 7B and 70B; 0.8: 13B)", least=0, most=1

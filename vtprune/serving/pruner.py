@@ -43,7 +43,7 @@ class Pruner:
     def __init__(self, model: Any, recipes: Mapping[str, Recipe], **options: Any):
         self.model, self.recipes, self.options = model, dict(recipes), options
         self.handle: Handle | None = None
-        self.geometry = bind(model).geometry
+        self.geometry = bind(model, options.get("per")).geometry
         for recipe in self.recipes.values():
             self._plan(recipe)
 
