@@ -97,9 +97,10 @@ def chromium() -> Iterator[Any]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "some_method" in metafunc.fixturenames:
         # with the bundled model, which is asked about pictures, one of each kind; the others are slow
-        asked = [[name for name in group if of_pictures(name)] for group in kinds()]
+        # and on their defaults, which those that have to be fitted do not have
+        every = [name for name in vtprune.methods() if of_pictures(name) and not vtprune.describe(name).fitted]
+        asked = [[name for name in group if name in every] for group in kinds()]
         some = {group[0] for group in asked if group}
-        every = [name for name in vtprune.methods() if of_pictures(name)]
         names = [pytest.param(name, marks=() if name in some else pytest.mark.slow) for name in every]
         metafunc.parametrize("some_method", names)
     if "method_name" in metafunc.fixturenames:

@@ -65,6 +65,9 @@ class Dense:
         self.hooks: list[Any] = []
         self.kept_inputs: dict[int, tuple[Tensor, dict[str, Any], Tensor]] = {}
         self.scores: list[tuple[int, Tensor]] = []
+        self.factors: dict[
+            int, list[float]
+        ] = {}  # by layer, per row: what its input is scaled by, its attention left out
         self.made: dict[int, Tensor] = {}  # routing stage -> what its side branch made
         depth = adapter.geometry.llm_layers
         self.routed = next((m for m in done.methods if m.info.routes), None)
@@ -90,6 +93,11 @@ class Dense:
                     left = [f"llm.{i}.{half}" in done.skipped[row] for row in done.rows if done.skipped]
                     if any(left):
                         self.hooks.append(getattr(layer, name).register_forward_hook(self._silent(left)))
+                        factor = [self._scale(i, half) if gone else 1.0 for gone in left]
+                        if half == "attention":
+                            self.factors[i] = factor
+                        else:  # ahead of transformers' own, as above
+                            self.hooks.append(layer.register_forward_hook(self._times(factor), prepend=True))
 
     def __enter__(self) -> Dense:
         return self
@@ -188,6 +196,7 @@ class Dense:
 
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             x = args[0] if args else kwargs["hidden_states"]
+            x = _scaled(x, self.factors[number]) if number in self.factors else x
             t = x.shape[1]
             eye = torch.eye(t, dtype=torch.bool)
             own = kwargs.get("attention_mask")
@@ -228,6 +237,20 @@ class Dense:
                 [torch.zeros_like(row) if gone else row for row, gone in zip(_first(output), left, strict=True)]
             )
             return (kept, *output[1:]) if isinstance(output, tuple) else kept
+
+        return leave
+
+    def _scale(self, number: int, half: str) -> float:
+        """By what the residual stream is multiplied where this half is left out."""
+        return next(c.scale for _, c in self.done.cuts if c.site == f"llm.{number}" and c.half == half)
+
+    @staticmethod
+    def _times(factor: list[float]) -> Callable:
+        """What leaves a layer, each sample times its ``factor``."""
+
+        def leave(module: nn.Module, args: tuple, output: Any) -> Any:
+            rows = _scaled(_first(output), factor)
+            return (rows, *output[1:]) if isinstance(output, tuple) else rows
 
         return leave
 
@@ -441,6 +464,10 @@ class Dense:
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _scaled(x: Tensor, factor: list[float]) -> Tensor:
+    return torch.stack([(row.double() * f).to(x.dtype) for row, f in zip(x, factor, strict=True)])
 
 
 def _of_patches(hidden: Tensor, squares: Tensor | None) -> Tensor:

@@ -281,6 +281,9 @@ DRAWN: dict[str, Callable[[random.Random, Bench], Any]] = {
     "ratio": lambda d, b: d.choice((0.5, 0.7, 0.85, 1.0)),
     "ratios": lambda d, b: tuple(sorted((round(d.uniform(0.05, 1), 2) for _ in range(d.randint(1, 3))), reverse=True)),
     "r": lambda d, b: d.choice((0, 1, 2, 3, 5)),
+    "attention": ascending,
+    "mlp": ascending,
+    "similarity": lambda d, b: tuple(round(d.uniform(-1, 1), 2) for _ in range(2 * b.adapter.geometry.llm_layers)),
     "inflect": lambda d, b: d.choice((-1.0, 0.0, 0.5, 1.0)),
 }
 EXTREME = (
@@ -331,6 +334,8 @@ def options(draw: random.Random, b: Bench, name: str) -> dict[str, Any]:
                 out[key] = round(draw.uniform(low, high), 2)
             else:
                 out[key] = int(low) + draw.randint(0, 6)
+    if info.fitted and draw.random() < 0.7:  # mostly with what it cannot do without
+        out = {**info.elsewhere, **out}
     if "ratios" in out:
         out["layers"] = tuple(sorted(draw.sample(range(max(b.adapter.geometry.llm_layers, 3)), len(out["ratios"]))))
     return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vtprune.models.engine import books, cuts, ranking, run, serving
+from vtprune.models.engine import books, cuts, ranking, run, serving, skipping
 
 import fuzz
 from vtprune.core.types import UnsupportedError
@@ -104,6 +104,7 @@ PLANTS = {
     ),
     "passes of the tower in another order": lambda m: m.setattr(books, "passes", _swapped(books.passes)),
     "scores of the wrong row": lambda m: m.setattr(ranking, "query_rows", _earlier(ranking.query_rows)),
+    "a half left out without its scale": lambda m: m.setattr(skipping, "_scaled", lambda x, left, scale: x),
     "merged rows weighted wrongly": lambda m: m.setattr(run, "combine", _unweighted(run.combine)),
 }
 

@@ -13,6 +13,7 @@ from ...core.ledger import UndoLedger
 from ...core.types import UnsupportedError
 from . import host
 from .description import PackedTower
+from .halves import first_of, rows_of, with_first
 from .packing import Packing
 
 
@@ -73,12 +74,32 @@ def block_in_decoder(ledger: UndoLedger, layers: Mapping[int, nn.Module], blocke
         ledger.before(layer, enter)
 
 
-def silence_in_decoder(ledger: UndoLedger, layers: Sequence[nn.Module], skipped: Sequence[Collection[str]]) -> None:
-    """The halves of layers that ``skipped`` names sample by sample, as ``"llm.5.attention"``, run and give zeros."""
+def silence_in_decoder(
+    ledger: UndoLedger,
+    layers: Sequence[nn.Module],
+    skipped: Sequence[Collection[str]],
+    scales: Mapping[tuple[int, str], float],
+) -> None:
+    """The halves of layers that ``skipped`` names sample by sample, as ``"llm.5.attention"``, run and give zeros; what
+    passes by goes on times their ``scales`` (1 where there is none)."""
+
+    def times(gone: Tensor, scale: float, x: Tensor) -> Tensor:
+        factor = torch.ones(len(gone), dtype=torch.float64).masked_fill(gone, scale)
+        return (x.double() * factor.to(x.device)[:, None, None]).to(x.dtype)
+
+    def scale_in(gone: Tensor, scale: float) -> Callable:
+        return lambda module, args, kwargs: with_first(args, kwargs, times(gone, scale, first_of(args, kwargs)))
+
+    def scale_out(gone: Tensor, scale: float) -> Callable:
+        def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            x = times(gone, scale, rows_of(output))
+            return (x, *output[1:]) if isinstance(output, tuple) else x
+
+        return leave
 
     def make(gone: Tensor) -> Callable:
         def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            first = output[0] if isinstance(output, tuple) else output
+            first = rows_of(output)
             rows = gone.to(first.device).view(-1, *[1] * (first.ndim - 1))
             first = torch.where(rows, torch.zeros_like(first), first)
             return (first, *output[1:]) if isinstance(output, tuple) else first
@@ -88,8 +109,14 @@ def silence_in_decoder(ledger: UndoLedger, layers: Sequence[nn.Module], skipped:
     for i, layer in enumerate(layers):
         for half, name in host.HALVES.items():
             gone = torch.tensor([f"llm.{i}.{half}" in halves for halves in skipped])
-            if bool(gone.any()):
-                ledger.after(getattr(layer, name), make(gone))
+            if not bool(gone.any()):
+                continue
+            ledger.after(getattr(layer, name), make(gone))
+            scale = scales.get((i, half), 1.0)
+            if half == "attention":
+                ledger.before(layer, scale_in(gone, scale))
+            else:
+                ledger.after(layer, scale_out(gone, scale))
 
 
 def hide_in_tower(

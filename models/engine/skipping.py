@@ -2,7 +2,8 @@
 
 Who leaves out what is decided once, while the prompt is read, and holds for all that follows it. A half that no sample
 of the batch needs is not run, and its attention caches nothing; where some need it, it runs for all of them, and the
-others are not given what it makes.
+others are not given what it makes. A cut may scale: then the half's input, the residual stream, goes on times a factor,
+which is put on where the half begins (an attention: the layer's input) or ends (an MLP: the layer's output).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ...core.types import UnsupportedError
 from ..base import PlannedCut
 from . import host
 from .description import Decoder
+from .halves import first_of, probe_order, rows_of, silence, with_first
 from .request import Call
 from .text import prompt_at
 from .toy import toy_prompt
@@ -32,6 +34,8 @@ class Skipping:
         self.watched = {(planned.cut.layer, planned.cut.half) for planned in cuts}
         if cuts:
             probe_halves(decoder)
+        if any(planned.cut.scale != 1 for planned in cuts):
+            probe_order(decoder)
         for planned in cuts:
             number, half = planned.cut.layer, planned.cut.half
             if half == "attention" and number == decoder.kinds.index(decoder.kinds[number]):
@@ -43,9 +47,14 @@ class Skipping:
                 raise UnsupportedError(
                     f"layer {number} has no input_layernorm, behind which it is decided what is left out"
                 )
-            module = getattr(decoder.layers[number], host.HALVES[half])
-            decide = ledger.timed(planned.skip)
-            ledger.replace(module, "forward", self._forward(number, half, decoder.layers[number], module, decide))
+            layer, decide = decoder.layers[number], ledger.timed(planned.skip)
+            module, scale = getattr(layer, host.HALVES[half]), planned.cut.scale
+            ahead = half == "attention" and scale != 1  # decided in front of the layer
+            ledger.replace(module, "forward", self._forward(number, half, layer, module, None if ahead else decide))
+            if ahead:
+                ledger.before(layer, self._scale_in(number, scale, decide))
+            elif scale != 1:
+                ledger.after(layer, self._scale_out(number, scale))
 
     def check(self, call: Call) -> None:
         """Every half came by in the forward that ends; what took its place since would run unseen."""
@@ -55,7 +64,35 @@ class Skipping:
                 "remove() and attach again"
             )
 
-    def _forward(self, number: int, half: str, layer: nn.Module, module: nn.Module, decide: Callable) -> Callable:
+    def _scale_in(self, number: int, scale: float, decide: Callable) -> Callable:
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            call, key = self.now(), (number, "attention")
+            if call is None or call.request is None or call.aside:
+                return None
+            x = first_of(args, kwargs)
+            if call.prefill:
+                self._decide(call, key, decide, x)
+            left = call.request.skipping.get(key, [])
+            return with_first(args, kwargs, _scaled(x, left, scale)) if any(left) else None
+
+        return enter
+
+    def _scale_out(self, number: int, scale: float) -> Callable:
+        def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            call = self.now()
+            if call is None or call.request is None or call.aside:
+                return None
+            left = call.request.skipping.get((number, "mlp"), [])
+            if not any(left):
+                return None
+            x = _scaled(rows_of(output), left, scale)
+            return (x, *output[1:]) if isinstance(output, tuple) else x
+
+        return leave
+
+    def _forward(
+        self, number: int, half: str, layer: nn.Module, module: nn.Module, decide: Callable | None
+    ) -> Callable:
         own = module.forward
 
         @functools.wraps(own)
@@ -74,14 +111,13 @@ class Skipping:
                 )
             if host.without_cache(layer):
                 raise UnsupportedError(CHECKPOINTS)
-            if call.prefill:
+            if call.prefill and decide is not None:
                 self._decide(call, (number, half), decide, x)
             left = call.request.skipping.get((number, half), [])
             if any(left):
                 _check(call, half, layer, host.cache_in(kwargs))
             if left and all(left):
-                nothing = torch.zeros_like(x)
-                return (nothing, None) if half == "attention" else nothing
+                return silence(half, x)
             out = own(*args, **kwargs)
             if not any(left):
                 return out
@@ -106,6 +142,11 @@ class Skipping:
         if bool(left.any()):
             request.skipped[key] = left.tolist()
             request.skipping[key] = list(request.skipped[key])
+
+
+def _scaled(x: Tensor, left: list[bool], scale: float) -> Tensor:
+    """``x`` ``[B, T, C]`` times ``scale`` in the samples that are ``left`` out."""
+    return x * scale if all(left) else torch.where(torch.tensor(left, device=x.device)[:, None, None], x * scale, x)
 
 
 CHECKPOINTS = (

@@ -46,6 +46,7 @@ NEEDED: dict[str, list[str]] = {
     "run": ASKED,
     "encode": ["--out", "OUT.safetensors", *ASKED],
     "fit vtw": ["--recipe-out", "OUT.json", *ASKED],
+    "fit adaskip": ["--recipe-out", "OUT.json", *ASKED],
     "fit fitprune": ["--recipe-out", "OUT.json", "--keep", "4", *ASKED],
     "train dpvr-lf": ["--out", "OUT.safetensors"],
     "report": ["RESULTS"],

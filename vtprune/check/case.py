@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.composition import Planned
 from ..core.handle import put
 from ..core.ledger import UndoLedger
-from ..core.planning import bind
+from ..core.planning import bind, plan_for
 from ..core.recipe import Recipe
 from ..methods.base import METHODS
 
@@ -32,6 +33,9 @@ class Case:
 
     def attach(self, model: nn.Module | None = None, recipe: Recipe | None = None) -> Any:
         return put(self.model if model is None else model, recipe or self.recipe, self.options)
+
+    def plan(self) -> list[Planned]:
+        return plan_for(self.geometry, self.recipe, self.options.get("per"))
 
     def run(self, model: nn.Module | None = None, inputs: dict[str, Any] | None = None) -> Tensor:
         """Logits, or a tower's last hidden states."""

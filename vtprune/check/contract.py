@@ -14,7 +14,7 @@ from vtprune.models.engine.host import cache_of, held
 from vtprune.models.engine.layout import units
 
 from ..core.ledger import UndoLedger, snapshot
-from ..core.planning import applies_to, plan_for
+from ..core.planning import applies_to
 from ..core.types import VtpruneError
 from ..methods.base import OWN_BUDGETS
 from .case import Case, attention_mask, behind_tower, positioned
@@ -268,7 +268,7 @@ def _only_pruning(c: Case) -> None:
 
 
 def _nothing_evicted(c: Case) -> None:
-    if any(cut.evict for *_, cuts in plan_for(c.geometry, c.recipe, c.options.get("per")) for cut in cuts):
+    if any(cut.evict for *_, cuts in c.plan() for cut in cuts):
         raise Skip("caches give tokens up behind the prefill, which no one forward does")
 
 

@@ -29,7 +29,8 @@ def masks(c: Case, report: Report, passes: list[tuple[Any, int]]) -> tuple[list[
         return [], torch.empty(0), ledger
     padding, hidden = attention_mask(c.inputs), _hidden(c, report)
     hide_in_decoder(ledger, c.adapter.decoder_layers(), hidden)
-    silence_in_decoder(ledger, c.adapter.decoder_layers(), report.skipped)
+    scales = {(cut.layer, cut.half): cut.scale for *_, cuts in c.plan() for cut in cuts if cut.half}
+    silence_in_decoder(ledger, c.adapter.decoder_layers(), report.skipped, scales)
     if positions_of(c.geometry, c.recipe, c.options.get("positions")) == "compact":
         _renumber(ledger, c, [padding.bool() & ~h if bool(h.any()) else None for h in hidden])
     return hidden, padding.bool() & ~hidden[-1], ledger

@@ -56,7 +56,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
         type=words,
         metavar="NAMES",
         default=["pyramiddrop"],
-        help="recipes, with commas; 'all' is every method (default pyramiddrop)",
+        help="recipes, with commas; 'all' is every method that needs no fit (default pyramiddrop)",
     )
     add("--no-baselines", action="store_true", help="leave the baselines and the dense model out")
     budget = parser.add_mutually_exclusive_group()

@@ -12,9 +12,11 @@ from ..core.paths import output
 from ..core.types import VtpruneError
 from ..inputs.images import open_image
 from ..measure.environment import environment
-from ..measure.fit import THRESHOLD, Fit, removals, withdrawal
+from ..measure.fit import THRESHOLD, Fit, left_out, removals, withdrawal
 from ..measure.samples import Sample, scenes_samples
+from ..measure.similarity import MEANS
 from ..measure.text import text
+from ..methods.adaskip import HALVES
 from . import models
 from .errors import Parser
 from .options import keep_value, model_options, positive
@@ -52,7 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N_OR_FRACTION",
         help="visual tokens averaged over layers: 64, or 0.25 of the dense model's",
     )
-    for own in (layer, counts):
+    halves = kinds.add_parser("adaskip", help="which attentions and MLPs are left out, and what takes their places")
+    halves.add_argument(
+        "--sublayers", type=positive, default=8, metavar="N", help="how many of them (default %(default)s)"
+    )
+    halves.add_argument(
+        "--mean",
+        choices=MEANS,
+        default=MEANS[0],
+        help="similarities and ratios are averaged over all tokens (the paper) or prompt by prompt, with a ratio of "
+        "whole prompts' norms (the official code; default %(default)s)",
+    )
+    for own in (layer, counts, halves):
         own.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
@@ -123,11 +136,22 @@ def _removals(args: argparse.Namespace, model: Any, processor: Any, samples: lis
     return removals(model, processor, samples, **budget, batch=args.batch, progress=told)
 
 
-FITS: dict[str, Callable[..., Fit]] = {"vtw": _withdrawal, "fitprune": _removals}
+def _left_out(args: argparse.Namespace, model: Any, processor: Any, samples: list[Sample], told: Any) -> Fit:
+    asked = {"sublayers": args.sublayers, "mean": args.mean}
+    return left_out(model, processor, samples, **asked, batch=args.batch, progress=told)
+
+
+FITS: dict[str, Callable[..., Fit]] = {"vtw": _withdrawal, "fitprune": _removals, "adaskip": _left_out}
 
 
 def _table(fit: Fit) -> list[list[str]]:
     """What was found, layer by layer."""
     if "kl" in fit.facts:
         return [["first layer without", "KL"], *([str(i), f"{value:.3g}"] for i, value in fit.facts["kl"].items())]
+    if "ratio" in fit.facts:
+        similarity, ratio, gone = (fit.facts[name] for name in ("similarity", "ratio", "left_out"))
+        names = [f"llm.{n // 2}.{HALVES[n % 2]}" for n in range(len(ratio))]
+        rows = zip(names, similarity, ratio, strict=True)
+        head = ["sub-layer", "similarity", "norm ratio", ""]
+        return [head, *([n, f"{s:.4f}", f"{r:.4f}", "left out" if n in gone else ""] for n, s, r in rows)]
     return [["layer", "visual tokens"], *([str(i), str(count)] for i, count in enumerate(fit.facts["left"]))]

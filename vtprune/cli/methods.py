@@ -15,7 +15,7 @@ from .options import list_options
 from .sources import with_distributions
 
 LEGEND = (
-    "what: q looks at the question, m merges, t needs a trained part, ~ no exact count\n"
+    "what: q looks at the question, m merges, t needs a trained part, f its fit ('vtprune fit'), ~ no exact count\n"
     "vtprune methods NAME tells the options of one, docs/support.md which model families take it"
 )
 
@@ -25,6 +25,7 @@ def _what(info: MethodInfo) -> str:
         "q": info.question_aware,
         "m": info.merges,
         "t": info.trained,
+        "f": info.fitted,
         "~": info.dial is not None or not info.exact,
     }
     return "".join(mark for mark, holds in marks.items() if holds) or "-"
@@ -79,7 +80,12 @@ def _entry(info: MethodInfo) -> dict[str, Any]:
     needs = {kind: sorted(names) for kind, names in info.needs.items()}
     facts: dict[str, Any] = {"name": info.name, "paper": info.paper, "idea": info.idea}
     facts |= {"sites": info.kinds, "needs": needs}
-    facts |= {"question_aware": info.question_aware, "merges": info.merges, "trained": info.trained}
+    facts |= {
+        "question_aware": info.question_aware,
+        "merges": info.merges,
+        "trained": info.trained,
+        "fitted": info.fitted,
+    }
     facts |= {"exact": info.exact, "dial": info.dial}
     facts |= {"keep": info.keep, "options": info.options, "help": info.option_help, "score": info.score}
     return {**facts, "distribution": METHODS.distribution(info.name)}

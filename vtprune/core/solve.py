@@ -122,7 +122,7 @@ def solve(
         # attach's own reasons come first
         plan(for_units(adapter.geometry, applies_to(adapter.geometry, chosen, per)), chosen)
         raise VtpruneError(
-            f"{skips} drops no token and leaves out layers prompt by prompt: it meets no budget of tokens or FLOPs"
+            f"{skips} drops no token and leaves out halves of layers instead: it meets no budget of tokens or FLOPs"
         )
     image = _image(adapter, chosen, inputs, per)
     if flops is None:

@@ -47,8 +47,7 @@ class Geometry:
     Attributes:
         family: the adapter's name.
         arch: the tower's architecture.
-        tokens: visual tokens per image; where ``variable``, of a typical one. Of a unit of several ``rasters`` it
-            counts them all.
+        tokens: visual tokens per image (of a typical one where ``variable``), of several ``rasters`` all together.
         grid: rows and columns of those tokens.
         prefix: class, register and distillation tokens in front of the patches.
         vision_layers: blocks whose output is used: sites ``vision.0`` to ``vision.<vision_layers - 1>``.
@@ -139,6 +138,7 @@ class Cut:
             its cuts leave one by one at most.
         joint: all rasters of a unit compete here, also those of a method of the image plane.
         half: of the layer that is skipped, ``"attention"`` or ``"mlp"``.
+        scale: what that half's input, the residual stream, is multiplied by where it is skipped.
         data: what else the method wants to find again in :meth:`~vtprune.methods.base.Method.select`.
     """
 
@@ -155,6 +155,7 @@ class Cut:
     mean: float | None = None
     joint: bool = False
     half: str = ""
+    scale: float = 1.0
     data: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -339,8 +340,7 @@ class TokenView:
 
     @property
     def extent(self) -> tuple[int, int]:
-        """The fewest and the most real tokens of an image. The device is asked only where they do not follow from what
-        was decided before."""
+        """The fewest and the most real tokens of an image. The device is asked where nothing else tells."""
         if self.known is not None and self.known[0] is self.valid:
             return self.known[1:]
         return extent(self.valid)

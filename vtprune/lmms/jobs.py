@@ -19,7 +19,8 @@ def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The runs: the dense model, then every recipe at every budget (and seed, where it draws), then the baselines at
     the same budgets; on its own schedule a recipe is compared with the dense model alone. A wrong recipe or option
     raises :class:`VtpruneError` here."""
-    names = list(METHODS) if args.recipes == ["all"] else args.recipes
+    ready = [name for name in METHODS if not METHODS.get(name).fitted]
+    names = ready if args.recipes == ["all"] else args.recipes
     options = dict(args.option)
     budgets: list[dict[str, Any]] = (
         [{"effective_tokens": b} for b in dict.fromkeys(args.budgets)] or [{"keep": k} for k in args.keep] or [{}]

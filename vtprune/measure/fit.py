@@ -1,5 +1,5 @@
 """What a method needs fitted to a model before it runs, as a recipe: the layer of VTW (arXiv 2405.05803), the counts of
-FitPrune (arXiv 2409.10197)."""
+FitPrune (arXiv 2409.10197), the sub-layers of AdaSkip (arXiv 2501.02336)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from ..core.planning import bind
 from ..core.recipe import Recipe, Stage, resolve
 from ..core.types import Geometry, UnsupportedError, VtpruneError
 from ..inputs.chats import prepare
+from ..methods.base import make
 from .samples import Sample
+from .similarity import similarities
 
 THRESHOLD = 0.003  # nats; ours
 Progress = Callable[[int], object] | None
@@ -28,7 +30,8 @@ class Fit:
     Attributes:
         recipe: as :func:`vtprune.attach` takes it.
         facts: JSON-safe: ``prompts``, their number; of VTW ``kl`` by layer and the ``threshold``; of FitPrune ``left``,
-            the tokens in each layer, their mean ``effective_tokens`` and the ``threshold`` that was found.
+            the tokens in each layer, their mean ``effective_tokens`` and the ``threshold`` that was found; of AdaSkip
+            ``mean``, ``similarity`` and ``ratio`` of each sub-layer, and those ``left_out``.
     """
 
     recipe: Recipe
@@ -191,6 +194,41 @@ def _received(model: Any, inputs: Any, geometry: Geometry, by: str) -> Iterator[
         mine = torch.stack([layer[b] for layer in scores])
         for unit in units.unique().tolist():
             yield mine[:, units == unit]
+
+
+@torch.no_grad()
+def left_out(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    *,
+    sublayers: int = 8,
+    mean: str = "tokens",
+    batch: int = 16,
+    progress: Progress = None,
+) -> Fit:
+    """AdaSkip's sub-layers: :func:`similarities` over the prompts, of which the ``sublayers`` most similar are left
+    out.
+
+    Args:
+        mean: see :func:`similarities`.
+        batch: prompts per forward.
+        progress: called with the number of prompts after each.
+
+    Raises:
+        VtpruneError: no prompts, more sub-layers than there are, or whatever ``attach`` or :func:`similarities` refuse.
+    """
+    geometry = _geometry(model)
+    make("adaskip", {"similarity": [0.0] * (2 * geometry.llm_layers), "sublayers": sublayers}).plan(geometry, None)
+    similarity, ratio = similarities(model, _told(_inputs(processor, samples, batch), progress), mean=mean)
+    options = {"similarity": similarity, "ratio": ratio, "sublayers": sublayers}
+    cuts = make("adaskip", options).plan(geometry, None)
+    names = [f"{cut.site}.{cut.half}" for cut in cuts]
+    facts = {"prompts": len(samples), "mean": mean, "similarity": similarity, "ratio": ratio, "left_out": names}
+    why = f"means over {mean}, left out are {' '.join(names) or 'none'}"
+    recipe = _recipe("adaskip", options, model, samples, why)
+    attach(model, recipe).remove()  # refused here, not when it is used
+    return Fit(recipe, facts)
 
 
 def _geometry(model: Any) -> Geometry:

@@ -47,13 +47,15 @@ def tried(family: str, variant: str, method: str) -> Entry:
     """One method on one tiny model: attached and run, with its defaults or with the options it names for such cases."""
     (model, inputs), info = _tiny(family, variant), METHODS.get(method)
     reason = ""
-    for options in ({}, info.elsewhere):
+    for options in (info.elsewhere,) if info.fitted else ({}, info.elsewhere):
         try:
             with attach(model, method, **options), torch.no_grad():
                 model(**inputs)
         except UnsupportedError as e:
             reason = reason or str(e)
             continue
+        if info.fitted:
+            return Entry("option", f"with what `vtprune fit {method}` finds")
         return Entry("option", "with " + _said(options)) if options else Entry("exact")
     return Entry("refused", reason)
 

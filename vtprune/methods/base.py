@@ -51,6 +51,7 @@ class MethodInfo:
         merges: it merges tokens.
         routes: it puts tokens aside for a side branch of its own.
         skips: it leaves out halves of decoder layers, and drops no token.
+        fitted: it has no defaults: ``vtprune fit`` makes its recipe for a model.
         draws: it draws at random, so that the seed matters.
         budgeted: ``keep`` means anything to it.
         raster: it looks at the image plane, so that an image of several rasters is decided raster by raster.
@@ -58,7 +59,7 @@ class MethodInfo:
         whole: its first cut needs every token of the raster.
         even: it needs as many tokens in every image.
         carries: it remembers something of each token from cut to cut, which a merge in between would blur.
-        elsewhere: options that make it work where its defaults are refused.
+        elsewhere: options that make it work where its defaults are refused, or where it has none (``fitted``).
         dial: of a method whose number of tokens follows from the picture where ``keep`` is ``None``: the option that
             says how much stays, a setting that leaves few tokens and one that leaves many
             (:func:`vtprune.calibrate` turns it).
@@ -80,6 +81,7 @@ class MethodInfo:
     merges: bool = False
     routes: bool = False
     skips: bool = False
+    fitted: bool = False
     draws: bool = False
     budgeted: bool = True
     raster: bool = False
@@ -153,9 +155,9 @@ class Method:
 
     def skip(self, rows: Tensor, prompt: Tensor, cut: Cut, module: Any) -> Tensor:
         """Skipping methods only: for which samples the half of the layer at ``cut`` is left out, ``[B]`` bool, in a
-        prompt and in all that follows it. ``rows`` ``[B, T, C]``, what that half is given (behind the layer's norm);
-        ``prompt`` ``[B, T]`` bool, those of the prompt: no padding, no answers; ``module`` is what :meth:`build`
-        made."""
+        prompt and in all that follows it. ``rows`` ``[B, T, C]``, what that half is given (behind the layer's norm; an
+        attention whose cut scales: what the layer is given); ``prompt`` ``[B, T]`` bool, those of the prompt: no
+        padding, no answers; ``module`` is what :meth:`build` made."""
         raise NotImplementedError
 
     def build(self, branch: Callable[[int], Any], geometry: Geometry) -> Any:
