@@ -22,6 +22,7 @@ from vtprune.core.info import adapters, describe, methods, recipes  # noqa: E402
 from vtprune.core.recipe import Recipe, Stage  # noqa: E402
 from vtprune.core.report import Report, StageReport  # noqa: E402
 from vtprune.core.solve import solve  # noqa: E402
+from vtprune.core.steer import Steering, steer  # noqa: E402
 from vtprune.core.types import UnsupportedError, VtpruneError  # noqa: E402
 from vtprune.measure.calibrate import calibrate  # noqa: E402
 from vtprune.moved import keep_old_names  # noqa: E402
@@ -36,6 +37,7 @@ __all__ = [
     "Report",
     "Stage",
     "StageReport",
+    "Steering",
     "UnsupportedError",
     "VerifyReport",
     "VtpruneError",
@@ -48,6 +50,7 @@ __all__ = [
     "methods",
     "recipes",
     "solve",
+    "steer",
     "verify",
 ]
 

@@ -144,8 +144,7 @@ class Calls:
         with this attachment."""
         known = call.cache is not None and call.cache in self.requests
         ids = inputs.get("input_ids")
-        encoded = (v for k, v in inputs.items() if k.startswith(host.PIXELS) or k == host.ENCODED)
-        pixels = any(v is not None and len(v) for v in encoded)
+        pixels = host.pictured(inputs)
         again = known and self.shelving is not None
         if filled and pixels and not again and ids is not None and bool(self.decoder.visual(ids).any()):
             raise UnsupportedError(

@@ -12,7 +12,8 @@ from __future__ import annotations
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,16 @@ class Entry:
     def generation(self) -> Generation | None:
         running = self.generations
         return running[-1] if running else None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within it, forwards of the language model alone are let through: they read no prompt."""
+        call = Call()
+        self.stack.append(call)
+        try:
+            yield
+        finally:
+            self.stack.remove(call)
 
     def _forward(self, root: nn.Module) -> Callable:
         original = root.forward
@@ -209,7 +220,7 @@ def _whole_prompts(prefill: Callable) -> Callable:
     @functools.wraps(prefill)
     def whole(input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(generation_config, "prefill_chunk_size", None) is not None:
-            raise UnsupportedError("pruning reads the prompt at once; generate without prefill_chunk_size")
+            raise UnsupportedError("the prompt has to be read at once; generate without prefill_chunk_size")
         return prefill(input_ids, generation_config, *args, **kwargs)
 
     return whole
@@ -219,8 +230,8 @@ def _refuse_assistant(original: Callable) -> Callable:
     @functools.wraps(original)
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise UnsupportedError(
-            "assisted decoding reads the prompt together with guessed tokens, which would choose other visual tokens; "
-            "generate without an assistant"
+            "assisted decoding reads the prompt together with guessed tokens, which would choose other visual tokens "
+            "(and measure other vectors); generate without an assistant"
         )
 
     return refuse

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...core.ledger import renew
+from ...core.ledger import UndoLedger, renew
 from ...core.types import UnsupportedError
 
 CACHES = ("cache", "past_key_values")  # the key-value cache: 5.24 and later, before
@@ -40,6 +40,12 @@ PACKED = (
 SEGMENTS = ("cu_seqlens", PACKED[0])  # the same of the blocks of a vision tower
 MASK, ROTARY = "attention_mask", "position_embeddings"  # what blocks of a vision tower are given besides
 HALVES = {"attention": "self_attn", "mlp": "mlp"}  # of a decoder layer, each adding to what passes by
+# of a decoder layer, what its MLP's half adds to the residual stream: the first of these that it has
+ADDED = ("post_feedforward_layernorm", "post_mlp_layernorm", HALVES["mlp"])
+KEEP = "logits_to_keep"  # the last so many columns, or those of an index, are given logits; 0: all
+# keywords of a forward that only say what it hands out
+TOLD = ("output_attentions", "output_hidden_states", "return_dict")
+REMEMBERED = ("rope_deltas",)  # what a model's core keeps of its last prompt
 PRIVATE = {"assistant": "_get_candidate_generator", "prefill": "_prefill"}
 
 
@@ -160,6 +166,50 @@ def shorten(cache: Any, layer: int, columns: Tensor) -> None:
     rows: dict[str, Tensor] = {"keys": held.keys, "values": held.values}  # [B, H, T, d]
     at = columns.to(held.keys.device)[:, None, :, None]
     renew(held, **{name: t.gather(2, at.expand(-1, t.shape[1], -1, t.shape[3])) for name, t in rows.items()})
+
+
+def added(layer: nn.Module) -> nn.Module | None:
+    """The module of a decoder layer whose output its MLP's half adds to the residual stream, ``None`` where no name is
+    known."""
+    return next((getattr(layer, name) for name in ADDED if hasattr(layer, name)), None)
+
+
+def head_of(model: Any) -> nn.Module | None:
+    """The module that makes logits of final hidden states, ``None`` where there is none."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def columns_kept(inputs: Mapping[str, Any]) -> Any:
+    """The index of the columns for which a forward with these ``inputs`` makes logits."""
+    keep = inputs.get(KEEP)
+    return slice(-(keep or 0), None) if keep is None or isinstance(keep, int) else keep
+
+
+def pictured(inputs: Mapping[str, Any]) -> bool:
+    """Whether a forward is given pictures, raw or encoded."""
+    given = (v for k, v in inputs.items() if k.startswith(PIXELS) or k == ENCODED)
+    return any(v is not None and len(v) for v in given)
+
+
+def measuring(model: Any, inputs: Mapping[str, Any], mask: Tensor | None) -> dict[str, Any]:
+    """What a forward of ``model`` is called with that reads the prompt of ``inputs`` once more, into a cache of its
+    own. ``mask``: in the place of the caller's, if there is one."""
+    rest = {k: v for k, v in inputs.items() if k not in (*CACHES, *TOLD, KEEP) and v is not None}
+    last = {KEEP: 1} if KEEP in _parameters(type(model).forward) else {}
+    return {**rest, **({} if mask is None else {"attention_mask": mask}), **last, "use_cache": True}
+
+
+@contextmanager
+def remembered(core: Any) -> Iterator[None]:
+    """Within it ``core`` knows of no prompt before; behind it, of the one that it knew of."""
+    ledger = UndoLedger()
+    try:
+        for name in REMEMBERED:
+            if hasattr(core, name):
+                ledger.replace(core, name, None)
+        yield
+    finally:
+        ledger.undo()
 
 
 def without_cache(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from .layout import Blend, BudgetGroup, RasterSpan
 from .level import SequenceLength
 from .run import Record, Run
 from .shelf import Shelf
+from .steered import Steer
 
 
 @dataclass(eq=False)
@@ -283,6 +284,7 @@ class Call:
         maps: attention maps are asked for.
         aside: layers run before their turn, and are not the forward's.
         again: a turn that chooses again from the whole conversation.
+        steering: what a steering does in it.
     """
 
     request: Request | None = None
@@ -318,6 +320,7 @@ class Call:
     maps: bool = False
     aside: bool = False
     again: bool = False
+    steering: Steer | None = None
 
     @property
     def held(self) -> Tensor | None:

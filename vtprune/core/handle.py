@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, ref
 
 from vtprune.models.base import PlannedCut
 from vtprune.models.engine.books import carry
@@ -19,6 +19,7 @@ from .accounts import Accounts, passes_of
 from .composition import Planned, compose
 from .decider import Decider
 from .ledger import UndoLedger, strip
+from .live import STEERED, attached, changing, handle_of, lifted, steered
 from .planning import (
     ATTACH_OPTIONS,
     TARGETS,
@@ -42,16 +43,11 @@ if TYPE_CHECKING:
     from vtprune.models.engine.request import Request
     from vtprune.models.engine.run import Run
 
-# The handle is kept alive by its hooks in the model: a strong value here would keep the model alive for good.
-_live: WeakKeyDictionary[Any, ReferenceType[Handle]] = WeakKeyDictionary()
-
-_attaching = threading.RLock()  # one attachment is made or removed at a time
-
 
 def _overlap(model: nn.Module) -> str | None:
     """The class of a model that is attached and shares modules with ``model``."""
     mine = {id(m) for m in model.modules()}
-    for other in list(_live):
+    for other in list(attached):
         if any(id(m) in mine for m in other.modules()):
             return type(other).__name__
     return None
@@ -81,8 +77,10 @@ def put(
         raise VtpruneError(f"{next(iter(target))}={next(iter(target.values()))!r} is not a number")
     if overrides:
         chosen = chosen.override(**overrides)
-    with _attaching:
-        if model in _live:
+    with changing, lifted(model):
+        if shelve and handle_of(steered, model) is not None:
+            raise UnsupportedError(STEERED)
+        if model in attached:
             raise VtpruneError(
                 "this model is attached already; call remove() on its handle first, or put all stages into one recipe"
             )
@@ -186,7 +184,7 @@ class Handle:
             raise
         forget_compiled()
         self._model: Any = model
-        _live[model] = ref(self)
+        attached[model] = ref(self)
 
     # recorder -------------------------------------------------------------------------------------------------------
 
@@ -225,15 +223,16 @@ class Handle:
     def remove(self) -> None:
         """Restores the model; may be called more than once. Caches of prompts that were pruned are closed: the model
         alone cannot go on with them."""
-        with _attaching:
+        with changing:
             if self._model is None:
                 return
-            self._ledger.undo()
-            for engine in getattr(self.adapter, "engines", ()):
-                getattr(engine, "end", lambda: None)()
-            forget_compiled()
-            _live.pop(self._model, None)
-            self._model = None
+            with lifted(self._model):
+                self._ledger.undo()
+                for engine in getattr(self.adapter, "engines", ()):
+                    getattr(engine, "end", lambda: None)()
+                forget_compiled()
+                attached.pop(self._model, None)
+                self._model = None
 
     def reseed(self, seed: int | Sequence[int]) -> None:
         """The seed of the next forwards (methods that draw at random): one for all, or one for each sample of the batch

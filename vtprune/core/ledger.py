@@ -167,11 +167,16 @@ def mark(cache: Any, pruned: bool) -> None:
 
 
 class _Follower:
-    """A method of one pruned cache that moves its rows, and what else has to move with them. It belongs to that cache
-    alone."""
+    """A method of one pruned cache that moves its rows, and what else (of ``whose``) has to move with them. It belongs
+    to that cache alone."""
 
-    def __init__(self, function: Callable[..., Any], then: Callable[[Any], None]):
-        self.function, self.then = function, then
+    def __init__(self, function: Callable[..., Any], then: Callable[[Any], None], whose: str = ""):
+        self.function, self.then, self.whose = function, then, whose
+
+    def without(self, whose: str) -> Callable[..., Any]:
+        """The method without what followed it of the same owner: of a prompt that was read into the cache before."""
+        inner = self.function.without(whose) if isinstance(self.function, _Follower) else self.function
+        return inner if self.whose == whose else _Follower(inner, self.then, self.whose)
 
     def __call__(self, index: Any, *args: Any, **kwargs: Any) -> Any:
         out = self.function(index, *args, **kwargs)
@@ -193,15 +198,15 @@ def _refuse(why: str, *args: Any, **kwargs: Any) -> Any:
     raise UnsupportedError(why)
 
 
-def follow(cache: Any, methods: Mapping[str, Callable[[Any], None]]) -> None:
+def follow(cache: Any, methods: Mapping[str, Callable[[Any], None]], whose: str = "") -> None:
     """After each of ``methods`` of ``cache``, called with an index or a number, the function beside it is called with
-    the same."""
+    the same. ``whose``: it takes the place of what followed of the same owner, and stands beside others'."""
     for name, then in methods.items():
         function = getattr(cache, name, None)
-        if isinstance(function, _Follower):  # of a prompt that was read into it before
-            function = function.function
+        if isinstance(function, _Follower):
+            function = function.without(whose)
         if function is not None:
-            cache.__dict__[name] = _Follower(function, then)
+            cache.__dict__[name] = _Follower(function, then, whose)
 
 
 def bar(cache: Any, name: str, why: str) -> None:
