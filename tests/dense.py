@@ -71,6 +71,9 @@ class Dense:
         self.made: dict[int, Tensor] = {}  # routing stage -> what its side branch made
         depth = adapter.geometry.llm_layers
         self.routed = next((m for m in done.methods if m.info.routes), None)
+        if all(cut.action is Action.LEND for stage, cut in done.cuts if done.methods[stage] is self.routed):
+            self.routed = None  # every row runs
+        self.lending: dict[int, Tensor] = {}  # stage -> what entered the first layer that borrows
         if depth and done.ids is not None:
             told = {"attention_mask": done.mask, "labels": done.labels}  # of the prompt, or of what follows as well
             told = {k: None if v is None else v[:, : done.ids.shape[1]] for k, v in told.items()}
@@ -89,6 +92,10 @@ class Dense:
             self.hooks.append(adapter.lm.register_forward_pre_hook(self._entry, with_kwargs=True))
             for i, layer in enumerate(adapter.decoder_layers()):
                 self.hooks.append(layer.register_forward_pre_hook(self._layer(i), with_kwargs=True))
+                for stage, cut in done.cuts:
+                    if cut.action is Action.LEND and cut.layer == i:
+                        for part in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                            self.hooks.append(part.register_forward_pre_hook(self._lent(stage, layer)))
                 for half, name in (("attention", "self_attn"), ("mlp", "mlp")):
                     left = [f"llm.{i}.{half}" in done.skipped[row] for row in done.rows if done.skipped]
                     if any(left):
@@ -128,13 +135,18 @@ class Dense:
                 name = self.done.methods[stage].info.name
                 place = next((n for n, s in told if s.site == cut.site and s.method == name and n not in used), None)
                 used.add(place)
+                if cut.action is Action.LEND:
+                    if i == min(c.layer for s, c in self.done.cuts if s == stage and c.action is Action.LEND):
+                        steps.append(("lend", stage, now))
+                    continue
                 if cut.returns:
-                    steps.append(("back", stage, held[stage]))
+                    stay = self.visual & ~now if cut.action is Action.CONTEXT else torch.zeros_like(now)
+                    steps.append(("back", stage, held[stage] | stay))
                     now, aside = (held[stage], aside) if cut.action is Action.RESTORE else (now, held[stage])
                     continue
                 if cut.action is Action.STASH:
                     steps.append(("stash", stage, now))
-                    held[stage] = now
+                    held.setdefault(stage, now)
                 elif held and any(bool((h != now).any()) for h in held.values()):
                     raise NoReference("cuts among the routed layers")
                 if place is not None:
@@ -211,8 +223,12 @@ class Dense:
             kwargs = dict(kwargs)
             for what, which, gone in self.steps[number]:
                 here = {**kwargs, "position_embeddings": self._tables(kwargs, gone, kind, x)}
-                if what == "stash":
-                    self.made[which] = self._branched(which, x, here, seen, gone)
+                if what == "lend":
+                    self.lending[which] = x
+                elif what == "stash":
+                    new = self._branched(which, x, here, seen, gone)
+                    still = self._wide(~gone, t)[..., None]
+                    self.made[which] = torch.where(still, new, self.made.get(which, new))
                 elif what == "back":
                     x = torch.where(self._wide(self.visual & ~gone, t)[..., None], self.made[which], x)
                 elif self.done.stages[which].scores is not None and self.done.stages[which].method in (
@@ -225,6 +241,16 @@ class Dense:
             kwargs["attention_mask"] = self._additive(seen & ~lost[:, None, None], eye, x)
             self.kept_inputs[number] = (x, kwargs, seen & ~lost[:, None, None])
             return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+        return enter
+
+    def _lent(self, stage: int, layer: Any) -> Callable:
+        """What a projection of ``layer`` is given: what entered the first of them, behind the layer's own norm; of
+        samples without visual tokens the layer's own."""
+
+        def enter(module: nn.Module, args: tuple) -> tuple:
+            some = self.visual.any(1)[:, None, None]
+            return (torch.where(some, layer.input_layernorm(self.lending[stage]), args[0]),)
 
         return enter
 
@@ -281,7 +307,7 @@ class Dense:
         mask = self._additive(seen & visual[:, None, None], torch.eye(t, dtype=torch.bool), x)
         out = x
         name = self.done.methods[stage].info.name
-        for layer in self.done.modules.get(f"{name}.{stage}", self.done.modules[name]):
+        for layer in self.done.modules.get(f"{name}.{stage}", self.done.modules.get(name, ())):
             made = layer(out, attention_mask=mask, position_embeddings=kwargs["position_embeddings"])
             out = made[0] if isinstance(made, tuple) else made
         return out

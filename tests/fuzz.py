@@ -593,6 +593,7 @@ class Case:
                     hook.remove()
                 raise
             self.hook, self.attached = hook, True
+            self.entered.clear()  # of toy prompts
 
     hook: Any = None
     attached: bool = False
@@ -691,8 +692,12 @@ def _lengths(c: Case, cache: Any) -> None:
         want = max(t + row[i] for t, row in zip(text, report.layer_tokens, strict=True))
         if all(f"llm.{i}.attention" in halves for halves in report.skipped):
             want = 0
-        if i in beside:  # rows of visual tokens beside rows of text, each as wide as its widest sample
-            want = max(text) + max(row[i] for row in report.layer_tokens)
+        if i in beside:  # rows of visual tokens beside rows that go on, each as wide as its widest sample
+            put = [s for s in report.stages if METHODS.get(s.method).routes and any(s.tokens_in)]
+            put = [s for s in put if int(s.site.partition(".")[2]) <= i]
+            stayed = put[-1].tokens_out if put else [row[i] for row in report.layer_tokens]
+            want = max(t + n for t, n in zip(text, stayed, strict=True))
+            want += max(row[i] - n for row, n in zip(report.layer_tokens, stayed, strict=True))
         if not getattr(held, "is_sliding", False) and held.get_seq_length() not in (want, want and c.ids.shape[1]):
             raise Mismatch(f"layer {i} caches {held.get_seq_length()} tokens, the report says {want}")
 

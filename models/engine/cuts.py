@@ -53,7 +53,7 @@ class Cuts:
         assert request is not None and call.level is not None
         if planned.cut.action is Action.RESTORE:
             return self.routing.restore(call, planned, number, x)
-        if planned.cut.action is Action.STASH:
+        if planned.cut.action is Action.STASH and planned.cut.keep is None:  # nothing leaves
             call.stash[planned.stage] = Stash(x, call.level)
         if planned.merges and request.entry is None and request.arrived is not None:
             request.entry = carry(request)  # what the tower merged
@@ -74,12 +74,26 @@ class Cuts:
         if torch.equal(candidates.valid.sum(1), selection.counts):
             return x
         keep = _columns_kept(candidates, selection, level)
+        if planned.cut.action is Action.STASH:
+            self._put_aside(call, planned.stage, x, ~keep)
         if call.held is not None:
             held = call.held.to(x.device).gather(1, level.rows) & level.visual & level.valid
             if bool((held & ~keep).any()):
                 raise UnsupportedError(ENDS)
         call.level = level
         return self.drop(call, number, keep, x)
+
+    @staticmethod
+    def _put_aside(call: Call, stage: int, x: Tensor, gone: Tensor) -> None:
+        """The visual rows of ``x`` ``[B, M, C]`` that are ``gone`` ``[B, M]`` join those that the stage has put
+        aside."""
+        level = call.level
+        assert level is not None
+        gone = gone.to(level.rows.device) & level.visual & level.valid
+        if stage in call.stash:
+            call.stash[stage].put(x, level, gone)
+        else:
+            call.stash[stage] = Stash(x, level, gone)
 
     @staticmethod
     def _merge(call: Call, selection: Selection, candidates: Candidates, level: SequenceLength, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from .cuts import Cuts
 from .decoder_replays import LayerReplays
 from .decoding import continue_prompt
 from .description import Decoder
+from .lending import Lending
 from .level import backend
 from .prefill import Prefill
 from .ranking import Ranking
@@ -60,8 +61,8 @@ class DecoderEngine:
         self.decoder, self.seed, self.depth = decoder, seed, len(decoder.layers)
         self.planned, self.serving = cuts, Serving(decoder, compact=positions == "compact")
         routing = Routing(decoder, self.serving, ledger)
-        skips = [c for c in cuts if c.cut.action is Action.SKIP]
-        cuts = [c for c in cuts if c.cut.action is not Action.SKIP]
+        skips, lends = ([c for c in cuts if c.cut.action is what] for what in (Action.SKIP, Action.LEND))
+        cuts = [c for c in cuts if c.cut.action not in (Action.SKIP, Action.LEND)]
         self.cuts = Cuts(decoder, Ranking(decoder, self.serving), routing, self._seeds)
         self.prefill = Prefill(
             decoder, per=per, tower=tower, noting=noting, entry=entry, seeds=self._seeds, books=arrived
@@ -72,6 +73,7 @@ class DecoderEngine:
         self.calls = Calls(decoder, ledger, tower=tower, noting=noting, done=done, evicting=evicting)
         self.entrance, self.local, self.requests = self.calls.entrance, self.calls.entrance.local, self.calls.requests
         self.skipping = Skipping(decoder, skips, ledger, lambda: self.call)
+        self.lending = Lending(decoder, lends, lambda: self.call)
         ledger.before(decoder.lm, self._enter)
         ledger.after(decoder.lm, self._leave)
         self.observed = {i for c in cuts for i in c.cut.observe}
@@ -81,6 +83,7 @@ class DecoderEngine:
             if i >= first or i in self.observed:
                 self.watched[i] = layer
                 ledger.before(layer, self._layer(i, [c for c in cuts if c.cut.layer == i]))
+        self.lending.watch(ledger)
 
     @property
     def call(self) -> Call | None:
@@ -167,6 +170,7 @@ class DecoderEngine:
                 f"{type(module).__name__}: layers were skipped, or run twice"
             )
         self.skipping.check(call)
+        self.lending.check(call)
         if not call.prefill or call.level is None or call.level.dense:
             return None
         return self.prefill.end(call, output)

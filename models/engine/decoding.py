@@ -12,6 +12,7 @@ from . import host
 from .description import Decoder
 from .level import backend
 from .request import Call, Request
+from .routing import FULL
 
 
 def check_conversation(request: Request | None, cache: Any) -> None:
@@ -94,6 +95,9 @@ def _check_lengths(request: Request, call: Call, q: int, new: int, columns: int 
         raise UnsupportedError(
             "this cache was cut back into its prompt, or in some layers only; only growing it is supported"
         )
+    for i in request.first.values():  # layers that hold visual tokens beside their own rows
+        if i in request.keys_only and (size := host.columns(call.cache, q, i)[0]) < host.held(call.cache, i) + q:
+            raise UnsupportedError(FULL.format(size))
 
 
 def _positions(

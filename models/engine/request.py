@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ...core.select import absorbing
 from ...core.types import Selection
 from .layout import Blend, BudgetGroup, RasterSpan
-from .level import SequenceLength
+from .level import SequenceLength, within
+from .rows import put
 from .run import Record, Run
 from .shelf import Shelf
 from .steered import Steer
@@ -63,6 +64,7 @@ class Request:
         keys_only: by layer, per sample, visual tokens that gave it keys and values only.
         skipped: halves of layers (number, ``"attention"`` or ``"mlp"``) that were left out, and for which samples.
         skipping: the same of the cache's samples, which may move.
+        borrows: which of the cache's samples have keys and values made of another layer's input.
         arrived: visual tokens that the tower handed over, ``[B, T]``; ``None``: no stage there.
         held: visual tokens that must not go, ``[B, T]``; ``None``: none.
         entry: the books of the stages behind the projector.
@@ -100,6 +102,7 @@ class Request:
     keys_only: dict[int, list[int]] = field(default_factory=dict)
     skipped: dict[tuple[int, str], list[bool]] = field(default_factory=dict)
     skipping: dict[tuple[int, str], list[bool]] = field(default_factory=dict)
+    borrows: list[bool] = field(default_factory=list)
     arrived: Tensor | None = None
     held: Tensor | None = None
     entry: Run | None = None
@@ -121,7 +124,7 @@ class Request:
     @property
     def altered(self) -> bool:
         """Whether its cache is another than the dense model's."""
-        return bool(self.skipped) or any(not level.dense for level in self.levels)
+        return bool(self.skipped) or any(self.borrows) or any(not level.dense for level in self.levels)
 
     def idle(self, number: int, half: str) -> bool:
         """Whether a half of layer ``number`` was left out for all samples, so that it did not run."""
@@ -207,6 +210,7 @@ class Request:
         order = torch.arange(len(self.next))[index.cpu()].tolist()  # an index may be a mask
         self.next = self.next[index.to(self.next.device)]
         self.skipping = {key: [left[b] for b in order] for key, left in self.skipping.items()}
+        self.borrows = [self.borrows[b] for b in order if self.borrows]
         if self.shelf is not None and order != list(range(len(self.shelf.ids))):
             self.shelf.lost = "its samples were moved"
         for level in {id(level): level for level in (*self.levels, *self.at)}.values():
@@ -224,19 +228,32 @@ class Request:
 
 @dataclass
 class Stash:
-    """The rows that a routing method takes out of the stack: ``hidden`` ``[B, M, C]`` of ``level``; ``out`` what its
-    side branch made of them; ``joined`` what a layer that they give only keys and values caches, and its mask and
-    rotary table."""
+    """The rows that a routing method takes out of the stack: those of ``hidden`` ``[B, M, C]`` of ``level`` that are
+    put ``aside`` ``[B, M]`` (``None``: all visual ones); ``out`` what its side branch made of them; ``joined`` what a
+    layer that they give only keys and values caches, and its mask and rotary table."""
 
     hidden: Tensor
     level: SequenceLength
+    aside: Tensor | None = None
     out: Tensor | None = None
     joined: tuple[SequenceLength, dict[str, Any]] | None = None
 
+    def put(self, x: Tensor, level: SequenceLength, gone: Tensor) -> None:
+        """Rows of ``x`` ``[B, m, C]`` of a later ``level`` that are ``gone`` ``[B, m]`` from now on join them."""
+        place = torch.where(gone, within(self.level, level), self.level.width)  # the extra row takes the others
+        self.hidden = put(nn.functional.pad(self.hidden, (0, 0, 0, 1)), place, x.to(self.hidden.device))[:, :-1]
+        before = torch.zeros_like(self.level.valid) if self.aside is None else self.aside
+        self.aside = nn.functional.pad(before, (0, 1)).scatter(1, place, True)[:, :-1]
+        self.out = self.joined = None
+        for name in ("rows", "alone"):
+            self.__dict__.pop(name, None)
+
     @cached_property
     def rows(self) -> Tensor:
-        """Columns of the visual rows, ``[B, V]``, padded with -1."""
-        columns = [r.nonzero()[:, 0] for r in self.level.visual & self.level.valid]
+        """Columns of the visual rows put aside, ``[B, V]``, padded with -1."""
+        columns = [
+            r.nonzero()[:, 0] for r in (self.level.visual & self.level.valid if self.aside is None else self.aside)
+        ]
         return nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=-1)
 
     @cached_property
@@ -244,6 +261,19 @@ class Stash:
         """The visual rows as a level of their own."""
         real, index = self.rows >= 0, self.rows.clamp_min(0)
         return SequenceLength(self.level.first, self.level.rows.gather(1, index), real, real, self.level.shift)
+
+
+@dataclass(eq=False)
+class Loan:
+    """In one forward, the rows ``[B, M, C]`` of which layers make their keys and values, for the samples ``who`` ``[B,
+    1, 1]`` (``None``: all); ``given`` what the projections of the attention that runs now read, ``came`` which of them
+    did, ``done`` the layers behind which that was so."""
+
+    rows: Tensor
+    who: Tensor | None
+    given: Tensor | None = None
+    came: list[str] = field(default_factory=list)
+    done: set[int] = field(default_factory=set)
 
 
 @dataclass(eq=False)
@@ -281,6 +311,7 @@ class Call:
         stash: by stage, the rows that it has put aside.
         merged: rows of a layer's input are no rows of the one before.
         halves: those of layers that came by, of which a method may leave some out.
+        loan: what lends other layers keys and values.
         maps: attention maps are asked for.
         aside: layers run before their turn, and are not the forward's.
         again: a turn that chooses again from the whole conversation.
@@ -317,6 +348,7 @@ class Call:
     stash: dict[int, Stash] = field(default_factory=dict)
     merged: bool = False
     halves: set[tuple[int, str]] = field(default_factory=set)
+    loan: Loan | None = None
     maps: bool = False
     aside: bool = False
     again: bool = False

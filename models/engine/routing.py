@@ -69,7 +69,8 @@ class Routing:
             tables = self.serving.prefill(call, stash.alone, number, kwargs, x)["position_embeddings"]
         if stash.joined is None:
             stash.joined = self._join(call, stash, number, x, kwargs, old)
-            _record_return(request, planned, stash.level)
+            if not planned.cut.adaptive:  # which come when differs from sample to sample
+                _record_return(request, planned, stash.level)
         request.cached[number], serving = stash.joined
         request.keys_only[number] = stash.alone.valid.sum(1).tolist()
         hidden = module.input_layernorm(take(made, stash.rows.clamp_min(0)))
@@ -86,6 +87,9 @@ class Routing:
                 f"a quantised cache rounds the visual rows before layer {number} has read them, which the dense model "
                 "does not: use another cache, or another variant"
             )
+        size = host.columns(cache, 1, number)[0]
+        if 1 < size < stash.joined[0].width:  # one that grows shows what it is given
+            raise UnsupportedError(FULL.format(size))
         cache.update(turn(key, tables[0], tables[1], self.decoder.pairs), value, number)
         return {**serving, **host.cached(module, cache)}
 
@@ -140,6 +144,12 @@ class Routing:
         bias = prefill_mask(dense.get("attention_mask"), alone, alone, x, 0, how, sliding)
         out = layer(hidden, attention_mask=bias, position_embeddings=tables)
         return out[0] if isinstance(out, tuple) else out
+
+
+FULL = (
+    "a cache of {} columns is too small: visual tokens that give only keys and values, and text, are padded each by "
+    "itself, which for unequal prompts takes more columns than the prompts have; use a larger one, or a dynamic cache"
+)
 
 
 def _follow(layer: Any, source: Any) -> None:

@@ -33,7 +33,7 @@ class Serving:
         """Rotary table, position ids and mask for ``level`` at layer ``number``; ``keys`` the level whose keys its rows
         see, if it is another. ``x`` tells dtype and device."""
         kind = self.decoder.kinds[number]
-        key = (id(level), kind, id(keys))
+        key = (level, kind, keys)  # which it keeps alive
         if key in call.served:
             return call.served[key]
         dense = call.dense.get(kind, kwargs)
@@ -54,7 +54,7 @@ class Serving:
         """Mask, and compact positions, for new tokens ``x`` behind a prompt of which layer ``number`` holds
         ``level``."""
         kind = self.decoder.kinds[number]
-        key = (id(level), kind)
+        key = (level, kind)
         if key in call.served:
             return call.served[key]
         request = call.request

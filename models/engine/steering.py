@@ -77,7 +77,7 @@ class Steerer:
             if module is not None:
                 ledger.after(module, self._added(number))
             if strength or (share and window[0] <= number + 1 <= window[1]):
-                ledger.after(layer, self._layer(number))
+                ledger.after(layer, self._layer(number), first=False)  # what the attachment makes of the output
         if share and self.head is not None:
             ledger.after(self.head, self._logits)
 

@@ -200,6 +200,8 @@ PRUNED = {
     "promptdistill": {"keep": 3},
     "sparsevlm": {"keep": 3},  # merges, and puts merged rows elsewhere
     "vtw": {},
+    "swiftkv": {"layer": 2},
+    "adaskip": {"attention": (2,), "mlp": (3,), "ratio": 1.1},
 }
 
 

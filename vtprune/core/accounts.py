@@ -172,6 +172,7 @@ class Accounts:
         flops = 0
         for stage, counts in request.branched.items():
             flops += sum(
-                len(self.branches[stage]) * cost.decoder_layer(self.shapes, self.splits[stage], n) for n in counts
+                len(self.branches.get(stage, ())) * cost.decoder_layer(self.shapes, self.splits[stage], n)
+                for n in counts
             )
         return flops

@@ -150,8 +150,9 @@ class _Walk:
 
 
 def _when(cut: Cut) -> tuple[int, int, bool]:
-    """Within a block what is inside comes first, within a decoder layer what is context last."""
-    return ORDER[cut.kind], cut.layer, cut.action is Action.CONTEXT or (cut.kind == "vision" and not cut.inside)
+    """Within a block what is inside comes first, within a decoder layer what gives it keys and values last."""
+    last = cut.action in (Action.CONTEXT, Action.LEND)
+    return ORDER[cut.kind], cut.layer, last or (cut.kind == "vision" and not cut.inside)
 
 
 def _wants(geometry: Geometry, planned: Planned) -> bool:

@@ -71,7 +71,10 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes:
         for stage, _, own in stages:  # the side branches of routing stages
             if any(c.returns for c in own):
                 split = next(c.layer for c in own if c.action is Action.STASH)
-                flops += stage.options.get("branch_layers", 1) * cost.decoder_layer(shapes, split, round(aside))
+                own_layers = METHODS.get(stage.method).options.get("branch_layers", 0)
+                flops += stage.options.get("branch_layers", own_layers) * cost.decoder_layer(
+                    shapes, split, round(aside)
+                )
     return sum(rows) / len(rows), int(flops)
 
 
@@ -286,7 +289,7 @@ def _candidates(geometry: Geometry, recipe: Recipe) -> list[Recipe]:
         stages = [replace(last, keep=k, options=_free(last.options)) for k in counts]
     else:
         name = "layer" if "layer" in info.options else "split"
-        if last.options.get(name) is not None or not geometry.llm_layers:
+        if name not in info.options or last.options.get(name) is not None or not geometry.llm_layers:
             return [recipe]
         stages = [replace(last, options={**last.options, name: i}) for i in range(geometry.llm_layers)]
     return [replace(recipe, stages=(*recipe.stages[:-1], s)) for s in stages]

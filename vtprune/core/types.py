@@ -67,8 +67,7 @@ class Geometry:
             copied, a ``prompt`` of text alone, whose tokens are what is pruned.
         rasters: those that one unit of a budget is made of, if it has several.
         frames: those of one unit of a budget, if it is a video; ``grid`` is then that of each.
-        fold: the side of the square of patches that become one visual token behind the tower; stages in it see such
-            squares as tokens.
+        fold: the side of the square of patches that become one visual token; stages in the tower see squares as tokens.
         width: of the language model's residual stream; 0 for a bare ViT.
         unmade: for each shape an image may have, the share of new-line tokens among its visual tokens and how many
             patches each of them stands behind. A stage in the tower cannot drop them: they leave with the last patch of
@@ -113,6 +112,8 @@ class Action(Enum):
     """The tokens put aside come back into the sequence, changed by the side branch; nothing is dropped."""
     CONTEXT = "context"
     """The tokens put aside, changed by the side branch, give this layer keys and values and nothing else."""
+    LEND = "lend"
+    """What entered the stage's first such layer makes the keys and values of this one's rows; no token is dropped."""
     SKIP = "skip"
     """A half of the layer (:attr:`Cut.half`) is left out for the samples that the method names; no token is dropped."""
 
@@ -132,10 +133,9 @@ class Cut:
         ahead: the decoder layer that the decision asks before its turn: those in front of it run once more for that.
         evict: once the prompt has been read, the caches of the layers in front of it, back to the stage's evicting cut
             before it, give up what they hold of the tokens that it dropped.
-        adaptive: the method decides image by image, and ``keep`` is only the least it leaves.
+        adaptive: the method decides image by image, and ``keep`` is the least it leaves; as context: of what went so.
         most: the most that an adaptive cut leaves; ``None``: everything.
-        mean: the most that its stage leaves in the mean over the language model's layers, where that is less than what
-            its cuts leave one by one at most.
+        mean: the most that its stage leaves in the mean over the layers, where its cuts may leave more one by one.
         joint: all rasters of a unit compete here, also those of a method of the image plane.
         half: of the layer that is skipped, ``"attention"`` or ``"mlp"``.
         scale: what that half's input, the residual stream, is multiplied by where it is skipped.

@@ -174,7 +174,9 @@ def _untrained(recipe: Recipe, options: Mapping[str, Any]) -> str:
     info = METHODS.get(last.method)
     if not info.trained or {**last.options, **options}.get("weights"):
         return ""
-    return "untrained side branch" if info.routes else "untrained gates"
+    if info.routes:
+        return "untrained side branch" if "branch_layers" in info.options else "untrained"
+    return "untrained gates"
 
 
 def _solved(asked: Recipe, used: Mapping[str, Any]) -> str:

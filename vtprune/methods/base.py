@@ -49,7 +49,7 @@ class MethodInfo:
         cases: (mild, aggressive) keyword sets for the generated tests.
         exact: an integer ``keep`` is met exactly.
         merges: it merges tokens.
-        routes: it puts tokens aside for a side branch of its own.
+        routes: it puts tokens aside, for a side branch of its own or to give later layers keys and values.
         skips: it leaves out halves of decoder layers, and drops no token.
         fitted: it has no defaults: ``vtprune fit`` makes its recipe for a model.
         draws: it draws at random, so that the seed matters.
