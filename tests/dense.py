@@ -155,6 +155,10 @@ class Dense:
                     now = self._columns(self.done.stages[place].kept)
             self.steps.append(steps)
             self.lost.append(now if aside is None else aside)
+        self.later, begin = list(self.lost), 0  # columns gone for what follows the prompt: caches give them up
+        for at in sorted(cut.layer for _, cut in self.done.cuts if cut.evict):
+            self.later[begin:at] = [self.lost[at]] * (at - begin)
+            begin = at
 
     def _columns(self, kept: Sequence[Tensor]) -> Tensor:
         out = self.visual.clone()
@@ -236,10 +240,12 @@ class Dense:
                     "pyramiddrop",
                 ):
                     self._rank(which, number, module, x, here, seen)
-            lost = self._wide(self.lost[number], t)
+            lost, later = (self._wide(gone[number], t)[:, None, None] for gone in (self.lost, self.later))
+            answer = torch.arange(t)[:, None] >= self.visual.shape[1]
+            seen = seen & ~torch.where(answer, later, lost)
             kwargs["position_embeddings"] = self._tables(kwargs, self.lost[number], kind, x)
-            kwargs["attention_mask"] = self._additive(seen & ~lost[:, None, None], eye, x)
-            self.kept_inputs[number] = (x, kwargs, seen & ~lost[:, None, None])
+            kwargs["attention_mask"] = self._additive(seen, eye, x)
+            self.kept_inputs[number] = (x, kwargs, seen)
             return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
         return enter

@@ -284,6 +284,7 @@ DRAWN: dict[str, Callable[[random.Random, Bench], Any]] = {
     "attention": ascending,
     "mlp": ascending,
     "similarity": lambda d, b: tuple(round(d.uniform(-1, 1), 2) for _ in range(2 * b.adapter.geometry.llm_layers)),
+    "truncate": lambda d, b: d.choice((0, 1, -1)),
     "inflect": lambda d, b: d.choice((-1.0, 0.0, 0.5, 1.0)),
 }
 EXTREME = (
@@ -682,14 +683,15 @@ def forward(c: Case) -> None:
 def _lengths(c: Case, cache: Any) -> None:
     report = c.handle.report()
     text = (c.mask.sum(1) - torch.tensor(report.visual_tokens)).tolist()
-    beside = {
-        cut.layer
-        for *_, cuts in plan(c.handle.geometry, c.handle.recipe)
-        for cut in cuts
-        if cut.action is Action.CONTEXT
-    }
+    planned = [cut for *_, cuts in plan(c.handle.geometry, c.handle.recipe) for cut in cuts]
+    beside = {cut.layer for cut in planned if cut.action is Action.CONTEXT}
+    evicting = sorted(cut.layer for cut in planned if cut.evict)
+    left = {s.site: s.tokens_out for s in report.stages}
     for i, held in enumerate(cache.layers):
-        want = max(t + row[i] for t, row in zip(text, report.layer_tokens, strict=True))
+        counts = [row[i] for row in report.layer_tokens]
+        behind = next((f"llm.{at}" for at in evicting if at > i), None)  # the cut that thins this cache out
+        counts = left.get(behind, counts)
+        want = max(t + n for t, n in zip(text, counts, strict=True))
         if all(f"llm.{i}.attention" in halves for halves in report.skipped):
             want = 0
         if i in beside:  # rows of visual tokens beside rows that go on, each as wide as its widest sample

@@ -4,6 +4,7 @@ need."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -18,7 +19,7 @@ from .decoding import check_conversation, check_foreign
 from .description import Decoder
 from .entry import Entry
 from .layout import prompts
-from .level import dense_level, within
+from .level import SequenceLength, dense_level, within
 from .prompt import prompt_tokens, prompts_in_rows, real_tokens
 from .request import Call, Request
 from .turns import Shelving
@@ -208,11 +209,14 @@ class Calls:
             level = request.level_at(at)
             if cache is None and self.entrance.generation is not None:
                 raise UnsupportedError("what is evicted from caches can only be told with a cache: use_cache=True")
+            left = dict[int, SequenceLength]()
             for i in range(begin, at):
                 held = request.level_at(i)
                 if cache is not None and held is not level:
                     host.shorten(cache, i, within(held, level))
-                    request.cached[i], request.evicted[i] = level, level.counts
+                    # keys stay at the positions that they were read at
+                    left.setdefault(id(held), replace(level, shift=held.shift, elsewhere={}))
+                    request.cached[i], request.evicted[i] = left[id(held)], level.counts
             begin = at
 
     def _finish(self, request: Request) -> None:

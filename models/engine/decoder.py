@@ -78,7 +78,8 @@ class DecoderEngine:
         ledger.after(decoder.lm, self._leave)
         self.observed = {i for c in cuts for i in c.cut.observe}
         self.watched = dict[int, Any]()
-        first = 0 if tower or entry else min((c.cut.layer for c in cuts), default=0)
+        # the first layer whose prompt is not, or does not stay, the dense model's
+        first = 0 if tower or entry or evicting else min((c.cut.layer for c in cuts), default=0)
         for i, layer in enumerate(decoder.layers):
             if i >= first or i in self.observed:
                 self.watched[i] = layer

@@ -9,6 +9,8 @@ from vtprune.models.engine.host import cached
 from vtprune.models.engine.whole import HEAD
 
 import vtprune
+from vtprune.check.case import Case
+from vtprune.core.planning import bind, load_recipe
 
 
 def chosen(model, ids, layer: int, keep: int, pool: int) -> list[int]:
@@ -168,3 +170,64 @@ def test_what_cannot_be_truncated():
     sliding, _ = ADAPTERS.get("causal-lm").tiny["gemma3"]()
     with pytest.raises(vtprune.UnsupportedError, match="nothing can be evicted"):
         vtprune.attach(sliding, "promptdistill", layers=(2,), truncate=1)
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize(("layers", "truncate"), [((2,), 1), ((1, 3), 1), ((1, 3), -1)])
+@pytest.mark.parametrize(("family", "variant"), [("llava", "siglip-qwen2"), ("causal-lm", "llama")])
+def test_answers_to_unequal_prompts_behind_truncated_caches(tiny, family, variant, layers, truncate, positions):
+    """A padded batch answers as its prompts do one by one, and both as the dense model does, token by token: in front
+    of a truncating stage answers see what it sent on, at the positions at which that was read."""
+    model, inputs = tiny(family, variant)
+    case = Case(model, load_recipe("promptdistill").override(keep=5, layers=layers, truncate=truncate), inputs, {})
+    told = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with vtprune.attach(model, case.recipe, positions=positions) as handle:
+        every = model.generate(**inputs, **told, output_logits=True, return_dict_in_generate=True)
+        report = handle.report()
+        singles = [
+            model.generate(**one, **told, output_logits=True, return_dict_in_generate=True) for one in case.samples()
+        ]
+    for b, one in enumerate(singles):
+        assert torch.equal(one.sequences[0, -4:], every.sequences[b, -4:])
+        for alone, together in zip(one.logits, every.logits, strict=True):
+            torch.testing.assert_close(alone[0], together[b], rtol=1e-3, atol=1e-4)
+        ids = one.sequences[:, :-1]
+        given = {**case.samples()[b], "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        want = dense(model, given, ids.shape[1] - 3, [s.kept[b] for s in report.stages], layers, truncate, positions)
+        for step, row in enumerate(want[-4:]):
+            torch.testing.assert_close(one.logits[step][0], row, rtol=1e-3, atol=1e-4)
+
+
+def dense(model, inputs, n, kept, layers, truncate, positions):
+    """Logits ``[T, V]`` of the whole sequence under masks and positions written out, layer by layer; the prompt are its
+    first ``n`` tokens."""
+    adapter, t = bind(model), inputs["input_ids"].shape[1]
+    visual = torch.nn.functional.pad(adapter.prunable({"input_ids": inputs["input_ids"][:, :n]})[0], (0, t - n))
+    columns, hooks = visual.nonzero()[:, 0], []
+    gone = [visual.new_zeros(t)]  # behind no stage, behind the first, ...
+    for k in kept:
+        gone.append(visual.index_fill(0, columns[k], False))
+    short = len(layers) if truncate < 0 else truncate
+    for i, layer in enumerate(adapter.decoder_layers()):
+        passed = sum(at < i for at in layers)  # a stage at layer l acts behind it
+        read, kept_back = gone[passed], gone[passed + 1] if passed < short else gone[passed]
+        seen = torch.ones(t, t, dtype=torch.bool).tril()
+        for row in range(t):
+            seen[row] &= ~(read if row < n else kept_back)
+        seen |= torch.eye(t, dtype=torch.bool)
+        ids = torch.arange(t)[None]
+        if positions == "compact" and bool(read.any()):
+            ids = ((~read).cumsum(0) - 1).clamp_min(0)[None]
+
+        def enter(module, args, kwargs, seen=seen, ids=ids):
+            mask = torch.zeros(1, 1, t, t).masked_fill(~seen, torch.finfo(torch.float32).min)
+            tables = adapter.rotary(args[0], ids, "full_attention")
+            return args, {**kwargs, "attention_mask": mask, "position_ids": ids, "position_embeddings": tables}
+
+        hooks.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            return model(**inputs, use_cache=False).logits[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
