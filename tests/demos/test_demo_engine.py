@@ -294,7 +294,8 @@ def test_recipes_are_tried_once(engine, long, monkeypatch):
     found = {o.name: o.reason for o in engine.recipes()}
     assert list(found) == [*vtprune.recipes(), TRAINED]
     reasons = {name: reason for name, reason in found.items() if reason}
-    assert set(reasons) == {"pyramiddrop-64", "pixelprune", "pyramidinfer"}
+    assert set(reasons) == {"pyramiddrop-64", "pixelprune", "pyramidinfer", "adaskip"}
+    assert "vtprune fit adaskip" in reasons["adaskip"]
     assert "0..11" in reasons["pyramiddrop-64"]  # its layers are those of a deeper model
     assert "pixel_blocks" in reasons["pixelprune"]
     monkeypatch.setattr(engine, "_refusal", None)
@@ -380,6 +381,7 @@ def test_every_recipe_at_one_budget(engine, names):
                     e.name in ("pyramiddrop-64", "pixelprune")
                     or "cannot reach" in e.note
                     or "drops no token" in e.note
+                    or "vtprune fit" in e.note
                     or "prunes videos" in e.note
                 )
                 and e.right is None

@@ -72,9 +72,8 @@ def applies_to(geometry: Geometry, recipe: Recipe, per: str | None) -> str:
     if video is None:
         return per or geometry.per[0]
     if "prompt" in geometry.traits:
-        raise UnsupportedError(
-            f"{video} compares the frames of a video, and what is pruned of {geometry.family} ({geometry.arch}) is text"
-        )
+        why = "is asked for whole prompts" if geometry.per[0] == "prompt" else "reads text alone"
+        raise UnsupportedError(f"{video} compares the frames of a video, and {geometry.family} ({geometry.arch}) {why}")
     joined = [name for name in ("video", "sample") if name in geometry.per]
     if not joined or not geometry.llm_layers:
         raise UnsupportedError(
