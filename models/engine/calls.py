@@ -128,6 +128,8 @@ class Calls:
         call.prefill = bool(call.visual.any())
         call.plain = None if call.prefill else ids
         call.parts = prompts(call.visual, call.segments)
+        assert self.decoder.pictures is not None
+        call.pictures = self.decoder.pictures(ids, inputs)
         return inputs
 
     def _prompt(self, call: Call, inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:

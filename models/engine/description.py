@@ -33,6 +33,7 @@ class Decoder:
         layers: those of the stack.
         visual: ``visual(input_ids)``: a bool mask of the placeholders ``[B, T]``.
         parts: ``parts(input_ids, inputs)``: what the placeholders stand for.
+        pictures: the same of the images alone, where a prompt's text is pruned beside them.
         sources: ``sources(inputs, parts)``: which of the tower's tokens each was made of.
         blends: ``blends(sources, parts)``: per sample, of which of them each is a weighted mean; ``None``: each is one.
         kinds: each layer's attention type.
@@ -43,8 +44,8 @@ class Decoder:
         first_position: of a prompt's first token.
         core: the model in ``root`` that takes ``input_ids`` as well; ``None``: there is none.
         encoded: ``encoded(inputs)``: what the encoders did for the forward, by modality.
-        text: a model without images: what is pruned is the prompt itself, but for so many tokens at its beginning and
-            its end; these count as its text, the others as visual.
+        text: what is pruned is the prompt itself, but for so many tokens at its beginning and its end; these count as
+            its text, the others as visual.
     """
 
     root: Any
@@ -63,6 +64,7 @@ class Decoder:
     core: Any = None
     encoded: Callable[[dict[str, Any]], dict[str, EncoderCall]] = lambda inputs: {}
     text: tuple[int, int] | None = None
+    pictures: Callable[[Tensor, dict[str, Any]], list[list[RasterSpan]]] | None = None
 
     def window_of(self, number: int) -> int | None:
         return self.window if self.kinds[number] == "sliding_attention" else None

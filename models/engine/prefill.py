@@ -91,6 +91,7 @@ class Prefill:
         request = Request(t, call.parts, units(call.parts, self.per, call.segments), real, next_positions(ids, level))
         request.text_tokens = (real & ~visual).sum(1).tolist()
         request.levels.append(level)
+        request.pictures = call.pictures
         request.sources, request.blends, request.packed = call.sources, call.blends, call.segments is not None
         call.request, call.level = request, level
         call.question = asking_rows(call, level)

@@ -49,6 +49,7 @@ class Request:
     Attributes:
         length: T, of the caller's sequence.
         parts: per sample, the rasters in it.
+        pictures: those of its images, where they are not what is pruned; ``None``: they are.
         units: what each budget applies to.
         real: which columns are no padding, ``[B, T]``.
         next: the position behind the prompt, ``[B]``.
@@ -91,6 +92,7 @@ class Request:
     real: Tensor
     next: Tensor
     levels: list[SequenceLength] = field(default_factory=list)
+    pictures: list[list[RasterSpan]] | None = None
     notes: list[Record | Callable[[], Record]] = field(default_factory=list)
     layer_tokens: list[list[int]] = field(default_factory=list)
     text_tokens: list[int] = field(default_factory=list)
@@ -288,6 +290,7 @@ class Call:
         labels: a copy of the caller's, from which positions without a prediction are taken.
         visual: the placeholders, ``[B, T]`` bool.
         parts: per sample, what they stand for.
+        pictures: as in :class:`Request`.
         sources, blends: as in :class:`Request`, where a stage looks at the tower.
         told: makes them where none does.
         encoded: by modality, what its encoder did for this forward.
@@ -325,6 +328,7 @@ class Call:
     labels: Tensor | None = None
     visual: Tensor | None = None
     parts: list[list[RasterSpan]] = field(default_factory=list)
+    pictures: list[list[RasterSpan]] | None = None
     sources: list[Tensor] = field(default_factory=list)
     blends: list[Blend | None] = field(default_factory=list)
     told: Callable[[], list[Tensor]] = list

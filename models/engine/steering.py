@@ -178,7 +178,8 @@ class Steerer:
             )
         mask = None if call.mask is None else real.long()
         along = {n: inputs[n] for n in self.follows if inputs.get(n) is not None}
-        alone, moved = without_images({"input_ids": ids, **along}, real, call.visual)
+        # answers that stand behind are no part of what is measured
+        alone, moved = without_images({"input_ids": ids, **along}, within, call.visual)
         with host.remembered(self.decoder.core or self.decoder.root):
             whole = self._measure(call, host.measuring(self.decoder.root, inputs, mask), asks[:, 0])
             asks = (asks - moved.gather(1, asks)).clamp_min(0)[:, 0]

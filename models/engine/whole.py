@@ -42,7 +42,12 @@ class OfPrompts:
 
     def describe(self) -> Decoder:
         own: Decoder = super().describe()  # type: ignore[misc]  # of the adapter that this is mixed into
-        return replace(own, visual=every, parts=self.parts, text=(HEAD, TAIL))
+        return replace(own, visual=every, parts=self.parts, text=(HEAD, TAIL), pictures=self._pictures)
+
+    def _pictures(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[RasterSpan]]:
+        """The rasters of each sample's images; none of a model of text."""
+        own = getattr(self, "own", None)
+        return own.parts(ids, inputs) if own is not None and bool(own.visual(ids).any()) else [[] for _ in ids]
 
 
 def every(ids: Tensor) -> Tensor:

@@ -220,6 +220,17 @@ def test_numbers_layer_by_layer_are_their_formulas(family):
             assert got[name][i] == pytest.approx(value, rel=1e-3, abs=2e-5), (name, i)
 
 
+def test_parts_attend_as_before():
+    """Whose parts attend in several ways, and cannot all in one: PaliGemma 2."""
+    model, inputs = built("paligemma", "gemma2")
+    one = {k: v[:1] for k, v in inputs.items() if k != "pixel_values"}
+    one["pixel_values"] = inputs["pixel_values"][: len(bind(model).parts(inputs["input_ids"], inputs)[0])]
+    parts = [m for m in model.modules() if hasattr(m, "set_attn_implementation")]
+    before = [m.config._attn_implementation for m in parts]
+    assert set(flow.layer_by_layer(model, one)) == set(flow.NUMBERS)
+    assert [m.config._attn_implementation for m in parts] == before
+
+
 def test_encoders_run_once():
     model, inputs = built()
     calls = []

@@ -126,8 +126,7 @@ class Slow:
         norm = last if self.norm else lambda h: h
         early = [self.head(norm(states[i - 1])) for i in range(self.window[0], self.window[1] + 1)]
         mixed = (1 - self.alpha) * self.head(last(states[-1])) + self.alpha * sum(early) / len(early)
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return mixed if cap is None else cap * torch.tanh(mixed / cap)
+        return mixed if self.cap is None else self.cap * torch.tanh(mixed / self.cap)
 
     @torch.no_grad()
     def read(self, one: dict[str, Any]) -> Tensor:
@@ -139,7 +138,11 @@ class Slow:
             return out.logits[0, -1]
         self.plain = False
         told = self.run(False, **{k: v[text][None] for k, v in one.items() if k in ALONG})[1]
-        self.vectors = [a - b for a, b in zip(self.run(False, **one)[1], told, strict=True)]
+        plain, states = self.run(False, **one)
+        self.vectors = [a - b for a, b in zip(states, told, strict=True)]
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        bare = self.head(stack_of(self.model).norm(states[-1]))  # not every release caps PaliGemma 2's logits
+        self.cap = None if torch.allclose(bare, plain.logits[0, -1], rtol=1e-9) else cap
         out, states = self.run(True, **one)
         self.cache, self.width = cache_of(out), ids.shape[1]
         return self.logits(states)
@@ -372,13 +375,22 @@ def alike(got: Any, want: Any) -> None:
         torch.testing.assert_close(a[real], b[real], atol=1e-5, rtol=1e-4, check_dtype=False)
 
 
-@pytest.mark.parametrize("method", [None, "pyramiddrop"])
+def pruned(model: Any, how: str | None) -> Any:
+    """An attachment; ``"text"``: one that prunes the text as well."""
+    if how is None:
+        return nullcontext()
+    return (
+        vtprune.attach(model, "fastv", keep=0.5, per="prompt") if how == "text" else vtprune.attach(model, how, keep=3)
+    )
+
+
+@pytest.mark.parametrize("method", [None, "pyramiddrop", "text"])
 @pytest.mark.parametrize("way", WAYS)
 def test_generate_with_and_without_a_cache(tiny, way, method):
     """Without, everything is read again for every token: the prompt stays the prompt, and so do its vectors."""
     model, inputs = loaded(tiny, "llava", "clip-llama")
     model.generation_config.disable_compile = True
-    with vtprune.attach(model, method, keep=3) if method else nullcontext(), vtprune.steer(model, lam=LAM):
+    with pruned(model, method), vtprune.steer(model, lam=LAM):
         got = generated(model, inputs, **WAYS[way])
         ways = {k: v for k, v in WAYS[way].items() if k != "cache_implementation"}
         alike(got, generated(model, inputs, **ways, use_cache=False))
@@ -398,9 +410,10 @@ def test_generate_says_what_the_equations_say(tiny, family, variant):
             scores = slow.step(token)
 
 
-def test_answers_are_scored_with_the_vectors_they_were_generated_with(tiny):
+@pytest.mark.parametrize("method", [None, "pyramiddrop", "text"])
+def test_answers_are_scored_with_the_vectors_they_were_generated_with(tiny, method):
     model, inputs = loaded(tiny, "llava", "clip-llama")
-    with vtprune.steer(model, lam=LAM), torch.no_grad():
+    with pruned(model, method), vtprune.steer(model, lam=LAM), torch.no_grad():
         told = generated(model, inputs)
         mask = F.pad(inputs["attention_mask"], (0, 5), value=1)
         logits = model(**{**inputs, "input_ids": told.sequences, "attention_mask": mask}).logits
@@ -605,7 +618,9 @@ def test_the_model_keeps_what_it_knew_of_its_last_prompt(tiny):
 def test_options_out_of_range(tiny):
     model, _ = tiny("llava", "clip-llama")
     for options, words in (
-        ({"lam": -0.1}, "lam=-0.1 is not a number from 0 on"),
+        ({"lam": -0.1}, "lam=-0.1 is not a number from 0 to 10000"),
+        ({"lam": 10**400}, "is not a number from 0 to 10000"),
+        ({"lam": 1e39}, "lam=1e\\+39 is not a number from 0 to 10000"),
         ({"lam": float("nan")}, "lam=nan"),
         ({"lam": "0.1"}, "lam='0.1'"),
         ({"alpha": 1.1}, "alpha=1.1 is not a number from 0 to 1"),

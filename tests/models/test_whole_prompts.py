@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 from vtprune.models.base import ADAPTERS
+from vtprune.models.engine.host import cache_of, cached
 from vtprune.models.engine.whole import HEAD, TAIL
 
 import vtprune
 from vtprune.check.verify import CHECKS, check
 from vtprune.cli.main import main
+from vtprune.core.cost import prefill
 from vtprune.core.planning import bind
+from vtprune.lmms import jobs
 from vtprune.measure import analyze, bench
 from vtprune.measure.samples import scenes_samples
 
@@ -108,21 +112,40 @@ def test_budgets_are_of_the_whole_prompt():
     text.remove()
 
 
-def test_a_second_turn_goes_on_or_chooses_again():
+def test_a_second_turn_goes_on_with_what_was_kept():
     model, inputs = built("llava")
     more = torch.randint(8, 64, (2, 5), generator=torch.Generator().manual_seed(2))
-    whole = {
-        **inputs,
-        "input_ids": torch.cat([inputs["input_ids"], more], 1),
-        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1),
-    }
-    later = {"input_ids": more, "attention_mask": whole["attention_mask"]}
-    with torch.no_grad(), vtprune.attach(model, "fastv", keep=0.4, per="prompt", shelve=True) as handle:
-        want, kept = model(**whole).logits[:, -5:], handle.report().stages[0].kept
-        cache = model(**inputs, use_cache=True).past_key_values
-        got, again = model(**later, cache=cache).logits, handle.report().stages[0].kept
-    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
-    torch.testing.assert_close(got[:, -1], want[:, -1], rtol=1e-4, atol=1e-5)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1)
+    with torch.no_grad(), vtprune.attach(model, "fastv", keep=0.4, per="prompt") as handle:
+        out = model(**inputs, use_cache=True)
+        kept = handle.report().stages[0].kept
+        got = model(input_ids=more, attention_mask=mask, **cached(model, cache_of(out))).logits
+        apart = [
+            model(input_ids=more[:, i : i + 1], attention_mask=mask[:, : mask.shape[1] - 4 + i], **cached(model, cache))
+            for cache in [cache_of(model(**inputs, use_cache=True))]
+            for i in range(5)
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(kept, handle.report().stages[0].kept, strict=True))
+    torch.testing.assert_close(got, torch.cat([one.logits for one in apart], 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("family", READERS)
+def test_flops_are_those_of_the_same_model(family):
+    """What the dense model costs does not depend on what a budget applies to; the tower reads images alone."""
+    model, inputs = built(family)
+    told = []
+    for per in (None, "prompt"):
+        with torch.no_grad(), vtprune.attach(model, "fastv", keep=1.0, layer=2, per=per) as handle:
+            model(**inputs)
+            told.append(handle.report())
+    assert told[0].dense_flops == told[0].flops == told[1].dense_flops == told[1].flops
+    ids = torch.randint(8, 64, (1, 40), generator=torch.Generator().manual_seed(1))
+    text = {"input_ids": ids, **{k: torch.zeros_like(ids) for k in bind(model).follows if k in inputs}}
+    with torch.no_grad(), vtprune.attach(model, "fastv", keep=0.5, per="prompt") as handle:
+        model(**text)
+    cost = bind(model).cost
+    assert handle.report().dense_flops == prefill(cost, [40] * cost.depth)  # no tower runs
 
 
 def test_refusals(tmp_path, capsys):
@@ -136,6 +159,12 @@ def test_refusals(tmp_path, capsys):
         vtprune.attach(built("hf-vit")[0], "tome", keep=8, per="prompt")
     with pytest.raises(vtprune.VtpruneError, match="per='words': llava takes 'image', 'sample', 'prompt'"):
         vtprune.attach(model, "fastv", keep=8, per="words")
+    with pytest.raises(vtprune.UnsupportedError, match="the images of earlier turns"):
+        vtprune.attach(model, "fastv", keep=8, per="prompt", shelve=True)
+    with pytest.raises(vtprune.UnsupportedError, match="flops= counts what a tower does"):
+        vtprune.attach(model, "fastv", flops=0.6, per="prompt")
+    with pytest.raises(vtprune.VtpruneError, match="prompts of llava vary in size"):
+        vtprune.attach(model, "fastv", effective_tokens=10, per="prompt")
     with pytest.raises(vtprune.UnsupportedError, match="the labels leave no prompt"):
         with vtprune.attach(model, "fastv", keep=8, per="prompt"):
             model(**inputs, labels=inputs["input_ids"])
@@ -144,5 +173,8 @@ def test_refusals(tmp_path, capsys):
         bench.table(small, processor, scenes_samples(1)[:1], ["fastv"], [0.5], options={"fastv": {"per": "prompt"}})
     with pytest.raises(vtprune.VtpruneError, match="counts a prompt's text among its tokens"):
         analyze.times(small, processor, ["fastv"], [0.5], options={"per": "prompt"})
+    asked = Namespace(recipes=["fastv"], option=[("per", "prompt")], budgets=[0.25], keep=[], no_baselines=False)
+    with pytest.raises(vtprune.VtpruneError, match="counts a prompt's text among its tokens"):
+        jobs.plan(asked)
     assert main(["bench", "--methods", "fastv", "--samples", "1", "--option", "per=prompt"]) == 1
     assert "counts a prompt's text among its tokens" in capsys.readouterr().err

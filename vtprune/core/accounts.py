@@ -144,7 +144,7 @@ class Accounts:
     def _vision(self, request: Request) -> tuple[int, int]:
         """FLOPs of tower and projector, dense and as they ran."""
         s = self.shapes
-        every = [p for parts in request.parts for p in parts]
+        every = [p for parts in (request.parts if request.pictures is None else request.pictures) for p in parts]
         new = [p for p in every if int(p.columns[0]) >= request.resumed] if request.resumed else every
         sizes = [n for p in new for n in p.passes]  # tokens of each pass of the tower
         dense = sum(cost.vision(s, 1, n, [n] * s.vdepth) for n in sizes)

@@ -120,6 +120,8 @@ def _shelve(adapter: Any, positions: str) -> None:
     """Later turns choose again from what the prompt left on a shelf."""
     if adapter.geometry.llm_layers == 0:
         raise VtpruneError("shelve= is for models with a language model")
+    if hasattr(adapter, "own"):
+        raise UnsupportedError("shelve=True: the images of earlier turns are not known beside per='prompt'")
     if positions == "compact":
         raise UnsupportedError("shelve=True: positions='compact' renumbers each turn's tokens otherwise")
     adapter.decoder.shelve()

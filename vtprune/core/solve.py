@@ -14,7 +14,7 @@ from ..methods.base import METHODS, OWN_BUDGETS
 from . import cost
 from .planning import applies_to, bind, check_options, for_rasters, for_units, load_recipe, plan
 from .recipe import Recipe
-from .types import Action, Cut, Geometry, VtpruneError
+from .types import Action, Cut, Geometry, UnsupportedError, VtpruneError
 
 
 def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes: int = 1) -> tuple[float, int]:
@@ -127,6 +127,11 @@ def solve(
         raise VtpruneError(
             f"{skips} drops no token and leaves out halves of layers instead: it meets no budget of tokens or FLOPs"
         )
+    if flops is not None and hasattr(adapter, "own"):
+        raise UnsupportedError(
+            "flops= counts what a tower does for an image, and per='prompt' plans for whole prompts: give "
+            "effective_tokens= or keep="
+        )
     image = _image(adapter, chosen, inputs, per)
     if flops is None:
         target = _target(image, effective_tokens, 0, known=inputs is not None)
@@ -191,8 +196,9 @@ def _target(image: _Image, wanted: Any, column: int, *, known: bool) -> float:
         raise VtpruneError(f"the budget must be a positive number, got {wanted!r}")
     fraction = isinstance(wanted, float) and wanted <= 1
     if geometry.variable and geometry.llm_layers and not known and not fraction:
+        what = "prompts" if "prompt" in geometry.traits else "images"
         raise VtpruneError(
-            f"images of {geometry.family} vary in size: give a fraction of the dense budget, or solve(..., inputs=) "
+            f"{what} of {geometry.family} vary in size: give a fraction of the dense budget, or solve(..., inputs=) "
             "with a prompt of yours"
         )
     if column == 0 and wanted > geometry.tokens:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
@@ -20,6 +19,9 @@ if TYPE_CHECKING:
 
     from vtprune.models.engine.description import Decoder
     from vtprune.models.engine.steered import Steered
+
+
+MOST = 10_000  # lambda: beyond it a vector is all that is left
 
 
 def steer(
@@ -42,7 +44,8 @@ def steer(
     Args:
         model: a multimodal Hugging Face model, with :func:`vtprune.attach` before, behind, or not at all: the vectors
             are those of the model as the attachment leaves it.
-        lam: lambda, 0 or more; the paper's code uses 0.17 for CHAIR and 0.01 for POPE with LLaVA-1.5. 0: no vectors.
+        lam: lambda, from 0 to 10,000; the paper's code uses 0.17 for CHAIR and 0.01 for POPE with LLaVA-1.5. 0: no
+            vectors.
         alpha: the share of the layers in ``window`` in the logits, in [0, 1]. 0: logits stay.
         window: the first and the last of these layers, counted from 1; by default 25 and 30 of 32, scaled to the
             model's depth and rounded down.
@@ -53,10 +56,9 @@ def steer(
         that read no images, are built otherwise, or choose again at later turns (``shelve=True``).
     """
     model = unwrap(model)
-    for name, value, most in (("lam", lam, math.inf), ("alpha", alpha, 1)):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or not 0 <= value <= most:
-            raise VtpruneError(f"{name}={value!r} is not a number from 0 {'on' if most == math.inf else 'to 1'}")
+    for name, value, most in (("lam", lam, MOST), ("alpha", alpha, 1)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+            raise VtpruneError(f"{name}={value!r} is not a number from 0 to {most}")
     if not isinstance(final_norm, bool):
         raise VtpruneError(f"final_norm={final_norm!r} is not True or False")
     with changing:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.planning import load_recipe
 from ..measure.bench import baselines, draws
-from ..measure.run import portable
+from ..measure.run import of_images, portable
 from ..measure.runs import slug
 from ..methods.base import METHODS, make
 
@@ -22,6 +22,7 @@ def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
     ready = [name for name in METHODS if not METHODS.get(name).fitted]
     names = ready if args.recipes == ["all"] else args.recipes
     options = dict(args.option)
+    of_images(options)
     budgets: list[dict[str, Any]] = (
         [{"effective_tokens": b} for b in dict.fromkeys(args.budgets)] or [{"keep": k} for k in args.keep] or [{}]
     )

@@ -146,12 +146,13 @@ def knockout(
 @contextmanager
 def _eager(model: Any) -> Iterator[None]:
     """Within it, attentions can be read."""
-    how = backend(model.config)
+    before = [(m, backend(m.config)) for m in model.modules() if hasattr(m, "set_attn_implementation")]
     model.set_attn_implementation("eager")
     try:
         yield
     finally:
-        model.set_attn_implementation(how)
+        for part, how in before:
+            part.set_attn_implementation({"": how})  # of this part alone: the others need not know it
 
 
 def _heights(adapter: Any, inputs: Mapping[str, Any]) -> Tensor:

@@ -19,6 +19,7 @@ from ..core.types import UnsupportedError, VtpruneError
 from ..methods.base import choice
 
 MEANS = ("tokens", "requests")
+ANSWERS = ("labels", "use_cache", "logits_to_keep")  # what says nothing of the prompt
 
 
 @torch.no_grad()
@@ -29,14 +30,15 @@ def similarities(
     similarity of input and output, and the norm of the output over that of the input.
 
     Args:
-        batches: what the model is called with, prompts: ``input_ids``, with padding ``attention_mask`` ``[B, T]``, and
-            pictures.
+        batches: what the model is called with, one batch of prompts or several: ``input_ids``, with padding
+            ``attention_mask`` ``[B, T]``, and pictures; labels are left aside.
         mean: ``"tokens"``, as in the paper: both are means over all tokens. ``"requests"``, as in the official code:
             the similarity is averaged over each prompt's tokens, the ratio is that of a prompt's Frobenius norms, and
             every prompt counts alike.
 
     Raises:
-        VtpruneError: no prompts, another ``mean``, or a model in training mode.
+        VtpruneError: no prompts or no batches of them, another ``mean``, values that are not finite, or a model in
+            training mode.
         UnsupportedError: layers that are no two halves one behind the other, or whatever ``attach`` refuses.
     """
     choice("mean", mean, MEANS)
@@ -44,17 +46,22 @@ def similarities(
     depth = adapter.geometry.llm_layers
     if not depth:
         raise UnsupportedError(f"{type(model).__name__} has no language model, in whose layers this is measured")
-    if model.training:
+    if any(module.training for module in model.modules()):
         raise VtpruneError("a model in training mode is not the one that answers: model.eval() first")
     probe_halves(adapter.describe())
     probe_order(adapter.describe())
     totals = torch.zeros(2 * depth, 3, dtype=torch.float64)  # similarity, ratio, and how many were added
     # it leaves nothing out, and a model that is attached already is refused
     with attach(model, "adaskip", similarity=(0.0,) * (2 * depth), sublayers=0):
-        for inputs in batches:
-            _read(model, adapter.decoder_layers(), dict(inputs), totals, mean)
+        for inputs in [batches] if isinstance(batches, Mapping) or not isinstance(batches, Iterable) else batches:
+            if not isinstance(inputs, Mapping) or not isinstance(inputs.get("input_ids"), Tensor):
+                raise VtpruneError("a batch is what the model is called with: a mapping with a tensor input_ids [B, T]")
+            asked = {k: v for k, v in inputs.items() if k not in ANSWERS}
+            _read(model, adapter.decoder_layers(), asked, totals, mean)
     if not bool(totals[:, 2].all()):
         raise VtpruneError("nothing to measure on: there are no prompts")
+    if not bool(totals.isfinite().all()):
+        raise VtpruneError("the model's layers make values on these prompts that are not finite: check the inputs")
     means = totals[:, :2] / totals[:, 2:]
     return means[:, 0].clamp(-1, 1).tolist(), means[:, 1].tolist()  # rounding aside, a cosine is at most 1
 
