@@ -82,6 +82,22 @@ def tiny():
     return build
 
 
+@pytest.fixture
+def checkpointed(monkeypatch):
+    """``checkpointed(layer, reentrant)``: from now on ``torch.utils.checkpoint`` runs a layer, and its host does not
+    know."""
+
+    def wrap(layer: Any, reentrant: bool) -> None:
+        whole = layer.forward
+
+        def again(x: Any, **kwargs: Any) -> Any:
+            return torch.utils.checkpoint.checkpoint(lambda y: whole(y, **kwargs), x, use_reentrant=reentrant)
+
+        monkeypatch.setattr(layer, "forward", again)
+
+    return wrap
+
+
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
     """A browser; its pages and contexts are the tests' own."""

@@ -14,6 +14,7 @@ from . import host
 from .description import Decoder
 from .level import SequenceLength
 from .request import Call
+from .rows import rows_of
 from .serving import Serving
 
 
@@ -54,7 +55,7 @@ def read_ahead(
             if isinstance(mask := kwargs.get(host.MASK), Tensor):
                 kwargs[host.MASK] = mask[..., : out.shape[1]]  # not the free columns of a cache of fixed size
             out = decoder.layers[i](out, **kwargs)
-            out = out[0] if isinstance(out, tuple) else out
+            out = rows_of(out)
         return out
 
     call.aside = True

@@ -29,3 +29,6 @@ class Arguments:
 
     def _place(self, args: tuple, name: str) -> int:
         return self.names.index(name) if name in self.names else len(args)
+
+
+LAYER = Arguments(["hidden_states"])  # of decoder layers and their halves

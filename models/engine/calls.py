@@ -20,7 +20,7 @@ from .description import Decoder
 from .entry import Entry
 from .layout import prompts
 from .level import SequenceLength, dense_level, within
-from .prompt import prompt_tokens, prompts_in_rows, real_tokens
+from .prompt import prompts_in_rows, prunable_tokens, real_tokens
 from .request import Call, Request
 from .turns import Shelving
 
@@ -84,11 +84,6 @@ class Calls:
     def _open(self, call: Call, inputs: dict[str, Any]) -> dict[str, Any]:
         """Finds out whether a forward reads a prompt or goes on with one. Answers with what the model is called
         with."""
-        call.cache, call.mask, call.positions = (
-            host.cache_in(inputs),
-            inputs.get("attention_mask"),
-            inputs.get("position_ids"),
-        )
         call.maps = host.maps_asked(inputs, getattr(self.decoder.root, "config", None), self.decoder.lm.config)
         ids = inputs.get("input_ids")
         filled = call.cache is not None and host.held(call.cache) > 0
@@ -124,11 +119,10 @@ class Calls:
         """What a model without images is called with, once the tokens of its prompt are known."""
         inputs = self._prompt(call, inputs, ids)
         assert self.decoder.text is not None
-        call.visual = prompt_tokens(call, real_tokens(call.mask, *ids.shape).to(ids.device), *self.decoder.text)
+        call.visual = prunable_tokens(call, ids, *self.decoder.text)
         call.prefill = bool(call.visual.any())
         call.plain = None if call.prefill else ids
         call.parts = prompts(call.visual, call.segments)
-        assert self.decoder.pictures is not None
         call.pictures = self.decoder.pictures(ids, inputs)
         return inputs
 

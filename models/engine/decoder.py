@@ -18,6 +18,7 @@ from ...core.types import Action, Seed, UnsupportedError, VtpruneError
 from ..base import PlannedCut
 from . import host
 from .ahead import check_ahead
+from .arguments import LAYER
 from .calls import Calls
 from .cuts import Cuts
 from .decoder_replays import LayerReplays
@@ -192,12 +193,12 @@ class DecoderEngine:
             call.ran += 1
             shelving = self.shelving
             if shelving is not None:
-                x = args[0] if args else kwargs["hidden_states"]
+                x = LAYER.first(args, kwargs)
                 whole = shelving.keep(call, number, x, kwargs)
                 if whole is not None and number < shelving.first:
                     return None
                 if whole is not None:
-                    args, kwargs = ((whole, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": whole})
+                    args, kwargs = LAYER.put_first(args, kwargs, whole)
             if call.prefill:
                 return self._read(call, number, changing, context, module, args, kwargs)
             return self._continue(call, number, args, kwargs)
@@ -211,7 +212,7 @@ class DecoderEngine:
         # What is easy needs nothing, unless the model made a mask after all (compiled, of another length).
         if number not in call.serve and (number not in request.pruned or kwargs.get("attention_mask") is None):
             return None
-        x = args[0] if args else kwargs["hidden_states"]
+        x = LAYER.first(args, kwargs)
         level = request.at[number].on(x.device)
         return args, {**kwargs, **self.serving.decode(call, level, number, kwargs, x)}
 
@@ -227,7 +228,7 @@ class DecoderEngine:
     ) -> tuple[tuple, dict] | None:
         """What layer ``number`` is called with in a prefill, behind its cuts: those ``changing`` the sequence, and
         those that give the layer ``context``."""
-        x = args[0] if args else kwargs["hidden_states"]
+        x = LAYER.first(args, kwargs)
         call.dense.setdefault(self.decoder.kinds[number], kwargs)
         assert call.level is not None
         self.cuts.count(call, number)
@@ -249,7 +250,7 @@ class DecoderEngine:
             kwargs = {**kwargs, **self.serving.prefill(call, level.on(x.device), number, kwargs, changed)}
         if host.checkpointed(module):
             self.replays.remember(call, number, level)
-        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+        return LAYER.put_first(args, kwargs, changed)
 
 
 def _check_model(decoder: Decoder, cuts: list[PlannedCut]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from ...core.types import UnsupportedError
+from .arguments import LAYER
 from .description import Decoder
 from .level import SequenceLength
 from .request import Call
@@ -43,8 +44,8 @@ class LayerReplays(WeakValueDictionary[int, Call]):
         if call is None or number not in call.done:
             return None
         order, level = call.done[number]
-        x = args[0] if args else kwargs["hidden_states"]
+        x = LAYER.first(args, kwargs)
         if order is not None:
             x = take(x, order)
         kwargs = {**kwargs, **self.serving.prefill(call, level.on(x.device), number, kwargs, x)}
-        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+        return LAYER.put_first(args, kwargs, x)

@@ -64,7 +64,7 @@ class Decoder:
     core: Any = None
     encoded: Callable[[dict[str, Any]], dict[str, EncoderCall]] = lambda inputs: {}
     text: tuple[int, int] | None = None
-    pictures: Callable[[Tensor, dict[str, Any]], list[list[RasterSpan]]] | None = None
+    pictures: Callable[[Tensor, dict[str, Any]], list[list[RasterSpan]]] = lambda ids, inputs: []
 
     def window_of(self, number: int) -> int | None:
         return self.window if self.kinds[number] == "sliding_attention" else None

@@ -113,6 +113,8 @@ class Entry:
             call, output = Call(), None
             self.stack.append(call)
             try:
+                call.cache, call.mask = host.cache_in(inputs), inputs.get("attention_mask")
+                call.positions = inputs.get("position_ids")
                 inputs = opens(call, inputs)
                 output = original(**inputs)
                 closes(call, output)

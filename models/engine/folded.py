@@ -27,6 +27,7 @@ from .composed import compose
 from .description import PackedTower
 from .packed import PackedEngine, PackedRun, within
 from .packing import Packing, squares_of
+from .rows import rows_of, with_rows
 from .run import Run
 from .tower_replays import in_backward
 
@@ -239,13 +240,13 @@ class FoldedEngine(PackedEngine):
             if run is None or not (behind or last):
                 return None
             assert isinstance(run, FoldedRun)
-            x = output[0] if isinstance(output, tuple) else output
+            x = rows_of(output)
             rows = self._decide(run, block, behind, x.reshape(-1, x.shape[-1]))
             if last and run.cut:
                 rows = run.spread(rows)
             run.captured.clear()
             changed = rows.view(*x.shape[:-2], *rows.shape)
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+            return with_rows(output, changed)
 
         return leave
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ...core.ledger import UndoLedger
 from ...core.types import UnsupportedError
 from . import host
+from .arguments import LAYER
 from .description import Decoder
+from .rows import rows_of
 from .toy import toy_prompt
 
 
@@ -34,7 +36,7 @@ class Halves:
     def _forward(self, half: str, own: Callable) -> Callable:
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            x = first_of(args, kwargs)
+            x = LAYER.first(args, kwargs)
             if half == "mlp":
                 self.given = x
             return silence(half, x, self.silent[half]) if half in self.silent else own(*args, **kwargs)
@@ -57,21 +59,6 @@ def silence(half: str, x: Tensor, instead: Tensor | None = None) -> Any:
     return (rows, None) if half == "attention" else rows
 
 
-def first_of(args: tuple, kwargs: dict) -> Tensor:
-    """The rows that a layer, or a half of one, is called with."""
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def with_first(args: tuple, kwargs: dict, x: Tensor) -> tuple[tuple, dict]:
-    """The same call with the rows ``x``."""
-    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
-
-
-def rows_of(output: Any) -> Tensor:
-    """The rows that a layer gives."""
-    return output[0] if isinstance(output, tuple) else output
-
-
 def probe_order(decoder: Decoder) -> None:
     """An MLP must read what its layer's attention leaves in the residual stream and nothing else: given that as the
     layer's input, with the attention silent, it reads the same.
@@ -89,10 +76,10 @@ def probe_order(decoder: Decoder) -> None:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 def read(x: Tensor, attention: Tensor | None) -> tuple[Tensor, Tensor]:
                     """What leaves the layer, and what its MLP was given, if the attention gives these rows."""
-                    out = halves.run(own, {"attention": attention, "mlp": None}, *with_first(args, kwargs, x))
+                    out = halves.run(own, {"attention": attention, "mlp": None}, *LAYER.put_first(args, kwargs, x))
                     return out, halves.given[real]
 
-                x = first_of(args, kwargs)
+                x = LAYER.first(args, kwargs)
                 between, given = read(x, x.roll(1, -1))
                 again, before = read(between, None)[1], read(x, None)[1]
                 off = float((again - given).abs().max() / given.abs().max().clamp_min(1e-30))

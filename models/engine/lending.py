@@ -18,6 +18,7 @@ from ...core.ledger import UndoLedger
 from ...core.types import UnsupportedError
 from ..base import PlannedCut
 from . import host
+from .arguments import LAYER
 from .description import Decoder
 from .request import Call, Loan
 from .toy import toy_prompt
@@ -66,7 +67,7 @@ class Lending:
         if call.prefill:
             request.borrows = [count > 0 for count in request.levels[0].counts]
         if any(request.borrows):
-            rows = args[0] if args else kwargs["hidden_states"]
+            rows = LAYER.first(args, kwargs)
             every = all(request.borrows)
             call.loan = Loan(rows, None if every else torch.tensor(request.borrows, device=rows.device)[:, None, None])
 
@@ -84,7 +85,7 @@ class Lending:
             # a wrapper around one of them (an adapter) would add what it makes of the layer's own rows
             if any(getattr(module, name) is not projection for name, projection in projections.items()):
                 raise UnsupportedError(REPLACED.format(f"key or value projection of layer {number}"))
-            own, loan = args[0] if args else kwargs["hidden_states"], call.loan
+            own, loan = LAYER.first(args, kwargs), call.loan
             rows = loan.rows.to(own.device)
             if own.shape != rows.shape:
                 raise UnsupportedError(
@@ -191,10 +192,10 @@ def _watch(layer: Any, seen: _Seen, ledger: UndoLedger) -> None:
     """Notes what passes through a ``layer``."""
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.norm = layer.input_layernorm(args[0] if args else kwargs["hidden_states"])
+        seen.norm = layer.input_layernorm(LAYER.first(args, kwargs))
 
     def attend(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.attention = args[0] if args else kwargs["hidden_states"]
+        seen.attention = LAYER.first(args, kwargs)
 
     def project(name: str) -> Callable:
         return lambda module, args, kwargs: seen.given[name].append(args[0])

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ...core.ledger import UndoLedger
 from ...core.types import UnsupportedError
 from . import host
+from .arguments import LAYER
 from .description import PackedTower
-from .halves import first_of, rows_of, with_first
 from .packing import Packing
+from .rows import rows_of, with_rows
 
 
 def hide_in_decoder(ledger: UndoLedger, layers: Sequence[nn.Module], hidden: Sequence[Tensor]) -> None:
@@ -23,7 +24,7 @@ def hide_in_decoder(ledger: UndoLedger, layers: Sequence[nn.Module], hidden: Seq
 
     def make(number: int) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            x = args[0] if args else kwargs["hidden_states"]
+            x = LAYER.first(args, kwargs)
             cache, own, q = host.cache_in(kwargs), kwargs.get("attention_mask"), x.shape[1]
             size, offset, past = q, 0, 0
             if cache is not None:
@@ -55,7 +56,7 @@ def block_in_decoder(ledger: UndoLedger, layers: Mapping[int, nn.Module], blocke
     and a row that would be left without anything to read is refused."""
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        x = args[0] if args else kwargs["hidden_states"]
+        x = LAYER.first(args, kwargs)
         own, q = kwargs.get("attention_mask"), x.shape[1]
         if q != blocked.shape[1] or (own is not None and (own.ndim != 4 or own.shape[-1] != q)):
             raise UnsupportedError("attention is knocked out in a prompt that is read at once, without a cache")
@@ -88,12 +89,12 @@ def silence_in_decoder(
         return (x.double() * factor.to(x.device)[:, None, None]).to(x.dtype)
 
     def scale_in(gone: Tensor, scale: float) -> Callable:
-        return lambda module, args, kwargs: with_first(args, kwargs, times(gone, scale, first_of(args, kwargs)))
+        return lambda module, args, kwargs: LAYER.put_first(args, kwargs, times(gone, scale, LAYER.first(args, kwargs)))
 
     def scale_out(gone: Tensor, scale: float) -> Callable:
         def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             x = times(gone, scale, rows_of(output))
-            return (x, *output[1:]) if isinstance(output, tuple) else x
+            return with_rows(output, x)
 
         return leave
 
@@ -102,7 +103,7 @@ def silence_in_decoder(
             first = rows_of(output)
             rows = gone.to(first.device).view(-1, *[1] * (first.ndim - 1))
             first = torch.where(rows, torch.zeros_like(first), first)
-            return (first, *output[1:]) if isinstance(output, tuple) else first
+            return with_rows(output, first)
 
         return leave
 
@@ -113,9 +114,9 @@ def silence_in_decoder(
                 continue
             ledger.after(getattr(layer, name), make(gone))
             scale = scales.get((i, half), 1.0)
-            if half == "attention":
+            if half == "attention" and scale != 1:
                 ledger.before(layer, scale_in(gone, scale))
-            else:
+            elif scale != 1:
                 ledger.after(layer, scale_out(gone, scale))
 
 
@@ -134,7 +135,7 @@ def hide_in_tower(
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             if not bool(hidden[number].any()):
                 return None
-            x = args[0] if args else kwargs["hidden_states"]
+            x = LAYER.first(args, kwargs)
             mask = torch.zeros(hidden[number].shape, dtype=x.dtype, device=x.device).masked_fill(
                 hidden[number], -torch.inf
             )

@@ -21,6 +21,7 @@ from .captured import catcher
 from .description import PackedTower
 from .packing import Kind, Packing
 from .passes import COPY, check_blocks
+from .rows import rows_of
 from .run import Run
 from .tower_replays import BY_ITSELF, in_backward
 
@@ -185,7 +186,7 @@ class PackedEngine:
             run = self.run
             if run is None or not cuts:
                 return None
-            x = (output[0] if isinstance(output, tuple) else output).detach()
+            x = rows_of(output).detach()
             x = x.reshape(-1, x.shape[-1]).to(run.seen.device)  # [S, C]
             if len(x) != run.seen.starts[-1]:
                 raise UnsupportedError(

@@ -20,7 +20,7 @@ from .decoder import DecoderEngine
 from .description import Decoder
 from .level import dense_level
 from .masked import hide_in_decoder
-from .rows import take
+from .rows import rows_of, take, with_rows
 from .scores import heads, question, visible
 from .toy import IMAGE, TEXT, Toy, toy_prompt
 
@@ -71,15 +71,15 @@ def probe_added(decoder: Decoder) -> None:
 
         def hold(number: int) -> Callable:
             def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-                first = output[0] if isinstance(output, tuple) else output
+                first = rows_of(output)
                 added[number] = first.detach().requires_grad_()
-                return (added[number], *output[1:]) if isinstance(output, tuple) else added[number]
+                return with_rows(output, added[number])
 
             return leave
 
         def check(number: int) -> Callable:
             def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-                out = output[0] if isinstance(output, tuple) else output
+                out = rows_of(output)
                 by = torch.arange(out.numel(), device=out.device).view(out.shape).to(out.dtype)
                 (moved,) = torch.autograd.grad(out, added[number], by, allow_unused=True)
                 if moved is None or not torch.equal(moved, by):

@@ -86,6 +86,11 @@ def asking_rows(call: Call, level: SequenceLength) -> Tensor:
     return real & ends.to(real.device)
 
 
+def prunable_tokens(call: Call, ids: Tensor, head: int, tail: int) -> Tensor:
+    """:func:`prompt_tokens` of ``ids`` ``[B, T]``, of which the call's mask says which are real."""
+    return prompt_tokens(call, real_tokens(call.mask, *ids.shape).to(ids.device), head, tail)
+
+
 def prompt_tokens(call: Call, real: Tensor, head: int, tail: int) -> Tensor:
     """``[B, T]``: of the ``real`` tokens of each prompt, which ends where an answer begins if there is one, all but the
     first ``head`` and the last ``tail``.

@@ -15,7 +15,7 @@ from . import host
 from .description import Decoder
 from .level import SequenceLength, backend, prefill_mask, within
 from .request import Call, Request, Stash
-from .rows import put, take
+from .rows import put, rows_of, take
 from .run import Record
 from .scores import heads, turn
 from .serving import Serving
@@ -143,7 +143,7 @@ class Routing:
         sliding, how = kind == "sliding_attention", backend(self.decoder.lm.config)
         bias = prefill_mask(dense.get("attention_mask"), alone, alone, x, 0, how, sliding)
         out = layer(hidden, attention_mask=bias, position_embeddings=tables)
-        return out[0] if isinstance(out, tuple) else out
+        return rows_of(out)
 
 
 FULL = (

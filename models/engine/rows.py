@@ -1,6 +1,8 @@
-"""Rows of a sequence, taken out and put back."""
+"""Rows of a sequence, taken out and put back; those that layers, and parts of them, give."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,3 +18,13 @@ def take(table: Tensor, rows: Tensor) -> Tensor:
 def put(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     """``x`` ``[B, T, C]`` with ``values`` ``[B, M, C]`` in its ``rows`` ``[B, M]``."""
     return x.index_put((torch.arange(len(x), device=x.device)[:, None], rows.to(x.device)), values)
+
+
+def rows_of(output: Any) -> Tensor:
+    """The rows that a layer, or a part of one, gives."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_rows(output: Any, x: Tensor) -> Any:
+    """The same output with the rows ``x``."""
+    return (x, *output[1:]) if isinstance(output, tuple) else x

@@ -19,9 +19,11 @@ from ...core.ledger import UndoLedger
 from ...core.types import UnsupportedError
 from ..base import PlannedCut
 from . import host
+from .arguments import LAYER
 from .description import Decoder
-from .halves import first_of, probe_order, rows_of, silence, with_first
+from .halves import probe_order, silence
 from .request import Call
+from .rows import rows_of, with_rows
 from .text import prompt_at
 from .toy import toy_prompt
 
@@ -69,11 +71,11 @@ class Skipping:
             call, key = self.now(), (number, "attention")
             if call is None or call.request is None or call.aside:
                 return None
-            x = first_of(args, kwargs)
+            x = LAYER.first(args, kwargs)
             if call.prefill:
                 self._decide(call, key, decide, x)
             left = call.request.skipping.get(key, [])
-            return with_first(args, kwargs, _scaled(x, left, scale)) if any(left) else None
+            return LAYER.put_first(args, kwargs, _scaled(x, left, scale)) if any(left) else None
 
         return enter
 
@@ -86,7 +88,7 @@ class Skipping:
             if not any(left):
                 return None
             x = _scaled(rows_of(output), left, scale)
-            return (x, *output[1:]) if isinstance(output, tuple) else x
+            return with_rows(output, x)
 
         return leave
 
@@ -188,7 +190,7 @@ def probe_halves(decoder: Decoder) -> None:
 
         def silent(half: str, number: int) -> Callable:
             def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-                first = output[0] if isinstance(output, tuple) else output
+                first = rows_of(output)
                 known = isinstance(output, tuple) and len(output) == 2 if half == "attention" else first is output
                 if not known or first.shape != entered[number].shape:
                     raise UnsupportedError(
@@ -200,13 +202,13 @@ def probe_halves(decoder: Decoder) -> None:
 
         def enter(number: int) -> Callable:
             def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                entered[number] = args[0] if args else kwargs["hidden_states"]
+                entered[number] = LAYER.first(args, kwargs)
 
             return note
 
         def check(number: int) -> Callable:
             def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-                out = output[0] if isinstance(output, tuple) else output
+                out = rows_of(output)
                 if not torch.equal(out, entered[number].to(out.device)):
                     raise UnsupportedError(
                         f"{toy.name}: layer {number} changes what it is given also without its attention and its MLP, "

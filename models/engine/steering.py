@@ -26,7 +26,7 @@ from .level import SequenceLength
 from .probe import probe_added
 from .prompt import prompts_in_rows, real_tokens
 from .request import Call
-from .rows import put
+from .rows import put, rows_of, with_rows
 from .steered import Steer, Steered, blend, inject, without_images
 
 
@@ -42,6 +42,7 @@ class Steerer:
         normed: behind the final norm.
         requests: how the prompt of each cache is steered.
         attached: the attachment that stands within; ``None``: there is none.
+        owner: the handle, which lives as long as its hooks do.
         entrance: the ways into the model.
     """
 
@@ -107,11 +108,6 @@ class Steerer:
     def _open(self, call: Call, inputs: dict[str, Any]) -> dict[str, Any]:
         """Measures what a prompt is steered by, or finds it by the cache that the forward goes on with."""
         root, ids = self.decoder.root, inputs.get("input_ids")
-        call.cache, call.mask, call.positions = (
-            host.cache_in(inputs),
-            inputs.get("attention_mask"),
-            inputs.get("position_ids"),
-        )
         if inputs.get("labels") is not None or any(m.training for m in (root, self.decoder.lm, *self.layers)):
             raise UnsupportedError(
                 "a steered model cannot be trained, and gives no loss: its vectors are measured in other passes; "
@@ -260,7 +256,7 @@ class Steerer:
             now = self.now
             if now is None or now.prompt is None or not now.prompt.vectors:
                 return None
-            x = output[0] if isinstance(output, tuple) else output
+            x = rows_of(output)
             vector = now.prompt.vectors[number]
             if x.ndim != 3 or len(x) != len(vector) or x.shape[2] != vector.shape[1]:
                 raise UnsupportedError(
@@ -269,7 +265,7 @@ class Steerer:
                 )
             now.injected.add(number)
             turned = inject(x, vector, self.strength)
-            return (turned, *output[1:]) if isinstance(output, tuple) else turned
+            return with_rows(output, turned)
 
         return leave
 
@@ -280,7 +276,7 @@ class Steerer:
             now, call = self.now, None if self.attached is None else self.attached.call
             if now is None or (call is not None and call.aside):
                 return
-            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = rows_of(output)
             if now.prompt is None:
                 now.states[number] = self._at(hidden, now.last)
             elif logits and now.prompt.seen is not None:

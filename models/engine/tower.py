@@ -20,6 +20,7 @@ from .captured import catcher
 from .composed import compose, sample
 from .description import Tower
 from .passes import COPY, Passes
+from .rows import rows_of, with_rows
 from .run import Run
 from .tower_replays import BlockReplays
 
@@ -217,7 +218,7 @@ class TowerEngine:
             run = self.run
             if run is None:
                 return None
-            x = output[0] if isinstance(output, tuple) else output
+            x = rows_of(output)
             changed = self.decide(block, cuts, x) if cuts else x
             if run.squares is not None and number == len(self.tower.blocks) - 1:
                 changed = self._rest(changed, run.scattered)
@@ -227,7 +228,7 @@ class TowerEngine:
                 self.replays.expect(number + 1, changed, run)
             if changed is x:
                 return None
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+            return with_rows(output, changed)
 
         return leave
 

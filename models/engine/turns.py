@@ -22,7 +22,7 @@ from .description import Decoder
 from .layout import RasterSpan, prompts
 from .level import allowed
 from .prefill import Prefill
-from .prompt import prompt_tokens, real_tokens
+from .prompt import prunable_tokens
 from .request import Call, Request
 from .shelf import Shelf
 
@@ -136,8 +136,7 @@ class Shelving:
         call.tokens, call.visual = shelf.ids, shelf.visual
         new, call.parts = call.parts, old.parts
         if self.decoder.text is not None:
-            real = real_tokens(call.mask, *shelf.ids.shape).to(shelf.ids.device)
-            call.visual = prompt_tokens(call, real, *self.decoder.text)
+            call.visual = prunable_tokens(call, shelf.ids, *self.decoder.text)
             call.parts = prompts(call.visual, None)
         elif new:
             call.parts = [_behind(mine, more, before) for mine, more in zip(old.parts, new, strict=True)]

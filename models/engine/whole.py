@@ -16,7 +16,7 @@ from torch import Tensor
 from ...core.types import UnsupportedError
 from .description import Decoder
 from .layout import RasterSpan, prompts
-from .prompt import prompt_tokens, real_tokens
+from .prompt import prunable_tokens
 from .request import Call
 
 HEAD, TAIL = 4, 1  # tokens of a prompt that stay
@@ -25,14 +25,13 @@ INSIDE = "per='prompt' chooses among all tokens of a prompt, which come together
 
 class OfPrompts:
     """Makes an adapter of a language model one whose visual tokens are those of the whole prompt; ``own`` is the same
-    model's that knows its images."""
+    model's that knows its images (``None``: it reads none)."""
 
-    own: Any
+    own: Any = None
 
     def prunable(self, inputs: dict[str, Any]) -> Tensor:
-        ids = inputs["input_ids"]
-        call = Call(labels=inputs.get("labels"))
-        return prompt_tokens(call, real_tokens(inputs.get("attention_mask"), *ids.shape).to(ids.device), HEAD, TAIL)
+        call = Call(labels=inputs.get("labels"), mask=inputs.get("attention_mask"))
+        return prunable_tokens(call, inputs["input_ids"], HEAD, TAIL)
 
     def parts(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[RasterSpan]]:
         return prompts(self.prunable({**inputs, "input_ids": ids}), None)
@@ -46,8 +45,8 @@ class OfPrompts:
 
     def _pictures(self, ids: Tensor, inputs: dict[str, Any]) -> list[list[RasterSpan]]:
         """The rasters of each sample's images; none of a model of text."""
-        own = getattr(self, "own", None)
-        return own.parts(ids, inputs) if own is not None and bool(own.visual(ids).any()) else [[] for _ in ids]
+        seen = self.own is not None and bool(self.own.visual(ids).any())
+        return self.own.parts(ids, inputs) if seen else [[] for _ in ids]
 
 
 def every(ids: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from PIL import Image
 from vtprune.models.base import ADAPTERS
 
 import vtprune
+from prompts import heads
+from vtprune.check.case import Case
 from vtprune.cli.main import main
-from vtprune.core.planning import bind
+from vtprune.core.planning import bind, load_recipe
 from vtprune.core.recipe import Recipe
 from vtprune.inputs.chats import prepare
 from vtprune.measure import flow
@@ -130,50 +133,31 @@ def test_refusals():
         flow.knockout(vit, inputs)
 
 
-def single(family: str) -> tuple[Any, dict[str, Any]]:
-    """A model in float64 and its first prompt alone, without padding."""
-    model, inputs = built(family)
-    model = model.double().eval()
-    one = {"input_ids": inputs["input_ids"][:1, inputs["attention_mask"][0].bool()]}
-    if "pixel_values" in inputs:
-        images = len(bind(model).parts(inputs["input_ids"], inputs)[0])
-        one["pixel_values"] = inputs["pixel_values"][:images].double()
-    return model, one
+def single(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The first prompt alone, without padding."""
+    return Case(model, load_recipe("random"), inputs, {}).samples()[0]
 
 
-def weights_by_hand(layer: Any, config: Any, x: torch.Tensor) -> torch.Tensor:
-    """``[T, T]``: the mean over heads of a Llama layer's attention to the rows ``x`` ``[T, C]``, value by value."""
-    base = config.rope_parameters["rope_theta"]
-    normed = x / (x.pow(2).mean(-1, keepdim=True) + layer.input_layernorm.variance_epsilon).sqrt()
-    normed = normed * layer.input_layernorm.weight
-    q, k = (p.weight @ normed.T for p in (layer.self_attn.q_proj, layer.self_attn.k_proj))  # [heads * d, T]
-    heads, shared = config.num_attention_heads, config.num_key_value_heads
-    d, n = q.shape[0] // heads, x.shape[0]
-
-    def turned(v: torch.Tensor, t: int) -> torch.Tensor:
-        out = v.clone()
-        for j in range(d // 2):
-            angle = torch.tensor(t * base ** (-2 * j / d), dtype=torch.float64)
-            a, b = v[j], v[j + d // 2]
-            out[j], out[j + d // 2] = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
-        return out
-
+def weights_by_hand(lm: Any, number: int, x: torch.Tensor) -> torch.Tensor:
+    """``[T, T]``: the mean over heads of the attention of a Llama's layer to the rows ``x`` ``[T, C]``, value by
+    value."""
+    n = len(x)
+    queries, keys = heads(SimpleNamespace(model=lm, config=lm.config), x, list(range(n)), number)
     mean = torch.zeros(n, n, dtype=torch.float64)
-    for h in range(heads):
-        g = h // (heads // shared)
-        qs = [turned(q[h * d : (h + 1) * d, t], t) for t in range(n)]
-        ks = [turned(k[g * d : (g + 1) * d, t], t) for t in range(n)]
+    for qs, ks in zip(queries, keys, strict=True):
         for t in range(n):
-            e = [math.exp(float(qs[t] @ ks[s]) / math.sqrt(d)) for s in range(t + 1)]
+            e = [math.exp(float(qs[t] @ ks[s]) / math.sqrt(len(qs[t]))) for s in range(t + 1)]
             for s in range(t + 1):
-                mean[t, s] += e[s] / sum(e) / heads
+                mean[t, s] += e[s] / sum(e) / len(queries)
     return mean
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llava", "causal-lm"])
 def test_numbers_layer_by_layer_are_their_formulas(family):
-    model, inputs = single(family)
+    model, inputs = built(family)
+    model = model.double()
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in single(model, inputs).items()}
     adapter = bind(model)
     lm, head = adapter.lm, model.get_output_embeddings().weight
     rows: list[torch.Tensor] = []
@@ -199,7 +183,7 @@ def test_numbers_layer_by_layer_are_their_formulas(family):
     for i in range(layers):
         before, behind = rows[i], rows[i + 1]
         cosines = [float(before[j] @ behind[j] / before[j].norm() / behind[j].norm()) for j in image]
-        attention = weights_by_hand(lm.layers[i], lm.config, before)
+        attention = weights_by_hand(lm, i, before)
         to = {j: sum(float(attention[t, j]) for t in text) / len(text) for j in image}
         total, middle = sum(to.values()), sum(high[j] for j in image) / len(image)
         pairs = torch.zeros(1, n, n, dtype=torch.bool)
@@ -223,11 +207,9 @@ def test_numbers_layer_by_layer_are_their_formulas(family):
 def test_parts_attend_as_before():
     """Whose parts attend in several ways, and cannot all in one: PaliGemma 2."""
     model, inputs = built("paligemma", "gemma2")
-    one = {k: v[:1] for k, v in inputs.items() if k != "pixel_values"}
-    one["pixel_values"] = inputs["pixel_values"][: len(bind(model).parts(inputs["input_ids"], inputs)[0])]
     parts = [m for m in model.modules() if hasattr(m, "set_attn_implementation")]
     before = [m.config._attn_implementation for m in parts]
-    assert set(flow.layer_by_layer(model, one)) == set(flow.NUMBERS)
+    assert set(flow.layer_by_layer(model, single(model, inputs))) == set(flow.NUMBERS)
     assert [m.config._attn_implementation for m in parts] == before
 
 

@@ -10,7 +10,6 @@ import re
 import pytest
 import torch
 import transformers as hf
-from prompts import llama
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from vtprune.models.base import ADAPTERS
@@ -20,6 +19,7 @@ from vtprune.models.parts.tiny import tiny_build, tiny_text
 import vtprune
 from fake import picture
 from fake import tiny as fake_model
+from prompts import llama
 from vtprune.check.case import Case
 from vtprune.check.verify import check
 from vtprune.cli import main, models
@@ -29,6 +29,7 @@ from vtprune.inputs.chats import prepare
 from vtprune.measure import fit
 from vtprune.measure.samples import Sample
 from vtprune.measure.similarity import similarities
+from watch import spent
 
 FAMILIES = [("causal-lm", v) for v in ("llama", "gemma3", "phi3")] + [
     ("llava", "clip-llama"),
@@ -267,9 +268,7 @@ def test_an_answer_goes_without_them_too():
     with torch.no_grad():
         x, told = given(model, model.model, {"input_ids": whole})
         want = model.lm_head(model.model.norm(slow(model.model, x, told, gone)[-1]))[:, 30:]
-        with FlopCounterMode(display=False) as counter:
-            model(input_ids=ids, logits_to_keep=1)
-    dense = counter.get_total_flops()
+    dense = spent(model, {"input_ids": ids})
     with vtprune.attach(model, "adaskip", attention=(1, 4), mlp=(2, 4), ratio=ratio) as handle, torch.no_grad():
         with FlopCounterMode(display=False) as counter:
             out = model(input_ids=ids, use_cache=True, logits_to_keep=1)

@@ -6,17 +6,18 @@ import math
 
 import pytest
 import torch
-from prompts import llama
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from vtprune.models.engine.host import cache_of, cached, held
 
 import vtprune
+from prompts import llama
 from vtprune.check.case import Case
 from vtprune.core import cost
 from vtprune.core.planning import load_recipe
 from vtprune.core.types import Geometry, VtpruneError
+from watch import spent
 
 FAMILIES = [("causal-lm", v) for v in ("llama", "qwen3", "phi3")] + [
     ("llava", "clip-llama"),
@@ -139,9 +140,7 @@ def test_decoding_keeps_the_prompts_decision():
     model = model.float()
     model.set_attn_implementation("eager")  # whose products the counter sees
     more = torch.randint(8, 64, (1, 5), generator=torch.Generator().manual_seed(1))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(input_ids=ids, logits_to_keep=1)
-    dense = counter.get_total_flops()
+    dense = spent(model, {"input_ids": ids})
     with vtprune.attach(model, "mindskip", layers=(1, 2, 4), threshold=1.0) as handle, torch.no_grad():
         with FlopCounterMode(display=False) as counter:
             out = model(input_ids=ids, use_cache=True, logits_to_keep=1)

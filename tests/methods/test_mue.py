@@ -8,17 +8,17 @@ from typing import Any
 import builders as B
 import pytest
 import torch
-from prompts import llama
 from slow_layers import attended, behind, entered
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from vtprune.models.engine.host import cache_of, cached, held
 
 import vtprune
+from prompts import llama
 from vtprune.check.case import Case
 from vtprune.core.planning import load_recipe
 from vtprune.core.types import Cut, TokenView, VtpruneError
 from vtprune.methods.base import make
+from watch import spent
 
 FAMILIES = [("causal-lm", v) for v in ("llama", "qwen3")] + [
     ("llava", "clip-llama"),
@@ -210,15 +210,11 @@ def test_flops_are_those_that_torch_counts():
     model = model.float()
     model.set_attn_implementation("eager")  # whose products the counter sees
 
-    def spent() -> int:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(input_ids=ids, logits_to_keep=1)
-        return counter.get_total_flops()
-
-    dense, saved = spent(), []
+    prompt = {"input_ids": ids}
+    dense, saved = spent(model, prompt), []
     for theta in (-1.0, 0.7, 0.9, 1.0):
         with vtprune.attach(model, "mue", threshold=theta) as handle:
-            saved.append(dense - spent())
+            saved.append(dense - spent(model, prompt))
             assert handle.report().dense_flops - handle.report().flops == saved[-1]
     assert saved == sorted(saved, reverse=True) and saved[0] > 0 == saved[-1]
 

@@ -7,16 +7,16 @@ from typing import Any
 import builders as B
 import pytest
 import torch
-from prompts import llama
 from slow_layers import attended, behind, entered
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from vtprune.models.engine.host import cache_of, cached, held
 
 import vtprune
+from prompts import llama
 from vtprune.check.case import Case
 from vtprune.core.planning import load_recipe
 from vtprune.core.types import Geometry, UnsupportedError, VtpruneError
+from watch import spent
 
 FAMILIES = [("causal-lm", v) for v in ("llama", "qwen3", "gemma3")] + [
     ("llava", "clip-llama"),
@@ -252,15 +252,11 @@ def test_flops_are_those_that_torch_counts():
     model = model.float()
     model.set_attn_implementation("eager")  # whose products the counter sees
 
-    def spent() -> int:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(input_ids=ids, logits_to_keep=1)
-        return counter.get_total_flops()
-
-    dense, config = spent(), model.config
+    prompt = {"input_ids": ids}
+    dense, config = spent(model, prompt), model.config
     for rows, first in (("needed", 2), ("needed", 0), ("all", 2)):
         with vtprune.attach(model, "swiftkv", layer=first, rows=rows) as handle:
-            saved, report = dense - spent(), handle.report()
+            saved, report = dense - spent(model, prompt), handle.report()
         assert report.dense_flops - report.flops == saved
         gone = 30 - 5 if rows == "needed" else 0
         d, f = config.hidden_size, config.intermediate_size

@@ -109,19 +109,13 @@ def test_packed_prompts_and_checkpoints_are_refused(tiny, rows):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints_of_others_are_refused(tiny, monkeypatch, reentrant):
+def test_checkpoints_of_others_are_refused(tiny, checkpointed, reentrant):
     """``torch.utils.checkpoint`` around a layer, which transformers does not know of."""
     model, inputs = tiny("causal-lm", "llama")
     ids, labels = inputs["input_ids"][:1], inputs["input_ids"][:1].clone()
     labels[:, :30] = -100
-    layer = model.model.layers[3]
-    whole = layer.forward
-
-    def again(x, **kwargs):
-        return torch.utils.checkpoint.checkpoint(lambda y: whole(y, **kwargs), x, use_reentrant=reentrant)
-
     with vtprune.attach(model, "swiftkv", layer=2, rows="all"):
-        monkeypatch.setattr(layer, "forward", again)
+        checkpointed(model.model.layers[3], reentrant)
         with pytest.raises(UnsupportedError, match="gradient checkpointing runs layers again"):
             model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
 

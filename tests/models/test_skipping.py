@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from vtprune.models.base import ADAPTERS
 from vtprune.models.engine.host import HALVES, cache_of, cached, held
 
@@ -17,6 +16,7 @@ from vtprune.check.verify import check
 from vtprune.core.recipe import Recipe, Stage
 from vtprune.core.types import Action, Cut, UnsupportedError, VtpruneError
 from vtprune.methods.base import METHODS, Method, MethodInfo, option, register
+from watch import spent
 
 # every family with a language model, and what is known of those whose layers are otherwise
 PAIRS = [
@@ -273,19 +273,13 @@ def test_a_cache_of_layers_without_mlp_can_be_cut_back(tiny):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints_of_others_are_refused(tiny, monkeypatch, reentrant):
+def test_checkpoints_of_others_are_refused(tiny, checkpointed, reentrant):
     """``torch.utils.checkpoint`` around a layer, which transformers does not know of."""
     model, inputs = tiny("causal-lm", "llama")
     ids, labels = inputs["input_ids"][:1], inputs["input_ids"][:1].clone()
     labels[:, :30] = -100
-    layer = model.model.layers[1]
-    whole = layer.forward
-
-    def again(x, **kwargs):
-        return torch.utils.checkpoint.checkpoint(lambda y: whole(y, **kwargs), x, use_reentrant=reentrant)
-
     with vtprune.attach(model, "some-half"):
-        monkeypatch.setattr(layer, "forward", again)
+        checkpointed(model.model.layers[1], reentrant)
         with pytest.raises(UnsupportedError, match="gradient checkpointing runs layers again"):
             model(input_ids=ids, labels=labels).loss.backward()
 
@@ -319,10 +313,3 @@ def test_what_an_mlp_takes_is_counted(tiny):
             with vtprune.attach(model, "some-half", half=half) as handle:
                 saved, report = dense - spent(model, one), handle.report()
             assert report.dense_flops - report.flops == saved > 0, (family, half)
-
-
-def spent(model, inputs) -> int:
-    """What torch counts, which in some releases includes the rotary angles."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(**inputs, logits_to_keep=1)
-    return counter.get_total_flops()

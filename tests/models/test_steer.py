@@ -17,6 +17,7 @@ from vtprune.models.engine.host import cache_of, cached
 from vtprune.models.engine.steered import blend, inject
 
 import vtprune
+from talks import Talk
 from vtprune.check.case import Case
 from vtprune.core import live
 from vtprune.core.ledger import snapshot
@@ -155,24 +156,12 @@ class Slow:
         return out.logits[0, -1] if self.plain else self.logits(states)
 
 
-class Fast:
-    """A batch under the library's steering."""
+class Fast(Talk):
+    """A batch under the library's steering, which is told its positions where ``generate`` tells them."""
 
-    def __init__(self, model: Any, inputs: dict[str, Any]):
-        self.model, self.inputs = model, inputs
-        self.mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-
-    @torch.no_grad()
-    def read(self, **more: Any) -> Tensor:
-        out = self.model(**self.inputs, use_cache=True, **more)
-        self.cache = cache_of(out)
-        return out.logits
-
-    @torch.no_grad()
     def say(self, tokens: list[list[int]]) -> Tensor:
         new = torch.tensor(tokens)
-        self.mask = torch.cat([self.mask, torch.ones_like(new)], 1)
-        return self.model(**behind(self.model, new, self.mask), **cached(self.model, self.cache)).logits
+        return super().say(new, **behind(self.model, new, torch.cat([self.mask, torch.ones_like(new)], 1)))
 
 
 def the_same(tiny, family: str, variant: str, attach: Any = nullcontext, order: str = "behind", **options: Any) -> None:
@@ -482,7 +471,7 @@ def test_samples_of_a_cache_that_move_take_their_vectors_along(tiny, method):
             fast = Fast(model, inputs)
             fast.read()
             getattr(fast.cache, how)(index)
-            fast.mask = fast.mask[order]
+            fast.ids, fast.mask = fast.ids[order], fast.mask[order]
             return fast.say([[9]] * len(order))
 
         straight = moved("reorder_cache", torch.tensor([0, 1]), [0, 1])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtprune.models.engine.arguments import LAYER
 from vtprune.models.engine.folded import FoldedRun
 from vtprune.models.engine.masked import hide_in_decoder, hide_in_packed, hide_in_tower, silence_in_decoder
 from vtprune.models.engine.packing import Packing
@@ -114,7 +115,7 @@ def _renumber(ledger: UndoLedger, c: Case, present: list[Tensor | None]) -> None
 
     def make(number: int, there: Tensor) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            x = args[0] if args else kwargs["hidden_states"]
+            x = LAYER.first(args, kwargs)
             mine = there.to(x.device)
             own = kwargs["position_ids"].to(x.device).expand(len(mine), -1)
             if x.shape[1] == mine.shape[1]:  # the prompt

@@ -120,7 +120,7 @@ def _shelve(adapter: Any, positions: str) -> None:
     """Later turns choose again from what the prompt left on a shelf."""
     if adapter.geometry.llm_layers == 0:
         raise VtpruneError("shelve= is for models with a language model")
-    if hasattr(adapter, "own"):
+    if adapter.geometry.per[0] == "prompt":
         raise UnsupportedError("shelve=True: the images of earlier turns are not known beside per='prompt'")
     if positions == "compact":
         raise UnsupportedError("shelve=True: positions='compact' renumbers each turn's tokens otherwise")

@@ -127,7 +127,7 @@ def solve(
         raise VtpruneError(
             f"{skips} drops no token and leaves out halves of layers instead: it meets no budget of tokens or FLOPs"
         )
-    if flops is not None and hasattr(adapter, "own"):
+    if flops is not None and adapter.geometry.per[0] == "prompt":
         raise UnsupportedError(
             "flops= counts what a tower does for an image, and per='prompt' plans for whole prompts: give "
             "effective_tokens= or keep="

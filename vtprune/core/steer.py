@@ -70,7 +70,8 @@ def steer(
         adapter = bind(model) if handle is None else handle.adapter
         if adapter.geometry.llm_layers == 0:
             raise UnsupportedError(f"a {type(model).__name__} has no language model that could be steered")
-        decoder = getattr(adapter, "own", adapter).describe()  # images are images, also where text is pruned
+        own = getattr(adapter, "own", None)  # images are images, also where text is pruned
+        decoder = (own or adapter).describe()
         if decoder.text is not None:
             raise UnsupportedError(f"a {type(model).__name__} reads no images, towards which it could be steered")
         if handle is not None and adapter.decoder.shelving is not None:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtprune.models.engine.halves import Halves, first_of, probe_order, rows_of
+from vtprune.models.engine.arguments import LAYER
+from vtprune.models.engine.halves import Halves, probe_order
 from vtprune.models.engine.host import cache_in
+from vtprune.models.engine.rows import rows_of
 from vtprune.models.engine.skipping import probe_halves
 
 from ..check.attach import attach
@@ -75,7 +77,7 @@ def _read(model: Any, layers: list[Any], inputs: dict[str, Any], totals: Tensor,
 
     def watch(number: int, own: Callable) -> Callable:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            x = first_of(args, kwargs)
+            x = LAYER.first(args, kwargs)
             if x.shape[:2] != real.shape or cache_in(kwargs) is not None:
                 raise UnsupportedError(
                     f"{type(model).__name__} calls its layers with other rows than the prompt's, or with a cache"

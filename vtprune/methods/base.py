@@ -148,10 +148,10 @@ class Method:
         raise NotImplementedError
 
     def restore(self, hidden: Tensor, run: Callable[..., Tensor], module: Any) -> Tensor:
-        """Routing methods only: the tokens that come back. ``hidden`` ``[B, V, C]``, the visual rows as stashed;
-        ``run(layer, hidden)`` runs a decoder layer over them, causally, at their own positions, ``module`` is what
-        :meth:`build` made."""
-        raise NotImplementedError
+        """Routing methods only: the tokens that come back, by default as they went. ``hidden`` ``[B, V, C]``, the
+        visual rows as stashed; ``run(layer, hidden)`` runs a decoder layer over them, causally, at their own positions,
+        ``module`` is what :meth:`build` made."""
+        return hidden
 
     def skip(self, rows: Tensor, prompt: Tensor, cut: Cut, module: Any) -> Tensor:
         """Skipping methods only: for which samples the half of the layer at ``cut`` is left out, ``[B]`` bool, in a

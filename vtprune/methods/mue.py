@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
 
 from ..core.select import from_mask
 from ..core.types import Geometry, Selection, TokenView, VtpruneError
@@ -59,6 +56,3 @@ class MuE(Method):
         cosine = ((now * before).sum(1) / lengths.clamp_min(1e-30)).clamp(-1, 1)
         leaves = (cosine > self.threshold) & view.valid.any(1)
         return from_mask(view.valid & (view.protected | ~leaves[:, None]))
-
-    def restore(self, hidden: Tensor, run: Any, module: Any) -> Tensor:
-        return hidden

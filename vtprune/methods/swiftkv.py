@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
 
 from ..core.select import from_mask
 from ..core.types import Geometry, Selection, TokenView
@@ -67,6 +64,3 @@ class SwiftKV(Method):
 
     def select(self, view: TokenView, cut: Cut) -> Selection:
         return from_mask(view.valid & view.protected)
-
-    def restore(self, hidden: Tensor, run: Any, module: Any) -> Tensor:
-        return hidden
