@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from prompts import best, heads, inputs_of, llama, smoothed
 from vtprune.models.engine.whole import HEAD
 
 import vtprune
+from prompts import best, heads, inputs_of, llama, smoothed
 from vtprune.core import cost
 
 

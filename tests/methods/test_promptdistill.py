@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from prompts import best, heads, inputs_of, llama, smoothed
 from vtprune.models.engine.host import cached
 from vtprune.models.engine.whole import HEAD
 
 import vtprune
+from prompts import best, heads, inputs_of, llama, smoothed
 from vtprune.check.case import Case
 from vtprune.core.planning import bind, load_recipe
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from prompts import best, heads, llama
 from vtprune.models.engine.whole import HEAD
 
 import vtprune
+from prompts import best, heads, llama
 from vtprune.core.planning import bind, plan
 from vtprune.core.recipe import Recipe, Stage
 
