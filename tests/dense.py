@@ -106,6 +106,45 @@ class Dense:
                         else:  # ahead of transformers' own, as above
                             self.hooks.append(layer.register_forward_hook(self._times(factor), prepend=True))
 
+                learns = [(stage, cut) for stage, cut in done.cuts if cut.watch and cut.layer == i]
+                for stage, cut in learns:
+                    self._learn(layer, done.methods[stage], cut)
+
+    def _learn(self, layer: Any, method: Any, cut: Any) -> None:
+        """An MLP that stands for nothing behind the first tokens of an answer, as these say, row by row."""
+        norm = next(
+            getattr(layer, n) for n in ("pre_feedforward_layernorm", "post_attention_layernorm") if hasattr(layer, n)
+        )
+        between: list[Tensor] = []
+        self.hooks.append(norm.register_forward_pre_hook(lambda module, args: between.append(args[0])))
+
+        def leave(module: nn.Module, args: tuple, output: Any) -> Any:
+            y, z = between.pop(), _first(output).clone()
+            for b, places in enumerate(self._behind(z.shape[1])):
+                first, rest = places[: cut.watch], places[cut.watch :]
+                if not rest:
+                    continue
+                before, after = y[b, first].detach().double(), z[b, first].detach().double()
+                similar = torch.stack([p @ q / p.norm() / q.norm() for p, q in zip(before, after, strict=True)])
+                longer = torch.stack([q.norm() / p.norm() for p, q in zip(before, after, strict=True)])
+                left, factor = method.learn(similar[None], longer[None], cut)
+                if bool(left[0]):
+                    z[b, rest] = (y[b, rest].double() * factor[0]).to(z.dtype)
+            return (z, *output[1:]) if isinstance(output, tuple) else z
+
+        self.hooks.append(layer.register_forward_hook(leave, prepend=True))
+
+    def _behind(self, width: int) -> list[list[int]]:
+        """Per sample the columns of what follows its prompt; none where nothing could be pruned."""
+        out, labels, mask = [], self.done.labels, self.done.mask
+        for b in range(len(self.visual)):
+            start = self.visual.shape[1]
+            if labels is not None:
+                start = next((t for t in range(1, labels.shape[1]) if labels[b, t] != -100), start)
+            real = range(start, width) if bool(self.visual[b].any()) else range(0)
+            out.append([t for t in real if mask is None or t >= mask.shape[1] or bool(mask[b, t])])
+        return out
+
     def __enter__(self) -> Dense:
         return self
 

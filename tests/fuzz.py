@@ -285,6 +285,7 @@ DRAWN: dict[str, Callable[[random.Random, Bench], Any]] = {
     "mlp": ascending,
     "similarity": lambda d, b: tuple(round(d.uniform(-1, 1), 2) for _ in range(2 * b.adapter.geometry.llm_layers)),
     "truncate": lambda d, b: d.choice((0, 1, -1)),
+    "beta": lambda d, b: d.choice((-1.0, -1.0, 1.0)),  # no rounding decides
     "inflect": lambda d, b: d.choice((-1.0, 0.0, 0.5, 1.0)),
 }
 EXTREME = (
@@ -337,6 +338,8 @@ def options(draw: random.Random, b: Bench, name: str) -> dict[str, Any]:
                 out[key] = int(low) + draw.randint(0, 6)
     if info.fitted and draw.random() < 0.7:  # mostly with what it cannot do without
         out = {**info.elsewhere, **out}
+    if "online" in out or "beta" in out and draw.random() < 0.9:  # neither without the other
+        out = {"beta": -1.0, "online": draw.randint(1, 4), **out}
     if "ratios" in out:
         out["layers"] = tuple(sorted(draw.sample(range(max(b.adapter.geometry.llm_layers, 3)), len(out["ratios"]))))
     return out

@@ -26,13 +26,14 @@ from .decoding import continue_prompt
 from .description import Decoder
 from .lending import Lending
 from .level import backend
+from .online import Online
 from .prefill import Prefill
 from .ranking import Ranking
 from .request import Call, Request
 from .routing import Routing
 from .run import Run
 from .serving import Serving
-from .skipping import Skipping
+from .skipping import Skipping, check_halves
 from .turns import Shelving
 
 
@@ -73,7 +74,8 @@ class DecoderEngine:
         evicting = [c.cut.layer for c in cuts if c.cut.evict]
         self.calls = Calls(decoder, ledger, tower=tower, noting=noting, done=done, evicting=evicting)
         self.entrance, self.local, self.requests = self.calls.entrance, self.calls.entrance.local, self.calls.requests
-        self.skipping = Skipping(decoder, skips, ledger, lambda: self.call)
+        self.skipping = Skipping(decoder, [c for c in skips if not c.cut.watch], ledger, lambda: self.call)
+        self.online = Online(decoder, [c for c in skips if c.cut.watch], ledger, lambda: self.call)
         self.lending = Lending(decoder, lends, lambda: self.call)
         ledger.before(decoder.lm, self._enter)
         ledger.after(decoder.lm, self._leave)
@@ -171,7 +173,7 @@ class DecoderEngine:
                 f"{call.ran} of the {len(self.watched)} layers ran that this attachment watches in "
                 f"{type(module).__name__}: layers were skipped, or run twice"
             )
-        self.skipping.check(call)
+        check_halves(call, self.skipping.watched | self.online.watched)
         self.lending.check(call)
         if not call.prefill or call.level is None or call.level.dense:
             return None

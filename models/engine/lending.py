@@ -21,6 +21,7 @@ from . import host
 from .arguments import LAYER
 from .description import Decoder
 from .request import Call, Loan
+from .rows import same
 from .toy import toy_prompt
 
 
@@ -176,16 +177,11 @@ def probe_projections(decoder: Decoder, layers: list[int]) -> None:
                         "with others, or makes them otherwise than is known here"
                     )
             rows = (found.attention, *(given[0] for given in found.given.values()))
-            if any(found.norm is None or x is None or not _same(x, found.norm) for x in rows):
+            if any(found.norm is None or x is None or not same(x, found.norm) for x in rows):
                 raise UnsupportedError(
                     f"{toy.name}: layer {number} makes its keys and values of something else than its input behind its "
                     "norm"
                 )
-
-
-def _same(x: Tensor, y: Tensor) -> bool:
-    """To the last bit; padding may be NaN in both."""
-    return x.shape == y.shape and torch.allclose(x, y.to(x.device), rtol=0, atol=0, equal_nan=True)
 
 
 def _watch(layer: Any, seen: _Seen, ledger: UndoLedger) -> None:

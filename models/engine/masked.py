@@ -120,6 +120,44 @@ def silence_in_decoder(
                 ledger.after(layer, scale_out(gone, scale))
 
 
+def learn_in_decoder(
+    ledger: UndoLedger,
+    layers: Mapping[int, tuple[nn.Module, nn.Module]],
+    watch: int,
+    learn: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]],
+    asked: Tensor,
+) -> None:
+    """Each of ``layers`` (by number, with its part that reads what stands in front of its MLP) notes of the first
+    ``watch`` tokens that are decoded behind the prompts ``asked`` ``[B, T]`` (visual tokens, bool) how similar its MLP
+    leaves them, and by how much longer; from then on ``learn`` says for whom it stands for nothing, and what takes its
+    place."""
+
+    def make(number: int, reads: nn.Module, layer: nn.Module) -> None:
+        between: list[Tensor] = []
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            between[:] = [LAYER.first(args, kwargs)]
+
+        def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            y, z = between[0], rows_of(output)
+            if z.shape[1] != 1:  # the prompt
+                return None
+            if len(seen) < watch:
+                a, b = y[:, 0].double(), z[:, 0].double()
+                seen.append((nn.functional.cosine_similarity(a, b), b.norm(dim=1) / a.norm(dim=1)))
+                return None
+            left, scale = learn(number, *(torch.stack(told, 1) for told in zip(*seen, strict=True)))
+            gone = (left & asked.any(1).to(left.device))[:, None, None]
+            return with_rows(output, torch.where(gone, y * scale.to(y.dtype)[:, None, None], z))
+
+        ledger.before(reads, note)
+        ledger.after(layer, leave)
+
+    for number, (layer, reads) in layers.items():
+        make(number, reads, layer)
+
+
 def hide_in_tower(
     ledger: UndoLedger,
     blocks: Sequence[nn.Module],

@@ -17,6 +17,7 @@ from .level import SequenceLength, within
 from .rows import put
 from .run import Record, Run
 from .shelf import Shelf
+from .shown import Shown
 from .steered import Steer
 
 
@@ -65,6 +66,10 @@ class Request:
         keys_only: by layer, per sample, visual tokens that gave it keys and values only.
         skipped: halves of layers (number, ``"attention"`` or ``"mlp"``) that were left out, and for which samples.
         skipping: the same of the cache's samples, which may move.
+        behind: how many tokens behind the prompt each of the cache's samples brought along with it, -1 where no MLP is
+            watched; empty: in none.
+        shown: by layer, what is watched.
+        origin: which of the samples that were read each of the cache's is.
         borrows: which of the cache's samples have keys and values made of another layer's input.
         arrived: visual tokens that the tower handed over, ``[B, T]``; ``None``: no stage there.
         held: visual tokens that must not go, ``[B, T]``; ``None``: none.
@@ -104,6 +109,9 @@ class Request:
     keys_only: dict[int, list[int]] = field(default_factory=dict)
     skipped: dict[tuple[int, str], list[bool]] = field(default_factory=dict)
     skipping: dict[tuple[int, str], list[bool]] = field(default_factory=dict)
+    behind: list[int] = field(default_factory=list)
+    shown: dict[int, Shown] = field(default_factory=dict)
+    origin: list[int] = field(default_factory=list)
     borrows: list[bool] = field(default_factory=list)
     arrived: Tensor | None = None
     held: Tensor | None = None
@@ -126,7 +134,8 @@ class Request:
     @property
     def altered(self) -> bool:
         """Whether its cache is another than the dense model's."""
-        return bool(self.skipped) or any(self.borrows) or any(not level.dense for level in self.levels)
+        learns = any(count >= 0 for count in self.behind)
+        return bool(self.skipped) or learns or any(self.borrows) or any(not level.dense for level in self.levels)
 
     def idle(self, number: int, half: str) -> bool:
         """Whether a half of layer ``number`` was left out for all samples, so that it did not run."""
@@ -213,6 +222,9 @@ class Request:
         self.next = self.next[index.to(self.next.device)]
         self.skipping = {key: [left[b] for b in order] for key, left in self.skipping.items()}
         self.borrows = [self.borrows[b] for b in order if self.borrows]
+        self.behind, self.origin = ([some[b] for b in order if some] for some in (self.behind, self.origin))
+        for shown in self.shown.values():
+            shown.move(index)
         if self.shelf is not None and order != list(range(len(self.shelf.ids))):
             self.shelf.lost = "its samples were moved"
         for level in {id(level): level for level in (*self.levels, *self.at)}.values():
@@ -314,6 +326,8 @@ class Call:
         stash: by stage, the rows that it has put aside.
         merged: rows of a layer's input are no rows of the one before.
         halves: those of layers that came by, of which a method may leave some out.
+        between: by layer, what stands between its attention and its MLP, ``[B, T, C]``.
+        places: the how many-th token behind its prompt each row is, ``[B, T]`` on the CPU; -1: of none.
         loan: what lends other layers keys and values.
         maps: attention maps are asked for.
         aside: layers run before their turn, and are not the forward's.
@@ -352,6 +366,8 @@ class Call:
     stash: dict[int, Stash] = field(default_factory=dict)
     merged: bool = False
     halves: set[tuple[int, str]] = field(default_factory=set)
+    between: dict[int, Tensor] = field(default_factory=dict)
+    places: Tensor | None = None
     loan: Loan | None = None
     maps: bool = False
     aside: bool = False

@@ -28,3 +28,8 @@ def rows_of(output: Any) -> Tensor:
 def with_rows(output: Any, x: Tensor) -> Any:
     """The same output with the rows ``x``."""
     return (x, *output[1:]) if isinstance(output, tuple) else x
+
+
+def same(x: Tensor, y: Tensor) -> bool:
+    """Whether they are equal to the last bit, on whatever device; padding may be NaN in both."""
+    return x.shape == y.shape and torch.allclose(x, y.to(x.device), rtol=0, atol=0, equal_nan=True)

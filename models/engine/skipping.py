@@ -9,7 +9,7 @@ which is put on where the half begins (an attention: the layer's input) or ends 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -58,14 +58,6 @@ class Skipping:
             elif scale != 1:
                 ledger.after(layer, self._scale_out(number, scale))
 
-    def check(self, call: Call) -> None:
-        """Every half came by in the forward that ends; what took its place since would run unseen."""
-        for number, half in sorted(self.watched - call.halves):
-            raise UnsupportedError(
-                f"the {half} of layer {number} was replaced since attach(), what stands there now is not watched: "
-                "remove() and attach again"
-            )
-
     def _scale_in(self, number: int, scale: float, decide: Callable) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             call, key = self.now(), (number, "attention")
@@ -99,20 +91,11 @@ class Skipping:
 
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            call = self.now()
-            if call is None and host.in_backward():
-                raise UnsupportedError(CHECKPOINTS)
-            if call is None or call.request is None or call.aside:
+            entered = entering(self.now(), number, half, layer, args, kwargs)
+            if entered is None:
                 return own(*args, **kwargs)
-            call.halves.add((number, half))
-            x = args[0] if args else kwargs.get("hidden_states")
-            if not isinstance(x, Tensor) or x.ndim != 3:
-                raise UnsupportedError(
-                    f"the {half} of layer {number} is called with something else than rows of tokens, so it cannot be "
-                    "left out"
-                )
-            if host.without_cache(layer):
-                raise UnsupportedError(CHECKPOINTS)
+            call, x = entered
+            assert call.request is not None
             if call.prefill and decide is not None:
                 self._decide(call, (number, half), decide, x)
             left = call.request.skipping.get((number, half), [])
@@ -134,16 +117,54 @@ class Skipping:
         whole."""
         request, level = call.request, call.level
         assert request is not None and level is not None
-        if call.segments is not None:
-            raise UnsupportedError(
-                "which layers are left out is decided prompt by prompt, and several prompts are packed into one row: "
-                "read each in a row of its own"
-            )
+        check_rows(call)
         level = level.on(x.device)
         left = decide(x.detach(), prompt_at(call, level)) & (level.visual & level.valid).any(1)
         if bool(left.any()):
             request.skipped[key] = left.tolist()
             request.skipping[key] = list(request.skipped[key])
+
+
+def entering(
+    call: Call | None, number: int, half: str, layer: nn.Module, args: tuple, kwargs: dict
+) -> tuple[Call, Tensor] | None:
+    """The forward that a half of layer ``number`` comes by in, and the rows ``[B, T, C]`` that it is given; ``None``:
+    nothing is left out there.
+
+    Raises:
+        UnsupportedError: it is called otherwise than is known here, or by gradient checkpointing.
+    """
+    if call is None and host.in_backward():
+        raise UnsupportedError(CHECKPOINTS)
+    if call is None or call.request is None or call.aside:
+        return None
+    call.halves.add((number, half))
+    x = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        raise UnsupportedError(
+            f"the {half} of layer {number} is called with something else than rows of tokens, so it cannot be left out"
+        )
+    if host.without_cache(layer):
+        raise UnsupportedError(CHECKPOINTS)
+    return call, x
+
+
+def check_rows(call: Call) -> None:
+    """Raises :class:`UnsupportedError` for several prompts in a row."""
+    if call.segments is not None:
+        raise UnsupportedError(
+            "which layers are left out is decided prompt by prompt, and several prompts are packed into one row: read "
+            "each in a row of its own"
+        )
+
+
+def check_halves(call: Call, watched: Iterable[tuple[int, str]]) -> None:
+    """Every half came by in the forward that ends; what took its place since would run unseen."""
+    for number, half in sorted(set(watched) - call.halves):
+        raise UnsupportedError(
+            f"the {half} of layer {number} was replaced since attach(), what stands there now is not watched: remove() "
+            "and attach again"
+        )
 
 
 def _scaled(x: Tensor, left: list[bool], scale: float) -> Tensor:

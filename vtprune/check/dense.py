@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,14 @@ from torch import Tensor, nn
 
 from vtprune.models.engine.arguments import LAYER
 from vtprune.models.engine.folded import FoldedRun
-from vtprune.models.engine.masked import hide_in_decoder, hide_in_packed, hide_in_tower, silence_in_decoder
+from vtprune.models.engine.masked import (
+    hide_in_decoder,
+    hide_in_packed,
+    hide_in_tower,
+    learn_in_decoder,
+    silence_in_decoder,
+)
+from vtprune.models.engine.online import reads_between
 from vtprune.models.engine.packing import Packing
 
 from ..core.ledger import UndoLedger
@@ -32,9 +40,26 @@ def masks(c: Case, report: Report, passes: list[tuple[Any, int]]) -> tuple[list[
     hide_in_decoder(ledger, c.adapter.decoder_layers(), hidden)
     scales = {(cut.layer, cut.half): cut.scale for *_, cuts in c.plan() for cut in cuts if cut.half}
     silence_in_decoder(ledger, c.adapter.decoder_layers(), report.skipped, scales)
+    _learn(ledger, c)
     if positions_of(c.geometry, c.recipe, c.options.get("positions")) == "compact":
         _renumber(ledger, c, [padding.bool() & ~h if bool(h.any()) else None for h in hidden])
     return hidden, padding.bool() & ~hidden[-1], ledger
+
+
+def _learn(ledger: UndoLedger, c: Case) -> None:
+    """MLPs that stand for nothing in an answer behind its first tokens."""
+    watched = [(method, cut) for _, method, cuts in c.plan() for cut in cuts if cut.watch]
+    if not watched:
+        return
+    layers, names = c.adapter.decoder_layers(), reads_between(c.adapter.describe())
+    rules = {cut.layer: partial(method.learn, cut=cut) for method, cut in watched}
+    learn_in_decoder(
+        ledger,
+        {i: (layers[i], getattr(layers[i], names[i])) for i in rules},
+        watched[0][1].watch,
+        lambda i, similarity, ratio: rules[i](similarity, ratio),
+        c.adapter.prunable(c.inputs),
+    )
 
 
 def _hide_in_tower(ledger: UndoLedger, c: Case, passes: list[tuple[Any, int]]) -> None:

@@ -59,6 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sublayers", type=positive, default=8, metavar="N", help="how many of them (default %(default)s)"
     )
     halves.add_argument(
+        "--online",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="watch the first N tokens of every answer, and leave more MLPs out behind them (default: none)",
+    )
+    halves.add_argument(
         "--mean",
         choices=MEANS,
         default=MEANS[0],
@@ -137,7 +144,7 @@ def _removals(args: argparse.Namespace, model: Any, processor: Any, samples: lis
 
 
 def _left_out(args: argparse.Namespace, model: Any, processor: Any, samples: list[Sample], told: Any) -> Fit:
-    asked = {"sublayers": args.sublayers, "mean": args.mean}
+    asked = {"sublayers": args.sublayers, "online": args.online, "mean": args.mean}
     return left_out(model, processor, samples, **asked, batch=args.batch, progress=told)
 
 

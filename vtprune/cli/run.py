@@ -133,6 +133,8 @@ def _costs(report: Report) -> list[tuple[str, str]]:
     ]
     if report.skipped and report.skipped[0]:
         stages.append(("left out", " ".join(report.skipped[0])))
+    if report.skipped_online and report.skipped_online[0]:
+        stages.append(("left out later", " ".join(report.skipped_online[0])))
     flops, dense_flops = report.flops, report.dense_flops
     cache, dense_cache = report.kv_bytes, report.dense_kv_bytes
     return [

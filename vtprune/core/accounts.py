@@ -36,7 +36,7 @@ class Accounts:
         self, geometry: Geometry, shapes: Any, key: str, stages: Sequence[Planned], branches: Mapping[int, Any]
     ):
         self.geometry, self.shapes, self.key, self.branches = geometry, shapes, key, branches
-        skipped = sorted({c.layer for *_, cuts in stages for c in cuts if c.action is Action.SKIP})
+        skipped = sorted({c.layer for *_, cuts in stages for c in cuts if c.action is Action.SKIP and not c.watch})
         if unknown := [i for i in skipped if shapes.layers[i].mlp is None]:
             raise UnsupportedError(
                 f"what of layer {unknown[0]} is its attention and what its MLP could not be counted, so that what "
@@ -112,6 +112,14 @@ class Accounts:
             grids=[[p.grid for p in parts] for parts in request.parts],
             skipped=[
                 [f"llm.{i}.{half}" for (i, half), left in sorted(request.skipped.items()) if left[b]] for b in samples
+            ],
+            skipped_online=[
+                [
+                    f"llm.{i}.mlp"
+                    for i, shown in sorted(request.shown.items())
+                    if any(left and b == who for left, who in zip(shown.left, request.origin, strict=True))
+                ]
+                for b in samples
             ],
         )
 

@@ -116,6 +116,10 @@ def _skip(method: Method, cut: Cut, module: Any, rows: Tensor, prompt: Tensor) -
     return method.skip(rows, prompt, cut, module)
 
 
+def _learn(method: Method, cut: Cut, similarity: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    return method.learn(similarity, ratio, cut)
+
+
 def _shelve(adapter: Any, positions: str) -> None:
     """Later turns choose again from what the prompt left on a shelf."""
     if adapter.geometry.llm_layers == 0:
@@ -172,6 +176,7 @@ class Handle:
                             hidden, run, module
                         ),
                         skip=partial(_skip, method, cut, module),
+                        learn=partial(_learn, method, cut),
                     )
                 )
         self._accounts = Accounts(adapter.geometry, adapter.cost, recipe.key(), stages, branches)

@@ -53,6 +53,8 @@ class Report:
         grids: the rasters (rows, columns) that a sample's visual tokens form, in order.
         skipped: the halves of layers that were left out, as ``"llm.5.attention"`` (of a bare ViT empty). One that some
             sample of the batch needs runs for all of them, and counts in ``flops`` and ``kv_bytes``.
+        skipped_online: the MLPs that were left out of an answer by what its first tokens showed, as ``"llm.5.mlp"``, up
+            to when the report is made.
         shelved_bytes: of what is kept for turns that choose again (``shelve=True``), answers included, when the report
             is made. Of such a turn ``flops`` and ``dense_flops`` are what it runs itself: the layers in front of the
             first cut over its new tokens, those behind over the conversation; the dense model over its new tokens.
@@ -68,6 +70,7 @@ class Report:
     recipe: str = ""
     grids: list[list[tuple[int, int]]] = field(default_factory=list)
     skipped: list[list[str]] = field(default_factory=list)
+    skipped_online: list[list[str]] = field(default_factory=list)
     shelved_bytes: int = 0
 
     @property
@@ -125,6 +128,7 @@ class Report:
             ],
             "layer_tokens": self.layer_tokens,
             "skipped": self.skipped,
+            "skipped_online": self.skipped_online,
             "effective_tokens": self.effective_tokens,
             "flops": self.flops,
             "dense_flops": self.dense_flops,

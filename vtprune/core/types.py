@@ -139,6 +139,7 @@ class Cut:
         joint: all rasters of a unit compete here, also those of a method of the image plane.
         half: of the layer that is skipped, ``"attention"`` or ``"mlp"``.
         scale: what that half's input, the residual stream, is multiplied by where it is skipped.
+        watch: the MLP runs for the prompt and so many tokens behind it; what these show decides for those that follow.
         data: what else the method wants to find again in :meth:`~vtprune.methods.base.Method.select`.
     """
 
@@ -156,6 +157,7 @@ class Cut:
     joint: bool = False
     half: str = ""
     scale: float = 1.0
+    watch: int = 0
     data: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -375,15 +377,13 @@ class Selection:
     """A method's answer.
 
     Attributes:
-        kept: ``[B, K]``, ascending positions in the view, padded with -1 at the end where images keep different
-            numbers.
+        kept: ``[B, K]``, ascending positions in the view, padded with -1 at the end where an image keeps fewer.
         target: ``[B, N]``, of merging methods: for every token the column of ``kept`` that absorbs it; its own if it is
             kept, -1 if it is dropped.
         weight: ``[B, N]``, a token's weight in the mean of its slot; ``None``: the tokens' sizes.
         mix: what the slots hold where that is no mean over the tokens whose ``target`` they are.
         layout: ``[B, K]``, an order of the columns of ``kept`` in the running sequence.
-        score: ``[B, N]``, what the tokens were ranked by: higher stays, NaN where a token was not ranked. It explains,
-            nothing is computed from it.
+        score: ``[B, N]``, what the tokens were ranked by, only to be told: higher stays, NaN: was not ranked.
         span: the fewest and the most tokens kept of an image, where they are known without asking the device.
     """
 

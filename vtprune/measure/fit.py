@@ -203,6 +203,7 @@ def left_out(
     samples: Sequence[Sample],
     *,
     sublayers: int = 8,
+    online: int = 0,
     mean: str = "tokens",
     batch: int = 16,
     progress: Progress = None,
@@ -211,6 +212,7 @@ def left_out(
     out.
 
     Args:
+        online: how many of an answer's first tokens the recipe watches, to leave more MLPs out behind them.
         mean: see :func:`similarities`.
         batch: prompts per forward.
         progress: called with the number of prompts after each.
@@ -219,11 +221,12 @@ def left_out(
         VtpruneError: no prompts, more sub-layers than there are, or whatever ``attach`` or :func:`similarities` refuse.
     """
     geometry = _geometry(model)
-    make("adaskip", {"similarity": [0.0] * (2 * geometry.llm_layers), "sublayers": sublayers}).plan(geometry, None)
+    asked = {"sublayers": sublayers, **({"online": online} if online else {})}
+    make("adaskip", {"similarity": [0.0] * (2 * geometry.llm_layers), **asked}).plan(geometry, None)
     similarity, ratio = similarities(model, _told(_inputs(processor, samples, batch), progress), mean=mean)
-    options = {"similarity": similarity, "ratio": ratio, "sublayers": sublayers}
+    options = {"similarity": similarity, "ratio": ratio, **asked}
     cuts = make("adaskip", options).plan(geometry, None)
-    names = [f"{cut.site}.{cut.half}" for cut in cuts]
+    names = [f"{cut.site}.{cut.half}" for cut in cuts if not cut.watch]
     facts = {"prompts": len(samples), "mean": mean, "similarity": similarity, "ratio": ratio, "left_out": names}
     why = f"means over {mean}, left out are {' '.join(names) or 'none'}"
     recipe = _recipe("adaskip", options, model, samples, why)

@@ -1,5 +1,5 @@
 """AdaSkip: "AdaSkip: Adaptive Sublayer Skipping for Accelerating Long-Context LLM Inference" (arXiv 2501.02336, AAAI
-2025), its offline part."""
+2025)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HALVES = ("attention", "mlp")  # the sub-layers of layer i are 2 i and 2 i + 1
         elsewhere={"attention": (2,), "mlp": (3,), "ratio": 1.1},
         cases=(
             {"attention": (2,), "mlp": (3,), "ratio": 1.1},
-            {"attention": (2, 4), "mlp": (1, 3, 4), "ratio": 1.25},
+            {"attention": (2, 4), "mlp": (1, 3, 4), "ratio": 1.25, "online": 3, "beta": -1.0},
         ),
     )
 )
@@ -40,8 +40,13 @@ class AdaSkip(Method):
     ``z = ratio y``. Similarities and ratios are means over some prompts; ``vtprune fit adaskip`` measures them and
     writes them into a recipe for one model.
 
-    Samples without tokens that could be pruned stay whole. The online part, in which more MLPs go by what the first
-    tokens of an answer show, is not offered."""
+    Online, more MLPs go from an answer than from its prompt: of its first ``online`` tokens (official code: 20; 0: none
+    are watched) every MLP that is left tells its similarity and its ratio, norms token by token, and those whose mean
+    similarity is at least ``beta`` are left out behind them, with their mean ratio; ``beta`` is the least similarity of
+    what is left out beforehand. Each answer decides for itself. (In the official code that threshold is there for one
+    request only, the 20th; behind it nothing more is left out.) Everything behind a prompt counts as its answer.
+
+    Samples without tokens that could be pruned stay whole."""
 
     similarity: tuple[float, ...] | None = option(
         None,
@@ -60,6 +65,17 @@ class AdaSkip(Method):
         None, "layers whose attention is left out; with mlp= it replaces similarity= and sublayers="
     )
     mlp: tuple[int, ...] | None = option(None, "layers whose MLP is left out, see attention=")
+    online: int = option(
+        0,
+        "how many of an answer's first tokens are watched, to leave more MLPs out behind them (official code: 20)",
+        least=0,
+    )
+    beta: float | None = option(
+        None,
+        "how similar an MLP must leave what is watched; by default as the least similar that is fitted to go",
+        least=-1,
+        most=1,
+    )
 
     def plan(self, geometry: Geometry, keep: int | None) -> tuple[Cut, ...]:
         chosen, ratio = self._chosen(geometry), self.ratio
@@ -67,7 +83,28 @@ class AdaSkip(Method):
             ratios = self._fitted("ratio", tuple(ratio), geometry)
         else:
             ratios = (float(ratio),) * (2 * geometry.llm_layers)
-        return tuple(Cut(site=f"llm.{n // 2}", action=Action.SKIP, half=HALVES[n % 2], scale=ratios[n]) for n in chosen)
+        cuts = [Cut(site=f"llm.{n // 2}", action=Action.SKIP, half=HALVES[n % 2], scale=ratios[n]) for n in chosen]
+        if self.online:
+            beta = self._threshold(chosen)
+            cuts += [
+                Cut(site=f"llm.{i}", action=Action.SKIP, half="mlp", watch=self.online, data={"beta": beta})
+                for i in range(geometry.llm_layers)
+                if 2 * i + 1 not in chosen
+            ]
+        elif self.beta is not None:
+            raise VtpruneError("adaskip: beta= is the threshold of online=, which watches nothing here")
+        return tuple(sorted(cuts, key=lambda cut: (cut.layer, cut.half)))
+
+    def _threshold(self, chosen: list[int]) -> float:
+        """How similar an MLP must be that is left out of an answer."""
+        if self.beta is not None:
+            return self.beta
+        if self.similarity is None or not chosen:
+            raise VtpruneError(
+                "adaskip: online= needs beta=, where no fitted similarity= of what is left out beforehand tells how "
+                "similar is similar enough"
+            )
+        return min(self.similarity[n] for n in chosen)
 
     def _chosen(self, geometry: Geometry) -> list[int]:
         """The sub-layers that are left out, ascending."""
@@ -97,3 +134,6 @@ class AdaSkip(Method):
 
     def skip(self, rows: Tensor, prompt: Tensor, cut: Cut, module: Any) -> Tensor:
         return prompt.any(1)
+
+    def learn(self, similarity: Tensor, ratio: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
+        return similarity.mean(1) >= cut.data["beta"], ratio.mean(1)

@@ -160,6 +160,13 @@ class Method:
         padding, no answers; ``module`` is what :meth:`build` made."""
         raise NotImplementedError
 
+    def learn(self, similarity: Tensor, ratio: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
+        """Skipping methods only, at a cut that watches W tokens: for which samples the MLP is left out behind them,
+        ``[B]`` bool, and what then passes by goes on times, ``[B]``. ``similarity`` and ``ratio`` ``[B, W]``: of each
+        token, between what stands in front of the MLP and behind it, residual sum included, the cosine, and the norm
+        behind over that in front."""
+        raise NotImplementedError
+
     def build(self, branch: Callable[[int], Any], geometry: Geometry) -> Any:
         """Routing and skipping methods only: the trainable module; ``branch(i)`` copies decoder layer ``i``."""
         return None
