@@ -27,6 +27,10 @@ def _nothing_skipped(rows: Tensor, prompt: Tensor) -> Tensor:
     raise NotImplementedError("this cut's method leaves out no layer")
 
 
+def _nothing_gated(rows: Tensor, prompt: Tensor) -> None:
+    return None
+
+
 def _nothing_learned(similarity: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
     raise NotImplementedError("this cut's method watches no answer")
 
@@ -43,6 +47,7 @@ class PlannedCut:
         merges: the method may merge tokens.
         bring_back: the method's :meth:`~vtprune.methods.base.Method.restore`, its module bound.
         skip: its :meth:`~vtprune.methods.base.Method.skip`, cut and module bound.
+        gate: its :meth:`~vtprune.methods.base.Method.gate`, cut and module bound.
         learn: its :meth:`~vtprune.methods.base.Method.learn`, the cut bound.
     """
 
@@ -53,6 +58,7 @@ class PlannedCut:
     merges: bool = False
     bring_back: Callable[..., Tensor] = _nothing_back
     skip: Callable[[Tensor, Tensor], Tensor] = _nothing_skipped
+    gate: Callable[[Tensor, Tensor], Tensor | None] = _nothing_gated
     learn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _nothing_learned
 
 

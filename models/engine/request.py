@@ -70,6 +70,7 @@ class Request:
             watched; empty: in none.
         shown: by layer, what is watched.
         origin: which of the samples that were read each of the cache's is.
+        gates: in training, by what each sample's half was multiplied, ``[B]``.
         borrows: which of the cache's samples have keys and values made of another layer's input.
         arrived: visual tokens that the tower handed over, ``[B, T]``; ``None``: no stage there.
         held: visual tokens that must not go, ``[B, T]``; ``None``: none.
@@ -109,6 +110,7 @@ class Request:
     keys_only: dict[int, list[int]] = field(default_factory=dict)
     skipped: dict[tuple[int, str], list[bool]] = field(default_factory=dict)
     skipping: dict[tuple[int, str], list[bool]] = field(default_factory=dict)
+    gates: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     behind: list[int] = field(default_factory=list)
     shown: dict[int, Shown] = field(default_factory=dict)
     origin: list[int] = field(default_factory=list)

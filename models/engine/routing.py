@@ -143,7 +143,7 @@ class Routing:
         sliding, how = kind == "sliding_attention", backend(self.decoder.lm.config)
         bias = prefill_mask(dense.get("attention_mask"), alone, alone, x, 0, how, sliding)
         out = layer(hidden, attention_mask=bias, position_embeddings=tables)
-        return rows_of(out)
+        return rows_of(out).to(x.dtype)
 
 
 FULL = (
@@ -153,11 +153,14 @@ FULL = (
 
 
 def _follow(layer: Any, source: Any) -> None:
-    """Moves a copied ``layer`` to where the model's own has been moved since."""
+    """Moves a copied ``layer`` to where the model's own has been moved since; one in float32 stays that under autocast,
+    as when it is being trained beside a model in half precision."""
     mine, its = next(layer.parameters()), next(source.parameters())
-    moved = (mine.dtype, mine.device) != (its.dtype, its.device)
+    long = mine.dtype == torch.float32 and torch.is_autocast_enabled(its.device.type)
+    dtype = mine.dtype if long else its.dtype
+    moved = (mine.dtype, mine.device) != (dtype, its.device)
     if moved and mine.is_floating_point() and its.is_floating_point():
-        layer.to(its.device, its.dtype)
+        layer.to(its.device, dtype)
 
 
 def _record_return(request: Request, planned: PlannedCut, level: SequenceLength) -> None:

@@ -52,7 +52,8 @@ class Skipping:
             layer, decide = decoder.layers[number], ledger.timed(planned.skip)
             module, scale = getattr(layer, host.HALVES[half]), planned.cut.scale
             ahead = half == "attention" and scale != 1  # decided in front of the layer
-            ledger.replace(module, "forward", self._forward(number, half, layer, module, None if ahead else decide))
+            made = self._forward(number, half, layer, module, None if ahead else decide, planned.gate)
+            ledger.replace(module, "forward", made)
             if ahead:
                 ledger.before(layer, self._scale_in(number, scale, decide))
             elif scale != 1:
@@ -85,7 +86,13 @@ class Skipping:
         return leave
 
     def _forward(
-        self, number: int, half: str, layer: nn.Module, module: nn.Module, decide: Callable | None
+        self,
+        number: int,
+        half: str,
+        layer: nn.Module,
+        module: nn.Module,
+        decide: Callable | None,
+        gate: Callable[[Tensor, Tensor], Tensor | None],
     ) -> Callable:
         own = module.forward
 
@@ -97,6 +104,15 @@ class Skipping:
             call, x = entered
             assert call.request is not None
             if call.prefill and decide is not None:
+                weight = self._gate(call, (number, half), gate, x)
+                if weight is not None:  # in training every half runs
+                    if host.cache_in(kwargs) is not None:
+                        raise UnsupportedError(
+                            "what decides which layers are left out is being trained, where all of them run, and a "
+                            "cache would be another than in use: use_cache=False"
+                        )
+                    out = own(*args, **kwargs)
+                    return with_rows(out, rows_of(out) * weight[:, None, None].to(x.dtype))
                 self._decide(call, (number, half), decide, x)
             left = call.request.skipping.get((number, half), [])
             if any(left):
@@ -110,6 +126,27 @@ class Skipping:
             return (out[0].masked_fill(gone, 0), *out[1:]) if isinstance(out, tuple) else out.masked_fill(gone, 0)
 
         return torch.compiler.disable(forward, recursive=False)
+
+    @staticmethod
+    def _gate(
+        call: Call, key: tuple[int, str], gate: Callable[[Tensor, Tensor], Tensor | None], x: Tensor
+    ) -> Tensor | None:
+        """By what each sample's half is multiplied, ``[B]``, where the method is being trained: 0 or 1, with the
+        gradient of what decides; samples without visual tokens keep theirs. ``None``: it is not trained."""
+        request, level = call.request, call.level
+        assert request is not None and level is not None
+        if not torch.is_grad_enabled():
+            return None
+        check_rows(call)
+        level = level.on(x.device)
+        weight = gate(x, prompt_at(call, level))
+        if weight is None:
+            return None
+        some = (level.visual & level.valid).any(1)
+        weight = torch.where(some, weight, torch.ones_like(weight))
+        request.gates[key] = weight
+        request.skipped[key] = (weight.detach() == 0).tolist()
+        return weight
 
     @staticmethod
     def _decide(call: Call, key: tuple[int, str], decide: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> None:

@@ -355,11 +355,15 @@ def test_quickstart_finds_the_trained_branch(tmp_path):
     (tmp_path / "dpvr_lf.safetensors").write_bytes(b"")
     with pytest.raises(vtprune.VtpruneError, match="cannot be read"):
         demo_model.branch(tmp_path)
-    (tmp_path / "dpvr_lf.json").write_text('{"split": 7, "other": 1}')
+    (tmp_path / "dpvr_lf.json").write_text('{"options": {"split": 7, "init": "copy"}, "other": 1}')
     assert demo_model.branch(tmp_path).stages[0].options == {
         "weights": str(tmp_path / "dpvr_lf.safetensors"),
         "split": 7,
     }
+    for told in ("{", "[]", '{"split": 7}'):
+        (tmp_path / "dpvr_lf.json").write_text(told)
+        with pytest.raises(vtprune.VtpruneError, match="cannot be read"):
+            demo_model.branch(tmp_path)
     (tmp_path / "dpvr_lf.json").write_text("{")
     with pytest.raises(vtprune.VtpruneError, match="cannot be read"):
         demo_model.branch(tmp_path)

@@ -49,6 +49,7 @@ NEEDED: dict[str, list[str]] = {
     "fit adaskip": ["--recipe-out", "OUT.json", *ASKED],
     "fit fitprune": ["--recipe-out", "OUT.json", "--keep", "4", *ASKED],
     "train dpvr-lf": ["--out", "OUT.safetensors"],
+    "train mindskip": ["--out", "OUT.safetensors"],
     "report": ["RESULTS"],
     "analyze suggest": ["FOUND.json"],
 }

@@ -50,6 +50,7 @@ def slow(lm, x: Tensor, told: list[dict], gone: dict[int, float], prompt: int, b
     return x, later
 
 
+@torch.no_grad()
 def similar_mlps(model, lm, inputs, gone: dict[int, float], more: Tensor, follows: dict | None = None) -> list[float]:
     """What the transcription's threshold is compared with, by layer; NaN where nothing is left to watch."""
     whole = answered(inputs, more, follows or {})
@@ -126,6 +127,14 @@ def test_equals_the_transcription(tiny, family, variant):
             labels = torch.cat([torch.full_like(ids, -100), more], 1)
             model(**{**whole, "labels": labels, "use_cache": False})
             assert torch.allclose(seen[0][:, n:], want, atol=limit(lm) * float(want.abs().max()))
+            for begun in (2, 5):  # an answer whose beginning came along with its prompt
+                seen.clear()
+                part = {**answered(one, more[:, :begun], follows), "labels": labels[:, : n + begun]}
+                cache = cache_of(model(**part, use_cache=True))
+                mask = torch.ones_like(whole["input_ids"])
+                model(input_ids=more[:, begun:], attention_mask=mask, **cached(model, cache))
+                got = torch.cat([seen[0][:, n:], seen[1]], 1)
+                assert torch.allclose(got, want, atol=limit(lm) * float(want.abs().max())), begun
             hook.remove()
 
 

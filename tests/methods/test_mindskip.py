@@ -259,3 +259,103 @@ def test_trained_gates_are_read_and_bad_files_are_refused(tmp_path):
     (tmp_path / "gates.safetensors").write_bytes(b"nothing")
     with pytest.raises(VtpruneError, match="not a safetensors file"):
         vtprune.attach(model, "mindskip", layers=(1, 2), weights=path)
+
+
+def training(handle, seed: int):
+    """Other random gates that want gradients."""
+    drawn(handle, seed)
+    return handle.modules["mindskip"].requires_grad_()
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"), [("causal-lm", "llama"), ("llava", "clip-llama"), ("qwen2-vl", "images")]
+)
+def test_gates_that_are_trained_decide_the_same(tiny, family, variant):
+    """Loss, logits and what is left out are those of an attachment in use, which are the masked dense model's."""
+    model, inputs = tiny(family, variant)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    inputs = {**inputs, "labels": labels, "use_cache": False}
+    met = set()
+    for seed in range(3):
+        with vtprune.attach(model, "mindskip", layers=(1, 2, 3)) as handle:
+            drawn(handle, seed)
+            with torch.no_grad():
+                want, report = model(**inputs), handle.report()
+            assert handle.gates() == {}
+            training(handle, seed)
+            got = model(**inputs)
+            told = handle.gates()
+        assert torch.allclose(got.logits, want.logits, atol=1e-5) and torch.allclose(got.loss, want.loss, atol=1e-6)
+        assert handle.report().skipped == report.skipped
+        for name, gate in told.items():
+            left = [name in mine for mine in report.skipped]
+            assert gate.tolist() == [0.0 if gone else 1.0 for gone in left]
+            met |= set(left)
+    assert met == {True, False}
+
+
+def test_gradients_of_gates_go_straight_through():
+    """Those of the loss with ``m + sigma(w) - sigma`` in the place of every hard ``m``, by finite differences, also
+    through what later gates read; nothing else wants any."""
+    model, ids = llama(length=12)
+    labels = ids.clone()
+    labels[:, :8] = -100
+    inputs = {"input_ids": ids, "labels": labels, "use_cache": False}
+    for p in model.parameters():
+        p.requires_grad_(False)
+
+    def cross_entropy(output) -> Tensor:
+        """In float64; the model's own is float32."""
+        return torch.nn.functional.cross_entropy(output.logits[0, 7:-1], ids[0, 8:])
+
+    with vtprune.attach(model, "mindskip", layers=(1, 3)) as handle:
+        module = training(handle, 2).double()
+        with torch.no_grad():
+            module.w.mul_(0.1)
+        cross_entropy(model(**inputs)).backward()
+        got, w = module.w.grad.clone(), module.w.detach().clone()
+        hard = {int(name.split(".")[1]): float(g) for name, g in handle.gates().items()}
+    assert all(p.grad is None for p in model.parameters()) and set(hard) == {1, 3}
+
+    @torch.no_grad()
+    def loss(w: Tensor, about: dict[int, float]) -> tuple[float, dict[int, float]]:
+        """The loss with soft gates, and their sigmas; ``about``: those that the hard ones stand for."""
+        sigma: dict[int, float] = {}
+
+        def soft(layer: int, row: int):
+            def leave(module, args, kwargs, output):
+                mean = kwargs["hidden_states"][0, :8].mean(0)  # of the prompt, answers left out
+                sigma[layer] = float(torch.sigmoid(mean @ w[row]))
+                share = hard[layer] + sigma[layer] - about.get(layer, sigma[layer])
+                return (output[0] * share, *output[1:])
+
+            return leave
+
+        hooks = [
+            model.model.layers[layer].self_attn.register_forward_hook(soft(layer, row), with_kwargs=True)
+            for row, layer in enumerate((1, 3))
+        ]
+        value = float(cross_entropy(model(**inputs)))
+        for hook in hooks:
+            hook.remove()
+        return value, sigma
+
+    _, about = loss(w, {})
+    for row in (0, 1):
+        for place in (0, 5, 17):
+            step = torch.zeros_like(w)
+            step[row, place] = 1e-4
+            slope = (loss(w + step, about)[0] - loss(w - step, about)[0]) / 2e-4
+            assert float(got[row, place]) == pytest.approx(slope, rel=1e-3, abs=1e-9)
+
+
+def test_gates_are_trained_without_a_cache(tiny):
+    model, inputs = tiny("llava", "clip-llama")
+    with vtprune.attach(model, "mindskip", layers=(1, 2)) as handle:
+        assert not handle.modules["mindskip"].w.requires_grad
+        training(handle, 1)
+        with pytest.raises(VtpruneError, match="use_cache=False"):
+            model(**inputs, use_cache=True)
+        with torch.no_grad():
+            model(**inputs, use_cache=True)

@@ -1,10 +1,12 @@
-"""``vtprune train``: trains what a method needs trained."""
+"""``vtprune train METHOD``: trains what a method needs trained."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,17 @@ from typing import Any
 import torch
 
 from ..core.paths import output
+from ..core.planning import bind
 from ..core.types import VtpruneError
-from ..train.dpvr_compare import choose_split, compare, markdown, withdrawal_curve
-from ..train.dpvr_fit import train
-from ..train.dpvr_lf import BRANCH, read_facts, save, tell
-from ..train.dpvr_questions import easy_items, encode, scene_items
+from ..methods.base import METHODS
+from ..train.base import TRAININGS, Training, tell
+from ..train.card import read_facts, save
+from ..train.compare import compare, markdown
+from ..train.fit import fit
+from ..train.questions import easy_items, encode, own_items, scene_items
 from . import models
 from .errors import Parser
-from .options import seed_value
+from .options import positive, seed_value
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -27,160 +32,173 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One command below this one for each method that can be trained."""
     kinds = parser.add_subparsers(dest="what", required=True, metavar="METHOD", parser_class=Parser)
-    branch = kinds.add_parser("dpvr-lf", help="the side branch of DPVR-LF")
-    branch.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-    )
-    branch_arguments(branch)
+    for name, training in TRAININGS.items():
+        own = kinds.add_parser(name, help=training.what)
+        own.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
+        method_arguments(own, training)
 
 
-def branch_arguments(parser: argparse.ArgumentParser) -> None:
-    """All options of ``vtprune train dpvr-lf``, in the order in which ``--help`` shows them."""
-    _branch_arguments(parser)
-    _fitting_arguments(parser)
+def method_arguments(parser: argparse.ArgumentParser, training: Training) -> None:
+    """All options of ``vtprune train METHOD``, in the order in which ``--help`` shows them."""
+    _part_arguments(parser, training)
+    _fitting_arguments(parser, training)
     _data_arguments(parser)
     _other_arguments(parser)
 
 
-def _branch_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, the branch and where it goes."""
+def _part_arguments(parser: argparse.ArgumentParser, training: Training) -> None:
+    """The model, what is trained beside it and where it goes."""
     add = parser.add_argument
     add(
         "--out",
         type=Path,
         required=True,
-        help="where the branch goes (.safetensors); FILE.json and FILE.compare.json are written beside it",
+        help="where the weights go (.safetensors); FILE.json and FILE.compare.json are written beside it",
     )
     add("--model", help="folder or hub id of a LLaVA (default: the bundled VLM)")
-    add(
-        "--split",
-        default="auto",
-        help="first layer without visual tokens; 'auto' measures where withdrawing the image still costs accuracy",
-    )
-    add("--fusion", type=int, default=1, help="last layers that see text and visual tokens (default 1)")
-    add("--branch-layers", type=int, default=1, help="layers of the side branch (default 1)")
-    add(
-        "--init",
-        default="copy",
-        choices=("copy", "identity", "random"),
-        help="the branch before training (default copy, of layer SPLIT)",
-    )
-    add(
-        "--variant",
-        default="lf",
-        choices=("lf", "pc", "kv"),
-        help="late fusion; persistent context, or the same with keys and values only (default lf)",
-    )
+    told = METHODS.get(training.method).option_help
+    for name, default in training.options.items():
+        what = training.help.get(name, told[name])
+        shown = "" if default is None else f" (default {default})"
+        add(f"--{name.replace('_', '-')}", type=_value, default=default, metavar="VALUE", help=what + shown)
 
 
-def _fitting_arguments(parser: argparse.ArgumentParser) -> None:
+def _value(text: str) -> Any:
+    """JSON, or else a word."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _fitting_arguments(parser: argparse.ArgumentParser, training: Training) -> None:
     """How it is trained, and for how long."""
     add = parser.add_argument
-    add(
-        "--lr",
-        type=float,
-        default=1e-3,
-        help="peak learning rate (default 1e-3 for the bundled VLM; the paper's 7B model takes 1e-4)",
-    )
+    for name, value in training.settings.items():
+        add(f"--{name.replace('_', '-')}", type=float, default=value, help=f"{training.help[name]} (default {value:g})")
+    add("--lr", type=float, default=training.lr, help=f"peak learning rate (default {training.lr:g})")
     add("--steps", type=int, default=600, help="optimiser steps (default 600)")
-    add("--batch", type=int, default=32, help="questions per step (default 32)")
+    add("--batch", type=int, default=32, help="questions per step, of all processes together (default 32)")
     add(
-        "--minutes",
-        type=float,
-        default=10.0,
-        help="wall clock of the training; the learning rate ends with whatever ends first (default 10)",
+        "--save-every",
+        type=positive,
+        metavar="STEPS",
+        help="write a checkpoint into OUT.checkpoints now and then; a run that was broken off goes on with --resume",
     )
+    add("--resume", action="store_true", help="go on from the last checkpoint, with the same options")
 
 
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
     """On how many images it is trained, chosen and compared."""
     add = parser.add_argument
+    add(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help='questions of yours instead of generated ones: a JSON object a line, {"image": FILE, "question": ..., '
+        '"answer": ...}',
+    )
     add("--scenes", type=int, default=1000, help="generated training images (default 1000)")
     add("--easy", type=int, default=150, help="easy-VQA training images (default 150)")
-    add("--val-scenes", type=int, default=30, help="images for --split auto (default 30, about 330 questions)")
+    add("--val-scenes", type=int, default=30, help="images for options that are 'auto' (default 30)")
     add("--eval-scenes", type=int, default=100, help="test images for the comparison afterwards (default 100; 0: none)")
     add("--eval-easy", type=int, default=30, help="easy-VQA test images for it (default 30)")
 
 
 def _other_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--compare-only", action="store_true", help="no training: compare the branch that lies at --out")
+    add("--compare-only", action="store_true", help="no training: compare the weights that lie at --out")
     add("--device", default="cpu")
     add(
         "--dtype",
         default="bfloat16",
         choices=tuple(DTYPES),
-        help="arithmetic (default bfloat16; the branch's own weights are float32 while it is trained)",
+        help="arithmetic (default bfloat16; what is trained is float32 meanwhile)",
     )
     add("--seed", type=seed_value, default=0, help="order of the questions")
 
 
-def _check(args: argparse.Namespace) -> int | None:
-    """The split as a number, ``None`` for auto; everything wrong is told before anything is loaded."""
+def _check(args: argparse.Namespace, training: Training) -> None:
+    """Everything wrong is told before anything is loaded."""
     if args.out.suffix != ".safetensors":
         raise VtpruneError(f"--out {args.out} must end in .safetensors")
-    for name in ("scenes", "easy", "val_scenes", "eval_scenes", "eval_easy"):
-        if getattr(args, name) < 0:
+    for name in ("scenes", "easy", "val_scenes", "eval_scenes", "eval_easy", *training.settings):
+        if not getattr(args, name) >= 0:
             raise VtpruneError(f"--{name.replace('_', '-')} must not be negative")
-    for name in ("steps", "batch", "lr", "minutes"):
+    for name in ("steps", "batch", "lr"):
         if not getattr(args, name) > 0:
             raise VtpruneError(f"--{name} must be above 0")
-    if not args.compare_only and args.scenes + args.easy == 0:
+    if not args.compare_only and args.data is None and args.scenes + args.easy == 0:
         raise VtpruneError("--scenes and --easy are both 0: there is nothing to train on")
-    if args.split == "auto":
-        return None
-    if not str(args.split).isdecimal():
-        raise VtpruneError(f"--split {args.split} is neither 'auto' nor a layer number")
-    return int(args.split)
+    if args.resume and args.save_every is None:
+        raise VtpruneError("--resume goes on from what --save-every wrote: give both")
+    training.check({name: getattr(args, name) for name in training.options})
 
 
 def run(args: argparse.Namespace) -> int:
-    """``vtprune train dpvr-lf``: split, training, saving, comparison. Returns the exit code; raises
-    :class:`VtpruneError` for what the user can put right."""
-    split = _check(args)
-    facts = read_facts(args.out) if args.compare_only else {}
+    """Options that are measured, training, saving, comparison. Returns the exit code; raises :class:`VtpruneError` for
+    what the user can put right."""
+    training = TRAININGS.get(args.what)
+    _check(args, training)
+    facts = read_facts(args.out, training.method) if args.compare_only else {}
     for path in (args.out, args.out.with_suffix(".json"), args.out.with_suffix(".compare.json")):
         output(path)
     weights = "float32" if args.device == "cpu" else args.dtype  # on a CPU only the arithmetic is short
     model, processor = models.load(argparse.Namespace(model=args.model, device=args.device, dtype=weights))
     if args.compare_only:
-        options = {name: facts[name] for name in BRANCH if name in facts}
+        options = facts["options"]
     else:
-        options = _train(args, model, processor, split)
-    if args.eval_scenes + args.eval_easy > 0:
+        options = _train(args, training, model, processor)
+    if args.eval_scenes + args.eval_easy > 0 and _first():
         sizes = {"eval_scenes": args.eval_scenes, "eval_easy": args.eval_easy, "batch": args.batch}
-        table = compare(model, processor, args.out, dtype=DTYPES[args.dtype], **sizes, **options)
+        table = compare(model, processor, training, options, args.out, dtype=DTYPES[args.dtype], **sizes)
         args.out.with_suffix(".compare.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         print(markdown(table))
     return 0
 
 
-def _train(args: argparse.Namespace, model: Any, processor: Any, split: int | None) -> dict[str, Any]:
-    """Trains the branch at ``split`` (``None``: where the model's own withdrawal curve puts it), saves it, and returns
-    the options that it was trained with."""
-    dtype, curve = DTYPES[args.dtype], None
-    if split is None:
-        val = encode(model, processor, scene_items("val", 0, args.val_scenes, 2), dtype=dtype)
-        curve = withdrawal_curve(model, val, batch=args.batch, dtype=dtype)
-        split = choose_split(curve, args.fusion)
-        tell(f"split {split}")
-    options = {
-        "split": split,
-        "fusion": args.fusion,
-        "branch_layers": args.branch_layers,
-        "init": args.init,
-        "variant": args.variant,
-    }
+def _first() -> bool:
+    """Whether this is the process that writes, of those that train together."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _train(args: argparse.Namespace, training: Training, model: Any, processor: Any) -> dict[str, Any]:
+    """Trains, saves, and returns the options that it was trained with."""
+    dtype, told = DTYPES[args.dtype], dict[str, Any]()
+    options = {name: getattr(args, name) for name in training.options}
+    if training.choose is not None:
+        options, told = training.choose(model, processor, options, args, dtype)
     began = time.monotonic()
-    items = chain(scene_items("train", 0, args.scenes, 3), easy_items("train", args.easy))
-    data = encode(model, processor, items, dtype=dtype)
+    data = encode(model, processor, _items(args), dtype=dtype)
     tell(f"{len(data.images)} images, {len(data.rows)} questions, {time.monotonic() - began:.0f}s")
-    settings = {"steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed, "minutes": args.minutes}
-    branch, facts = train(model, data, dtype=dtype, **settings, **options)
-    facts["model"] = "bundled" if args.model is None else Path(args.model).name
-    save(branch, args.out, facts if curve is None else {**facts, "withdrawal": curve})
-    print(
-        f"{args.out}: {facts['parameters']:,} parameters ({100 * facts['parameter_share']:.2f} %), "
-        f"{facts['steps']} steps, {facts['seconds']:.0f} s"
+    part, facts = fit(
+        model,
+        data,
+        training.method,
+        steps=args.steps,
+        batch=args.batch,
+        lr=args.lr,
+        seed=args.seed,
+        dtype=dtype,
+        settings={name: getattr(args, name) for name in training.settings},
+        folder=args.out.with_suffix(".checkpoints"),
+        save_every=args.save_every or 0,
+        resume=args.resume,
+        **options,
     )
+    facts["model"] = "bundled" if args.model is None else Path(args.model).name
+    facts["command"] = shlex.join(["vtprune", *args.argv])
+    if _first():
+        save(part, args.out, {**facts, **told}, bind(model).decoder_layers())
+        share = f"{facts['parameters']:,} parameters ({100 * facts['parameter_share']:.2f} %)"
+        print(f"{args.out}: {share}, {facts['steps']} steps, {facts['seconds']:.0f} s")
     return options
+
+
+def _items(args: argparse.Namespace) -> Iterable[Any]:
+    """What is trained on."""
+    if args.data is not None:
+        return own_items(args.data)
+    return chain(scene_items("train", 0, args.scenes, 3), easy_items("train", args.easy))

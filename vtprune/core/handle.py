@@ -15,6 +15,7 @@ from vtprune.models.engine.books import carry
 from vtprune.models.engine.host import forget_compiled
 
 from ..methods.base import OWN_BUDGETS, Method
+from . import backbone
 from .accounts import Accounts, passes_of
 from .composition import Planned, compose
 from .decider import Decider
@@ -116,6 +117,10 @@ def _skip(method: Method, cut: Cut, module: Any, rows: Tensor, prompt: Tensor) -
     return method.skip(rows, prompt, cut, module)
 
 
+def _gate(method: Method, cut: Cut, module: Any, rows: Tensor, prompt: Tensor) -> Tensor | None:
+    return method.gate(rows, prompt, cut, module)
+
+
 def _learn(method: Method, cut: Cut, similarity: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
     return method.learn(similarity, ratio, cut)
 
@@ -161,6 +166,8 @@ class Handle:
             built = method.info.routes or method.info.skips
             module = method.build(adapter.branch, adapter.geometry) if built else None
             if module is not None:
+                if stage.options.get("weights") is not None:
+                    backbone.check(stage.method, stage.options["weights"], adapter.decoder_layers())
                 branches[number] = module
                 self.modules[stage.method if stage.method not in self.modules else f"{stage.method}.{number}"] = module
             for i, cut in enumerate(cuts):
@@ -176,6 +183,7 @@ class Handle:
                             hidden, run, module
                         ),
                         skip=partial(_skip, method, cut, module),
+                        gate=partial(_gate, method, cut, module),
                         learn=partial(_learn, method, cut),
                     )
                 )
@@ -262,6 +270,14 @@ class Handle:
             raise VtpruneError(f"no prefill with visual tokens has run yet{' in this thread' if more else ''}{more}")
         run, request = last
         return self._accounts.of_run(run) if request is None else self.report_of(request)
+
+    def gates(self) -> dict[str, Tensor]:
+        """Of the calling thread's most recent prefill, with gradients enabled and a method that is being trained: by
+        what each half of a layer was multiplied, ``[B]``, 0 or 1 with the gradient of what decides, as
+        ``{"llm.5.attention": ...}``."""
+        last = self._last
+        request = None if last is None else last[1]
+        return {} if request is None else {f"llm.{i}.{half}": g for (i, half), g in request.gates.items()}
 
     def report_of(self, request: Request) -> Report:
         """What a prefill did whose books are ``request``."""

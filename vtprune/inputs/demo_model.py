@@ -58,10 +58,9 @@ def branch(folder: Path = FOLDER) -> Recipe | None:
         description = json.loads(facts.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise VtpruneError(f"{facts}, the description of the trained branch, cannot be read: {e}") from e
-    if not isinstance(description, dict):
-        raise VtpruneError(
-            f"{facts}, the description of the trained branch, cannot be read: it holds a {type(description).__name__}"
-        )
-    options = {k: description[k] for k in ("split", "fusion", "branch_layers", "variant") if k in description}
+    told = description.get("options") if isinstance(description, dict) else None
+    if not isinstance(told, dict):
+        raise VtpruneError(f"{facts}, the description of the trained branch, cannot be read: it holds no options")
+    options = {k: told[k] for k in ("split", "fusion", "branch_layers", "variant") if k in told}
     stage = Stage(method="dpvr-lf", options={"weights": str(weights), **options})
     return Recipe(name="dpvr-lf (trained)", stages=(stage,), source="trained side branch")

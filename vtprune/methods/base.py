@@ -160,6 +160,12 @@ class Method:
         padding, no answers; ``module`` is what :meth:`build` made."""
         raise NotImplementedError
 
+    def gate(self, rows: Tensor, prompt: Tensor, cut: Cut, module: Any) -> Tensor | None:
+        """Skipping methods only: while ``module`` is being trained, by what the half of the layer at ``cut`` is
+        multiplied, ``[B]``: 0 where :meth:`skip` leaves it out, 1 elsewhere, with the gradient of what decides
+        (straight through). ``None``: it is not trained. ``rows`` and ``prompt`` as in :meth:`skip`."""
+        return None
+
     def learn(self, similarity: Tensor, ratio: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
         """Skipping methods only, at a cut that watches W tokens: for which samples the MLP is left out behind them,
         ``[B]`` bool, and what then passes by goes on times, ``[B]``. ``similarity`` and ``ratio`` ``[B, W]``: of each

@@ -33,7 +33,9 @@ class MindSkip(Method):
     shares. Gates of zeros, as before training, leave nothing out: ``sigma = 0.5``.
 
     Samples without tokens that could be pruned stay whole. The gates are ``handle.modules["mindskip"]``, ``w``
-    ``[layers, C]`` float32."""
+    ``[layers, C]`` float32, trained by ``vtprune train mindskip``. Once they want gradients (``requires_grad_()``)
+    every attention runs, times ``m = 1[sigma >= tau]`` whose gradient is that of ``sigma`` (straight through);
+    ``handle.gates()`` gives ``m``."""
 
     layers: tuple[int, ...] | int | None = option(
         None, "routed layers (default: half of them, up to the last but one: 15 to 30 of 32)"
@@ -61,10 +63,16 @@ class MindSkip(Method):
             told = {"layers": ",".join(map(str, routed))}
             fits = f"{len(routed)} gates of this model"
             load_weights("mindskip", self.weights, gates, told, fits, must_tell=True)
-        return gates
+        return gates.requires_grad_(False)
 
     def skip(self, rows: Tensor, prompt: Tensor, cut: Cut, module: Gates) -> Tensor:
         return module(rows, prompt, cut.layer) < self.threshold
+
+    def gate(self, rows: Tensor, prompt: Tensor, cut: Cut, module: Gates) -> Tensor | None:
+        if not module.w.requires_grad:
+            return None
+        sigma = module(rows, prompt, cut.layer)
+        return (sigma >= self.threshold).to(sigma) + (sigma - sigma.detach())
 
 
 class Gates(nn.Module):

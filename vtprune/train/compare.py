@@ -1,7 +1,8 @@
-"""What a DPVR-LF branch is worth: accuracy and cost beside the unpruned model and controls that cost no training."""
+"""What a trained part is worth: accuracy and cost beside the unpruned model and controls that cost no training."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -10,11 +11,9 @@ from typing import Any
 import torch
 
 from ..check.attach import attach
-from ..core.planning import bind
-from ..core.types import VtpruneError
-from .dpvr_lf import METHOD, Say, tell
-from .dpvr_questions import KINDS, Questions, easy_items, encode, scene_items
+from .base import Control, Say, Training, tell
 from .frozen import arithmetic
+from .questions import KINDS, Questions, easy_items, encode, scene_items
 
 
 @torch.no_grad()
@@ -62,104 +61,42 @@ def evaluate(
     return {"accuracy": accuracy, "mean": sum(accuracy.values()) / len(accuracy), **shares, "parameters": parameters}
 
 
-def withdrawal_curve(
-    model: Any, data: Questions, *, batch: int = 32, dtype: torch.dtype = torch.float32, say: Say = tell
-) -> list[dict[str, Any]]:
-    """What taking the image away before layer 0, 1, … costs without training (the last entry: never): ``layer``,
-    ``accuracy`` per kind, ``mean``."""
-    depth = bind(model).geometry.llm_layers
-    curve = []
-    for layer in range(depth + 1):
-        result = (
-            evaluate(model, data, batch=batch, dtype=dtype)
-            if layer == depth
-            else evaluate(model, data, "drop-all", batch=batch, dtype=dtype, layer=layer)
-        )
-        curve.append({"layer": layer, "mean": result["mean"], "accuracy": result["accuracy"]})
-        say(
-            f"image withdrawn before layer {layer:2d}: mean accuracy {result['mean']:.3f}"
-            + " (never)" * (layer == depth)
-        )
-    return curve
-
-
-def choose_split(curve: list[dict[str, Any]], fusion: int) -> int:
-    """The deepest layer where withdrawal costs at least half of what the image is worth (unpruned minus blind): later,
-    little is left to recover.
-
-    At least one layer stays without visual tokens. The paper's own rule (four layers before the 50 % transition of a
-    logit-lens curve) is made for 32 layers.
-    """
-    blind, whole = curve[0]["mean"], curve[-1]["mean"]
-    if whole - blind < 0.02:
-        raise VtpruneError(
-            f"the image makes no difference to this model's answers ({blind:.3f} without, {whole:.3f} with it); give "
-            "--split a number"
-        )
-    last = max(1, len(curve) - 1 - fusion - 1)
-    return max((p["layer"] for p in curve[1 : last + 1] if whole - p["mean"] >= 0.5 * (whole - blind)), default=1)
-
-
 def compare(
     model: Any,
     processor: Any,
+    training: Training,
+    options: Mapping[str, Any],
     weights: Path | None = None,
     *,
-    split: int,
     eval_scenes: int = 100,
     eval_easy: int = 30,
     batch: int = 32,
     dtype: torch.dtype = torch.float32,
     say: Say = tell,
-    **options: Any,
 ) -> dict[str, Any]:
     """The table of :func:`compare_on` over the scenes test split (two questions of each ability per image) and easy-VQA
     test."""
     items = chain(scene_items("test", 0, eval_scenes, 2), easy_items("test", eval_easy))
-    return compare_on(
-        model,
-        encode(model, processor, items, dtype=dtype),
-        weights,
-        split=split,
-        batch=batch,
-        dtype=dtype,
-        say=say,
-        **options,
-    )
+    data = encode(model, processor, items, dtype=dtype)
+    return compare_on(model, data, training, options, weights, batch=batch, dtype=dtype, say=say)
 
 
 def compare_on(
     model: Any,
     data: Questions,
+    training: Training,
+    options: Mapping[str, Any],
     weights: Path | None = None,
     *,
-    split: int,
     batch: int = 32,
     dtype: torch.dtype = torch.float32,
     say: Say = tell,
-    **options: Any,
 ) -> dict[str, Any]:
-    """One table: the unpruned model, the image withdrawn at ``split`` without training, DPVR-LF with an untrained
-    branch (identity, copy) and with ``weights``.
-
-    A second withdrawal, later, spends as many effective tokens as late fusion. The paper's tables have none of these
-    controls, so a trained branch is not told apart from what late fusion gives by itself.
-    """
-    options = {"split": split, **{k: v for k, v in options.items() if k != "init"}}
-    fusion = options.get("fusion", 1)
-    runs: list[tuple[str, str | None, dict[str, Any]]] = [
-        ("unpruned", None, {}),
-        (f"withdrawn at layer {split}", "drop-all", {"layer": split}),
-        (
-            f"withdrawn at layer {split + fusion}: as many visual tokens as {METHOD}",
-            "drop-all",
-            {"layer": split + fusion},
-        ),
-        (f"{METHOD}, identity branch, untrained", METHOD, {**options, "init": "identity"}),
-        (f"{METHOD}, copied branch, untrained", METHOD, {**options, "init": "copy"}),
-    ]
+    """One table: the unpruned model, the method's controls, which cost no training, and the method with ``weights``."""
+    runs: list[Control] = [("unpruned", None, {}), *training.controls(options)]
     if weights is not None:
-        runs.append((f"{METHOD}, trained", METHOD, {**options, "weights": str(weights)}))
+        mine = {k: v for k, v in options.items() if k != "init"}
+        runs.append((f"{training.method}, trained", training.method, {**mine, "weights": str(weights)}))
     whole = sum(p.numel() for p in model.parameters())
     rows = []
     for name, recipe, extra in runs:
@@ -170,7 +107,7 @@ def compare_on(
     counts: dict[str, int] = {}
     for r in data.rows:
         counts[r.kind] = counts.get(r.kind, 0) + 1
-    return {"options": options, "questions": counts, "rows": rows}
+    return {"options": dict(options), "questions": counts, "rows": rows}
 
 
 def markdown(table: dict[str, Any]) -> str:

@@ -1,10 +1,13 @@
-"""Questions about images for DPVR-LF: generated scenes and easy-VQA, tokenised; the tower sees each image once."""
+"""Questions about images to train and compare on: generated scenes, easy-VQA or a user's own, tokenised; the tower sees
+each image once."""
 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +23,8 @@ from .frozen import arithmetic
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EASY = "easy-vqa"
-KINDS = (*scenes.ABILITIES, EASY)
+EASY, OWN = "easy-vqa", "own"
+KINDS = (*scenes.ABILITIES, EASY, OWN)
 
 Item = tuple["Image", list[tuple[str, str, str]]]  # an image and its (kind, question, answer)
 
@@ -44,6 +47,12 @@ class Questions:
     projected: bool  # which of the two
     rows: list[Row]
     pad: int = 0  # the padding token
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Row:
+        return self.rows[number]
 
     def batch(self, rows: list[Row], device: torch.device) -> dict[str, Any]:
         """Right-padded keyword arguments of the stock forward for ``rows``; labels are -100 everywhere but on the
@@ -100,6 +109,27 @@ def easy_items(split: str, count: int) -> Iterator[Item]:
             grouped.setdefault(q.image, []).append((EASY, q.text, q.answer))
     for path, rows in grouped.items():
         yield open_image(path), rows
+
+
+def own_items(path: Path) -> Iterator[Item]:
+    """The questions of a user's file: a JSON object a line, ``{"image": FILE, "question": ..., "answer": ...}``, with
+    files beside it or anywhere. Raises :class:`VtpruneError` for a line that is none."""
+    if not path.is_file():
+        raise VtpruneError(f"no such file {path}")
+    grouped: dict[str, list[tuple[str, str, str]]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            told = json.loads(line)
+        except ValueError as e:
+            raise VtpruneError(f"{path}, line {number} is not JSON: {e}") from e
+        fields = ("image", "question", "answer")
+        if not isinstance(told, dict) or not all(isinstance(told.get(k), str) and told[k] for k in fields):
+            raise VtpruneError(f"{path}, line {number} does not have the texts image, question and answer")
+        grouped.setdefault(told["image"], []).append((OWN, told["question"], told["answer"]))
+    for name, rows in grouped.items():
+        yield open_image(path.parent / name), rows
 
 
 def encode(

@@ -1,0 +1,65 @@
+"""Which model trained weights belong to: a few numbers of its layers, written beside them and compared with a model's.
+
+A cast to half precision changes them by less than a percent, another model by all there is. Parts that another form
+took the place of (quantised, wrapped by adapters) are not compared; norms usually are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .types import VtpruneError
+
+LOG = logging.getLogger(__name__)
+KEY = "backbone"  # of a file's metadata
+VALUES, CLOSE = 8, 0.02
+
+
+def signature(layers: Sequence[nn.Module]) -> dict[str, list[float]]:
+    """A few values of each parameter of the first, middle and last of ``layers``, by its name."""
+    out = {}
+    for number in sorted({0, len(layers) // 2, len(layers) - 1}):
+        for name, p in layers[number].named_parameters():
+            if p.is_floating_point() and not p.is_meta and p.numel():
+                place = torch.linspace(0, p.numel() - 1, min(VALUES, p.numel())).long()
+                values = p.detach().flatten()[place.to(p.device)].float().tolist()
+                out[f"{number}.{name}"] = [float(f"{v:.4g}") for v in values]
+    return out
+
+
+def written(layers: Sequence[nn.Module]) -> str:
+    """The signature as a file's metadata holds it."""
+    return json.dumps(signature(layers))
+
+
+def check(method: str, path: str, layers: Sequence[nn.Module]) -> None:
+    """Raises :class:`VtpruneError` if the weights in ``path`` were trained beside another model. A file that does not
+    tell is named in the log."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        told = (file.metadata() or {}).get(KEY)
+    if told is None:
+        LOG.warning("vtprune: %s: %s does not tell which model it was trained beside", method, path)
+        return
+    try:
+        known: Any = json.loads(told)
+        pairs = [(known[name], values) for name, values in signature(layers).items() if name in known]
+        far = sum(not _close(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
+    except (ValueError, TypeError) as e:
+        raise VtpruneError(f"{method}: {path} has metadata {KEY}= that is none: {e}") from e
+    if not pairs or far > 0.1 * sum(len(one) for one, _ in pairs):
+        raise VtpruneError(
+            f"{method}: {path} was trained beside another model than this one ({far} of "
+            f"{sum(len(one) for one, _ in pairs)} weights that were compared are others)"
+        )
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= CLOSE * max(abs(a), abs(b)) + 1e-6
