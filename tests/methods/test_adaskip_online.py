@@ -216,6 +216,36 @@ def test_each_answer_decides_for_itself():
     assert torch.allclose(scores.double(), torch.stack(again).double(), atol=1e-5)
 
 
+def test_padding_in_a_later_turn_is_not_watched():
+    """A turn of one token beside one of four; each sample as alone."""
+    model, ids = llama(length=12, samples=2)
+    draw = torch.Generator().manual_seed(9)
+    turn, rest = (torch.randint(8, 64, (2, 4), generator=draw) for _ in range(2))
+    options = {"sublayers": 0, "similarity": (0.0,) * 12, "online": WATCH, "beta": -1.0}
+    real = torch.ones(2, 20, dtype=torch.long)
+    real[1, 13:16] = 0  # of the second sample's turn one token is real
+    place = (real.cumsum(1) - 1).clamp_min(0)
+    with vtprune.attach(model, "adaskip", **options) as handle, torch.no_grad():
+
+        def go_on(cache, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+            how = {"attention_mask": mask, "position_ids": positions[:, -tokens.shape[1] :]}
+            return model(input_ids=tokens, **how, **cached(model, cache)).logits
+
+        cache = cache_of(model(input_ids=ids, use_cache=True))
+        go_on(cache, turn, real[:, :16], place[:, :16])
+        together = go_on(cache, rest, real, place)
+        mask = torch.cat([real, torch.tensor([[1], [0]])], 1)
+        go_on(cache, rest[:, :1], mask, torch.cat([place, place[:, -1:] + 1], 1))
+        assert all(handle.report().skipped_online), "what was left out stays told"
+        for b, count in ((0, 4), (1, 1)):
+            cache = cache_of(model(input_ids=ids[b : b + 1], use_cache=True))
+            n = 12 + count
+            plain = torch.arange(n + 4)[None]
+            go_on(cache, turn[b : b + 1, :count], torch.ones(1, n, dtype=torch.long), plain[:, :n])
+            alone = go_on(cache, rest[b : b + 1], torch.ones(1, n + 4, dtype=torch.long), plain)
+            assert torch.allclose(together[b : b + 1], alone, atol=1e-9), b
+
+
 def test_a_cache_that_is_cut_back_is_watched_again():
     model, ids = llama(length=12)
     draw = torch.Generator().manual_seed(4)
@@ -366,7 +396,8 @@ def test_what_is_refused_on_the_way():
                 model(input_ids=more, **cached(model, cache))
             setattr(layer, name, own)
     packed = {"position_ids": torch.arange(6).repeat(2)[None], "input_ids": ids}
-    with vtprune.attach(model, "adaskip", **options), torch.no_grad():
+    alone = {"similarity": (0.0,) * 12, "sublayers": 0, "online": 2, "beta": 0.5}
+    with vtprune.attach(model, "adaskip", **alone), torch.no_grad():
         with pytest.raises(UnsupportedError, match="packed into one row"):
             model(**packed, use_cache=False)
     with vtprune.attach(model, "adaskip", **options) as handle, torch.no_grad():

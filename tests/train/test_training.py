@@ -496,3 +496,9 @@ def test_bad_command_lines(words, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(VtpruneError, match=word):
         command.run(arguments(*words))
+
+
+def test_a_model_on_another_device_than_the_trainers(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(case[0]), "device", property(lambda self: torch.device("cuda", 1)))
+    with pytest.raises(VtpruneError, match="the model lies on cuda:1, and this process trains on cpu"):
+        trained(case, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import time
 from collections.abc import Iterable
@@ -146,7 +147,10 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.out, args.out.with_suffix(".json"), args.out.with_suffix(".compare.json")):
         output(path)
     weights = "float32" if args.device == "cpu" else args.dtype  # on a CPU only the arithmetic is short
-    model, processor = models.load(argparse.Namespace(model=args.model, device=args.device, dtype=weights))
+    device = args.device
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # one of several processes (torchrun)
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    model, processor = models.load(argparse.Namespace(model=args.model, device=device, dtype=weights))
     if args.compare_only:
         options = facts["options"]
     else:

@@ -215,6 +215,15 @@ def _arguments(model: Any, folder: Path, *, steps: int, batch: int, lr: float, s
     except ImportError as e:
         raise VtpruneError(f"training needs accelerate: pip install 'vtprune[train]' ({e})") from e
     processes = arguments.world_size
+    if processes == 1:
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # else the Trainer replicates the part, and hooks are of one model
+    place = torch.device(arguments.device)
+    here, there = ((d.type, d.index or 0) for d in (model.device, place))
+    if here != there:
+        raise VtpruneError(
+            f"the model lies on {model.device}, and this process trains on {place}: load it there, or hide the other "
+            "devices (CUDA_VISIBLE_DEVICES)"
+        )
     if batch % processes:
         raise VtpruneError(f"batch={batch} is not divisible among {processes} processes")
     arguments.per_device_train_batch_size = batch // processes

@@ -15,9 +15,9 @@ BESIDE = {
     "lens": ("logit lens, last token:", "probability of the answer"),
     "visual_lens": ("logit lens, visual rows:", "probability of the answer"),
     "to_image": ("attention of the text", "to the image"),
-    "row_bias": ("how much lower than the", "middle it lies, in heights"),
+    "row_bias": ("how far below the middle", "it lies, in heights"),
     "cosine": ("visual rows: cosine of", "the layer's in- and output"),
-    "withdrawn": ("if nobody reads the image", "from here on: KL, nats"),
+    "withdrawn": ("image withdrawn from", "here on: KL, nats"),
 }
 
 
@@ -33,7 +33,7 @@ def flow_figure(told: Mapping[str, Any]) -> Figure:
     for ax, (name, one) in zip(axes, abilities.items(), strict=True):
         for i, flow in enumerate(told["flows"]):
             _line(ax, one[flow], PALETTE[i], flow.replace("->", " → "))
-        ax.set_title(f"{name} ({one['correct']} of {one['asked']})")
+        ax.set_title(f"{name}\n{one['correct']} of {one['asked']}", fontsize=8.5)
         ax.set_ylim(bottom=-105)  # no more can be lost than all
         _layers(ax)
     axes[0].set_ylabel(f"answer's probability: change in %\n(windows of {told['window']} layers)")
@@ -41,7 +41,7 @@ def flow_figure(told: Mapping[str, Any]) -> Figure:
     beside = {name: words for name, words in BESIDE.items() if name in abilities["all"]}
     for ax, (name, words) in zip(below.subplots(1, len(beside)), beside.items(), strict=True):
         _line(ax, abilities["all"][name], PALETTE[4], "")
-        ax.set_title("\n".join(words), fontsize=8.5)
+        ax.set_title("\n".join(words), fontsize=8)
         _layers(ax)
     return figure
 
