@@ -188,10 +188,8 @@ def attached(model: Any, tokenizer: Any, method: str, keep: float, ids: Sequence
         online = {"online": 4} if method == "adaskip-online" else {}
         return vtprune.attach(model, "adaskip", **fitted(model, tokenizer), sublayers=8, **online)
     info = vtprune.describe(method)
-    if not info.budgeted:
-        return vtprune.attach(model, method)
     if info.dial is None:
-        return vtprune.attach(model, method, effective_tokens=keep)
+        return vtprune.attach(model, method, **({"effective_tokens": keep} if info.budgeted else {}))
     inputs = {"input_ids": torch.tensor([ids], device=model.device)}
     return vtprune.attach(model, vtprune.calibrate(model, method, inputs, effective_tokens=keep))
 

@@ -116,12 +116,34 @@ def _behind(call: Call, x: Tensor) -> Tensor:
             request.origin = list(range(len(real)))
             before = torch.zeros_like(first)
         else:
-            assert call.tail is not None
-            real, before = call.tail.cpu(), torch.tensor(request.behind)[:, None]
+            real, before = _real(call).cpu(), torch.tensor(request.behind)[:, None]
             whole = before[:, 0] < 0
         place = torch.where(real & ~whole[:, None], before + real.long().cumsum(1) - 1, -1)
         call.places = place[:, -x.shape[1] :]
     return call.places
+
+
+def _real(call: Call) -> Tensor:
+    """Which tokens behind the prompt are no padding, ``[B, new]``, also where a model was given its masks ready made:
+    those that the last row sees of a mask of full attention."""
+    request, mask = call.request, call.mask
+    assert request is not None and call.tail is not None
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+        known = mask is not None
+    else:
+        known = True
+    if mask is None and known:
+        return call.tail
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        raise UnsupportedError(
+            "which tokens behind the prompt are padding is not known of such a mask, and those are not to be watched: "
+            "pass a 2-D attention_mask [B, T]"
+        )
+    if mask.ndim == 2:
+        return call.tail
+    row = mask[:, 0, -1, request.length : request.length + call.tail.shape[1]]
+    return row if row.dtype == torch.bool else row == 0
 
 
 def _note(call: Call, number: int, place: Tensor, y: Tensor, z: Tensor, watch: int) -> None:

@@ -142,7 +142,7 @@ class Request:
     def idle(self, number: int, half: str) -> bool:
         """Whether a half of layer ``number`` was left out for all samples, so that it did not run."""
         left = self.skipped.get((number, half))
-        return left is not None and all(left)
+        return left is not None and all(left) and (number, half) not in self.gates
 
     @property
     def records(self) -> list[Record]:

@@ -216,6 +216,48 @@ def test_each_answer_decides_for_itself():
     assert torch.allclose(scores.double(), torch.stack(again).double(), atol=1e-5)
 
 
+def test_samples_that_change_places_bring_their_books_along():
+    """Of prompts that brought answers of several lengths along, one without any; rows of the cache are chosen."""
+    model, ids = llama(length=16, samples=3)
+    more = torch.randint(8, 64, (3, 6), generator=torch.Generator().manual_seed(2))
+    labels = torch.full_like(ids, -100)
+    labels[0, 12:], labels[1, 15:] = ids[0, 12:], ids[1, 15:]  # four tokens of an answer, one, and none
+    values = [threshold_of(model, ids[b : b + 1], labels[b : b + 1], more[b : b + 1]) for b in range(3)]
+    options = {"sublayers": 0, "similarity": (0.0,) * 12, "online": WATCH, "beta": threshold(values)}
+    order = [2, 0]
+    with vtprune.attach(model, "adaskip", **options) as handle, torch.no_grad():
+
+        def read(rows: Tensor, told: Tensor) -> object:
+            return cache_of(model(input_ids=rows, labels=told, use_cache=True))
+
+        def go_on(cache, tokens: Tensor) -> Tensor:
+            steps = [
+                model(input_ids=tokens[:, q : q + 1], **cached(model, cache)).logits for q in range(tokens.shape[1])
+            ]
+            return torch.cat(steps, 1)
+
+        cache = read(ids, labels)
+        cache.batch_select_indices(torch.tensor(order))
+        first = go_on(cache, more[order, :4])
+        cache.batch_select_indices(torch.tensor([1, 0]))
+        second = go_on(cache, more[[0, 2], 4:])
+        told = handle.report(of=cache).skipped_online
+        for row, b in enumerate(order):
+            cache = read(ids[b : b + 1], labels[b : b + 1])
+            alone = go_on(cache, more[b : b + 1])
+            assert torch.allclose(first[row : row + 1], alone[:, :4], atol=1e-9), b
+            assert torch.allclose(second[1 - row : 2 - row], alone[:, 4:], atol=1e-9), b
+            assert handle.report(of=cache).skipped_online == [told[b]], b
+    assert told[1] == [] and told[0] and told[2]
+
+
+def threshold_of(model, ids: Tensor, labels: Tensor, more: Tensor) -> float:
+    """How similar layer 2's MLP leaves the first tokens of this answer."""
+    start = int((labels[0] != -100).nonzero()[0]) if bool((labels != -100).any()) else ids.shape[1]
+    answer = torch.cat([ids[:, start:], more], 1)
+    return similar_mlps(model, model.model, {"input_ids": ids[:, :start]}, {}, answer)[2]
+
+
 def test_padding_in_a_later_turn_is_not_watched():
     """A turn of one token beside one of four; each sample as alone."""
     model, ids = llama(length=12, samples=2)
@@ -244,6 +286,40 @@ def test_padding_in_a_later_turn_is_not_watched():
             go_on(cache, turn[b : b + 1, :count], torch.ones(1, n, dtype=torch.long), plain[:, :n])
             alone = go_on(cache, rest[b : b + 1], torch.ones(1, n + 4, dtype=torch.long), plain)
             assert torch.allclose(together[b : b + 1], alone, atol=1e-9), b
+
+
+def test_masks_that_are_ready_made_tell_the_same_padding():
+    """Four dimensions, as ``generate`` makes them for caches of fixed size: bool, what is added, and by kinds."""
+    model, ids = llama(length=12, samples=2)
+    more = torch.randint(8, 64, (2, 6), generator=torch.Generator().manual_seed(3))
+    real = torch.ones(2, 18, dtype=torch.long)
+    real[1, 12:15] = 0
+    place = (real.cumsum(1) - 1).clamp_min(0)[:, 12:]
+    seen = torch.ones(6, 18, dtype=torch.bool).tril(12) & real[:, None, None].bool()
+    added = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -1e300)
+    options = {"sublayers": 0, "similarity": (0.0,) * 12, "online": WATCH, "beta": -1.0}
+    with vtprune.attach(model, "adaskip", **options), torch.no_grad():
+
+        def read(mask) -> Tensor:
+            cache = cache_of(model(input_ids=ids, use_cache=True))
+            return model(input_ids=more, attention_mask=mask, position_ids=place, **cached(model, cache)).logits
+
+        want = read(real)
+        for mask in (seen, added):
+            assert torch.allclose(read(mask)[0], want[0], atol=1e-9)
+            assert torch.allclose(read(mask)[1, 3:], want[1, 3:], atol=1e-9)
+
+        def turns(cache) -> Tensor:
+            how = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
+            first = model.generate(input_ids=ids, max_new_tokens=3, **how, **cached(model, cache))
+            talk = torch.cat([first.sequences, more[:, :4]], 1)
+            mask = torch.ones_like(talk)
+            mask[1, 15:17] = 0
+            second = {"attention_mask": mask, "output_logits": True, "max_new_tokens": 6, **how}
+            return torch.stack(model.generate(input_ids=talk, **second, **cached(model, cache)).logits)
+
+        static = hf.StaticCache(config=model.config, max_cache_len=64)
+        assert torch.allclose(turns(static), turns(hf.DynamicCache(config=model.config)), atol=1e-9)
 
 
 def test_a_cache_that_is_cut_back_is_watched_again():
@@ -307,6 +383,10 @@ def test_the_threshold_is_the_least_of_what_is_fitted_to_go(tiny):
         "adaskip", {"similarity": similarity, "ratio": ratio, "sublayers": 3, "online": 2}
     )
     cuts = method.plan(vtprune.core.planning.bind(model).geometry, None)
+    beta = next(cut for cut in cuts if cut.watch)
+    exact = torch.full((1, 2), beta.data["beta"], dtype=torch.float64)
+    left, factor = method.learn(torch.cat([exact, exact - 1e-9]), torch.tensor([[1.0, 3.0], [2.0, 2.0]]), beta)
+    assert left.tolist() == [True, False] and factor.tolist() == [2, 2]
     assert {cut.data["beta"] for cut in cuts if cut.watch} == {min(similarity[n] for n in chosen)}
     assert {cut.layer for cut in cuts if cut.watch} == {i for i in range(6) if 2 * i + 1 not in chosen}
     low = [min(s, -0.5) if n in chosen else -1.0 for n, s in enumerate(similarity)]
@@ -405,6 +485,20 @@ def test_what_is_refused_on_the_way():
         handle.remove()
         with pytest.raises(UnsupportedError, match="start a new prompt"):
             model(input_ids=more, **cached(model, cache))
+
+
+def test_layers_no_part_of_which_reads_what_stands_in_between(tiny, monkeypatch):
+    model, _ = tiny("causal-lm", "llama")
+    layer = model.model.layers[3]
+
+    def inline(x, **kwargs):
+        y = x + layer.self_attn(hidden_states=layer.input_layernorm(x), **kwargs)[0]
+        return y + layer.mlp(torch.nn.functional.rms_norm(y, y.shape[-1:]))
+
+    monkeypatch.setattr(layer, "forward", inline)
+    vtprune.attach(model, "adaskip", mlp=(2,), ratio=1.1).remove()
+    with pytest.raises(UnsupportedError, match="no part of layer 3 reads what stands between"):
+        vtprune.attach(model, "adaskip", mlp=(2,), online=2, beta=0.5)
 
 
 def test_samples_without_images_stay_whole_beside_others(tiny):

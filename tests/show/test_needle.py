@@ -66,4 +66,5 @@ def test_a_table_and_a_figure(needle):
     figure = heat_maps(rows)
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["dense", "gemfilter"]
     assert [t.get_text() for t in figure.axes[1].texts] == ["0", "0", "100", "100"]
+    assert all(ax.get_ylim() == (2, 0) for ax in figure.axes), "depth 0 is above"
     assert encode(figure, "png")[:4] == b"\x89PNG"

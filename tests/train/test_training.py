@@ -4,6 +4,8 @@ from end to end on a tiny model."""
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,6 +19,7 @@ from vtprune.models.base import ADAPTERS
 
 import vtprune
 from vtprune.cli import train as command
+from vtprune.core import backbone
 from vtprune.core.ledger import snapshot
 from vtprune.core.planning import bind
 from vtprune.core.types import VtpruneError
@@ -44,7 +47,10 @@ def made():
     if projected:
         with torch.no_grad():
             images = torch.stack(list(model.get_image_features(pixel_values=images).pooler_output))
-    rows = [questions.Row(i, "existence", [1, 5, *[3] * 16, 6, *[7] * (i % 3)], [20 + i, 2]) for i in range(8)]
+    rows = [
+        questions.Row(i, "existence", [1, 5, *[3] * 16, 6 + 5 * i, *[7] * (i % 3)], [20 + i, *[9] * (i % 2), 2])
+        for i in range(8)
+    ]
     return model, questions.Questions(images, projected, rows)
 
 
@@ -122,6 +128,15 @@ def test_the_file_gives_back_what_was_trained(case, branch, tmp_path):
         wanted = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
     torch.testing.assert_close(found, wanted, atol=2e-2, rtol=0)  # half precision on disk
     assert (found - logits(model, data, "dpvr-lf", split=3)).abs().max() > 0.1
+    path.with_suffix(".json").write_text('{"method": "dpvr-lf", "split": 3}')
+    with pytest.raises(VtpruneError, match="does not tell the options"):
+        card.read_facts(path, "dpvr-lf")
+    huge = copy.deepcopy(part)
+    with torch.no_grad():
+        next(huge.parameters())[0] *= 1e9
+    with pytest.raises(VtpruneError, match="nothing was saved"):
+        card.save(huge, path, facts, bind(model).decoder_layers())
+    path.with_suffix(".json").write_text('{"method": "dpvr-lf", "options": {}}')
     with pytest.raises(VtpruneError, match="tells of 'dpvr-lf', not of mindskip"):
         card.read_facts(path, "mindskip")
 
@@ -144,8 +159,21 @@ def test_weights_of_another_model_are_refused(case, tmp_path, method, caplog):
     with pytest.raises(VtpruneError, match="trained beside another model"):
         vtprune.attach(other, method, **options)
     assert not caplog.records
+    big = torch.nn.Linear(
+        1, 45_088_768, bias=False, dtype=torch.float16
+    )  # of a 7B model; as a float its last place is none
+    assert len(backbone.signature([big])["0.weight"]) == 8
+    strange = torch.nn.Linear(4, 4).to(torch.float8_e4m3fn)
+    assert backbone.signature([strange]) == {}
     from safetensors.torch import load_file, save_file
 
+    caplog.clear()
+    save_file(load_file(path), path, metadata={"layers": "1,3,4", "split": "3", "backbone": '{"0.other": [1.0]}'})
+    vtprune.attach(other, method, **options).remove()
+    assert "cannot be compared with this one" in caplog.text
+    save_file(load_file(path), path, metadata={"layers": "1,3,4", "split": "3", "backbone": "{"})
+    with pytest.raises(VtpruneError, match="that is none"):
+        vtprune.attach(other, method, **options)
     save_file(load_file(path), path, metadata={"layers": "1,3,4", "split": "3"})
     vtprune.attach(other, method, **options).remove()
     assert "does not tell which model it was trained beside" in caplog.text
@@ -164,11 +192,12 @@ def test_training_goes_on_from_weights(case, branch, tmp_path):
 def test_half_precision_trains_too(case, tmp_path, method, weights):
     model, data = case
     how = {"variant": "pc", "init": "identity", "split": 4} if method == "dpvr-lf" else {"settings": {"target": 0.0}}
-    try:
-        short = questions.Questions(data.images.to(weights), data.projected, data.rows)
-        part, facts = trained((model.to(weights), short), tmp_path, method, steps=12, dtype=torch.bfloat16, **how)
-    finally:
-        model.float()
+    short = questions.Questions(data.images.to(weights), data.projected, data.rows)
+    case = copy.deepcopy(model).to(weights), short
+    part, facts = trained(case, tmp_path, method, steps=12, dtype=torch.bfloat16, **how)
+    if weights == torch.bfloat16:
+        with pytest.raises(VtpruneError, match="float32 is not kept"):
+            trained(case, tmp_path, method, steps=12, **how)
     assert min(facts["loss"][-4:]) < facts["loss"][0]
     assert all(p.dtype == torch.float32 for p in part.parameters())
 
@@ -196,6 +225,21 @@ def test_a_run_that_was_broken_off_goes_on(case, tmp_path, method):
     assert facts["loss"] == told["loss"] and len(facts["loss"]) == 6
     with pytest.raises(VtpruneError, match="of another run: lr was another"):
         trained(case, tmp_path / "broken", method, **how, resume=True, lr=1e-3)
+    model, data = case
+    others = [dataclasses.replace(r, answer=[19, 2]) for r in data.rows]
+    with pytest.raises(VtpruneError, match="of another run: data was another"):
+        trained(
+            (model, questions.Questions(data.images, data.projected, others)),
+            tmp_path / "broken",
+            method,
+            **how,
+            resume=True,
+        )
+    with pytest.raises(VtpruneError, match="of another run: dtype was another"):
+        trained(case, tmp_path / "broken", method, **how, resume=True, dtype=torch.bfloat16)
+    (tmp_path / "broken" / "checkpoint-8").mkdir()  # torn while it was written
+    again, _ = trained(case, tmp_path / "broken", method, **how, resume=True)
+    assert all(torch.equal(v, want.state_dict()[k]) for k, v in again.state_dict().items())
     with pytest.raises(VtpruneError, match="holds checkpoints already"):
         trained(case, tmp_path / "broken", method, **how)
     with pytest.raises(VtpruneError, match="no checkpoint to go on from"):
@@ -207,20 +251,37 @@ import sys
 from pathlib import Path
 
 import torch
-from test_training import made, trained
+from test_training import SHARED, made, trained
 
 torch.set_num_threads(1)
-part, facts = trained(made(), Path(sys.argv[1]), sys.argv[2], steps=4, batch=4, lr=1e-2)
+part, facts = trained(made(), Path(sys.argv[1]), sys.argv[2], **SHARED[sys.argv[2]])
 if torch.distributed.get_rank() == 0:
     torch.save((part.state_dict(), facts), sys.argv[1] + "/out.pt")
 torch.distributed.destroy_process_group()
 """
 
 
+SHARED = {
+    "dpvr-lf": {"steps": 4, "batch": 4, "lr": 1e-2},
+    "mindskip": {"steps": 4, "batch": 4, "lr": 1e-2, "init": "random", "settings": {"target": 0.2}},
+}
+
+
+def test_gates_of_the_shared_batches_decide_otherwise(case):
+    """Else a price on each process's own share would be as good as one on all."""
+    model, data = case
+    with vtprune.attach(model, "mindskip", **PARTS["mindskip"], init="random") as handle:
+        handle.modules["mindskip"].requires_grad_()
+        model(**data.batch(data.rows, torch.device("cpu")), use_cache=False)
+        ran = torch.stack(list(handle.gates().values())).detach()
+    assert len(set(ran.mean(0).tolist())) > 1 and float(ran.mean()) > 0.2
+
+
 @pytest.mark.parametrize("method", PARTS)
-def test_two_processes_are_as_one(case, tmp_path, method):
-    """Each reads half of every batch, with answers of other lengths."""
-    want, told = trained(case, tmp_path / "one", method, steps=4, batch=4, lr=1e-2)
+def test_two_processes_are_as_one(tmp_path, method):
+    """Each reads half of every batch, with answers of other lengths, and gates that decide otherwise."""
+    case = made()
+    want, told = trained(case, tmp_path / "one", method, **SHARED[method])
     (tmp_path / "script.py").write_text(SCRIPT)
     here = Path(__file__).parent
     paths = [str(here.parent.parent), str(here.parent), str(here)]
@@ -232,14 +293,15 @@ def test_two_processes_are_as_one(case, tmp_path, method):
     assert ran.returncode == 0, ran.stderr[-2000:]
     got, facts = torch.load(tmp_path / "out.pt")
     assert facts["processes"] == 2 and told["processes"] == 1
-    assert facts["loss"] == pytest.approx(told["loss"], rel=2e-2)
-    for name, p in want.state_dict().items():
-        moved = float((p - fresh(case, method)[name]).abs().max())
-        assert float((got[name] - p).abs().max()) <= 0.05 * moved, name
+    assert facts["loss"] == pytest.approx(told["loss"], rel=1e-4)
+    start = fresh(case, method)
+    for name, p in want.state_dict().items():  # where a gradient is next to nothing, AdamW makes a step of its rounding
+        assert float((got[name] - p).abs().mean()) <= 1e-3 * float((p - start[name]).abs().mean()), name
 
 
 def fresh(case, method):
-    with vtprune.attach(case[0], method, **PARTS[method]) as handle:
+    init = {"init": "random"} if method == "mindskip" else {}
+    with vtprune.attach(case[0], method, **PARTS[method], **init) as handle:
         return handle.modules[method].state_dict()
 
 
@@ -262,6 +324,11 @@ def test_batches_that_processes_cannot_share(case, tmp_path, monkeypatch):
         ({"split": 6}, "0..5"),
         ({"init": "zeros"}, "init='zeros'"),
         ({"depth": 3}, "depth"),
+        ({"lr": float("inf")}, "lr=inf"),
+        ({"lr": 1e30, "steps": 4}, "no finite number"),
+        ({"steps": 1.5}, "whole number"),
+        ({"split": "auto"}, "give a number"),
+        ({"split": True}, "neither 'auto' nor a layer"),
         ({"settings": {"target": 1.0}}, "takes no target="),
     ],
 )
@@ -431,13 +498,21 @@ def test_gates_are_trained_on_questions_of_ones_own(folder, tmp_path, capsys):
     for line, says in (
         ("{", "line 9 is not JSON"),
         ("[]", "line 9 does not have the texts"),
+        ("[" * 100_000, "line 9 is not JSON"),
+        ('{"image": "0.png", "question": "what <image>", "answer": "x"}', "stands for 2 images"),
         ('{"image": "0.png", "question": 3, "answer": "x"}', "line 9 does not have the texts"),
         ('{"image": "none.png", "question": "a", "answer": "x"}', "none.png"),
     ):
         data.write_text("\n".join([*map(json.dumps, told), line]))
         with pytest.raises(VtpruneError, match=says):
             questions.encode(model, processor, questions.own_items(data))
-    with pytest.raises(VtpruneError, match="no such file"):
+    data.write_text(json.dumps({**told[0], "question": "what\u2028is it"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert len(questions.encode(model, processor, questions.own_items(data))) == 1
+    for content, says in ((b"\n", "holds no questions"), (b"\xff\xfe{}", "cannot be read as text")):
+        data.write_bytes(content)
+        with pytest.raises(VtpruneError, match=says):
+            questions.encode(model, processor, questions.own_items(data))
+    with pytest.raises(VtpruneError, match="cannot be read"):
         questions.encode(model, processor, questions.own_items(tmp_path / "no.jsonl"))
 
 
@@ -488,6 +563,10 @@ def test_the_curve_ends_with_the_unpruned_model(folder):
         (("--out=b.safetensors", "--scenes=0", "--easy=0"), "nothing to train on"),
         (("--out=missing.safetensors", "--compare-only"), "no such file"),
         (("--out=b.safetensors", "--resume"), "give both"),
+        (("--out=b.safetensors", "--split=true"), "layer number"),
+        (("--out=b.safetensors", "--split=1.5"), "layer number"),
+        (("--out=b.safetensors", "--branch-layers=two"), "branch_layers"),
+        (("--out=b.safetensors", "--data=none.jsonl"), "no such file none.jsonl"),
         (("--out=b.safetensors", "--split=1", "--fusion=0"), "nothing to train"),
         (("--out=b.safetensors", "--model=./no-such-folder"), "no such model"),
     ],

@@ -17,7 +17,7 @@ import torch
 from ..core.paths import output
 from ..core.planning import bind
 from ..core.types import VtpruneError
-from ..methods.base import METHODS
+from ..methods.base import METHODS, make
 from ..train.base import TRAININGS, Training, tell
 from ..train.card import read_facts, save
 from ..train.compare import compare, markdown
@@ -135,7 +135,11 @@ def _check(args: argparse.Namespace, training: Training) -> None:
         raise VtpruneError("--scenes and --easy are both 0: there is nothing to train on")
     if args.resume and args.save_every is None:
         raise VtpruneError("--resume goes on from what --save-every wrote: give both")
-    training.check({name: getattr(args, name) for name in training.options})
+    options = {name: getattr(args, name) for name in training.options}
+    training.check(options)
+    make(training.method, {name: value for name, value in options.items() if value != "auto"})
+    if args.data is not None and not args.data.is_file():
+        raise VtpruneError(f"no such file {args.data}")
 
 
 def run(args: argparse.Namespace) -> int:

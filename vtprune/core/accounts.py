@@ -36,7 +36,7 @@ class Accounts:
         self, geometry: Geometry, shapes: Any, key: str, stages: Sequence[Planned], branches: Mapping[int, Any]
     ):
         self.geometry, self.shapes, self.key, self.branches = geometry, shapes, key, branches
-        skipped = sorted({c.layer for *_, cuts in stages for c in cuts if c.action is Action.SKIP and not c.watch})
+        skipped = sorted({c.layer for *_, cuts in stages for c in cuts if c.action is Action.SKIP})
         if unknown := [i for i in skipped if shapes.layers[i].mlp is None]:
             raise UnsupportedError(
                 f"what of layer {unknown[0]} is its attention and what its MLP could not be counted, so that what "

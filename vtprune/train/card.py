@@ -22,9 +22,12 @@ def save(part: nn.Module, path: Path, facts: Mapping[str, Any], layers: Sequence
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    short = {k: v.detach().cpu().half().contiguous() for k, v in part.state_dict().items()}
+    if bad := [name for name, values in short.items() if not values.isfinite().all()]:
+        raise VtpruneError(f"{bad[0]} holds values that are no finite numbers of half precision: nothing was saved")
     told = TRAININGS.get(facts["method"]).tells(part, facts["options"])
     save_file(
-        {k: v.detach().cpu().half().contiguous() for k, v in part.state_dict().items()},
+        short,
         path,
         metadata={"format": "pt", "method": facts["method"], backbone.KEY: backbone.written(layers), **told},
     )
@@ -40,4 +43,8 @@ def read_facts(path: Path, method: str) -> dict[str, Any]:
     facts = read(path.with_suffix(".json"))
     if facts.get("method") != method:
         raise VtpruneError(f"{path.with_suffix('.json')} tells of {facts.get('method')!r}, not of {method}")
+    if not isinstance(facts.get("options"), dict):
+        raise VtpruneError(
+            f"{path.with_suffix('.json')} does not tell the options it was trained with: train once more"
+        )
     return facts

@@ -22,7 +22,7 @@ from .questions import Questions, encode, scene_items
 def check(options: Mapping[str, Any]) -> None:
     """Raises :class:`VtpruneError` where no answer reads what the branch makes, or for a split that is none."""
     split = options.get("split")
-    if split != "auto" and not isinstance(split, int):
+    if split != "auto" and (not isinstance(split, int) or isinstance(split, bool)):
         raise VtpruneError(f"--split {split} is neither 'auto' nor a layer number")
     if options.get("variant", "lf") == "lf" and options.get("fusion", 1) == 0:
         raise VtpruneError(

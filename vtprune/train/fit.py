@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,7 @@ from ..check.attach import attach
 from ..core import backbone
 from ..core.handle import Handle
 from ..core.types import VtpruneError
+from ..measure.runs import read
 from ..version import __version__
 from .base import TRAININGS, Say, Training, tell
 from .frozen import frozen
@@ -46,6 +49,10 @@ class Trainee(nn.Module):
         self.part = handle.modules[training.method].float().requires_grad_(True)
         self.__dict__["model"] = model
         self.handle, self.training_, self.settings, self.dtype = handle, training, settings, dtype
+
+    def train(self, mode: bool = True) -> Trainee:
+        """Always in evaluation mode, as the model around it: a copied layer's dropout is not what is trained."""
+        return super().train(False)
 
     def forward(self, num_items_in_batch: Tensor | int | None = None, **inputs: Any) -> dict[str, Tensor]:
         """``loss``; with ``num_items_in_batch``, the number of answer tokens in all processes' batches, this process's
@@ -76,9 +83,14 @@ def _progress(part: nn.Module, say: Say) -> Any:
                 )
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if logs and "loss" in logs and state.is_world_process_zero:
+            if logs and "loss" in logs:
+                if not math.isfinite(logs["loss"]):
+                    raise VtpruneError(
+                        f"the loss of step {state.global_step} is no finite number: a smaller lr= may help"
+                    )
                 rate = f"lr {logs['learning_rate']:.1e} " if "learning_rate" in logs else ""
-                say(f"step {state.global_step} t {time.monotonic() - began:.0f}s {rate}loss {logs['loss']:.4f}")
+                if state.is_world_process_zero:
+                    say(f"step {state.global_step} t {time.monotonic() - began:.0f}s {rate}loss {logs['loss']:.4f}")
 
     return Progress()
 
@@ -127,16 +139,20 @@ def fit(
     from transformers import PrinterCallback, Trainer
 
     training = TRAININGS.get(method)
+    options = {**{k: v for k, v in training.options.items() if v is not None}, **options}
     lr = training.lr if lr is None else lr
     chosen = _settings(training, settings or {})
     _check(training, options, steps=steps, batch=batch, lr=lr)
     arguments = _arguments(model, folder, steps=steps, batch=batch, lr=lr, seed=seed, save_every=save_every)
+    if dtype == torch.float32 and model.dtype != torch.float32:
+        raise VtpruneError(f"the model is {model.dtype}, in whose arithmetic float32 is not kept: dtype={model.dtype}")
     if len(data) < batch:
         raise VtpruneError(f"batch={batch} questions a step, and there are {len(data)}")
     with frozen(model), attach(model, method, **options) as handle, _evaluating(model):
         layers = handle.adapter.decoder_layers()
         plan = {"method": method, "options": options, "steps": steps, "batch": batch, "lr": lr, "seed": seed}
-        plan |= {"settings": chosen, "questions": len(data.rows), backbone.KEY: backbone.signature(layers)}
+        plan |= {"settings": chosen, "questions": len(data.rows), "data": data.digest(), "dtype": str(dtype)}
+        plan |= {"processes": arguments.world_size, backbone.KEY: backbone.signature(layers)}
         last = _last(folder, plan) if resume else None
         if save_every:
             _begin(folder, plan, last)
@@ -150,16 +166,18 @@ def fit(
         )
         trainer.remove_callback(PrinterCallback)
         began = time.monotonic()
-        trainer.train(resume_from_checkpoint=last)
+        with _own_numbers():
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = round(time.monotonic() - began, 1)
         part: nn.Module = trainee.part.requires_grad_(False)
         losses = [round(log["loss"], 5) for log in trainer.state.log_history if "loss" in log]
+    if not all(bool(p.isfinite().all()) for p in part.parameters()):
+        raise VtpruneError("what was trained holds values that are no finite numbers: a smaller lr= may help")
     own, whole = (sum(w.numel() for w in module.parameters()) for module in (part, model))
     facts = {
-        **{k: v for k, v in plan.items() if k != backbone.KEY},
+        **{k: v for k, v in plan.items() if k not in (backbone.KEY, "data")},
         "seconds": seconds,
         "dtype": str(dtype).removeprefix("torch."),
-        "processes": arguments.world_size,
         "images": len(data.images),
         "parameters": own,
         "parameter_share": own / whole,
@@ -168,6 +186,16 @@ def fit(
         "loss": losses,
     }
     return part, facts
+
+
+@contextmanager
+def _own_numbers() -> Iterator[None]:
+    """The Trainer seeds every generator of random numbers; afterwards the caller's go on."""
+    ours = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(ours[0])
+    np.random.set_state(ours[1])
 
 
 @contextmanager
@@ -196,6 +224,7 @@ def _arguments(model: Any, folder: Path, *, steps: int, batch: int, lr: float, s
             warmup_steps=round(WARM_UP * steps),
             weight_decay=0.0,
             max_grad_norm=CLIP,
+            logging_nan_inf_filter=False,
             logging_steps=max(1, math.ceil(steps / PARTS)),
             save_strategy="steps" if save_every else "no",
             save_steps=save_every or 500,
@@ -245,30 +274,34 @@ def _settings(training: Training, given: Mapping[str, float]) -> dict[str, float
 def _check(training: Training, options: Mapping[str, Any], **numbers: float) -> None:
     """Raises :class:`VtpruneError` for what cannot train anything."""
     for name, value in numbers.items():
-        if not value > 0:
-            raise VtpruneError(f"{name}={value} must be above 0")
+        if not (math.isfinite(value) and value > 0):
+            raise VtpruneError(f"{name}={value} must be a number above 0")
+        if name != "lr" and not isinstance(value, int):
+            raise VtpruneError(f"{name}={value} must be a whole number")
     training.check({**training.options, **options})
+    if auto := [name for name, value in options.items() if value == "auto"]:
+        raise VtpruneError(f"{auto[0]}='auto' is measured by the command alone: give a number")
 
 
-def _newest(folder: Path) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
+def _newest(folder: Path) -> Path | None:
+    """The last checkpoint that was written to its end."""
+    whole = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
 
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
-
-def _last(folder: Path, plan: Mapping[str, Any]) -> str | None:
+def _last(folder: Path, plan: Mapping[str, Any]) -> Path:
     """The newest checkpoint in ``folder``. Raises :class:`VtpruneError` if there is none, or one of another run."""
     last = _newest(folder)
     if last is None or not (folder / PLAN).is_file():
         raise VtpruneError(f"no checkpoint to go on from in {folder}")
-    before = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    before = read(folder / PLAN)
     now = json.loads(json.dumps(plan))
     if other := [key for key in now if before.get(key) != now[key]]:
         raise VtpruneError(f"the checkpoints in {folder} are of another run: {other[0]} was another")
     return last
 
 
-def _begin(folder: Path, plan: Mapping[str, Any], last: str | None) -> None:
+def _begin(folder: Path, plan: Mapping[str, Any], last: Path | None) -> None:
     """Writes what the checkpoints in ``folder`` belong to. Raises :class:`VtpruneError` if there are some of an earlier
     run that is not gone on with."""
     if last is None and _newest(folder) is not None:

@@ -19,7 +19,14 @@ from .base import Control, Training, register
 
 def price(handle: Handle, settings: Mapping[str, float]) -> dict[str, Tensor]:
     """By how much more attentions ran than ``target`` of them."""
-    ran = torch.stack(list(handle.gates().values())).mean()
+    gates = list(handle.gates().values())
+    if not gates:  # a batch without anything to prune
+        return {}
+    ran = torch.stack(gates).mean()
+    if torch.distributed.is_initialized():  # of all processes' samples, which are as many in each
+        every = ran.detach().clone()
+        torch.distributed.all_reduce(every)
+        ran = ran + (every / torch.distributed.get_world_size() - ran).detach()
     return {"price": settings["budget_weight"] * torch.relu(ran - settings["target"])}
 
 

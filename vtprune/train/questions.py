@@ -3,6 +3,7 @@ each image once."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 from collections.abc import Iterable, Iterator
@@ -50,6 +51,12 @@ class Questions:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def digest(self) -> str:
+        """What tells them from others."""
+        told = hashlib.sha256(repr(self.rows).encode())
+        told.update(self.images.float().numpy().tobytes())
+        return told.hexdigest()[:16]
 
     def __getitem__(self, number: int) -> Row:
         return self.rows[number]
@@ -114,20 +121,24 @@ def easy_items(split: str, count: int) -> Iterator[Item]:
 def own_items(path: Path) -> Iterator[Item]:
     """The questions of a user's file: a JSON object a line, ``{"image": FILE, "question": ..., "answer": ...}``, with
     files beside it or anywhere. Raises :class:`VtpruneError` for a line that is none."""
-    if not path.is_file():
-        raise VtpruneError(f"no such file {path}")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise VtpruneError(f"{path} cannot be read as text: {e}") from e
     grouped: dict[str, list[tuple[str, str, str]]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             told = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise VtpruneError(f"{path}, line {number} is not JSON: {e}") from e
         fields = ("image", "question", "answer")
         if not isinstance(told, dict) or not all(isinstance(told.get(k), str) and told[k] for k in fields):
             raise VtpruneError(f"{path}, line {number} does not have the texts image, question and answer")
         grouped.setdefault(told["image"], []).append((OWN, told["question"], told["answer"]))
+    if not grouped:
+        raise VtpruneError(f"{path} holds no questions")
     for name, rows in grouped.items():
         yield open_image(path.parent / name), rows
 
@@ -166,6 +177,8 @@ def encode(
         for kind, question, answer in asked:
             message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
             ids = tokenizer(processor.apply_chat_template(message, add_generation_prompt=True)).input_ids
+            if ids.count(place) != 1:
+                raise VtpruneError(f"{question!r} stands for {ids.count(place)} images, and one belongs to it")
             at = ids.index(place)
             reply = tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
             rows.append(Row(number, kind, ids[:at] + [place] * tokens + ids[at + 1 :], reply))

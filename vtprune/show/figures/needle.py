@@ -42,7 +42,7 @@ def heat_maps(rows: Sequence[Mapping[str, Any]], kind: str = "needle") -> Figure
                     ax.text(x + 0.5, y + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=8.5, color=ink)
         ax.set_xticks([x + 0.5 for x in range(len(lengths))], [str(n) for n in lengths])
         ax.set_yticks([y + 0.5 for y in range(len(depths))], [f"{100 * d:g} %" for d in depths])
-        ax.invert_yaxis()
+        ax.set_ylim(len(depths), 0)  # of shared axes inverting twice would be nothing
         ax.set_title(method)
         ax.set_xlabel("tokens in the prompt")
         ax.set_ylabel("depth of the needle")
