@@ -177,7 +177,10 @@ def test_rasters_that_lie_on_no_picture_cost_no_answer(capsys, vlm, image, tmp_p
         == 0
     )
     told = capsys.readouterr()
-    assert "answer, pruned" in told.out and told.err == "vtprune: note: the picture is left out: nothing true to draw\n"
+    assert (
+        "answer, pruned" in told.out
+        and told.err == "vtprune: note: drawn without the picture behind the tokens: nothing true to draw\n"
+    )
     assert (tmp_path / name).stat().st_size > 1000
 
 

@@ -8,11 +8,13 @@ import copy
 import dataclasses
 import json
 import os
+import random
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from vtprune.models.base import ADAPTERS
@@ -217,8 +219,10 @@ def test_a_run_that_was_broken_off_goes_on(case, tmp_path, method):
             raise Killed
 
     flags = [p.requires_grad for p in case[0].parameters()]
+    numbers = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
     with pytest.raises(Killed):
         trained(case, tmp_path / "broken", method, **how, say=kill)
+    assert numbers == (random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist())
     assert [p.requires_grad for p in case[0].parameters()] == flags
     got, facts = trained(case, tmp_path / "broken", method, **how, resume=True)
     assert all(torch.equal(v, want.state_dict()[k]) for k, v in got.state_dict().items())

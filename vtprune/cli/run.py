@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         times = () if video is None else videos.seconds(video)
         views, missing = views_or_blank(processor, inputs, report, frames=video is not None, times=times)
         if missing:  # the answers are there all the same
-            print(f"vtprune: note: the picture is left out: {missing}", file=sys.stderr)
+            print(f"vtprune: note: drawn without the picture behind the tokens: {missing}", file=sys.stderr)
         if picture.suffix.lower() == ".html":
             titles = (f"dense: {dense}", f"{handle.recipe.name}: {pruned}")
             web.write(picture, _theatre(args, report, views, *titles).encode())

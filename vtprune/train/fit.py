@@ -192,10 +192,12 @@ def fit(
 def _own_numbers() -> Iterator[None]:
     """The Trainer seeds every generator of random numbers; afterwards the caller's go on."""
     ours = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(ours[0])
-    np.random.set_state(ours[1])
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(ours[0])
+        np.random.set_state(ours[1])
 
 
 @contextmanager
