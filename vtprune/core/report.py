@@ -70,8 +70,8 @@ class Report:
     recipe: str = ""
     grids: list[list[tuple[int, int]]] = field(default_factory=list)
     skipped: list[list[str]] = field(default_factory=list)
-    skipped_online: list[list[str]] = field(default_factory=list)
     shelved_bytes: int = 0
+    skipped_online: list[list[str]] = field(default_factory=list)
 
     @property
     def effective_tokens(self) -> float:

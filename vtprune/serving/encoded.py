@@ -300,6 +300,7 @@ def _report(told: dict[str, Any]) -> Report:
         told["recipe"],
         [[(r, c) for r, c in sample] for sample in told["grids"]],
         # files that were written before layers could be left out, or rows be shelved, have none
-        told.get("skipped", [[] for _ in told["visual_tokens"]]),
-        told.get("shelved_bytes", 0),
+        skipped=told.get("skipped", [[] for _ in told["visual_tokens"]]),
+        skipped_online=told.get("skipped_online", [[] for _ in told["visual_tokens"]]),
+        shelved_bytes=told.get("shelved_bytes", 0),
     )
