@@ -74,7 +74,7 @@ def test_only_the_part_moves_and_the_loss_falls(case, tmp_path, method):
     model.lm_head.requires_grad_(False)  # a flag that the user set himself
     flags, before = [p.requires_grad for p in model.parameters()], snapshot(model)
     settings = {"target": 0.0} if method == "mindskip" else {}
-    part, facts = trained(case, tmp_path, method, settings=settings)
+    part, facts = trained(case, tmp_path / "none", method, settings=settings)
     assert snapshot(model) == before
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
@@ -585,3 +585,16 @@ def test_a_model_on_another_device_than_the_trainers(case, tmp_path, monkeypatch
     monkeypatch.setattr(type(case[0]), "device", property(lambda self: torch.device("cuda", 1)))
     with pytest.raises(VtpruneError, match="the model lies on cuda:1, and this process trains on cpu"):
         trained(case, tmp_path)
+
+
+def test_the_gates_that_are_shipped():
+    """They belong to the bundled model, leave out what its card says, and answers stay."""
+    from vtprune.inputs import demo_model
+    from vtprune.measure.run import evaluate
+    from vtprune.measure.samples import scenes_samples
+
+    model, processor = vtprune.load_demo_model()
+    weights, samples = demo_model.FOLDER / "mindskip.safetensors", scenes_samples(1)
+    assert card.read_facts(weights, "mindskip")["settings"]["target"] == 0.5
+    found = evaluate(model, processor, samples, "mindskip", weights=str(weights))
+    assert all(found["correct"]) and found["flops"] < found["dense_flops"]

@@ -156,6 +156,7 @@ def fit(
         last = _last(folder, plan) if resume else None
         if save_every:
             _begin(folder, plan, last)
+        made = not folder.exists()
         trainee = Trainee(model, handle, training, chosen, dtype)
         trainer = Trainer(
             model=trainee,
@@ -166,7 +167,7 @@ def fit(
         )
         trainer.remove_callback(PrinterCallback)
         began = time.monotonic()
-        with _own_numbers():
+        with _own_numbers(), _no_empty(folder, made, arguments):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = round(time.monotonic() - began, 1)
         part: nn.Module = trainee.part.requires_grad_(False)
@@ -198,6 +199,16 @@ def _own_numbers() -> Iterator[None]:
     finally:
         random.setstate(ours[0])
         np.random.set_state(ours[1])
+
+
+@contextmanager
+def _no_empty(folder: Path, made: bool, arguments: Any) -> Iterator[None]:
+    """The Trainer makes its folder at once; one that was ``made`` for nothing goes."""
+    try:
+        yield
+    finally:
+        if made and arguments.process_index == 0 and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @contextmanager
