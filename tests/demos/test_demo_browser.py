@@ -559,7 +559,9 @@ def test_markup_in_names_stays_text(seat, pictures, elsewhere, tmp_path):
         toast.wait_for()
         assert "<img src=" in toast.inner_text()
         assert one.page.locator(".toast-body img[src^=http], .toast-body form, #status img, #status form").count() == 0
-        one.page.locator(".toast-close").first.click()
+        # of several, one may be fading away, and cannot be clicked any more
+        one.page.evaluate("document.querySelectorAll('.toast-close').forEach((button) => button.click())")
+        one.page.wait_for_function("!document.querySelector('.toast-body')")
         box.locator("button[aria-label='Clear'], button[aria-label='Remove this file']").first.click()
     box.locator("input[type=file]").set_input_files(
         recipe_file(tmp_path, "good.json", top={"name": evil + "{{#each}} ${x}"})
