@@ -106,9 +106,9 @@ class Dense:
                         else:  # ahead of transformers' own, as above
                             self.hooks.append(layer.register_forward_hook(self._times(factor), prepend=True))
 
-                learns = [(stage, cut) for stage, cut in done.cuts if cut.watch and cut.layer == i]
-                for stage, cut in learns:
-                    self._learn(layer, done.methods[stage], cut)
+                for stage, cut in done.cuts:
+                    if cut.watch and cut.layer == i:
+                        self._learn(layer, done.methods[stage], cut)
 
     def _learn(self, layer: Any, method: Any, cut: Any) -> None:
         """An MLP that stands for nothing behind the first tokens of an answer, as these say, row by row."""

@@ -124,7 +124,7 @@ def learn_in_decoder(
     ledger: UndoLedger,
     layers: Mapping[int, tuple[nn.Module, nn.Module]],
     watch: int,
-    learn: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]],
+    learn: Mapping[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]],
     asked: Tensor,
 ) -> None:
     """Each of ``layers`` (by number, with its part that reads what stands in front of its MLP) notes of the first
@@ -147,7 +147,7 @@ def learn_in_decoder(
                 a, b = y[:, 0].double(), z[:, 0].double()
                 seen.append((nn.functional.cosine_similarity(a, b), b.norm(dim=1) / a.norm(dim=1)))
                 return None
-            left, scale = learn(number, *(torch.stack(told, 1) for told in zip(*seen, strict=True)))
+            left, scale = learn[number](*(torch.stack(told, 1) for told in zip(*seen, strict=True)))
             gone = (left & asked.any(1).to(left.device))[:, None, None]
             return with_rows(output, torch.where(gone, y * scale.to(y.dtype)[:, None, None], z))
 

@@ -35,9 +35,10 @@ class Online:
 
     def __init__(self, decoder: Decoder, cuts: list[PlannedCut], ledger: UndoLedger, now: Callable[[], Call | None]):
         self.now, self.watched = now, {(planned.cut.layer, planned.cut.half) for planned in cuts}
-        if cuts:
-            probe_halves(decoder)
-        names = reads_between(decoder) if cuts else ()
+        if not cuts:
+            return
+        probe_halves(decoder)
+        names = reads_between(decoder)
         for planned in cuts:
             number, watch = planned.cut.layer, planned.cut.watch
             layer, learn = decoder.layers[number], ledger.timed(planned.learn)
@@ -81,7 +82,7 @@ class Online:
                 return None
             if y is None or y.shape != z.shape:
                 raise UnsupportedError(REPLACED.format(f"norm in front of the MLP of layer {number}"))
-            _note(call, number, place, y, z.detach(), watch)
+            _note(call, number, place, y, z, watch)
             if int(place.max()) < watch:
                 return None
             left, scale = _decided(call, number, learn)
@@ -128,20 +129,14 @@ def _real(call: Call) -> Tensor:
     those that the last row sees of a mask of full attention."""
     request, mask = call.request, call.mask
     assert request is not None and call.tail is not None
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention")
-        known = mask is not None
-    else:
-        known = True
-    if mask is None and known:
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         return call.tail
-    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+    mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
         raise UnsupportedError(
             "which tokens behind the prompt are padding is not known of such a mask, and those are not to be watched: "
             "pass a 2-D attention_mask [B, T]"
         )
-    if mask.ndim == 2:
-        return call.tail
     row = mask[:, 0, -1, request.length : request.length + call.tail.shape[1]]
     return row if row.dtype == torch.bool else row == 0
 

@@ -226,7 +226,7 @@ class Request:
         self.borrows = [self.borrows[b] for b in order if self.borrows]
         self.behind, self.origin = ([some[b] for b in order if some] for some in (self.behind, self.origin))
         for shown in self.shown.values():
-            shown.move(index)
+            shown.move(order)
         if self.shelf is not None and order != list(range(len(self.shelf.ids))):
             self.shelf.lost = "its samples were moved"
         for level in {id(level): level for level in (*self.levels, *self.at)}.values():

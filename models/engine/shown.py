@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -19,8 +18,7 @@ class Shown:
     left: list[bool]
     decided: tuple[list[bool], list[float]] | None = None
 
-    def move(self, index: Tensor) -> None:
-        order = torch.arange(len(self.left))[index.cpu()].tolist()
-        index = index.to(self.similar.device)
-        self.similar, self.ratio, self.decided = self.similar[index], self.ratio[index], None
+    def move(self, order: list[int]) -> None:
+        """The cache's samples ``order`` take the places of all."""
+        self.similar, self.ratio, self.decided = self.similar[order], self.ratio[order], None
         self.left = [self.left[b] for b in order]

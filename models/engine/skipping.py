@@ -123,7 +123,7 @@ class Skipping:
             if not any(left):
                 return out
             gone = torch.tensor(left, device=x.device)[:, None, None]
-            return (out[0].masked_fill(gone, 0), *out[1:]) if isinstance(out, tuple) else out.masked_fill(gone, 0)
+            return with_rows(out, rows_of(out).masked_fill(gone, 0))
 
         return torch.compiler.disable(forward, recursive=False)
 
@@ -133,16 +133,14 @@ class Skipping:
     ) -> Tensor | None:
         """By what each sample's half is multiplied, ``[B]``, where the method is being trained: 0 or 1, with the
         gradient of what decides; samples without visual tokens keep theirs. ``None``: it is not trained."""
-        request, level = call.request, call.level
-        assert request is not None and level is not None
+        request = call.request
+        assert request is not None
         if not torch.is_grad_enabled():
             return None
-        check_rows(call)
-        level = level.on(x.device)
-        weight = gate(x, prompt_at(call, level))
+        prompt, some = _asked(call, x)
+        weight = gate(x, prompt)
         if weight is None:
             return None
-        some = (level.visual & level.valid).any(1)
         weight = torch.where(some, weight, torch.ones_like(weight))
         request.gates[key] = weight
         request.skipped[key] = (weight.detach() == 0).tolist()
@@ -152,14 +150,21 @@ class Skipping:
     def _decide(call: Call, key: tuple[int, str], decide: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> None:
         """Asks the method about the prompt whose rows are ``x`` ``[B, T, C]``; samples without visual tokens stay
         whole."""
-        request, level = call.request, call.level
-        assert request is not None and level is not None
-        check_rows(call)
-        level = level.on(x.device)
-        left = decide(x.detach(), prompt_at(call, level)) & (level.visual & level.valid).any(1)
+        request = call.request
+        assert request is not None
+        prompt, some = _asked(call, x)
+        left = decide(x.detach(), prompt) & some
         if bool(left.any()):
             request.skipped[key] = left.tolist()
             request.skipping[key] = list(request.skipped[key])
+
+
+def _asked(call: Call, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows of ``x`` ``[B, T, C]`` are a prompt's, ``[B, T]``, and which samples have visual tokens, ``[B]``."""
+    check_rows(call)
+    assert call.level is not None
+    level = call.level.on(x.device)
+    return prompt_at(call, level), (level.visual & level.valid).any(1)
 
 
 def entering(

@@ -302,15 +302,20 @@ def test_batches_beams_and_requests_between_each_other(tiny, family, variant):
     assert torch.equal(both, torch.cat(alone))
 
 
-def test_samples_without_images_stay_whole_beside_others(tiny):
-    model, inputs = tiny("llava", "clip-llama")
+def beside_text(inputs) -> dict:
+    """The batch with a third sample, of text alone."""
     length = inputs["input_ids"].shape[1]
     text = torch.randint(8, 60, (1, length), generator=torch.Generator().manual_seed(3))
-    batch = {
+    return {
         "input_ids": torch.cat([inputs["input_ids"], text]),
         "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(text)]),
         "pixel_values": inputs["pixel_values"],
     }
+
+
+def test_samples_without_images_stay_whole_beside_others(tiny):
+    model, inputs = tiny("llava", "clip-llama")
+    batch = beside_text(inputs)
     step = torch.tensor([[9], [9], [9]])
     grown = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
     with torch.no_grad():

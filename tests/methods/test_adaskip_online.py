@@ -9,11 +9,11 @@ import json
 import pytest
 import torch
 import transformers as hf
-from test_adaskip import EVERY, FAMILIES, attended, doubled, drawn, fed, given, limit, names
+from test_adaskip import EVERY, FAMILIES, attended, beside_text, doubled, drawn, fed, given, limit, names
 from torch import Tensor
 from vtprune.models.engine.host import cache_of, cached
 from vtprune.models.engine.online import reads_between
-from vtprune.models.parts.tiny import tiny_build
+from vtprune.models.parts.tiny import tiny_build, tiny_text
 
 import vtprune
 from fake import picture
@@ -503,13 +503,7 @@ def test_layers_no_part_of_which_reads_what_stands_in_between(tiny, monkeypatch)
 
 def test_samples_without_images_stay_whole_beside_others(tiny):
     model, inputs = tiny("llava", "clip-llama")
-    length = inputs["input_ids"].shape[1]
-    text = torch.randint(8, 60, (1, length), generator=torch.Generator().manual_seed(3))
-    batch = {
-        "input_ids": torch.cat([inputs["input_ids"], text]),
-        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(text)]),
-        "pixel_values": inputs["pixel_values"],
-    }
+    batch = beside_text(inputs)
     more = torch.randint(8, 60, (3, 5), generator=torch.Generator().manual_seed(5))
 
     def read() -> Tensor:
@@ -529,18 +523,9 @@ def test_samples_without_images_stay_whole_beside_others(tiny):
     assert not torch.allclose(got[:2, 2:], dense[:2, 2:], atol=1e-3)
 
 
-def test_scaled_residuals(tiny):
+def test_scaled_residuals():
     """Granite's layers scale what they add."""
-    config = hf.GraniteConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        residual_multiplier=0.4,
-        pad_token_id=0,
-    )
+    config = hf.GraniteConfig(**tiny_text(residual_multiplier=0.4, logits_scaling=1.0))
     model = tiny_build(hf.GraniteForCausalLM, config)
     ids = torch.randint(8, 60, (1, 20), generator=torch.Generator().manual_seed(0))
     options = {"mlp": (2,), "ratio": 1.1, "online": 3, "beta": -1.0}

@@ -57,7 +57,7 @@ def _learn(ledger: UndoLedger, c: Case) -> None:
         ledger,
         {i: (layers[i], getattr(layers[i], names[i])) for i in rules},
         watched[0][1].watch,
-        lambda i, similarity, ratio: rules[i](similarity, ratio),
+        rules,
         c.adapter.prunable(c.inputs),
     )
 

@@ -160,8 +160,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         options = _train(args, training, model, processor)
     if args.eval_scenes + args.eval_easy > 0 and _first():
-        sizes = {"eval_scenes": args.eval_scenes, "eval_easy": args.eval_easy, "batch": args.batch}
-        table = compare(model, processor, training, options, args.out, dtype=DTYPES[args.dtype], **sizes)
+        dtype = DTYPES[args.dtype]
+        items = chain(scene_items("test", 0, args.eval_scenes, 2), easy_items("test", args.eval_easy))
+        data = encode(model, processor, items, dtype=dtype)
+        table = compare(model, data, training, options, args.out, batch=args.batch, dtype=dtype)
         args.out.with_suffix(".compare.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         print(markdown(table))
     return 0
@@ -177,7 +179,8 @@ def _train(args: argparse.Namespace, training: Training, model: Any, processor: 
     dtype, told = DTYPES[args.dtype], dict[str, Any]()
     options = {name: getattr(args, name) for name in training.options}
     if training.choose is not None:
-        options, told = training.choose(model, processor, options, args, dtype)
+        sizes = {"scenes": args.val_scenes, "batch": args.batch}
+        options, told = training.choose(model, processor, options, dtype=dtype, **sizes)
     began = time.monotonic()
     data = encode(model, processor, _items(args), dtype=dtype)
     tell(f"{len(data.images)} images, {len(data.rows)} questions, {time.monotonic() - began:.0f}s")

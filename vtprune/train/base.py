@@ -53,8 +53,9 @@ class Training:
         lr: the peak learning rate by default.
         losses: what is added to the cross-entropy of the answers after each forward, by name; means over the samples.
         check: raises :class:`~vtprune.core.types.VtpruneError` for options that leave nothing to train.
-        choose: of options that are ``"auto"``, what they should be: ``choose(model, processor, options, settings of the
-            command, say)``; what it measured, to be kept beside the weights, comes with them.
+        choose: of options that are ``"auto"``, what they should be, measured on so many validation scenes:
+            ``choose(model, processor, options, scenes=, batch=, dtype=)``; what was measured, to be kept beside the
+            weights, comes with them.
         tells: what the method asks a file of weights for: ``tells(part, options)``, a file's metadata.
         controls: what the trained part is compared with, besides the unpruned model.
     """

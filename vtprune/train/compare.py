@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from ..check.attach import attach
 from .base import Control, Say, Training, tell
 from .frozen import arithmetic
-from .questions import KINDS, Questions, easy_items, encode, scene_items
+from .questions import KINDS, Questions
 
 
 @torch.no_grad()
@@ -62,26 +61,6 @@ def evaluate(
 
 
 def compare(
-    model: Any,
-    processor: Any,
-    training: Training,
-    options: Mapping[str, Any],
-    weights: Path | None = None,
-    *,
-    eval_scenes: int = 100,
-    eval_easy: int = 30,
-    batch: int = 32,
-    dtype: torch.dtype = torch.float32,
-    say: Say = tell,
-) -> dict[str, Any]:
-    """The table of :func:`compare_on` over the scenes test split (two questions of each ability per image) and easy-VQA
-    test."""
-    items = chain(scene_items("test", 0, eval_scenes, 2), easy_items("test", eval_easy))
-    data = encode(model, processor, items, dtype=dtype)
-    return compare_on(model, data, training, options, weights, batch=batch, dtype=dtype, say=say)
-
-
-def compare_on(
     model: Any,
     data: Questions,
     training: Training,

@@ -6,7 +6,6 @@ Every parameter of the model is frozen, so the gradient runs from the answers th
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,13 +31,20 @@ def check(options: Mapping[str, Any]) -> None:
 
 
 def choose(
-    model: Any, processor: Any, options: dict[str, Any], args: argparse.Namespace, dtype: torch.dtype, say: Say = tell
+    model: Any,
+    processor: Any,
+    options: dict[str, Any],
+    *,
+    scenes: int,
+    batch: int,
+    dtype: torch.dtype,
+    say: Say = tell,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The split where the model's own withdrawal curve puts it, and that curve."""
     if options["split"] != "auto":
         return options, {}
-    val = encode(model, processor, scene_items("val", 0, args.val_scenes, 2), dtype=dtype)
-    curve = withdrawal_curve(model, val, batch=args.batch, dtype=dtype, say=say)
+    val = encode(model, processor, scene_items("val", 0, scenes, 2), dtype=dtype)
+    curve = withdrawal_curve(model, val, batch=batch, dtype=dtype, say=say)
     split = choose_split(curve, options["fusion"])
     say(f"split {split}")
     return {**options, "split": split}, {"withdrawal": curve}
