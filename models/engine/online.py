@@ -132,13 +132,16 @@ def _real(call: Call) -> Tensor:
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         return call.tail
     mask = mask.get("full_attention") if isinstance(mask, dict) else mask
-    if not isinstance(mask, Tensor) or mask.ndim != 4:
+    seen = None
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        seen = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
+    # a window that has left the whole prompt behind also hides tokens of the answer, which are no padding
+    if seen is None or not bool(seen[:, : request.length].any(1).all()):
         raise UnsupportedError(
             "which tokens behind the prompt are padding is not known of such a mask, and those are not to be watched: "
             "pass a 2-D attention_mask [B, T]"
         )
-    row = mask[:, 0, -1, request.length : request.length + call.tail.shape[1]]
-    return row if row.dtype == torch.bool else row == 0
+    return seen[:, request.length : request.length + call.tail.shape[1]]
 
 
 def _note(call: Call, number: int, place: Tensor, y: Tensor, z: Tensor, watch: int) -> None:

@@ -309,6 +309,12 @@ def test_masks_that_are_ready_made_tell_the_same_padding():
             assert torch.allclose(read(mask)[0], want[0], atol=1e-9)
             assert torch.allclose(read(mask)[1, 3:], want[1, 3:], atol=1e-9)
 
+        near = (
+            torch.ones(6, 18, dtype=torch.bool).tril(12).triu(12 - 3)
+        )  # a window of four: it hides the answer's first
+        with pytest.raises(UnsupportedError, match="pass a 2-D attention_mask"):
+            read((seen & near).contiguous())
+
         def turns(cache) -> Tensor:
             how = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
             first = model.generate(input_ids=ids, max_new_tokens=3, **how, **cached(model, cache))
