@@ -35,6 +35,10 @@ def _nothing_learned(similarity: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]
     raise NotImplementedError("this cut's method watches no answer")
 
 
+def _nothing_trained() -> bool:
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlannedCut:
     """A cut as the adapter sees it.
@@ -49,6 +53,7 @@ class PlannedCut:
         skip: its :meth:`~vtprune.methods.base.Method.skip`, cut and module bound.
         gate: its :meth:`~vtprune.methods.base.Method.gate`, cut and module bound.
         learn: its :meth:`~vtprune.methods.base.Method.learn`, the cut bound.
+        trains: whether the module that decides there wants gradients.
     """
 
     cut: Cut
@@ -60,6 +65,7 @@ class PlannedCut:
     skip: Callable[[Tensor, Tensor], Tensor] = _nothing_skipped
     gate: Callable[[Tensor, Tensor], Tensor | None] = _nothing_gated
     learn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _nothing_learned
+    trains: Callable[[], bool] = _nothing_trained
 
 
 class Recorder(Protocol):

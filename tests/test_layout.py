@@ -18,7 +18,8 @@ BELOW = ("vtprune", "vtprune.c[oh]*", "vtprune.methods.*", "vtprune.models.*", "
 MAY = {
     "vtprune.version": (),
     "vtprune.moved": (),
-    "vtprune.core.types": (),
+    "vtprune.core.sources": (),
+    "vtprune.core.types": ("vtprune.core.sources",),
     "vtprune.core.registry": ("vtprune.core.*",),
     "vtprune.core.select": ("vtprune.core.types", "vtprune.kernels", "vtprune.kernels.base"),
     "vtprune.core.recipe": ("vtprune.core.types",),

@@ -36,6 +36,12 @@ class Candidates:
         """Their rows of ``x`` ``[B, M, ...]``: ``[G, N, ...]``; padding has those of column 0."""
         return x[self.owner[:, None], self.where.clamp_min(0)]
 
+    def put(self, x: Tensor, rows: Tensor) -> Tensor:
+        """``x`` ``[B, M, C]`` with the ``rows`` ``[G, N, C]`` in their places."""
+        where = torch.where(self.valid, self.where, x.shape[1])  # the extra row takes the padding
+        owner = self.owner[:, None].expand_as(where)
+        return torch.nn.functional.pad(x, (0, 0, 0, 1)).index_put((owner, where), rows)[:, :-1]
+
     def marked(self, column: Tensor, level: SequenceLength) -> Tensor:
         """``[G, N]``: those of the columns of the whole sequence that are marked, ``column`` ``[B, T]``."""
         marks = column.to(self.where.device).gather(1, level.rows) & level.valid

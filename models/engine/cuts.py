@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...core.select import combine
+from ...core.select import combine, gated
 from ...core.types import NOTE, Action, Seed, Selection, TokenView, UnsupportedError
 from ..base import PlannedCut
 from .books import carry
@@ -65,6 +65,8 @@ class Cuts:
         merges = selection.target is not None or selection.mix is not None
         if merges:
             x = self._merge(call, selection, candidates, level, x)
+        elif selection.gate is not None:
+            x = candidates.put(x, gated(candidates.rows(x), selection))
         standing = None if request.standing is None else request.standing.stands
         request.notes.append(
             partial(

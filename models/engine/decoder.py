@@ -238,6 +238,8 @@ class DecoderEngine:
         if number == 0 and call.gone is not None:
             changed = self.cuts.drop(call, 0, level.valid & ~call.gone.to(level.rows.device), x)
         for planned in changing:
+            if host.without_cache(module) and planned.trains():
+                raise UnsupportedError(TRAINED)
             changed = self.cuts.apply(call, planned, number, changed)
         context = [planned for planned in context if planned.stage in call.stash]
         for planned in context:
@@ -253,6 +255,12 @@ class DecoderEngine:
         if host.checkpointed(module):
             self.replays.remember(call, number, level)
         return LAYER.put_first(args, kwargs, changed)
+
+
+TRAINED = (
+    "gradient checkpointing asks what decides again in the backward pass, or not at all, and it is being trained: "
+    "gradient_checkpointing_disable()"
+)
 
 
 def _check_model(decoder: Decoder, cuts: list[PlannedCut]) -> None:

@@ -183,7 +183,7 @@ class Run:
         """Applies a selection to the visual tokens ``x`` ``[G, n, C]`` and keeps the books."""
         before = self.index
         n, k = x.shape[1], selection.kept.shape[1]
-        whole = n == k and selection.layout is None and selection.mix is None
+        whole = n == k and selection.layout is None and selection.mix is None and selection.gate is None
         if whole and selection.span is not None:
             whole = selection.span[0] == n  # ascending positions, as many as there are
         elif whole:

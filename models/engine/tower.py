@@ -35,6 +35,11 @@ UNSEEN = (
 ONE_SIZE = "images must have the size that the model's configuration names, and patch dropout must be off"
 
 
+TRAINED = (
+    "gradient checkpointing runs a block of the tower again, and what decides there is being trained: switch it off"
+)
+
+
 class TowerEngine:
     """Hooks one tower. ``done(run)`` is called at the end of each pass."""
 
@@ -192,6 +197,8 @@ class TowerEngine:
 
     def _decision(self, run: Run, block: Any, planned: PlannedCut, x: Tensor) -> Selection | None:
         """The method's, or when a checkpoint runs the block again the one that it made the first time."""
+        if planned.trains() and (run.again or (block.training and getattr(block, "gradient_checkpointing", False))):
+            raise UnsupportedError(TRAINED)
         if run.again and run.decided is not None:
             return run.decided[id(planned)]
         p = self.tower.prefix

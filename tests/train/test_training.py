@@ -31,8 +31,8 @@ from vtprune.train.base import TRAININGS
 from vtprune.train.fit import fit
 
 QUIET = {"say": lambda line: None}
-PARTS = {"dpvr-lf": {"split": 3}, "mindskip": {"layers": (1, 3, 4)}}
-RATES = {"dpvr-lf": 1e-2, "mindskip": 0.5}
+CASES = {name: training.case for name, training in TRAININGS.items()}
+PARTS = {name: case["options"] for name, case in CASES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def made():
 
 def trained(case, folder, method="dpvr-lf", **how):
     model, data = case
-    how = {"steps": 40, "batch": 8, "lr": RATES[method], "folder": folder, **PARTS[method], **QUIET, **how}
+    how = {"steps": 40, "batch": 8, "lr": CASES[method]["lr"], "folder": folder, **PARTS[method], **QUIET, **how}
     return fit(model, data, method, **how)
 
 
@@ -73,8 +73,7 @@ def test_only_the_part_moves_and_the_loss_falls(case, tmp_path, method):
     state = {k: v.clone() for k, v in model.state_dict().items()}
     model.lm_head.requires_grad_(False)  # a flag that the user set himself
     flags, before = [p.requires_grad for p in model.parameters()], snapshot(model)
-    settings = {"target": 0.0} if method == "mindskip" else {}
-    part, facts = trained(case, tmp_path / "none", method, settings=settings)
+    part, facts = trained(case, tmp_path / "none", method, settings=CASES[method].get("settings", {}))
     assert snapshot(model) == before
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
@@ -193,7 +192,9 @@ def test_training_goes_on_from_weights(case, branch, tmp_path):
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_half_precision_trains_too(case, tmp_path, method, weights):
     model, data = case
-    how = {"variant": "pc", "init": "identity", "split": 4} if method == "dpvr-lf" else {"settings": {"target": 0.0}}
+    how = {"settings": CASES[method].get("settings", {})}
+    if method == "dpvr-lf":
+        how = {"variant": "pc", "init": "identity", "split": 4}
     short = questions.Questions(data.images.to(weights), data.projected, data.rows)
     case = copy.deepcopy(model).to(weights), short
     part, facts = trained(case, tmp_path, method, steps=12, dtype=torch.bfloat16, **how)
@@ -265,10 +266,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-SHARED = {
-    "dpvr-lf": {"steps": 4, "batch": 4, "lr": 1e-2},
-    "mindskip": {"steps": 4, "batch": 4, "lr": 1e-2, "init": "random", "settings": {"target": 0.2}},
-}
+SHARED = {name: {"steps": 4, "batch": 4, "lr": 1e-2, **case.get("shared", {})} for name, case in CASES.items()}
 
 
 def test_gates_of_the_shared_batches_decide_otherwise(case):
@@ -304,8 +302,8 @@ def test_two_processes_are_as_one(tmp_path, method):
 
 
 def fresh(case, method):
-    init = {"init": "random"} if method == "mindskip" else {}
-    with vtprune.attach(case[0], method, **PARTS[method], **init) as handle:
+    options = {k: v for k, v in CASES[method].get("shared", {}).items() if k != "settings"}
+    with vtprune.attach(case[0], method, **PARTS[method], **options) as handle:
         return handle.modules[method].state_dict()
 
 

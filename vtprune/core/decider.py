@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,10 +26,22 @@ K = TypeVar("K")
 class Decider:
     """Asks a method for its decision at one cut. Units of other sizes than the model's typical one have plans of their
     own: the method is called once per kind of unit. Decisions carry no gradient: it flows through what is kept
-    (PyramidDrop, arXiv 2410.17247, trains this way)."""
+    (PyramidDrop, arXiv 2410.17247, trains this way). Only a ``module`` that decides, of a method that has one, gets
+    some while it is being trained, by what the decision does with the tokens (:attr:`Selection.gate`, mixes) and by
+    what it tells for the losses: ``tell(site, name, values)``."""
 
-    def __init__(self, geometry: Geometry, stage: Stage, method: Method, cuts: tuple[Cut, ...], number: int):
+    def __init__(
+        self,
+        geometry: Geometry,
+        stage: Stage,
+        method: Method,
+        cuts: tuple[Cut, ...],
+        number: int,
+        module: Any = None,
+        tell: Callable[[str, str, Tensor], None] = lambda site, name, values: None,
+    ):
         self.geometry, self.stage, self.method, self.cuts, self.number = geometry, stage, method, cuts, number
+        self.module, self.tell = module, tell
         self.plans: Recent[tuple[Rasters, Frames], Cut] = Recent(256)
         self.plans[(geometry.grid,), ()] = cuts[number]
         self.whole = False  # an image has come to a method of videos
@@ -38,7 +51,7 @@ class Decider:
         import torch
 
         view = self._promised(view, self.geometry.notes)
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.learning):
             if not view.rasters:
                 return self.method.note(view, self.cuts[self.number])
             kinds = _rows_by(view.rasters)
@@ -54,17 +67,38 @@ class Decider:
             assert told is not None
             return told
 
-    @staticmethod
-    def _promised(view: TokenView, names: frozenset[str]) -> TokenView:
-        """``view`` with the sources of these ``names``, and the notes."""
-        kept = {name: call for name, call in view.sources.items() if name in names or name.startswith(NOTE)}
-        return replace(view, sources=kept)
+    def trains(self) -> bool:
+        """Whether the module that decides wants gradients."""
+        return self.module is not None and any(p.requires_grad for p in self.module.parameters())
+
+    @property
+    def learning(self) -> bool:
+        """Whether it gets some, in this forward."""
+        import torch
+
+        return torch.is_grad_enabled() and self.trains()
+
+    def _promised(self, view: TokenView, names: frozenset[str]) -> TokenView:
+        """``view`` with the sources of these ``names``, and the notes, none of which carries gradients; with the module
+        that decides."""
+        kept = {
+            name: _without_gradient(call)
+            for name, call in view.sources.items()
+            if name in names or name.startswith(NOTE)
+        }
+        view = replace(view, sources=kept, features=view.features.detach())
+        if self.module is None:
+            return view
+        self.module.to(view.features.device)
+        if not self.learning:
+            return replace(view, module=self.module)
+        return replace(view, module=self.module, tell=partial(self.tell, self.cuts[self.number].site))
 
     def __call__(self, view: TokenView) -> Selection | None:
         import torch
 
         view = self._promised(view, self.geometry.provides.get(self.cuts[self.number].kind, frozenset()))
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.learning):
             if not view.rasters:
                 return self._select(view, self.cuts[self.number])
             if self.method.info.video:
@@ -154,6 +188,7 @@ class Decider:
         keep = torch.zeros(b, n + 1, dtype=torch.bool, device=view.valid.device)  # the last column takes the padding
         target, weight, merges = torch.full_like(view.index, -1), view.size.clone(), False
         score: Tensor | None = None
+        gate: Tensor | None = None
         pieces: list[tuple[Selection | None, Tensor, Tensor, Tensor]] = []
         for grid, m, start, share in zip(rasters, left, starts, shares, strict=False):
             if not share:
@@ -190,6 +225,9 @@ class Decider:
                     else score
                 )
                 score.scatter_(1, at, selection.score.double())
+            if selection is not None and selection.gate is not None:
+                gate = torch.ones_like(view.size) if gate is None else gate
+                gate = gate.scatter(1, at, selection.gate.to(gate))
             if selection is None or selection.target is None:  # what stays is its own slot
                 target.scatter_(1, at, torch.where(keep.gather(1, at), at, -1))
                 continue
@@ -202,7 +240,19 @@ class Decider:
         keep = keep[:, :n]
         selection = merged(keep, target, weight) if merges else from_mask(keep)
         mixes = any(piece is not None and piece.mix is not None for piece, *_ in pieces)
-        return replace(selection, score=score, mix=_joined(pieces, keep) if mixes else None)
+        return replace(selection, score=score, mix=_joined(pieces, keep) if mixes else None, gate=gate)
+
+
+def _without_gradient(source: Callable[..., Any]) -> Callable[..., Any]:
+    """``source`` computed without gradients."""
+
+    def call(**kwargs: Any) -> Any:
+        import torch
+
+        with torch.no_grad():
+            return source(**kwargs)
+
+    return call
 
 
 def _rows_by(kinds: Iterable[K]) -> dict[K, list[int]]:

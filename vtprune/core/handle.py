@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
@@ -121,6 +123,12 @@ def _gate(method: Method, cut: Cut, module: Any, rows: Tensor, prompt: Tensor) -
     return method.gate(rows, prompt, cut, module)
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    import torch
+
+    return torch.cat(parts)
+
+
 def _learn(method: Method, cut: Cut, similarity: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
     return method.learn(similarity, ratio, cut)
 
@@ -162,16 +170,18 @@ class Handle:
         self.modules: dict[str, Any] = {}
         branches: dict[int, Any] = {}  # by number of the stage
         planned: list[PlannedCut] = []
+        sized = replace(adapter.geometry, vision_width=adapter.cost.vd)
         for number, (stage, method, cuts) in enumerate(stages):
-            built = method.info.routes or method.info.skips
-            module = method.build(adapter.branch, adapter.geometry) if built else None
+            info = method.info
+            built = info.routes or info.skips or info.learns
+            module = method.build(adapter.branch, sized) if built else None
             if module is not None:
                 if stage.options.get("weights") is not None:
                     backbone.check(stage.method, stage.options["weights"], adapter.decoder_layers())
                 branches[number] = module
                 self.modules[stage.method if stage.method not in self.modules else f"{stage.method}.{number}"] = module
             for i, cut in enumerate(cuts):
-                decider = Decider(adapter.geometry, stage, method, cuts, i)
+                decider = Decider(adapter.geometry, stage, method, cuts, i, module if info.learns else None, self._tell)
                 planned.append(
                     PlannedCut(
                         cut=cut,
@@ -185,11 +195,14 @@ class Handle:
                         skip=partial(_skip, method, cut, module),
                         gate=partial(_gate, method, cut, module),
                         learn=partial(_learn, method, cut),
+                        trains=decider.trains,
                     )
                 )
+        self._cuts = [p.cut for p in planned]
         self._accounts = Accounts(adapter.geometry, adapter.cost, recipe.key(), stages, branches)
         # each thread's most recent prefill
         self._threads: WeakKeyDictionary[threading.Thread, Any] = WeakKeyDictionary()
+        self._said: WeakKeyDictionary[threading.Thread, dict[str, dict[str, list[Tensor]]]] = WeakKeyDictionary()
         try:
             adapter.install(planned, self._ledger, self, positions=positions, per=per, seed=seed)
             if shelve:
@@ -279,9 +292,31 @@ class Handle:
         request = None if last is None else last[1]
         return {} if request is None else {f"llm.{i}.{half}": g for (i, half), g in request.gates.items()}
 
+    def _tell(self, site: str, name: str, values: Tensor) -> None:
+        mine = self._said.setdefault(threading.current_thread(), {})
+        mine.setdefault(site, {}).setdefault(name, []).append(values)
+
+    def told(self) -> dict[str, dict[str, Tensor]]:
+        """What methods that are being trained told for their losses since this was last asked in the calling thread: by
+        site and name, ``[B]`` of all images (or whatever else one budget applies to), as ``{"llm.3": {"balance":
+        ...}}``."""
+        mine = self._said.pop(threading.current_thread(), {})
+        return {site: {name: _joined(parts) for name, parts in names.items()} for site, names in mine.items()}
+
     def report_of(self, request: Request) -> Report:
         """What a prefill did whose books are ``request``."""
         return self._accounts.of_request(request)
+
+    @contextmanager
+    def unpruned(self) -> Iterator[None]:
+        """Within it, in the calling thread, the model reads whole prompts as though nothing were attached, without a
+        report: what a trained part learns from. Raises :class:`UnsupportedError` for stages in the vision tower."""
+        if self.geometry.llm_layers == 0 or any(c.kind in ("pixels", "vision") for c in self._cuts):
+            raise UnsupportedError(
+                "what stages in the vision tower have dropped cannot be had back: attach without them"
+            )
+        with self.adapter.decoder.entrance.aside():
+            yield
 
     @property
     def passes(self) -> list[tuple[Run, int]]:

@@ -102,13 +102,19 @@ def gather(x: Tensor, kept: Tensor) -> Tensor:
 def combine(x: Tensor, selection: Selection, size: Tensor) -> tuple[Tensor, Tensor]:
     """The kept rows of ``x`` ``[B, N, C]`` and their sizes ``[B, K]``. With a target each row is the weighted mean of
     the tokens it absorbs (``size`` ``[B, N]`` are the default weights) and sizes add up; pruned tokens vanish. With a
-    mix the rows are what that says."""
+    mix the rows are what that says. A gate multiplies the tokens first."""
+    x = gated(x, selection)
     if selection.mix is not None:
         return mixed(x, selection.mix, selection.kept.shape[1]), _sizes(selection, size)
     if selection.target is None:
         rows, sizes = kernels.gather(selection.kept, x, size)
         return rows, sizes
     return kernels.merge(x, selection.target, selection.kept.shape[1], weight=selection.weight, size=size)
+
+
+def gated(x: Tensor, selection: Selection) -> Tensor:
+    """The tokens ``x`` ``[B, N, C]`` times the gate of ``selection``, if there is one."""
+    return x if selection.gate is None else x * selection.gate[..., None].to(x.dtype)
 
 
 def mixed(x: Tensor, mix: Mix, slots: int) -> Tensor:
@@ -197,7 +203,12 @@ def join(view: TokenView, parts: Sequence[tuple[Sequence[int], Selection | None]
     if len(full) == 1 and len(full[0][0]) == b:
         return full[0][1]
     kept = torch.full((b, max(s.kept.shape[1] for _, s in full)), -1, device=view.valid.device)
-    target, weight, layout, score, mix = None, None, None, None, None
+    target, weight, layout, score, mix, gate = None, None, None, None, None, None
+    if any(s.gate is not None for _, s in full):
+        gate = torch.ones(b, n, device=kept.device)
+        for rows, s in full:
+            if s.gate is not None:
+                gate[list(rows), : s.gate.shape[1]] = s.gate.to(gate.dtype)
     if any(s.mix is not None for _, s in full):
         mixes = [(rows, as_mix(s, view.size[list(rows)])) for rows, s in full]
         most = max(m.token.shape[1] for _, m in mixes)
@@ -230,7 +241,7 @@ def join(view: TokenView, parts: Sequence[tuple[Sequence[int], Selection | None]
             layout[at, : s.layout.shape[1]] = s.layout
         if score is not None and s.score is not None:
             score[at, : s.score.shape[1]] = s.score.double()
-    return Selection(kept, target, weight, layout, score, mix=mix)
+    return Selection(kept, target, weight, layout, score, mix=mix, gate=gate)
 
 
 def as_mix(selection: Selection, size: Tensor) -> Mix:

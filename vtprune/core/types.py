@@ -4,12 +4,16 @@ tokens, K kept tokens, C channels."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from .sources import Products as Products
+from .sources import Projections as Projections
+from .sources import Text as Text
 
 Seed = int | tuple[int, ...]  # for all samples of a batch, or one for each
 NOTE = "note "  # the name of a source that gives the notes of a site
@@ -69,6 +73,7 @@ class Geometry:
         frames: those of one unit of a budget, if it is a video; ``grid`` is then that of each.
         fold: the side of the square of patches that become one visual token; stages in the tower see squares as tokens.
         width: of the language model's residual stream; 0 for a bare ViT.
+        vision_width: of the vision tower's (:meth:`~vtprune.methods.base.Method.build` is told; 0: not known).
         unmade: for each shape an image may have, the share of new-line tokens among its visual tokens and how many
             patches each of them stands behind. A stage in the tower cannot drop them: they leave with the last patch of
             their row.
@@ -96,6 +101,7 @@ class Geometry:
     frames: int = 0
     fold: int = 1
     width: int = 0
+    vision_width: int = 0
     unmade: tuple[tuple[float, float], ...] = ()
 
 
@@ -179,109 +185,8 @@ class Cut:
         return self.action in (Action.RESTORE, Action.CONTEXT)
 
 
-@dataclass(frozen=True)
-class Projections:
-    """Queries, keys and values of one vision block, prefix tokens first.
-
-    Attributes:
-        q, k, v: ``[B, H, P + N * group, d]``.
-        scale: of the logits.
-        prefix: P.
-        bias: what the block adds to its logits, ``[B, 1, 1, P + N * group]``.
-        group: patches that each of the view's N tokens is made of (:attr:`Geometry.fold`); they stand together.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float
-    prefix: int
-    bias: Tensor | None = None
-    group: int = 1
-
-    def __getitem__(self, rows: Tensor) -> Projections:
-        """Those of the images ``rows``."""
-        bias = None if self.bias is None else self.bias[rows]
-        return replace(self, q=self.q[rows], k=self.k[rows], v=self.v[rows], bias=bias)
-
-    def first(self, tokens: int) -> Projections:
-        """Those of the first ``tokens`` of each image."""
-        n = self.prefix + tokens * self.group
-        bias = None if self.bias is None else self.bias[..., :n]
-        return replace(self, q=self.q[:, :, :n], k=self.k[:, :, :n], v=self.v[:, :, :n], bias=bias)
-
-    def per_token(self, values: Tensor) -> Tensor:
-        """``values`` ``[B, N * group]`` of patches as means over those of each token that are seen, ``[B, N]``; 0 where
-        none is."""
-        if self.group == 1:
-            return values
-        values = values.unflatten(1, (-1, self.group))
-        if self.bias is None:
-            return values.mean(2)
-        seen = self._seen(self.bias).unflatten(1, (-1, self.group))
-        return torch.where(seen, values, 0).sum(2) / seen.sum(2).clamp_min(1)
-
-    def keys(self) -> Tensor:
-        """``[B, H, N, d]``: the keys of the view's tokens; of one that is made of several patches their mean."""
-        keys = self.k[:, :, self.prefix :]
-        return keys if self.group == 1 else keys.unflatten(2, (-1, self.group)).mean(3)
-
-    def real(self, valid: Tensor) -> Tensor:
-        """``[B, P + N * group]`` bool: which rows are no padding, from the view's ``valid`` ``[B, N]``, and seen."""
-        valid = valid.repeat_interleave(self.group, 1)
-        if self.group > 1 and self.bias is not None:
-            valid = valid & self._seen(self.bias)
-        return torch.cat([valid.new_ones(len(valid), self.prefix), valid], 1)
-
-    def _seen(self, bias: Tensor) -> Tensor:
-        return bias[:, 0, 0, self.prefix :] > -torch.inf
-
-
-@dataclass(frozen=True)
-class Text:
-    """The text of a prompt, up to what answers begin behind: the same for every unit of the prompt.
-
-    Attributes:
-        hidden: ``[B, T, C]``, at this site: input embeddings behind the projector.
-        valid: ``[B, T]`` bool, False for padding.
-        after: ``[B, T]`` bool, those behind the unit's last visual token.
-        place: ``[B, T]``, columns in the caller's sequence.
-        keys: ``[B, T, G, d]`` of the layer that was asked for, as its attention uses them.
-        ids: ``[B, T]``, the tokens themselves; -1 for padding.
-    """
-
-    hidden: Tensor
-    valid: Tensor
-    after: Tensor
-    place: Tensor
-    keys: Tensor | None = None
-    ids: Tensor | None = None
-
-    def __getitem__(self, rows: Tensor) -> Text:
-        """Those of the images ``rows``."""
-        keys, ids = (None if t is None else t[rows] for t in (self.keys, self.ids))
-        return Text(self.hidden[rows], self.valid[rows], self.after[rows], self.place[rows], keys, ids)
-
-
-@dataclass(frozen=True)
-class Products:
-    """What the last token of a prompt gives to each of the prompt's tokens.
-
-    Attributes:
-        score: ``[B, P]``, in the prompt's order, -inf behind its last token.
-        place: ``[B, N]``, the view's tokens among them, -1 for padding.
-    """
-
-    score: Tensor
-    place: Tensor
-
-    def __getitem__(self, rows: Tensor) -> Products:
-        """Those of the images ``rows``."""
-        return Products(self.score[rows], self.place[rows])
-
-    def first(self, tokens: int) -> Products:
-        """Those of the first ``tokens`` of each image."""
-        return Products(self.score, self.place[:, :tokens])
+def _untold(name: str, values: Tensor) -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -306,6 +211,8 @@ class TokenView:
             ``grid`` is then that of a frame.
         known: a mask and the fewest and most tokens of an image in it, where that is known without asking the device
             (see :attr:`extent`).
+        module: what the method's :meth:`~vtprune.methods.base.Method.build` made (:attr:`MethodInfo.learns`).
+        tell: in training keeps values ``[B]`` of the images by a name, for the losses (``handle.told()``).
     """
 
     features: Tensor
@@ -321,6 +228,8 @@ class TokenView:
     rasters: tuple[tuple[tuple[int, int], ...], ...] = ()
     frames: tuple[tuple[int, ...], ...] = ()
     known: tuple[Tensor, int, int] | None = field(default=None, repr=False)
+    module: Any = None
+    tell: Callable[[str, Tensor], None] = _untold
 
     def noted(self, site: str) -> Tensor:
         """``[B, N, ...]``: what the stage's cut at ``site`` noted of each token
@@ -385,6 +294,8 @@ class Selection:
         layout: ``[B, K]``, an order of the columns of ``kept`` in the running sequence.
         score: ``[B, N]``, what the tokens were ranked by, only to be told: higher stays, NaN: was not ranked.
         span: the fewest and the most tokens kept of an image, where they are known without asking the device.
+        gate: ``[B, N]``, in training, by what each token is multiplied that is kept, or merged: 1, with the gradient of
+            what decided (straight through).
     """
 
     kept: Tensor
@@ -394,6 +305,7 @@ class Selection:
     score: Tensor | None = None
     span: tuple[int, int] | None = None
     mix: Mix | None = None
+    gate: Tensor | None = None
 
     @property
     def counts(self) -> Tensor:

@@ -51,6 +51,7 @@ class MethodInfo:
         merges: it merges tokens.
         routes: it puts tokens aside, for a side branch of its own or to give later layers keys and values.
         skips: it leaves out halves of decoder layers, and drops no token.
+        learns: a module of its own, which can be trained, decides at its cuts (:attr:`TokenView.module`).
         fitted: it has no defaults: ``vtprune fit`` makes its recipe for a model.
         draws: it draws at random, so that the seed matters.
         budgeted: ``keep`` means anything to it.
@@ -81,6 +82,7 @@ class MethodInfo:
     merges: bool = False
     routes: bool = False
     skips: bool = False
+    learns: bool = False
     fitted: bool = False
     draws: bool = False
     budgeted: bool = True
@@ -114,7 +116,7 @@ class MethodInfo:
     @property
     def trained(self) -> bool:
         """Whether a part of it has to be trained first: a side branch, or what an option reads."""
-        return self.routes or "weights" in self.options
+        return self.routes or self.learns or "weights" in self.options
 
     @property
     def of_text(self) -> bool:
@@ -174,7 +176,9 @@ class Method:
         raise NotImplementedError
 
     def build(self, branch: Callable[[int], Any], geometry: Geometry) -> Any:
-        """Routing and skipping methods only: the trainable module; ``branch(i)`` copies decoder layer ``i``."""
+        """Methods with a trained part only: that module; ``branch(i)`` copies decoder layer ``i``. One that decides
+        (:attr:`MethodInfo.learns`) comes without gradients; what it is to learn from is a :attr:`Selection.gate`, the
+        weights of a mix, or what it tells (:attr:`TokenView.tell`)."""
         return None
 
 

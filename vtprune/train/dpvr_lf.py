@@ -117,5 +117,6 @@ register(
         choose=choose,
         tells=lambda part, options: {"split": str(options["split"]), "branch_layers": str(len(part))},
         controls=controls,
+        case={"options": {"split": 3}, "lr": 1e-2},
     )
 )

@@ -29,7 +29,7 @@ from ..core.handle import Handle
 from ..core.types import VtpruneError
 from ..measure.runs import read
 from ..version import __version__
-from .base import TRAININGS, Say, Training, tell
+from .base import TRAININGS, Say, Step, Training, tell
 from .frozen import frozen
 from .questions import Questions
 
@@ -49,6 +49,7 @@ class Trainee(nn.Module):
         self.part = handle.modules[training.method].float().requires_grad_(True)
         self.__dict__["model"] = model
         self.handle, self.training_, self.settings, self.dtype = handle, training, settings, dtype
+        self.done = 0.0
 
     def train(self, mode: bool = True) -> Trainee:
         """Always in evaluation mode, as the model around it: a copied layer's dropout is not what is trained."""
@@ -59,8 +60,17 @@ class Trainee(nn.Module):
         share of it."""
         device = self.model.device
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.model(**inputs, use_cache=False).loss
-        added = self.training_.losses(self.handle, self.settings)
+            output = self.model(**inputs, use_cache=False, **self.training_.asks)
+            step = Step(
+                handle=self.handle,
+                settings=self.settings,
+                model=self.model,
+                inputs=inputs,
+                output=output,
+                done=self.done,
+            )
+            added = self.training_.losses(step)
+        loss = output.loss if self.training_.answers else output.loss.new_zeros(())
         if num_items_in_batch is None:
             return {"loss": loss + sum(added.values())}
         mine = (inputs["labels"][:, 1:] != -100).sum()
@@ -68,15 +78,18 @@ class Trainee(nn.Module):
         return {"loss": loss * (mine / num_items_in_batch) + sum(added.values()) / processes}
 
 
-def _progress(part: nn.Module, say: Say) -> Any:
-    """A callback of the Trainer that tells the loss, and refuses a ``part`` that gets no gradient."""
+def _progress(trainee: Trainee, say: Say) -> Any:
+    """A callback of the Trainer that tells the loss, and refuses a part that gets no gradient."""
     from transformers import TrainerCallback
 
     began = time.monotonic()
 
     class Progress(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainee.done = state.global_step / state.max_steps
+
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 0 and not any(_moves(p) for p in part.parameters()):
+            if state.global_step == 0 and not any(_moves(p) for p in trainee.part.parameters()):
                 raise VtpruneError(
                     "what is trained gets no gradient: no layer behind it reads what it makes (of dpvr-lf a larger "
                     "fusion= may)"
@@ -163,7 +176,7 @@ def fit(
             args=arguments,
             train_dataset=data,  # it has a length and rows by number
             data_collator=lambda rows: data.batch(rows, torch.device("cpu")),
-            callbacks=[_progress(trainee.part, say)],
+            callbacks=[_progress(trainee, say)],
         )
         trainer.remove_callback(PrinterCallback)
         began = time.monotonic()

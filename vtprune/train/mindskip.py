@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.handle import Handle
-from .base import Control, Training, register
+from .base import Control, Step, Training, register
 
 
-def price(handle: Handle, settings: Mapping[str, float]) -> dict[str, Tensor]:
+def price(step: Step) -> dict[str, Tensor]:
     """By how much more attentions ran than ``target`` of them."""
-    gates = list(handle.gates().values())
+    gates, settings = list(step.handle.gates().values()), step.settings
     if not gates:  # a batch without anything to prune
         return {}
     ran = torch.stack(gates).mean()
@@ -49,5 +48,11 @@ register(
         losses=price,
         tells=lambda part, options: {"layers": ",".join(map(str, part.routed))},
         controls=controls,
+        case={
+            "options": {"layers": (1, 3, 4)},
+            "settings": {"target": 0.0},
+            "lr": 0.5,
+            "shared": {"init": "random", "settings": {"target": 0.2}},
+        },
     )
 )
