@@ -12,15 +12,23 @@ from torch import Tensor, nn
 
 from ..core.ledger import UndoLedger
 from ..core.registry import Registry
-from ..core.types import Cut, Seed, Selection, TokenView
+from ..core.types import Cut, Lender, Nesting, Seed, Selection, TokenView
 
 
 def _nothing_back(hidden: Tensor, run: Callable[..., Tensor]) -> Tensor:
     raise NotImplementedError("this cut's method routes no tokens")
 
 
+def _nothing_fused(hidden: Tensor, run: Callable[..., Tensor]) -> Tensor:
+    raise NotImplementedError("this cut's method fuses no text")
+
+
 def _nothing_noted(view: TokenView) -> Tensor:
     raise NotImplementedError("this cut's method notes nothing")
+
+
+def _nothing_nested(view: TokenView) -> Nesting:
+    raise NotImplementedError("this cut's method uses the whole width")
 
 
 def _nothing_skipped(rows: Tensor, prompt: Tensor) -> Tensor:
@@ -33,6 +41,14 @@ def _nothing_gated(rows: Tensor, prompt: Tensor) -> None:
 
 def _nothing_learned(similarity: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
     raise NotImplementedError("this cut's method watches no answer")
+
+
+def _nothing_inserted(view: TokenView) -> None:
+    raise NotImplementedError("this cut's method inserts nothing")
+
+
+def _nothing_exchanged(rows: Tensor, images: Tensor) -> Tensor:
+    raise NotImplementedError("this cut's method exchanges nothing")
 
 
 def _nothing_trained() -> bool:
@@ -48,24 +64,36 @@ class PlannedCut:
         stage: the number of its stage in the recipe; cuts of one stage share what the method remembers.
         select: answers with the method's decision.
         note: at a cut that only notes, the method's number of each token.
+        nest: at a cut that nests, the method's part of the width for each token.
         merges: the method may merge tokens.
         bring_back: the method's :meth:`~vtprune.methods.base.Method.restore`, its module bound.
+        fuse: its :meth:`~vtprune.methods.base.Method.fuse`, its module bound.
         skip: its :meth:`~vtprune.methods.base.Method.skip`, cut and module bound.
         gate: its :meth:`~vtprune.methods.base.Method.gate`, cut and module bound.
         learn: its :meth:`~vtprune.methods.base.Method.learn`, the cut bound.
+        insert: its :meth:`~vtprune.methods.base.Method.insert`.
+        answer: its :meth:`~vtprune.methods.base.Method.answer`.
+        exchange: its :meth:`~vtprune.methods.base.Method.exchange`, cut and module bound.
         trains: whether the module that decides there wants gradients.
+        lender: the method's :meth:`~vtprune.methods.base.Method.lend`.
     """
 
     cut: Cut
     stage: int
     select: Callable[[TokenView], Selection | None]
     note: Callable[[TokenView], Tensor] = _nothing_noted
+    nest: Callable[[TokenView], Nesting] = _nothing_nested
     merges: bool = False
     bring_back: Callable[..., Tensor] = _nothing_back
+    fuse: Callable[..., Tensor] = _nothing_fused
     skip: Callable[[Tensor, Tensor], Tensor] = _nothing_skipped
     gate: Callable[[Tensor, Tensor], Tensor | None] = _nothing_gated
     learn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _nothing_learned
+    insert: Callable[[TokenView], Tensor | None] = _nothing_inserted
+    answer: Callable[[TokenView], Tensor | None] = _nothing_inserted
+    exchange: Callable[[Tensor, Tensor], Tensor] = _nothing_exchanged
     trains: Callable[[], bool] = _nothing_trained
+    lender: Lender | None = None
 
 
 class Recorder(Protocol):

@@ -59,7 +59,13 @@ class HfVit(BareVit):
         )
         arch = hf_vit.BARE[str(named(self.base, *hf_vit.BARE))]
         super().__init__(
-            tower, family="hf-vit", arch=arch, class_token=tower.prefix > 0, cost=cost, class_readout=not self.averages
+            tower,
+            family="hf-vit",
+            arch=arch,
+            class_token=tower.prefix > 0,
+            cost=cost,
+            class_readout=not self.averages,
+            classifier=getattr(model, "classifier", None),
         )
 
     def head(self, ledger: UndoLedger) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..core.ledger import UndoLedger
 from ..core.types import Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
-from .engine.description import TOWER, Tower
+from .engine.description import MATRICES, TOWER, Tower
 from .engine.tower import TowerEngine
+from .parts.matrices import of_block
 from .parts.mllm import BEHIND, Mllm
 from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
@@ -59,7 +60,7 @@ class InternVL(Mllm):
             per=("image", "tile", "sample"),
             overview=-1,
             fold=fold,
-            traits=frozenset({"layers", "class_token"}),
+            traits=frozenset({"layers", "class_token", MATRICES}),
         )
         vision = {
             "vd": v.hidden_size,
@@ -96,6 +97,7 @@ class InternVL(Mllm):
             capture=_capture,
             project=_project,
             fold=self.fold,
+            matrices=of_block,
         )
         tokens = self.patches[0] * self.patches[1]
         return TowerEngine(described, cuts, ledger, seed=seed, done=done, tokens=tokens)

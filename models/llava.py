@@ -3,6 +3,7 @@ Qwen2 language model."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from ..core.ledger import UndoLedger
 from ..core.types import Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
-from .engine.description import LLM, PROJECTOR, RESIZE, TOWER
+from .engine.description import INSERT, LLM, MATRICES, PROJECTOR, RESIZE, TOWER
 from .engine.tower import TowerEngine
 from .parts import hf_vit
 from .parts.mllm import Mllm
@@ -82,7 +83,7 @@ class Llava(Mllm):
                 "projector": PROJECTOR,
                 "llm": LLM,
             },
-            traits=frozenset({"layers", "class_token"} if prefix else {"layers"}),
+            traits=frozenset({"layers", INSERT, MATRICES, *(("class_token",) if prefix else ())}),
             per=self.per,
             variable="tile" in self.per,
         )
@@ -92,6 +93,7 @@ class Llava(Mllm):
 
     def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> TowerEngine:
         described = hf_vit.describe(self.tower, self.used if cuts else 0)
+        described = replace(described, together=self.together)
         return TowerEngine(described, cuts, ledger, seed=seed, done=done, tokens=self.geometry.tokens)
 
 

@@ -118,6 +118,7 @@ def _describe(visual: Any) -> Tower:
         pixels="x",
         width=visual.transformer.width,
         raster=raster,
+        unread="its attention takes the weights of its projections as they are, so that no module reads the tokens",
     )
 
 

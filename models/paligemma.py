@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.ledger import UndoLedger
 from ..core.types import Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
-from .engine.description import LLM, PROJECTOR, RESIZE, TOWER
+from .engine.description import INSERT, LLM, MATRICES, PROJECTOR, RESIZE, TOWER
 from .engine.layout import RasterSpan
 from .engine.tower import TowerEngine
 from .parts import hf_vit
@@ -56,6 +56,7 @@ class PaliGemma(Mllm):
                 "projector": PROJECTOR,
                 "llm": LLM,
             },
+            traits=frozenset({"layers", INSERT, MATRICES}),
         )
         vision = tower_shapes(v)
         lm, image = core.language_model, config.image_token_id

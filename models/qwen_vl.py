@@ -190,6 +190,10 @@ class QwenVL(Mllm):
             level = call.level.on(hidden.device)
             marks, plane = marks.to(hidden.device), plane.to(hidden.device, hidden.dtype)
             full = hidden.new_zeros(*marks.shape, hidden.shape[-1]).masked_scatter(marks[..., None], plane)
+            for stash in call.stash.values():
+                if stash.passing:
+                    there = stash.level.on(hidden.device)
+                    stash.hidden = stash.hidden + take(full, there.rows) * there.valid[..., None]
             return hidden + take(full, level.rows) * level.valid[..., None]
 
         ledger.replace(self.lm, "_deepstack_process", process)

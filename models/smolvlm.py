@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from ..core.ledger import UndoLedger
 from ..core.types import Action, Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
-from .engine.description import TOWER, PackedTower, Tower
+from .engine.description import MATRICES, TOWER, PackedTower, Tower
 from .engine.layout import RasterSpan
 from .engine.packed import PackedEngine
 from .engine.packing import Packing, in_corner
 from .engine.tower import TowerEngine
 from .parts import hf_vit
+from .parts.matrices import of_block
 from .parts.mllm import BEHIND, Mllm, known, tower_shapes
 from .parts.tiny import tiny_build, tiny_prompts, tiny_text
 
@@ -56,6 +57,7 @@ class SmolVLM(Mllm):
             refuses={"pixels": "pixel shuffle needs the whole raster"},
             per=("tile", "sample"),
             fold=fold,
+            traits=frozenset({"layers", MATRICES}),
         )
         self.tower, self.fold = core.vision_model, fold
         vision = tower_shapes(v, group=fold * fold)
@@ -94,6 +96,7 @@ class SmolVLM(Mllm):
                     pixels.shape[3] // self.tower.patch_size,
                 ),
                 fold=self.fold,
+                matrices=of_block,
             )
             return TowerEngine(whole, cuts, ledger, seed=seed, done=done, tokens=self.geometry.tokens)
         described = PackedTower(

@@ -17,9 +17,13 @@ from .engine.description import Tower
 from .engine.rotary import rotate
 from .engine.shapes import Shapes
 from .parts.hf_vit import randomise
+from .parts.matrices import of_block
 from .parts.vit import BareVit, mlp_shape
 
 POOLS = ("", "token", "avg", "max", "map")
+BIASED = (
+    "its attention takes the fused projection's weight as it is and adds a bias of its own, so that no module reads"
+)
 MIXES = "global_pool={!r} mixes the tokens in a way that has no exact form with merged tokens"
 
 # ---------------------------------------------------------------------------------------------------------------- the
@@ -148,6 +152,9 @@ def describe(model: Any) -> Tower:
             )
         return rows, columns
 
+    # with a bias of its own EVA takes the fused projection's weight without calling it
+    whole = not eva or all(b.attn.qkv is None or _called(b.attn) for b in model.blocks)
+
     return Tower(
         root=model,
         blocks=list(model.blocks),
@@ -165,6 +172,9 @@ def describe(model: Any) -> Tower:
         sample=_eva_sample if eva else None,
         raster=raster,
         variable=model.dynamic_img_size,
+        matrices=of_block if whole else None,
+        unread="" if whole else BIASED,
+        attention=lambda block: block.attn,
     )
 
 
@@ -193,6 +203,7 @@ class TimmVit(BareVit):
             class_token=model.cls_token is not None,
             cost=cost,
             class_readout=model.global_pool == "token",
+            classifier=model.get_classifier(),
         )
 
     def install(

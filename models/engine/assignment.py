@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ...core.types import UnsupportedError
 from . import host
+from .encoder_call import EncoderCall
 from .layout import present
-from .request import EncoderCall, Request
+from .request import Request
 from .run import Run
 
 

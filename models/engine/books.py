@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .layout import present
+from .record import Record
 from .request import Request
-from .run import Record, Run
+from .run import Run
 
 Pass = tuple[Run, int]  # one image's row in one pass of the tower
 

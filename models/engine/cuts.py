@@ -14,21 +14,32 @@ from ..base import PlannedCut
 from .books import carry
 from .candidates import Candidates
 from .description import Decoder
+from .fusing import Fusing
 from .level import SequenceLength, pack
 from .origin import origin_at
 from .prompt import ENDS
 from .ranking import Ranking
+from .record import Record
 from .request import Call, Request, Stash
+from .retention import retain
 from .routing import Routing
 from .rows import take
-from .run import Record, noted_later
+from .run import noted_later
+from .weighing import weights_of
 
 
 class Cuts:
     """Applies cuts to the hidden states in front of a layer. ``seeds(request)``: the seed of each unit."""
 
-    def __init__(self, decoder: Decoder, ranking: Ranking, routing: Routing, seeds: Callable[[Request], Seed]):
-        self.decoder, self.ranking, self.routing, self.seeds = decoder, ranking, routing, seeds
+    def __init__(
+        self,
+        decoder: Decoder,
+        ranking: Ranking,
+        routing: Routing,
+        fusing: Fusing,
+        seeds: Callable[[Request], Seed],
+    ):
+        self.decoder, self.ranking, self.routing, self.fusing, self.seeds = decoder, ranking, routing, fusing, seeds
 
     def count(self, call: Call, upto: int) -> None:
         """Notes the visual tokens of the layers in front of ``upto``."""
@@ -53,6 +64,9 @@ class Cuts:
         assert request is not None and call.level is not None
         if planned.cut.action is Action.RESTORE:
             return self.routing.restore(call, planned, number, x)
+        if planned.cut.action is Action.FUSE:
+            call.merged = True
+            x = self.fusing.fuse(call, planned, number, x)
         if planned.cut.action is Action.STASH and planned.cut.keep is None:  # nothing leaves
             call.stash[planned.stage] = Stash(x, call.level)
         if planned.merges and request.entry is None and request.arrived is not None:
@@ -62,11 +76,21 @@ class Cuts:
         selection = planned.select(self._view(call, planned, level, candidates, x))
         if selection is None:
             return x
+        request.note_work(selection)
+        if selection.retention is not None:
+            column = level.rows[candidates.owner[:, None], candidates.where.clamp_min(0)]
+            retain(call, selection, candidates.owner, column, candidates.valid)
+        elif call.retained is not None:
+            raise UnsupportedError("behind tokens that are retained softly nothing else may choose: train it alone")
         merges = selection.target is not None or selection.mix is not None
         if merges:
             x = self._merge(call, selection, candidates, level, x)
         elif selection.gate is not None:
             x = candidates.put(x, gated(candidates.rows(x), selection))
+        if selection.mlp is not None:
+            if not planned.cut.passing:
+                raise ValueError(f"the cut at {planned.cut.site} was not planned to weigh a layer's MLP")
+            call.weights[number] = weights_of(candidates, level, request.length, selection.mlp)
         standing = None if request.standing is None else request.standing.stands
         request.notes.append(
             partial(
@@ -77,7 +101,7 @@ class Cuts:
             return x
         keep = _columns_kept(candidates, selection, level)
         if planned.cut.action is Action.STASH:
-            self._put_aside(call, planned.stage, x, ~keep)
+            self._put_aside(call, planned, x, ~keep)
         if call.held is not None:
             held = call.held.to(x.device).gather(1, level.rows) & level.visual & level.valid
             if bool((held & ~keep).any()):
@@ -86,16 +110,16 @@ class Cuts:
         return self.drop(call, number, keep, x)
 
     @staticmethod
-    def _put_aside(call: Call, stage: int, x: Tensor, gone: Tensor) -> None:
+    def _put_aside(call: Call, planned: PlannedCut, x: Tensor, gone: Tensor) -> None:
         """The visual rows of ``x`` ``[B, M, C]`` that are ``gone`` ``[B, M]`` join those that the stage has put
         aside."""
         level = call.level
         assert level is not None
         gone = gone.to(level.rows.device) & level.visual & level.valid
-        if stage in call.stash:
-            call.stash[stage].put(x, level, gone)
+        if planned.stage in call.stash:
+            call.stash[planned.stage].put(x, level, gone)
         else:
-            call.stash[stage] = Stash(x, level, gone)
+            call.stash[planned.stage] = Stash(x, level, gone, passing=planned.cut.passing)
 
     @staticmethod
     def _merge(call: Call, selection: Selection, candidates: Candidates, level: SequenceLength, x: Tensor) -> Tensor:

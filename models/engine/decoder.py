@@ -16,7 +16,7 @@ from torch import nn
 from ...core.ledger import UndoLedger
 from ...core.types import Action, Seed, UnsupportedError, VtpruneError
 from ..base import PlannedCut
-from . import host
+from . import host, retention
 from .ahead import check_ahead
 from .arguments import LAYER
 from .calls import Calls
@@ -24,6 +24,7 @@ from .cuts import Cuts
 from .decoder_replays import LayerReplays
 from .decoding import continue_prompt
 from .description import Decoder
+from .fusing import Fusing
 from .lending import Lending
 from .level import backend
 from .online import Online
@@ -35,6 +36,7 @@ from .run import Run
 from .serving import Serving
 from .skipping import Skipping, check_halves
 from .turns import Shelving
+from .weighing import Weighing
 
 
 class DecoderEngine:
@@ -65,7 +67,8 @@ class DecoderEngine:
         routing = Routing(decoder, self.serving, ledger)
         skips, lends = ([c for c in cuts if c.cut.action is what] for what in (Action.SKIP, Action.LEND))
         cuts = [c for c in cuts if c.cut.action not in (Action.SKIP, Action.LEND)]
-        self.cuts = Cuts(decoder, Ranking(decoder, self.serving), routing, self._seeds)
+        fusing = Fusing(decoder, cuts, ledger)
+        self.cuts = Cuts(decoder, Ranking(decoder, self.serving), routing, fusing, self._seeds)
         self.prefill = Prefill(
             decoder, per=per, tower=tower, noting=noting, entry=entry, seeds=self._seeds, books=arrived
         )
@@ -77,6 +80,7 @@ class DecoderEngine:
         self.skipping = Skipping(decoder, [c for c in skips if not c.cut.watch], ledger, lambda: self.call)
         self.online = Online(decoder, [c for c in skips if c.cut.watch], ledger, lambda: self.call)
         self.lending = Lending(decoder, lends, lambda: self.call)
+        self.weighing = Weighing(decoder, [c.cut.layer for c in cuts if c.cut.passing], ledger, lambda: self.call)
         ledger.before(decoder.lm, self._enter)
         ledger.after(decoder.lm, self._leave)
         self.observed = {i for c in cuts for i in c.cut.observe}
@@ -175,6 +179,7 @@ class DecoderEngine:
             )
         check_halves(call, self.skipping.watched | self.online.watched)
         self.lending.check(call)
+        self.weighing.check(call)
         if not call.prefill or call.level is None or call.level.dense:
             return None
         return self.prefill.end(call, output)
@@ -239,8 +244,9 @@ class DecoderEngine:
             changed = self.cuts.drop(call, 0, level.valid & ~call.gone.to(level.rows.device), x)
         for planned in changing:
             if host.without_cache(module) and planned.trains():
-                raise UnsupportedError(TRAINED)
+                raise UnsupportedError(retention.TRAINED)
             changed = self.cuts.apply(call, planned, number, changed)
+        retention.check(call, module, kwargs)
         context = [planned for planned in context if planned.stage in call.stash]
         for planned in context:
             kwargs = {**kwargs, **self.cuts.routing.context(call, planned, number, module, changed, kwargs)}
@@ -248,19 +254,14 @@ class DecoderEngine:
         level = call.level
         if number in self.observed:
             call.inputs[number] = (changed, level)
-        if level.dense and changed is x:
+        masked = not level.dense or call.retained is not None
+        if not masked and changed is x:
             return None
-        if not level.dense and not context:
+        if masked and not context:
             kwargs = {**kwargs, **self.serving.prefill(call, level.on(x.device), number, kwargs, changed)}
         if host.checkpointed(module):
             self.replays.remember(call, number, level)
         return LAYER.put_first(args, kwargs, changed)
-
-
-TRAINED = (
-    "gradient checkpointing asks what decides again in the backward pass, or not at all, and it is being trained: "
-    "gradient_checkpointing_disable()"
-)
 
 
 def _check_model(decoder: Decoder, cuts: list[PlannedCut]) -> None:

@@ -8,15 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .encoder_call import EncoderCall
 from .layout import Blend, RasterSpan
 from .packing import Packing
-from .request import EncoderCall
 
 # What methods may ask of a site in the tower, behind the projector, and in the language model: there also what needs
 # the projections of its layers.
 TOWER = frozenset({"projections", "prefix"})
 WINDOWED = TOWER | {"windows"}  # where some blocks attend within windows
 PROJECTOR = frozenset({"text", "origin"})
+CLASSIFIER = "classifier"  # a trait: no language model reads what the tower makes
+INSERT = "insert"  # a trait: tokens without a place in the image may join those of the tower
+MATRICES = "matrices"  # a trait: rows of the tower's blocks can run on a part of their width
 RESIZE = frozenset({"resize"})  # in front of a tower that takes images of any size
 PIXEL_BLOCKS = frozenset({"pixel_blocks"})  # in front of one whose processor cuts images into blocks
 PLAIN = frozenset({"queried", "text", "states", "origin"})
@@ -76,6 +79,25 @@ def unchanged(*args: Any) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Matrices:
+    """The matrices of one block of a tower, each a module.
+
+    Attributes:
+        reads: those that are given the residual stream behind a norm.
+        attention: the last of the attention, which writes into the residual stream.
+        mlp: the last of the MLP, which does as well.
+    """
+
+    reads: Sequence[nn.Module]
+    attention: nn.Module
+    mlp: nn.Module
+
+    @property
+    def every(self) -> tuple[nn.Module, ...]:
+        return (*self.reads, self.attention, self.mlp)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tower:
     """A family's description of its vision tower.
 
@@ -106,6 +128,9 @@ class Tower:
         variable: whether the root takes images of any size.
         fold: the side of the square of patches that become one visual token behind it.
         masked: whether the root may give its blocks a mask, which hides the same patches from all others.
+        matrices: ``matrices(block)``: those that rows can use a part of; ``None``: not known, and ``unread`` says why.
+        attention: ``attention(block)``: the module whose (first) output is added to the residual stream.
+        together: ``together(passes)``: how many passes each picture of a call of the root with so many is made of.
     """
 
     root: nn.Module
@@ -126,6 +151,10 @@ class Tower:
     variable: bool = False
     fold: int = 1
     masked: bool = False
+    matrices: Callable[[nn.Module], Matrices] | None = None
+    unread: str = ""
+    attention: Callable[[Any], nn.Module] | None = None
+    together: Callable[[int], Sequence[int]] = lambda passes: [1] * passes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -237,6 +237,8 @@ class FoldedEngine(PackedEngine):
 
         def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             run = self.run
+            if run is not None:
+                run.fed.append(run.index)
             if run is None or not (behind or last):
                 return None
             assert isinstance(run, FoldedRun)

@@ -14,7 +14,7 @@ from ...core.types import UnsupportedError
 from . import host
 from .arguments import LAYER
 from .description import Decoder
-from .rows import rows_of
+from .rows import rows_of, with_rows
 from .toy import toy_prompt
 
 
@@ -96,6 +96,54 @@ def probe_order(decoder: Decoder) -> None:
             halves = Halves(decoder.layers, ledger)
             for number, layer in enumerate(decoder.layers):
                 ledger.replace(layer, "forward", check(number, layer.forward))
+            toy.root(toy.ids, attention_mask=toy.mask)
+        finally:
+            ledger.undo()
+
+
+def probe_added(decoder: Decoder) -> None:
+    """What each layer's MLP adds to the residual stream goes into the layer's output as it is: with the rest held, the
+    output's derivative by it is one.
+
+    Raises:
+        UnsupportedError: it is not, or the MLP has another name.
+    """
+    name = type(decoder.lm).__name__
+    unknown = next((i for i, layer in enumerate(decoder.layers) if host.added(layer) is None), None)
+    if unknown is not None:
+        raise UnsupportedError(f"{name}: layer {unknown} has none of {', '.join(host.ADDED)}, so its MLP is not known")
+    with toy_prompt(decoder, "added") as toy, torch.enable_grad():
+        if toy is None:
+            return
+        ledger, added = UndoLedger(), dict[int, Tensor]()
+
+        def hold(number: int) -> Callable:
+            def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+                first = rows_of(output)
+                added[number] = first.detach().requires_grad_()
+                return with_rows(output, added[number])
+
+            return leave
+
+        def check(number: int) -> Callable:
+            def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+                out = rows_of(output)
+                by = torch.arange(out.numel(), device=out.device).view(out.shape).to(out.dtype)
+                (moved,) = torch.autograd.grad(out, added[number], by, allow_unused=True)
+                if moved is None or not torch.equal(moved, by):
+                    raise UnsupportedError(
+                        f"{name}: what the MLP of layer {number} gives is not what the layer adds to its residual "
+                        "stream, so it cannot be steered or weighed"
+                    )
+
+            return leave
+
+        try:
+            for number, layer in enumerate(decoder.layers):
+                module = host.added(layer)
+                assert module is not None
+                ledger.after(module, hold(number))
+                ledger.after(layer, check(number))
             toy.root(toy.ids, attention_mask=toy.mask)
         finally:
             ledger.undo()

@@ -47,6 +47,7 @@ KEEP = "logits_to_keep"  # the last so many columns, or those of an index, are g
 TOLD = ("output_attentions", "output_hidden_states", "return_dict")
 REMEMBERED = ("rope_deltas",)  # what a model's core keeps of its last prompt
 LENT = ("k_proj", "v_proj")  # of a decoder layer's attention: what makes its keys, and its values
+ASKING = "q_proj"  # and its queries
 PRIVATE = {"assistant": "_get_candidate_generator", "prefill": "_prefill"}
 
 

@@ -115,8 +115,11 @@ def backend(config: Any) -> str:
     )
 
 
-def shaped(seen: Tensor, how: str, dtype: torch.dtype) -> Tensor:
-    """``seen`` ``[B, Q, K]`` bool as the backend wants it; padding rows must see something."""
+def shaped(seen: Tensor, how: str, dtype: torch.dtype, added: Tensor | None = None) -> Tensor:
+    """``seen`` ``[B, Q, K]`` bool as the backend wants it; padding rows must see something. ``added`` ``[B, K]`` to the
+    logits of what is seen."""
+    if added is not None:
+        return torch.where(seen, added.to(dtype)[:, None], torch.finfo(dtype).min)[:, None]
     if how == "sdpa":
         return seen[:, None]
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
@@ -147,16 +150,29 @@ def allowed(mask: Any, rows: Tensor, keys: Tensor) -> Tensor | None:
 
 
 def prefill_mask(
-    own: Any, level: SequenceLength, keys: SequenceLength, x: Tensor, cached: int, how: str, sliding: bool
+    own: Any,
+    level: SequenceLength,
+    keys: SequenceLength,
+    x: Tensor,
+    cached: int,
+    how: str,
+    sliding: bool,
+    retained: Tensor | None = None,
 ) -> Any:
     """The mask of ``level``'s rows over those of ``keys``, made from the dense model's ``own`` mask of that layer;
-    ``cached`` columns if the cache has a fixed size."""
+    ``cached`` columns if the cache has a fixed size; ``retained`` ``[B, T]`` is added to the logits of the caller's
+    columns."""
     if own is not None and not isinstance(own, Tensor):
         raise UnsupportedError(
             f"attention masks of type {type(own).__name__} cannot be shortened; use sdpa, eager or flash attention"
         )
     m, k = level.width, keys.width
     if how == "flash":
+        if retained is not None:
+            raise UnsupportedError(
+                "tokens that are retained softly need a mask that flash attention does not take; train with sdpa or "
+                "eager attention"
+            )
         if keys is not level:
             raise UnsupportedError(
                 "visual tokens that give only keys and values need a mask that flash attention does not take; use sdpa "
@@ -171,13 +187,14 @@ def prefill_mask(
         return level.valid.long()
     seen = allowed(own, level.rows, keys.rows)
     if seen is None:
-        if keys is level and cached <= m and level.whole and how == "sdpa":
+        if keys is level and cached <= m and level.whole and how == "sdpa" and retained is None:
             return None
         seen = keys.rows[:, None] <= level.rows[..., None]
     own_column = torch.nn.functional.pad(torch.eye(m, dtype=torch.bool, device=x.device), (k - m, 0))
     # a padding row sees itself, so no row is empty
     seen = seen & keys.valid[:, None] | own_column & ~level.valid[..., None]
-    return shaped(torch.nn.functional.pad(seen, (0, max(cached - k, 0))), how, x.dtype)
+    added = None if retained is None else retained.to(x.device).gather(1, keys.rows)
+    return shaped(torch.nn.functional.pad(seen, (0, max(cached - k, 0))), how, x.dtype, added)
 
 
 def decode_mask(

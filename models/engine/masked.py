@@ -13,7 +13,7 @@ from ...core.ledger import UndoLedger
 from ...core.types import UnsupportedError
 from . import host
 from .arguments import LAYER
-from .description import PackedTower
+from .description import Matrices, PackedTower
 from .packing import Packing
 from .rows import rows_of, with_rows
 
@@ -189,6 +189,31 @@ def hide_in_tower(
 
     for i, block in enumerate(blocks):
         ledger.before(block, make(i))
+
+
+def narrow_in_tower(
+    ledger: UndoLedger, blocks: Sequence[Matrices], features: Tensor, gain: Sequence[Tensor] | None
+) -> None:
+    """What reads the residual stream is given zeros behind the first ``features`` ``[G, T]`` of each row, and what
+    writes into it gives as many; the MLP of block i gives ``gain[i]`` ``[G, T]`` times as much."""
+
+    def cut(x: Tensor) -> Tensor:
+        return x * (torch.arange(x.shape[-1], device=x.device) < features.to(x.device)[..., None]).to(x.dtype)
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return (cut(args[0]), *args[1:]), kwargs
+
+    def leave(times: Tensor | None) -> Callable:
+        def give(module: nn.Module, args: tuple, kwargs: dict, x: Tensor) -> Tensor:
+            return cut(x) if times is None else cut(x) * times.to(x.device, x.dtype)[..., None]
+
+        return give
+
+    for i, found in enumerate(blocks):
+        for module in found.reads:
+            ledger.before(module, enter)
+        ledger.after(found.attention, leave(None))
+        ledger.after(found.mlp, leave(None if gain is None else gain[i]))
 
 
 def hide_in_packed(ledger: UndoLedger, tower: PackedTower, hidden: Callable[[Packing], Sequence[Tensor]]) -> None:

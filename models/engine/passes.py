@@ -37,6 +37,7 @@ class Passes:
         seed: of the next passes.
         done: called at the end of each pass.
         made: features that were handed out, and the pass that made them.
+        answer: what the classifier behind the tower is to answer, of this thread's last pass; ``None``: its own.
     """
 
     def __init__(self, tower: Tower, cuts: list[PlannedCut], *, tokens: int, seed: Seed, done: Callable[[Run], None]):
@@ -76,6 +77,11 @@ class Passes:
             sources=sources,
             rasters=rasters,
         )
+
+    @property
+    def answer(self) -> Tensor | None:
+        """What a method answers behind the pass that this thread is in, or has just left."""
+        return self.local.run.answer if self.run is not None else getattr(self.local, "answer", None)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -187,6 +193,7 @@ class Passes:
             return
         run.captured.clear()
         run.memory.clear()
+        self.local.answer = run.answer
         run.rotary = None
         ran, there = len(run.counts), len(self.tower.blocks)
         if self.cuts and not (run.early and ran < there):

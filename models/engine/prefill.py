@@ -22,6 +22,7 @@ from .level import dense_level
 from .origin import origin_at
 from .prompt import ENDS, asking_rows, next_positions, real_tokens
 from .request import Call, Request
+from .retention import retain
 from .rows import put
 from .run import Run, noted_later
 from .text import text_at
@@ -132,6 +133,11 @@ class Prefill:
             if selection is None:
                 run.note(planned, run.index)
                 continue
+            if selection.retention is not None:
+                at = columns.gather(1, run.index.clamp_min(0))
+                retain(call, selection, owner[:, 0], at, run.valid)
+            request.note_work(selection)
+            selection = replace(selection, retention=None, work=None)
             extra = [combine(p, selection, run.size)[0] for p in extra]
             x = run.apply(x, selection, planned)
         request.entry = run

@@ -3,11 +3,10 @@ model under masks, on a toy prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import kernels
 from ...core.ledger import UndoLedger
@@ -20,7 +19,7 @@ from .decoder import DecoderEngine
 from .description import Decoder
 from .level import dense_level
 from .masked import hide_in_decoder
-from .rows import rows_of, take, with_rows
+from .rows import take
 from .scores import heads, question, visible
 from .toy import IMAGE, TEXT, Toy, toy_prompt
 
@@ -51,54 +50,6 @@ def probe(decoder: Decoder) -> None:
                 f"{toy.name}: pruned on a toy prompt it is {error:.1e} off the dense model under the same masks: it "
                 "cannot be pruned here"
             )
-
-
-def probe_added(decoder: Decoder) -> None:
-    """What each layer's MLP adds to the residual stream goes into the layer's output as it is: with the rest held, the
-    output's derivative by it is one.
-
-    Raises:
-        UnsupportedError: it is not, or the MLP has another name.
-    """
-    name = type(decoder.lm).__name__
-    unknown = next((i for i, layer in enumerate(decoder.layers) if host.added(layer) is None), None)
-    if unknown is not None:
-        raise UnsupportedError(f"{name}: layer {unknown} has none of {', '.join(host.ADDED)}, so its MLP is not known")
-    with toy_prompt(decoder, "added") as toy, torch.enable_grad():
-        if toy is None:
-            return
-        ledger, added = UndoLedger(), dict[int, Tensor]()
-
-        def hold(number: int) -> Callable:
-            def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-                first = rows_of(output)
-                added[number] = first.detach().requires_grad_()
-                return with_rows(output, added[number])
-
-            return leave
-
-        def check(number: int) -> Callable:
-            def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-                out = rows_of(output)
-                by = torch.arange(out.numel(), device=out.device).view(out.shape).to(out.dtype)
-                (moved,) = torch.autograd.grad(out, added[number], by, allow_unused=True)
-                if moved is None or not torch.equal(moved, by):
-                    raise UnsupportedError(
-                        f"{name}: what the MLP of layer {number} gives is not what the layer adds to its residual "
-                        "stream, so it cannot be steered"
-                    )
-
-            return leave
-
-        try:
-            for number, layer in enumerate(decoder.layers):
-                module = host.added(layer)
-                assert module is not None
-                ledger.after(module, hold(number))
-                ledger.after(layer, check(number))
-            toy.root(toy.ids, attention_mask=toy.mask)
-        finally:
-            ledger.undo()
 
 
 def probe_queries(decoder: Decoder) -> None:

@@ -169,12 +169,16 @@ class Ranking:
         candidates: Candidates,
         *,
         layer: str = "previous",
-        norm: bool = False,
+        norm: bool | str = False,
     ) -> Tensor:
         """Hidden states of each candidate, ``[G, N, C]``: what the layer in front of the cut was given
-        (``"previous"``), or the one behind it (``"next"``); ``norm``: after the language model's final norm."""
-        rows = candidates.rows(self._asked(call, planned, x, layer)[1].detach())
-        return self._normed(rows) if norm else rows
+        (``"previous"``), or the one behind it (``"next"``); ``norm``: after the language model's final norm, or,
+        ``"layer"``, that layer's own input norm."""
+        number, x, _ = self._asked(call, planned, x, layer)
+        rows = candidates.rows(x.detach())
+        if norm == "layer":
+            return self._normed(rows, self.decoder.layers[number].input_layernorm)
+        return self._normed(rows, self.decoder.lm.norm) if norm else rows
 
     def text(
         self,
@@ -191,10 +195,10 @@ class Ranking:
         # (behind another cut at this site the layer in front cannot be asked for, so columns are those of now)
         made = None if keys is None else self._keys(call, planned, x, keys)
         told = text_at(call, self._asked(call, planned, x, "next")[2], candidates.owner, x, made)
-        return replace(told, hidden=self._normed(told.hidden)) if norm else told
+        return replace(told, hidden=self._normed(told.hidden, self.decoder.lm.norm)) if norm else told
 
-    def _normed(self, rows: Tensor) -> Tensor:
-        norm = self.decoder.lm.norm
+    @staticmethod
+    def _normed(rows: Tensor, norm: Any) -> Tensor:
         with host.gathered(norm):
             return norm(rows).to(rows.device)
 

@@ -12,26 +12,15 @@ from torch import Tensor, nn
 
 from ...core.select import absorbing
 from ...core.types import Selection
+from .encoder_call import EncoderCall
 from .layout import Blend, BudgetGroup, RasterSpan
 from .level import SequenceLength, within
+from .record import Record
 from .rows import put
-from .run import Record, Run
+from .run import Run
 from .shelf import Shelf
 from .shown import Shown
 from .steered import Steer
-
-
-@dataclass(eq=False)
-class EncoderCall:
-    """One call of an encoder: what it was given, pixels by their shape alone, and the tower's passes that it made, row
-    by row."""
-
-    inputs: dict[str, Any]
-    runs: list[Run] = field(default_factory=list)
-
-    @property
-    def passes(self) -> list[tuple[Run, int]]:
-        return [(run, g) for run in self.runs for g in range(run.images)]
 
 
 @dataclass(frozen=True)
@@ -60,6 +49,8 @@ class Request:
         text_tokens: per sample.
         memory: what each stage's method remembers.
         branched: by stage, per sample, visual tokens that its side branch ran over.
+        fused: layers that methods ran over visual tokens and the prompt's text before the first: the one each is a
+            copy of, and of each sequence the tokens; ``rewritten``: rows in front of it were changed.
         cached: layers whose cache holds other rows than pass through them.
         evicted: by layer, per sample, visual tokens that its cache still holds after others were evicted.
         ahead: layers run before their turn: the first, the one that was asked, and per sample the tokens they read.
@@ -72,6 +63,7 @@ class Request:
         origin: which of the samples that were read each of the cache's is.
         gates: in training, by what each sample's half was multiplied, ``[B]``.
         borrows: which of the cache's samples have keys and values made of another layer's input.
+        work: FLOPs of methods' own modules, in parts.
         arrived: visual tokens that the tower handed over, ``[B, T]``; ``None``: no stage there.
         held: visual tokens that must not go, ``[B, T]``; ``None``: none.
         entry: the books of the stages behind the projector.
@@ -104,6 +96,8 @@ class Request:
     text_tokens: list[int] = field(default_factory=list)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     branched: dict[int, list[int]] = field(default_factory=dict)
+    fused: list[tuple[int, list[int]]] = field(default_factory=list)
+    rewritten: bool = False
     cached: dict[int, SequenceLength] = field(default_factory=dict)
     evicted: dict[int, list[int]] = field(default_factory=dict)
     ahead: list[tuple[int, int, list[int]]] = field(default_factory=list)
@@ -115,6 +109,7 @@ class Request:
     shown: dict[int, Shown] = field(default_factory=dict)
     origin: list[int] = field(default_factory=list)
     borrows: list[bool] = field(default_factory=list)
+    work: list[Tensor] = field(default_factory=list)
     arrived: Tensor | None = None
     held: Tensor | None = None
     entry: Run | None = None
@@ -133,11 +128,16 @@ class Request:
     pruned: frozenset[int] = frozenset()
     uneven: frozenset[int] = frozenset()
 
+    def note_work(self, selection: Selection) -> None:
+        if selection.work is not None:
+            self.work.append(selection.work)
+
     @property
     def altered(self) -> bool:
         """Whether its cache is another than the dense model's."""
         learns = any(count >= 0 for count in self.behind)
-        return bool(self.skipped) or learns or any(self.borrows) or any(not level.dense for level in self.levels)
+        changed = bool(self.skipped) or learns or self.rewritten
+        return changed or any(self.borrows) or any(not level.dense for level in self.levels)
 
     def idle(self, number: int, half: str) -> bool:
         """Whether a half of layer ``number`` was left out for all samples, so that it did not run."""
@@ -246,13 +246,15 @@ class Request:
 class Stash:
     """The rows that a routing method takes out of the stack: those of ``hidden`` ``[B, M, C]`` of ``level`` that are
     put ``aside`` ``[B, M]`` (``None``: all visual ones); ``out`` what its side branch made of them; ``joined`` what a
-    layer that they give only keys and values caches, and its mask and rotary table."""
+    layer that they give only keys and values caches, and its mask and rotary table; ``passing``: they pass by a layer
+    (:attr:`Cut.passing`)."""
 
     hidden: Tensor
     level: SequenceLength
     aside: Tensor | None = None
     out: Tensor | None = None
     joined: tuple[SequenceLength, dict[str, Any]] | None = None
+    passing: bool = False
 
     def put(self, x: Tensor, level: SequenceLength, gone: Tensor) -> None:
         """Rows of ``x`` ``[B, m, C]`` of a later ``level`` that are ``gone`` ``[B, m]`` from now on join them."""
@@ -327,6 +329,7 @@ class Call:
         inputs: by layer, what cuts behind it look at.
         stash: by stage, the rows that it has put aside.
         merged: rows of a layer's input are no rows of the one before.
+        weights: by layer, by what its MLP's half of each token is multiplied, ``[B, T]``, until that comes by.
         halves: those of layers that came by, of which a method may leave some out.
         between: by layer, what stands between its attention and its MLP, ``[B, T, C]``.
         places: the how many-th token behind its prompt each row is, ``[B, T]`` on the CPU; -1: of none.
@@ -335,6 +338,7 @@ class Call:
         aside: layers run before their turn, and are not the forward's.
         again: a turn that chooses again from the whole conversation.
         steering: what a steering does in it.
+        retained: what is added to the logits of each column of the caller's sequence, ``[B, T]``, in training.
     """
 
     request: Request | None = None
@@ -367,6 +371,7 @@ class Call:
     inputs: dict[int, tuple[Tensor, SequenceLength]] = field(default_factory=dict)
     stash: dict[int, Stash] = field(default_factory=dict)
     merged: bool = False
+    weights: dict[int, Tensor] = field(default_factory=dict)
     halves: set[tuple[int, str]] = field(default_factory=set)
     between: dict[int, Tensor] = field(default_factory=dict)
     places: Tensor | None = None
@@ -375,6 +380,7 @@ class Call:
     aside: bool = False
     again: bool = False
     steering: Steer | None = None
+    retained: Tensor | None = None
 
     @property
     def held(self) -> Tensor | None:

@@ -3,6 +3,7 @@ keys and values (DPVR, arXiv 2606.09131)."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from ...core.ledger import UndoLedger
 from ...core.types import UnsupportedError
 from ..base import PlannedCut
 from . import host
+from .beside import follow, lent, projected
 from .description import Decoder
+from .layout import BudgetGroup
 from .level import SequenceLength, backend, prefill_mask, within
+from .record import Record
 from .request import Call, Request, Stash
 from .rows import put, rows_of, take
-from .run import Record
 from .scores import heads, turn
 from .serving import Serving
 
@@ -33,20 +36,25 @@ class Routing:
         left."""
         request, level = call.request, call.level
         assert request is not None and level is not None
-        if planned.stage not in call.stash:  # no image in this batch
+        if planned.stage not in call.stash:  # nothing was put aside
+            _record_return(request, planned, level, level)
             return x
         stash = call.stash[planned.stage]
-        made = self.branch(call, planned, stash)
+        made = self.branch(call, planned, stash).to(x.device)
         if level is stash.level:
             return torch.where(level.visual[..., None], made, x)
+        del call.stash[planned.stage]
         place = torch.where(level.valid, within(stash.level, level), made.shape[1])
         padded = torch.cat([made, made[:, :1]], dim=1)  # the extra row takes the padding
         out = put(padded, place, x)[:, :-1]
         old = stash.level
-        call.level = SequenceLength(number, old.rows, old.valid, old.visual, old.shift.clone())
+        # what nothing is missing from has the model's own masks and positions again, also behind the prompt, where the
+        # model makes them by what layer 0 has cached
+        whole = old.dense and request.level_at(0).dense
+        call.level = SequenceLength(number, old.rows, old.valid, old.visual, old.shift.clone(), dense=whole)
         call.done.pop(number, None)  # what was taken before counts other columns
         request.levels.append(call.level)
-        _record_return(request, planned, old)
+        _record_return(request, planned, old, level)
         return out
 
     def context(
@@ -73,8 +81,10 @@ class Routing:
                 _record_return(request, planned, stash.level)
         request.cached[number], serving = stash.joined
         request.keys_only[number] = stash.alone.valid.sum(1).tolist()
-        hidden = module.input_layernorm(take(made, stash.rows.clamp_min(0)))
-        key, value = (heads(module.self_attn, name, hidden) for name in ("k", "v"))
+        rows, lender = take(made, stash.rows.clamp_min(0)), planned.lender
+        hidden = module.input_layernorm(rows) if lender is None else lent(lender, self.decoder.layers, rows)
+        by = (None if lender is None else projected(lender, module, name, hidden) for name in ("k", "v"))
+        key, value = (heads(module.self_attn, name, hidden, own) for name, own in zip(("k", "v"), by, strict=True))
         cache = host.cache_in(kwargs)
         cache = host.new_cache() if cache is None else cache
         if host.without_cache(module):
@@ -116,19 +126,19 @@ class Routing:
         if stash.out is not None:
             return stash.out
         x, rows = stash.hidden, stash.rows
-        assert call.request is not None
-        call.request.branched[planned.stage] = stash.alone.valid.sum(1).tolist()
         made = planned.bring_back(
-            take(x, rows.clamp_min(0)), lambda layer, hidden: self._run(call, stash, layer, hidden)
+            take(x, rows.clamp_min(0)), lambda layer, hidden: self._run(call, planned.stage, stash, layer, hidden)
         )
         place = torch.where(rows >= 0, rows, x.shape[1])
         stash.out = put(torch.cat([x, x[:, :1]], dim=1), place, made)[:, :-1]
         return stash.out
 
-    def _run(self, call: Call, stash: Stash, layer: Any, hidden: Tensor) -> Tensor:
+    def _run(self, call: Call, stage: int, stash: Stash, layer: Any, hidden: Tensor) -> Tensor:
         """One layer of the side branch, a copy of the decoder's."""
+        assert call.request is not None
+        call.request.branched[stage] = stash.alone.valid.sum(1).tolist()
         number = layer.self_attn.layer_idx
-        _follow(layer, self.decoder.layers[number])
+        follow(layer, self.decoder.layers[number])
         kind = self.decoder.kinds[number]
         if kind not in call.dense:
             raise UnsupportedError(
@@ -152,21 +162,21 @@ FULL = (
 )
 
 
-def _follow(layer: Any, source: Any) -> None:
-    """Moves a copied ``layer`` to where the model's own has been moved since; one in float32 stays that under autocast,
-    as when it is being trained beside a model in half precision."""
-    mine, its = next(layer.parameters()), next(source.parameters())
-    long = mine.dtype == torch.float32 and torch.is_autocast_enabled(its.device.type)
-    dtype = mine.dtype if long else its.dtype
-    moved = (mine.dtype, mine.device) != (dtype, its.device)
-    if moved and mine.is_floating_point() and its.is_floating_point():
-        layer.to(its.device, dtype)
+def _record_return(
+    request: Request, planned: PlannedCut, level: SequenceLength, before: SequenceLength | None = None
+) -> None:
+    """Notes that the visual tokens of ``level`` are there again, of which those of ``before`` had stayed."""
+    tables = [(each.rows, each.valid) for each in (level, before) if each is not None]  # as they are now
+    request.notes.append(partial(_returned, planned.cut.site, planned.stage, request.units, tables))
 
 
-def _record_return(request: Request, planned: PlannedCut, level: SequenceLength) -> None:
-    back = []
-    for unit in request.units:
-        there = set(level.rows[unit.sample][level.valid[unit.sample]].tolist())
-        back.append(torch.tensor([i for i, p in enumerate(unit.columns.tolist()) if p in there], dtype=torch.long))
-    counts = [len(kept) for kept in back]
-    request.notes.append(Record(planned.cut.site, planned.stage, [0] * len(back), counts, back, None))
+def _returned(site: str, stage: int, units: list[BudgetGroup], tables: list[tuple[Tensor, Tensor]]) -> Record:
+    back, *stayed = ([_places(unit, *table) for unit in units] for table in tables)
+    before = [len(kept) for kept in stayed[0]] if stayed else [0] * len(back)
+    return Record(site, stage, before, [len(kept) for kept in back], back, None)
+
+
+def _places(unit: BudgetGroup, rows: Tensor, valid: Tensor) -> Tensor:
+    """Those of the tokens of ``unit`` that are among ``rows`` ``[B, M]``."""
+    there = set(rows[unit.sample][valid[unit.sample]].tolist())
+    return torch.tensor([i for i, p in enumerate(unit.columns.tolist()) if p in there], dtype=torch.long)

@@ -13,44 +13,10 @@ from torch import Tensor
 from ...core.select import combine, gather, ranks
 from ...core.types import NOTE, Seed, Selection, TokenView, UnsupportedError, extent
 from ..base import PlannedCut
+from .record import Record
 from .rotary import rotary_rows
 from .rows import put
-
-
-@dataclass
-class Record:
-    """One applied decision.
-
-    Attributes:
-        site: where it fell.
-        stage: its stage's number in the recipe.
-        tokens_in: per image, the tokens in front of it.
-        tokens_out: per image, those behind it.
-        kept: per image, the original indices kept, ascending.
-        assignment: per image, for merges, the slot of every original token.
-        ranked: the original index and the score of each token, ``[G, n]`` each.
-        scores: of a record told per sample, as in :class:`vtprune.core.report.StageReport`.
-        units: likewise.
-    """
-
-    site: str
-    stage: int
-    tokens_in: list[int]
-    tokens_out: list[int]
-    kept: list[Tensor]
-    assignment: list[Tensor] | None
-    ranked: tuple[Tensor, Tensor] | None = None
-    scores: list[Tensor] | None = None
-    units: list[Tensor] | None = None
-
-    def scored(self, g: int, tokens: int) -> Tensor:
-        """The scores of image ``g``'s original tokens, ``[tokens]`` float64, NaN where there is none."""
-        out = torch.full((tokens,), torch.nan, dtype=torch.float64)
-        if self.ranked is not None:
-            self.ranked = self.ranked[0].cpu(), self.ranked[1].cpu()  # once for all images
-            index, score = (t[g] for t in self.ranked)
-            out[index[index >= 0]] = score[index >= 0].double()
-        return out
+from .widths import Widths
 
 
 @dataclass
@@ -76,6 +42,7 @@ class Run:
         present: an index, which of it is a token, the fewest and most tokens of an image.
         counts: per block, its index: lengths are read when somebody asks.
         slots: per block, ``slot`` behind it.
+        fed: per block, the index in front of what is decided behind it.
         notes: the decisions, each as a call that makes its record.
         noted: by stage and site, what a method noted of every original token, ``[G, N, ...]``; NaN where it was gone.
         fold: the side of the square of tokens that become one behind the tower; 1 where tokens are such squares.
@@ -84,6 +51,11 @@ class Run:
             with zeros for what is gone.
         mask: the one that the root gave to the blocks.
         hidden: the patches of each token that nothing attends to, ``[G, N, group]``; ``None``: there are none.
+        widths: on which part of the blocks' width each row runs; ``None``: all on the whole.
+        spared: the multiply-adds that this spares an image.
+        inserted: tokens of each image that joined, numbered from N on.
+        exchanged: per exchange between inserted tokens, how many each image has and how many one sees.
+        answer: of the classes behind the tower, where a method gives it.
         made: the records so far.
     """
 
@@ -105,6 +77,7 @@ class Run:
     present: tuple[Tensor, Tensor, int, int] | None = None
     counts: list[Tensor] = field(default_factory=list)
     slots: list[Tensor] = field(default_factory=list)
+    fed: list[Tensor] = field(default_factory=list)
     notes: list[Callable[[], Record]] = field(default_factory=list)
     made: list[Record] = field(default_factory=list)
     noted: dict[tuple[int, str], Tensor] = field(default_factory=dict)
@@ -112,6 +85,11 @@ class Run:
     squares: Tensor | None = None
     mask: Any = None
     hidden: Tensor | None = None
+    widths: Widths | None = None
+    spared: int = 0
+    inserted: int = 0
+    answer: Tensor | None = None
+    exchanged: list[tuple[int, list[int]]] = field(default_factory=list)
 
     @staticmethod
     def start(images: int, tokens: int, device: torch.device, counts: Sequence[int] | None = None) -> Run:
@@ -181,9 +159,11 @@ class Run:
 
     def apply(self, x: Tensor, selection: Selection, planned: PlannedCut) -> Tensor:
         """Applies a selection to the visual tokens ``x`` ``[G, n, C]`` and keeps the books."""
+        if selection.retention is not None or selection.work is not None:
+            raise UnsupportedError("retention and work are told behind the projector and in the language model alone")
         before = self.index
         n, k = x.shape[1], selection.kept.shape[1]
-        whole = n == k and selection.layout is None and selection.mix is None and selection.gate is None
+        whole = n == k and all(t is None for t in (selection.layout, selection.mix, selection.gate, selection.places))
         if whole and selection.span is not None:
             whole = selection.span[0] == n  # ascending positions, as many as there are
         elif whole:
@@ -191,18 +171,43 @@ class Run:
         if not whole:
             x, self.size = combine(x, selection, self.size)
             column = _columns(selection, n)
-            self.index = gather(self.index + 1, selection.kept) - 1
+            self.index = gather(self.index + 1, selection.kept) - 1 if selection.places is None else selection.places
             if selection.layout is not None:
                 x = gather(x, selection.layout)
                 self.index, self.size = self.index.gather(1, selection.layout), self.size.gather(1, selection.layout)
                 back = ranks(selection.layout)
                 column = torch.where(column >= 0, back.gather(1, column.clamp_min(0)), -1)
             self.slot = torch.where(self.slot >= 0, column.gather(1, self.slot.clamp_min(0)), -1)
+            if selection.places is not None:
+                self.slot = self._slots_at(selection.places)
             if selection.span is not None:
                 self.present = (self.index, self.index >= 0, *selection.span)
         self.merges |= selection.target is not None
         self.note(planned, before, selection.score)
         return x
+
+    def _slots_at(self, places: Tensor) -> Tensor:
+        """:attr:`slot` where the running tokens stand at ``places`` ``[G, K]``."""
+        where = torch.where(places >= 0, places, self.tokens)
+        column = torch.arange(places.shape[1], device=places.device).expand_as(places)
+        return places.new_full((self.images, self.tokens + 1), -1).scatter_(1, where, column)[:, :-1]
+
+    def insert(self, x: Tensor, rows: Tensor) -> Tensor:
+        """The tokens ``x`` ``[G, P + n, C]`` with the ``rows`` ``[G, M, C]`` behind them."""
+        if not self.whole:
+            raise UnsupportedError("tokens can join images of equal numbers of tokens only")
+        g, m = rows.shape[:2]
+        fresh = torch.arange(m, device=self.index.device) + self.tokens + self.inserted
+        self.index = torch.cat([self.index, fresh.expand(g, -1)], 1)
+        self.size = torch.cat([self.size, self.size.new_ones(g, m)], 1)
+        self.inserted += m
+        self.present = None
+        return torch.cat([x, rows.to(x.dtype)], 1)
+
+    @property
+    def own(self) -> Tensor:
+        """``[G, n]`` bool: which running tokens have a place in the image."""
+        return self.valid & (self.index < self.tokens)
 
     def note(self, planned: PlannedCut, before: Tensor, score: Tensor | None = None) -> None:
         """Keeps the present state, and the index ``before`` with its ``score``, as the outcome of ``planned``."""
@@ -214,7 +219,7 @@ class Run:
 
     def note_down(self, planned: PlannedCut, values: Tensor) -> None:
         """Keeps ``values`` ``[G, n, ...]``, of the running tokens, as what ``planned`` noted."""
-        place = torch.where(self.valid, self.index, self.tokens)
+        place = torch.where(self.own, self.index, self.tokens)
         table = values.new_full((self.images, self.tokens + 1, *values.shape[2:]), torch.nan)
         table[torch.arange(self.images, device=place.device)[:, None], place] = values
         self.noted[planned.stage, planned.cut.site] = table[:, : self.tokens]
@@ -280,6 +285,10 @@ class Run:
         squares = table.view(len(table), rows, self.fold, columns, self.fold, *table.shape[2:])
         return squares.mean((2, 4)).flatten(1, 2).unbind()
 
+    def fed_tokens(self, g: int) -> list[int]:
+        """How many tokens of image ``g`` the MLP of each block read."""
+        return [int((index[g] >= 0).sum()) for index in self.fed]
+
     def seen_by(self, g: int) -> list[float] | None:
         """How many patches one of image ``g`` attends to, block by block; ``None``: all, or the model's window."""
         return None
@@ -288,9 +297,9 @@ class Run:
         """``[G, n]``, ``None`` while all are 1: how often each running token counts in a mean. Every original token
         that is still represented counts once (ToMe, arXiv 2210.09461, MAE pooling: sum of size times token over N),
         padding does not."""
-        if not self.merges and self.whole:
+        if not self.merges and self.whole and not self.inserted:
             return None
-        return (self.size if self.merges else torch.ones_like(self.size)) * self.valid
+        return (self.size if self.merges else torch.ones_like(self.size)) * self.own
 
     def positions(self, block: int) -> Tensor:
         """``[G, cells]``: for every cell of the raster at which the blocks begin, where the token that holds it stands
@@ -323,6 +332,7 @@ def noted_later(tell: Callable[[], Tensor], index: Tensor) -> Tensor:
 
 def noted_at(table: Tensor, index: Tensor) -> Tensor:
     """Of notes ``[G, N, ...]`` those of the tokens ``index`` ``[G, n]`` (-1: NaN)."""
+    index = torch.where(index < table.shape[1], index, -1)
     rows = table[torch.arange(len(table), device=index.device)[:, None], index.clamp_min(0)]
     return rows.masked_fill((index < 0).view(*index.shape, *[1] * (rows.ndim - 2)), torch.nan)
 
@@ -343,11 +353,18 @@ def _record(
 ) -> Record:
     kept, assignment = [], []
     for row, slot in zip(index.cpu(), slots.cpu(), strict=True):
-        order = torch.where(row >= 0, row, tokens).argsort(stable=True)
-        kept.append(row[order[: int((row >= 0).sum())]])
+        there = (row >= 0) & (row < tokens)  # what was inserted has no number in the image
+        order = torch.where(there, row, tokens).argsort(stable=True)
+        kept.append(row[order[: int(there.sum())]])
         rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
         assignment.append(torch.where(slot >= 0, rank[slot.clamp_min(0)], -1))
     ranked = None if score is None else (before, score)
     return Record(
-        site, stage, (before >= 0).sum(1).tolist(), [len(k) for k in kept], kept, assignment if merges else None, ranked
+        site,
+        stage,
+        ((before >= 0) & (before < tokens)).sum(1).tolist(),
+        [len(k) for k in kept],
+        kept,
+        assignment if merges else None,
+        ranked,
     )

@@ -16,10 +16,12 @@ from .rows import take
 ROWS = 64  # query rows whose masks are made at once
 
 
-def heads(attention: Any, name: str, x: Tensor) -> Tensor:
+def heads(attention: Any, name: str, x: Tensor, made: Tensor | None = None) -> Tensor:
     """Projection ``name`` (q, k, v) of ``x`` ``[B, M, C]`` with the norm per head that Qwen3 and Gemma 3 have: ``[B, H,
-    M, d]``; Phi-3 makes all three at once."""
-    if hasattr(attention, "qkv_proj"):
+    M, d]``; Phi-3 makes all three at once. ``made``: what another projection made of ``x``."""
+    if made is not None:
+        out = made
+    elif hasattr(attention, "qkv_proj"):
         counts = (getattr(attention.config, f"num_{kind}_heads") for kind in ("attention", *2 * ("key_value",)))
         out = attention.qkv_proj(x).split([n * attention.head_dim for n in counts], -1)["qkv".index(name)]
     else:

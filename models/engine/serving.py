@@ -37,13 +37,20 @@ class Serving:
         if key in call.served:
             return call.served[key]
         dense = call.dense.get(kind, kwargs)
-        if level.dense and keys is None:
+        if level.dense and keys is None and call.retained is None:
             return {name: dense.get(name) for name in ("position_embeddings", "position_ids", "attention_mask")}
         out = self._positions(level, kind, dense, x)
         cached = self._columns(call, number, x.shape[1])[0]
         sliding, how = self.decoder.window_of(number) is not None, backend(self.decoder.lm.config)
         out["attention_mask"] = prefill_mask(
-            dense.get("attention_mask"), level, level if keys is None else keys, x, cached, how, sliding
+            dense.get("attention_mask"),
+            level,
+            level if keys is None else keys,
+            x,
+            cached,
+            how,
+            sliding,
+            call.retained,
         )
         if how == "flash" and call.segments is not None:
             out |= packed(call.segments.to(level.rows.device).gather(1, level.rows))

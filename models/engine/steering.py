@@ -22,8 +22,8 @@ from . import host
 from .decoder import DecoderEngine
 from .description import Decoder
 from .entry import Entry
+from .halves import probe_added
 from .level import SequenceLength
-from .probe import probe_added
 from .prompt import prompts_in_rows, real_tokens
 from .request import Call
 from .rows import put, rows_of, with_rows

@@ -19,10 +19,11 @@ from .arguments import Arguments
 from .captured import catcher
 from .composed import compose, sample
 from .description import Tower
+from .nesting import Nest
 from .passes import COPY, Passes
 from .rows import rows_of, with_rows
 from .run import Run
-from .tower_replays import BlockReplays
+from .tower_replays import BlockReplays, in_backward
 
 HIDDEN = (
     "merging in the tower takes whole tiles: of this one a part is hidden (pixel_attention_mask), whose patches would "
@@ -40,6 +41,14 @@ TRAINED = (
 )
 
 
+JOINED = (
+    "gradient checkpointing runs a block of the tower again, and tokens of a method's own have joined: switch it off"
+)
+
+
+UNCALLED = "this tower's blocks call their attention as no module, so what it adds cannot be changed"
+
+
 class TowerEngine:
     """Hooks one tower. ``done(run)`` is called at the end of each pass."""
 
@@ -54,7 +63,8 @@ class TowerEngine:
         tokens: int,
     ):
         self.tower, self.ledger, self.cuts = tower, ledger, cuts
-        self.changes = any(c.cut.action is not Action.NOTE for c in cuts)
+        self.changes = any(c.cut.action not in (Action.NOTE, Action.NEST) for c in cuts)
+        self.nesting = next((c for c in cuts if c.cut.action is Action.NEST), None)
         self.passes = Passes(tower, cuts, tokens=tokens, seed=seed, done=done)
         self.alone, self.reading = self.passes.alone, self.passes.reading
         self.replays = BlockReplays(len(tower.blocks))
@@ -65,6 +75,7 @@ class TowerEngine:
         self.arguments = Arguments(names)
         own = (n for n in ("attn_mask", "attention_mask") if n in names)
         self.mask = tower.mask or next(own, "attention_mask")  # a composed block takes any name
+        self.nest = None if self.nesting is None else Nest(tower, ledger, lambda: self.run)
         self.passes.hook(ledger, self._hook_blocks)
 
     @property
@@ -96,8 +107,12 @@ class TowerEngine:
         return F.pad(bias, (self.tower.prefix, 0))[:, None, None]
 
     def _hook_blocks(self) -> None:
+        joining = (Action.INSERT, Action.EXCHANGE, Action.ANSWER)
+        if any(c.cut.action in joining for c in self.cuts) and (self.tower.rope or self.passes.folded):
+            raise UnsupportedError("tokens without a place in the image cannot join those of this tower")
         for i, block in enumerate(self.tower.blocks):
-            mine = [c for c in self.cuts if c.cut.site == f"vision.{i}"]
+            here = [c for c in self.cuts if c.cut.site == f"vision.{i}" and c is not self.nesting]
+            mine = [c for c in here if c.cut.action not in joining]
             inside = [c for c in mine if c.cut.inside]
             behind = [c for c in mine if not c.cut.inside]
             if inside or (self.tower.mask is None and self.changes):
@@ -105,12 +120,23 @@ class TowerEngine:
             caught: list[nn.Module] = []
             if mine:
                 self.catch(block, caught)
-            self.ledger.before(block, self._enterer(i, block, caught if mine else None))
+            inserts = [c for c in here if c.cut.action is Action.INSERT]
+            self.ledger.before(block, self._enterer(i, block, caught if mine else None, inserts))
+            for planned in here:
+                if planned.cut.action is Action.EXCHANGE:
+                    if self.tower.attention is None:
+                        raise UnsupportedError(UNCALLED)
+                    self.ledger.after(self.tower.attention(block), self._exchanger(planned))
             self.ledger.after(block, self._leaver(i, block, behind))
+            for planned in here:
+                if planned.cut.action is Action.ANSWER:
+                    self.ledger.after(block, self._answerer(planned))
 
     # one block --------------------------------------------------------------------------------------------------------
 
-    def _enterer(self, number: int, block: nn.Module, caught: list[nn.Module] | None) -> Callable:
+    def _enterer(
+        self, number: int, block: nn.Module, caught: list[nn.Module] | None, inserts: list[PlannedCut]
+    ) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             if not self.cuts and self.run is None:
                 return None
@@ -121,11 +147,19 @@ class TowerEngine:
             here, meant = x.shape[1] - self.tower.prefix, run.index.shape[1] * run.group
             if here != meant:
                 raise UnsupportedError(f"a block got {here} patches where {meant} are left of {run.tokens}; {ONE_SIZE}")
+            if inserts:
+                x = self._insert(run, inserts, x)
+                args, kwargs = self.arguments.put_first(args, kwargs, x)
             run.counts.append(run.index)
             if number == 0 and run.squares is not None:
                 x = self._rest(x, run.gathered)
                 args, kwargs = self.arguments.put_first(args, kwargs, x)
             run.captured["x"] = x
+            if self.nest is not None and self.nesting is not None:
+                self._no_replay(self.nesting, run, block)
+                self.nest.check(number, block)
+                if number == 0 and not run.again:
+                    self._split(run, self.nest, self.nesting, x)
             if caught is not None:
                 self.catch(block, caught)
             told = self.arguments.find(args, kwargs, self.mask)
@@ -144,6 +178,70 @@ class TowerEngine:
             return self.arguments.put(args, kwargs, self.mask, bias)
 
         return enter
+
+    def _split(self, run: Run, nest: Nest, planned: PlannedCut, x: Tensor) -> None:
+        """The method names the part of the width that each token of ``x`` ``[G, P + n, C]`` runs on."""
+        view = self.passes.view(run, self._tokens(run, x), planned, prefix=self.tower.prefix, sources={})
+        nesting = planned.nest(view)
+        nest.begin(run, nesting, self.tower.prefix)
+        shares = x.new_tensor([share for share, _ in nesting.widths], dtype=torch.float64)
+        run.note(planned, run.index, shares[nesting.part])
+
+    def _tokens(self, run: Run, x: Tensor) -> Tensor:
+        """Of rows ``x`` ``[G, P + n * group, C]`` the tokens, each the mean of its patches."""
+        patches = x[:, self.tower.prefix :]
+        return patches if run.group == 1 else patches.unflatten(1, (-1, run.group)).mean(2)
+
+    @staticmethod
+    def _no_replay(planned: PlannedCut, run: Run, block: Any) -> None:
+        if planned.trains() and (run.again or (block.training and getattr(block, "gradient_checkpointing", False))):
+            raise UnsupportedError(TRAINED)
+
+    def _insert(self, run: Run, inserts: list[PlannedCut], x: Tensor) -> Tensor:
+        """The tokens ``x`` ``[G, P + n, C]`` with those that join them."""
+        if run.again:
+            raise UnsupportedError(JOINED)
+        p = self.tower.prefix
+        first = x[:, :p]
+        for planned in inserts:
+            view = self.passes.view(run, x[:, p:], planned, prefix=p, sources={"prefix": lambda: first})
+            rows = planned.insert(view)
+            if rows is not None:
+                x = run.insert(x, rows)
+        return x
+
+    def _answerer(self, planned: PlannedCut) -> Callable:
+        def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            run, p = self.run, self.tower.prefix
+            if run is None:
+                return
+            x = rows_of(output)
+            view = self.passes.view(run, x[:, p:], planned, prefix=p, sources={"prefix": lambda: x[:, :p]})
+            run.answer = planned.answer(view)
+
+        return leave
+
+    def _exchanger(self, planned: PlannedCut) -> Callable:
+        def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            run = self.run
+            if run.again if run is not None else in_backward():
+                raise UnsupportedError(JOINED)
+            if run is None:
+                return None
+            x = rows_of(output)
+            counts = self.tower.together(run.images)
+            if sum(counts) != run.images:
+                raise UnsupportedError(
+                    f"the tower reads {run.images} tiles, and which belong to one picture is not known (there are "
+                    f"pictures of {', '.join(map(str, counts))})"
+                )
+            images = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(x.device)
+            m = run.inserted
+            run.exchanged.append((m, [m * n for n in counts for _ in range(n)]))
+            joined = self.tower.prefix + (run.index[0] >= run.tokens).nonzero()[:, 0]
+            return with_rows(output, x.index_copy(1, joined, planned.exchange(x[:, joined], images).to(x.dtype)))
+
+        return leave
 
     def _rest(self, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         """``x`` ``[G, P + n, C]`` with its patches changed."""
@@ -197,8 +295,7 @@ class TowerEngine:
 
     def _decision(self, run: Run, block: Any, planned: PlannedCut, x: Tensor) -> Selection | None:
         """The method's, or when a checkpoint runs the block again the one that it made the first time."""
-        if planned.trains() and (run.again or (block.training and getattr(block, "gradient_checkpointing", False))):
-            raise UnsupportedError(TRAINED)
+        self._no_replay(planned, run, block)
         if run.again and run.decided is not None:
             return run.decided[id(planned)]
         p = self.tower.prefix
@@ -209,8 +306,7 @@ class TowerEngine:
 
         sources: dict[str, Callable] = {"projections": projections, "prefix": lambda: x[:, :p]}
         sources |= run.noted_sources(planned.stage)
-        tokens = x[:, p:] if run.group == 1 else x[:, p:].unflatten(1, (-1, run.group)).mean(2)
-        view = self.passes.view(run, tokens, planned, prefix=p, sources=sources)
+        view = self.passes.view(run, self._tokens(run, x), planned, prefix=p, sources=sources)
         selection = None
         if planned.cut.action is Action.NOTE:
             run.note_down(planned, planned.note(view))
@@ -226,6 +322,7 @@ class TowerEngine:
             if run is None:
                 return None
             x = rows_of(output)
+            run.fed.append(run.index)
             changed = self.decide(block, cuts, x) if cuts else x
             if run.squares is not None and number == len(self.tower.blocks) - 1:
                 changed = self._rest(changed, run.scattered)

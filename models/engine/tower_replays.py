@@ -59,6 +59,7 @@ class BlockReplays:
             decided=first.decided,
             present=present,
             squares=first.squares,
+            widths=first.widths,
             again=True,
         )
 

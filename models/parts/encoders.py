@@ -18,8 +18,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ...core.ledger import UndoLedger
 from ...core.types import UnsupportedError
 from ..engine import host
+from ..engine.encoder_call import EncoderCall
 from ..engine.packed import PackedRun
-from ..engine.request import Call, EncoderCall
+from ..engine.request import Call
 from ..engine.rows import put
 from ..engine.run import Run
 
@@ -49,6 +50,11 @@ class Encoders:
         """What those encoders did whose outputs are among a forward's ``inputs``, by modality."""
         outputs = (inputs.get(host.ENCODED) or {}).items()
         return {kind: known for kind, output in outputs if (known := self.notes.get(output)) is not None}
+
+    @property
+    def now(self) -> EncoderCall | None:
+        """The call of an encoder that this thread is in."""
+        return getattr(self.local, "now", None)
 
     def passed(self, run: Run) -> None:
         """The tower has made a pass, which the projector reads next; of one that only notes are taken of nothing has

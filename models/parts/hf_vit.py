@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..base import named
 from ..engine.description import Tower
 from ..engine.rotary import rotate
+from .matrices import of_block
 
 CLASSES = {
     "CLIPVisionModel": "clip",
@@ -170,6 +171,8 @@ def describe(model: Any, used: int, root: nn.Module | None = None, *, bare: bool
         sample=_sample if rotary else None,
         raster=(lambda pixels: (pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1])) if bare else None,
         variable=bare and not fixed,
+        matrices=of_block,
+        attention=None if _nested(layers(model)[0]) else _attention,
     )
 
 

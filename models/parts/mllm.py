@@ -17,10 +17,11 @@ from ..engine import host
 from ..engine.count import count
 from ..engine.decoder import DecoderEngine
 from ..engine.description import LLM, PLAIN, PROJECTOR, Decoder
+from ..engine.encoder_call import EncoderCall
 from ..engine.layout import Blend, Raster, RasterSpan, parts
 from ..engine.packed import PackedEngine
 from ..engine.probe import probe, probe_queries
-from ..engine.request import EncoderCall, Request
+from ..engine.request import Request
 from ..engine.shapes import Layer, Shapes, attention
 from ..engine.tower import TowerEngine
 from .copies import copied
@@ -150,6 +151,13 @@ class Mllm:
     def tower_engine(self, cuts: list[PlannedCut], ledger: UndoLedger, *, seed: int, done: Any) -> TowerLike | None:
         """Serves ``cuts`` inside the tower (and before it); ``None`` for a family that offers none there."""
         return None
+
+    def together(self, passes: int) -> list[int]:
+        """How many passes of the tower each picture of the encoder's call that this thread is in is made of."""
+        if "tile" not in self.geometry.per:
+            return [1] * passes
+        known = self.encoding.now
+        return [] if known is None else [sum(len(r.passes) for r in image) for image in self.images(known.inputs)]
 
     def tower_blocks(self) -> list[nn.Module]:
         """Those that stages can be placed behind."""

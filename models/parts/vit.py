@@ -4,6 +4,7 @@ token that is left."""
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.ledger import UndoLedger
-from ...core.types import Geometry, Seed, UnsupportedError
+from ...core.types import Action, Geometry, Seed, UnsupportedError
 from ..base import PlannedCut
-from ..engine.description import RESIZE, TOWER, Tower
+from ..engine.description import CLASSIFIER, INSERT, MATRICES, RESIZE, TOWER, Tower
 from ..engine.run import Run
 from ..engine.shapes import Shapes
 from ..engine.tower import TowerEngine
@@ -25,11 +26,22 @@ class BareVit:
     behind the last block."""
 
     engine: TowerEngine
+    model: Any
 
     def __init__(
-        self, tower: Tower, *, family: str, arch: str, class_token: bool, cost: Shapes, class_readout: bool = True
+        self,
+        tower: Tower,
+        *,
+        family: str,
+        arch: str,
+        class_token: bool,
+        cost: Shapes,
+        class_readout: bool = True,
+        classifier: nn.Module | None = None,
     ):
-        """``class_readout``: the output depends on the last tokens through the class token only."""
+        """``class_readout``: the output depends on the last tokens through the class token only. ``classifier``: the
+        linear layer that gives the classes."""
+        self.classifier = classifier
         self.tower, self.cost, self.class_readout = tower, cost, class_readout
         self.tower_mask = tower.mask  # the blocks' own keyword, for the masked dense model
         self.geometry = Geometry(
@@ -47,8 +59,17 @@ class BareVit:
                 "vision": TOWER,
                 **({"pixels": RESIZE} if tower.resize else {}),
             },
-            traits=frozenset({"class_token"} if class_token else ()),
+            traits=frozenset(
+                {
+                    CLASSIFIER,
+                    *(("class_token",) if class_token else ()),
+                    *((MATRICES,) if tower.matrices is not None else ()),
+                    *((INSERT,) if tower.rope is None else ()),
+                }
+            ),
+            refuses={MATRICES: tower.unread} if tower.unread else {},
             variable=tower.variable,
+            classes=getattr(classifier, "out_features", 0),
         )
 
     def tower_blocks(self) -> list[nn.Module]:
@@ -77,6 +98,31 @@ class BareVit:
         )
         if cuts:
             self.head(ledger)
+        if any(c.cut.action is Action.ANSWER for c in cuts):
+            self._answer(ledger)
+
+    def _answer(self, ledger: UndoLedger) -> None:
+        """In a call of the model its classifier answers what the method does."""
+        model, classifier, local, passes = self.model, self.classifier, threading.local(), self.engine.passes
+        assert classifier is not None  # methods that answer look for classes
+
+        def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            local.within, passes.local.answer = True, None
+
+        def end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            local.within, passes.local.answer = False, None
+
+        def answer(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
+            if not getattr(local, "within", False):
+                raise UnsupportedError(
+                    "a method answers instead of this classifier, from what it has seen in a call of the model: call "
+                    "the model, or remove()"
+                )
+            return passes.answer
+
+        ledger.before(model, begin, first=True)
+        ledger.after(model, end, first=False, always=True)
+        ledger.after(classifier, answer)
 
     def head(self, ledger: UndoLedger) -> None:
         """Hooks what reads all tokens; a head that reads the class token needs nothing."""

@@ -172,6 +172,31 @@ def test_whole_prompts_beside_an_attachment(scorer):
             pass
 
 
+def test_forwards_that_leave_no_report(scorer):
+    model, inputs = testing.tiny("llava")
+    with vtprune.attach(model, "scorer", site="vision.1", keep=0.25) as handle, torch.no_grad():
+        assert handle.images == []
+        with handle.unreported():
+            model(**inputs)
+            assert handle.images == [1, 1]
+        with pytest.raises(vtprune.VtpruneError, match="no prefill"):
+            handle.report()
+        model(**inputs)
+        told = repr(handle.report())
+        with pytest.raises(KeyError), handle.unreported():
+            model(**{**inputs, "pixel_values": inputs["pixel_values"].flip(0)})
+            assert repr(handle.report()) != told
+            raise KeyError
+        assert repr(handle.report()) == told
+    with vtprune.attach(model, "scorer", site="llm.1", keep=0.25) as handle, torch.no_grad():
+        model(**inputs)
+        assert handle.images == [0, 0]  # no stage in the tower: nothing is known of its passes
+    model, inputs = testing.tiny("timm-vit")
+    with vtprune.attach(model, "scorer", site="vision.1") as handle, torch.no_grad():
+        call(model, inputs)
+        assert handle.images == [1] * len(handle.passes) != []
+
+
 @pytest.mark.parametrize("site", ["llm.1", "vision.1"])
 def test_gradient_checkpointing_is_refused_in_training(scorer, site):
     model, inputs = testing.tiny("llava")
@@ -183,3 +208,60 @@ def test_gradient_checkpointing_is_refused_in_training(scorer, site):
         handle.modules["scorer"].requires_grad_(True)
         with pytest.raises(UnsupportedError, match="being trained"):
             model(**inputs).logits.sum().backward()
+
+
+@pytest.mark.parametrize("method", [n for n in vtprune.methods() if vtprune.describe(n).learns])
+def test_what_decides_is_made_alike_and_leaves_the_callers_numbers(method):
+    """Layers draw as they are made; whose module it is, the caller's generator does not tell."""
+    family = "timm-vit" if method == "clca" else "llava"
+    model, _ = testing.tiny(family)
+    options = dict(vtprune.describe(method).cases[0])
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.random.get_rng_state()
+        with vtprune.attach(model, method, **options) as handle:
+            made.append({k: v.clone() for k, v in handle.modules[method].state_dict().items()})
+        assert torch.equal(torch.random.get_rng_state(), before)
+    assert made[0].keys() == made[1].keys() and all(torch.equal(v, made[1][k]) for k, v in made[0].items())
+
+
+def test_told_is_of_the_last_forward(scorer):
+    """What a forward told that failed is no other's."""
+    model, inputs = testing.tiny("llava")
+    with vtprune.attach(model, "scorer", site="llm.1") as handle:
+        handle.modules["scorer"].requires_grad_(True)
+
+        def fail(module, args):
+            raise MemoryError
+
+        hook = model.model.language_model.layers[3].register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            model(**inputs)
+        hook.remove()
+        model(**inputs)
+        model(**inputs)
+        assert handle.told()["llm.1"]["mean"].shape == (2,) and not handle.told()
+
+
+@pytest.mark.parametrize("method", [m for m in vtprune.methods() if vtprune.describe(m).cases])
+def test_recipes_from_files_give_what_options_give(method, tmp_path):
+    """Files have lists where options are tuples."""
+    family = "timm-vit" if method == "clca" else "llava"
+    model, inputs = testing.tiny(family)
+    info = vtprune.describe(method)
+    for case in info.cases:
+        options = {k: v for k, v in case.items() if k not in ("keep", "per", "positions")}
+        recipe = vtprune.Recipe(
+            name="x", stages=(vtprune.Stage(method=method, options=options, keep=case.get("keep")),)
+        )
+        recipe.save(tmp_path / "recipe.json")
+        try:
+            vtprune.attach(model, recipe).remove()
+        except (UnsupportedError, vtprune.VtpruneError):
+            continue
+        out = []
+        for chosen in (recipe, vtprune.Recipe.load(tmp_path / "recipe.json")):
+            with torch.no_grad(), vtprune.attach(model, chosen):
+                out.append(call(model, inputs))
+        assert torch.equal(loss_of(out[0]), loss_of(out[1])), case

@@ -36,8 +36,8 @@ def test_sliding_windows_span_the_prompts_positions(tiny, family, variant, monke
     assert _results(model, inputs, names, keep=2) == dict.fromkeys(names, True)
     right_prefill, right_decode = serving.prefill_mask, serving.decode_mask
 
-    def prefill(own, level, keys, x, cached, how, sliding):
-        mask = right_prefill(own, level, keys, x, cached, how, sliding)
+    def prefill(own, level, keys, x, cached, how, sliding, retained):
+        mask = right_prefill(own, level, keys, x, cached, how, sliding, retained)
         if not sliding:
             return mask
         column = torch.arange(level.width)

@@ -44,7 +44,7 @@ def test_scores_explain_what_was_kept(tiny, family, method, case):
     for variant in list(ADAPTERS.get(family).tiny)[:2]:
         report = reported(tiny, family, variant, method, case)
         for number, stage in enumerate(report.stages):
-            changed = stage.tokens_in != stage.tokens_out
+            changed = any(o < i for i, o in zip(stage.tokens_in, stage.tokens_out, strict=True))  # not a return
             assert (stage.scores is None) == (stage.units is None)
             elsewhere = info.score.startswith("in the language model") and not stage.site.startswith("llm.")
             assert stage.scores is not None or elsewhere or not (info.score and changed), (

@@ -15,7 +15,7 @@ from vtprune.models.engine.layout import units
 
 from ..core.ledger import UndoLedger, snapshot
 from ..core.planning import applies_to
-from ..core.types import VtpruneError
+from ..core.types import Action, VtpruneError
 from ..methods.base import OWN_BUDGETS
 from .case import Case, attention_mask, behind_tower, positioned
 from .decoding import STEPS, generate, stepper, steps
@@ -265,6 +265,8 @@ def finite_in_half(c: Case) -> str:
 def _only_pruning(c: Case) -> None:
     if any(i.merges or i.routes for i in c.infos):
         raise Skip("merging and routing change values, no mask gives the same")
+    if any(cut.action is Action.INSERT for *_, cuts in c.plan() for cut in cuts):
+        raise Skip("tokens of the method's own join the others, which no mask gives")
 
 
 def _nothing_evicted(c: Case) -> None:

@@ -1,4 +1,5 @@
-"""The reference: the dense model with what a method dropped hidden from it, by masks and, where asked, by positions."""
+"""The reference: the dense model with what a method dropped hidden from it, by masks and, where asked, by positions;
+with tokens on a part of its tower's width, by zeros."""
 
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ from vtprune.models.engine.masked import (
     hide_in_packed,
     hide_in_tower,
     learn_in_decoder,
+    narrow_in_tower,
     silence_in_decoder,
 )
 from vtprune.models.engine.online import reads_between
 from vtprune.models.engine.packing import Packing
+from vtprune.models.parts.matrices import of_block
 
 from ..core.ledger import UndoLedger
 from ..core.planning import positions_of
@@ -32,7 +35,9 @@ def masks(c: Case, report: Report, passes: list[tuple[Any, int]]) -> tuple[list[
     """Hooks that hide from the dense model what was dropped, and the columns hidden at each layer. Also ``present``
     ``[B, T]``: rows left at the end."""
     ledger = UndoLedger()
-    if passes:
+    if passes and any(i.nests for i in c.infos):
+        _narrow_in_tower(ledger, c, passes)
+    elif passes:
         _hide_in_tower(ledger, c, passes)
     if not c.mllm:
         return [], torch.empty(0), ledger
@@ -77,6 +82,23 @@ def _hide_in_tower(ledger: UndoLedger, c: Case, passes: list[tuple[Any, int]]) -
         per_block = [gone.repeat_interleave(run.group, 1)[:, order] for gone in per_block]
     form = getattr(c.adapter, "mask_form", None)
     hide_in_tower(ledger, blocks, c.adapter.tower_mask, c.geometry.prefix, per_block, form)
+
+
+def _narrow_in_tower(ledger: UndoLedger, c: Case, passes: list[tuple[Any, int]]) -> None:
+    """Every token on its part of the width, by zeros; nothing was dropped."""
+    features, gains = [], []
+    for run, g in passes:
+        place, prefix = slice(None), c.geometry.prefix
+        rows = run.widths.features[g]
+        if run.squares is not None:  # patches in the raster's order
+            place = run.squares.flatten().argsort()
+        features.append(torch.cat([rows[:prefix], rows[prefix:][place]]))
+        if run.widths.gain is not None:
+            gain = run.widths.gain[:, g].detach()
+            gains.append(torch.cat([gain[:, :prefix], gain[:, prefix:][:, place]], 1))
+    blocks = [of_block(block) for block in c.adapter.tower_blocks()]
+    gain = list(torch.stack(gains, 1)) if gains else None
+    narrow_in_tower(ledger, blocks, torch.stack(features), gain)
 
 
 def _gone(passes: list[tuple[Any, int]], blocks: int) -> list[Tensor]:

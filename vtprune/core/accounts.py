@@ -13,8 +13,9 @@ from .report import Report, StageReport
 from .types import Action, Geometry, UnsupportedError
 
 if TYPE_CHECKING:
+    from vtprune.models.engine.record import Record
     from vtprune.models.engine.request import Request
-    from vtprune.models.engine.run import Record, Run
+    from vtprune.models.engine.run import Run
 
 
 def passes_of(request: Request) -> list[tuple[Run, int]]:
@@ -95,6 +96,7 @@ class Accounts:
             layer_tokens=layers,
             flops=vision
             + self._side_branches(request)
+            + sum(int(work.sum()) for work in request.work)
             + sum(
                 cost.decoder_layer(s, i, n)
                 for first, end, counts in request.ahead
@@ -173,14 +175,17 @@ class Accounts:
         # (of a tower that folds, every patch is embedded)
         reduced = run.records and run.records[0].site == "pixels" and self.geometry.fold == 1
         patches = run.records[0].tokens_out[0] if reduced else run.handed_over(g)  # that are embedded
-        return cost.vision(self.shapes, 1, patches, layer_tokens, self.inside, projected, run.seen_by(g))
+        fed = run.fed_tokens(g) or None
+        whole = cost.vision(self.shapes, 1, patches, layer_tokens, self.inside, projected, run.seen_by(g), fed)
+        return whole - 2 * run.spared + sum(cost.exchange(self.shapes, m, seen[g]) for m, seen in run.exchanged)
 
     def _side_branches(self, request: Request) -> int:
-        """FLOPs of routing methods' own layers."""
+        """FLOPs of the methods' own layers."""
         flops = 0
         for stage, counts in request.branched.items():
             flops += sum(
                 len(self.branches.get(stage, ())) * cost.decoder_layer(self.shapes, self.splits[stage], n)
                 for n in counts
             )
+        flops += sum(cost.decoder_layer(self.shapes, i, n) for i, counts in request.fused for n in counts)
         return flops

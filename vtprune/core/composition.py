@@ -10,6 +10,7 @@ from .recipe import Stage
 from .types import Action, Cut, Geometry, VtpruneError
 
 Planned = tuple[Stage, Method, tuple[Cut, ...]]
+DROPLESS = (Action.NOTE, Action.INSERT, Action.EXCHANGE, Action.ANSWER)  # no token goes there
 ORDER = {"pixels": 0, "vision": 1, "projector": 2, "llm": 3}
 
 
@@ -17,7 +18,8 @@ def compose(geometry: Geometry, stages: Sequence[Planned]) -> list[str]:
     """Follows the tokens of an image through all cuts. Answers with a sentence for every stage that changes nothing;
     raises :class:`VtpruneError` for stages that cannot follow each other: one that finds no tokens, needs the whole
     raster, equal counts or the attention in front of its cut behind a stage that leaves none of these, remembers tokens
-    that are merged meanwhile, cuts while others are put aside, or skips layers beside any other."""
+    that are merged meanwhile, cuts while others are put aside, skips layers beside any other, or nests widths beside
+    others in the tower."""
     walk = _Walk(geometry, stages)
     for n in range(len(walk.order)):
         walk.check(n)
@@ -77,6 +79,15 @@ class _Walk:
             raise VtpruneError(
                 f"{info.name} leaves out halves of layers, which is not composed with other stages yet: use it alone"
             )
+        self._check_widths(s, cut, info)
+        inserts = next(
+            (m.info.name for _, m, cuts in self.stages if any(c.action is Action.INSERT for c in cuts)), None
+        )
+        if inserts is not None and inserts != info.name and cut.kind in ("pixels", "vision"):
+            raise VtpruneError(
+                f"{inserts} adds tokens of its own in the vision tower, which {info.name} cannot look at: only stages "
+                "behind the tower can follow it"
+            )
         if cut.action is Action.NOTE:
             return self._check_memory(n)
         routing = (t for t in self.first if t != s and self.stages[t][1].info.routes)
@@ -99,6 +110,18 @@ class _Walk:
             )
         self._check_memory(n)
 
+    def _check_widths(self, s: int, cut: Cut, info: MethodInfo) -> None:
+        """Nothing else happens in a tower that runs tokens on parts of its width, or in front of it."""
+        if not info.nests:
+            return
+        for t, (_, method, cuts) in enumerate(self.stages):
+            other = next((c for c in cuts if t != s and c.kind in ("pixels", "vision")), None)
+            if other is not None:
+                raise VtpruneError(
+                    f"{info.name} runs the tower's blocks on parts of their width, which is not composed with other "
+                    f"stages there yet, as {method.info.name} at {other.site}: place those behind the tower"
+                )
+
     def _check_memory(self, n: int) -> None:
         """What the method at cut ``n`` remembers or looks at is still there."""
         s, cut, info = self._at(n)
@@ -107,9 +130,10 @@ class _Walk:
                 f"{info.name} averages each token's score over the blocks, which {self._at(self.merger)[2].name} in "
                 "between would merge"
             )
-        looks = cut.observe or "projections" in info.needs.get(cut.kind, ())
+        reads = cut.action is Action.NOTE or cut.action not in DROPLESS
+        looks = cut.observe or (reads and "projections" in info.needs.get(cut.kind, ()))
         here = (self._at(m) for m in range(n))  # some may only note
-        first = next((i.name for _, c, i in here if c.site == cut.site and c.action is not Action.NOTE), None)
+        first = next((i.name for _, c, i in here if c.site == cut.site and c.action not in DROPLESS), None)
         if looks and first is not None:
             raise VtpruneError(
                 f"{first} and {info.name} both cut at {cut.site}; the second cannot use attention from before the "
@@ -124,7 +148,7 @@ class _Walk:
     def advance(self, n: int) -> None:
         """Lets cut ``n`` fall."""
         s, cut, info = self._at(n)
-        if cut.action is Action.NOTE:
+        if cut.action in DROPLESS:
             return
         before = self._fresh(cut)
         if cut.kind in ("projector", "llm") and self.geometry.variable:
@@ -149,10 +173,13 @@ class _Walk:
             self.merger = n if info.merges else self.merger
 
 
-def _when(cut: Cut) -> tuple[int, int, bool]:
-    """Within a block what is inside comes first, within a decoder layer what gives it keys and values last."""
+def _when(cut: Cut) -> tuple[int, int, int]:
+    """Within a block what is in front of it comes first, then what is inside; within a decoder layer what gives it keys
+    and values last."""
+    if cut.action in (Action.INSERT, Action.EXCHANGE):
+        return ORDER[cut.kind], cut.layer, -1
     last = cut.action in (Action.CONTEXT, Action.LEND)
-    return ORDER[cut.kind], cut.layer, last or (cut.kind == "vision" and not cut.inside)
+    return ORDER[cut.kind], cut.layer, int(last or (cut.kind == "vision" and not cut.inside))
 
 
 def _wants(geometry: Geometry, planned: Planned) -> bool:

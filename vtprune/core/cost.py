@@ -14,11 +14,21 @@ if TYPE_CHECKING:
     from vtprune.models.engine.shapes import Shapes
 
 
+def tower_row(s: Shapes) -> int:
+    """The projections and the MLP of one vision block for one token."""
+    return 2 * (4 * s.vd * s.vd + s.vmlp * s.vd * s.vf)
+
+
 def tower_block(s: Shapes, n: int, after: int | None = None, seen: float | None = None) -> int:
     """One vision block over ``n`` tokens (prefix included); ``after`` tokens reach its MLP if a merge happens inside
     it; each sees ``seen`` tokens (default all, of windows their mean)."""
     attention = 4 * n * s.vd * s.vd + 2 * round(n * (n if seen is None else min(seen, n))) * s.vd
     return 2 * (attention + s.vmlp * (n if after is None else after) * s.vd * s.vf)
+
+
+def exchange(s: Shapes, m: int, seen: int) -> int:
+    """An attention of the tower's width over ``m`` inserted tokens, each of which sees ``seen`` of them."""
+    return 2 * (4 * m * s.vd * s.vd + 2 * m * seen * s.vd)
 
 
 def vision(
@@ -29,18 +39,21 @@ def vision(
     inside: bool = False,
     projected: float | None = None,
     seen: Sequence[float] | None = None,
+    fed: Sequence[float] | None = None,
 ) -> int:
     """Patch embedding, blocks and projector for ``images`` images; ``per_block`` patch tokens entering each block,
     ``projected`` tokens through the projector. ``seen``: the patches that each one attends to, block by block (default:
-    all, or what is in a window of the model).
+    all, or what is in a window of the model); ``fed``: those that its MLP reads, where they are not those of the next
+    block.
 
-    Blocks beyond ``per_block`` (run, but not used by LLaVA) see the last count.
+    Blocks beyond ``per_block`` (run, but not used by LLaVA) see what is projected.
     """
     counts: list[float] = [n * s.group for n in per_block or [patches]]
     total = 2 * patches * s.group * s.patch
-    counts += [projected if projected is not None and inside else counts[-1]] * (s.vdepth - len(counts))
+    counts += [counts[-1] if projected is None else projected * s.group] * (s.vdepth - len(counts))
     for i, n in enumerate(counts):
         after = counts[i + 1] if inside and i + 1 < len(counts) else n
+        after = fed[i] * s.group if fed is not None and i < len(fed) else after
         windowed = s.window if s.window and i not in s.whole else None
         total += tower_block(s, round(n) + s.prefix, round(after) + s.prefix, seen[i] if seen else windowed)
     total += 2 * round(counts[-1] / s.group if projected is None else projected) * s.proj

@@ -13,7 +13,7 @@ from ..methods.base import Method
 from .planning import budget, for_rasters, frame_grid
 from .recipe import Stage
 from .select import as_mix, from_mask, gather, join, merged, subview
-from .types import NOTE, Action, Cut, Geometry, Mix, Recent, Selection, TokenView, UnsupportedError
+from .types import NOTE, Action, Cut, Geometry, Mix, Nesting, Recent, Selection, TokenView, UnsupportedError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +66,24 @@ class Decider:
                 told[torch.tensor(rows, device=told.device), : part.shape[1]] = part
             assert told is not None
             return told
+
+    def nest(self, view: TokenView) -> Nesting:
+        """On which part of the width each token of a tower's pass runs; its images have one size."""
+        import torch
+
+        view = self._promised(view, frozenset())
+        with torch.set_grad_enabled(self.learning):
+            cut = self._cut(view.rasters[0]) if view.rasters else self.cuts[self.number]
+            return self.method.nest(replace(view, rasters=()), cut)
+
+    def insert(self, view: TokenView) -> Tensor | None:
+        """The rows ``[B, M, C]`` that the method adds to the tokens of a tower's pass: no decision, gradients flow
+        through them."""
+        return self.method.insert(replace(view, rasters=(), module=self.module), self.cuts[self.number])
+
+    def answer(self, view: TokenView) -> Tensor | None:
+        """The classes' logits ``[B, classes]`` that the method makes behind the last block."""
+        return self.method.answer(replace(view, rasters=(), module=self.module), self.cuts[self.number])
 
     def trains(self) -> bool:
         """Whether the module that decides wants gradients."""
@@ -179,16 +197,17 @@ class Decider:
 
     def _rasters(self, view: TokenView, cut: Cut, rasters: Rasters, left: tuple[int, ...]) -> Selection:
         """A method of the image plane on units of several rasters, of which ``left`` tokens are there: each raster's
-        share of the budget is that of its tokens (largest remainders)."""
+        share of the budget is that of its tokens (largest remainders); an adaptive cut has every raster decided for
+        itself."""
         import torch
 
         b, n = view.index.shape
         starts = [0, *accumulate(r * c for r, c in rasters)]
-        shares = _shares(min(cut.keep or 0, sum(left)), left)
+        shares = list(left) if cut.adaptive else _shares(min(cut.keep or 0, sum(left)), left)
         keep = torch.zeros(b, n + 1, dtype=torch.bool, device=view.valid.device)  # the last column takes the padding
         target, weight, merges = torch.full_like(view.index, -1), view.size.clone(), False
         score: Tensor | None = None
-        gate: Tensor | None = None
+        factors: dict[str, Tensor] = {}
         pieces: list[tuple[Selection | None, Tensor, Tensor, Tensor]] = []
         for grid, m, start, share in zip(rasters, left, starts, shares, strict=False):
             if not share:
@@ -211,6 +230,8 @@ class Decider:
                 sources={name: _rows(source, at) for name, source in view.sources.items()},
             )
             selection = self.method.select(small, replace(cut, keep=share))
+            if selection is not None and (selection.retention is not None or selection.work is not None):
+                raise UnsupportedError("retention and work are told unit by unit, not raster by raster")
             chosen = (
                 at
                 if selection is None
@@ -225,9 +246,10 @@ class Decider:
                     else score
                 )
                 score.scatter_(1, at, selection.score.double())
-            if selection is not None and selection.gate is not None:
-                gate = torch.ones_like(view.size) if gate is None else gate
-                gate = gate.scatter(1, at, selection.gate.to(gate))
+            for name in ("gate", "mlp"):
+                if selection is not None and (own := getattr(selection, name)) is not None:
+                    every = factors.get(name, torch.ones_like(view.size))
+                    factors[name] = every.scatter(1, at, own.to(every))
             if selection is None or selection.target is None:  # what stays is its own slot
                 target.scatter_(1, at, torch.where(keep.gather(1, at), at, -1))
                 continue
@@ -240,7 +262,13 @@ class Decider:
         keep = keep[:, :n]
         selection = merged(keep, target, weight) if merges else from_mask(keep)
         mixes = any(piece is not None and piece.mix is not None for piece, *_ in pieces)
-        return replace(selection, score=score, mix=_joined(pieces, keep) if mixes else None, gate=gate)
+        return replace(
+            selection,
+            score=score,
+            mix=_joined(pieces, keep) if mixes else None,
+            gate=factors.get("gate"),
+            mlp=factors.get("mlp"),
+        )
 
 
 def _without_gradient(source: Callable[..., Any]) -> Callable[..., Any]:

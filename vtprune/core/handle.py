@@ -115,6 +115,10 @@ def _check_tower_budgets(geometry: Geometry, stages: Sequence[Planned], per: str
             )
 
 
+def _fuse(method: Method, module: Any, hidden: Tensor, run: Callable[..., Tensor]) -> Tensor:
+    return method.fuse(hidden, run, module)
+
+
 def _skip(method: Method, cut: Cut, module: Any, rows: Tensor, prompt: Tensor) -> Tensor:
     return method.skip(rows, prompt, cut, module)
 
@@ -123,9 +127,24 @@ def _gate(method: Method, cut: Cut, module: Any, rows: Tensor, prompt: Tensor) -
     return method.gate(rows, prompt, cut, module)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _built(method: Method, branch: Callable[[int], Any], geometry: Geometry) -> Any:
     import torch
 
+    with torch.random.fork_rng(devices=[]):  # layers draw as they are made, and the caller's numbers stay his
+        return method.build(branch, geometry)
+
+
+def _exchange(method: Method, cut: Cut, module: Any, rows: Tensor, images: Tensor) -> Tensor:
+    return method.exchange(rows, images, cut, module)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """``[B, ...]`` of all images; where they have several widths, NaN behind the narrower."""
+    import torch
+
+    if parts[0].ndim == 2:
+        most = max(part.shape[1] for part in parts)
+        parts = [torch.nn.functional.pad(part, (0, most - part.shape[1]), value=torch.nan) for part in parts]
     return torch.cat(parts)
 
 
@@ -165,6 +184,7 @@ class Handle:
         check_options(adapter.geometry, positions=positions, seed=seed, per=per)
         self.positions = positions = positions_of(adapter.geometry, recipe, positions)
         _check_tower_budgets(adapter.geometry, stages, per)
+        self.seed: int | tuple[int, ...] = seed  # of the next forwards
         self._ledger = UndoLedger()
         # by method; behind the first of one method, by method and number of the stage
         self.modules: dict[str, Any] = {}
@@ -174,11 +194,12 @@ class Handle:
         for number, (stage, method, cuts) in enumerate(stages):
             info = method.info
             built = info.routes or info.skips or info.learns
-            module = method.build(adapter.branch, sized) if built else None
+            module = _built(method, adapter.branch, sized) if built else None
             if module is not None:
                 if stage.options.get("weights") is not None:
-                    backbone.check(stage.method, stage.options["weights"], adapter.decoder_layers())
-                branches[number] = module
+                    backbone.check(stage.method, stage.options["weights"], backbone.layers(adapter), model)
+                if not any(cut.action is Action.LEND for cut in cuts):  # what lends is no layer
+                    branches[number] = module
                 self.modules[stage.method if stage.method not in self.modules else f"{stage.method}.{number}"] = module
             for i, cut in enumerate(cuts):
                 decider = Decider(adapter.geometry, stage, method, cuts, i, module if info.learns else None, self._tell)
@@ -188,14 +209,20 @@ class Handle:
                         stage=number,
                         select=decider,
                         note=decider.note,
+                        nest=decider.nest,
                         merges=method.info.merges,
                         bring_back=lambda hidden, run, method=method, module=module: method.restore(
                             hidden, run, module
                         ),
+                        fuse=partial(_fuse, method, module),
                         skip=partial(_skip, method, cut, module),
                         gate=partial(_gate, method, cut, module),
                         learn=partial(_learn, method, cut),
+                        insert=decider.insert,
+                        answer=decider.answer,
+                        exchange=partial(_exchange, method, cut, module),
                         trains=decider.trains,
+                        lender=method.lend(cut, module),
                     )
                 )
         self._cuts = [p.cut for p in planned]
@@ -210,6 +237,8 @@ class Handle:
         except BaseException:
             self._ledger.undo()
             raise
+        if any(method.info.learns for _, method, _ in stages):  # what a forward told that failed is no other's
+            self._ledger.before(model, self._untold, first=True)
         forget_compiled()
         self._model: Any = model
         attached[model] = ref(self)
@@ -265,7 +294,8 @@ class Handle:
     def reseed(self, seed: int | Sequence[int]) -> None:
         """The seed of the next forwards (methods that draw at random): one for all, or one for each sample of the batch
         (in the vision tower: of each image or tile); a forward of another size then raises :class:`VtpruneError`."""
-        self.adapter.reseed(seed if isinstance(seed, int) else tuple(seed))
+        self.seed = seed if isinstance(seed, int) else tuple(seed)
+        self.adapter.reseed(self.seed)
 
     def report(self, of: Any = None) -> Report:
         """What a prefill did: the calling thread's most recent one, or that of the request which the key-value cache
@@ -296,10 +326,13 @@ class Handle:
         mine = self._said.setdefault(threading.current_thread(), {})
         mine.setdefault(site, {}).setdefault(name, []).append(values)
 
+    def _untold(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._said.pop(threading.current_thread(), None)
+
     def told(self) -> dict[str, dict[str, Tensor]]:
-        """What methods that are being trained told for their losses since this was last asked in the calling thread: by
-        site and name, ``[B]`` of all images (or whatever else one budget applies to), as ``{"llm.3": {"balance":
-        ...}}``."""
+        """What methods that are being trained told for their losses in the calling thread's most recent forward of the
+        model, once: by site and name, ``[B, ...]`` of all images (or whatever else one budget applies to, kind by
+        kind), as ``{"llm.3": {"balance": ...}}``."""
         mine = self._said.pop(threading.current_thread(), {})
         return {site: {name: _joined(parts) for name, parts in names.items()} for site, names in mine.items()}
 
@@ -317,6 +350,30 @@ class Handle:
             )
         with self.adapter.decoder.entrance.aside():
             yield
+
+    @contextmanager
+    def unreported(self) -> Iterator[None]:
+        """Within it, in the calling thread, prefills leave no report: :meth:`report` goes on telling of the one
+        before."""
+        mine = threading.current_thread()
+        last = self._threads.get(mine)
+        try:
+            yield
+        finally:
+            self._threads.pop(mine, None)
+            if last is not None:
+                self._threads[mine] = last
+
+    @property
+    def images(self) -> list[int]:
+        """How many passes of the vision tower each sample of the most recent prefill had (:attr:`passes`)."""
+        last = self._last
+        if last is None:
+            return []
+        run, request = last
+        if request is None:
+            return [1] * run.images
+        return [len(rows) for rows in request.vision or [[]] * len(request.parts)]
 
     @property
     def passes(self) -> list[tuple[Run, int]]:

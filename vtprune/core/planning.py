@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 ATTACH_OPTIONS = ("positions", "seed", "per")
 
+LACKS = {
+    "prompt": "per='prompt' does",
+    "matrices": "parts of the width are known of towers whose blocks see each image by itself",
+    "classifier": "what it puts into the sequence has no place in a prompt: it is for bare vision transformers",
+    "insert": "its tokens are turned by their places, or folded from several patches, which inserted ones could not be",
+}
+
 TARGETS = ("effective_tokens", "flops")  # budgets that the solver turns into a schedule
 
 
@@ -152,7 +159,7 @@ def plan(geometry: Geometry, recipe: Recipe) -> list[Planned]:
             missing = info.needs.get(cut.kind, frozenset()) - (offers or frozenset()) - geometry.traits
             if offers is None or missing:
                 lacks = ", ".join(sorted(missing)) or f"{cut.kind} sites"
-                known = {"prompt": "per='prompt' does", **geometry.refuses}
+                known = {**LACKS, **geometry.refuses}
                 reasons = dict.fromkeys(known[n] for n in sorted(missing) if n in known)
                 why = "".join(f" ({reason})" for reason in reasons)
                 raise UnsupportedError(

@@ -27,9 +27,8 @@ def resolve(keep: int | float, tokens: int) -> int:
         raise VtpruneError(f"keep must be an int (tokens per image) or a float in (0, 1], got {keep!r}")
     if isinstance(keep, float):
         if not 0 < keep <= 1:
-            raise VtpruneError(
-                f"keep={keep}: a fraction lies in (0, 1]; use an int for a number of tokens (1..{tokens})"
-            )
+            most = f" (1..{tokens})" if tokens > 1 else ""  # 1: only the fraction's form is asked for
+            raise VtpruneError(f"keep={keep}: a fraction lies in (0, 1]; use an int for a number of tokens{most}")
         return max(1, math.floor(keep * tokens + 1e-9))
     if not 1 <= keep <= tokens:
         raise VtpruneError(f"keep={keep}: the model has {tokens} visual tokens per image, so keep lies in 1..{tokens}")

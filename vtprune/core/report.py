@@ -47,7 +47,8 @@ class Report:
         stages: in execution order.
         layer_tokens: visual tokens that each layer of the language model (bare ViT: each block) processed. A token that
             only gives a layer keys and values counts, as the text sees it.
-        flops, dense_flops: tower, projector and prefill, two per multiply-add, attention counted in full.
+        flops, dense_flops: tower, projector, prefill and what methods run of their own, two per multiply-add, attention
+            counted in full.
         kv_bytes, dense_kv_bytes: of the key-value cache behind the prefill.
         recipe: its key.
         grids: the rasters (rows, columns) that a sample's visual tokens form, in order.

@@ -203,12 +203,8 @@ def join(view: TokenView, parts: Sequence[tuple[Sequence[int], Selection | None]
     if len(full) == 1 and len(full[0][0]) == b:
         return full[0][1]
     kept = torch.full((b, max(s.kept.shape[1] for _, s in full)), -1, device=view.valid.device)
-    target, weight, layout, score, mix, gate = None, None, None, None, None, None
-    if any(s.gate is not None for _, s in full):
-        gate = torch.ones(b, n, device=kept.device)
-        for rows, s in full:
-            if s.gate is not None:
-                gate[list(rows), : s.gate.shape[1]] = s.gate.to(gate.dtype)
+    target, weight, layout, score, mix = None, None, None, None, None
+    gate, retention, mlp = (_factors(full, name, view.valid) for name in ("gate", "retention", "mlp"))
     if any(s.mix is not None for _, s in full):
         mixes = [(rows, as_mix(s, view.size[list(rows)])) for rows, s in full]
         most = max(m.token.shape[1] for _, m in mixes)
@@ -241,7 +237,40 @@ def join(view: TokenView, parts: Sequence[tuple[Sequence[int], Selection | None]
             layout[at, : s.layout.shape[1]] = s.layout
         if score is not None and s.score is not None:
             score[at, : s.score.shape[1]] = s.score.double()
-    return Selection(kept, target, weight, layout, score, mix=mix, gate=gate)
+    return Selection(
+        kept,
+        target,
+        weight,
+        layout,
+        score,
+        mix=mix,
+        gate=gate,
+        retention=retention,
+        mlp=mlp,
+        work=_work(full, view.valid),
+    )
+
+
+def _work(parts: Sequence[tuple[Sequence[int], Selection]], valid: Tensor) -> Tensor | None:
+    """``[B]``: the FLOPs of all ``parts``; ``None``: none tells."""
+    told = [(list(rows), s.work) for rows, s in parts if s.work is not None]
+    if not told:
+        return None
+    out = torch.zeros(len(valid), dtype=torch.long, device=valid.device)
+    for rows, work in told:
+        out[rows] = work.to(out)
+    return out
+
+
+def _factors(parts: Sequence[tuple[Sequence[int], Selection]], name: str, valid: Tensor) -> Tensor | None:
+    """``[B, N]``: the factors ``name`` of the tokens of all ``parts``, 1 where a part has none; ``None``: none has."""
+    told = [(list(rows), values) for rows, s in parts if (values := getattr(s, name)) is not None]
+    if not told:
+        return None
+    out = torch.ones(valid.shape, dtype=told[0][1].dtype, device=valid.device)
+    for rows, values in told:
+        out[rows, : values.shape[1]] = values.to(out.dtype)
+    return out
 
 
 def as_mix(selection: Selection, size: Tensor) -> Mix:

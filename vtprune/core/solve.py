@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from vtprune.models.engine.layout import units
@@ -30,6 +31,8 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes:
     patches = (pixels[0].keep or n) if pixels else n
     now, aside = float(patches), float(n)
     inside = any(c.inside for c in cuts)
+    work = {id(c): partial(method.work, cut=c, geometry=geometry) for _, method, own in stages for c in own}
+    own_work = 0
 
     def outcome(c: Cut, now: float) -> float:
         if c.action is Action.RESTORE:
@@ -48,11 +51,13 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes:
         )
     for c in cuts:
         if c.kind == "projector":
+            own_work += work[id(c)](round(now), text)
             now = outcome(c, now)
     for i in range(geometry.llm_layers):
         for c in cuts:
             if c.site == f"llm.{i}":
                 aside = now if c.action is Action.STASH else aside
+                own_work += work[id(c)](round(now), text)
                 now = outcome(c, now)
         through_llm.append(now)
         llm.append(aside if any(c.action is Action.CONTEXT and c.site == f"llm.{i}" for c in cuts) else now)
@@ -64,6 +69,8 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes:
     flops = passes * cost.vision(
         shapes, 1, round(patches / passes), [t / passes for t in tower], inside, through / passes
     )
+    spared = sum(c.spared for c in cuts) * geometry.vision_layers
+    flops -= round(spared * shapes.group * cost.tower_row(shapes)) if spared else 0
     if llm:
         flops += cost.prefill(shapes, [round(k) + text for k in through_llm], [round(k) + text for k in llm])
         for c in cuts:  # layers that are read ahead of their turn, by all tokens
@@ -75,7 +82,7 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes:
                 flops += stage.options.get("branch_layers", own_layers) * cost.decoder_layer(
                     shapes, split, round(aside)
                 )
-    return sum(rows) / len(rows), int(flops)
+    return sum(rows) / len(rows), int(flops + own_work)
 
 
 def solve(
@@ -112,21 +119,22 @@ def solve(
     pass.
 
     Raises:
-        VtpruneError: not exactly one target, a method that leaves out layers, or none of the schedules meets it (the
-            smallest reachable budget is named, or why there is none).
+        VtpruneError: not exactly one target, a method that leaves out layers or fuses text, or none of the schedules
+            meets it (the smallest reachable budget is named, or why there is none).
     """
     if (effective_tokens is None) == (flops is None):
         raise VtpruneError("give exactly one of effective_tokens= and flops=")
     adapter, chosen = bind(model, per), load_recipe(recipe)
     check_options(adapter.geometry, positions=positions, seed=seed, per=per)
     chosen = chosen.override(**overrides) if overrides else chosen
-    skips = next((s.method for s in chosen.stages if METHODS.get(s.method).skips), None)
-    if skips is not None:
+    other = next((i for s in chosen.stages if (i := METHODS.get(s.method)).skips or i.fuses), None)
+    if other is not None:
         # attach's own reasons come first
         plan(for_units(adapter.geometry, applies_to(adapter.geometry, chosen, per)), chosen)
-        raise VtpruneError(
-            f"{skips} drops no token and leaves out halves of layers instead: it meets no budget of tokens or FLOPs"
-        )
+        deed = "drops no token and leaves out halves of layers instead"
+        if other.fuses:
+            deed = "makes as many tokens of each image as its options say, and reads the text once more"
+        raise VtpruneError(f"{other.name} {deed}: it meets no budget of tokens or FLOPs")
     if flops is not None and adapter.geometry.per[0] == "prompt":
         raise UnsupportedError(
             "flops= counts what a tower does for an image, and per='prompt' plans for whole prompts: give "

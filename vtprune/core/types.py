@@ -74,6 +74,7 @@ class Geometry:
         fold: the side of the square of patches that become one visual token; stages in the tower see squares as tokens.
         width: of the language model's residual stream; 0 for a bare ViT.
         vision_width: of the vision tower's (:meth:`~vtprune.methods.base.Method.build` is told; 0: not known).
+        classes: of the linear classifier behind a bare tower; 0: it has none.
         unmade: for each shape an image may have, the share of new-line tokens among its visual tokens and how many
             patches each of them stands behind. A stage in the tower cannot drop them: they leave with the last patch of
             their row.
@@ -102,6 +103,7 @@ class Geometry:
     fold: int = 1
     width: int = 0
     vision_width: int = 0
+    classes: int = 0
     unmade: tuple[tuple[float, float], ...] = ()
 
 
@@ -120,8 +122,23 @@ class Action(Enum):
     """The tokens put aside, changed by the side branch, give this layer keys and values and nothing else."""
     LEND = "lend"
     """What entered the stage's first such layer makes the keys and values of this one's rows; no token is dropped."""
+    FUSE = "fuse"
+    """The method changes the prompt's text, which it reads behind the visual tokens, then decides as at ``SELECT``; in
+    front of layer 0."""
+    INSERT = "insert"
+    """Rows of the method's own join the tokens in front of that block of the tower: :meth:`Method.insert`. They have no
+    place in the image until a selection gives them one (:attr:`Selection.places`)."""
+    ANSWER = "answer"
+    """Behind that block, the last, the method answers instead of the classifier of a bare tower: :meth:`Method.answer`;
+    no token is dropped."""
+    EXCHANGE = "exchange"
+    """What the attention of that block of the tower adds to the tokens that were inserted goes through the method:
+    :meth:`Method.exchange`; no token is dropped."""
     SKIP = "skip"
     """A half of the layer (:attr:`Cut.half`) is left out for the samples that the method names; no token is dropped."""
+    NEST = "nest"
+    """In front of the tower's first block: from there on every token runs on a part of the blocks' width; none is
+    dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +162,12 @@ class Cut:
         joint: all rasters of a unit compete here, also those of a method of the image plane.
         half: of the layer that is skipped, ``"attention"`` or ``"mlp"``.
         scale: what that half's input, the residual stream, is multiplied by where it is skipped.
+        passing: what it puts aside passes by the one layer behind it: it gets what the model adds between layers
+            (DeepStack), and of the others the selection may weigh that layer's MLP (:attr:`Selection.mlp`).
         watch: the MLP runs for the prompt and so many tokens behind it; what these show decides for those that follow.
+        recount: where text is fused, positions there are counted anew, the visual tokens first.
+        widths: at a cut that nests, the parts of the width, as shares of it, ascending up to 1, each with how many
+            tokens of an image run on it.
         data: what else the method wants to find again in :meth:`~vtprune.methods.base.Method.select`.
     """
 
@@ -163,7 +185,10 @@ class Cut:
     joint: bool = False
     half: str = ""
     scale: float = 1.0
+    passing: bool = False
     watch: int = 0
+    recount: bool = False
+    widths: tuple[tuple[float, int], ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -184,6 +209,11 @@ class Cut:
         """Whether tokens that were put aside have a part in it."""
         return self.action in (Action.RESTORE, Action.CONTEXT)
 
+    @property
+    def spared(self) -> float:
+        """At a cut that nests, how many tokens' projections and MLPs an image is spared."""
+        return sum((1 - share) * count for share, count in self.widths)
+
 
 def _untold(name: str, values: Tensor) -> None:
     return None
@@ -196,7 +226,8 @@ class TokenView:
     Attributes:
         features: ``[B, N, C]``.
         valid: ``[B, N]`` bool, False for padding rows.
-        index: ``[B, N]``, each token's number within its image in the dense model; -1 for padding.
+        index: ``[B, N]``, each token's number within its image in the dense model; -1 for padding; of tokens that were
+            inserted (:attr:`Action.INSERT`) numbers behind those of the image.
         size: ``[B, N]``, tokens that were merged into each.
         protected: ``[B, N]`` bool, must be kept.
         grid: rows and columns of the dense model's raster.
@@ -212,7 +243,7 @@ class TokenView:
         known: a mask and the fewest and most tokens of an image in it, where that is known without asking the device
             (see :attr:`extent`).
         module: what the method's :meth:`~vtprune.methods.base.Method.build` made (:attr:`MethodInfo.learns`).
-        tell: in training keeps values ``[B]`` of the images by a name, for the losses (``handle.told()``).
+        tell: in training keeps values ``[B, ...]`` of the images by a name, for the losses (``handle.told()``).
     """
 
     features: Tensor
@@ -266,6 +297,22 @@ def extent(mask: Tensor) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class Lender:
+    """Modules of a method's own that take the places of a layer's at :attr:`Action.LEND` and :attr:`Action.CONTEXT`.
+
+    Attributes:
+        norm: what lends keys and values passes through it, instead of the layer's input norm.
+        beside: the decoder layer beside whose input norm it stands (its device and type).
+        projections: by ``"q"``, ``"k"`` and ``"v"``: the queries of the layer's own rows, the keys and values of what
+            is lent.
+    """
+
+    norm: Any
+    beside: int
+    projections: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Mix:
     """What the slots of a selection hold: ``slot = sum of weight * token`` over the entries that name it. A token may
     go into several slots; M entries of each image.
@@ -294,8 +341,15 @@ class Selection:
         layout: ``[B, K]``, an order of the columns of ``kept`` in the running sequence.
         score: ``[B, N]``, what the tokens were ranked by, only to be told: higher stays, NaN: was not ranked.
         span: the fewest and the most tokens kept of an image, where they are known without asking the device.
+        places: ``[B, K]``, the original numbers that the kept tokens go on with, where some were inserted
+            (:attr:`Action.INSERT`) and have none; each once, -1 where ``kept`` is.
         gate: ``[B, N]``, in training, by what each token is multiplied that is kept, or merged: 1, with the gradient of
             what decided (straight through).
+        retention: ``[B, N]`` from 0 to 1, in training alone: the layers from here on attend to each token as though
+            there were so many of it, its log is added to their logits. What has 0 is as gone, what has 1 as it was.
+        work: ``[B]``, FLOPs of the method's own module for each image, which count in a report.
+        mlp: ``[B, N]``, at a cut with :attr:`Cut.passing`: by what the MLP's half of the layer behind is multiplied of
+            each token that is kept, with its gradient; ``None``: by 1.
     """
 
     kept: Tensor
@@ -306,7 +360,27 @@ class Selection:
     span: tuple[int, int] | None = None
     mix: Mix | None = None
     gate: Tensor | None = None
+    retention: Tensor | None = None
+    work: Tensor | None = None
+    mlp: Tensor | None = None
+    places: Tensor | None = None
 
     @property
     def counts(self) -> Tensor:
         return (self.kept >= 0).sum(1)
+
+
+@dataclass(frozen=True)
+class Nesting:
+    """A method's answer at a cut that nests.
+
+    Attributes:
+        part: ``[B, N]``, the number of each token's part among ``widths``.
+        widths: as :attr:`Cut.widths`; every image has so many tokens of each part.
+        gain: ``[layers, B, N]``, by what each block's MLP of each token is multiplied before it is added to the
+            residual stream; ``None``: by 1.
+    """
+
+    part: Tensor
+    widths: tuple[tuple[float, int], ...]
+    gain: Tensor | None = None

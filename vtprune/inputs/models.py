@@ -23,8 +23,9 @@ def is_local(model: str | None) -> bool:
     return False
 
 
-def load(model: str | None, device: str, dtype: str, clips: bool = False) -> tuple[Any, Any]:
-    """``(model, processor)``; ``clips``: of the bundled model the one trained on clips. A folder is read without a
+def load(model: str | None, device: str, dtype: str, clips: bool = False, any_kind: bool = False) -> tuple[Any, Any]:
+    """``(model, processor)``; ``clips``: of the bundled model the one trained on clips; ``any_kind``: also a language
+    model and its tokenizer, or a vision transformer and what makes tensors of its pictures. A folder is read without a
     network, anything else is a hub id (``HF_HUB_OFFLINE=1``: as cached). :class:`VtpruneError` for a device that is not
     there and for a folder or hub id that holds no such model or cannot be reached."""
     import torch
@@ -37,7 +38,11 @@ def load(model: str | None, device: str, dtype: str, clips: bool = False) -> tup
         logging.disable_progress_bar()
     if model is None:
         return demo_model.load(device, getattr(torch, dtype), clips)
-    loaded, processor = loading.load(model, dtype=getattr(torch, dtype), local=local)
+    kind = loading.kind_of(model, local=local) if any_kind else "image-text"
+    if kind == "timm":
+        loaded, processor = loading.load_timm(model, dtype=getattr(torch, dtype), local=local)
+    else:
+        loaded, processor = loading.load(model, dtype=getattr(torch, dtype), local=local, kind=kind)
     with told(f"cannot move {model} to {place}"):
         return loaded.to(place), processor
 

@@ -176,7 +176,7 @@ def _untrained(recipe: Recipe, options: Mapping[str, Any]) -> str:
         return ""
     if info.routes:
         return "untrained side branch" if "branch_layers" in info.options else "untrained"
-    return "untrained gates"
+    return "untrained module" if info.learns else "untrained gates"
 
 
 def _solved(asked: Recipe, used: Mapping[str, Any]) -> str:

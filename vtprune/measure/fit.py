@@ -1,5 +1,6 @@
 """What a method needs fitted to a model before it runs, as a recipe: the layer of VTW (arXiv 2405.05803), the counts of
-FitPrune (arXiv 2409.10197), the sub-layers of AdaSkip (arXiv 2501.02336)."""
+FitPrune (arXiv 2409.10197), the sub-layers of AdaSkip (arXiv 2501.02336), the routed layers of γ-MoD (arXiv
+2410.13859)."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from ..core.recipe import Recipe, Stage, resolve
 from ..core.types import Geometry, UnsupportedError, VtpruneError
 from ..inputs.chats import prepare
 from ..methods.base import make
+from .arank import aranks
 from .samples import Sample
 from .similarity import similarities
 
@@ -31,7 +33,8 @@ class Fit:
         recipe: as :func:`vtprune.attach` takes it.
         facts: JSON-safe: ``prompts``, their number; of VTW ``kl`` by layer and the ``threshold``; of FitPrune ``left``,
             the tokens in each layer, their mean ``effective_tokens`` and the ``threshold`` that was found; of AdaSkip
-            ``mean``, ``similarity`` and ``ratio`` of each sub-layer, and those ``left_out``.
+            ``mean``, ``similarity`` and ``ratio`` of each sub-layer, and those ``left_out``; of γ-MoD ``arank`` of each
+            layer, and those ``routed``.
     """
 
     recipe: Recipe
@@ -234,6 +237,39 @@ def left_out(
     return Fit(recipe, facts)
 
 
+def routed(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    *,
+    layers: int | None = None,
+    keep: int | float = 0.5,
+    progress: Progress = None,
+) -> Fit:
+    """γ-MoD's layers: the ``layers`` of the lowest rank of their attention maps (:func:`aranks`), of equal ones the
+    deeper first. The measure is the paper's; how many layers its threshold takes is not known to us: by default as many
+    as the official code's preset routes, all but four.
+
+    Args:
+        keep: of the recipe, tokens of an image that run in each of them, or their share.
+        progress: called with 1 after each prompt.
+
+    Raises:
+        VtpruneError: no prompts, more layers than there are, or whatever ``attach`` or :func:`aranks` refuse.
+    """
+    depth = _geometry(model).llm_layers
+    count = max(1, depth - 4) if layers is None else layers
+    if not 1 <= count <= depth:
+        raise VtpruneError(f"layers={count}: route at least one of the {depth} layers, and at most all")
+    inputs = (some.to(model.device, model.dtype) for some in _told(_inputs(processor, samples, 1), progress))
+    found = aranks(model, inputs)
+    chosen = sorted(sorted(range(depth), key=lambda i: (found[i], -i))[:count])
+    why = f"the {count} layers of the lowest attention rank"
+    recipe = _recipe("gamma-mod", {"layers": chosen}, model, samples, why, keep)
+    attach(model, recipe).remove()  # refused here, not when it is used
+    return Fit(recipe, {"prompts": len(samples), "arank": found, "routed": chosen})
+
+
 def _geometry(model: Any) -> Geometry:
     geometry = bind(model).geometry
     if not geometry.llm_layers:
@@ -256,6 +292,13 @@ def _told(inputs: Iterable[Any], progress: Progress) -> Iterator[Any]:
             progress(len(some["input_ids"]))
 
 
-def _recipe(method: str, options: dict[str, Any], model: Any, samples: Sequence[Sample], why: str) -> Recipe:
+def _recipe(
+    method: str,
+    options: dict[str, Any],
+    model: Any,
+    samples: Sequence[Sample],
+    why: str,
+    keep: int | float | None = None,
+) -> Recipe:
     source = f"vtprune fit {method}: {type(model).__name__}, {len(samples)} prompts, {why}"
-    return Recipe(name=f"{method} (fitted)", stages=(Stage(method=method, options=options),), source=source)
+    return Recipe(name=f"{method} (fitted)", stages=(Stage(method=method, keep=keep, options=options),), source=source)

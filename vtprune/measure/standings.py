@@ -21,14 +21,14 @@ ROOT = Path(__file__).resolve().parents[2]
 def table(result: dict[str, Any]) -> str:
     """Methods down, by where they decide; budgets across: accuracy on ``scenes`` in percent, the best of a group in
     bold; – where the budget cannot be met, and where a method is newer than the results. Methods that the bundled
-    model's pictures say nothing about (of videos, of text, of towers whose processor cuts blocks) follow without
-    figures. ``result``: the contents of a ``bench.json``."""
+    model's pictures say nothing about (of videos, of text, of classes, of towers whose processor cuts blocks) follow
+    without figures. ``result``: the contents of a ``bench.json``."""
     budgets = result["budgets"]
     known = {(r["method"], r["budget"]): r for r in result["rows"] if "error" not in r}
     heads = ["method", "idea", "source", *(f"{100 * b:g} %" for b in budgets)]
     lines = [f"| {' | '.join(heads)} |", f"|---|---|---|{'--:|' * len(budgets)}"]
     every = [METHODS.get(m) for m in METHODS]
-    apart = [i for i in every if i.video or i.of_text or "pixel_blocks" in i.needs.get("pixels", ())]
+    apart = [i for i in every if i.video or i.of_text or i.classifies or "pixel_blocks" in i.needs.get("pixels", ())]
     for title, infos in grouped([i for i in every if i not in apart]).items():
         found = {
             (i.name, b): 100 * known[i.name, b]["sets"]["scenes"]["accuracy"]
@@ -41,7 +41,9 @@ def table(result: dict[str, Any]) -> str:
         for i in infos:
             cells = [_cell(found.get((i.name, b)), best[b]) for b in budgets]
             lines.append(f"| `{i.name}` | {i.idea} | {i.paper} | {' | '.join(cells)} |")
-    lines.append(f"| **videos, screens and prompts of text, which `scenes` has none of** |{' |' * (2 + len(budgets))}")
+    lines.append(
+        f"| **videos, screens, classes and prompts of text, which `scenes` has none of** |{' |' * (2 + len(budgets))}"
+    )
     lines += [f"| `{i.name}` | {i.idea} | {i.paper} |{' |' * len(budgets)}" for i in apart]
     return "\n".join(lines)
 
