@@ -22,6 +22,7 @@ import vtprune
 from fake import picture, tiny
 from vtprune.cli import main, methods, models, quickstart
 from vtprune.inputs import demo_model, images, loading
+from vtprune.train.base import TRAININGS
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
@@ -48,8 +49,10 @@ NEEDED: dict[str, list[str]] = {
     "fit vtw": ["--recipe-out", "OUT.json", *ASKED],
     "fit adaskip": ["--recipe-out", "OUT.json", *ASKED],
     "fit fitprune": ["--recipe-out", "OUT.json", "--keep", "4", *ASKED],
-    "train dpvr-lf": ["--out", "OUT.safetensors"],
-    "train mindskip": ["--out", "OUT.safetensors"],
+    "fit gamma-mod": ["--recipe-out", "OUT.json", *ASKED],
+    **{f"train {name}": ["--out", "OUT.safetensors"] for name in TRAININGS},
+    "train pyramiddrop": ["--out", "OUT.lora", "--lora", "2"],
+    "train table": ["A.compare.json", "B.compare.json"],
     "report": ["RESULTS"],
     "analyze suggest": ["FOUND.json"],
 }

@@ -3,21 +3,20 @@ from end to end on a tiny model."""
 
 from __future__ import annotations
 
-import argparse
 import copy
-import dataclasses
 import json
-import os
-import random
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from vtprune.models.base import ADAPTERS
+from trained import (
+    PARTS,
+    QUIET,
+    Killed,
+    arguments,
+    made,
+    trained,
+)
 
 import vtprune
 from vtprune.cli import train as command
@@ -27,12 +26,8 @@ from vtprune.core.planning import bind
 from vtprune.core.types import VtpruneError
 from vtprune.inputs import models
 from vtprune.train import card, compare, dpvr_lf, questions
-from vtprune.train.base import TRAININGS
+from vtprune.train.base import EQUAL, TRAININGS
 from vtprune.train.fit import fit
-
-QUIET = {"say": lambda line: None}
-CASES = {name: training.case for name, training in TRAININGS.items()}
-PARTS = {name: case["options"] for name, case in CASES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -40,51 +35,9 @@ def case():
     return made()
 
 
-def made():
-    """A tiny LLaVA and eight images with the same question and different answers: only the image tells which."""
-    model, _ = ADAPTERS.get("llava").tiny["dinov2-llama"]()
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(8, 3, 32, 32, generator=generator)
-    projected = questions.takes_projected(model)
-    if projected:
-        with torch.no_grad():
-            images = torch.stack(list(model.get_image_features(pixel_values=images).pooler_output))
-    rows = [
-        questions.Row(i, "existence", [1, 5, *[3] * 16, 6 + 5 * i, *[7] * (i % 3)], [20 + i, *[9] * (i % 2), 2])
-        for i in range(8)
-    ]
-    return model, questions.Questions(images, projected, rows)
-
-
-def trained(case, folder, method="dpvr-lf", **how):
-    model, data = case
-    how = {"steps": 40, "batch": 8, "lr": CASES[method]["lr"], "folder": folder, **PARTS[method], **QUIET, **how}
-    return fit(model, data, method, **how)
-
-
 @pytest.fixture(scope="module")
 def branch(case, tmp_path_factory):
     return trained(case, tmp_path_factory.mktemp("branch"))
-
-
-@pytest.mark.parametrize("method", PARTS)
-def test_only_the_part_moves_and_the_loss_falls(case, tmp_path, method):
-    model, _ = case
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    model.lm_head.requires_grad_(False)  # a flag that the user set himself
-    flags, before = [p.requires_grad for p in model.parameters()], snapshot(model)
-    part, facts = trained(case, tmp_path / "none", method, settings=CASES[method].get("settings", {}))
-    assert snapshot(model) == before
-    assert [p.requires_grad for p in model.parameters()] == flags
-    assert all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    assert facts["steps"] == len(facts["loss"]) == 40 and facts["processes"] == 1
-    assert min(facts["loss"][-5:]) < 0.95 * facts["loss"][0]
-    assert facts["parameters"] == sum(p.numel() for p in part.parameters())
-    assert not list(tmp_path.iterdir()), "a checkpoint that nobody asked for"
-    with vtprune.attach(model, method, **PARTS[method]) as handle:
-        fresh = handle.modules[method].state_dict()
-    assert all(not torch.equal(v, fresh[k]) for k, v in part.state_dict().items())
 
 
 def test_the_first_step_is_the_one_of_the_definition(case, tmp_path):
@@ -117,7 +70,7 @@ def test_the_file_gives_back_what_was_trained(case, branch, tmp_path):
     model, data = case
     part, facts = branch
     path = tmp_path / "folder" / "branch.safetensors"
-    card.save(part, path, facts, bind(model).decoder_layers())
+    card.save(part, path, facts, backbone.layers(bind(model)))
     assert card.read_facts(path, "dpvr-lf") == json.loads(json.dumps(facts))
     found = logits(model, data, "dpvr-lf", split=3, weights=str(path))
     with vtprune.attach(model, "dpvr-lf", split=3, weights=str(path)) as handle:
@@ -136,175 +89,34 @@ def test_the_file_gives_back_what_was_trained(case, branch, tmp_path):
     with torch.no_grad():
         next(huge.parameters())[0] *= 1e9
     with pytest.raises(VtpruneError, match="nothing was saved"):
-        card.save(huge, path, facts, bind(model).decoder_layers())
+        card.save(huge, path, facts, backbone.layers(bind(model)))
     path.with_suffix(".json").write_text('{"method": "dpvr-lf", "options": {}}')
     with pytest.raises(VtpruneError, match="tells of 'dpvr-lf', not of mindskip"):
         card.read_facts(path, "mindskip")
 
 
-@pytest.mark.parametrize("method", PARTS)
-def test_weights_of_another_model_are_refused(case, tmp_path, method, caplog):
-    """Also one of the same shape; its casts to short types are the same model, and a file that does not tell is named
-    in the log."""
-    model, _ = case
-    part, facts = trained(case, tmp_path, method, steps=1)
-    path = tmp_path / "part.safetensors"
-    card.save(part, path, facts, bind(model).decoder_layers())
-    options = {**PARTS[method], "weights": str(path)}
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        other, _ = ADAPTERS.get("llava").tiny["dinov2-llama"]()
-        vtprune.attach(other.to(dtype), method, **options).remove()
-    with torch.no_grad():
-        for p in other.model.language_model.parameters():
-            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    with pytest.raises(VtpruneError, match="trained beside another model"):
-        vtprune.attach(other, method, **options)
-    assert not caplog.records
-    big = torch.nn.Linear(
-        1, 45_088_768, bias=False, dtype=torch.float16
-    )  # of a 7B model; as a float its last place is none
-    assert len(backbone.signature([big])["0.weight"]) == 8
-    strange = torch.nn.Linear(4, 4).to(torch.float8_e4m3fn)
-    assert backbone.signature([strange]) == {}
-    from safetensors.torch import load_file, save_file
-
-    caplog.clear()
-    save_file(load_file(path), path, metadata={"layers": "1,3,4", "split": "3", "backbone": '{"0.other": [1.0]}'})
-    vtprune.attach(other, method, **options).remove()
-    assert "cannot be compared with this one" in caplog.text
-    save_file(load_file(path), path, metadata={"layers": "1,3,4", "split": "3", "backbone": "{"})
-    with pytest.raises(VtpruneError, match="that is none"):
-        vtprune.attach(other, method, **options)
-    save_file(load_file(path), path, metadata={"layers": "1,3,4", "split": "3"})
-    vtprune.attach(other, method, **options).remove()
-    assert "does not tell which model it was trained beside" in caplog.text
+def test_rivals_take_as_many_effective_tokens(case, tmp_path):
+    model, data = case
+    training, path = TRAININGS.get("focusllava"), tmp_path / "part.safetensors"
+    options = {**PARTS["focusllava"], "ratio": 0.5}
+    part, facts = trained(case, tmp_path / "none", "focusllava", steps=1, **options)
+    card.save(part, path, facts, backbone.layers(bind(model)))
+    rows = compare.compare(model, data, training, options, path, batch=8, **QUIET)["rows"]
+    names = [c[0] for c in training.controls(options) if EQUAL in c[2].values()]
+    assert [r["name"] for r in rows[-len(names) :]] == names and rows[0]["name"] == "unpruned"
+    mine = next(r for r in rows if r["name"] == "focusllava, trained")["tokens"]
+    for row in rows[-len(names) :]:
+        assert mine - 1.5 / 16 < row["tokens"] <= mine
+    bare = compare.compare(model, data, training, options, batch=8, **QUIET)["rows"]
+    assert [r["name"] for r in bare] == [r["name"] for r in rows[:3]]
 
 
 def test_training_goes_on_from_weights(case, branch, tmp_path):
     model, data = case
     path = tmp_path / "branch.safetensors"
-    card.save(*branch[:1], path, branch[1], bind(model).decoder_layers())
+    card.save(*branch[:1], path, branch[1], backbone.layers(bind(model)))
     _, facts = trained(case, tmp_path, steps=1, weights=str(path))
     assert facts["loss"][0] < branch[1]["loss"][0]
-
-
-@pytest.mark.parametrize("method", PARTS)
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-def test_half_precision_trains_too(case, tmp_path, method, weights):
-    model, data = case
-    how = {"settings": CASES[method].get("settings", {})}
-    if method == "dpvr-lf":
-        how = {"variant": "pc", "init": "identity", "split": 4}
-    short = questions.Questions(data.images.to(weights), data.projected, data.rows)
-    case = copy.deepcopy(model).to(weights), short
-    part, facts = trained(case, tmp_path, method, steps=12, dtype=torch.bfloat16, **how)
-    if weights == torch.bfloat16:
-        with pytest.raises(VtpruneError, match="float32 is not kept"):
-            trained(case, tmp_path, method, steps=12, **how)
-    assert min(facts["loss"][-4:]) < facts["loss"][0]
-    assert all(p.dtype == torch.float32 for p in part.parameters())
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize("method", PARTS)
-def test_a_run_that_was_broken_off_goes_on(case, tmp_path, method):
-    """To the same weights, bit by bit; not with other options, and not over what another run has left."""
-    how = {"steps": 6, "batch": 3, "save_every": 2, "seed": 5}
-    want, told = trained(case, tmp_path / "whole", method, **how)
-
-    def kill(line: str) -> None:
-        if line.startswith("step 5 "):
-            raise Killed
-
-    flags = [p.requires_grad for p in case[0].parameters()]
-    numbers = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
-    with pytest.raises(Killed):
-        trained(case, tmp_path / "broken", method, **how, say=kill)
-    assert numbers == (random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist())
-    assert [p.requires_grad for p in case[0].parameters()] == flags
-    got, facts = trained(case, tmp_path / "broken", method, **how, resume=True)
-    assert all(torch.equal(v, want.state_dict()[k]) for k, v in got.state_dict().items())
-    assert facts["loss"] == told["loss"] and len(facts["loss"]) == 6
-    with pytest.raises(VtpruneError, match="of another run: lr was another"):
-        trained(case, tmp_path / "broken", method, **how, resume=True, lr=1e-3)
-    model, data = case
-    others = [dataclasses.replace(r, answer=[19, 2]) for r in data.rows]
-    with pytest.raises(VtpruneError, match="of another run: data was another"):
-        trained(
-            (model, questions.Questions(data.images, data.projected, others)),
-            tmp_path / "broken",
-            method,
-            **how,
-            resume=True,
-        )
-    with pytest.raises(VtpruneError, match="of another run: dtype was another"):
-        trained(case, tmp_path / "broken", method, **how, resume=True, dtype=torch.bfloat16)
-    (tmp_path / "broken" / "checkpoint-8").mkdir()  # torn while it was written
-    again, _ = trained(case, tmp_path / "broken", method, **how, resume=True)
-    assert all(torch.equal(v, want.state_dict()[k]) for k, v in again.state_dict().items())
-    with pytest.raises(VtpruneError, match="holds checkpoints already"):
-        trained(case, tmp_path / "broken", method, **how)
-    with pytest.raises(VtpruneError, match="no checkpoint to go on from"):
-        trained(case, tmp_path / "none", method, **how, resume=True)
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-
-import torch
-from test_training import SHARED, made, trained
-
-torch.set_num_threads(1)
-part, facts = trained(made(), Path(sys.argv[1]), sys.argv[2], **SHARED[sys.argv[2]])
-if torch.distributed.get_rank() == 0:
-    torch.save((part.state_dict(), facts), sys.argv[1] + "/out.pt")
-torch.distributed.destroy_process_group()
-"""
-
-
-SHARED = {name: {"steps": 4, "batch": 4, "lr": 1e-2, **case.get("shared", {})} for name, case in CASES.items()}
-
-
-def test_gates_of_the_shared_batches_decide_otherwise(case):
-    """Else a price on each process's own share would be as good as one on all."""
-    model, data = case
-    with vtprune.attach(model, "mindskip", **PARTS["mindskip"], init="random") as handle:
-        handle.modules["mindskip"].requires_grad_()
-        model(**data.batch(data.rows, torch.device("cpu")), use_cache=False)
-        ran = torch.stack(list(handle.gates().values())).detach()
-    assert len(set(ran.mean(0).tolist())) > 1 and float(ran.mean()) > 0.2
-
-
-@pytest.mark.parametrize("method", PARTS)
-def test_two_processes_are_as_one(tmp_path, method):
-    """Each reads half of every batch, with answers of other lengths, and gates that decide otherwise."""
-    case = made()
-    want, told = trained(case, tmp_path / "one", method, **SHARED[method])
-    (tmp_path / "script.py").write_text(SCRIPT)
-    here = Path(__file__).parent
-    paths = [str(here.parent.parent), str(here.parent), str(here)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command = [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command += [str(tmp_path / "script.py"), str(tmp_path), method]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    got, facts = torch.load(tmp_path / "out.pt")
-    assert facts["processes"] == 2 and told["processes"] == 1
-    assert facts["loss"] == pytest.approx(told["loss"], rel=1e-4)
-    start = fresh(case, method)
-    for name, p in want.state_dict().items():  # where a gradient is next to nothing, AdamW makes a step of its rounding
-        assert float((got[name] - p).abs().mean()) <= 1e-3 * float((p - start[name]).abs().mean()), name
-
-
-def fresh(case, method):
-    options = {k: v for k, v in CASES[method].get("shared", {}).items() if k != "settings"}
-    with vtprune.attach(case[0], method, **PARTS[method], **options) as handle:
-        return handle.modules[method].state_dict()
 
 
 def test_batches_that_processes_cannot_share(case, tmp_path, monkeypatch):
@@ -379,39 +191,6 @@ def test_the_split_is_where_half_of_the_image_is_still_needed():
 # command
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A random LLaVA of the bundled model's geometry and tokenizer, on disk."""
-    pytest.importorskip("easy_vqa")
-    from transformers import Dinov2Config, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    from vtprune.train.demo_model import TOKENS, processor_and_tokenizer
-
-    processor = processor_and_tokenizer()
-    tokenizer = processor.tokenizer
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlavaConfig(
-        vision_config=Dinov2Config(**sizes, image_size=168, patch_size=14),
-        text_config=LlamaConfig(
-            **{**sizes, "num_hidden_layers": 4}, vocab_size=len(tokenizer), intermediate_size=32, initializer_range=0.2
-        ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=TOKENS,
-    )
-    path = tmp_path_factory.mktemp("model")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlavaForConditionalGeneration(config).save_pretrained(path)
-    processor.save_pretrained(path)
-    return path
-
-
-def arguments(*words: str, method: str = "dpvr-lf") -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.method_arguments(parser, TRAININGS.get(method))
-    return parser.parse_args(list(words), argparse.Namespace(what=method, argv=["train", method, *words]))
-
-
 def test_encoded_questions_are_what_the_processor_makes(folder):
     from PIL import Image
 
@@ -469,6 +248,25 @@ def test_the_command_trains_saves_and_compares(folder, tmp_path, capsys):
     assert "dpvr-lf, trained" in printed and "easy-vqa" in printed
     assert command.run(arguments(*sizes, "--compare-only")) == 0
     assert json.loads(out.with_suffix(".compare.json").read_text()) == table
+
+
+def test_controls_spend_as_many_flops(folder, tmp_path, capsys, monkeypatch):
+    """What is distilled saves what the mechanism saves; others are given as much, or left out with a word."""
+    out = tmp_path / "part.safetensors"
+    words = [f"--model={folder}", f"--out={out}", "--scenes=1", "--easy=0", "--batch=4", "--steps=2", "--layer=1"]
+    assert command.run(arguments(*words, "--eval-scenes=1", "--eval-easy=0", method="swiftkv")) == 0
+    rows = {row["name"]: row for row in json.loads(out.with_suffix(".compare.json").read_text())["rows"]}
+    own = rows["swiftkv, trained"]
+    alone = rows["swiftkv, the model's own projections"]
+    assert own["flops"] == alone["flops"] < 1 and own["trained_share"] > 0 == alone["trained_share"]
+    equal = [row["flops"] for name, row in rows.items() if "as many FLOPs" in name]
+    assert len(equal) == 3 and all(own["flops"] - 0.02 < flops <= own["flops"] + 0.005 for flops in equal)
+    assert rows["withdrawn at layer 1"]["flops"] < own["flops"]
+    monkeypatch.setattr(compare, "solve", lambda *args, **kwargs: (_ for _ in ()).throw(VtpruneError("too few")))
+    assert command.run(arguments(*words, "--eval-scenes=1", "--eval-easy=0", "--compare-only", method="swiftkv")) == 0
+    assert "pyramiddrop, as many FLOPs: left out, too few" in capsys.readouterr().err
+    rows = json.loads(out.with_suffix(".compare.json").read_text())["rows"]
+    assert [row["name"] for row in rows if "as many" in row["name"]] == [] and len(rows) == 5
 
 
 def test_gates_are_trained_on_questions_of_ones_own(folder, tmp_path, capsys):
@@ -596,3 +394,63 @@ def test_the_gates_that_are_shipped():
     assert card.read_facts(weights, "mindskip")["settings"]["target"] == 0.5
     found = evaluate(model, processor, samples, "mindskip", weights=str(weights))
     assert all(found["correct"]) and found["flops"] < found["dense_flops"]
+
+
+def test_a_tower_is_trained_on_pixels_and_compared_at_as_many_tokens(folder, tmp_path, capsys):
+    out = tmp_path / "interpreters.safetensors"
+    words = [f"--model={folder}", f"--out={out}", "--scenes=2", "--easy=0", "--eval-scenes=1", "--eval-easy=0"]
+    model, processor = models.load(str(folder), "cpu", "float32")
+    data = questions.encode(model, processor, questions.scene_items("val", 0, 1, 1), pixels=True)
+    assert not data.projected and data.images.shape[1:] == (3, 168, 168)
+    with vtprune.attach(model, "ia-red2", init="random", layers=0) as handle:
+        facts = {"method": "ia-red2", "options": {"layers": 0}}
+        card.save(handle.modules["ia-red2"], out, facts, backbone.layers(bind(model)))
+    assert command.run(arguments(*words, "--compare-only", method="ia-red2")) == 0
+    rows = json.loads(out.with_suffix(".compare.json").read_text())["rows"]
+    names = [row["name"] for row in rows]
+    at = names.index("ia-red2, trained")
+    assert names[:2] == ["unpruned", "ia-red2, untrained"] and at == 2 and len(rows) == 8
+    assert rows[1]["flops"] == 1 > rows[at]["flops"] and 0 < rows[at]["tokens"] < 1
+    for row in rows[at + 1 :]:
+        assert row["name"].endswith(", as many effective tokens")
+        assert row["tokens"] == pytest.approx(rows[at]["tokens"], abs=1 / 144)
+    with pytest.raises(VtpruneError, match="no answer of the first batch earns a reward"):  # a random model's are wrong
+        command.run(arguments(*words, "--batch=4", "--steps=2", "--layers=[0]", method="ia-red2"))
+
+
+def test_every_step_draws_anew(case, tmp_path, monkeypatch):
+    """By its number and the seed alone."""
+    from vtprune.core.handle import Handle
+
+    told, reseed = [], Handle.reseed
+    monkeypatch.setattr(Handle, "reseed", lambda self, seed: (told.append(seed), reseed(self, seed))[1])
+    for seed in (0, 1):
+        trained(case, tmp_path, "mindskip", steps=3, seed=seed)
+    assert len(set(told)) == 6 and told == [0, 1, 2, 3, 4, 5]
+
+
+SHIPPED = {
+    "gamma-mod": ({"keep": 0.25}, {"keep": 0.25, "layers": (2, 3)}, 0.7),
+    "llava-mini": ({"grid": 2, "fusion": 2, "scaled": True}, {"grid": 2, "fusion": 2}, 0.3),
+    "swiftkv": ({"layer": 6, "norms": "one"}, {"layer": 7, "norms": "one"}, 0.8),
+    "covipal": ({"keep": 1 / 9}, {"keep": 1 / 9, "layers": (3,)}, 0.4),
+}
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+def test_the_parts_that_are_shipped(method):
+    """They belong to the bundled model and to what they were trained for, and answer better than untrained ones."""
+    from vtprune.inputs import demo_model
+    from vtprune.measure.run import evaluate
+    from vtprune.measure.samples import scenes_samples
+
+    options, other, least = SHIPPED[method]
+    model, processor = vtprune.load_demo_model()
+    path = demo_model.FOLDER / f"{method.replace('-', '_')}.safetensors"
+    facts, samples = card.read_facts(path, method), scenes_samples(3)
+    assert path.stat().st_size < 3e6 and "/" not in facts["command"].split("--out ")[1].split()[0]
+    with pytest.raises(VtpruneError, match="was trained for"):
+        vtprune.attach(model, method, **other, weights=str(path))
+    found = evaluate(model, processor, samples, method, **options, weights=str(path))
+    plain = evaluate(model, processor, samples, method, **options)
+    assert sum(found["correct"]) >= max(least * len(samples), sum(plain["correct"]))

@@ -12,7 +12,7 @@ from ..core.paths import output
 from ..core.types import VtpruneError
 from ..inputs.images import open_image
 from ..measure.environment import environment
-from ..measure.fit import THRESHOLD, Fit, left_out, removals, withdrawal
+from ..measure.fit import THRESHOLD, Fit, left_out, removals, routed, withdrawal
 from ..measure.samples import Sample, scenes_samples
 from ..measure.similarity import MEANS
 from ..measure.text import text
@@ -72,7 +72,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="similarities and ratios are averaged over all tokens (the paper) or prompt by prompt, with a ratio of "
         "whole prompts' norms (the official code; default %(default)s)",
     )
-    for own in (layer, counts, halves):
+    depths = kinds.add_parser("gamma-mod", help="which layers are routed: those of the lowest attention rank")
+    depths.add_argument(
+        "--layers", type=positive, metavar="N", help="how many of them (default: all but four, as the code's preset)"
+    )
+    depths.add_argument(
+        "--keep",
+        type=keep_value,
+        default=0.5,
+        metavar="N_OR_FRACTION",
+        help="visual tokens that run in each of them, for the recipe (default %(default)s)",
+    )
+    for own in (layer, counts, halves, depths):
         own.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
@@ -148,7 +159,16 @@ def _left_out(args: argparse.Namespace, model: Any, processor: Any, samples: lis
     return left_out(model, processor, samples, **asked, batch=args.batch, progress=told)
 
 
-FITS: dict[str, Callable[..., Fit]] = {"vtw": _withdrawal, "fitprune": _removals, "adaskip": _left_out}
+def _routed(args: argparse.Namespace, model: Any, processor: Any, samples: list[Sample], told: Any) -> Fit:
+    return routed(model, processor, samples, layers=args.layers, keep=args.keep, progress=told)
+
+
+FITS: dict[str, Callable[..., Fit]] = {
+    "vtw": _withdrawal,
+    "fitprune": _removals,
+    "adaskip": _left_out,
+    "gamma-mod": _routed,
+}
 
 
 def _table(fit: Fit) -> list[list[str]]:
@@ -161,4 +181,7 @@ def _table(fit: Fit) -> list[list[str]]:
         rows = zip(names, similarity, ratio, strict=True)
         head = ["sub-layer", "similarity", "norm ratio", ""]
         return [head, *([n, f"{s:.4f}", f"{r:.4f}", "left out" if n in gone else ""] for n, s, r in rows)]
+    if "arank" in fit.facts:
+        chosen, found = fit.facts["routed"], enumerate(fit.facts["arank"])
+        return [["layer", "rank", ""], *([str(i), f"{r:.1f}", "routed" if i in chosen else ""] for i, r in found)]
     return [["layer", "visual tokens"], *([str(i), str(count)] for i, count in enumerate(fit.facts["left"]))]

@@ -22,9 +22,23 @@ Control = tuple[
 ]  # a row of the comparison: its name, a recipe (None: unpruned), options
 
 
+EQUAL = "equal"  # as ``effective_tokens=`` or ``flops=`` of a control: what the trained method spends
+
+
+def rivals(*methods: str, by: str = "effective_tokens", **options: Any) -> list[Control]:
+    """Methods without training as controls that spend as much as what is trained, ``by`` ``"effective_tokens"`` or
+    ``"flops"``."""
+    words = {"effective_tokens": "as many effective tokens", "flops": "as many FLOPs"}
+    return [(f"{method}, {words[by]}", method, {**options, by: EQUAL}) for method in methods]
+
+
 def tell(line: str) -> None:
     """Progress goes to stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+def _not_known() -> Any:
+    raise NotImplementedError("how the model was called is not known")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +49,7 @@ class Step:
         handle: of the attachment.
         settings: the numbers of the method's losses.
         model, inputs, output: what was called, with what, and what it answered with.
+        again: calls it so once more.
         done: the share of the steps that is done, from 0 to 1.
     """
 
@@ -44,10 +59,15 @@ class Step:
     inputs: Mapping[str, Any]
     output: Any
     done: float
+    again: Callable[[], Any] = _not_known
 
 
 def _no_losses(step: Step) -> dict[str, Tensor]:
     return {}
+
+
+def _nothing_prepared(handle: Handle, settings: Mapping[str, float], done: float) -> None:
+    return None
 
 
 def _anything(options: Mapping[str, Any]) -> None:
@@ -75,15 +95,21 @@ class Training:
         lr: the peak learning rate by default.
         losses: what is added to the cross-entropy of the answers after each forward, by name; means over the samples.
         answers: whether that cross-entropy counts at all.
+        prepare: what is set ahead of each forward, ``prepare(handle, settings, done)``, as of a :class:`Step`.
+        during: options of the attachment while it is trained, which its weights do not belong to.
+        least: rows of each process in a step.
+        alone: whether one process has to do it: parts that rest get no gradient, or draws differ from row to row.
         asks: what else each forward is called with, ``output_hidden_states=True`` for one.
         check: raises :class:`~vtprune.core.types.VtpruneError` for options that leave nothing to train.
         choose: of options that are ``"auto"``, what they should be, measured on so many validation scenes:
             ``choose(model, processor, options, scenes=, batch=, dtype=)``; what was measured, to be kept beside the
             weights, comes with them.
         tells: what the method asks a file of weights for: ``tells(part, options)``, a file's metadata.
-        controls: what the trained part is compared with, besides the unpruned model.
+        controls: what the trained part is compared with, besides the unpruned model (:func:`rivals` among them).
+        part: whether the method has a part of its own; one without trains LoRA adapters of the model alone.
         case: how tests train it beside a tiny model of six layers: ``options``, ``settings`` and ``lr`` with which the
-            loss falls, and ``shared``, arguments with which two processes decide otherwise.
+            loss falls (to ``falls`` of what it was, 0.95), and ``shared``, arguments with which two processes decide
+            otherwise; ``own``: the answers are the tiny model's own; ``pictures``: it is trained on labels alone.
     """
 
     method: str
@@ -94,11 +120,16 @@ class Training:
     lr: float = 1e-3
     losses: Callable[[Step], dict[str, Tensor]] = _no_losses
     answers: bool = True
+    prepare: Callable[[Handle, Mapping[str, float], float], None] = _nothing_prepared
+    during: Mapping[str, Any] = field(default_factory=dict)
+    least: int = 1
+    alone: bool = False
     asks: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] = _anything
     choose: Callable[..., tuple[dict[str, Any], dict[str, Any]]] | None = None
     tells: Callable[[Any, Mapping[str, Any]], dict[str, str]] = _nothing_told
     controls: Callable[[Mapping[str, Any]], list[Control]] = _no_controls
+    part: bool = True
     case: Mapping[str, Any] = field(default_factory=dict)
 
 

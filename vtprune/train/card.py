@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,35 @@ from ..measure.runs import read
 from .base import TRAININGS
 
 
-def save(part: nn.Module, path: Path, facts: Mapping[str, Any], layers: Sequence[nn.Module]) -> None:
-    """Writes ``part`` in half precision and the ``facts`` of its training beside it; ``layers`` are those of the model
-    that it was trained beside."""
+def save(part: nn.Module, path: Path, facts: Mapping[str, Any], layers: backbone.Layers) -> None:
+    """Writes ``part``, its parameters in half precision, and the ``facts`` of its training beside it; ``layers`` are
+    those of the model that it was trained beside (:func:`vtprune.core.backbone.layers`). Of a method without a part
+    only the facts: its weights are the adapters (:meth:`~vtprune.train.lora.Lora.save`)."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    short = {k: v.detach().cpu().half().contiguous() for k, v in part.state_dict().items()}
+    told = json.dumps({k: v for k, v in facts.items() if k != backbone.ADAPTERS}, indent=1) + "\n"
+    training = TRAININGS.get(facts["method"])
+    if not training.part:
+        path.with_suffix(".json").write_text(told, encoding="utf-8")
+        return
+    trained = {name for name, _ in part.named_parameters()}  # what else there is, statistics, stays as it is
+    state = {k: v.detach().cpu().contiguous() for k, v in part.state_dict().items()}
+    short = {k: v.half() if k in trained else v for k, v in state.items()}
     if bad := [name for name, values in short.items() if not values.isfinite().all()]:
         raise VtpruneError(f"{bad[0]} holds values that are no finite numbers of half precision: nothing was saved")
-    told = TRAININGS.get(facts["method"]).tells(part, facts["options"])
-    save_file(
-        short,
-        path,
-        metadata={"format": "pt", "method": facts["method"], backbone.KEY: backbone.written(layers), **told},
-    )
-    path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    metadata = {"format": "pt", "method": facts["method"], backbone.KEY: backbone.written(layers)}
+    if backbone.ADAPTERS in facts:
+        metadata[backbone.ADAPTERS] = json.dumps(facts[backbone.ADAPTERS])
+    save_file(short, path, metadata={**metadata, **training.tells(part, facts["options"])})
+    path.with_suffix(".json").write_text(told, encoding="utf-8")
 
 
 def read_facts(path: Path, method: str) -> dict[str, Any]:
     """The facts beside saved weights. Raises :class:`VtpruneError` if either file is missing or is none, or if they are
     another method's."""
     for needed in (path, path.with_suffix(".json")):
-        if not needed.is_file():
+        if not needed.exists():
             raise VtpruneError(f"no such file {needed}; train first: vtprune train {method} --out {path}")
     facts = read(path.with_suffix(".json"))
     if facts.get("method") != method:

@@ -8,13 +8,13 @@ holds. AdamW without weight decay, linear warm-up over 3 % of the steps, cosine 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,28 +27,39 @@ from ..check.attach import attach
 from ..core import backbone
 from ..core.handle import Handle
 from ..core.types import VtpruneError
-from ..measure.runs import read
+from ..core.wrappers import unwrap
 from ..version import __version__
 from .base import TRAININGS, Say, Step, Training, tell
+from .checkpoints import begin, last_of, no_empty
+from .data import Data
 from .frozen import frozen
-from .questions import Questions
+from .lora import Lora, inserted
 
 WARM_UP, CLIP, PARTS = 0.03, 1.0, 100
-PLAN = "plan.json"  # in the folder of checkpoints: what they belong to
 
 
 class Trainee(nn.Module):
-    """The trained part of a method, with a forward through the whole model, which is no part of it."""
+    """The trained part of a method and the model's adapters, with a forward through the whole model, which is no part
+    of it."""
 
     model: Any
 
     def __init__(
-        self, model: Any, handle: Handle, training: Training, settings: Mapping[str, float], dtype: torch.dtype
+        self,
+        model: Any,
+        handle: Handle,
+        training: Training,
+        settings: Mapping[str, float],
+        dtype: torch.dtype,
+        data: Data,
+        adapters: Sequence[tuple[str, nn.Parameter]] = (),
     ):
         super().__init__()
-        self.part = handle.modules[training.method].float().requires_grad_(True)
+        own = handle.modules[training.method] if training.part else nn.Module()
+        self.part = own.float().requires_grad_(True)
+        self.adapters = nn.ParameterList(p for _, p in adapters)
         self.__dict__["model"] = model
-        self.handle, self.training_, self.settings, self.dtype = handle, training, settings, dtype
+        self.handle, self.training_, self.settings, self.dtype, self.data = handle, training, settings, dtype, data
         self.done = 0.0
 
     def train(self, mode: bool = True) -> Trainee:
@@ -56,26 +67,29 @@ class Trainee(nn.Module):
         return super().train(False)
 
     def forward(self, num_items_in_batch: Tensor | int | None = None, **inputs: Any) -> dict[str, Tensor]:
-        """``loss``; with ``num_items_in_batch``, the number of answer tokens in all processes' batches, this process's
-        share of it."""
-        device = self.model.device
+        """``loss``; with ``num_items_in_batch``, the number of answer tokens (or labels) in all processes' batches,
+        this process's share of it."""
+        device = _place(self.model)
+        again = partial(self.data.call, self.model, inputs, self.training_.asks)
+        self.training_.prepare(self.handle, self.settings, self.done)
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = self.model(**inputs, use_cache=False, **self.training_.asks)
+            output = again()
             step = Step(
                 handle=self.handle,
                 settings=self.settings,
                 model=self.model,
                 inputs=inputs,
                 output=output,
+                again=again,
                 done=self.done,
             )
             added = self.training_.losses(step)
         loss = output.loss if self.training_.answers else output.loss.new_zeros(())
         if num_items_in_batch is None:
             return {"loss": loss + sum(added.values())}
-        mine = (inputs["labels"][:, 1:] != -100).sum()
         processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        return {"loss": loss * (mine / num_items_in_batch) + sum(added.values()) / processes}
+        share = self.data.counted(inputs) / num_items_in_batch
+        return {"loss": loss * share + sum(added.values()) / processes}
 
 
 def _progress(trainee: Trainee, say: Say) -> Any:
@@ -87,12 +101,20 @@ def _progress(trainee: Trainee, say: Say) -> Any:
     class Progress(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             trainee.done = state.global_step / state.max_steps
+            trainee.handle.reseed(args.seed * state.max_steps + state.global_step)  # other draws in every step
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 0 and not any(_moves(p) for p in trainee.part.parameters()):
+            if state.global_step:
+                return
+            if trainee.training_.part and not any(_moves(p) for p in trainee.part.parameters()):
                 raise VtpruneError(
                     "what is trained gets no gradient: no layer behind it reads what it makes (of dpvr-lf a larger "
-                    "fusion= may)"
+                    "fusion= may), or no answer of the first batch earns a reward (ia-red2)"
+                )
+            if len(trainee.adapters) and not any(_moves(p) for p in trainee.adapters):
+                raise VtpruneError(
+                    "the adapters get no gradient: nothing behind them reads what they make (adapters in a tower need "
+                    "the images themselves, not what it made of them)"
                 )
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -108,13 +130,17 @@ def _progress(trainee: Trainee, say: Say) -> Any:
     return Progress()
 
 
+def _place(model: Any) -> torch.device:
+    return model.device if hasattr(model, "device") else next(model.parameters()).device
+
+
 def _moves(p: nn.Parameter) -> bool:
     return p.grad is not None and bool((p.grad != 0).any())
 
 
 def fit(
     model: Any,
-    data: Questions,
+    data: Data,
     method: str,
     *,
     steps: int,
@@ -126,6 +152,7 @@ def fit(
     folder: Path,
     save_every: int = 0,
     resume: bool = False,
+    lora: Lora | None = None,
     say: Say = tell,
     **options: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -133,17 +160,19 @@ def fit(
     as it was. In several processes (``torchrun``) each reads its share of every batch.
 
     Args:
-        batch: questions per step, of all processes together.
+        batch: rows of ``data`` per step, of all processes together.
         lr: the peak learning rate (default: the method's).
-        seed: of the order of the questions.
-        dtype: of the arithmetic, by autocast; the trained part is float32.
+        seed: of the order of the rows, and of the adapters.
+        dtype: of the arithmetic, by autocast; what is trained is float32.
         settings: numbers of the method's losses, instead of their defaults.
         folder: where checkpoints go, every ``save_every`` steps (0: none). resume: go on from the last one there.
+        lora: adapters that are trained with it; afterwards it holds them (:meth:`~vtprune.train.lora.Lora.save`), and
+            the model does not.
         options: of the method.
 
     Returns:
-        the part, without gradients, and JSON-safe facts; ``facts["loss"]`` is the loss, at most 100 means over equal
-        parts of the run.
+        the part, without gradients (of a method that has none, an empty module), and JSON-safe facts; ``facts["loss"]``
+        is the loss, at most 100 means over equal parts of the run.
 
     Raises:
         VtpruneError: settings that cannot train anything, an unknown method, checkpoints of another run, no gradient,
@@ -152,54 +181,84 @@ def fit(
     from transformers import PrinterCallback, Trainer
 
     training = TRAININGS.get(method)
+    if not training.part and lora is None:
+        raise VtpruneError(
+            f"{method} has no part of its own to train: it trains adapters of the model, lora= (--lora RANK)"
+        )
     options = {**{k: v for k, v in training.options.items() if v is not None}, **options}
     lr = training.lr if lr is None else lr
     chosen = _settings(training, settings or {})
     _check(training, options, steps=steps, batch=batch, lr=lr)
-    arguments = _arguments(model, folder, steps=steps, batch=batch, lr=lr, seed=seed, save_every=save_every)
-    if dtype == torch.float32 and model.dtype != torch.float32:
-        raise VtpruneError(f"the model is {model.dtype}, in whose arithmetic float32 is not kept: dtype={model.dtype}")
+    kind = next(model.parameters()).dtype
+    arguments = _arguments(_place(model), folder, steps=steps, batch=batch, lr=lr, seed=seed, save_every=save_every)
+    arguments.ddp_find_unused_parameters = lora is not None  # of a layer that a batch leaves out
+    if batch < training.least * arguments.world_size:
+        raise VtpruneError(f"batch={batch}: {method} needs {training.least} rows in each process, for their statistics")
+    if training.alone and arguments.world_size > 1:
+        raise VtpruneError(f"{method} is trained by one process, and there are {arguments.world_size}")
+    if dtype == torch.float32 and kind != torch.float32:
+        raise VtpruneError(f"the model is {kind}, in whose arithmetic float32 is not kept: dtype={kind}")
     if len(data) < batch:
-        raise VtpruneError(f"batch={batch} questions a step, and there are {len(data)}")
-    with frozen(model), attach(model, method, **options) as handle, _evaluating(model):
-        layers = handle.adapter.decoder_layers()
+        raise VtpruneError(f"batch={batch} {data.noun} a step, and there are {len(data)}")
+    whole = sum(w.numel() for w in model.parameters())
+    with (
+        frozen(model),
+        inserted(model, lora, seed) as adapters,
+        attach(model, method, **{**training.during, **options}) as handle,
+        _evaluating(model),
+    ):
+        layers = backbone.layers(handle.adapter)
         plan = {"method": method, "options": options, "steps": steps, "batch": batch, "lr": lr, "seed": seed}
-        plan |= {"settings": chosen, "questions": len(data.rows), "data": data.digest(), "dtype": str(dtype)}
+        plan |= {"settings": chosen, data.noun: len(data.rows), "data": data.digest(), "dtype": str(dtype)}
         plan |= {"processes": arguments.world_size, backbone.KEY: backbone.signature(layers)}
-        last = _last(folder, plan) if resume else None
+        plan |= {} if lora is None else {"lora": lora.plan()}
+        last = last_of(folder, plan) if resume else None
         if save_every:
-            _begin(folder, plan, last)
-        made = not folder.exists()
-        trainee = Trainee(model, handle, training, chosen, dtype)
-        trainer = Trainer(
-            model=trainee,
-            args=arguments,
-            train_dataset=data,  # it has a length and rows by number
-            data_collator=lambda rows: data.batch(rows, torch.device("cpu")),
-            callbacks=[_progress(trainee, say)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        began = time.monotonic()
-        with _own_numbers(), _no_empty(folder, made, arguments):
+            begin(folder, plan, last)
+        trainee = Trainee(model, handle, training, chosen, dtype, data, adapters)
+        with _own_numbers(), no_empty(folder, arguments):
+            trainer = Trainer(
+                model=trainee,
+                args=arguments,
+                train_dataset=data,  # it has a length and rows by number
+                data_collator=lambda rows: data.batch(rows, torch.device("cpu")),
+                callbacks=[_progress(trainee, say)],
+                optimizers=(_optimizer(trainee, arguments, training, lora), None),
+            )
+            trainer.remove_callback(PrinterCallback)
+            began = time.monotonic()
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = round(time.monotonic() - began, 1)
         part: nn.Module = trainee.part.requires_grad_(False)
         losses = [round(log["loss"], 5) for log in trainer.state.log_history if "loss" in log]
-    if not all(bool(p.isfinite().all()) for p in part.parameters()):
-        raise VtpruneError("what was trained holds values that are no finite numbers: a smaller lr= may help")
-    own, whole = (sum(w.numel() for w in module.parameters()) for module in (part, model))
+        if not all(bool(p.isfinite().all()) for p in trainee.parameters()):
+            raise VtpruneError("what was trained holds values that are no finite numbers: a smaller lr= may help")
+        own, beside = (sum(w.numel() for w in module.parameters()) for module in (part, trainee.adapters))
+        signed = backbone.adapters(unwrap(model))
     facts = {
         **{k: v for k, v in plan.items() if k not in (backbone.KEY, "data")},
         "seconds": seconds,
         "dtype": str(dtype).removeprefix("torch."),
-        "images": len(data.images),
-        "parameters": own,
-        "parameter_share": own / whole,
+        "images": data.shown,
+        "parameters": own + beside,
+        "parameter_share": (own + beside) / whole,
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")}
-        | {"vtprune": __version__},
+        | {"vtprune": __version__}
+        | ({} if lora is None else {"peft": version("peft")}),
         "loss": losses,
     }
-    return part, facts
+    return part, {**facts, **({backbone.ADAPTERS: signed} if signed else {})}
+
+
+def _optimizer(trainee: Trainee, arguments: Any, training: Training, lora: Lora | None) -> Any:
+    """The Trainer's own, with a rate of their own for adapters beside a part; ``None``: the Trainer makes it."""
+    if lora is None or not training.part:
+        return None
+    from transformers import Trainer
+
+    kind, more = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    groups = [{"params": list(trainee.part.parameters())}, {"params": list(trainee.adapters), "lr": lora.lr}]
+    return kind(groups, **{**more, "weight_decay": 0.0})
 
 
 @contextmanager
@@ -215,16 +274,6 @@ def _own_numbers() -> Iterator[None]:
 
 
 @contextmanager
-def _no_empty(folder: Path, made: bool, arguments: Any) -> Iterator[None]:
-    """The Trainer makes its folder at once; one that was ``made`` for nothing goes."""
-    try:
-        yield
-    finally:
-        if made and arguments.process_index == 0 and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-@contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     """The model in evaluation mode: its dropout is not what is trained."""
     modes = {module: module.training for module in model.modules()}
@@ -236,7 +285,9 @@ def _evaluating(model: Any) -> Iterator[None]:
             module.training = mode
 
 
-def _arguments(model: Any, folder: Path, *, steps: int, batch: int, lr: float, seed: int, save_every: int) -> Any:
+def _arguments(
+    here: torch.device, folder: Path, *, steps: int, batch: int, lr: float, seed: int, save_every: int
+) -> Any:
     """Of the Trainer. Raises :class:`VtpruneError` for a batch that the processes cannot share."""
     from transformers import TrainingArguments
 
@@ -263,8 +314,8 @@ def _arguments(model: Any, folder: Path, *, steps: int, batch: int, lr: float, s
             label_names=["labels"],
             report_to="none",
             disable_tqdm=True,
-            use_cpu=model.device.type == "cpu",
-            ddp_backend="gloo" if together and model.device.type == "cpu" else None,
+            use_cpu=here.type == "cpu",
+            ddp_backend="gloo" if together and here.type == "cpu" else None,
             ddp_find_unused_parameters=False,
         )
     except ImportError as e:
@@ -273,10 +324,9 @@ def _arguments(model: Any, folder: Path, *, steps: int, batch: int, lr: float, s
     if processes == 1:
         arguments._n_gpu = min(arguments.n_gpu, 1)  # else the Trainer replicates the part, and hooks are of one model
     place = torch.device(arguments.device)
-    here, there = ((d.type, d.index or 0) for d in (model.device, place))
-    if here != there:
+    if (here.type, here.index or 0) != (place.type, place.index or 0):
         raise VtpruneError(
-            f"the model lies on {model.device}, and this process trains on {place}: load it there, or hide the other "
+            f"the model lies on {here}, and this process trains on {place}: load it there, or hide the other "
             "devices (CUDA_VISIBLE_DEVICES)"
         )
     if batch % processes:
@@ -307,30 +357,3 @@ def _check(training: Training, options: Mapping[str, Any], **numbers: float) -> 
     training.check({**training.options, **options})
     if auto := [name for name, value in options.items() if value == "auto"]:
         raise VtpruneError(f"{auto[0]}='auto' is measured by the command alone: give a number")
-
-
-def _newest(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end."""
-    whole = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
-
-
-def _last(folder: Path, plan: Mapping[str, Any]) -> Path:
-    """The newest checkpoint in ``folder``. Raises :class:`VtpruneError` if there is none, or one of another run."""
-    last = _newest(folder)
-    if last is None or not (folder / PLAN).is_file():
-        raise VtpruneError(f"no checkpoint to go on from in {folder}")
-    before = read(folder / PLAN)
-    now = json.loads(json.dumps(plan))
-    if other := [key for key in now if before.get(key) != now[key]]:
-        raise VtpruneError(f"the checkpoints in {folder} are of another run: {other[0]} was another")
-    return last
-
-
-def _begin(folder: Path, plan: Mapping[str, Any], last: Path | None) -> None:
-    """Writes what the checkpoints in ``folder`` belong to. Raises :class:`VtpruneError` if there are some of an earlier
-    run that is not gone on with."""
-    if last is None and _newest(folder) is not None:
-        raise VtpruneError(f"{folder} holds checkpoints already: --resume goes on with them, or remove the folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PLAN).write_text(json.dumps(plan) + "\n", encoding="utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,9 @@ from ..core.types import UnsupportedError, VtpruneError
 from ..data import easyvqa, scenes
 from ..inputs.images import open_image
 from ..models.engine.host import ENCODED, features
+from .data import Answers, padded
 from .frozen import arithmetic
+from .texts import lines_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,9 +40,13 @@ class Row:
     ids: list[int]  # the prompt with visual placeholders
     answer: list[int]  # the reply with its end token
 
+    @property
+    def source(self) -> int:
+        return self.image
+
 
 @dataclass(frozen=True)
-class Questions:
+class Questions(Answers):
     """Images, and the questions about them."""
 
     images: Tensor  # [I, N, C] visual tokens behind the projector, or [I, 3, H, W] pixels
@@ -51,6 +56,10 @@ class Questions:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def shown(self) -> int:
+        return len(self.images)
 
     def digest(self) -> str:
         """What tells them from others."""
@@ -64,20 +73,8 @@ class Questions:
     def batch(self, rows: list[Row], device: torch.device) -> dict[str, Any]:
         """Right-padded keyword arguments of the stock forward for ``rows``; labels are -100 everywhere but on the
         answers."""
-        width = max(len(r.ids) + len(r.answer) for r in rows)
-        ids = torch.full((len(rows), width), self.pad)
-        labels = torch.full((len(rows), width), -100)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for b, r in enumerate(rows):
-            start, end = len(r.ids), len(r.ids) + len(r.answer)
-            ids[b, :end] = torch.tensor(r.ids + r.answer)
-            labels[b, start:end] = torch.tensor(r.answer)
-            mask[b, :end] = 1
-        out: dict[str, Any] = {
-            "input_ids": ids.to(device),
-            "labels": labels.to(device),
-            "attention_mask": mask.to(device),
-        }
+        told = padded([(r.ids, r.answer) for r in rows], self.pad)
+        out: dict[str, Any] = {name: values.to(device) for name, values in told.items()}
         images = self.images[[r.image for r in rows]].to(device)
         if not self.projected:
             return {**out, "pixel_values": images}
@@ -121,41 +118,33 @@ def easy_items(split: str, count: int) -> Iterator[Item]:
 def own_items(path: Path) -> Iterator[Item]:
     """The questions of a user's file: a JSON object a line, ``{"image": FILE, "question": ..., "answer": ...}``, with
     files beside it or anywhere. Raises :class:`VtpruneError` for a line that is none."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise VtpruneError(f"{path} cannot be read as text: {e}") from e
     grouped: dict[str, list[tuple[str, str, str]]] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            told = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise VtpruneError(f"{path}, line {number} is not JSON: {e}") from e
-        fields = ("image", "question", "answer")
-        if not isinstance(told, dict) or not all(isinstance(told.get(k), str) and told[k] for k in fields):
-            raise VtpruneError(f"{path}, line {number} does not have the texts image, question and answer")
+    for told in lines_of(path, ("image", "question", "answer")):
         grouped.setdefault(told["image"], []).append((OWN, told["question"], told["answer"]))
-    if not grouped:
-        raise VtpruneError(f"{path} holds no questions")
     for name, rows in grouped.items():
         yield open_image(path.parent / name), rows
 
 
 def encode(
-    model: Any, processor: Any, items: Iterable[Item], *, dtype: torch.dtype = torch.float32, size: int = 32
+    model: Any,
+    processor: Any,
+    items: Iterable[Item],
+    *,
+    dtype: torch.dtype = torch.float32,
+    size: int = 32,
+    pixels: bool = False,
 ) -> Questions:
     """Tokenises ``items`` with the processor's chat template and, where the model allows it, runs tower and projector
-    once per image (``size`` at a time)."""
+    once per image (``size`` at a time); with ``pixels`` each forward runs the tower instead."""
     adapter = bind(model)
     geometry = adapter.geometry
     if geometry.family != "llava":
         raise UnsupportedError(
-            f"questions are laid out for LLaVA, one run of visual tokens per image; this is a {geometry.family} model"
+            "questions are laid out here for LLaVA, one run of visual tokens per image (of others by their processor; "
+            f"options that are 'auto' then need a number); this is a {geometry.family} model"
         )
     tokenizer, tokens, place = processor.tokenizer, geometry.tokens, adapter.image_token
-    projected, device = takes_projected(model), next(model.parameters()).device
+    projected, device = takes_projected(model) and not pixels, next(model.parameters()).device
     stored: list[Tensor] = []
     rows: list[Row] = []
     waiting: list[Image] = []
@@ -163,14 +152,14 @@ def encode(
     def flush() -> None:
         if not waiting:
             return
-        pixels = processor.image_processor(waiting, return_tensors="pt")["pixel_values"]
+        shown = processor.image_processor(waiting, return_tensors="pt")["pixel_values"]
         waiting.clear()
         if projected:
             with torch.no_grad(), arithmetic(model, dtype):
-                pixels = torch.stack(
-                    list(features(model.get_image_features(pixel_values=pixels.to(device, model.dtype))))
+                shown = torch.stack(
+                    list(features(model.get_image_features(pixel_values=shown.to(device, model.dtype))))
                 )
-        stored.append(pixels.to("cpu", dtype))
+        stored.append(shown.to("cpu", dtype if projected else model.dtype))
 
     for number, (image, asked) in enumerate(items):
         waiting.append(image)
