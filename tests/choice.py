@@ -30,8 +30,8 @@ def pairs() -> list[tuple[str, str, str, int]]:
 
 @functools.cache
 def kinds() -> tuple[tuple[str, ...], ...]:
-    """Methods by what the engine has to do for them: where they cut, whether they merge or route, and in the language
-    model whether they look into a layer. What else they need is any view's (tests/models/test_views.py)."""
+    """Methods by what the engine has to do for them: where they cut, whether they merge, route or fuse, and in the
+    language model whether they look into a layer. What else they need is any view's (tests/models/test_views.py)."""
     groups: dict[Any, list[str]] = {}
     for name in vtprune.methods():
         info = vtprune.describe(name)
@@ -39,7 +39,8 @@ def kinds() -> tuple[tuple[str, ...], ...]:
             bool(info.needs.get("llm", frozenset()) & {"query_attention", "products", "keys"})
             and info.kinds[0] == "llm"
         )
-        groups.setdefault((info.kinds[0], reads, info.merges, info.routes, info.skips), []).append(name)
+        deeds = (info.merges, info.routes, info.skips, info.fuses, info.nests)
+        groups.setdefault((info.kinds[0], reads, *deeds), []).append(name)
     return tuple(map(tuple, groups.values()))
 
 
@@ -91,6 +92,7 @@ def covering() -> frozenset[tuple[str, str, str, int]]:
     for m, name in enumerate(vtprune.methods()):
         cases = range(len(vtprune.describe(name).cases))
         order = DIFFERENT[m % len(DIFFERENT) :] + DIFFERENT[: m % len(DIFFERENT)]
+        order += tuple(family for family in ADAPTERS if family not in DIFFERENT)
         able = [family for family in order if any(taken((family, first[family], name, case)) for case in cases)]
         met: set[str] = set()
         for n in range(max(MEET, len(cases))):

@@ -8,6 +8,7 @@ else one of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from vtprune.models.engine.packed import PackedRun
 
 from vtprune.core.types import Action
 from vtprune.methods.base import METHODS
+from vtprune.methods.mone import capacities
 
 FREE = (
     "vomix",
@@ -53,6 +55,8 @@ class Done:
     mask: Tensor | None = None  # [B, T]
     labels: Tensor | None = None
     skipped: list[list[str]] = field(default_factory=list)  # halves of layers left out, per sample of the report
+    grids: list[list[tuple[int, int]]] = field(default_factory=list)  # rasters of each sample of the report
+    moving: bool = False  # some are frames of videos
 
 
 class Dense:
@@ -88,14 +92,20 @@ class Dense:
                 self.hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
             else:  # ahead of transformers' own, which capture hidden states
                 self.hooks.append(block.register_forward_hook(hook, with_kwargs=True, prepend=True))
+        self.planes: list[Tensor] = []  # of the image, which DeepStack adds behind early layers, [B, T, C]
+        self.weights: dict[int, Tensor] = {}  # by layer, by what a router multiplies each token's MLP, [B, T]
         if depth and done.ids is not None:
             self.hooks.append(adapter.lm.register_forward_pre_hook(self._entry, with_kwargs=True))
             for i, layer in enumerate(adapter.decoder_layers()):
                 self.hooks.append(layer.register_forward_pre_hook(self._layer(i), with_kwargs=True))
                 for stage, cut in done.cuts:
                     if cut.action is Action.LEND and cut.layer == i:
+                        norm, parts = self._distilled(stage, i, layer)
                         for part in (layer.self_attn.k_proj, layer.self_attn.v_proj):
-                            self.hooks.append(part.register_forward_pre_hook(self._lent(stage, layer)))
+                            self.hooks.append(part.register_forward_pre_hook(self._lent(stage, norm)))
+                        for name, part in parts.items():
+                            own = getattr(layer.self_attn, f"{name}_proj")
+                            self.hooks.append(own.register_forward_hook(self._made_by(part)))
                 for half, name in (("attention", "self_attn"), ("mlp", "mlp")):
                     left = [f"llm.{i}.{half}" in done.skipped[row] for row in done.rows if done.skipped]
                     if any(left):
@@ -106,6 +116,8 @@ class Dense:
                         else:  # ahead of transformers' own, as above
                             self.hooks.append(layer.register_forward_hook(self._times(factor), prepend=True))
 
+                if any(cut.passing and cut.layer == i for _, cut in done.cuts):
+                    self.hooks.append(_added(layer).register_forward_hook(self._weighed(i), prepend=True))
                 for stage, cut in done.cuts:
                     if cut.watch and cut.layer == i:
                         self._learn(layer, done.methods[stage], cut)
@@ -179,9 +191,13 @@ class Dense:
                         steps.append(("lend", stage, now))
                     continue
                 if cut.returns:
-                    stay = self.visual & ~now if cut.action is Action.CONTEXT else torch.zeros_like(now)
-                    steps.append(("back", stage, held[stage] | stay))
+                    # where only some left, the others are the sequence's own
+                    some = all(c.keep is not None for s, c in self.done.cuts if s == stage and not c.returns)
+                    own = cut.action is Action.CONTEXT or some
+                    steps.append(("back", stage, held[stage] | (self.visual & ~now if own else torch.zeros_like(now))))
                     now, aside = (held[stage], aside) if cut.action is Action.RESTORE else (now, held[stage])
+                    if cut.action is Action.RESTORE and some:
+                        del held[stage]
                     continue
                 if cut.action is Action.STASH:
                     steps.append(("stash", stage, now))
@@ -192,6 +208,8 @@ class Dense:
                     steps.append(("rank", place, now))
                     self.gone[place], self.owner[place] = now, self.done.methods[stage]
                     now = self._columns(self.done.stages[place].kept)
+                    if cut.passing and self.done.methods[stage].weigh == "p":
+                        steps.append(("weigh", stage, now))
             self.steps.append(steps)
             self.lost.append(now if aside is None else aside)
         self.later, begin = list(self.lost), 0  # columns gone for what follows the prompt: caches give them up
@@ -227,6 +245,10 @@ class Dense:
                 continue
             if not METHODS.get(stage.method).merges:  # it only carries on who stands for whom
                 continue
+            if stage.site.startswith("llm.") and _carried(stage, self.done.stages):
+                continue
+            if METHODS.get(stage.method).fuses:
+                continue
             if stage.method in FREE or stage.site != "projector":
                 raise NoReference("free mixes, or merges in the language model")  # tests/models/test_views.py
             behind = any(r.assignment is not None for run, _ in self.done.passes for r in run.records)
@@ -241,6 +263,7 @@ class Dense:
                     embeds[b, columns[k]] = single[b, members].mean(0)
                     for s, w in zip(spread, whole, strict=True):
                         s[b, columns[k]] = w[b, members].mean(0)
+        self.planes = spread
         if planes is not None:
             planes = [s[:, : self.visual.shape[1]][marks] for s in spread]
         more = {"deepstack_visual_embeds": planes} if planes is not None else {}
@@ -252,6 +275,8 @@ class Dense:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             x = args[0] if args else kwargs["hidden_states"]
             x = _scaled(x, self.factors[number]) if number in self.factors else x
+            if number == 0:
+                x = self._fused(x, kwargs)
             t = x.shape[1]
             eye = torch.eye(t, dtype=torch.bool)
             own = kwargs.get("attention_mask")
@@ -272,7 +297,12 @@ class Dense:
                     new = self._branched(which, x, here, seen, gone)
                     still = self._wide(~gone, t)[..., None]
                     self.made[which] = torch.where(still, new, self.made.get(which, new))
+                elif what == "weigh":
+                    p = self._module(which)(module.input_layernorm(x)).softmax(-1)[..., 1]
+                    self.weights[number] = torch.where(self._wide(self.visual & ~gone, t), p, 1)
                 elif what == "back":
+                    if any(c.passing for s, c in self.done.cuts if s == which) and number <= len(self.planes):
+                        self.made[which] = self.made[which] + self.planes[number - 1]
                     x = torch.where(self._wide(self.visual & ~gone, t)[..., None], self.made[which], x)
                 elif self.done.stages[which].scores is not None and self.done.stages[which].method in (
                     "fastv",
@@ -289,15 +319,99 @@ class Dense:
 
         return enter
 
-    def _lent(self, stage: int, layer: Any) -> Callable:
-        """What a projection of ``layer`` is given: what entered the first of them, behind the layer's own norm; of
-        samples without visual tokens the layer's own."""
+    def _fused(self, x: Tensor, kwargs: dict) -> Tensor:
+        """Text changed by layers that read it behind all visual tokens of its sample, and compressed tokens."""
+        fusing = next(((s, c) for s, c in self.done.cuts if c.action is Action.FUSE), None)
+        if fusing is None:
+            return x
+        if self.done.moving:
+            raise NoReference("text fused frame by frame")  # tests/methods/test_llava_mini.py
+        method = self.done.methods[fusing[0]]
+        kept = next((s.kept for s in self.done.stages if s.method == method.info.name and s.site == "llm.0"), None)
+        module, out = self.done.modules[method.info.name], x.clone()
+        for b, row in enumerate(self.done.rows):
+            visual = self.visual[b].nonzero()[:, 0]
+            if not len(visual):
+                continue
+            order = torch.cat([visual, self._said(b)])
+            n = len(order)
+            mask = torch.zeros(n, n, dtype=x.dtype).masked_fill(
+                ~torch.ones(n, n, dtype=torch.bool).tril(), torch.finfo(x.dtype).min
+            )
+            h = torch.cat([x[b, visual], x[b, order[len(visual) :]].detach()])[None]  # text has no gradient this way
+            for layer in module.fusion:
+                kind = self.adapter.kinds()[layer.self_attn.layer_idx]
+                if method.numbering == "running":
+                    tables = self.adapter.rotary(h, torch.arange(n)[None] + self.adapter.first_position, kind)
+                elif kind == self.adapter.kinds()[0]:
+                    tables = tuple(
+                        (t if len(t) == 1 else t[b : b + 1])[:, order] for t in kwargs["position_embeddings"]
+                    )
+                else:
+                    ids = kwargs["position_ids"]
+                    tables = self.adapter.rotary(h, (ids if len(ids) == 1 else ids[b : b + 1])[:, order], kind)
+                h = _first(layer(h, attention_mask=mask[None, None], position_embeddings=tables))
+            if len(module.fusion):
+                out[b, order[len(visual) :]] = h[0, len(visual) :]
+            start, left = 0, set(kept[row].tolist())
+            for rows, columns in self.done.grids[row]:
+                places = range(start, start + rows * columns)
+                start += rows * columns
+                slots = [i for i in places if i in left]
+                if len(places) < method.grid**2:
+                    assert slots == list(places)
+                    continue
+                mine = x[b, visual[places.start : places.stop]]
+                mine = mine.float() if mine.dtype == torch.bfloat16 else mine
+                weight = module(mine[None].detach(), rows, columns, method.pe, method.scaled)[0]
+                out[b, visual[slots]] = (weight.T @ mine).to(x.dtype)
+        return out
+
+    def _said(self, b: int) -> Tensor:
+        """The columns of a sample's text that a prompt is made of: no padding, and with labels no answer, nothing
+        behind the last one; what stands in front of the first is all of it."""
+        real = self._real(self.visual.shape[1])[b] & ~self.visual[b]
+        columns = real.nonzero()[:, 0].tolist()
+        if self.done.labels is None:
+            return torch.tensor(columns, dtype=torch.long)
+        told = self.done.labels[b].tolist()
+        answer = [t != -100 and (i >= len(real) or not bool(self.visual[b, i])) for i, t in enumerate(told)]
+        there = self._real(len(told))[b].tolist()
+        asks = [i for i in range(len(told) - 1) if answer[i + 1] and not answer[i] and there[i]]
+        if not asks:
+            return torch.tensor(columns, dtype=torch.long)
+        said = [i for i in columns if i <= asks[0] or (i <= asks[-1] and not answer[i])]
+        return torch.tensor(said, dtype=torch.long)
+
+    def _distilled(self, stage: int, number: int, layer: Any) -> tuple[Any, dict[str, Any]]:
+        """The norm in front of what is lent to ``layer``, and by q, k and v the projections that took the places of its
+        own."""
+        name = self.done.methods[stage].info.name
+        part = self.done.modules.get(f"{name}.{stage}", self.done.modules.get(name))
+        if part is None:
+            return layer.input_layernorm, {}
+        i = number - part.first
+        return part.norm[i if len(part.norm) > 1 else 0], {"q": part.q[i], "k": part.k[i], "v": part.v[i]}
+
+    def _lent(self, stage: int, norm: Any) -> Callable:
+        """What a projection of a layer is given: what entered the first of them, behind ``norm``; of samples without
+        visual tokens the layer's own."""
 
         def enter(module: nn.Module, args: tuple) -> tuple:
             some = self.visual.any(1)[:, None, None]
-            return (torch.where(some, layer.input_layernorm(self.lending[stage]), args[0]),)
+            return (torch.where(some, norm(self.lending[stage]), args[0]),)
 
         return enter
+
+    def _made_by(self, part: Any) -> Callable:
+        """What a projection gives where ``part`` stands for it: for samples with visual tokens."""
+
+        def leave(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            weight, bias = part.weight.to(output.dtype), part.bias
+            made = nn.functional.linear(args[0], weight, None if bias is None else bias.to(output.dtype))
+            return torch.where(self.visual.any(1)[:, None, None], made, output)
+
+        return leave
 
     @staticmethod
     def _silent(left: list[bool]) -> Callable:
@@ -351,11 +465,28 @@ class Dense:
         visual = self._wide(self.visual & ~gone, t)
         mask = self._additive(seen & visual[:, None, None], torch.eye(t, dtype=torch.bool), x)
         out = x
-        name = self.done.methods[stage].info.name
-        for layer in self.done.modules.get(f"{name}.{stage}", self.done.modules.get(name, ())):
+        part = self._module(stage)
+        for layer in part if isinstance(part, nn.ModuleList) else ():  # else there is none
             made = layer(out, attention_mask=mask, position_embeddings=kwargs["position_embeddings"])
             out = made[0] if isinstance(made, tuple) else made
         return out
+
+    def _module(self, stage: int) -> Any:
+        """What the method of a stage has of its own."""
+        name = self.done.methods[stage].info.name
+        return self.done.modules.get(f"{name}.{stage}", self.done.modules.get(name, ()))
+
+    def _weighed(self, number: int) -> Callable:
+        """What a layer's MLP adds, token by token times a router's probability."""
+
+        def leave(module: nn.Module, args: tuple, output: Any) -> Any:
+            rows = _first(output)
+            if number not in self.weights:
+                return None
+            rows = rows * self.weights[number][..., None].to(rows.dtype)
+            return (rows, *output[1:]) if isinstance(output, tuple) else rows
+
+        return leave
 
     def _rank(self, place: int, number: int, module: Any, x: Tensor, kwargs: dict, seen: Tensor) -> None:
         """Attention of the query rows, mean over heads and rows, from the definitions."""
@@ -436,6 +567,8 @@ class Dense:
             return []
         if isinstance(done.passes[0][0], PackedRun):
             raise NoReference("images of several sizes in one sequence")
+        if any(c.action is Action.INSERT for _, c in done.cuts):
+            raise NoReference("tokens of a method's own among the patches")
         blocks, prefix, out = adapter.tower_blocks(), adapter.geometry.prefix, []
         masked, squares = adapter.masked_modules(), done.passes[0][0].squares
         proportional = any(c.proportional for _, c in done.cuts)
@@ -447,6 +580,9 @@ class Dense:
             raise NoReference("merges among rotary positions")
         if any(done.methods[r.stage].info.name in FREE for run, _ in done.passes for r in run.records):
             raise NoReference("free mixes")
+        nests = next((s for s, cut in done.cuts if cut.action is Action.NEST), None)
+        if nests is not None:
+            return self._nested(blocks, prefix, squares, nests)
         identity = torch.arange(n)
         state = [
             (identity.clone(), identity.clone()) for _ in range(count)
@@ -497,6 +633,73 @@ class Dense:
                 out.append((block, self._mix_out(mix, prefix), "after"))
         return out
 
+    def _nested(self, blocks: list[Any], prefix: int, squares: Tensor | None, stage: int) -> list[Any]:
+        """Every token on the expert that the router of the first block's input gives it, by zeros."""
+        method = self.done.methods[stage]
+        router = self.done.modules[method.info.name]
+        chosen: list[list[int]] = []  # of each image and row, how many features it has
+        gains: list[list[float]] = []  # and r of its own expert
+
+        def route(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = (args[0] if args else kwargs["hidden_states"]).double()
+            w, b, d = router.w.detach().double(), router.b.detach().double(), x.shape[-1]
+            chosen.clear()
+            gains.clear()
+            for image in x:
+                patches = image[prefix:]
+                tokens = [[i] for i in range(len(patches))] if squares is None else squares.tolist()
+                r = [(w @ patches[own].mean(0) + b).softmax(0).tolist() for own in tokens]
+                expert = [0] * len(tokens)
+                left = set(range(len(tokens)))
+                shares = [math.floor(c * len(tokens) + 1e-9) for c in capacities(method.capacity)]
+                for j in (3, 2, 1):
+                    best = sorted(left, key=lambda t, j=j: (-r[t][j], t))[: shares[j]]
+                    left -= set(best)
+                    for t in best:
+                        expert[t] = j
+                features, gain = [d] * len(image), [1.0] * len(image)
+                for t, own in enumerate(tokens):
+                    for i in own:
+                        features[prefix + i] = d >> (3 - expert[t])
+                        gain[prefix + i] = r[t][expert[t]]
+                chosen.append(features)
+                gains.append(gain)
+
+        def cut(x: Tensor) -> Tensor:
+            if len(x) != len(chosen):
+                raise NoReference("the tower runs more than once")
+            out = x.clone()
+            for image, features in zip(out, chosen, strict=True):
+                for row, d in zip(image, features, strict=True):
+                    row[d:] = 0
+            return out
+
+        def read(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return (cut(args[0]), *args[1:]), kwargs
+
+        def last(layer: int) -> Callable:
+            def leave(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+                alpha = min(max(float(router.alpha[layer]), 0.0), 1 - 2**-10)
+                factor = torch.tensor([[1 + alpha * (r if r < 1 else 0) for r in row] for row in gains])
+                return cut(output) * factor.to(output)[..., None]
+
+            return leave
+
+        out: list[tuple[nn.Module, Callable, str]] = [(blocks[0], route, "before")]
+        for i, block in enumerate(blocks):
+            for name, module in block.named_modules():
+                if not isinstance(module, nn.Linear):
+                    continue
+                attention, own = name.startswith("att") or name.startswith("self_attn"), name.rpartition(".")[2]
+                if own in ("proj", "o_proj", "out_proj", "projection_layer", "dense"):
+                    out.append((module, lambda m, a, k, output: cut(output), "after"))
+                elif own in ("fc2", "down_proj", "weights_out"):
+                    out.append((module, last(i), "after"))
+                else:
+                    assert attention or own in ("fc1", "fc1_g", "fc1_x", "gate_proj", "up_proj", "weights_in"), name
+                    out.append((module, read, "before"))
+        return out
+
     def _hide(self, hidden: Tensor, prefix: int) -> Callable:
         name, form = self.adapter.tower_mask, getattr(self.adapter, "mask_form", None)
 
@@ -533,8 +736,28 @@ class Dense:
         return leave
 
 
+def _added(layer: Any) -> Any:
+    """The part of a layer whose output its MLP's half adds."""
+    names = ("post_feedforward_layernorm", "post_mlp_layernorm", "mlp")
+    return next(getattr(layer, name) for name in names if hasattr(layer, name))
+
+
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _carried(stage: Any, before: Sequence[Any]) -> bool:
+    """Whether a stage in the language model merged nothing: each token that it kept stands for what it stood for behind
+    the projector."""
+    entry = next((s for s in before if s.site == "projector" and s.assignment is not None), None)
+    if entry is None:
+        return False
+
+    def stood(told: Any, b: int) -> dict[int, list[int]]:
+        return {k: (told.assignment[b] == i).nonzero()[:, 0].tolist() for i, k in enumerate(told.kept[b].tolist())}
+
+    rows = range(len(stage.kept))
+    return all(stood(entry, b)[k] == members for b in rows for k, members in stood(stage, b).items())
 
 
 def _scaled(x: Tensor, factor: list[float]) -> Tensor:

@@ -276,6 +276,7 @@ DRAWN: dict[str, Callable[[random.Random, Bench], Any]] = {
     "layers": ascending,
     "split": layer,
     "fusion": lambda d, b: d.choice((0, 1, 1, 2, 3)),
+    "grid": lambda d, b: d.choice((1, 1, 2, 2, 3)),
     "branch_layers": lambda d, b: d.choice((1, 1, 2)),
     "every": lambda d, b: d.choice((1, 2, 3)),
     "ratio": lambda d, b: d.choice((0.5, 0.7, 0.85, 1.0)),
@@ -284,6 +285,7 @@ DRAWN: dict[str, Callable[[random.Random, Bench], Any]] = {
     "attention": ascending,
     "mlp": ascending,
     "similarity": lambda d, b: tuple(round(d.uniform(-1, 1), 2) for _ in range(2 * b.adapter.geometry.llm_layers)),
+    "scales": lambda d, b: d.choice(((1, 2), (1, 2, 4), (1, 3), (2, 4))),
     "truncate": lambda d, b: d.choice((0, 1, -1)),
     "beta": lambda d, b: d.choice((-1.0, -1.0, 1.0)),  # no rounding decides
     "inflect": lambda d, b: d.choice((-1.0, 0.0, 0.5, 1.0)),
@@ -381,8 +383,8 @@ def method(draw: random.Random, b: Bench) -> tuple[str, dict[str, Any]]:
     able = [METHODS.get(m) for m in METHODS if kind in METHODS.get(m).kinds]
     if not b.moving or draw.random() < 0.5:  # where all that a method of videos could do is leave pictures whole
         able = [i for i in able if not i.video] or able
-    deed = draw.choice(sorted({(i.merges, i.routes, i.skips) for i in able}))
-    alike = [i for i in able if (i.merges, i.routes, i.skips) == deed]
+    deed = draw.choice(sorted({(i.merges, i.routes, i.skips, i.nests) for i in able}))
+    alike = [i for i in able if (i.merges, i.routes, i.skips, i.nests) == deed]
     info = draw.choice(alike)
     if draw.random() < 0.9:  # whose sources are there
         info = draw.choice([i for i in alike if _shown(i, b.adapter.geometry)] or alike)
@@ -515,7 +517,15 @@ class Case:
             mask,
             labels,
             report.skipped,
+            report.grids,
+            self._moving(),
         )
+
+    def _moving(self) -> bool:
+        """Whether there are frames of videos among the inputs' rasters."""
+        if not self.b.mllm:
+            return False
+        return any(p.video >= 0 for sample in self.b.adapter.parts(self.ids, self.inputs) for p in sample)
 
     def _needed(self, labels: Tensor | None, rows: int) -> list[set[int]]:
         """Per sample the visual tokens that stay whatever their score: what an answer follows at once."""

@@ -294,7 +294,7 @@ def test_recipes_are_tried_once(engine, long, monkeypatch):
     found = {o.name: o.reason for o in engine.recipes()}
     assert list(found) == [*vtprune.recipes(), TRAINED]
     reasons = {name: reason for name, reason in found.items() if reason}
-    assert set(reasons) == {"pyramiddrop-64", "pixelprune", "pyramidinfer", "adaskip"}
+    assert set(reasons) == {"pyramiddrop-64", "pixelprune", "pyramidinfer", "adaskip", "clca"}
     assert "vtprune fit adaskip" in reasons["adaskip"]
     assert "0..11" in reasons["pyramiddrop-64"]  # its layers are those of a deeper model
     assert "pixel_blocks" in reasons["pixelprune"]

@@ -14,12 +14,21 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def attended(layer: Any, own: Tensor, lent: Tensor, tables: Any, kept: dict[str, Tensor]) -> Tensor:
-    """Attention with queries of the rows ``own`` ``[n, C]`` and keys and values of ``lent``, head by head."""
+def attended(
+    layer: Any, own: Tensor, lent: Tensor, tables: Any, kept: dict[str, Tensor], parts: dict[str, Any] | None = None
+) -> Tensor:
+    """Attention with queries of the rows ``own`` ``[n, C]`` and keys and values of ``lent``, head by head; ``parts``:
+    weights and biases of other projections than the layer's, by ``q``, ``k``, ``v``."""
     attention, n = layer.self_attn, len(own)
     cos, sin = (t[0] for t in tables)
     d, window = attention.head_dim, getattr(attention, "sliding_window", None)
-    q, k, v = attention.q_proj(own), attention.k_proj(lent), attention.v_proj(lent)
+    if parts is None:
+        q, k, v = attention.q_proj(own), attention.k_proj(lent), attention.v_proj(lent)
+    else:
+        q, k, v = (
+            x @ weight.T + (0 if bias is None else bias)
+            for x, (weight, bias) in ((own, parts["q"]), (lent, parts["k"]), (lent, parts["v"]))
+        )
     group = q.shape[1] // k.shape[1]
     place = torch.arange(n)
     seen = place <= place[:, None]

@@ -83,6 +83,8 @@ def why_not(model, method, **options) -> str | None:
             return "cuts inside the language model"
         if not host.takes_encoded(model):
             return "takes no encoded images"
+        if vtprune.describe(method).nests:  # drops nothing that a window would miss
+            return None
         return "windows of" if any(decoder.decoder.window_of(i) for i in range(decoder.depth)) else None
 
 

@@ -35,7 +35,10 @@ def load_weights(
         for key, value in told.items():
             if written.get(key, value) != value:
                 raise VtpruneError(f"{name}: {path} was trained for {key}={written[key][:40]}, this is {key}={value}")
-        if bad := [key for key, t in state.items() if not t.is_floating_point() or not t.isfinite().all()]:
+        whole = {key for key, t in module.state_dict().items() if not t.is_floating_point()}  # counters
+        if bad := [
+            key for key, t in state.items() if key not in whole and not (t.is_floating_point() and t.isfinite().all())
+        ]:
             raise VtpruneError(f"{name}: {path} holds values that are no finite numbers, in {bad[0]} for one")
         module.load_state_dict(state)
     except SafetensorError as e:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.recipe import resolve
 from ..core.registry import Registry
-from ..core.types import Action, Cut, Geometry, Selection, TokenView, UnsupportedError, VtpruneError
+from ..core.types import Action, Cut, Geometry, Lender, Nesting, Selection, TokenView, UnsupportedError, VtpruneError
 
 __all__ = [
     "METHODS",
@@ -51,6 +51,8 @@ class MethodInfo:
         merges: it merges tokens.
         routes: it puts tokens aside, for a side branch of its own or to give later layers keys and values.
         skips: it leaves out halves of decoder layers, and drops no token.
+        fuses: it changes the prompt's text, which it reads once more beside the visual tokens.
+        nests: it runs every token on a part of the tower's width, and drops none.
         learns: a module of its own, which can be trained, decides at its cuts (:attr:`TokenView.module`).
         fitted: it has no defaults: ``vtprune fit`` makes its recipe for a model.
         draws: it draws at random, so that the seed matters.
@@ -65,7 +67,7 @@ class MethodInfo:
             says how much stays, a setting that leaves few tokens and one that leaves many
             (:func:`vtprune.calibrate` turns it).
         mean: of a method whose own budget is what its layers have on average: the option that states it, as a share of
-            the tokens (a budget of effective tokens is handed over there).
+            the tokens (a budget of effective tokens is handed over there; of one that drops none, a budget of FLOPs).
         positions: how it counts positions where a user does not say (``attach(positions=)``).
         score: what its tokens are ranked by, in words (higher stays; empty: it does not rank).
         cls: the method itself.
@@ -82,6 +84,8 @@ class MethodInfo:
     merges: bool = False
     routes: bool = False
     skips: bool = False
+    fuses: bool = False
+    nests: bool = False
     learns: bool = False
     fitted: bool = False
     draws: bool = False
@@ -124,6 +128,11 @@ class MethodInfo:
         return any("prompt" in names for names in self.needs.values())
 
     @property
+    def classifies(self) -> bool:
+        """Whether it is for bare classifiers alone: what it does has no place in a prompt."""
+        return "classifier" in self.needs.get("vision", ())
+
+    @property
     def question_aware(self) -> bool:
         """Whether what it keeps depends on the prompt's text."""
         return any(names & {"query_attention", "text"} for names in self.needs.values())
@@ -149,11 +158,38 @@ class Method:
         them again."""
         raise NotImplementedError
 
+    def nest(self, view: TokenView, cut: Cut) -> Nesting:
+        """Nesting methods only: on which part of the width every token of the view runs."""
+        raise NotImplementedError
+
     def restore(self, hidden: Tensor, run: Callable[..., Tensor], module: Any) -> Tensor:
         """Routing methods only: the tokens that come back, by default as they went. ``hidden`` ``[B, V, C]``, the
         visual rows as stashed; ``run(layer, hidden)`` runs a decoder layer over them, causally, at their own positions,
         ``module`` is what :meth:`build` made."""
         return hidden
+
+    def fuse(self, hidden: Tensor, run: Callable[..., Tensor], module: Any) -> Tensor:
+        """Methods with a cut that fuses only: what becomes of the rows ``hidden`` ``[L, S, C]``, of which those of the
+        prompt's text, the last ones, then stand in its place. In each row of L, visual tokens come first: of a prompt's
+        images all, of its videos one frame, and what the text becomes beside each frame is averaged; padding is behind
+        the text. ``run(layer, hidden)`` runs a decoder layer over them, causally in this order; ``module`` is what
+        :meth:`build` made."""
+        raise NotImplementedError
+
+    def insert(self, view: TokenView, cut: Cut) -> Tensor | None:
+        """At a cut that inserts: the rows ``[B, M, C]`` that join the tokens of ``view`` in front of the block, behind
+        them; ``None``: none."""
+        raise NotImplementedError
+
+    def answer(self, view: TokenView, cut: Cut) -> Tensor | None:
+        """What the classifier of a bare tower answers, ``[B, classes]``; ``None``: its own."""
+        raise NotImplementedError
+
+    def exchange(self, rows: Tensor, images: Tensor, cut: Cut, module: Any) -> Tensor:
+        """What is added to the tokens that were inserted, instead of what the block's attention does. ``rows`` ``[B, M,
+        C]``, its output; ``images`` ``[B]``, the picture that each pass is a tile of, ascending; ``module`` is what
+        :meth:`build` made."""
+        raise NotImplementedError
 
     def skip(self, rows: Tensor, prompt: Tensor, cut: Cut, module: Any) -> Tensor:
         """Skipping methods only: for which samples the half of the layer at ``cut`` is left out, ``[B]`` bool, in a
@@ -174,6 +210,17 @@ class Method:
         token, between what stands in front of the MLP and behind it, residual sum included, the cosine, and the norm
         behind over that in front."""
         raise NotImplementedError
+
+    def work(self, tokens: Any, text: Any, cut: Cut, geometry: Geometry) -> Any:
+        """FLOPs of the method's own module at ``cut`` for one unit of so many ``tokens`` beside so much ``text`` of its
+        prompt (numbers, or tensors of them): what a budget of FLOPs is planned with (:attr:`Selection.work` is what is
+        reported)."""
+        return 0
+
+    def lend(self, cut: Cut, module: Any) -> Lender | None:
+        """Lending methods only: what takes the places of the norm and the projections of the layer at ``cut``, of
+        ``module``, which :meth:`build` made; ``None``: the layer's own make its keys and values."""
+        return None
 
     def build(self, branch: Callable[[int], Any], geometry: Geometry) -> Any:
         """Methods with a trained part only: that module; ``branch(i)`` copies decoder layer ``i``. One that decides
@@ -216,6 +263,7 @@ def make(name: str, options: Mapping[str, Any]) -> Method:
         raise VtpruneError(f"{name} has no option {sorted(unknown)[0]!r}; its options: {known}")
     assert info.cls is not None
     hints = get_type_hints(info.cls)
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}  # as files have them
     declared = {f.name: f.metadata for f in dataclasses.fields(info.cls)}
     for key, value in options.items():
         if not _fits(value, hints[key]):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core.select import from_mask
 from ..core.types import Geometry, Selection, TokenView, VtpruneError
+from ._started import STARTS, started
 from ._weights import load_weights
 from .base import Action, Cut, Method, MethodInfo, layers, option, register
 
@@ -47,7 +48,7 @@ class DpvrLf(Method):
     init: str = option(
         "copy",
         "side branch before training: 'copy' of layer s, 'identity' (outputs zeroed) or 'random'",
-        choices=("copy", "identity", "random"),
+        choices=STARTS,
     )
     fusion_rows: str = option(
         "full",
@@ -95,20 +96,7 @@ class DpvrLf(Method):
         s = self.plan(geometry, None)[0].layer
         copies: list[Any] = [branch(s) for _ in range(self.branch_layers)]
         module = nn.ModuleList(copies)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for layer in copies:
-                if self.init == "identity":
-                    for name, p in layer.named_parameters():
-                        # the last: all experts in one
-                        if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
-                            p.zero_()
-                elif self.init == "random":
-                    for name, p in layer.named_parameters():
-                        if p.ndim >= 2:
-                            p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
-                        else:
-                            p.fill_(0.0 if name.endswith("bias") else 1.0)
+        started(copies, self.init)
         if self.weights is not None:
             fits = f"{self.branch_layers} layers of this model"
             load_weights("dpvr-lf", self.weights, module, {"split": str(s)}, fits)
