@@ -17,7 +17,7 @@ from torch import nn
 from ..core.ledger import UndoLedger
 from ..core.types import Geometry, UnsupportedError
 from .base import ADAPTERS, AdapterInfo, PlannedCut, named
-from .engine.description import TOWER
+from .engine.description import MATRICES, TOWER
 from .engine.tower import TowerEngine
 from .parts import hf_vit
 from .parts.mllm import BEHIND, Mllm, tower_shapes
@@ -53,6 +53,7 @@ class Gemma3(Mllm):
                 "pixels": "average pooling needs the whole raster",
             },
             fold=projector.kernel_size,
+            traits=frozenset({"layers", MATRICES}),
         )
         self.tower, self.fold = core.vision_tower, projector.kernel_size
         self.tower_mask = hf_vit.mask_name(self.tower) if inside else None
