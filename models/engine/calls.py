@@ -221,7 +221,11 @@ class Calls:
         for i, level in enumerate(request.at):
             if not request.idle(i, "attention"):
                 request.first.setdefault((id(level), self.decoder.kinds[i]), i)
-        request.pruned = frozenset(i for i, level in enumerate(request.at) if not level.dense)
+        # The model makes one mask for all layers of a type, as wide as the cache of the first.
+        lost = {kind for kind in self.decoder.kinds if not request.at[self.decoder.kinds.index(kind)].dense}
+        request.pruned = frozenset(
+            i for i, level in enumerate(request.at) if not level.dense or self.decoder.kinds[i] in lost
+        )
         request.uneven = frozenset(
             i for i in request.pruned if not request.at[i].whole or self.decoder.window_of(i) is not None
         )

@@ -80,7 +80,8 @@ class Request:
         shelf: what such a turn will need.
         at: per layer what its cache holds, once the prompt has been read.
         first: the first layer of each level and attention type.
-        pruned: layers whose cache is shorter than the prompt.
+        pruned: layers that the model's own mask does not fit: their cache, or that of the first layer of their type, is
+            shorter than the prompt.
         uneven: those of them that need a mask at every step: samples of different lengths, sliding windows.
     """
 

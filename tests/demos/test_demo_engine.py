@@ -380,9 +380,11 @@ def test_every_recipe_at_one_budget(engine, names):
                 (
                     e.name in ("pyramiddrop-64", "pixelprune")
                     or "cannot reach" in e.note
+                    or "meets no budget" in e.note
                     or "drops no token" in e.note
                     or "vtprune fit" in e.note
                     or "prunes videos" in e.note
+                    or "for bare vision transformers" in e.note
                 )
                 and e.right is None
                 and e.answer is None
@@ -392,7 +394,8 @@ def test_every_recipe_at_one_budget(engine, names):
             continue
         assert e.right == samples_module.matches(e.answer, sample.answer) and e.prefill_ms > 0
         if e.name not in ("dense", TRAINED):
-            assert 0.2 * 144 < e.effective_tokens <= 0.25 * 144 and e.flops_share < 1 and e.kv_share < 1, e.name
+            least = 0 if e.name == "falcon" else 0.2 * 144  # as many registers as its option says
+            assert least < e.effective_tokens <= 0.25 * 144 and e.flops_share < 1 and e.kv_share < 1, e.name
     entries = {e.name: e for e in found}
     assert entries["dense"].flops_share == entries["dense"].kv_share == 1 and entries["dense"].effective_tokens == 144
     assert "own budget" in entries[TRAINED].note and entries[TRAINED].result.name == TRAINED

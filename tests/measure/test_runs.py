@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import vtprune
+from choice import budget_of
 from fake import picture, tiny
 from vtprune.measure import bench, statistics
 from vtprune.measure import run as run_module
@@ -272,7 +273,7 @@ def bundled():
 @pytest.mark.ci
 def test_batches_do_not_change_an_answer(bundled, some_method):
     model, processor, part = bundled
-    budget = {} if vtprune.describe(some_method).skips else {"effective_tokens": 0.25}
+    budget = budget_of(model, some_method)
     runs = [run_module.evaluate(model, processor, part, some_method, batch=b, **budget) for b in (1, 3)]
     for name in ("answers", "correct", "effective_tokens", "nominal_tokens", "flops", "kv_bytes", "key"):
         assert runs[0][name] == runs[1][name], name

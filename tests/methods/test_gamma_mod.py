@@ -17,6 +17,7 @@ from vtprune.models.engine.layout import units
 import vtprune
 from prompts import llama
 from vtprune.check.case import Case
+from vtprune.check.verify import check
 from vtprune.core.ledger import UndoLedger
 from vtprune.core.planning import load_recipe
 from vtprune.core.select import top
@@ -634,3 +635,21 @@ def test_factors_of_several_rasters(halving):
         with vtprune.attach(model, "halving", keep=1.0, passing=False), pytest.raises(ValueError, match="not planned"):
             model(**inputs)
     assert torch.equal(*found) and not torch.allclose(found[0], dense, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "routed"),
+    [
+        ("gemma3", "sliding", (1, 2, 4)),
+        ("gemma3", "sliding", (0, 1)),
+        ("llava", "clip-llama", (0, 2)),
+        ("causal-lm", "llama", (0, 2)),
+    ],
+)
+def test_whole_layers_behind_a_shorter_one_of_their_type(tiny, family, variant, routed):
+    """The model makes one mask for all layers of a type, as wide as the cache of the first, which is routed here."""
+    model, inputs = tiny(family, variant)
+    for name in ("cached_is_uncached", "decode_is_masked_dense", "prefill_is_masked_dense"):
+        seen = check(name, model, "gamma-mod", inputs, keep=0.5, layers=routed)
+        assert seen.passed is not False, seen.detail
+        assert seen.passed or name != "cached_is_uncached"

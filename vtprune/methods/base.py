@@ -149,6 +149,10 @@ class Method:
         for an impossible schedule."""
         raise NotImplementedError
 
+    def faithful(self) -> bool:
+        """Whether, with these options, a full budget is the dense model: what is kept comes on as it was."""
+        return True
+
     def select(self, view: TokenView, cut: Cut) -> Selection | None:
         """The decision at one cut (``None``: leave everything as it is)."""
         raise NotImplementedError

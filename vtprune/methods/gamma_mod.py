@@ -86,6 +86,9 @@ class GammaMoD(Method):
                 cuts.append(Cut(site=f"llm.{i + 1}", action=Action.RESTORE))
         return tuple(cuts)
 
+    def faithful(self) -> bool:
+        return self.weigh == "unit"
+
     def _routed(self, geometry: Geometry) -> tuple[int, ...]:
         routed = layers("gamma-mod", self.layers, geometry, tuple(range(3, geometry.llm_layers - 1)))
         if not routed:
