@@ -135,7 +135,8 @@ def test_every_recipe_answers_as_the_benchmark_does(bundled, manager, some_metho
         tokens.append(expected["effective_tokens"])
         assert answers[name] == dict(enumerate(expected["answers"]))
         assert out["results"][name]["accuracy,none"] == pytest.approx(sum(expected["correct"]) / len(part))
-    assert out["throughput"]["avg_effective_tokens"] == pytest.approx(sum(tokens) / 2)
+    # a question that comes twice is answered, and counted, once: budgets that follow the picture differ a little
+    assert out["throughput"]["avg_effective_tokens"] == pytest.approx(sum(tokens) / 2, rel=1e-3)
     assert out["throughput"]["avg_failed"] == 0 and out["throughput"]["avg_ttft_ms"] > 0
     vtprune.attach(bundled[0], "random").remove()  # the recipe is out again
 
