@@ -15,40 +15,17 @@ from ..core.registry import Registry
 from ..core.types import Cut, Lender, Nesting, Seed, Selection, TokenView
 
 
-def _nothing_back(hidden: Tensor, run: Callable[..., Tensor]) -> Tensor:
-    raise NotImplementedError("this cut's method routes no tokens")
+def _never(what: str) -> Callable[..., Any]:
+    """What stands where a method has nothing to say, and is never called."""
 
+    def refuse(*args: Any) -> Any:
+        raise NotImplementedError(f"this cut's method {what}")
 
-def _nothing_fused(hidden: Tensor, run: Callable[..., Tensor]) -> Tensor:
-    raise NotImplementedError("this cut's method fuses no text")
-
-
-def _nothing_noted(view: TokenView) -> Tensor:
-    raise NotImplementedError("this cut's method notes nothing")
-
-
-def _nothing_nested(view: TokenView) -> Nesting:
-    raise NotImplementedError("this cut's method uses the whole width")
-
-
-def _nothing_skipped(rows: Tensor, prompt: Tensor) -> Tensor:
-    raise NotImplementedError("this cut's method leaves out no layer")
+    return refuse
 
 
 def _nothing_gated(rows: Tensor, prompt: Tensor) -> None:
     return None
-
-
-def _nothing_learned(similarity: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError("this cut's method watches no answer")
-
-
-def _nothing_inserted(view: TokenView) -> None:
-    raise NotImplementedError("this cut's method inserts nothing")
-
-
-def _nothing_exchanged(rows: Tensor, images: Tensor) -> Tensor:
-    raise NotImplementedError("this cut's method exchanges nothing")
 
 
 def _nothing_trained() -> bool:
@@ -81,17 +58,17 @@ class PlannedCut:
     cut: Cut
     stage: int
     select: Callable[[TokenView], Selection | None]
-    note: Callable[[TokenView], Tensor] = _nothing_noted
-    nest: Callable[[TokenView], Nesting] = _nothing_nested
+    note: Callable[[TokenView], Tensor] = _never("notes nothing")
+    nest: Callable[[TokenView], Nesting] = _never("uses the whole width")
     merges: bool = False
-    bring_back: Callable[..., Tensor] = _nothing_back
-    fuse: Callable[..., Tensor] = _nothing_fused
-    skip: Callable[[Tensor, Tensor], Tensor] = _nothing_skipped
+    bring_back: Callable[..., Tensor] = _never("routes no tokens")
+    fuse: Callable[..., Tensor] = _never("fuses no text")
+    skip: Callable[[Tensor, Tensor], Tensor] = _never("leaves out no layer")
     gate: Callable[[Tensor, Tensor], Tensor | None] = _nothing_gated
-    learn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _nothing_learned
-    insert: Callable[[TokenView], Tensor | None] = _nothing_inserted
-    answer: Callable[[TokenView], Tensor | None] = _nothing_inserted
-    exchange: Callable[[Tensor, Tensor], Tensor] = _nothing_exchanged
+    learn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _never("watches no answer")
+    insert: Callable[[TokenView], Tensor | None] = _never("inserts nothing")
+    answer: Callable[[TokenView], Tensor | None] = _never("answers nothing")
+    exchange: Callable[[Tensor, Tensor], Tensor] = _never("exchanges nothing")
     trains: Callable[[], bool] = _nothing_trained
     lender: Lender | None = None
 

@@ -7,6 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtprune.check.case import Case
+from vtprune.core.planning import load_recipe
+
+EXACT = {"llama", "clip-llama"}  # their norms are computed in double precision here
+
+
+def double(tiny: Any, method: str, family: str, variant: str) -> tuple[Any, Any, Case]:
+    """A model in double precision, its language model, and its prompts, alone and in a batch."""
+    model, inputs = tiny(family, variant)
+    model = model.double()
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    case = Case(model, load_recipe(method), inputs, {})
+    return model, case.adapter.lm, case
+
+
+def limit(variant: str) -> float:
+    return 1e-9 if variant in EXACT else 1e-5
+
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``x`` ``[n, d]`` at the places of the tables ``[n, d]``: half against half."""

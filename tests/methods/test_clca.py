@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from slow_towers import double, run, watched
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,14 +35,6 @@ OPTIONS = [
     {"ratio": 0.4, "cache": False},
     {"ratio": 0.5, "layers": (1, 2), "carriers": 3},
 ]
-
-
-def double(inputs):
-    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-
-
-def run(model, inputs):
-    return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
 
 
 @torch.no_grad()
@@ -88,17 +81,10 @@ def test_tokens_are_those_of_the_transcription(family, variant, options):
     model, inputs = testing.tiny(family, variant)
     model, inputs = model.double(), double(inputs)
     with torch.no_grad(), vtprune.attach(model, "clca", **options) as handle:
-        tower, entered, left = handle.adapter.engine.tower, [], []
+        tower = handle.adapter.engine.tower
         module = handle.modules["clca"].double()
-        hooks = [
-            tower.blocks[0].register_forward_pre_hook(
-                lambda m, a, k: entered.append(a[0] if a else k["hidden_states"]), with_kwargs=True, prepend=True
-            ),
-            tower.blocks[-1].register_forward_hook(lambda m, a, o: left.append(o[0] if isinstance(o, tuple) else o)),
-        ]
-        run(model, inputs)
-        for hook in hooks:
-            hook.remove()
+        with watched(tower) as (entered, left):
+            run(model, inputs)
         report = handle.report()
     carriers, blocks = module.carriers, module.blocks
     if carriers is None:

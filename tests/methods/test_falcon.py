@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from slow_towers import double, run, watched
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -79,14 +80,6 @@ def slow(tower, x: Tensor, pictures: list[list[int]], module: Registers) -> Tens
     return x[:, -m:]
 
 
-def run(model, inputs):
-    return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
-
-
-def double(inputs):
-    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-
-
 def pictures_of(family, handle, inputs) -> list[list[int]]:
     if family != "llava-next":
         return []
@@ -104,19 +97,12 @@ def test_registers_are_those_of_the_transcription(family, variant, reatten):
     model, inputs = testing.tiny(family, variant)
     model, inputs = model.double(), double(inputs)
     with torch.no_grad(), vtprune.attach(model, "falcon", registers=5, reatten=reatten) as handle:
-        tower, entered, left = tower_of(handle), [], []
+        tower = tower_of(handle)
         module = handle.modules["falcon"].double()
         if reatten:
             mended(module)
-        hooks = [
-            tower.blocks[0].register_forward_pre_hook(
-                lambda m, a, k: entered.append(a[0] if a else k["hidden_states"]), with_kwargs=True, prepend=True
-            ),
-            tower.blocks[-1].register_forward_hook(lambda m, a, o: left.append(o[0] if isinstance(o, tuple) else o)),
-        ]
-        run(model, inputs)
-        for hook in hooks:
-            hook.remove()
+        with watched(tower) as (entered, left):
+            run(model, inputs)
         report = handle.report()
         pictures = pictures_of(family, handle, inputs) or [[g] for g in range(len(entered[0]))]
     want = slow(tower, entered[0], pictures, module)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from safetensors.torch import save_file
+from slow_layers import entered
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from vtprune.models.base import ADAPTERS
@@ -32,18 +33,6 @@ FAMILIES = [("causal-lm", v) for v in ("llama", "qwen3", "phi3")] + [
     ("qwen2-vl", "images"),
     ("llava-next", "clip-llama"),
 ]
-
-
-def entered(model, lm, inputs) -> tuple[Tensor, tuple]:
-    """What the first decoder layer is given of ``inputs``: rows and rotary tables."""
-    seen = []
-    hook = lm.layers[0].register_forward_pre_hook(
-        lambda m, a, k: seen.append((a[0] if a else k["hidden_states"], k["position_embeddings"])), with_kwargs=True
-    )
-    with torch.no_grad():
-        model(**inputs)
-    hook.remove()
-    return seen[0]
 
 
 def probability(w: Tensor, z: Tensor) -> float:
@@ -116,13 +105,13 @@ def test_equals_the_transcription(tiny, family, variant, rule, weigh):
         x, tables = entered(model, lm, one)
         images = images_of(case, one)
         visual = sorted(c for image in images for c in image)
-        text = [c for c in range(len(x[0])) if c not in visual]
+        text = [c for c in range(len(x)) if c not in visual]
         for routed, keep in (((1, 2, 4), 0.5), ((3,), 3), ((2, 3), 0.25)):
             how = {"layers": routed, "keep": keep, "weigh": weigh, "rule": rule}
             with vtprune.attach(model, NAME, **how) as handle, torch.no_grad():
                 w = drawn(handle, 7 * n + keep.__hash__() % 5)
                 got, report = model(**one).logits[0], handle.report()
-            want, told = slow(model, lm, x[0], tables, images, w, routed, keep, weigh, threshold)
+            want, told = slow(model, lm, x, tables[0], images, w, routed, keep, weigh, threshold)
             mine = {i: [s for s in report.stages if s.site == f"llm.{i}"][-1].kept[0] for i in routed}
             assert {i: [visual[k] for k in kept.tolist()] for i, kept in mine.items()} == told
             assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))

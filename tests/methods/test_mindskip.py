@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
+from slow_layers import entered
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from vtprune.models.engine.host import cache_of, cached, held
@@ -52,18 +53,6 @@ def slow(model, lm, x: Tensor, tables, gates: dict[int, Tensor], tau: float) -> 
     return model.lm_head(lm.norm(x)), left
 
 
-def entered(model, lm, inputs) -> tuple[Tensor, tuple]:
-    """What the first decoder layer is given of ``inputs``: rows and rotary tables."""
-    seen = []
-    hook = lm.layers[0].register_forward_pre_hook(
-        lambda m, a, k: seen.append((a[0] if a else k["hidden_states"], k["position_embeddings"])), with_kwargs=True
-    )
-    with torch.no_grad():
-        model(**inputs)
-    hook.remove()
-    return seen[0]
-
-
 def gates_of(handle) -> dict[int, Tensor]:
     module = handle.modules["mindskip"]
     return dict(zip(module.routed, module.w.detach(), strict=True))
@@ -98,7 +87,7 @@ def test_equals_the_transcription(tiny, family, variant):
         x, tables = entered(model, lm, one)
         for seed in range(4):
             got, report, gates = tell(model, one, seed, layers=(1, 2, 3))
-            want, left = slow(model, lm, x[0], tables, gates, 0.5)
+            want, left = slow(model, lm, x, tables[0], gates, 0.5)
             assert report.skipped == [names(left)]
             assert torch.allclose(got[0], want, atol=1e-4 * float(want.abs().max()))
             met.add(tuple(left))

@@ -8,14 +8,13 @@ from typing import Any
 import builders as B
 import pytest
 import torch
-from slow_layers import attended, behind, entered
+from slow_layers import attended, behind, double, entered
 from torch import Tensor
 from vtprune.models.engine.host import cache_of, cached, held
 
 import vtprune
 from prompts import llama
 from vtprune.check.case import Case
-from vtprune.core.planning import load_recipe
 from vtprune.core.types import Cut, TokenView, VtpruneError
 from vtprune.methods.base import make
 from watch import spent
@@ -58,14 +57,6 @@ def slow(
     return model.lm_head(lm.norm(x)), exits, met, keys
 
 
-def double(tiny: Any, family: str, variant: str) -> tuple[Any, Any, Case]:
-    model, inputs = tiny(family, variant)
-    model = model.double()
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-    case = Case(model, load_recipe("mue"), inputs, {})
-    return model, case.adapter.lm, case
-
-
 def of_prompt(case: Case, one: dict[str, Tensor]) -> list[list[int]]:
     """The rows of all its visual tokens, as one image."""
     return [case.adapter.prunable(one)[0].nonzero()[:, 0].tolist()]
@@ -83,7 +74,7 @@ def thresholds(met: list[float]) -> list[float]:
 def test_equals_the_transcription(tiny, family, variant):
     """Logits of the text, the layers that images exit in front of, and every layer's keys, at thresholds that tell the
     layers apart."""
-    model, lm, case = double(tiny, family, variant)
+    model, lm, case = double(tiny, "mue", family, variant)
     limit, found = 1e-5 if variant == "qwen3" else 1e-9, set()
     for one in case.samples():
         rows, tables = entered(model, lm, one)
@@ -110,7 +101,7 @@ def test_equals_the_transcription(tiny, family, variant):
 
 
 def test_no_exit_is_the_dense_model_and_higher_thresholds_exit_later(tiny):
-    model, lm, case = double(tiny, "llava", "clip-llama")
+    model, lm, case = double(tiny, "mue", "llava", "clip-llama")
     with torch.no_grad():
         want = model(**case.inputs).logits
         with vtprune.attach(model, "mue", threshold=1.0):

@@ -7,14 +7,13 @@ from typing import Any
 import builders as B
 import pytest
 import torch
-from slow_layers import attended, behind, entered
+from slow_layers import attended, behind, double, entered, limit
 from torch import Tensor
 from vtprune.models.engine.host import cache_of, cached, held
 
 import vtprune
 from prompts import llama
 from vtprune.check.case import Case
-from vtprune.core.planning import load_recipe
 from vtprune.core.types import Geometry, UnsupportedError, VtpruneError
 from watch import spent
 
@@ -23,7 +22,6 @@ FAMILIES = [("causal-lm", v) for v in ("llama", "qwen3", "gemma3")] + [
     ("qwen2-vl", "images"),
     ("llava-next", "clip-llama"),
 ]
-EXACT = {"llama", "clip-llama"}  # their norms are computed in double precision here
 
 
 @torch.no_grad()
@@ -37,19 +35,6 @@ def slow(model: Any, lm: Any, x: Tensor, tables: list[Any], first: int) -> tuple
         lent = own if lends is None else layer.input_layernorm(lends)
         x = behind(layer, x, attended(layer, own, lent, tables[j], caches[-1]))
     return model.lm_head(lm.norm(x)), caches
-
-
-def double(tiny: Any, family: str, variant: str) -> tuple[Any, Any, Case]:
-    """A model in double precision, its language model, and its prompts, alone and in a batch."""
-    model, inputs = tiny(family, variant)
-    model = model.double()
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-    case = Case(model, load_recipe("swiftkv"), inputs, {})
-    return model, case.adapter.lm, case
-
-
-def limit(variant: str) -> float:
-    return 1e-9 if variant in EXACT else 1e-5
 
 
 def taken(case: Case, one: dict[str, Tensor]) -> Tensor:
@@ -79,7 +64,7 @@ CASES = [
 @pytest.mark.parametrize(("family", "variant", "rows", "first"), CASES)
 def test_equals_the_transcription(tiny, family, variant, rows, first):
     """Logits of every row that runs, and what every layer caches of every token: keys, values and how many."""
-    model, lm, case = double(tiny, family, variant)
+    model, lm, case = double(tiny, "swiftkv", family, variant)
     for one in case.samples():
         want, caches = slow(model, lm, *entered(model, lm, one), first)
         gone = taken(case, one) if rows == "needed" else torch.zeros(len(want), dtype=torch.bool)
@@ -100,7 +85,7 @@ def test_equals_the_transcription(tiny, family, variant, rows, first):
 
 def test_another_layer_is_another_model(tiny):
     """What the transcription is equal to depends on n; the last layer's own input is the dense model's, bit by bit."""
-    model, lm, case = double(tiny, "causal-lm", "llama")
+    model, lm, case = double(tiny, "swiftkv", "causal-lm", "llama")
     one = case.samples()[0]
     told = [slow(model, lm, *entered(model, lm, one), first)[0] for first in (1, 2, 5)]
     assert all(float((a - b)[-1].abs().max()) > 1e-3 for a, b in zip(told, told[1:], strict=False))
@@ -116,7 +101,7 @@ def test_another_layer_is_another_model(tiny):
 @pytest.mark.parametrize(("family", "variant"), FAMILIES, ids=lambda x: x)
 def test_every_new_token_lends_what_it_brought_to_layer_n(tiny, family, variant, rows):
     """Decoding token by token, and several tokens at once, are the transcription run on the whole sequence."""
-    model, lm, case = double(tiny, family, variant)
+    model, lm, case = double(tiny, "swiftkv", family, variant)
     one, first = case.samples()[-1], 5 if (variant, rows) == ("gemma3", "needed") else 2
     more = torch.randint(8, 60, (1, 6), generator=torch.Generator().manual_seed(1))
     want, _ = slow(model, lm, *entered(model, lm, longer(one, more)), first)
@@ -133,7 +118,7 @@ def test_every_new_token_lends_what_it_brought_to_layer_n(tiny, family, variant,
 @pytest.mark.parametrize("rows", ["needed", "all"])
 def test_generate_is_the_transcription_step_by_step(tiny, rows):
     """Greedy answers of two prompts, each its own and by turns."""
-    model, lm, case = double(tiny, "causal-lm", "llama")
+    model, lm, case = double(tiny, "swiftkv", "causal-lm", "llama")
     how = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     with vtprune.attach(model, "swiftkv", layer=2, rows=rows):
         alone = [model.generate(**one, **how) for one in case.samples()]

@@ -10,16 +10,14 @@ import builders as B
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from slow_layers import attended, behind, entered
+from slow_layers import attended, behind, double, entered, limit
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from vtprune.models.engine.host import cache_of, cached, held
 
 import vtprune
 from prompts import llama
-from vtprune.check.case import Case
 from vtprune.core.ledger import snapshot
-from vtprune.core.planning import load_recipe
 from vtprune.core.types import UnsupportedError, VtpruneError
 from vtprune.train.base import TRAININGS, Step
 from vtprune.train.swiftkv import distance, distil, divergence
@@ -30,7 +28,6 @@ FAMILIES = [("causal-lm", v) for v in ("llama", "qwen3", "gemma3")] + [
     ("qwen2-vl", "images"),
     ("llava-next", "clip-llama"),
 ]
-EXACT = {"llama", "clip-llama"}  # their norms are computed in double precision here
 DEPTH = 6
 
 
@@ -65,19 +62,6 @@ def slow(model: Any, lm: Any, x: Tensor, tables: list[Any], part: Any) -> tuple[
     return model.lm_head(lm.norm(x)), caches
 
 
-def double(tiny: Any, family: str, variant: str) -> tuple[Any, Any, Case]:
-    """A model in double precision, its language model, and its prompts, alone and in a batch."""
-    model, inputs = tiny(family, variant)
-    model = model.double()
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-    case = Case(model, load_recipe("swiftkv"), inputs, {})
-    return model, case.adapter.lm, case
-
-
-def limit(variant: str) -> float:
-    return 1e-9 if variant in EXACT else 1e-5
-
-
 CASES = [
     pytest.param(f, v, rows, norms, first, id=f"{v}-{rows}-{norms}-{first}")
     for f, v in FAMILIES
@@ -91,7 +75,7 @@ CASES = [
 @pytest.mark.parametrize(("family", "variant", "rows", "norms", "first"), CASES)
 def test_equals_the_transcription(tiny, family, variant, rows, norms, first):
     """Logits of every row that runs, and what every layer caches of every token."""
-    model, lm, case = double(tiny, family, variant)
+    model, lm, case = double(tiny, "swiftkv", family, variant)
     for one in case.samples():
         with vtprune.attach(model, "swiftkv", layer=first, rows=rows, norms=norms) as handle, torch.no_grad():
             part = handle.modules["swiftkv"]
@@ -118,7 +102,7 @@ def test_equals_the_transcription(tiny, family, variant, rows, norms, first):
 @pytest.mark.parametrize(("family", "variant"), [FAMILIES[1], FAMILIES[3], FAMILIES[4]], ids=lambda x: x)
 def test_new_tokens_are_made_of_it_too(tiny, family, variant, norms, rows):
     """Token by token, and several at once."""
-    model, lm, case = double(tiny, family, variant)
+    model, lm, case = double(tiny, "swiftkv", family, variant)
     one = case.samples()[-1]
     more = torch.randint(8, 60, (1, 5), generator=torch.Generator().manual_seed(1))
     longer = {**one, "input_ids": torch.cat([one["input_ids"], more], 1)}

@@ -42,7 +42,19 @@ class Data(Protocol):
     def right(self, output: Any, inputs: Mapping[str, Any]) -> Tensor: ...
 
 
-class Answers:
+class Rows:
+    """What is counted and fetched by its rows."""
+
+    rows: list[Any]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.rows[number]
+
+
+class Answers(Rows):
     """Of a language model: the loss is the mean over the answers' tokens."""
 
     noun = "questions"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.types import UnsupportedError, VtpruneError
 from ..inputs.images import open_image
+from .data import Rows
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,7 +47,7 @@ class Classified:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Pictures(Rows):
     """``images`` ``[I, 3, H, W]``, and which class each is of."""
 
     images: Tensor
@@ -57,12 +58,6 @@ class Pictures:
     @property
     def shown(self) -> int:
         return len(self.images)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> Picture:
-        return self.rows[number]
 
     def digest(self) -> str:
         """What tells them from others."""

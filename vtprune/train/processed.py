@@ -41,12 +41,6 @@ class Processed(Answers):
     def shown(self) -> int:
         return len(self.images)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> Asked:
-        return self.rows[number]
-
     def digest(self) -> str:
         """What tells them from others."""
         told = hashlib.sha256(repr(self.rows).encode())

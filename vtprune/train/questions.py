@@ -54,9 +54,6 @@ class Questions(Answers):
     rows: list[Row]
     pad: int = 0  # the padding token
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     @property
     def shown(self) -> int:
         return len(self.images)
@@ -66,9 +63,6 @@ class Questions(Answers):
         told = hashlib.sha256(repr(self.rows).encode())
         told.update(self.images.float().numpy().tobytes())
         return told.hexdigest()[:16]
-
-    def __getitem__(self, number: int) -> Row:
-        return self.rows[number]
 
     def batch(self, rows: list[Row], device: torch.device) -> dict[str, Any]:
         """Right-padded keyword arguments of the stock forward for ``rows``; labels are -100 everywhere but on the

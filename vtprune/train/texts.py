@@ -27,12 +27,6 @@ class Texts(Answers):
     noun = "texts"
     shown = 0
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> Spoken:
-        return self.rows[number]
-
     def digest(self) -> str:
         """What tells them from others."""
         return hashlib.sha256(repr(self.rows).encode()).hexdigest()[:16]
