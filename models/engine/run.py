@@ -55,6 +55,7 @@ class Run:
         spared: the multiply-adds that this spares an image.
         inserted: tokens of each image that joined, numbered from N on.
         exchanged: per exchange between inserted tokens, how many each image has and how many one sees.
+        work: FLOPs of methods' own modules, of each image, in parts.
         answer: of the classes behind the tower, where a method gives it.
         made: the records so far.
     """
@@ -90,6 +91,7 @@ class Run:
     inserted: int = 0
     answer: Tensor | None = None
     exchanged: list[tuple[int, list[int]]] = field(default_factory=list)
+    work: list[Tensor] = field(default_factory=list)
 
     @staticmethod
     def start(images: int, tokens: int, device: torch.device, counts: Sequence[int] | None = None) -> Run:
@@ -159,8 +161,10 @@ class Run:
 
     def apply(self, x: Tensor, selection: Selection, planned: PlannedCut) -> Tensor:
         """Applies a selection to the visual tokens ``x`` ``[G, n, C]`` and keeps the books."""
-        if selection.retention is not None or selection.work is not None:
-            raise UnsupportedError("retention and work are told behind the projector and in the language model alone")
+        if selection.retention is not None:
+            raise UnsupportedError("retention is told behind the projector and in the language model alone")
+        if selection.work is not None:
+            self.work.append(selection.work)
         before = self.index
         n, k = x.shape[1], selection.kept.shape[1]
         whole = n == k and all(t is None for t in (selection.layout, selection.mix, selection.gate, selection.places))

@@ -130,10 +130,14 @@ class BareVit:
     def weighed(self, run: Run, x: Tensor, *, whole: bool = False) -> Tensor:
         """Tokens ``x`` ``[G, P + n, C]`` scaled so that their plain mean over the patches (``whole``: over all of them)
         counts every original token that is still represented once: merged tokens count with their sizes, padding does
-        not count."""
+        not count. Raises :class:`UnsupportedError` for an image none of whose patches is left: that has no mean."""
         weight = run.weights()
         if weight is None:
             return x
+        if not whole and not bool(weight.any(1).all()):
+            raise UnsupportedError(
+                "of an image no patch is left, and this model's head reads the mean of its patches: keep more of them"
+            )
         p, weight = self.tower.prefix, weight.to(torch.promote_types(x.dtype, torch.float32))
         if whole:
             weight = F.pad(weight, (p, 0), value=1.0)

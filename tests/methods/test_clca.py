@@ -274,6 +274,7 @@ def test_training_moves_carriers_and_head_alone(tmp_path):
     for wrong, says in (
         ({"layers": (1, 3)}, "layers=1,2"),
         ({"carriers": 2}, "carriers=1"),
+        ({"ratio": 0.25}, "ratio=0.5"),
         ({"head": "own"}, "head=cla"),
     ):
         with pytest.raises(VtpruneError, match=says):
@@ -331,3 +332,16 @@ def test_options_that_cannot_be_trained(tmp_path):
     for other in ({"cache": False}, {"fused": True}):
         with pytest.raises(VtpruneError, match="was trained for"):
             vtprune.attach(model, "clca", **options, **other)
+
+
+def test_a_head_that_averages_patches_wants_one():
+    """The cache may leave none of them behind, and a mean of nothing is no number."""
+    model, inputs = testing.tiny("hf-vit", "dinov2-registers-classifier")
+    with (
+        torch.no_grad(),
+        vtprune.attach(model, "clca", ratio=0.05),
+        pytest.raises(UnsupportedError, match="no patch is left, and this model's head reads the mean"),
+    ):
+        model(**inputs)
+    with torch.no_grad(), vtprune.attach(model, "clca", ratio=0.5):
+        assert bool(model(**inputs).logits.isfinite().all())

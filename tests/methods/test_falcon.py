@@ -224,6 +224,23 @@ def test_what_is_refused():
         model(pixel_values=torch.randn(1, 3, 16, 16))
 
 
+def test_a_budget_turns_the_number_of_registers(tmp_path):
+    model, inputs = testing.tiny("llava", "clip-llama")
+    for budget in (1, 6, 15):
+        recipe = vtprune.solve(model, "falcon", effective_tokens=budget)
+        assert recipe.stages[0].options["registers"] == budget
+        with torch.no_grad(), vtprune.attach(model, recipe) as handle:
+            model(**inputs)
+            assert handle.report().effective_tokens == pytest.approx(budget)
+    flops = [vtprune.solve(model, "falcon", flops=share).stages[0].options["registers"] for share in (0.8, 0.9, 1.0)]
+    assert flops == sorted(set(flops))
+    assert vtprune.solve(model, "falcon", effective_tokens=6, registers=4).stages[0].options["registers"] == 4
+    with pytest.raises(VtpruneError, match="cannot reach 3 effective tokens here; its smallest schedule has 4"):
+        vtprune.solve(model, "falcon", effective_tokens=3, registers=4)
+    with pytest.raises(VtpruneError, match="its smallest schedule has 1"):  # trained for the default's number
+        vtprune.solve(model, "falcon", effective_tokens=0.01, weights=str(tmp_path / "registers.safetensors"))
+
+
 def test_stages_behind_the_tower_may_follow():
     model, inputs = testing.tiny("llava", "clip-llama")
     recipe = vtprune.Recipe(

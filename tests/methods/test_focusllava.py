@@ -359,7 +359,8 @@ def test_open_gates_are_the_dense_model(family, variant):
             assert torch.equal(model(**inputs).logits, want)
             report = handle.report()
             assert report.effective_tokens == sum(report.visual_tokens) / len(report.visual_tokens)
-            assert report.flops == report.dense_flops and not handle.modules["focusllava"].w.any()
+            assert 0 < report.flops - report.dense_flops <= sum(report.visual_tokens) * 6 * handle.geometry.width
+            assert not handle.modules["focusllava"].w.any()
         assert torch.equal(model(**inputs).logits, want)
 
 
@@ -443,7 +444,8 @@ def test_counts_flops_and_caches(text):
     assert [held(cache, i) for i in range(6)] == [12 + n for n in want]
     ranking = 0  # asking costs what the report does not count
     if not text:
-        assert report.dense_flops - report.flops == dense - counter.get_total_flops() > 0
+        gate = 4 * 2 * 3 * 48  # of four blocks; torch counts no products of elements
+        assert report.dense_flops - report.flops + gate == dense - counter.get_total_flops() > 0
     else:
         ranking = counter.get_total_flops() - (dense - (report.dense_flops - report.flops))
         assert 0 <= ranking < 0.2 * dense

@@ -23,7 +23,6 @@ from trained import (
 import vtprune
 from vtprune.core.types import VtpruneError
 from vtprune.train import questions
-from vtprune.train.base import TRAININGS
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +93,7 @@ def test_gates_of_the_shared_batches_decide_otherwise(case):
 
 
 @pytest.mark.sampled(4)
-@pytest.mark.parametrize("method", [m for m in OWN if not TRAININGS.get(m).alone])
+@pytest.mark.parametrize("method", OWN)
 def test_two_processes_are_as_one(tmp_path, method):
     """Each reads half of every batch, with answers of other lengths, and gates that decide otherwise."""
     case = suited(made(), method)
@@ -105,12 +104,3 @@ def test_two_processes_are_as_one(tmp_path, method):
     start = fresh(case, method)
     for name, p in want.state_dict().items():  # where a gradient is next to nothing, AdamW makes a step of its rounding
         assert float((got[name] - p).abs().mean()) <= 1e-3 * float((p - start[name]).abs().mean()), name
-
-
-@pytest.mark.parametrize("method", [m for m in PARTS if TRAININGS.get(m).alone])
-def test_what_one_process_has_to_train(case, tmp_path, monkeypatch, method):
-    from transformers import TrainingArguments
-
-    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
-    with pytest.raises(VtpruneError, match=f"{method} is trained by one process, and there are 2"):
-        trained(suited(case, method), tmp_path, method)

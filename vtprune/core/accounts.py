@@ -177,7 +177,8 @@ class Accounts:
         patches = run.records[0].tokens_out[0] if reduced else run.handed_over(g)  # that are embedded
         fed = run.fed_tokens(g) or None
         whole = cost.vision(self.shapes, 1, patches, layer_tokens, self.inside, projected, run.seen_by(g), fed)
-        return whole - 2 * run.spared + sum(cost.exchange(self.shapes, m, seen[g]) for m, seen in run.exchanged)
+        exchanged = sum(cost.exchange(self.shapes, m, seen[g]) for m, seen in run.exchanged)
+        return whole - 2 * run.spared + exchanged + sum(int(work[g]) for work in run.work)
 
     def _side_branches(self, request: Request) -> int:
         """FLOPs of the methods' own layers."""

@@ -207,6 +207,7 @@ class Decider:
         keep = torch.zeros(b, n + 1, dtype=torch.bool, device=view.valid.device)  # the last column takes the padding
         target, weight, merges = torch.full_like(view.index, -1), view.size.clone(), False
         score: Tensor | None = None
+        work: Tensor | None = None
         factors: dict[str, Tensor] = {}
         pieces: list[tuple[Selection | None, Tensor, Tensor, Tensor]] = []
         for grid, m, start, share in zip(rasters, left, starts, shares, strict=False):
@@ -230,8 +231,10 @@ class Decider:
                 sources={name: _rows(source, at) for name, source in view.sources.items()},
             )
             selection = self.method.select(small, replace(cut, keep=share))
-            if selection is not None and (selection.retention is not None or selection.work is not None):
-                raise UnsupportedError("retention and work are told unit by unit, not raster by raster")
+            if selection is not None and selection.retention is not None:
+                raise UnsupportedError("retention is told unit by unit, not raster by raster")
+            if selection is not None and selection.work is not None:
+                work = selection.work if work is None else work + selection.work
             chosen = (
                 at
                 if selection is None
@@ -268,6 +271,7 @@ class Decider:
             mix=_joined(pieces, keep) if mixes else None,
             gate=factors.get("gate"),
             mlp=factors.get("mlp"),
+            work=work,
         )
 
 

@@ -31,7 +31,8 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes:
     patches = (pixels[0].keep or n) if pixels else n
     now, aside = float(patches), float(n)
     inside = any(c.inside for c in cuts)
-    work = {id(c): partial(method.work, cut=c, geometry=geometry) for _, method, own in stages for c in own}
+    told = replace(geometry, vision_width=shapes.vd)
+    work = {id(c): partial(method.work, cut=c, geometry=told) for _, method, own in stages for c in own}
     own_work = 0
 
     def outcome(c: Cut, now: float) -> float:
@@ -43,6 +44,7 @@ def _predict(geometry: Geometry, shapes: Any, recipe: Recipe, text: int, passes:
         tower.append(now)
         for c in cuts:
             if c.site == f"vision.{i}":
+                own_work += work[id(c)](round(now), text)
                 now = outcome(c, now)
     through = now if geometry.fold == 1 else float(n)  # what is folded is folded from the whole raster
     if geometry.unmade:  # every patch that is left may keep the new-line token of its row
@@ -301,6 +303,10 @@ def _candidates(geometry: Geometry, recipe: Recipe) -> list[Recipe]:
             [min((k + 1e-6) / n, 1.0) for k in range(1, n + 1)] if geometry.variable else list(range(1, n + 1))
         )
         stages = [replace(last, keep=k, options=_free(last.options)) for k in counts]
+    elif info.count is not None:
+        if last.options.get(info.count) is not None or last.options.get("weights") is not None:  # a fixed number
+            return [recipe]
+        stages = [replace(last, options={**last.options, info.count: k}) for k in range(1, n)]
     else:
         name = "layer" if "layer" in info.options else "split"
         if name not in info.options or last.options.get(name) is not None or not geometry.llm_layers:

@@ -68,6 +68,7 @@ class MethodInfo:
             (:func:`vtprune.calibrate` turns it).
         mean: of a method whose own budget is what its layers have on average: the option that states it, as a share of
             the tokens (a budget of effective tokens is handed over there; of one that drops none, a budget of FLOPs).
+        count: of a method without ``keep`` the option that is the number of tokens of an image behind it.
         positions: how it counts positions where a user does not say (``attach(positions=)``).
         score: what its tokens are ranked by, in words (higher stays; empty: it does not rank).
         cls: the method itself.
@@ -98,6 +99,7 @@ class MethodInfo:
     elsewhere: Mapping[str, Any] = field(default_factory=dict)
     dial: tuple[str, float, float] | None = None
     mean: str | None = None
+    count: str | None = None
     positions: str = "original"
     score: str = ""
     cls: type[Method] | None = None

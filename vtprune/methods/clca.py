@@ -101,7 +101,7 @@ class Clca(Method):
 
     def belongs(self, blocks: tuple[int, ...]) -> dict[str, str]:
         """What trained weights are asked for: all that the head has learned to read."""
-        told = {name: str(getattr(self, name)) for name in ("carriers", "head", "cache", "fused")}
+        told = {name: str(getattr(self, name)) for name in ("ratio", "carriers", "head", "cache", "fused")}
         return {"layers": ",".join(map(str, blocks)), **told}
 
     def insert(self, view: TokenView, cut: Cut) -> Tensor | None:

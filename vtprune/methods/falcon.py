@@ -29,6 +29,7 @@ HEAD = 64  # channels of a head of ReAtten, as in the tower that the paper uses
         budgeted=False,
         learns=True,
         whole=True,
+        count="registers",
         cases=({"registers": 6}, {"registers": 2, "reatten": False}, {"registers": 4, "init": "zeros"}),
     )
 )

@@ -117,6 +117,13 @@ class FocusLLaVA(Method):
             load_weights("focusllava", self.weights, gate, told, fits, must_tell=True)
         return gate.requires_grad_(False)
 
+    def work(self, tokens: Any, text: Any, cut: Cut, geometry: Geometry) -> Any:
+        if cut.kind == "llm":
+            return 0
+        side = self.scales[-1]
+        many = sum(-(-rows // side) * -(-columns // side) for rows, columns in geometry.rasters or (geometry.grid,))
+        return flops(many, len(self.scales), geometry.width)
+
     def select(self, view: TokenView, cut: Cut) -> Selection | None:
         return self._asked(view, cut) if cut.kind == "llm" else self._pooled(view)
 
@@ -152,6 +159,8 @@ class FocusLLaVA(Method):
         destination = into.t().expand(b, -1, -1).gather(2, every[..., None])[..., 0]
         kept = destination == torch.arange(n, device=block.device)
         selection = merged(kept, destination, torch.ones_like(view.size))
+        work = flops(many, len(self.scales), view.features.shape[2])
+        selection = replace(selection, work=view.counts.new_full((b,), work))
         if not torch.is_grad_enabled():
             return selection
         self._tell(view, g, chosen, counts, free)
@@ -169,6 +178,11 @@ class FocusLLaVA(Method):
         for i, r in enumerate(self.scales):
             view.tell(f"chosen.{r}", (hard[..., i] * free).sum(1))
             view.tell(f"gate.{r}", (g[..., i] * free).sum(1))
+
+
+def flops(blocks: int, scales: int, width: int) -> int:
+    """What the gate runs for so many ``blocks``, two per multiply-add."""
+    return 2 * blocks * scales * width
 
 
 class Gate(nn.Module):

@@ -108,6 +108,9 @@ class GammaMoD(Method):
             load_weights("gamma-mod", self.weights, router, told, "the router of this model", must_tell=True)
         return router.requires_grad_(False)
 
+    def work(self, tokens: Any, text: Any, cut: Cut, geometry: Geometry) -> Any:
+        return flops(tokens, geometry.width) if cut.action is Action.STASH else 0
+
     def select(self, view: TokenView, cut: Cut) -> Selection:
         learning, keep = torch.is_grad_enabled(), cut.data["keep"]
         told = view.module(view.source("states", layer="next", norm="layer"))  # [B, N, 2]
@@ -128,7 +131,12 @@ class GammaMoD(Method):
         else:
             log = told.log_softmax(-1)[..., 1]
             weight = 1 + log - log.detach() if learning else None
-        return replace(chosen, mlp=weight)
+        return replace(chosen, mlp=weight, work=flops(view.counts, view.features.shape[2]))
+
+
+def flops(tokens: Any, width: int) -> Any:
+    """What the router runs for so many ``tokens``, two per multiply-add."""
+    return 2 * tokens * 2 * width
 
 
 def _drawn(view: TokenView, layer: int) -> Tensor:

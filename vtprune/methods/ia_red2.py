@@ -108,24 +108,32 @@ class IaRed2(Method):
             load_weights("ia-red2", self.weights, module, told, fits)
         return module.requires_grad_(False)
 
+    def work(self, tokens: Any, text: Any, cut: Cut, geometry: Geometry) -> Any:
+        return self._flops(tokens, geometry.vision_width)
+
+    def _flops(self, tokens: Any, width: int) -> Any:
+        """Of an interpreter's queries for so many ``tokens``, two per multiply-add."""
+        return 2 * tokens * width * self.heads * self.channels
+
     def select(self, view: TokenView, cut: Cut) -> Selection:
         module: Interpreters = view.module
         group = cut.data["group"]
         telling = module[group](view.features)  # I [B, N]
+        work = self._flops(view.counts, view.features.shape[2])
         if not cut.adaptive:
             if telling.requires_grad:
                 raise VtpruneError("ia-red2: training learns how many patches stay: attach without keep=")
-            return top(telling, cut.keep or 0, view.valid, view.protected, span=view.extent)
+            return replace(top(telling, cut.keep or 0, view.valid, view.protected, span=view.extent), work=work)
         kept = _some(telling >= self.threshold, telling, view)
         if telling.requires_grad and group == module.turn:
             greedy, kept = kept, self._drawn(telling, view, cut)
             view.tell("greedy", greedy.sum(1) / (view.grid[0] * view.grid[1]))
             view.tell("grid", torch.tensor(view.grid, device=kept.device).expand(len(kept), 2))
-        return replace(from_mask(kept), score=telling.detach())
+        return replace(from_mask(kept), score=telling.detach(), work=work)
 
     def _drawn(self, telling: Tensor, view: TokenView, cut: Cut) -> Tensor:
         """``[B, N]`` bool: patches kept with the probabilities ``telling`` ``[B, N]``; what was drawn is told."""
-        action = _uniform(view, cut.layer) < telling.detach()
+        action = _uniform(view, cut.layer, view.module.process) < telling.detach()
         taken = torch.where(action, telling, 1 - telling)
         log = taken.clamp_min(torch.finfo(taken.dtype).tiny).log()
         view.tell("log_prob", torch.where(view.valid, log, 0).sum(1))
@@ -142,13 +150,15 @@ def _some(kept: Tensor, telling: Tensor, view: TokenView) -> Tensor:
     return kept | (one & view.valid)
 
 
-def _uniform(view: TokenView, block: int) -> Tensor:
-    """``[B, N]`` from [0, 1): drawn for every patch of every image, by the seed of the run or of each image."""
+def _uniform(view: TokenView, block: int, process: int) -> Tensor:
+    """``[B, N]`` from [0, 1): drawn for every patch of every image, by the seed of the run or of each image. The seed
+    of a run draws for the images of all processes together, as many in each, of which these are the ``process``-th."""
     images, n = len(view.index), view.grid[0] * view.grid[1]
     seeds = (view.seed,) if isinstance(view.seed, int) else view.seed
     if len(seeds) not in (1, images):
         raise VtpruneError(f"{len(seeds)} seeds were given for {images} images of the vision tower")
-    rows = [torch.rand(images // len(seeds), n, generator=_generator(seed, block)) for seed in seeds]
+    own, skipped = images // len(seeds), images * process if isinstance(view.seed, int) else 0
+    rows = [torch.rand(skipped + own, n, generator=_generator(seed, block))[skipped:] for seed in seeds]
     return torch.cat(rows).to(view.index.device).gather(1, view.index.clamp_min(0))
 
 
@@ -183,9 +193,10 @@ class Interpreter(nn.Module):
 
 
 class Interpreters(nn.ModuleList):
-    """One for each of the ``blocks`` that a group begins behind. ``turn``: number of the group that is trained now."""
+    """One for each of the ``blocks`` that a group begins behind. ``turn``: number of the group that is trained now;
+    ``process``: of those that train together, this one."""
 
     def __init__(self, blocks: tuple[int, ...], width: int, heads: int, channels: int, init: str):
         generator = torch.Generator().manual_seed(0)
         super().__init__(Interpreter(width, heads, channels, init, generator) for _ in blocks)
-        self.blocks, self.heads, self.turn = blocks, heads, 0
+        self.blocks, self.heads, self.turn, self.process = blocks, heads, 0, 0

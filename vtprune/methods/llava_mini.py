@@ -115,6 +115,13 @@ class LlavaMini(Method):
         """The options that trained weights belong to."""
         return {name: getattr(self, name) for name in ("grid", "fusion", "pe", "scaled", "numbering")}
 
+    def work(self, tokens: Any, text: Any, cut: Cut, geometry: Geometry) -> Any:
+        return sum(self._flops(r * c, geometry.width) for r, c in geometry.rasters or (geometry.grid,))
+
+    def _flops(self, n: int, width: int) -> int:
+        """Of the compression of ``n`` tokens, two per multiply-add: ``A``, and ``A H_v``."""
+        return 4 * n * self.grid**2 * width if n > self.grid**2 else 0
+
     def select(self, view: TokenView, cut: Cut) -> Selection:
         rasters = view.rasters[0] if view.rasters else (view.grid,)  # the same of all units of a view
         total = sum(rows * columns for rows, columns in rasters)
@@ -142,7 +149,8 @@ class LlavaMini(Method):
         mask, target = (torch.cat(parts).to(device).expand(b, -1) for parts in (kept, destination))
         token, slot = (torch.cat([entry[k] for entry in entries]).expand(b, -1) for k in (0, 1))
         mix = Mix(token, slot, torch.cat([weight for *_, weight in entries], 1))
-        return replace(merged(mask, target, span=(slots, slots)), mix=mix)
+        work = sum(self._flops(rows * columns, view.features.shape[2]) for rows, columns in rasters)
+        return replace(merged(mask, target, span=(slots, slots)), mix=mix, work=view.counts.new_full((b,), work))
 
     def fuse(self, hidden: Tensor, run: Any, module: Mini) -> Tensor:
         for layer in module.fusion:

@@ -98,7 +98,7 @@ class Training:
         prepare: what is set ahead of each forward, ``prepare(handle, settings, done)``, as of a :class:`Step`.
         during: options of the attachment while it is trained, which its weights do not belong to.
         least: rows of each process in a step.
-        alone: whether one process has to do it: parts that rest get no gradient, or draws differ from row to row.
+        rests: whether parts of it may get no gradient in a step.
         asks: what else each forward is called with, ``output_hidden_states=True`` for one.
         check: raises :class:`~vtprune.core.types.VtpruneError` for options that leave nothing to train.
         choose: of options that are ``"auto"``, what they should be, measured on so many validation scenes:
@@ -123,7 +123,7 @@ class Training:
     prepare: Callable[[Handle, Mapping[str, float], float], None] = _nothing_prepared
     during: Mapping[str, Any] = field(default_factory=dict)
     least: int = 1
-    alone: bool = False
+    rests: bool = False
     asks: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] = _anything
     choose: Callable[..., tuple[dict[str, Any], dict[str, Any]]] | None = None

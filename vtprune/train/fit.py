@@ -191,11 +191,9 @@ def fit(
     _check(training, options, steps=steps, batch=batch, lr=lr)
     kind = next(model.parameters()).dtype
     arguments = _arguments(_place(model), folder, steps=steps, batch=batch, lr=lr, seed=seed, save_every=save_every)
-    arguments.ddp_find_unused_parameters = lora is not None  # of a layer that a batch leaves out
+    arguments.ddp_find_unused_parameters = training.rests or lora is not None  # of a layer that a batch leaves out
     if batch < training.least * arguments.world_size:
         raise VtpruneError(f"batch={batch}: {method} needs {training.least} rows in each process, for their statistics")
-    if training.alone and arguments.world_size > 1:
-        raise VtpruneError(f"{method} is trained by one process, and there are {arguments.world_size}")
     if dtype == torch.float32 and kind != torch.float32:
         raise VtpruneError(f"the model is {kind}, in whose arithmetic float32 is not kept: dtype={kind}")
     if len(data) < batch:

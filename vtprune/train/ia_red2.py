@@ -28,9 +28,10 @@ NAME = "ia-red2"
 
 
 def take_turns(handle: Handle, settings: Mapping[str, float], done: float) -> None:
-    """Says which group draws."""
+    """Says which group draws, and for which share of a batch."""
     part: Interpreters = handle.modules[NAME]
     part.turn = turn(done, len(part.blocks))
+    part.process = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def turn(done: float, groups: int) -> int:
@@ -105,7 +106,7 @@ register(
         losses=reinforce,
         answers=False,
         prepare=take_turns,
-        alone=True,
+        rests=True,
         tells=lambda part, options: {"blocks": ",".join(map(str, part.blocks)), "heads": str(part.heads)},
         controls=controls,
         case={"options": {"groups": 2}, "lr": 1e-2, "own": True},
