@@ -383,19 +383,6 @@ def test_a_model_on_another_device_than_the_trainers(case, tmp_path, monkeypatch
         trained(case, tmp_path)
 
 
-def test_the_gates_that_are_shipped():
-    """They belong to the bundled model, leave out what its card says, and answers stay."""
-    from vtprune.inputs import demo_model
-    from vtprune.measure.run import evaluate
-    from vtprune.measure.samples import scenes_samples
-
-    model, processor = vtprune.load_demo_model()
-    weights, samples = demo_model.FOLDER / "mindskip.safetensors", scenes_samples(1)
-    assert card.read_facts(weights, "mindskip")["settings"]["target"] == 0.5
-    found = evaluate(model, processor, samples, "mindskip", weights=str(weights))
-    assert all(found["correct"]) and found["flops"] < found["dense_flops"]
-
-
 def test_a_tower_is_trained_on_pixels_and_compared_at_as_many_tokens(folder, tmp_path, capsys):
     out = tmp_path / "interpreters.safetensors"
     words = [f"--model={folder}", f"--out={out}", "--scenes=2", "--easy=0", "--eval-scenes=1", "--eval-easy=0"]
@@ -427,30 +414,3 @@ def test_every_step_draws_anew(case, tmp_path, monkeypatch):
     for seed in (0, 1):
         trained(case, tmp_path, "mindskip", steps=3, seed=seed)
     assert len(set(told)) == 6 and told == [0, 1, 2, 3, 4, 5]
-
-
-SHIPPED = {
-    "gamma-mod": ({"keep": 0.25}, {"keep": 0.25, "layers": (2, 3)}, 0.7),
-    "llava-mini": ({"grid": 2, "fusion": 2, "scaled": True}, {"grid": 2, "fusion": 2}, 0.3),
-    "swiftkv": ({"layer": 6, "norms": "one"}, {"layer": 7, "norms": "one"}, 0.8),
-    "covipal": ({"keep": 1 / 9}, {"keep": 1 / 9, "layers": (3,)}, 0.4),
-}
-
-
-@pytest.mark.parametrize("method", SHIPPED)
-def test_the_parts_that_are_shipped(method):
-    """They belong to the bundled model and to what they were trained for, and answer better than untrained ones."""
-    from vtprune.inputs import demo_model
-    from vtprune.measure.run import evaluate
-    from vtprune.measure.samples import scenes_samples
-
-    options, other, least = SHIPPED[method]
-    model, processor = vtprune.load_demo_model()
-    path = demo_model.FOLDER / f"{method.replace('-', '_')}.safetensors"
-    facts, samples = card.read_facts(path, method), scenes_samples(3)
-    assert path.stat().st_size < 3e6 and "/" not in facts["command"].split("--out ")[1].split()[0]
-    with pytest.raises(VtpruneError, match="was trained for"):
-        vtprune.attach(model, method, **other, weights=str(path))
-    found = evaluate(model, processor, samples, method, **options, weights=str(path))
-    plain = evaluate(model, processor, samples, method, **options)
-    assert sum(found["correct"]) >= max(least * len(samples), sum(plain["correct"]))

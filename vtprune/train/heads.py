@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..core.types import UnsupportedError, VtpruneError
@@ -99,6 +102,23 @@ def with_head(model: Any, data: Pictures, *, batch: int = 64, dtype: torch.dtype
     with torch.no_grad():
         head.weight.copy_(weight / std)
         head.bias.copy_(bias - weight @ (mean / std))
+    return headed.requires_grad_(False)
+
+
+def with_saved_head(model: Any, path: str | Path) -> nn.Module:
+    """A stock classifier around a copy of the tower ``model``, with the head that ``vtprune train`` fitted and wrote to
+    ``path`` (``OUT.head.safetensors``). Raises :class:`VtpruneError` for a file that holds no head of this tower."""
+    try:
+        saved = load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise VtpruneError(f"cannot read a head from {path}: {e}") from e
+    if set(saved) != {"weight", "bias"}:
+        raise VtpruneError(f"{path} holds {', '.join(sorted(saved)[:3])}, and a head has a weight and a bias")
+    _, headed, head = _bare_and_headed(model, [str(i) for i in range(len(saved["weight"]))])
+    try:
+        head.load_state_dict(saved)
+    except RuntimeError as e:
+        raise VtpruneError(f"{path} is no head of this tower: {str(e).splitlines()[-1].strip()}") from e
     return headed.requires_grad_(False)
 
 
