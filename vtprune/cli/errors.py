@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, TextIO
 
-from ..core.types import VtpruneError
+from ..core.errors import VtpruneError
 
 
 def fail(message: object, code: int) -> int:

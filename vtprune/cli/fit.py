@@ -18,6 +18,7 @@ from ..measure.similarity import MEANS
 from ..measure.text import text
 from ..methods.adaskip import HALVES
 from . import models
+from .common import common_options
 from .errors import Parser
 from .options import keep_value, model_options, positive
 
@@ -84,9 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="visual tokens that run in each of them, for the recipe (default %(default)s)",
     )
     for own in (layer, counts, halves, depths):
-        own.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-        )
+        common_options(own, below=True)
         _prompt_arguments(own)
         model_options(own)
 

@@ -16,12 +16,14 @@ from ..show import web
 from ..show.figures.flow import flow_figure
 from ..show.figures.style import encode
 from . import models
+from .common import common_options
+from .errors import Parser
 from .options import model_options, odd, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sub-commands of ``vtprune analyze``."""
-    below = parser.add_subparsers(dest="what", metavar="WHAT", title="what else can be analysed")
+    below = parser.add_subparsers(dest="what", metavar="WHAT", title="what else can be analysed", parser_class=Parser)
     one = below.add_parser("flow", help="where information flows from the image to the answer: knock-outs, logit lens")
     two = below.add_parser("suggest", help="schedules that follow what flow has found, as recipe files")
     one.add_argument("--scenes", type=positive, default=10, metavar="N", help="training scenes to ask about (10)")
@@ -34,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     two.add_argument("--ability", default="all", help="go by the questions of one ability (default: all)")
     two.add_argument("--folder", type=Path, metavar="FOLDER", help="where the recipe files go")
     for sub in (one, two):
+        common_options(sub, below=True)
         sub.add_argument("--json", action="store_true")
     model_options(one)
 

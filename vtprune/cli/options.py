@@ -72,12 +72,6 @@ def words(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def list_options(parser: argparse.ArgumentParser) -> None:
-    """Of the commands that list what is registered."""
-    parser.add_argument("pattern", nargs="?", default="*", help="only names that match, e.g. 'py*'")
-    parser.add_argument("--json", action="store_true")
-
-
 def model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(

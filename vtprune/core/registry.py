@@ -14,6 +14,7 @@ from . import plugins
 from .types import VtpruneError
 
 T = TypeVar("T")
+NEAR = 0.7  # how alike a name must be for "did you mean": pyramid-drop and fastvid, not pool for foo
 
 
 class Registry(Generic[T]):
@@ -102,7 +103,7 @@ class Registry(Generic[T]):
         entries = self._ready()
         if name in entries:
             return entries[name]
-        near = difflib.get_close_matches(name, entries, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(name, entries, n=3, cutoff=NEAR)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(entries))}"
         raise VtpruneError(f"unknown {self.what} {name!r}; {hint}")
 

@@ -31,6 +31,18 @@ def load(device: str = "cpu", dtype: Any = None, clips: bool = False, folder: Pa
     )
 
 
+def load_demo_model(device: str = "cpu", dtype: Any = None, clips: bool = False) -> tuple[Any, Any]:
+    """The bundled trained VLM: ``(LlavaForConditionalGeneration, LlavaProcessor)``, stock classes, evaluation mode, no
+    network.
+
+    Args:
+        dtype: float32 by default.
+        clips: with the language model that was trained further on short videos, whose frames are the images of one
+            prompt, one behind the other (``vtprune/data/clips.py``).
+    """
+    return load(device, dtype, clips)
+
+
 def _replace(model: Any, path: Path) -> None:
     """Loads the weights of ``path`` over those of the same names."""
     from safetensors import SafetensorError

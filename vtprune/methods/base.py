@@ -9,6 +9,9 @@ import operator
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -234,7 +237,15 @@ class Method:
 
 
 OWN_BUDGETS = ("ratios", "ratio", "r", "counts")  # options that say how much stays instead of keep=
-METHODS: Registry[MethodInfo] = Registry("method", lambda: (__import__("vtprune.methods"), None)[1], extensible=True)
+
+
+def _load() -> None:
+    for module in iter_modules([str(Path(__file__).parent)]):
+        if module.name != "base" and not module.name.startswith("_"):
+            import_module(f"{__package__}.{module.name}")
+
+
+METHODS: Registry[MethodInfo] = Registry("method", _load, extensible=True)
 M = TypeVar("M", bound=type[Method])
 
 
