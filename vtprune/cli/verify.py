@@ -84,7 +84,7 @@ def _engine(args: argparse.Namespace) -> int:
         samples = scenes_samples(args.samples)[: args.samples]
         pictures, asked = [s.image for s in samples], [s.question for s in samples]
     model, processor = models.load(args)
-    folder = args.model or demo_model.FOLDER
+    folder = args.model or demo_model.bundled()
     answers = compare(
         model,
         processor,

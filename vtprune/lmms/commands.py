@@ -30,7 +30,7 @@ def line(
 
 def _model_args(args: argparse.Namespace, job: Mapping[str, Any], runs: Path) -> dict[str, Any]:
     """What ``--model_args`` holds. Raises :class:`VtpruneError` for what lmms-eval would read in another way."""
-    out: dict[str, Any] = {"pretrained": args.model or str(demo_model.FOLDER), "recipe": job["recipe"]}
+    out: dict[str, Any] = {"pretrained": args.model or str(demo_model.bundled()), "recipe": job["recipe"]}
     out |= {"base": args.base} if args.base else {"dtype": args.dtype, "journal": runs / f"{stem(job)}.journal"}
     out |= {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     out |= {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {}
