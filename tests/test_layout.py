@@ -20,6 +20,7 @@ MAY = {
     "vtprune.moved": (),
     "vtprune.core.errors": (),
     "vtprune.core.log": (),
+    "vtprune.core.shown": (),
     "vtprune.core.sources": (),
     "vtprune.core.types": ("vtprune.core.errors", "vtprune.core.sources"),
     "vtprune.core.registry": ("vtprune.core.*",),
@@ -37,6 +38,7 @@ MAY = {
     ),
     "vtprune.kernels*": ("vtprune.core.types", "vtprune.core.registry"),
     "vtprune.methods*": (
+        "vtprune.core.shown",
         "vtprune.core.types",
         "vtprune.core.select",
         "vtprune.core.recipe",

@@ -52,7 +52,7 @@ class Command(Parser):
         common.common_options(self)
         module.add_arguments(self)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         self.fill()
         return super().parse_known_args(args, namespace)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,18 @@ def applies_to(geometry: Geometry, recipe: Recipe, per: str | None) -> str:
             f"per={' or '.join(map(repr, joined))}, not {per!r}"
         )
     return per or joined[0]
+
+
+def check_tower_budgets(geometry: Geometry, stages: Sequence[Planned], per: str) -> None:
+    """Raises :class:`VtpruneError` for numbers of tokens where a pass of the tower is not what they apply to."""
+    for stage, method, cuts in stages:
+        inside = any(c.kind in ("pixels", "vision") and c.action is not Action.NOTE for c in cuts)
+        tiles = "tile" in geometry.per and per != "tile"
+        if inside and tiles and isinstance(stage.keep, int):
+            raise VtpruneError(
+                f"{method.info.name} works in the vision tower, which sees one tile at a time: keep= takes a "
+                "fraction, or with per='tile' tokens of a tile"
+            )
 
 
 def positions_of(geometry: Geometry, recipe: Recipe, positions: str | None) -> str:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type
 
 from torch import Tensor
 
+from ..core import shown
 from ..core.recipe import resolve
 from ..core.registry import Registry
 from ..core.types import Action, Cut, Geometry, Lender, Nesting, Selection, TokenView, UnsupportedError, VtpruneError
@@ -104,6 +105,9 @@ class MethodInfo:
     positions: str = "original"
     score: str = ""
     cls: type[Method] | None = None
+
+    def __repr__(self) -> str:
+        return shown.method(self)
 
     @property
     def options(self) -> dict[str, Any]:
