@@ -11,7 +11,6 @@ from ..core.paths import folder, output
 from ..core.types import VtpruneError
 from ..measure.flow import FLOWS, NUMBERS, flow, suggest
 from ..measure.samples import scenes_samples
-from ..measure.text import text
 from ..show import web
 from ..show.figures.flow import flow_figure
 from ..show.figures.style import encode
@@ -19,6 +18,7 @@ from . import models
 from .common import common_options
 from .errors import Parser
 from .options import model_options, odd, positive
+from .tables import fitted, other_form, show, table_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     two.add_argument("--folder", type=Path, metavar="FOLDER", help="where the recipe files go")
     for sub in (one, two):
         common_options(sub, below=True)
-        sub.add_argument("--json", action="store_true")
+        table_options(sub)
     model_options(one)
 
 
@@ -70,8 +70,9 @@ def _flow(args: argparse.Namespace) -> int:
         (str(i), *(f"{every[f]['mean'][i]:.1f} %" for f in FLOWS), *(f"{every[n]['mean'][i]:.3f}" for n in NUMBERS))
         for i in range(told["layers"])
     ]
-    print(f"{every['correct']} of {every['asked']} questions answered; windows of {told['window']} layers\n")
-    print(text([heads, *rows]))
+    if not other_form(args, [heads, *rows]):
+        print(f"{every['correct']} of {every['asked']} questions answered; windows of {told['window']} layers\n")
+        print(fitted([heads, *rows]))
     return 0
 
 
@@ -95,5 +96,5 @@ def _suggest(args: argparse.Namespace) -> int:
         (name, json.dumps(one["recipe"]["stages"][-1]["options"]), f"{100 * one['share']:.1f} %", one["expects"])
         for name, one in found.items()
     ]
-    print(text([("method", "options", "effective tokens", "because"), *rows]))
+    show(args, [("method", "options", "effective tokens", "because"), *rows])
     return 0

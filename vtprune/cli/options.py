@@ -69,7 +69,11 @@ def positive(text: str) -> int:
 
 
 def words(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    """``tome,fastv``."""
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    return found
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 from vtprune.models.base import ADAPTERS
 
 from ..core.info import GROUPS, group
+from ..core.planning import FILES, load_recipe
+from ..core.recipe import Recipe
 from ..core.recipes import RECIPES
 from ..core.registry import Registry
 from ..core.types import VtpruneError
@@ -40,8 +42,11 @@ def _method(name: str) -> Entry:
 
 
 def _recipe(name: str) -> Entry:
-    recipe = RECIPES.get(name)
-    return {**recipe.to_dict(), "key": recipe.key(), "distribution": RECIPES.distribution(name)}
+    return _entry(RECIPES.get(name), RECIPES.distribution(name))
+
+
+def _entry(recipe: Recipe, distribution: str | None) -> Entry:
+    return {**recipe.to_dict(), "key": recipe.key(), "distribution": distribution}
 
 
 def _adapter(name: str) -> Entry:
@@ -58,14 +63,21 @@ KINDS: dict[str, tuple[Registry[Any], Callable[[str], Entry]]] = {
 def entries(kind: str, pattern: str) -> list[Entry]:
     """As :func:`vtprune.cli.catalogue.entries` gives them."""
     registry, entry = KINDS[kind]
+    if kind == "recipes" and pattern.endswith(FILES):
+        return [plain(_entry(load_recipe(pattern), None))]
     names = registry.names(pattern)
     if not names and not set("*?[") & set(pattern):
         registry.get(pattern)  # raises, naming close matches; a recipe may be there with a budget behind its name
         names = [pattern]
     if not names:
         raise VtpruneError(f"no {registry.what} matches {pattern!r}; 'vtprune {kind}' lists them all")
-    plain: list[Entry] = json.loads(json.dumps([entry(name) for name in names]))
-    return plain
+    return [plain(entry(name)) for name in names]
+
+
+def plain(entry: Entry) -> Entry:
+    """As JSON gives it back."""
+    out: Entry = json.loads(json.dumps(entry))
+    return out
 
 
 def catalogue() -> str:

@@ -235,8 +235,8 @@ class Handle:
         attached[model] = ref(self)
         LOG.info("vtprune: attached %s", self._named())
 
-    def _named(self) -> str:
-        return f"{shown.recipe(self.recipe)} to {type(self._model).__name__} (family {self.geometry.family})"
+    def _named(self, word: str = "to") -> str:
+        return f"{shown.recipe(self.recipe)} {word} {type(self._model).__name__} (family {self.geometry.family})"
 
     def __repr__(self) -> str:
         told = f"{shown.recipe(self.recipe)}, taken out" if self._model is None else self._named()
@@ -295,7 +295,7 @@ class Handle:
                     getattr(engine, "end", lambda: None)()
                 forget_compiled()
                 attached.pop(self._model, None)
-                LOG.info("vtprune: took out %s", self._named())
+                LOG.info("vtprune: took out %s", self._named("of"))
                 self._model = None
 
     def reseed(self, seed: int | Sequence[int]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtprune.models.base import ADAPTERS
@@ -30,6 +29,8 @@ LACKS = {
     "classifier": "what it puts into the sequence has no place in a prompt: it is for bare vision transformers",
     "insert": "its tokens are turned by their places, or folded from several patches, which inserted ones could not be",
 }
+
+FILES = (".json", ".yaml", ".yml")  # of recipes
 
 TARGETS = ("effective_tokens", "flops")  # budgets that the solver turns into a schedule
 
@@ -68,7 +69,7 @@ def load_recipe(recipe: str | os.PathLike | Recipe) -> Recipe:
     if not isinstance(recipe, str | os.PathLike):
         raise VtpruneError(f"a recipe is a registered name, a path or a vtprune.Recipe, not {recipe!r}")
     text = os.fspath(recipe)
-    if Path(text).suffix in (".json", ".yaml", ".yml"):
+    if text.endswith(FILES):
         return Recipe.load(text)
     return RECIPES.get(text)
 

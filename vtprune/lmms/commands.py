@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core.plugins import IMPORTS
 from ..core.types import VtpruneError
 from ..inputs import demo_model
 from .jobs import stem
@@ -48,6 +49,11 @@ def _model_args(args: argparse.Namespace, job: Mapping[str, Any], runs: Path) ->
 
 def surroundings(args: argparse.Namespace) -> dict[str, str]:
     """What the environment of a run adds."""
+    brought = {IMPORTS: os.environ[IMPORTS]} if os.environ.get(IMPORTS) else {}
     if args.device != "cpu" or args.processes == 1:
-        return {}
-    return {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.processes))}
+        return brought
+    return {
+        **brought,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.processes)),
+    }
