@@ -157,6 +157,13 @@ def test_columns_that_cannot_fit_stand_in_blocks(monkeypatch):
     assert told.split().count("12.3") == 24
 
 
+def test_blocks_tell_rows_of_one_name_apart(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    head = ["method", "budget", *(f"ability {i}" for i in range(8))]
+    told = tables.fitted([head, *(["tome", b, *["12.3"] * 8] for b in ("50%", "25%"))])
+    assert told.count("25%") == told.count("50%") == told.count("method") > 1
+
+
 def test_every_list_fits_a_hundred_columns(capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     for words in (["methods"], ["recipes"], ["adapters"], ["methods", "tome"], ["recipes", "fastv-k2-r50"]):

@@ -94,7 +94,8 @@ def with_distributions(table: Table, entries: Sequence[Mapping[str, Any]]) -> li
 
 def fitted(table: Table, width: int | None = None) -> str:
     """Cells (header first) as aligned plain text of at most ``width`` columns (default: the terminal's): long text is
-    wrapped, and where that is not enough the columns stand in several blocks, each with the first column."""
+    wrapped, and where that is not enough the columns stand in several blocks, each with the first columns, as many as
+    tell the rows apart."""
     width = width or shutil.get_terminal_size((WIDTH, 24)).columns
     right = _numbers(table)
     natural = [max(len(row[i]) for row in table) for i in range(len(right))]
@@ -102,13 +103,21 @@ def fitted(table: Table, width: int | None = None) -> str:
         min(natural[i], max(_longest(table[0][i]), *(len(row[i]) if right[i] else LEAST for row in table[1:]), 0))
         for i in range(len(right))
     ]
-    blocks, block = [], [0]
-    for i in range(1, len(right)):
-        if len(block) > 1 and _total([least[j] for j in (*block, i)]) > width:
+    keys = _keys(table)
+    blocks, block = [], list(keys)
+    for i in range(len(keys), len(right)):
+        if len(block) > len(keys) and _total([least[j] for j in (*block, i)]) > width:
             blocks.append(block)
-            block = [0]
+            block = list(keys)
         block.append(i)
     return "\n\n".join(_block(table, columns, natural, least, right, width) for columns in (*blocks, block))
+
+
+def _keys(table: Table) -> range:
+    """The first columns that tell the rows apart, at most half of them; or the first one."""
+    half = len(table[0]) // 2
+    apart = (k for k in range(1, half + 1) if len({tuple(row[:k]) for row in table[1:]}) == len(table) - 1)
+    return range(next(apart, 1))
 
 
 def _longest(text: str) -> int:
