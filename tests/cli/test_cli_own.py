@@ -135,6 +135,23 @@ def test_only_near_names_are_suggested(capsys, command):
     assert "'vtprune " in refused(capsys, 1, command, "nothing*")
 
 
+def test_near_words_are_suggested_for_commands_and_choices_too(here, capsys):
+    assert "did you mean bench?" in refused(capsys, 2, "bnech")
+    assert "did you mean adaskip?" in refused(capsys, 2, "fit", "adaskp")
+    assert "did you mean bfloat16" in refused(capsys, 2, *ASK, "--dtype", "bfloat")
+    for words in (["xyz"], [*ASK, "--dtype", "int"]):
+        told = refused(capsys, 2, *words)
+        assert "choose from" in told and "did you mean" not in told
+    assert "did you mean pyramiddrop" in refused(capsys, 1, "demo", "--recipe", "pyramid-drop")
+    told = refused(capsys, 1, "demo", "--recipe", "nothing-like-it")
+    assert "there are dense, " in told and "did you mean" not in told
+
+
+def test_a_file_of_another_kind_is_no_recipe(here, capsys):
+    (here / "own.txt").write_text("x", encoding="utf-8")
+    assert "own.txt is no recipe file: one ends in .json" in refused(capsys, 1, *ASK, "--recipe", "own.txt")
+
+
 # ---------------------------------------------------------------------------------------------------------- tables
 
 LONG = "a method with a long idea that does not fit beside the rest of the table and is wrapped at its words"

@@ -20,10 +20,12 @@ from typing import Any, NoReturn
 import vtprune
 from vtprune.demos import TRAINED
 
+from ..core.errors import suggestion
 from ..core.ledger import UndoLedger
 from ..core.planning import FILES
 from ..core.recipes import offer
 from ..core.types import VtpruneError
+from ..inputs.demo_model import bundled
 from ..inputs.models import is_local
 from ..serving.guard import LOCAL
 from .options import model_options
@@ -108,7 +110,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.recipe.endswith(FILES):
         args.recipe = offer(args.recipe)
     if args.recipe not in (known := ("dense", TRAINED, *vtprune.recipes())):
-        raise VtpruneError(f"unknown recipe {args.recipe!r}; there are {', '.join(known)}")
+        hint = suggestion(args.recipe, known)
+        raise VtpruneError(f"unknown recipe {args.recipe!r}; {hint}{' ' * bool(hint)}there are {', '.join(known)}")
+    if args.model is None:
+        bundled()  # says now that it is not installed
     is_local(args.model)  # says now what can be neither a folder nor a hub id
     if args.port is not None:
         refuse_taken(args.host, args.port)

@@ -71,6 +71,8 @@ def load_recipe(recipe: str | os.PathLike | Recipe) -> Recipe:
     text = os.fspath(recipe)
     if text.endswith(FILES):
         return Recipe.load(text)
+    if text not in RECIPES and os.path.exists(text):
+        raise VtpruneError(f"{text} is no recipe file: one ends in {', '.join(FILES)}")
     return RECIPES.get(text)
 
 
