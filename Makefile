@@ -89,8 +89,9 @@ resolve = build/lock/bin/python $(VERSIONS) $(1) > build/lock/$(1).txt && build/
 	--prerelease disallow --no-annotate --custom-compile-command "make lock" --extra dev --constraint build/lock/$(1).txt \
 	--output-file requirements/$(2).txt pyproject.toml && echo "written: requirements/$(2).txt"
 
-# The tables of methods and families in docs/support.md and README.md.
+# The tables of methods and families in docs/support.md and README.md, and what `vtprune methods` lists without torch.
 support: .venv
+	@$(BIN)/python -m vtprune.cli.registered
 	@$(BIN)/python -m vtprune.measure.support
 	@$(BIN)/python -m vtprune.measure.standings
 
@@ -118,10 +119,12 @@ typecheck: .venv
 	@ln -s $(CURDIR)/vtprune/* $(CURDIR)/models $(CURDIR)/kernels $(CURDIR)/demos $(TYPING)/vtprune/
 	cd $(TYPING) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p vtprune
 
-# setuptools packs whatever an earlier build left under build/.
+# dist/: the library, and the bundled model as a distribution of its own. setuptools packs whatever an earlier build left under build/.
 wheel: .venv
-	@rm -rf build
+	@rm -rf build packages/vtprune-demo-vlm/build
 	$(BIN)/python -m build --wheel --no-isolation
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist packages/vtprune-demo-vlm
+	@rm -rf build packages/vtprune-demo-vlm/build
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vtprune.core.recipe import Recipe
+from vtprune.core.recipes import offered
 from vtprune.core.types import VtpruneError
 from vtprune.inputs import demo_model
 from vtprune.methods.base import METHODS
@@ -112,6 +113,7 @@ def _run(side: Side, trained: Recipe | None) -> str:
         if trained is None:
             raise VtpruneError("the trained branch belongs to the bundled model")
         recipe = trained
+    recipe = offered(recipe) or recipe if isinstance(recipe, str) else recipe
     if not isinstance(recipe, Recipe) and Path(recipe).suffix in (".json", ".yaml", ".yml"):
         recipe = Recipe.load(Path(recipe))
     before = f"recipe = {_written(recipe)}\n" if isinstance(recipe, Recipe) else ""

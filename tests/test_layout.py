@@ -18,8 +18,11 @@ BELOW = ("vtprune", "vtprune.c[oh]*", "vtprune.methods.*", "vtprune.models.*", "
 MAY = {
     "vtprune.version": (),
     "vtprune.moved": (),
+    "vtprune.core.errors": (),
+    "vtprune.core.log": (),
+    "vtprune.core.shown": (),
     "vtprune.core.sources": (),
-    "vtprune.core.types": ("vtprune.core.sources",),
+    "vtprune.core.types": ("vtprune.core.errors", "vtprune.core.sources"),
     "vtprune.core.registry": ("vtprune.core.*",),
     "vtprune.core.select": ("vtprune.core.types", "vtprune.kernels", "vtprune.kernels.base"),
     "vtprune.core.recipe": ("vtprune.core.types",),
@@ -35,6 +38,7 @@ MAY = {
     ),
     "vtprune.kernels*": ("vtprune.core.types", "vtprune.core.registry"),
     "vtprune.methods*": (
+        "vtprune.core.shown",
         "vtprune.core.types",
         "vtprune.core.select",
         "vtprune.core.recipe",
@@ -77,7 +81,6 @@ MAY = {
 }
 # A module -> modules it imports inside a function, and why.
 LAZY = {
-    "vtprune": "the bundled model needs Pillow and transformers; importing the package needs neither",
     "vtprune.cli.demo": "the two processes of the demo start before gradio is imported",
     "vtprune.cli.serve": "the server needs packages of an extra",
     "vtprune.core.report": "Report.show draws, which the core does not know how to",

@@ -3,6 +3,7 @@ asked for is what was tested."""
 
 from __future__ import annotations
 
+import email
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from vtprune.check import versions
+from vtprune.version import __version__
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,6 +30,8 @@ FOLDERS = {
     "kernels": "vtprune/kernels",
     "demos": "vtprune/demos",
 }  # folder at the root: its place when installed
+MODEL, DEMO = ROOT / "models" / "demo_vlm", ROOT / "packages" / "vtprune-demo-vlm"  # a distribution of its own
+LARGEST = 2_000_000  # bytes of the wheel
 
 
 def as_installed(path: Path) -> str:
@@ -36,8 +41,8 @@ def as_installed(path: Path) -> str:
 
 
 def tree(pattern: str) -> list[Path]:
-    """Every path under the packages' folders that matches, without byte code and hidden files."""
-    found = (path for folder in FOLDERS for path in (ROOT / folder).rglob(pattern))
+    """Every path under the packages' folders that matches, without byte code, hidden files and the bundled model."""
+    found = (path for folder in FOLDERS for path in (ROOT / folder).rglob(pattern) if MODEL not in path.parents)
     return [
         path
         for path in found
@@ -80,6 +85,22 @@ def test_the_notice_names_what_the_bundled_model_was_made_of():
     assert "NOTICE" in card
 
 
+def built(source: Path, dist: Path) -> Path:
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(dist)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = dist.iterdir()
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def demo_wheel(tmp_path_factory) -> Path:
+    """The bundled model's, from a copy of its project whose links are what they lead to."""
+    source = tmp_path_factory.mktemp("demo") / "project"
+    shutil.copytree(DEMO, source, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
+    return built(source, tmp_path_factory.mktemp("demo-dist"))
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """A wheel built from a copy of the sources, so that neither an old build/ gets in nor a new one stays behind."""
@@ -89,11 +110,7 @@ def wheel(tmp_path_factory) -> Path:
             shutil.copy(ROOT / name, source)
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(dist)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (built,) = dist.glob("vtprune-*.whl")
-    return built
+    return built(source, dist)
 
 
 @pytest.mark.slow
@@ -103,11 +120,32 @@ def test_the_wheel_holds_the_tree_and_nothing_else(wheel):
     files = {as_installed(path) for path in tree("*") if path.is_file()}
     assert packed == files  # a data file that is missing here wants a line in package-data
     assert {name.rpartition("/")[2] for name in names if ".dist-info/licenses/" in name} == {"LICENSE", "NOTICE"}
+    assert "vtprune/py.typed" in packed and wheel.stat().st_size < LARGEST
 
 
 @pytest.mark.slow
-def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
-    site = tmp_path / "site"
+def test_the_bundled_model_is_a_wheel_of_its_own(demo_wheel):
+    names = {name for name in zipfile.ZipFile(demo_wheel).namelist() if ".dist-info/" not in name}
+    files = {f"vtprune_demo_vlm/model/{path.name}" for path in MODEL.iterdir()}
+    assert names == files | {"vtprune_demo_vlm/__init__.py"}
+    licences = {name.rpartition("/")[2] for name in zipfile.ZipFile(demo_wheel).namelist() if "/licenses/" in name}
+    assert licences == {"LICENSE", "NOTICE"}
+
+
+@pytest.mark.slow
+def test_the_wheel_says_what_it_is(wheel):
+    (name,) = (n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".dist-info/METADATA"))
+    told = email.message_from_string(zipfile.ZipFile(wheel).read(name).decode())
+    assert told["Description-Content-Type"] == "text/markdown" and told.get_payload().startswith("# ")
+    assert "visual token pruning" in told["Keywords"] and "vtprune-demo-vlm" in str(told.get_all("Requires-Dist"))
+    pythons = {c.rpartition(" ")[2] for c in told.get_all("Classifier") if "Python :: 3." in c}
+    assert pythons == set(versions.PYTHONS) and "Typing :: Typed" in told.get_all("Classifier")
+
+
+@pytest.mark.slow
+def test_the_wheel_works_away_from_the_checkout(wheel, demo_wheel, tmp_path):
+    site, demo = tmp_path / "site", tmp_path / "demo"
+    zipfile.ZipFile(demo_wheel).extractall(demo)
     zipfile.ZipFile(wheel).extractall(site)
     code = f"""
 import sys
@@ -119,13 +157,46 @@ ours = [module for name, module in sys.modules.items() if name.split(".")[0] == 
 assert ours and all(module.__file__.startswith({str(site)!r}) for module in ours), "not from the wheel"
 assert find_spec("models") is None and find_spec("kernels") is None, "leaked to the top level"
 assert callable(vtprune.cli.main.main)
+from vtprune.cli import catalogue
+assert catalogue.fingerprint() in catalogue.FILE.read_text(), "the list is not that of the installed sources"
 assert vtprune.methods("*") and vtprune.adapters("*") and vtprune.recipes("*")
-vtprune.load_demo_model()
 """  # noqa: E501
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    without = """
+try:
+    vtprune.load_demo_model()
+except vtprune.VtpruneError as e:
+    assert "vtprune[demo-vlm]" in str(e) and len(str(e).splitlines()) == 1, e
+else:
+    raise SystemExit("a model came from nowhere")
+"""
+    beside = f"""
+sys.path.insert(0, {str(demo)!r})
+model, processor = vtprune.load_demo_model()
+assert model.name_or_path.startswith({str(demo)!r})
+from vtprune.inputs import demo_model
+assert demo_model.branch() is not None
+"""
+    for more in (without, beside):
+        done = subprocess.run([sys.executable, "-I", "-c", code + more], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     (entry_points,) = site.glob("vtprune-*.dist-info/entry_points.txt")
     assert "vtprune = vtprune.cli.main:main" in entry_points.read_text(encoding="utf-8")
+
+
+def test_every_place_that_states_the_version_states_the_same():
+    demo = tomllib.loads((DEMO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {project()["version"], demo["version"], str(citation["version"])} == {__version__}
+
+
+def test_the_citation_is_valid():
+    """What CFF 1.2.0 requires, and names by its words alone."""
+    told = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(told) and told["cff-version"] == "1.2.0"
+    assert told["type"] == "software" and told["license"] == project()["license"]
+    assert told["authors"] and all("name" in author or "family-names" in author for author in told["authors"])
+    known = {"cff-version", "message", "title", "authors", "type", "abstract", "version", "license", "keywords"}
+    assert set(told) <= {*known, "date-released", "repository-code", "url", "doi", "preferred-citation", "references"}
 
 
 # ------------------------------------------------------------------------------------------------- bounds, tested

@@ -7,6 +7,7 @@ so that nothing is imported earlier than it was.
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -60,9 +61,10 @@ class _Moved(ModuleType):
         raise AttributeError(f"{self.__name__} has moved to {', '.join(self.__dict__['places'])}; none has {name!r}")
 
 
-def keep_old_names(package: dict[str, Any]) -> None:
-    """Makes the old modules importable, and attributes of ``package`` where nothing else has the name."""
+def keep_old_names(package: dict[str, Any], taken: Collection[str]) -> None:
+    """Makes the old modules importable, and attributes of ``package`` where none of its public names, ``taken``, is
+    theirs."""
     for old, places in MOVED.items():
         module = sys.modules[f"vtprune.{old}"] = _Moved(f"vtprune.{old}", places)
-        if "." not in old:
+        if "." not in old and old not in taken:
             package.setdefault(old, module)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from ..core.errors import VtpruneError
 from ..core.handle import Handle, put
+from ..core.log import LOG
 from ..core.planning import bind
 from ..core.recipe import Recipe
 from .prove import prove
@@ -20,7 +22,8 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
     """Puts ``recipe`` into ``model`` and returns the :class:`Handle` that takes it out again (also a context manager).
 
     Args:
-        model: an unmodified Hugging Face MLLM or vision tower, or a timm ``VisionTransformer``.
+        model: an unmodified Hugging Face MLLM or vision tower, a timm ``VisionTransformer``, or a
+            pipeline of transformers around such a model.
         recipe: a registered name, a :class:`Recipe`, or a path to its JSON / YAML form.
         **overrides: ``keep=`` tokens per image after the last cut (int) or their fraction (float in (0, 1]);
         ``effective_tokens=`` / ``flops=`` let the budget solver
@@ -37,4 +40,8 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
         VtpruneError: unknown recipe or option, impossible budget, a model that is attached already;
         :class:`UnsupportedError` if the model lacks what a method needs.
     """
-    return put(model, recipe, overrides, prove, level=3)
+    try:
+        return put(model, recipe, overrides, prove, level=3)
+    except VtpruneError as e:
+        LOG.info("vtprune: refused for %s: %s", type(model).__name__, e)
+        raise

@@ -18,11 +18,11 @@ from ..core.types import VtpruneError
 from ..inputs.images import open_image
 from ..measure import timing
 from ..measure.analyze import BUDGETS, REPEATS, check, times
-from ..measure.text import text
 from ..measure.times_text import cells, save
 from ..methods.base import make
 from . import flow, models
 from .options import chosen_options, fractions, key_value, model_options, positive, words
+from .tables import fitted, other_form, table_options
 
 
 def counts(text: str) -> list[int]:
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the result, saved after every row: all as .json, tables as .md; repeatable",
     )
-    add("--json", action="store_true")
+    table_options(parser)
     model_options(parser)
     flow.add_arguments(parser)
 
@@ -114,8 +114,11 @@ def run(args: argparse.Namespace) -> int:
             saved=saved,
             progress=bar.set_description,
         )
-    verdicts = "\n".join(entry["verdict"] for entry in result["break_even"])
-    print(json.dumps(result) if args.json else f"{text(cells(result))}\n\n{verdicts}")
+    if args.json:
+        print(json.dumps(result))
+    elif not other_form(args, cells(result)):
+        verdicts = "\n".join(entry["verdict"] for entry in result["break_even"])
+        print(f"{fitted(cells(result))}\n\n{verdicts}")
     if all("error" in row for row in result["rows"]):
         raise VtpruneError("nothing could be measured; the notes say why")
     return 0

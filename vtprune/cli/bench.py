@@ -22,6 +22,7 @@ from ..show import web
 from ..show.row_bias import row_bias_figure
 from . import models
 from .options import chosen_options, fractions, key_value, model_options, positive, words
+from .tables import show, table_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +110,7 @@ def _result_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.png",
         help="heat map of the image rows where tokens are kept, at the budget nearest to 25 %%",
     )
-    add("--json", action="store_true")
+    table_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -131,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result))
         return 0
-    print(text.text(text.cells(result)))
+    show(args, text.cells(result))
     if all("error" in r for r in result["rows"][1:]):
         raise VtpruneError("no method could be measured at these budgets; the notes say why")
     return 0

@@ -20,8 +20,12 @@ from typing import Any, NoReturn
 import vtprune
 from vtprune.demos import TRAINED
 
+from ..core.errors import suggestion
 from ..core.ledger import UndoLedger
+from ..core.planning import FILES
+from ..core.recipes import offer
 from ..core.types import VtpruneError
+from ..inputs.demo_model import bundled
 from ..inputs.models import is_local
 from ..serving.guard import LOCAL
 from .options import model_options
@@ -57,8 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--recipe",
         default="pyramiddrop",
-        metavar="NAME",
-        help="of the right side, to begin with (default %(default)s; 'vtprune recipes')",
+        metavar="NAME_OR_FILE",
+        help="of the right side, to begin with (default %(default)s; 'vtprune recipes'); a .json / .yaml file is "
+        "offered under its own name",
     )
     add(
         "--results",
@@ -102,8 +107,13 @@ def _check(args: argparse.Namespace) -> None:
         raise VtpruneError("the demo needs gradio: pip install 'vtprune[demo]'")
     if args.results is not None and not args.results.is_dir():
         raise VtpruneError(f"no such folder: {args.results}")
+    if args.recipe.endswith(FILES):
+        args.recipe = offer(args.recipe)
     if args.recipe not in (known := ("dense", TRAINED, *vtprune.recipes())):
-        raise VtpruneError(f"unknown recipe {args.recipe!r}; there are {', '.join(known)}")
+        hint = suggestion(args.recipe, known)
+        raise VtpruneError(f"unknown recipe {args.recipe!r}; {hint}{' ' * bool(hint)}there are {', '.join(known)}")
+    if args.model is None:
+        bundled()  # says now that it is not installed
     is_local(args.model)  # says now what can be neither a folder nor a hub id
     if args.port is not None:
         refuse_taken(args.host, args.port)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..check.doctor import diagnose
-from ..measure.text import text
+from .tables import fitted, other_form, table_options
 
 WORDS = {
     "tested": "ok",
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="try this model family alone; repeatable (default: all of them, about a minute)",
     )
-    parser.add_argument("--json", action="store_true")
+    table_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,9 +38,14 @@ def run(args: argparse.Namespace) -> int:
         diagnosis = diagnose(args.family, done=lambda family: bar.update())
     if args.json:
         print(json.dumps(diagnosis, indent=1))
-    else:
+    elif not other_form(args, _families(diagnosis)):
         _show(diagnosis)
     return 0 if diagnosis["passed"] else 1
+
+
+def _families(diagnosis: Mapping[str, Any]) -> list[list[str]]:
+    rows = [[f["family"], STATES[f["passed"]], f["detail"]] for f in diagnosis["families"]]
+    return [["family", "result", "detail"], *rows]
 
 
 def _show(diagnosis: Mapping[str, Any]) -> None:
@@ -50,10 +55,9 @@ def _show(diagnosis: Mapping[str, Any]) -> None:
         [p["package"], p["installed"] or "-", f"{p['oldest']} to {p['newest']}", WORDS[p["status"]]]
         for p in diagnosis["packages"]
     ]
-    print(text([["package", "installed", "tested", ""], *packages]))
+    print(fitted([["package", "installed", "tested", ""], *packages]))
     print("".join(f"\nconflict: {conflict}" for conflict in diagnosis["conflicts"]))
-    families = [[f["family"], STATES[f["passed"]], f["detail"]] for f in diagnosis["families"]]
-    print(text([["family", "result", "detail"], *families]))
+    print(fitted(_families(diagnosis)))
     failed = [f["family"] for f in diagnosis["families"] if f["passed"] is False]
     if diagnosis["passed"]:
         print("\neverything is sound")

@@ -7,9 +7,9 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
-from ..core.types import VtpruneError
+from ..core.errors import VtpruneError, suggestion
 
 
 def fail(message: object, code: int) -> int:
@@ -19,7 +19,14 @@ def fail(message: object, code: int) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line, without the usage text."""
+    """Errors in one line, without the usage text; names that are nearly right get a suggestion."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            if hint := suggestion(str(value), map(str, action.choices)):
+                every = ", ".join(map(repr, action.choices))
+                raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {hint} (choose from {every})")
+        super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
         raise SystemExit(fail(f"{message} (see {self.prog} --help)", 2))

@@ -21,8 +21,8 @@ from ..lmms.one import one
 from ..lmms.suites import NOTES, SUITES
 from ..lmms.table import cells
 from ..measure.runs import write
-from ..measure.text import text
 from .options import fractions, keep_value, key_value, model_options, positive, words
+from .tables import show, table_options
 
 
 def _keeps(text: str) -> list[int | float]:
@@ -137,13 +137,13 @@ def _other_arguments(parser: argparse.ArgumentParser) -> None:
         help="only write easy_vqa and scenes as lmms-eval task folders into FOLDER",
     )
     add("--dry-run", action="store_true", help="print the commands and stop")
-    add("--json", action="store_true")
+    table_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 if every run ended well. Raises :class:`RunError` if one did not, with everything before it kept."""
     if args.list_suites:
-        print(text(_suites()))
+        show(args, _suites())
         return 0
     if find_spec("lmms_eval") is None:
         raise VtpruneError("lmms-eval is not installed: pip install 'vtprune[lmms-eval]'")
@@ -204,7 +204,10 @@ def _finish(args: argparse.Namespace, names: Sequence[str], rows: Sequence[Mappi
         "rows": rows,
     }
     write(output(args.results / "eval.json") or args.results / "eval.json", json.dumps(result) + "\n")
-    print(json.dumps(result) if args.json else text(cells(rows)))
+    if args.json:
+        print(json.dumps(result))
+    else:
+        show(args, cells(rows))
     if all("error" in r for r in rows):
         raise VtpruneError("no recipe could be measured; the notes say why")
     return 0

@@ -15,11 +15,12 @@ from ..measure.environment import environment
 from ..measure.fit import THRESHOLD, Fit, left_out, removals, routed, withdrawal
 from ..measure.samples import Sample, scenes_samples
 from ..measure.similarity import MEANS
-from ..measure.text import text
 from ..methods.adaskip import HALVES
 from . import models
+from .common import common_options
 from .errors import Parser
 from .options import keep_value, model_options, positive
+from .tables import fitted, other_form, table_options
 
 
 def threshold_value(text: str) -> float:
@@ -84,9 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="visual tokens that run in each of them, for the recipe (default %(default)s)",
     )
     for own in (layer, counts, halves, depths):
-        own.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-        )
+        common_options(own, below=True)
         _prompt_arguments(own)
         model_options(own)
 
@@ -112,7 +111,7 @@ def _prompt_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--question", action="append", default=[], help="about the --image of the same place; repeatable")
     add("--batch", type=positive, default=16, help="prompts per forward (default %(default)s)")
-    add("--json", action="store_true")
+    table_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -129,8 +128,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"recipe": fit.recipe.to_dict(), "file": str(args.recipe_out), **facts}))
         return 0
-    print(text(_table(fit)))
-    print(f"\n{fit.recipe.source}\nwrote {args.recipe_out}")
+    if not other_form(args, _table(fit)):
+        print(f"{fitted(_table(fit))}\n\n{fit.recipe.source}\nwrote {args.recipe_out}")
     return 0
 
 

@@ -11,17 +11,19 @@ from ..core.paths import folder, output
 from ..core.types import VtpruneError
 from ..measure.flow import FLOWS, NUMBERS, flow, suggest
 from ..measure.samples import scenes_samples
-from ..measure.text import text
 from ..show import web
 from ..show.figures.flow import flow_figure
 from ..show.figures.style import encode
 from . import models
+from .common import common_options
+from .errors import Parser
 from .options import model_options, odd, positive
+from .tables import fitted, other_form, show, table_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sub-commands of ``vtprune analyze``."""
-    below = parser.add_subparsers(dest="what", metavar="WHAT", title="what else can be analysed")
+    below = parser.add_subparsers(dest="what", metavar="WHAT", title="what else can be analysed", parser_class=Parser)
     one = below.add_parser("flow", help="where information flows from the image to the answer: knock-outs, logit lens")
     two = below.add_parser("suggest", help="schedules that follow what flow has found, as recipe files")
     one.add_argument("--scenes", type=positive, default=10, metavar="N", help="training scenes to ask about (10)")
@@ -34,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     two.add_argument("--ability", default="all", help="go by the questions of one ability (default: all)")
     two.add_argument("--folder", type=Path, metavar="FOLDER", help="where the recipe files go")
     for sub in (one, two):
-        sub.add_argument("--json", action="store_true")
+        common_options(sub, below=True)
+        table_options(sub)
     model_options(one)
 
 
@@ -67,8 +70,9 @@ def _flow(args: argparse.Namespace) -> int:
         (str(i), *(f"{every[f]['mean'][i]:.1f} %" for f in FLOWS), *(f"{every[n]['mean'][i]:.3f}" for n in NUMBERS))
         for i in range(told["layers"])
     ]
-    print(f"{every['correct']} of {every['asked']} questions answered; windows of {told['window']} layers\n")
-    print(text([heads, *rows]))
+    if not other_form(args, [heads, *rows]):
+        print(f"{every['correct']} of {every['asked']} questions answered; windows of {told['window']} layers\n")
+        print(fitted([heads, *rows]))
     return 0
 
 
@@ -92,5 +96,5 @@ def _suggest(args: argparse.Namespace) -> int:
         (name, json.dumps(one["recipe"]["stages"][-1]["options"]), f"{100 * one['share']:.1f} %", one["expects"])
         for name, one in found.items()
     ]
-    print(text([("method", "options", "effective tokens", "because"), *rows]))
+    show(args, [("method", "options", "effective tokens", "because"), *rows])
     return 0

@@ -4,51 +4,68 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
-import vtprune
+from . import catalogue
+from .catalogue import Entry
+from .tables import ANY, fitted, list_options, other_form, shortened, with_distributions
 
-from ..core.info import grouped
-from ..measure.text import text
-from ..methods.base import METHODS, MethodInfo
-from .options import list_options
-from .sources import with_distributions
-
-LEGEND = (
-    "what: q looks at the question, m merges, t needs a trained part, f its fit ('vtprune fit'), ~ no exact count\n"
-    "vtprune methods NAME tells the options of one, docs/support.md which model families take it"
-)
+LEGEND = """what: q looks at the question, m merges, t needs a trained part, f its fit ('vtprune fit'),
+~ no exact count. vtprune methods NAME tells all of one and its options, docs/support.md which
+model families take it."""
+GROUPS = ("pixels", "vision tower", "projector", "LLM", "baselines")  # in the order of the list
 
 
-def _what(info: MethodInfo) -> str:
+def _what(entry: Entry) -> str:
     marks = {
-        "q": info.question_aware,
-        "m": info.merges,
-        "t": info.trained,
-        "f": info.fitted,
-        "~": info.dial is not None or not info.exact,
+        "q": entry["question_aware"],
+        "m": entry["merges"],
+        "t": entry["trained"],
+        "f": entry["fitted"],
+        "~": entry["dial"] is not None or not entry["exact"],
     }
     return "".join(mark for mark, holds in marks.items() if holds) or "-"
 
 
-def _table(infos: list[MethodInfo]) -> list[list[str]]:
-    """A row for each, grouped by where it works."""
-    rows: list[list[str]] = []
-    titles: dict[int, str] = {}
-    for title, mine in grouped(infos).items():
-        if len(infos) > 1:
-            titles[len(rows)] = title
-        rows += [
-            [i.name, ", ".join(i.kinds), "-" if i.keep is None else f"{i.keep:.3g}", _what(i), i.paper, i.idea]
-            for i in mine
-        ]
-    head, *rows = with_distributions(METHODS, [["method", "sites", "keep", "what", "paper", "idea"], *rows])
-    out = [head]
-    for n, row in enumerate(rows):
-        if n in titles:
-            out.append([f"{titles[n]}:", *[""] * (len(head) - 1)])
-        out.append(row)
-    return out
+def _keep(entry: Entry) -> str:
+    return "-" if entry["keep"] is None else f"{entry['keep']:.2g}"
+
+
+def _table(found: list[Entry]) -> list[list[str]]:
+    """A row for each."""
+    rows = [[e["name"], ", ".join(e["sites"]), _keep(e), _what(e), e["paper"], e["idea"]] for e in found]
+    return with_distributions([["method", "sites", "keep", "what", "paper", "idea"], *rows], found)
+
+
+def _grouped(found: list[Entry]) -> str:
+    """The list, one line for each, under the titles of the groups."""
+    rows = [[*row[:4], row[4].removeprefix("arXiv "), *row[6:], row[5]] for row in _table(found)]  # the idea last: cut
+    title, rule, *lines = fitted(shortened(rows), ANY).splitlines()
+    out, group = [title, rule], None
+    for entry, line in zip(found, lines, strict=True):
+        if entry["group"] != group:
+            group = entry["group"]
+            out.append(f"{group}:")
+        out.append(line)
+    return "\n".join(out)
+
+
+def _one(entry: Entry) -> str:
+    """All about one method."""
+    facts = {
+        "idea": entry["idea"],
+        "paper": entry["paper"],
+        "cuts at": ", ".join(entry["sites"]),
+        "keeps": f"{_keep(entry)} by default" if entry["keep"] is not None else "what it decides itself",
+        "ranks by": entry["score"] or "nothing",
+        "from": entry["distribution"] or "vtprune",
+    }
+    about = fitted([[entry["name"], ""], *([f"{name}:", text] for name, text in facts.items())])
+    return f"{about}\n\n{fitted(_options(entry))}"
+
+
+def _options(entry: Entry) -> list[list[str]]:
+    rows = [[name, json.dumps(default), entry["help"][name]] for name, default in entry["options"].items()]
+    return [["option", "default", "meaning"], *rows]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,35 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code; raises :class:`VtpruneError`, naming close matches, for a name that there is not."""
-    names = vtprune.methods(args.pattern)
-    if not names and not set("*?[") & set(args.pattern):
-        vtprune.describe(args.pattern)  # raises, naming close matches
-    infos = [vtprune.describe(n) for n in names]
+    found = catalogue.entries("methods", args.pattern)
     if args.json:
-        print(json.dumps([_entry(i) for i in infos], indent=1))
+        print(json.dumps(found, indent=1))
         return 0
-    print(text(_table(infos)))
-    if len(infos) > 1:
-        print(f"\n{LEGEND}")
-    if len(infos) == 1:
-        (info,) = infos
-        print(f"\nranks by: {info.score or 'nothing'}\n")
-        options = [[name, json.dumps(default), info.option_help[name]] for name, default in info.options.items()]
-        print(text([["option", "default", "meaning"], *options]))
+    found.sort(key=lambda entry: GROUPS.index(entry["group"]))
+    if other_form(args, _table(found)):
+        return 0
+    print(_one(found[0]) if len(found) == 1 else f"{_grouped(found)}\n\n{LEGEND}")
     return 0
-
-
-def _entry(info: MethodInfo) -> dict[str, Any]:
-    """One method as plain data."""
-    needs = {kind: sorted(names) for kind, names in info.needs.items()}
-    facts: dict[str, Any] = {"name": info.name, "paper": info.paper, "idea": info.idea}
-    facts |= {"sites": info.kinds, "needs": needs}
-    facts |= {
-        "question_aware": info.question_aware,
-        "merges": info.merges,
-        "trained": info.trained,
-        "fitted": info.fitted,
-    }
-    facts |= {"exact": info.exact, "dial": info.dial}
-    facts |= {"keep": info.keep, "options": info.options, "help": info.option_help, "score": info.score}
-    return {**facts, "distribution": METHODS.distribution(info.name)}

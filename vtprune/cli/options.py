@@ -69,13 +69,11 @@ def positive(text: str) -> int:
 
 
 def words(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def list_options(parser: argparse.ArgumentParser) -> None:
-    """Of the commands that list what is registered."""
-    parser.add_argument("pattern", nargs="?", default="*", help="only names that match, e.g. 'py*'")
-    parser.add_argument("--json", action="store_true")
+    """``tome,fastv``."""
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    return found
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:

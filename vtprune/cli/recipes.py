@@ -1,16 +1,15 @@
-"""``vtprune recipes``: the named recipes, and the file of one."""
+"""``vtprune recipes``: the named recipes, and the stages or the file of one."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
-import vtprune
+from . import catalogue
+from .catalogue import Entry
+from .tables import Table, fitted, list_options, other_form, show, with_distributions
 
-from ..core.recipes import RECIPES
-from ..measure.text import text
-from .options import list_options
-from .sources import with_distributions
+OWN = ("key", "distribution")  # of the list, not of a recipe file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,16 +19,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code; raises :class:`VtpruneError`, naming close matches, for a name that there is not."""
     single = not set("*?[") & set(args.pattern)
-    names = [args.pattern] if single else vtprune.recipes(args.pattern)
-    recipes = [RECIPES.get(name) for name in names]
-    if args.json and single:
-        print(recipes[0].to_json())
-    elif args.json:
-        pairs = zip(names, recipes, strict=True)
-        listed = [{**r.to_dict(), "key": r.key(), "distribution": RECIPES.distribution(name)} for name, r in pairs]
-        print(json.dumps(listed, indent=1))
+    found = catalogue.entries("recipes", args.pattern)
+    if args.json:
+        told = {k: v for k, v in found[0].items() if k not in OWN} if single else found
+        print(json.dumps(told, indent=1))
+    elif single:
+        _one(args, found[0])
     else:
-        pairs = zip(names, recipes, strict=True)
-        rows = [[name, " + ".join(s.method for s in r.stages), r.source] for name, r in pairs]
-        print(text(with_distributions(RECIPES, [["recipe", "stages", "source"], *rows])))
+        rows = [[e["name"], " + ".join(s["method"] for s in e["stages"]), e["source"]] for e in found]
+        show(args, with_distributions([["recipe", "stages", "source"], *rows], found))
     return 0
+
+
+def _one(args: argparse.Namespace, recipe: Entry) -> None:
+    """One recipe, stage by stage."""
+    table = _stages(recipe)
+    if other_form(args, table):
+        return
+    facts = {"source": recipe["source"] or "-", "key": recipe["key"], "from": recipe["distribution"] or "vtprune"}
+    print(fitted([[recipe["name"], ""], *([f"{name}:", text] for name, text in facts.items())]))
+    print(f"\n{fitted(table)}")
+
+
+def _stages(recipe: Entry) -> Table:
+    head = ["stage", "method", "keep", "options"]
+    rows = [
+        [
+            str(i),
+            stage["method"],
+            "its own" if stage["keep"] is None else f"{stage['keep']:g}",
+            ", ".join(f"{name}={json.dumps(value)}" for name, value in stage["options"].items()) or "its own",
+        ]
+        for i, stage in enumerate(recipe["stages"], 1)
+    ]
+    return [head, *rows]

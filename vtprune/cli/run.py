@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 import vtprune
@@ -21,6 +22,7 @@ from ..inputs import videos
 from ..inputs.chats import generate, image_part, prepare_chats, text_part, video_parts
 from ..inputs.images import open_image
 from ..inputs.videos import Video
+from ..measure.turns import turns
 from ..show import pictures, theatre, web
 from ..show.views import views_or_blank
 from ..version import __version__
@@ -28,6 +30,10 @@ from . import models
 from .options import model_options, overrides, positive, recipe_options
 
 FRAMES = 8  # of a video
+
+
+def rounds(text: str) -> int:
+    return 0 if text == "0" else positive(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the tokens that each stage kept: .png a strip of pictures, .html an interactive page",
     )
     parser.add_argument("--max-new-tokens", type=positive, default=16)
+    parser.add_argument(
+        "--timing",
+        type=rounds,
+        default=3,
+        metavar="N",
+        help="rounds of dense and pruned answers in turns that are timed (default %(default)s; 0: none)",
+    )
     parser.add_argument("--json", action="store_true")
     model_options(parser)
     recipe_options(parser)
@@ -74,9 +87,12 @@ def run(args: argparse.Namespace) -> int:
     with vtprune.attach(model, recipe, **chosen) as handle:
         pruned = generate(model, processor, inputs, args.max_new_tokens)[0]
         report = handle.report()
+    times = {}
+    if args.timing:
+        times = turns(model, inputs, recipe, chosen, new_tokens=args.max_new_tokens, rounds=args.timing)
     if picture is not None:
-        times = () if video is None else videos.seconds(video)
-        views, missing = views_or_blank(processor, inputs, report, frames=video is not None, times=times)
+        moments = () if video is None else videos.seconds(video)
+        views, missing = views_or_blank(processor, inputs, report, frames=video is not None, times=moments)
         if missing:  # the answers are there all the same
             print(f"vtprune: note: drawn without the picture behind the tokens: {missing}", file=sys.stderr)
         if picture.suffix.lower() == ".html":
@@ -85,11 +101,12 @@ def run(args: argparse.Namespace) -> int:
         else:
             web.write(picture, pictures.sheet(views, report, caption=args.question))
     if args.json:
-        print(json.dumps({"question": args.question, "dense": dense, "pruned": pruned, **report.to_dict()}))
+        told = {"question": args.question, "dense": dense, "pruned": pruned, "times": times or None}
+        print(json.dumps({**told, **report.to_dict()}))
         return 0
     answers = [("question", args.question), ("answer, dense", dense), ("answer, pruned", pruned)]
     drawn = [("picture", str(picture))] if picture is not None else []
-    rows = [("recipe", report.recipe), *answers, *_costs(report), *drawn]
+    rows = [("recipe", report.recipe), *answers, *_costs(report), *_times(args, times), *drawn]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
     return 0
@@ -122,6 +139,26 @@ def _theatre(args: argparse.Namespace, report: Report, views: Sequence[Any], den
     shown = ", ".join(names if len(names) < 4 else [*names[:2], "...", names[-1]])
     facts = f"{shown} | vtprune {__version__} | {model}, {args.device}, {args.dtype}"
     return theatre.page(scenes, args.question, facts)
+
+
+def _times(args: argparse.Namespace, times: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was measured, and with which clock."""
+    if not times:
+        return []
+
+    def line(span: Mapping[str, Any]) -> str:
+        low, high = span["range"]
+        between = f", rounds {low:.2f} to {high:.2f}" if times["rounds"] > 1 else ""
+        between += ": within noise" if low < 1 < high else ""
+        return f"{span['dense_ms']:.1f} ms dense, {span['pruned_ms']:.1f} ms pruned ({span['ratio']:.2f}x{between})"
+
+    how = f"{times['clock']}, {times['rounds']} round{'s' * (times['rounds'] > 1)} in turns, medians; {args.device}"
+    threads = f", {torch.get_num_threads()} thread(s)" if args.device == "cpu" else ""
+    return [
+        ("first token", line(times["first_token"])),
+        ("whole answer", line(times["answer"])),
+        ("clock", f"{how}{threads}, {args.dtype}"),
+    ]
 
 
 def _costs(report: Report) -> list[tuple[str, str]]:

@@ -12,9 +12,9 @@ from ..core.recipe import Recipe
 from ..core.types import VtpruneError
 from ..measure.samples import Sample, easy_vqa_samples, scenes_samples
 from ..measure.search import candidates, search
-from ..measure.text import text
 from . import models
 from .options import fractions, model_options, positive, words
+from .tables import fitted, other_form, table_options
 
 SETS = {"scenes": scenes_samples, "easy-vqa": easy_vqa_samples}
 
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=positive, default=16)
     add("--results", type=Path, metavar="FOLDER", help="finished runs are kept here, and not done again")
     add("--recipe-out", type=Path, metavar="FILE", help="the winner as a recipe file (.json, .yaml)")
-    add("--json", action="store_true")
+    table_options(parser)
     model_options(parser)
 
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         batch=args.batch,
         seed=args.seed,
         folder=kept,
-        told=(lambda line: None) if args.json else print,
+        told=(lambda line: None) if args.json or args.csv or args.latex else print,
     )
     best = Recipe.from_dict(found["recipe"])
     if args.recipe_out is not None:
@@ -85,8 +85,9 @@ def run(args: argparse.Namespace) -> int:
     rows = [
         [_said(c["recipe"]), *(f"{100 * v:.1f}" for v in c["right"].values()), f"{100 * c['mean']:.1f}"] for c in last
     ]
-    print()
-    print(text([["recipe", *(f"{b:g}" for b in args.budgets), "mean"], *rows]))
+    table = [["recipe", *(f"{b:g}" for b in args.budgets), "mean"], *rows]
+    if not other_form(args, table):
+        print(f"\n{fitted(table)}")
     return 0
 
 

@@ -27,6 +27,7 @@ from ..train.heads import head_of
 from ..train.lora import LR, TOWER, Lora, folder_of
 from ..train.sources import Sets, Wanted, built_in, gather, of_pictures
 from . import models
+from .common import common_options
 from .errors import Parser
 from .options import positive, seed_value
 
@@ -38,14 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One command below this one for each method that can be trained, and one that joins their comparisons."""
     kinds = parser.add_subparsers(dest="what", required=True, metavar="METHOD", parser_class=Parser)
     table = kinds.add_parser(TABLE, help="joins the comparisons of several seeds into one table")
-    table.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+    common_options(table, below=True)
     table.add_argument("comparisons", type=Path, nargs="+", metavar="OUT.compare.json")
     table.add_argument("--json", type=Path, metavar="FILE", help="write it there, too")
     for name, training in TRAININGS.items():
         own = kinds.add_parser(name, help=training.what)
-        own.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-        )
+        common_options(own, below=True)
         method_arguments(own, training)
 
 

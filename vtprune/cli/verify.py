@@ -16,10 +16,10 @@ from ..inputs import demo_model
 from ..inputs.chats import prepare
 from ..inputs.images import open_image
 from ..measure.samples import scenes_samples
-from ..measure.text import text
 from ..serving.vllm.compare import compare
 from . import models
 from .options import engine_recipe, key_value, model_options, overrides, positive, recipe_options
+from .tables import fitted, other_form, table_options
 
 STATES = {True: "ok", False: "FAILED", None: "-"}
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All options of ``vtprune verify``."""
     parser.add_argument("--image", type=Path, help="default: generated pictures")
     parser.add_argument("--question", default="how many red shapes are there ?")
-    parser.add_argument("--json", action="store_true")
+    table_options(parser)
     parser.add_argument(
         "--engine",
         choices=("vllm",),
@@ -70,8 +70,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report.to_dict(), indent=1))
     else:
         rows = [[check.name, STATES[check.passed], check.detail] for check in report.checks]
-        print(text([["check", "result", "detail"], *rows]))
-        print(f"\n{report.recipe}: {'passed' if report.passed else 'FAILED'}")
+        if not other_form(args, table := [["check", "result", "detail"], *rows]):
+            print(fitted(table))
+            print(f"\n{report.recipe}: {'passed' if report.passed else 'FAILED'}")
     return 0 if report.passed else 1
 
 
@@ -84,7 +85,7 @@ def _engine(args: argparse.Namespace) -> int:
         samples = scenes_samples(args.samples)[: args.samples]
         pictures, asked = [s.image for s in samples], [s.question for s in samples]
     model, processor = models.load(args)
-    folder = args.model or demo_model.FOLDER
+    folder = args.model or demo_model.bundled()
     answers = compare(
         model,
         processor,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from logging import DEBUG
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
@@ -17,18 +18,20 @@ from vtprune.models.engine.books import carry
 from vtprune.models.engine.host import forget_compiled
 
 from ..methods.base import OWN_BUDGETS, Method
-from . import backbone
+from . import backbone, shown
 from .accounts import Accounts, passes_of
-from .composition import Planned, compose
+from .composition import compose
 from .decider import Decider
 from .ledger import UndoLedger, strip
 from .live import STEERED, attached, changing, handle_of, lifted, steered
+from .log import LOG
 from .planning import (
     ATTACH_OPTIONS,
     TARGETS,
     applies_to,
     bind,
     check_options,
+    check_tower_budgets,
     for_units,
     load_recipe,
     plan,
@@ -103,18 +106,6 @@ def put(
         return Handle(model, chosen, adapter, shelve=shelve, **extra)
 
 
-def _check_tower_budgets(geometry: Geometry, stages: Sequence[Planned], per: str) -> None:
-    """Raises :class:`VtpruneError` for numbers of tokens where a pass of the tower is not what they apply to."""
-    for stage, method, cuts in stages:
-        inside = any(c.kind in ("pixels", "vision") and c.action is not Action.NOTE for c in cuts)
-        tiles = "tile" in geometry.per and per != "tile"
-        if inside and tiles and isinstance(stage.keep, int):
-            raise VtpruneError(
-                f"{method.info.name} works in the vision tower, which sees one tile at a time: keep= takes a "
-                "fraction, or with per='tile' tokens of a tile"
-            )
-
-
 def _fuse(method: Method, module: Any, hidden: Tensor, run: Callable[..., Tensor]) -> Tensor:
     return method.fuse(hidden, run, module)
 
@@ -183,7 +174,7 @@ class Handle:
         stages = plan(for_units(adapter.geometry, per), recipe)
         check_options(adapter.geometry, positions=positions, seed=seed, per=per)
         self.positions = positions = positions_of(adapter.geometry, recipe, positions)
-        _check_tower_budgets(adapter.geometry, stages, per)
+        check_tower_budgets(adapter.geometry, stages, per)
         self.seed: int | tuple[int, ...] = seed  # of the next forwards
         self._ledger = UndoLedger()
         # by method; behind the first of one method, by method and number of the stage
@@ -242,6 +233,14 @@ class Handle:
         forget_compiled()
         self._model: Any = model
         attached[model] = ref(self)
+        LOG.info("vtprune: attached %s", self._named())
+
+    def _named(self, word: str = "to") -> str:
+        return f"{shown.recipe(self.recipe)} {word} {type(self._model).__name__} (family {self.geometry.family})"
+
+    def __repr__(self) -> str:
+        told = f"{shown.recipe(self.recipe)}, taken out" if self._model is None else self._named()
+        return f"<Handle {told}{'' if self._last is None else f'; last prefill {shown.report(self.report())}'}>"
 
     # recorder -------------------------------------------------------------------------------------------------------
 
@@ -260,6 +259,7 @@ class Handle:
     def vision(self, run: Run) -> None:
         """Called by the adapter of a bare tower after each pass."""
         self._last = (run, None)
+        self._log()
 
     def arrived(self, request: Request) -> Run:
         """Called by the adapter before stages behind the projector: their books, begun with what the tower did."""
@@ -268,6 +268,12 @@ class Handle:
     def finished(self, request: Request) -> None:
         """Called by the adapter after each prefill of the language model."""
         self._last = (None, request)
+        self._log()
+
+    def _log(self) -> None:
+        if LOG.isEnabledFor(DEBUG):
+            report = self.report()
+            LOG.debug("vtprune: prefill %s; %s", shown.report(report), shown.stages(report))
 
     # the user's side --------------------------------------------------------------------------------------------------
 
@@ -289,6 +295,7 @@ class Handle:
                     getattr(engine, "end", lambda: None)()
                 forget_compiled()
                 attached.pop(self._model, None)
+                LOG.info("vtprune: took out %s", self._named("of"))
                 self._model = None
 
     def reseed(self, seed: int | Sequence[int]) -> None:

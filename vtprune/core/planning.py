@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtprune.models.base import ADAPTERS
@@ -29,6 +29,8 @@ LACKS = {
     "classifier": "what it puts into the sequence has no place in a prompt: it is for bare vision transformers",
     "insert": "its tokens are turned by their places, or folded from several patches, which inserted ones could not be",
 }
+
+FILES = (".json", ".yaml", ".yml")  # of recipes
 
 TARGETS = ("effective_tokens", "flops")  # budgets that the solver turns into a schedule
 
@@ -67,8 +69,10 @@ def load_recipe(recipe: str | os.PathLike | Recipe) -> Recipe:
     if not isinstance(recipe, str | os.PathLike):
         raise VtpruneError(f"a recipe is a registered name, a path or a vtprune.Recipe, not {recipe!r}")
     text = os.fspath(recipe)
-    if Path(text).suffix in (".json", ".yaml", ".yml"):
+    if text.endswith(FILES):
         return Recipe.load(text)
+    if text not in RECIPES and os.path.exists(text):
+        raise VtpruneError(f"{text} is no recipe file: one ends in {', '.join(FILES)}")
     return RECIPES.get(text)
 
 
@@ -92,6 +96,18 @@ def applies_to(geometry: Geometry, recipe: Recipe, per: str | None) -> str:
             f"per={' or '.join(map(repr, joined))}, not {per!r}"
         )
     return per or joined[0]
+
+
+def check_tower_budgets(geometry: Geometry, stages: Sequence[Planned], per: str) -> None:
+    """Raises :class:`VtpruneError` for numbers of tokens where a pass of the tower is not what they apply to."""
+    for stage, method, cuts in stages:
+        inside = any(c.kind in ("pixels", "vision") and c.action is not Action.NOTE for c in cuts)
+        tiles = "tile" in geometry.per and per != "tile"
+        if inside and tiles and isinstance(stage.keep, int):
+            raise VtpruneError(
+                f"{method.info.name} works in the vision tower, which sees one tile at a time: keep= takes a "
+                "fraction, or with per='tile' tokens of a tile"
+            )
 
 
 def positions_of(geometry: Geometry, recipe: Recipe, positions: str | None) -> str:

@@ -1,23 +1,28 @@
 """Plug-ins: what other distributions add to the registries. Each entry point of the group ``vtprune.plugins`` names a
-module that registers methods, adapters or recipes when it is imported (docs/plugins.md)."""
+module that registers methods, adapters or recipes when it is imported (docs/plugins.md). Besides, modules and files
+that somebody names: to :func:`bring`, or for a process and all that it starts in the environment variable
+:data:`IMPORTS`."""
 
 from __future__ import annotations
 
-import logging
+import os
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import module_from_spec, spec_from_file_location
 from os.path import commonprefix
+from pathlib import Path
+from types import ModuleType
 
+from .errors import VtpruneError
 from .failures import FAILURES
+from .log import LOG
 
-GROUP = "vtprune.plugins"
+GROUP, IMPORTS = "vtprune.plugins", "VTPRUNE_IMPORT"
 RAISED: tuple[type[Exception], ...] = (*FAILURES, ImportError)  # what somebody else's module may raise when imported
-
-LOG = logging.getLogger("vtprune")  # not warnings: the command line hides those
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,16 @@ def load() -> None:
 
     No lock of ours is held meanwhile: a second thread imports the same modules and waits where Python does, so that a
     plug-in that somebody imports by hand in another thread cannot lock both up. Raises nothing of :data:`RAISED`: a
-    plug-in that fails is named in one line of the log and skipped.
+    plug-in that fails is named in one line of the log (a warning would be hidden by the command line) and skipped.
+    What the environment names is not skipped: :class:`VtpruneError`.
     """
     global _done
     if _done or _importing.busy:
         return
     _importing.busy = True
     try:
+        for name in filter(None, os.environ.get(IMPORTS, "").split(os.pathsep)):
+            _import(name)
         try:
             declared = list(entry_points(group=GROUP))
         except RAISED as e:  # the metadata of some distribution
@@ -64,6 +72,60 @@ def load() -> None:
         _done = _done or all(whole)
     finally:
         _importing.busy = False
+
+
+def bring(name: str) -> None:
+    """Imports a module, or a ``.py`` file, that registers something, here and in every process that this one starts.
+    Modules are looked for in the working folder as well. Raises :class:`VtpruneError` if that fails."""
+    name = str(Path(name).resolve()) if name.endswith(".py") else name
+    _import(name)
+    known = list(filter(None, os.environ.get(IMPORTS, "").split(os.pathsep)))
+    if name not in known:
+        os.environ[IMPORTS] = os.pathsep.join([*known, name])
+
+
+def _import(name: str) -> None:
+    if name.endswith(".py"):
+        module, origin = Path(name).stem, Path(name).name
+    else:
+        module = origin = name
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise VtpruneError(f"{name!r} is neither a module (package.module) nor a .py file")
+    try:
+        _from_file(module, Path(name)) if name.endswith(".py") else _from_path(module)
+    except RAISED as e:
+        raise VtpruneError(f"cannot import {name}: {_reason(e)}") from e
+    with _lock:
+        if (plugin := Plugin(origin, module)) not in _plugins:
+            _plugins.append(plugin)
+
+
+def _from_path(module: str) -> None:
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())  # last: nothing there takes the place of what is installed
+    import_module(module)
+
+
+def _from_file(module: str, path: Path) -> ModuleType:
+    """The file as a module of its name, which later imports find."""
+    known = sys.modules.get(module)
+    if known is not None:
+        if getattr(known, "__file__", None) == str(path):
+            return known
+        raise ImportError(f"there is a module {module} already; call the file otherwise")
+    if not path.is_file():
+        raise FileNotFoundError("no such file")
+    spec = spec_from_file_location(module, path)
+    assert spec is not None and spec.loader is not None
+    made = sys.modules[module] = module_from_spec(spec)
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    try:
+        spec.loader.exec_module(made)
+    except BaseException:
+        del sys.modules[module]
+        raise
+    return made
 
 
 def _load(entry: EntryPoint) -> bool:

@@ -3,16 +3,22 @@ settings, as data with their source."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
 
 from ..methods.base import METHODS
 from .recipe import Recipe, Stage
 from .registry import Registry
 from .types import VtpruneError
 
+FILES = "VTPRUNE_RECIPES"  # in the environment: recipe files that are registered in a process and all that it starts
+
 
 class Recipes(Registry[Recipe]):
-    """The recipes registered here, and for every method, whenever it was registered, one of its name."""
+    """The recipes registered here, for every method, whenever it was registered, one of its name, and those of
+    :data:`FILES`."""
 
     def reserve(self, name: str, owner: str, what: str, module: str) -> None:
         METHODS.reserve(name, owner, what, module)  # so that no method takes the name, nor this recipe a method's
@@ -20,7 +26,7 @@ class Recipes(Registry[Recipe]):
 
     def _ready(self) -> dict[str, Recipe]:
         own = {name: Recipe(name=name, stages=(Stage(method=name),), source=m.paper) for name, m in METHODS.items()}
-        return {**own, **super()._ready()}
+        return {**_of_files(os.environ.get(FILES, "")), **own, **super()._ready()}
 
     def get(self, name: str) -> Recipe:
         """The record of ``name``; ``"NAME@BUDGET"`` is the recipe NAME with that budget in its last stage: a number of
@@ -34,6 +40,28 @@ class Recipes(Registry[Recipe]):
     def distribution(self, name: str) -> str | None:
         name = name if name in self._ready() else name.rpartition("@")[0] or name
         return METHODS.distribution(name) if name in METHODS else super().distribution(name)
+
+
+@lru_cache(maxsize=1)
+def _of_files(paths: str) -> dict[str, Recipe]:
+    recipes = [Recipe.load(path) for path in paths.split(os.pathsep) if path]
+    return {recipe.name: recipe for recipe in recipes}
+
+
+def offer(path: str | Path) -> str:
+    """Registers the recipe of a file under its own name, which it returns, here and in every process that this one
+    starts. Raises :class:`VtpruneError` for a name that is taken."""
+    recipe = Recipe.load(path)
+    if RECIPES._ready().get(recipe.name, recipe) != recipe:
+        raise VtpruneError(f"{path}: another recipe is named {recipe.name!r}; give this one a name of its own")
+    known = [p for p in os.environ.get(FILES, "").split(os.pathsep) if p]
+    os.environ[FILES] = os.pathsep.join(dict.fromkeys([*known, str(Path(path).resolve())]))
+    return recipe.name
+
+
+def offered(name: str) -> Recipe | None:
+    """The recipe that a file gave this name; a program elsewhere does not know it."""
+    return _of_files(os.environ.get(FILES, "")).get(name)
 
 
 def _budget(name: str, text: str) -> int | float:

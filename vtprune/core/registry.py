@@ -3,7 +3,6 @@ instances."""
 
 from __future__ import annotations
 
-import difflib
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Generic, TypeVar
 
 from . import plugins
-from .types import VtpruneError
+from .errors import unknown
 
 T = TypeVar("T")
 
@@ -102,9 +101,7 @@ class Registry(Generic[T]):
         entries = self._ready()
         if name in entries:
             return entries[name]
-        near = difflib.get_close_matches(name, entries, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(entries))}"
-        raise VtpruneError(f"unknown {self.what} {name!r}; {hint}")
+        raise unknown(self.what, name, sorted(entries))
 
     def distribution(self, name: str) -> str | None:
         """The distribution whose plug-in registered ``name``, ``None`` for our own entries and those of a script or a

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from . import shown
+
 
 @dataclass(frozen=True)
 class StageReport:
@@ -36,6 +38,9 @@ class StageReport:
     assignment: list[Tensor] | None = None
     scores: list[Tensor] | None = None
     units: list[Tensor] | None = None
+
+    def __repr__(self) -> str:
+        return f"<StageReport {shown.stage(self)}>"
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,9 @@ class Report:
     skipped: list[list[str]] = field(default_factory=list)
     shelved_bytes: int = 0
     skipped_online: list[list[str]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"<Report {self.recipe}: {shown.report(self)}; {shown.stages(self)}>"
 
     @property
     def effective_tokens(self) -> float:

@@ -11,20 +11,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .errors import UnsupportedError as UnsupportedError
+from .errors import VtpruneError as VtpruneError
 from .sources import Products as Products
 from .sources import Projections as Projections
 from .sources import Text as Text
 
 Seed = int | tuple[int, ...]  # for all samples of a batch, or one for each
 NOTE = "note "  # the name of a source that gives the notes of a site
-
-
-class VtpruneError(ValueError):
-    """Anything the user can put right: what was asked, what exists, what would work."""
-
-
-class UnsupportedError(VtpruneError):
-    """A method needs something that the model (or one of its sites) does not provide."""
 
 
 K = TypeVar("K")

@@ -31,8 +31,11 @@ def check_model(model: Any) -> None:
 
 
 def unwrap(model: Any) -> Any:
-    """The model inside a ``PeftModel``, a compiled model or ``DistributedDataParallel``: they call it with everything
-    that is hooked into it. Raises :class:`UnsupportedError` for wrappers that call something else."""
+    """The model inside a ``PeftModel``, a compiled model, ``DistributedDataParallel`` or a pipeline of transformers:
+    they call it with everything that is hooked into it. Raises :class:`UnsupportedError` for wrappers that call
+    something else."""
+    if any(k.__name__ == "Pipeline" and k.__module__.startswith("transformers.") for k in type(model).__mro__):
+        model = model.model
     check_model(model)
     while True:
         kinds = [k.__name__ for k in type(model).__mro__]

@@ -1,9 +1,10 @@
 """The bundled VLM: loading only. How it was trained: ``vtprune/train/demo_vlm.py``; what it is and can do:
-``demo_vlm/README.md``."""
+``models/demo_vlm/README.md``. It lies in a checkout, and installed it is the distribution ``vtprune-demo-vlm``."""
 
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,59 @@ from .. import models
 from ..core.recipe import Recipe, Stage
 from ..core.types import VtpruneError
 
-FOLDER = Path(models.__file__).parent / "demo_vlm"
 CLIPS = "clips.safetensors"
+
+
+def _place() -> Path:
+    """The model's folder: that of a checkout, or else that of the installed distribution."""
+    own = Path(models.__file__).parent / "demo_vlm"
+    found = find_spec("vtprune_demo_vlm")
+    if (own / "config.json").is_file() or found is None or found.origin is None:
+        return own
+    return Path(found.origin).parent / "model"
+
+
+FOLDER = _place()
+
+
+def bundled() -> Path:
+    """:data:`FOLDER`. Raises :class:`VtpruneError` if there is no model."""
+    if not (FOLDER / "config.json").is_file():
+        raise VtpruneError(
+            "the bundled VLM is not installed: pip install 'vtprune[demo-vlm]' (the distribution vtprune-demo-vlm), or "
+            "name a model of yours (--model on the command line)"
+        )
+    return FOLDER
 
 
 def load(device: str = "cpu", dtype: Any = None, clips: bool = False, folder: Path = FOLDER) -> tuple[Any, Any]:
     """The stock model; ``clips``: with the language model of the file :data:`CLIPS` in ``folder``.
-    :class:`VtpruneError` if that is missing or damaged."""
+    :class:`VtpruneError` if that is missing or damaged, or no model is installed."""
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+    place = bundled()
     model = LlavaForConditionalGeneration.from_pretrained(
-        FOLDER, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False
+        place, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False
     )
     if clips:
         _replace(model, folder / CLIPS)
-    return model.to(device).eval(), AutoProcessor.from_pretrained(
-        FOLDER, local_files_only=True, trust_remote_code=False
-    )
+    return model.to(device).eval(), AutoProcessor.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+
+
+def load_demo_model(device: str = "cpu", dtype: Any = None, clips: bool = False) -> tuple[Any, Any]:
+    """The bundled trained VLM: ``(LlavaForConditionalGeneration, LlavaProcessor)``, stock classes, evaluation mode, no
+    network.
+
+    Args:
+        dtype: float32 by default.
+        clips: with the language model that was trained further on short videos, whose frames are the images of one
+            prompt, one behind the other (``vtprune/data/clips.py``).
+
+    Raises:
+        VtpruneError: it is not installed (``pip install 'vtprune[demo-vlm]'``).
+    """
+    return load(device, dtype, clips)
 
 
 def _replace(model: Any, path: Path) -> None:

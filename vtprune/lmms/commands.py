@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core.plugins import IMPORTS
 from ..core.types import VtpruneError
 from ..inputs import demo_model
 from .jobs import stem
@@ -30,7 +31,7 @@ def line(
 
 def _model_args(args: argparse.Namespace, job: Mapping[str, Any], runs: Path) -> dict[str, Any]:
     """What ``--model_args`` holds. Raises :class:`VtpruneError` for what lmms-eval would read in another way."""
-    out: dict[str, Any] = {"pretrained": args.model or str(demo_model.FOLDER), "recipe": job["recipe"]}
+    out: dict[str, Any] = {"pretrained": args.model or str(demo_model.bundled()), "recipe": job["recipe"]}
     out |= {"base": args.base} if args.base else {"dtype": args.dtype, "journal": runs / f"{stem(job)}.journal"}
     out |= {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     out |= {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {}
@@ -48,6 +49,11 @@ def _model_args(args: argparse.Namespace, job: Mapping[str, Any], runs: Path) ->
 
 def surroundings(args: argparse.Namespace) -> dict[str, str]:
     """What the environment of a run adds."""
+    brought = {IMPORTS: os.environ[IMPORTS]} if os.environ.get(IMPORTS) else {}
     if args.device != "cpu" or args.processes == 1:
-        return {}
-    return {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.processes))}
+        return brought
+    return {
+        **brought,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.processes)),
+    }

