@@ -23,8 +23,7 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
         model: an unmodified Hugging Face MLLM or vision tower, or a timm ``VisionTransformer``.
         recipe: a registered name, a :class:`Recipe`, or a path to its JSON / YAML form.
         **overrides: ``keep=`` tokens per image after the last cut (int) or their fraction (float in (0, 1]);
-        ``effective_tokens=`` / ``flops=`` let the budget solver
-            derive the schedule; ``positions="original" | "compact"`` (in-LLM and projector cuts; the default is the
+            ``effective_tokens=`` / ``flops=`` let the budget solver derive the schedule; ``positions="original" | "compact"`` (in-LLM and projector cuts; the default is the
             method's, mostly original ones); ``seed=`` for random
             methods; ``per=`` what a budget applies to behind the projector: ``"image"`` (a video's frame), ``"tile"``,
             ``"video"`` (all its frames), ``"sample"`` (all images of a prompt) or ``"prompt"`` (its text as well: all
@@ -35,6 +34,6 @@ def attach(model: nn.Module, recipe: str | os.PathLike | Recipe, **overrides: An
 
     Raises:
         VtpruneError: unknown recipe or option, impossible budget, a model that is attached already;
-        :class:`UnsupportedError` if the model lacks what a method needs.
+            :class:`UnsupportedError` if the model lacks what a method needs.
     """
     return put(model, recipe, overrides, prove, level=3)
