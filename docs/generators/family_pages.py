@@ -146,8 +146,8 @@ def _example(family: str) -> Iterator[str]:
     code = FORMS.get(family, CHAT).format(name=name, method=method, budget=budget).strip()
     yield from ["## On a checkpoint", "", "```python", *code.splitlines(), "```", ""]
     yield "`image` is a PIL picture. " if family not in ("causal-lm", "timm-vit", "open-clip") else ""
-    yield "The tests run this program with the family's tiny random model in the checkpoint's place; the checkpoint itself "
-    yield "was not downloaded for them."
+    yield "The tests run this program with the family's tiny random model in the checkpoint's place; the checkpoint "
+    yield "itself was not downloaded for them."
 
 
 def _works(family: str) -> Iterator[str]:

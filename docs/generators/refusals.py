@@ -128,7 +128,7 @@ def collect() -> tuple[Refusal, ...]:
             for text in _resolved(call.args[0], scope):
                 shown = " ".join(re.sub(r"…+", "…", text).split())
                 if (
-                    re.search(r"\w", shown.replace("…", "")) and shown != "… is …"
+                    re.search(r"\w", shown) and shown != "… is …"
                 ):  # else a reason from elsewhere is passed on
                     found.setdefault(shown, Refusal(shown, path.relative_to(ROOT).as_posix(), call.lineno))
     return tuple(found.values())
