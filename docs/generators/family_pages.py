@@ -40,10 +40,13 @@ name = "{name}"
 model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto").eval()
 processor = AutoProcessor.from_pretrained(name)
 
-content = [{{"type": "image", "image": image}}, {{"type": "text", "text": "What is in the picture?"}}]
+content = [
+    {{"type": "image", "image": image}},
+    {{"type": "text", "text": "What is in the picture?"}},
+]
+chat = [{{"role": "user", "content": content}}]
 inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
 ).to(model.device, model.dtype)
 
 with vtprune.attach(model, "{method}", {budget}) as handle:

@@ -77,12 +77,13 @@ def _try(info: MethodInfo) -> Iterator[str]:
         return
     keep = ", keep=0.25" if info.keep is not None else ""
     yield from ["", "```python", "import vtprune", ""]
-    yield f'with vtprune.attach(model, "{info.name}"{keep}) as handle:  # {_model(info)}'
+    yield f"# model, inputs: {_model(info)}"
+    yield f'with vtprune.attach(model, "{info.name}"{keep}) as handle:'
     yield from ["    model.generate(**inputs, max_new_tokens=8)", "print(handle.report().effective_tokens)", "```"]
 
 
 def _model(info: MethodInfo) -> str:
-    return "a model that is asked about a video" if info.video else "a model of the families below"
+    return "of one of the families below, with a video" if info.video else "of one of the families below"
 
 
 def _drawn(info: MethodInfo, kept: Kept | None) -> Iterator[str]:

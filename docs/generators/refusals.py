@@ -127,9 +127,7 @@ def collect() -> tuple[Refusal, ...]:
         for call, scope in _calls(tree, _scope(tree)):
             for text in _resolved(call.args[0], scope):
                 shown = " ".join(re.sub(r"…+", "…", text).split())
-                if (
-                    re.search(r"\w", shown) and shown != "… is …"
-                ):  # else a reason from elsewhere is passed on
+                if re.search(r"\w", shown) and shown != "… is …":  # else it passes on what others say
                     found.setdefault(shown, Refusal(shown, path.relative_to(ROOT).as_posix(), call.lineno))
     return tuple(found.values())
 
