@@ -44,8 +44,11 @@ def paper(info: MethodInfo) -> Paper | None:
     if info.paper == "baseline":
         return None
     text = " ".join(module_doc(info).split())
-    found = re.search(r'"([^"]+)"[^(]*\(arXiv ([\d.]+)(?:, ([^);]+))?', text)
-    return Paper(found[1], found[2], found[3] or "") if found else Paper("", info.paper.removeprefix("arXiv "), "")
+    registered = info.paper.removeprefix("arXiv ")
+    for title, arxiv, venue in re.findall(r'"([^"]+)"[^(]*\(arXiv ([\d.]+)(?:, ([^);]+))?', text):
+        if arxiv == registered:
+            return Paper(title, arxiv, venue)
+    return Paper("", registered, "")
 
 
 def every_method() -> list[MethodInfo]:

@@ -81,9 +81,15 @@ def _own(tree: ast.Module) -> dict[str, list[str]]:
     return scope.strings
 
 
+@functools.cache
+def _constants() -> dict[str, dict[str, list[str]]]:
+    """Module -> its constants that are texts; the first of several modules of a name."""
+    return {path.stem: _own(tree) for path, tree in reversed(_trees().items())}
+
+
 def _scope(tree: ast.Module) -> Scope:
     """Of a module: its own constants and those it imports, by name or through their module."""
-    constants = {path.stem: _own(other) for path, other in _trees().items()}
+    constants = _constants()
     strings, attributes = _own(tree), {}
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom):
