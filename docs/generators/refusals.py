@@ -114,12 +114,12 @@ def _local(function: ast.AST, scope: Scope) -> Scope:
     return Scope(strings, scope.attributes)
 
 
-def _calls(node: ast.AST, scope: Scope) -> Iterator[tuple[ast.Call, Scope]]:
-    """Calls that make one of :data:`ERRORS`, with the names that their function knows."""
+def _calls(node: ast.AST, around: tuple[ast.AST, ...] = ()) -> Iterator[tuple[ast.Call, tuple[ast.AST, ...]]]:
+    """Calls that make one of :data:`ERRORS`, with the functions that they stand in, outermost first."""
     for child in ast.iter_child_nodes(node):
-        inner = scope
+        inner = around
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            inner = _local(child, scope)
+            inner = (*around, child)
         if isinstance(child, ast.Call) and isinstance(child.func, ast.Name) and child.func.id in ERRORS and child.args:
             yield child, inner
         yield from _calls(child, inner)
@@ -130,7 +130,9 @@ def collect() -> tuple[Refusal, ...]:
     """Every message once, by file and line of its first place."""
     found: dict[str, Refusal] = {}
     for path, tree in _trees().items():
-        for call, scope in _calls(tree, _scope(tree)):
+        own = _scope(tree) if (calls := list(_calls(tree))) else Scope({}, {})
+        for call, around in calls:
+            scope = functools.reduce(lambda known, function: _local(function, known), around, own)
             for text in _resolved(call.args[0], scope):
                 shown = " ".join(re.sub(r"…+", "…", text).split())
                 if re.search(r"\w", shown) and shown != "… is …":  # else it passes on what others say
@@ -152,7 +154,7 @@ class Pattern:
 
     written: str
 
-    @property
+    @functools.cached_property
     def place(self) -> str:
         place, colon, _ = self.written.partition(": ")
         return place if colon and re.fullmatch(r"[\w/]+/[\w/.]*", place) else ""
@@ -177,10 +179,9 @@ def topics(page: str) -> list[Topic]:
 def taken_by(refusal: Refusal, known: list[Topic]) -> tuple[Topic, Pattern] | None:
     """Where a message belongs: patterns that name a place go first, then the order of the page decides."""
     every = [(topic, pattern) for topic in known for pattern in topic.patterns]
-    for topic, pattern in sorted(every, key=lambda pair: not pair[1].place):
-        if pattern.takes(refusal):
-            return topic, pattern
-    return None
+    placed = [pair for pair in every if pair[1].place]
+    plain = [pair for pair in every if not pair[1].place]
+    return next((pair for pair in (*placed, *plain) if pair[1].takes(refusal)), None)
 
 
 def sorted_into(page: str) -> tuple[dict[str, list[Refusal]], list[Refusal]]:
