@@ -3,7 +3,7 @@ if (location.protocol === "file:") {
   window.Worker = class extends EventTarget {
     constructor(url) {
       super();
-      this.url = String(url);
+      this.url = new URL(url, document.baseURI).href;
       this.frame = document.createElement("iframe");
       this.frame.hidden = true;
       this.frame.title = "search";

@@ -162,6 +162,25 @@ def test_pages_show_what_methods_keep(site):
     )
 
 
+@pytest.mark.ci
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser")
+def test_search_works_on_files_without_a_server(site):
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        page = browser.new_page()
+        errors: list[str] = []
+        page.on("pageerror", lambda e: errors.append(str(e)))
+        page.goto((site / "index.html").as_uri())
+        page.wait_for_function("typeof __index === 'object'")
+        page.keyboard.press("/")
+        page.keyboard.type("prefill_chunk_size")
+        page.get_by_role("link", name="Troubleshooting").first.wait_for()
+        page.get_by_text("cannot be pruned exactly").first.wait_for()
+        assert errors == []
+        browser.close()
+
+
 @pytest.mark.parametrize("page", ["[a](nowhere.md)", "[a](#nowhere)", "[a](index.md#nowhere)", "[a](/absolute.md)"])
 def test_a_link_that_leads_nowhere_fails_the_build(page, tmp_path):
     """With the settings of mkdocs.yml, on a site of one page."""
