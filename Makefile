@@ -1,4 +1,4 @@
-# make quickstart | demo | test | test-all | test-oldest | test-newest | vllm | test-vllm | canary | lock | lint | support | notebooks | screenshots | bench-kernels | wheel | clean     PYTHON=python3.11 make ... chooses the interpreter of .venv
+# make quickstart | demo | test | test-all | test-oldest | test-newest | vllm | test-vllm | canary | lock | lint | support | docs | notebooks | screenshots | bench-kernels | wheel | clean     PYTHON=python3.11 make ... chooses the interpreter of .venv
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -11,7 +11,7 @@ VERSIONS := -I vtprune/check/versions.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help .venv quickstart demo test test-all test-oldest test-newest vllm test-vllm canary lock support notebooks screenshots bench-kernels lint style typecheck wheel clean
+.PHONY: help .venv quickstart demo test test-all test-oldest test-newest vllm test-vllm canary lock support docs notebooks screenshots bench-kernels lint style typecheck wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -94,6 +94,11 @@ support: .venv
 	@$(BIN)/python -m vtprune.cli.registered
 	@$(BIN)/python -m vtprune.measure.support
 	@$(BIN)/python -m vtprune.measure.standings
+
+# The documentation, in build/site: pages from the registries, pictures from the bundled model, no network, every link and anchor checked.
+docs: .venv
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open $(CURDIR)/build/site/index.html"
 
 # What the notebooks in demos/ put out, saved in them.
 notebooks: .venv

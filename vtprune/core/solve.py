@@ -112,8 +112,12 @@ def solve(
             fraction of the dense model's (1.0 all of them, the integer 1 one token).
         flops: tower, projector and prefill of one image; a float in (0, 1] is a fraction of the dense model's.
         inputs: a prompt, for the number of text tokens that ``flops`` counts (default: 32) and, in families whose
-        images vary in size, of visual ones. positions, seed, per, **overrides: as for :func:`attach`, which takes the
-        recipe that comes out with the same ``positions``, ``seed`` and ``per``.
+            images vary in size, of visual ones.
+        positions: as for :func:`attach`, which takes the recipe that comes out with the same ``positions``, ``seed``
+            and ``per``.
+        seed: as for :func:`attach`.
+        per: as for :func:`attach`.
+        **overrides: as for :func:`attach`.
 
     There the schedule keeps fractions, so that it serves other images too; without ``inputs`` budgets are fractions as
     well. A stage in the tower leaves the new-line tokens of rows that keep a patch: with ``inputs`` the most that can

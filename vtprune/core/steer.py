@@ -53,7 +53,7 @@ def steer(
 
     Raises:
         VtpruneError: an option out of its range, a model that is steered already; :class:`UnsupportedError` for models
-        that read no images, are built otherwise, or choose again at later turns (``shelve=True``).
+            that read no images, are built otherwise, or choose again at later turns (``shelve=True``).
     """
     model = unwrap(model)
     for name, value, most in (("lam", lam, MOST), ("alpha", alpha, 1)):
