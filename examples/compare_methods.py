@@ -45,6 +45,5 @@ for row in table["rows"]:
         print(f"{row['method']:16} {row['budget']:6.0%} {row['error']}")
         continue
     low, high = row["average_interval"]
-    budget = "dense" if row["budget"] is None else f"{row['budget']:.0%}"
-    costs = f"{row['effective_tokens']:7.1f} {row['flops'] / row['dense_flops']:6.0%} {row['prefill_ratio']:8.2f}"
-    print(f"{row['method']:16} {budget:>6} {row['average']:6.0%} {low:7.0%} {high:6.0%} {costs}")
+    costs = f"{row['effective_tokens']:7.1f} {row['flops_share']:6.0%} {row.get('prefill_ratio', 1.0):8.2f}"
+    print(f"{row['method']:16} {row['budget']:6.0%} {row['average']:6.0%} {low:7.0%} {high:6.0%} {costs}")

@@ -58,7 +58,7 @@ def tokenizer(family: str) -> Any:
         extra_special_tokens={name: word for name, word in NAMED.items() if word in marks},
     )
     if family != "paligemma":
-        wrapped = family in ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "glm4v")
+        wrapped = family.startswith("qwen") or family == "glm4v"
         place = PLACED.replace("OPEN", "<open>" * wrapped).replace("CLOSE", "<close>" * wrapped)
         out.chat_template = TEMPLATE.replace("PLACE", "<begin>" if family == "gemma3" else place)
     return out

@@ -19,12 +19,14 @@ import timm
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import save_file
 
 import checkpoints
 import vtprune
 from vtprune.cli.main import main
 from vtprune.core.planning import bind
 from vtprune.core.recipes import RECIPES
+from vtprune.inputs.chats import generate, prepare
 from vtprune.methods.base import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,7 +89,7 @@ def run(monkeypatch, capsys, tmp_path):
 
 
 def told(out: str, what: str) -> str:
-    (line,) = re.findall(rf"(?m)^{re.escape(what)}: *(\S.*)$", out)
+    (line,) = re.findall(rf"(?m)^{re.escape(what)}: *(.*)$", out)
     return line
 
 
@@ -239,11 +241,13 @@ def test_throughput_of_timm(run, pictures, tmp_path):
 @pytest.mark.ci
 def test_zero_shot_with_open_clip(run, pictures, tmp_path):
     open_clip = pytest.importorskip("open_clip")
-    save_for_hf = pytest.importorskip("open_clip.push_to_hf_hub").save_for_hf
     tower = {"layers": 3, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
     sizes = {"embed_dim": 24, "vision_cfg": tower, "text_cfg": {"width": 32, "heads": 2, "layers": 1}}
     torch.manual_seed(0)
-    save_for_hf(open_clip.CLIP(**sizes), None, sizes, str(tmp_path / "clip"))
+    (tmp_path / "clip").mkdir()
+    save_file(open_clip.CLIP(**sizes).state_dict(), tmp_path / "clip" / "open_clip_model.safetensors")
+    about = {"model_cfg": sizes, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps(about), encoding="utf-8")
     more = ["--image", pictures[0], "--label", "a cat", "--label", "a dog"]
     names, out = run("open_clip_zero_shot", "--model", f"local-dir:{tmp_path / 'clip'}", *more)
     assert bind(names["model"]).geometry.family == "open-clip"
@@ -285,7 +289,7 @@ def test_methods_compared(run, folders, questions, tmp_path):
     asked = ["--questions", questions, "--methods", "divprune", "random", "--budgets", 0.5]
     names, out = run("compare_methods", "--model", folders("qwen2.5-vl"), *asked)
     head, *rows = out.splitlines()[-4:]
-    assert [row.split()[:2] for row in rows] == [["dense", "dense"], ["divprune", "50%"], ["random", "50%"]]
+    assert [row.split()[:2] for row in rows] == [["dense", "100%"], ["divprune", "50%"], ["random", "50%"]]
     assert [row.split()[-3] for row in rows] == ["28.0", "14.0", "14.0"]
     assert list((tmp_path / "out" / "compare" / "runs").glob("divprune*.json"))
     assert main(["report", "out/compare"]) == 0 and (tmp_path / "out" / "compare" / "report.html").is_file()
@@ -295,10 +299,11 @@ def test_methods_compared(run, folders, questions, tmp_path):
 def test_a_server_is_asked(run, folders, pictures):
     for name in ("openai", "uvicorn", "fastapi"):
         pytest.importorskip(name)
+    # no Qwen: transformers' server finds its answers by marks of a chat template that tiny ones do not have
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     how = ["--recipe", "divprune", "--keep", "0.25", "--offer", "pyramiddrop", "--port", str(port)]
-    command = [sys.executable, "-m", "vtprune", "serve", "--model", str(folders("qwen2.5-vl")), *how]
+    command = [sys.executable, "-m", "vtprune", "serve", "--model", str(folders("llava")), *how]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         deadline = time.monotonic() + 180
@@ -311,8 +316,13 @@ def test_a_server_is_asked(run, folders, pictures):
     finally:
         server.terminate()
         server.communicate(timeout=60)
-    assert told(out, "answer, dense") and told(out, "answer, pruned")
-    assert names["report"]["recipe"].startswith("pyramiddrop") and names["report"]["visual_tokens"] == [28]
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folders("llava")).eval()
+    processor = transformers.AutoProcessor.from_pretrained(folders("llava"))
+    inputs = prepare(processor, [Image.open(pictures[0])], ["what is it ?"])
+    with vtprune.attach(model, "pyramiddrop", keep=0.25):
+        assert told(out, "answer, pruned") == generate(model, processor, inputs, 64)[0]
+    assert told(out, "answer, dense") == generate(model, processor, inputs, 64)[0]
+    assert names["report"]["recipe"].startswith("pyramiddrop") and names["report"]["visual_tokens"] == [16]
     assert 0 < int(told(out, "prefill FLOPs").split("%")[0]) < 100
 
 
