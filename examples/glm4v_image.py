@@ -21,6 +21,7 @@ parser.add_argument("--image", required=True)
 parser.add_argument("--question", default="What is in this picture?")
 parser.add_argument("--recipe", default="divprune", help="see `vtprune recipes`")
 parser.add_argument("--keep", type=float, default=0.25, help="share of the visual tokens that stays")
+parser.add_argument("--max-new-tokens", type=int, default=512, help="thought and answer")
 args = parser.parse_args()
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,7 +37,7 @@ inputs = processor.apply_chat_template(
 
 
 def answer():
-    out = model.generate(**inputs, max_new_tokens=512, do_sample=False)
+    out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
     return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 

@@ -40,7 +40,7 @@ ONE_IMAGE = {
     "qwen2_vl_screenshot": ("qwen2-vl", ["--tolerance", "8"], ""),
     "qwen2_5_vl_image": ("qwen2.5-vl", [], r"this picture: +4 x 7 visual tokens"),
     "qwen3_vl_image": ("qwen3-vl", [], r"tokens by layer: 28 "),
-    "glm4v_image": ("glm4v", [], r"cache: +\d+% of"),
+    "glm4v_image": ("glm4v", ["--max-new-tokens", "24"], r"cache: +\d+% of"),
     "internvl_tiles": ("internvl", [], r"tiles: +5, the overview"),
     "smolvlm_image": ("smolvlm", [], r"answer, dense, without splitting: \S"),
     "gemma3_image": ("gemma3", [], r"images: +\d+, crops included"),
