@@ -1,5 +1,5 @@
-"""The notebooks in demos/: run one as its reader would. ``python tests/notebooks.py`` (``make notebooks``) saves what
-they put out."""
+"""The notebooks in demos/ and examples/: run one as a reader would. ``python tests/notebooks.py`` (``make notebooks``)
+saves what they put out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import nbformat
 from nbclient import NotebookClient
 
 THEATRE = "<p>The token theatre stands here once the cell is run.</p>"
-NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "demos").glob("*.ipynb"))
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(path for folder in ("demos", "examples") for path in (ROOT / folder).glob("*.ipynb"))
 
 
 def run(path: Path, folder: Path) -> Any:

@@ -1,0 +1,53 @@
+"""GLM-4.1V-Thinking: a question whose answer begins with a long thought, dense and pruned.
+
+Every thought token reads the keys and values of the prompt again, so what pruning leaves of the cache counts longer
+than the first token.
+
+    python examples/glm4v_image.py --image photo.jpg --question "What is in this picture?"
+"""
+
+import argparse
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import vtprune
+from vtprune.measure.generation import measure
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", default="zai-org/GLM-4.1V-9B-Thinking", help="hub id or folder")
+parser.add_argument("--image", required=True)
+parser.add_argument("--question", default="What is in this picture?")
+parser.add_argument("--recipe", default="divprune", help="see `vtprune recipes`")
+parser.add_argument("--keep", type=float, default=0.25, help="share of the visual tokens that stays")
+parser.add_argument("--max-new-tokens", type=int, default=512, help="thought and answer")
+args = parser.parse_args()
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto").to(device).eval()
+processor = AutoProcessor.from_pretrained(args.model)
+
+image = Image.open(args.image).convert("RGB")
+question = {"type": "text", "text": args.question}
+chat = [{"role": "user", "content": [{"type": "image", "image": image}, question]}]
+inputs = processor.apply_chat_template(
+    chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+).to(device, model.dtype)
+
+
+def answer():
+    out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
+    return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+print("answer, dense: ", answer())
+with vtprune.attach(model, args.recipe, keep=args.keep) as handle:
+    print("answer, pruned:", answer())
+    report = handle.report()
+
+times = measure(model, inputs, args.recipe, keep=args.keep, new_tokens=1, repeats=3)
+print(f"visual tokens:  {report.visual_tokens[0]} -> {report.stages[-1].tokens_out[0]}")
+print(f"prefill FLOPs:  {report.flops / report.dense_flops:.0%} of the dense model's")
+print(f"first token:    after {times['ratio']['ttft']['median']:.2f} of the dense model's time")
+print(f"cache:          {report.kv_bytes / report.dense_kv_bytes:.0%} of the dense model's bytes")
