@@ -89,7 +89,7 @@ resolve = build/lock/bin/python $(VERSIONS) $(1) > build/lock/$(1).txt && build/
 	--prerelease disallow --no-annotate --custom-compile-command "make lock" --extra dev --constraint build/lock/$(1).txt \
 	--output-file requirements/$(2).txt pyproject.toml && echo "written: requirements/$(2).txt"
 
-# The tables of methods and families in docs/support.md and README.md, and what `vtprune methods` lists without torch.
+# The tables of methods and families in docs/support.md and docs/measured.md, and what `vtprune methods` lists without torch.
 support: .venv
 	@$(BIN)/python -m vtprune.cli.registered
 	@$(BIN)/python -m vtprune.measure.support

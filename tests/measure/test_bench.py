@@ -257,11 +257,11 @@ def test_table_has_every_row_and_says_what_is_impossible(vlm, tmp_path):
         bench.table(*vlm, samples(), names, [2.0])
 
 
-def test_the_readme_quotes_the_committed_table():
+def test_the_docs_quote_the_committed_table():
     root = Path(__file__).resolve().parents[2]
     result = json.loads((root / "benchmarks/results/bench.json").read_text())
-    text = (root / "README.md").read_text()
-    assert standings.readme(text, result) == text, "run python -m vtprune.measure.standings"
+    text = (root / "docs" / "measured.md").read_text()
+    assert standings.page(text, result) == text, "run python -m vtprune.measure.standings"
     known = {(r["method"], r["budget"]): r for r in result["rows"] if "error" not in r}
     lines = [line for line in text.splitlines() if line.startswith("| `") and line.count("|") == 8]
     quoted = {line.split("`")[1]: [cell.strip(" *") for cell in line.split("|")[-5:-1]] for line in lines}

@@ -1,4 +1,4 @@
-"""The README's table of methods, from what ``vtprune bench --results benchmarks/results`` measured.
+"""The table of methods in docs/measured.md, from what ``vtprune bench --results benchmarks/results`` measured.
 
 ``python -m vtprune.measure.standings`` writes it; a test compares it with the committed results.
 """
@@ -54,16 +54,16 @@ def _cell(value: float | None, best: float | None) -> str:
     return f"**{value:.1f}**" if value == best else f"{value:.1f}"
 
 
-def readme(text: str, result: dict[str, Any]) -> str:
+def page(text: str, result: dict[str, Any]) -> str:
     """``text`` with the table between its marks."""
     return between(text, START, table(result), END)
 
 
 def main() -> int:
-    page = ROOT / "README.md"
+    path = ROOT / "docs" / "measured.md"
     result = json.loads((ROOT / "benchmarks" / "results" / "bench.json").read_text(encoding="utf-8"))
-    page.write_text(readme(page.read_text(encoding="utf-8"), result), encoding="utf-8")
-    print(f"written: the table of methods in {page}")
+    path.write_text(page(path.read_text(encoding="utf-8"), result), encoding="utf-8")
+    print(f"written: the table of methods in {path}")
     return 0
 
 

@@ -1,7 +1,6 @@
-"""Which method works in which model family, found out by trying: the table in docs/support.md and, shorter, in the
-README.
+"""Which method works in which model family, found out by trying: the tables in docs/support.md.
 
-``python -m vtprune.measure.support`` writes both; a test compares them with the registries.
+``python -m vtprune.measure.support`` writes them; a test compares them with the registries.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from ..core.types import UnsupportedError
 from ..methods.base import METHODS
 
 SIGNS = {"exact": "●", "option": "◐", "refused": "–"}
-START, END = "<!-- support table: made by python -m vtprune.measure.support -->", "<!-- end of the support table -->"
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def summary() -> str:
 
 
 def counts(family: str) -> str:
-    """A family's row in the README."""
+    """A family's row of it."""
     cells = []
     for infos in grouped([METHODS.get(m) for m in METHODS]).values():
         works = [i for i in infos if entry(family, i.name).status != "refused"]
@@ -125,6 +123,10 @@ def document() -> str:
         "",
         table(),
         "",
+        "How many methods of each kind work, by where they decide:",
+        "",
+        summary(),
+        "",
     ]
     for family in ADAPTERS:
         lines += [*section(family), ""]
@@ -146,11 +148,6 @@ def section(family: str) -> list[str]:
     return lines if notes else lines[:-1]
 
 
-def readme(text: str) -> str:
-    """``text`` with the table between its marks."""
-    return between(text, START, summary(), END)
-
-
 def between(text: str, start: str, table: str, end: str) -> str:
     """``text`` with ``table`` between the marks ``start`` and ``end``."""
     before, rest = text.split(start)
@@ -160,9 +157,7 @@ def between(text: str, start: str, table: str, end: str) -> str:
 def main() -> int:
     root = Path(__file__).resolve().parents[2]
     (root / "docs" / "support.md").write_text(document(), encoding="utf-8")
-    page = root / "README.md"
-    page.write_text(readme(page.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"written: {root / 'docs' / 'support.md'} and the table in {root / 'README.md'}")
+    print(f"written: {root / 'docs' / 'support.md'}")
     return 0
 
 
