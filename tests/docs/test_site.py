@@ -18,6 +18,7 @@ from facts import every_method, paper, plain, reasons, support
 from vtprune.models.base import ADAPTERS
 
 import vtprune
+from browser import CHROMIUM, QUIET
 from vtprune.methods.base import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
