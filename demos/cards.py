@@ -14,8 +14,19 @@ from . import styles
 from .metrics import layers_text
 from .results import Entry, Result
 
+FOLD = 160  # characters of an answer from which on it is folded
 THUMB = 160  # longer side of a card's picture, pixels
 MARKS = {True: "✓ right", False: "✗ wrong"}  # a sign and a word, so that no colour is needed
+
+
+def answer_html(head: str, text: str, right: bool | None = None) -> str:
+    """An answer of one side, with its mark where the right one is known; a long one is folded."""
+    mark = "" if right is None else f' <strong class="vtp-mark">{MARKS[right]}</strong>'
+    whole = f'<span class="vtp-said">{html.escape(text)}</span>{mark}'
+    if len(text) > FOLD:
+        begin = html.escape(text[: FOLD // 2].rsplit(" ", 1)[0])
+        whole = f"<details><summary>{begin} …{mark}</summary>{html.escape(text)}</details>"
+    return f'<div class="vtp-answer"><h3>{html.escape(head)}</h3><div>{whole}</div></div>'
 
 
 def thumb(result: Result, panel: int = THUMB) -> Image.Image:

@@ -154,7 +154,7 @@ class Engine:
         shown: Shown | None,
         question: str,
         *,
-        repeats: int = 6,
+        repeats: int = 12,
         limit_s: float = 5.0,
         stop: threading.Event | None = None,
     ) -> Rounds | None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from vtprune.core.info import GROUPS
+
+from .options import PUBLISHED
+
 INK, LINE = "var(--body-text-color, inherit)", "var(--border-color-primary, #8886)"
 TABLE = f"""
 .vtp-scroll {{ overflow-x: auto; color: {INK}; }}
@@ -22,11 +26,33 @@ CARDS = f"""
 .vtp-cards p {{ margin: .3rem 0 0; color: {INK}; }}
 .vtp-cards .vtp-small {{ font-size: .85rem; opacity: .75; }}
 """.strip()  # noqa: E501
-PAGE = """
-.vtp-ended { position: sticky; top: 0; z-index: 10; padding: .6rem 1rem; background: #8b1a1a; color: #fff; font-weight: 600; }
-.vtp-head h1 { margin: 0; font-size: 1.5rem; font-weight: 700; } .vtp-head p { margin: .1rem 0 0; }
-.vtp-status { min-height: 1.6rem; color: var(--body-text-color); overflow-wrap: anywhere; } .vtp-status progress { vertical-align: middle; }
-.vtp-about { font-size: .85rem; opacity: .8; }
-.vtp-report { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); border-radius: 6px; background: white; }
-@media (prefers-color-scheme: dark) { .vtp-report { background: #14161a; } }
+HEADINGS = "\n".join(  # of the methods in the list of recipes: each group's first choice has one above it
+    f'ul.options li[aria-label*=" · {group}:"]:not(ul.options li[aria-label*=" · {group}:"] ~ li)::before '
+    f'{{ content: "{group}"; display: block; position: absolute; top: .3rem; left: .5rem; font-weight: 700; }}\n'
+    f'ul.options li[aria-label*=" · {group}:"]:not(ul.options li[aria-label*=" · {group}:"] ~ li) '
+    "{ position: relative; padding-top: 2rem; }"
+    for group in (*GROUPS.values(), PUBLISHED)
+)
+PAGE = f"""
+.gradio-container .app, .gradio-container main.app {{ padding: .4rem .8rem; max-width: none; --layout-gap: .5rem; }}
+.vtp-ended {{ position: sticky; top: 0; z-index: 10; display: flex; justify-content: space-between; gap: 1rem; padding: .6rem 1rem; background: #8b1a1a; color: #fff; font-weight: 600; }}
+.vtp-ended[hidden] {{ display: none; }}
+.vtp-ended button {{ border: 1px solid #fff; border-radius: 4px; padding: 0 .6rem; background: none; color: #fff; font: inherit; cursor: pointer; }}
+.vtp-head {{ display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 .8rem; }} .vtp-head h1 {{ margin: 0; font-size: 1.3rem; font-weight: 700; }} .vtp-head p {{ margin: 0; }}
+.vtp-about {{ font-size: .85rem; overflow-wrap: anywhere; margin-left: auto; max-width: 60rem; }} .vtp-about summary {{ cursor: pointer; }}
+.vtp-status {{ min-height: 1.6rem; color: var(--body-text-color); overflow-wrap: anywhere; }} .vtp-status progress {{ vertical-align: middle; }}
+.vtp-headline {{ font-size: 1.15rem; line-height: 1.3; font-weight: 700; }}
+#sides {{ align-items: end; }} #sides > button {{ flex: 0 1 7rem; }}
+#sides input {{ text-overflow: ellipsis; padding-right: 1.6rem; }} [id^=file-] {{ border: 0 !important; }}
+@media (min-width: 60rem) {{ ul.options {{ min-width: 26rem; }} }}
+.gradio-container {{ --block-info-text-color: var(--body-text-color); --input-placeholder-color: var(--body-text-color-subdued); --block-label-text-color: var(--body-text-color); --block-title-text-color: var(--body-text-color); }}
+#answers {{ gap: 1.2rem; }} #status, #answers, #theatre, #metrics {{ padding: 0 .2rem; }}
+.vtp-answer {{ display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 .7rem; color: var(--body-text-color); overflow-wrap: anywhere; }}
+.vtp-answer h3 {{ margin: 0; font-size: .95rem; font-weight: 400; color: var(--body-text-color); }} .vtp-answer > div {{ font-size: 1.1rem; font-weight: 600; }}
+.vtp-answer summary {{ cursor: pointer; }} .vtp-mark {{ font-size: .95rem; margin-left: .4rem; }}
+.vtp-word {{ font-size: .85rem; color: var(--body-text-color); margin: .4rem 0 0; }}
+#theatre .vt-scenes {{ gap: 1.2rem; }} #theatre .vt-scene > h3 {{ display: none; }}
+.vtp-report {{ width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); border-radius: 6px; background: white; }}
+@media (prefers-color-scheme: dark) {{ .vtp-report {{ background: #14161a; }} }}
+{HEADINGS}
 """  # noqa: E501

@@ -56,9 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--recipe",
-        default="pyramiddrop",
         metavar="NAME",
-        help="of the right side, to begin with (default %(default)s; 'vtprune recipes')",
+        help="of the right side, to begin with (default flowcut where the model takes it; 'vtprune recipes')",
     )
     add(
         "--results",
@@ -102,7 +101,7 @@ def _check(args: argparse.Namespace) -> None:
         raise VtpruneError("the demo needs gradio: pip install 'vtprune[demo]'")
     if args.results is not None and not args.results.is_dir():
         raise VtpruneError(f"no such folder: {args.results}")
-    if args.recipe not in (known := ("dense", TRAINED, *vtprune.recipes())):
+    if args.recipe is not None and args.recipe not in (known := ("dense", TRAINED, *vtprune.recipes())):
         raise VtpruneError(f"unknown recipe {args.recipe!r}; there are {', '.join(known)}")
     is_local(args.model)  # says now what can be neither a folder nor a hub id
     if args.port is not None:
@@ -110,7 +109,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _serve(worker: Any, folder: Path, args: argparse.Namespace) -> NoReturn:
-    """Shows the page while the model's process lives. Raises :class:`VtpruneError` when it has ended."""
+    """Shows the page, and starts the model's process again whenever it ends. Raises :class:`VtpruneError` when it ends
+    before its model is loaded."""
     with without_stubs():
         from vtprune.demos import app
 
@@ -122,10 +122,12 @@ def _serve(worker: Any, folder: Path, args: argparse.Namespace) -> NoReturn:
     print(f"vtprune demo: {url} (Ctrl-C ends it)", flush=True)
     try:
         worker.desk.about()  # raises what loading raised
-        print("vtprune demo: the model is loaded", flush=True)
+        while True:
+            print("vtprune demo: the model is loaded", flush=True)
+            print(f"vtprune demo: {worker.wait()}; it is being started again", file=sys.stderr, flush=True)
+            worker.restart()
     except (EOFError, ConnectionError):  # it ended while it loaded
-        pass
-    why = worker.wait()
+        why = worker.wait()
     print(f"vtprune demo: {why}", file=sys.stderr, flush=True)
     time.sleep(app.LINGER)  # every page is told
     raise VtpruneError(f"{why}; start vtprune demo again")
