@@ -29,6 +29,16 @@ WATCH = """
   };
   // a list of choices filters by what is typed, which is to replace what is there
   addEventListener("focusin", (e) => { if (e.target.closest?.("#sides") && e.target.select) e.target.select(); });
+  // what gradio leaves without a name for screen readers, or with one that says something else
+  const name = () => {
+    document.querySelectorAll("#samples button").forEach((b, i) => b.setAttribute("aria-label", `Sample ${i + 1}`));
+    document.querySelectorAll("button.upload-container[aria-label]").forEach((b) => b.removeAttribute("aria-label"));
+    for (const head of document.querySelectorAll(".toast-header[role]"))
+      for (const what of ["role", "tabindex"]) head.removeAttribute(what);
+  };
+  let due = 0;
+  const soon = () => { due ||= setTimeout(() => { due = 0; name(); }, 200); };
+  new MutationObserver(soon).observe(document, { subtree: true, childList: true });
   const timer = setInterval(async () => {
     let text = "vtprune demo has ended; start it again and reload this page";
     try { text = await (await fetch("PATH")).text(); } catch (e) { clearInterval(timer); }

@@ -22,7 +22,7 @@ CARDS = f"""
 .vtp-cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(10.5rem, 44%), 1fr)); gap: .75rem; list-style: none; margin: 0; padding: 0; }}
 .vtp-cards li {{ border: 1px solid {LINE}; border-radius: .4rem; padding: .6rem; margin: 0; color: {INK}; overflow-wrap: anywhere; }}
 .vtp-cards img {{ width: 100%; height: auto; border-radius: .2rem; display: block; }}
-.vtp-cards li > h3 {{ font-size: 1rem; font-weight: 600; margin: 0 0 .4rem; color: {INK}; }}
+.vtp-cards li > h2 {{ font-size: 1rem; font-weight: 600; margin: 0 0 .4rem; color: {INK}; }}
 .vtp-cards p {{ margin: .3rem 0 0; color: {INK}; }}
 .vtp-cards .vtp-small {{ font-size: .85rem; opacity: .75; }}
 """.strip()  # noqa: E501
@@ -46,12 +46,14 @@ PAGE = f"""
 #sides input {{ text-overflow: ellipsis; padding-right: 1.6rem; }} [id^=file-] {{ border: 0 !important; }}
 @media (min-width: 60rem) {{ ul.options {{ min-width: 26rem; }} }}
 .gradio-container {{ --block-info-text-color: var(--body-text-color); --input-placeholder-color: var(--body-text-color-subdued); --block-label-text-color: var(--body-text-color); --block-title-text-color: var(--body-text-color); }}
-#answers {{ gap: 1.2rem; }} #status, #answers, #theatre, #metrics {{ padding: 0 .2rem; }}
+body:not(.dark) {{ --color-accent: #1d4ed8; --button-primary-background-fill: #1d4ed8; --button-primary-background-fill-hover: #1e40af; --body-text-color-subdued: #5c5f66; }}
+body:not(.dark) button.primary {{ background: #1d4ed8; }} body:not(.dark) button[role=tab].selected {{ color: #1d4ed8; }}
+#answers {{ gap: 1.2rem; }} #about .html-container, #status .html-container, #answers .html-container, #theatre .html-container, #metrics .html-container {{ padding: .1rem .4rem; }}
 .vtp-answer {{ display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 .7rem; color: var(--body-text-color); overflow-wrap: anywhere; }}
-.vtp-answer h3 {{ margin: 0; font-size: .95rem; font-weight: 400; color: var(--body-text-color); }} .vtp-answer > div {{ font-size: 1.1rem; font-weight: 600; }}
+.vtp-answer h2 {{ margin: 0; font-size: .95rem; font-weight: 400; color: var(--body-text-color); }} .vtp-answer > div {{ font-size: 1.1rem; font-weight: 600; }}
 .vtp-answer summary {{ cursor: pointer; }} .vtp-mark {{ font-size: .95rem; margin-left: .4rem; }}
 .vtp-word {{ font-size: .85rem; color: var(--body-text-color); margin: .4rem 0 0; }}
-#theatre .vt-scenes {{ gap: 1.2rem; }} #theatre .vt-scene > h3 {{ display: none; }}
+#theatre .vt-scenes {{ gap: 1.2rem; }} #theatre .vt-scene > h2 {{ display: none; }}
 .vtp-report {{ width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); border-radius: 6px; background: white; }}
 @media (prefers-color-scheme: dark) {{ .vtp-report {{ background: #14161a; }} }}
 {HEADINGS}

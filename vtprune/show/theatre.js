@@ -137,7 +137,7 @@
 
     stage(data, row) {
       const box = make("section", "vt-scene", row);
-      if (data.title) make("h3", "", box, data.title);
+      if (data.title) make("h2", "", box, data.title);
       const canvas = make("canvas", "vt-picture", box);
       canvas.tabIndex = 0;
       canvas.setAttribute("role", "application");
@@ -371,7 +371,7 @@
       const told = make("div", "vt-told", this.details);
       for (const { data } of this.scenes) {
         const r = this.here(data), box = make("div", "", told);
-        if (data.title) make("h4", "", box, data.title);
+        if (data.title) make("h3", "", box, data.title);
         const list = make("ol", "", box);
         const lines = patch < r.rows * r.columns ? history(data, r.start + patch) : [["this picture has no such patch", true]];
         for (const [text, quiet] of lines) make("li", quiet ? "vt-quiet" : "", list, text);
