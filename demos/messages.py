@@ -47,10 +47,10 @@ def refusal(message: str) -> gr.Error:
 
 
 def served(
-    worker: Worker, token: str, updates: Callable[[], Iterator[dict[str, Any]]], shown: str | None = None
+    worker: Worker, token: str, updates: Callable[[], Any], shown: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """``updates`` for the page ``token`` until it is told to stop; what the user can put right as a last one with
-    ``message``, in which the file ``shown`` has no folder."""
+    """``updates()``, an iterator that can be closed, for the page ``token`` until it is told to stop; what the user can
+    put right as a last one with ``message``, in which the file ``shown`` has no folder."""
     with worker.asking.registered(token) as stop:
         try:
             with closing(updates()) as coming:
