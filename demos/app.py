@@ -106,6 +106,9 @@ def _question(sample: list[str]) -> tuple[Any, ...]:
     with gr.Row():
         asked = gr.Textbox(question, label="Question", max_lines=4, min_width=150, scale=3, elem_id="question")
         truth = gr.Textbox(answer, label="Right answer, if known", min_width=110, scale=2, elem_id="truth")
+    # the right answer of another picture or question is none
+    for changed in (image.upload, image.clear, video.upload, asked.input):
+        changed(None, None, truth, js="() => ''", show_progress="hidden", api_visibility="private")
     return image, video, asked, truth
 
 

@@ -58,7 +58,7 @@ def _gone(a: Result, b: Result) -> str:
 def _sooner(rounds: Rounds) -> str:
     """How much sooner, or later, B's first token comes, where the rounds tell."""
     if rounds.rounds < SURE:
-        return f"{rounds.rounds} rounds are too few to compare times"
+        return f"too few rounds ({rounds.rounds}) to compare times"
     middle, low, high = ratios(rounds.ttft_ms)
     if low <= 1 <= high:
         return "first token as soon, within noise"

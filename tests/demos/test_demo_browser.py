@@ -467,7 +467,9 @@ def test_a_visit(seat, pictures, tmp_path):
     one.question(question)
     one.choose("recipe-b", "pyramiddrop")
     one.ask()
-    assert one.answer("a") == dense
+    assert one.answer("a") == dense and one.page.locator("#answers .vtp-mark").count() == 0
+    truth = one.page.locator("#truth textarea, #truth input")
+    assert truth.input_value() == "", "the sample's right answer is not that of another picture"
     theatre = one.page.locator("vt-theatre")
     assert theatre.locator(".vt-scene").count() == 2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from vtprune.demos import TRAINED, cards, drawings, metrics, repeat
 from vtprune.demos.engine import Engine
 from vtprune.demos.results import Entry, Result, Rounds
-from vtprune.demos.samples import samples
+from vtprune.demos.samples import number, samples, saved
 from vtprune.demos.sides import Side
 
 import vtprune
@@ -128,7 +129,7 @@ def test_the_headline_tells_what_is_gained_or_lost():
     assert told(b, a, *[(y, x) for x, y in sooner]).endswith("first token 1.9× later.")
     assert told(b, a, *sooner).startswith("1.9× the visual tokens, ")
     assert told(a, a, *noise) == "as many visual tokens, same answer, first token as soon, within noise."
-    assert told(a, a, *sooner[:5]).endswith("5 rounds are too few to compare times.")
+    assert told(a, a, *sooner[:5]).endswith("too few rounds (5) to compare times.")
     rare = replace(b, report=replace(b.report, layer_tokens=[[16, 16, 16, 15]]), note="no such size")
     assert told(a, rare, *sooner).startswith("1.56 % of the visual tokens gone, ")
     assert told(replace(a, note="no such size"), a, *noise).endswith(". Patches are drawn on grey: no such size.")
@@ -305,6 +306,22 @@ def test_a_program_repeats_what_is_on_screen(engine, asked, monkeypatch, capsys)
     assert len({r.flops for _, r in there["results"]}) == len(SIDES) and capsys.readouterr().out.count(
         "effective tokens"
     ) == len(SIDES)
+
+
+def test_the_program_of_a_sample_needs_no_file(engine, tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "empty").mkdir()
+    path, question, _ = saved(2, tmp_path / "there")[1]
+    assert number(Path(path)) == 2 and number(Path(path).rename(tmp_path / "mine.png")) is None
+    Image.new("RGB", (168, 168)).save(path)
+    assert number(Path(path)) is None, "another picture of that name"
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setattr(vtprune, "load_demo_model", lambda device: (engine.model, engine.processor))
+    there = {"__name__": "snippet"}
+    code = repeat.snippet([Side(), Side("flowcut")], question, None, "sample-2.png", sample=2)
+    exec(compile(code, "snippet", "exec"), there)
+    shown = [answered(engine, side, (tmp_path / "mine.png", question)).answer for side in (Side(), Side("flowcut"))]
+    assert [said for said, _ in there["results"]] == shown
 
 
 def test_a_program_for_a_folder_and_a_recipe_file(engine, asked, tmp_path):
