@@ -164,8 +164,8 @@
       scene.at = this.axis.map(({ site }) => data.steps.findLastIndex((p) => order(p.site) <= order(site)));
       scene.acts = (i) => (data.steps[scene.at[i]].site === this.axis[i].site ? data.steps[scene.at[i]].stages : []);
       const word = make("p", "vt-word", box);
-      make("span", "", word, `visual tokens, site by site (full height: ${data.tokens})`);
-      if (data.stages.length) make("span", "vt-mark", word, "tokens are cut");
+      make("span", "", word, `visual tokens, site by site (of ${data.tokens})`);
+      if (data.stages.length) make("span", "vt-mark", word, "tokens cut");
       const bars = make("div", "vt-bars", box);
       bars.setAttribute("aria-hidden", "true"); // the slider and the caption tell the same
       KINDS.forEach((_, k) => {
