@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,17 +27,27 @@ from . import TRAINED
 from .results import Result
 from .sides import Side, solved
 
+ENOUGH = 3  # later tokens from which on their median says something
+
 
 class _Tell(BaseStreamer):
-    """Passes on the text of the answer so far, without the half of a character that further tokens will complete."""
+    """Passes on the text of the answer so far, without the half of a character that further tokens will complete, and
+    keeps by ``clock`` when each token came."""
 
-    def __init__(self, decode: Callable[[list[int]], str], tell: Callable[[str], object]):
-        self.decode, self.tell, self.tokens = decode, tell, list[int]()
+    def __init__(self, decode: Callable[[list[int]], str], tell: Callable[[str], object], clock: Callable[[], float]):
+        self.decode, self.tell, self.clock = decode, tell, clock
+        self.tokens, self.came = list[int](), list[float]()
 
     def put(self, value: torch.Tensor) -> None:
         if value.ndim == 1:  # the prompt comes first, as [1, T]
             self.tokens += value.tolist()
+            self.came.append(self.clock())
             self.tell(self.decode(self.tokens).rstrip("\ufffd"))
+
+    def later(self) -> float | None:
+        """The median seconds of a token behind the first; ``None``: there are too few."""
+        steps = [after - before for before, after in zip(self.came, self.came[1:], strict=False)]
+        return statistics.median(steps) if len(steps) >= ENOUGH else None
 
     def end(self) -> None:
         pass
@@ -98,17 +109,18 @@ class Answerer:
     ) -> Result:
         """One question. ``tell`` gets the text so far with every token; the answer ends when ``halted`` says so."""
         with self.attached(side) as handle:
-            asked = meter.clock(self.model.device)()
+            clock = meter.clock(self.model.device)
+            asked = clock()
             inputs = self.inputs(parts, question)
             halt = _Halt(halted)
-            streamer = _Tell(self.text, tell)
+            streamer = _Tell(self.text, tell, clock)
             out, cost = self.generate(
                 inputs, asked, handle, max_new_tokens, streamer=streamer, stopping_criteria=[halt]
             )
             report = self.report(inputs, handle)
             times = chats.seconds(parts)
             views, note = views_or_blank(self.processor, inputs, report, frames=len(parts) > 1, times=times)
-        later = cost["new_tokens"] - 1
+        later = streamer.later()
         return Result(
             side=side,
             name="dense" if handle is None else handle.recipe.name,
@@ -123,7 +135,7 @@ class Answerer:
             new_tokens=cost["new_tokens"],
             ttft_ms=1000 * cost["ttft"],
             prefill_ms=1000 * cost["prefill"],
-            token_ms=1000 * cost["decode"] / later if later else None,
+            token_ms=None if later is None else 1000 * later,
             total_ms=1000 * cost["seconds"],
         )
 

@@ -14,8 +14,19 @@ from . import styles
 from .metrics import layers_text
 from .results import Entry, Result
 
+FOLD = 160  # characters of an answer from which on it is folded
 THUMB = 160  # longer side of a card's picture, pixels
 MARKS = {True: "✓ right", False: "✗ wrong"}  # a sign and a word, so that no colour is needed
+
+
+def answer_html(head: str, text: str, right: bool | None = None) -> str:
+    """An answer of one side, with its mark where the right one is known; a long one is folded."""
+    mark = "" if right is None else f' <strong class="vtp-mark">{MARKS[right]}</strong>'
+    whole = f'<span class="vtp-said">{html.escape(text)}</span>{mark}'
+    if len(text) > FOLD:
+        begin = html.escape(text[: FOLD // 2].rsplit(" ", 1)[0])
+        whole = f"<details><summary>{begin} …{mark}</summary>{html.escape(text)}</details>"
+    return f'<div class="vtp-answer"><h2>{html.escape(head)}</h2><div>{whole}</div></div>'
 
 
 def thumb(result: Result, panel: int = THUMB) -> Image.Image:
@@ -59,10 +70,10 @@ def card(entry: Entry) -> str:
     esc = html.escape
     note = f'<p class="vtp-small">{esc(entry.note)}</p>' if entry.note else ""
     if entry.result is None:
-        return f"<li><h3>{esc(entry.name)}</h3><p>not run</p>{note}</li>"
+        return f"<li><h2>{esc(entry.name)}</h2><p>not run</p>{note}</li>"
     words = facts(entry)
     alt = esc(f"visual tokens that {entry.name} kept: {words[0]}", quote=True)
     small = "<br>".join(map(esc, words))
     mark = "" if entry.right is None else f" <strong>{MARKS[entry.right]}</strong>"
     picture = f'<img alt="{alt}" src="{data_url(thumb(entry.result))}">'
-    return f'<li><h3>{esc(entry.name)}</h3>{picture}<p>{esc(entry.result.answer)}{mark}</p><p class="vtp-small">{small}</p>{note}</li>'  # noqa: E501
+    return f'<li><h2>{esc(entry.name)}</h2>{picture}<p>{esc(entry.result.answer)}{mark}</p><p class="vtp-small">{small}</p>{note}</li>'  # noqa: E501

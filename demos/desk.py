@@ -13,19 +13,21 @@ from typing import Any
 import vtprune
 from vtprune.core.types import VtpruneError
 from vtprune.inputs import models
-from vtprune.measure import run
+from vtprune.measure import run, samples
 from vtprune.show import theatre
 from vtprune.show.web import encode
 
 from . import cards, drawings, forms, metrics, repeat
-from .checks import is_video
+from .checks import LONGEST_TRUTH, is_video, short
 from .engine import Engine
 from .results import Entry, Result, Rounds, Turn
+from .samples import number
 from .sides import Side
 from .stops import Stops
 
 NAMES = ("A", "B")
 Update = dict[str, Any]
+START = ("flowcut", "pyramiddrop", "uniform")  # to begin with the first that the model takes
 STOPPED: Update = {"status": "stopped", "stopped": True}
 
 
@@ -49,20 +51,20 @@ class Desk:
         self.engine = Engine(*models.load(model, device, dtype))
 
     def about(self) -> dict[str, Any]:
-        """``model`` in words, ``recipes`` that it takes, ``refused`` ``[name, why]``, and whether it takes
-        ``videos``."""
+        """``model`` in words and ``more`` of it, ``recipes`` that it takes, the one to ``start`` with, ``refused``
+        ``[name, why]``, and whether it takes ``videos``."""
         offers, geometry = self.engine.recipes(), self.engine.geometry
         name = Path(self.path).name if self.path else "the bundled VLM"
-        about = (
-            f"{name}: {type(self.engine.model).__name__}, {'about ' if geometry.variable else ''}{geometry.tokens} "
-            "visual tokens per image, "
-        )
-        about += f"{geometry.llm_layers} layers, {self.device}, {self.dtype} - vtprune {vtprune.__version__}, "
-        about += f"torch {version('torch')}, transformers {version('transformers')}"
+        about = f"{name}, {'about ' if geometry.variable else ''}{geometry.tokens} visual tokens per image"
+        more = f"{type(self.engine.model).__name__}, {geometry.llm_layers} layers, {self.device}, {self.dtype}; "
+        more += f"vtprune {vtprune.__version__}, torch {version('torch')}, transformers {version('transformers')}"
         videos = getattr(self.engine.processor, "video_processor", None) is not None
+        taken = [o.name for o in offers if not o.reason]
         return {
             "model": about,
-            "recipes": [o.name for o in offers if not o.reason],
+            "more": more,
+            "recipes": taken,
+            "start": next((name for name in START if name in taken), "dense"),
             "refused": [[o.name, o.reason] for o in offers if o.reason],
             "videos": videos,
         }
@@ -78,13 +80,17 @@ class Desk:
         question: str | None,
         sides: Sequence[Mapping[str, Any]],
         max_new_tokens: int,
+        truth: str | None = None,
     ) -> Iterator[Update]:
-        """Two sides' answers to one question as they grow: dicts with ``side`` (0, 1) and ``text``, or ``status``; the
-        last one has ``answers``, as HTML ``metrics`` and ``theatre``, and ``files`` name -> bytes.
+        """Two sides' answers to one question as they grow: dicts with ``side`` (0, 1), ``head`` and ``text``, or
+        ``status``; the last one has ``answers``, their ``heads`` and whether they are ``right`` (``None`` without
+        ``truth``), as HTML ``metrics`` and ``theatre``, and ``files`` name -> bytes.
 
         Args:
-            shown: path of a picture or a video. sides: two, each as :meth:`side` takes it.
+            shown: path of a picture or a video. sides: two, each as :meth:`side` takes it. truth: the right answer.
         """
+        truth = (truth or "").strip() or None
+        short(truth or "", "the right answer", LONGEST_TRUTH)
         chosen = [self.side(fields, name) for fields, name in zip(sides, NAMES, strict=True)]
         results: list[Result] = []
         with self._running.registered(token) as stop:
@@ -102,7 +108,7 @@ class Desk:
                 yield STOPPED
                 return
         a, b = results
-        last = _both(a, b, rounds)
+        last = _both(a, b, rounds, truth)
         last["files"] |= self._program(chosen, a.question, shown, max_new_tokens) | _recipes(results)
         yield last
 
@@ -155,6 +161,7 @@ class Desk:
         if shown is None or is_video(shown):
             return {}
         how = {
+            "sample": number(Path(shown)),
             "trained": self.engine.trained,
             "max_new_tokens": max_new_tokens,
             "device": self.device,
@@ -170,12 +177,12 @@ def _answer(i: int, side: Side, turns: Iterator[Turn]) -> Generator[Update, None
         if not begun:
             begun = True
             yield {"status": f"{NAMES[i]} ({side.name}) is answering"}
-        yield {"side": i, "text": turn.text}
+        yield {"side": i, "head": f"{NAMES[i]}: {side.name}", "text": turn.text}
         result = turn.result
     return result
 
 
-def _both(a: Result, b: Result, rounds: Rounds) -> Update:
+def _both(a: Result, b: Result, rounds: Rounds, truth: str | None) -> Update:
     """The last update of two answers, without the files that repeat them."""
     heads = [f"{name}: {r.name}" for name, r in zip(NAMES, (a, b), strict=True)]
     scenes = [
@@ -184,8 +191,10 @@ def _both(a: Result, b: Result, rounds: Rounds) -> Update:
     recipes = {head: r.report.recipe or "dense" for head, r in zip(heads, (a, b), strict=True)}
     facts = json.dumps({"question": a.question, **recipes})
     return {
-        "status": f"done: {outcome(a, b)}",
+        "headline": metrics.headline(a, b, rounds),
         "answers": [a.answer, b.answer],
+        "heads": heads,
+        "right": [None if truth is None else samples.matches(r.answer, truth) for r in (a, b)],
         "metrics": metrics.metrics_html(metrics.metrics(a, b, rounds), *heads),
         "theatre": theatre.element(scenes),
         "files": {
@@ -202,17 +211,6 @@ def _recipes(results: Sequence[Result]) -> dict[str, bytes]:
         for name, r in zip(NAMES, results, strict=True)
         if r.recipe is not None
     }
-
-
-def outcome(a: Result, b: Result) -> str:
-    """Two results in a sentence."""
-    work = (
-        f"B reads {100 * b.report.effective_tokens / a.report.effective_tokens:.0f} % of A's visual tokens"
-        if a.report.effective_tokens
-        else ""
-    )
-    same = "the same answer" if a.answer == b.answer else "another answer"
-    return ", ".join(part for part in (work, same, a.note and f"patches are drawn on grey ({a.note})") if part)
 
 
 def _named(name: str, turns: Iterator[Turn]) -> Iterator[Turn]:

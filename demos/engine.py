@@ -154,8 +154,8 @@ class Engine:
         shown: Shown | None,
         question: str,
         *,
-        repeats: int = 6,
-        limit_s: float = 5.0,
+        repeats: int = 12,
+        limit_s: float = 15.0,
         stop: threading.Event | None = None,
     ) -> Rounds | None:
         """Prefill and time to the first token of two sides in turns, A B, B A, A B ...: up to ``repeats`` rounds, as

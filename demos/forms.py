@@ -12,6 +12,7 @@ from vtprune.core.types import VtpruneError
 from vtprune.inputs import demo_model
 
 from .checks import proper, short
+from .options import chosen
 from .sides import Side
 
 LONGEST_JSON, LONGEST_NAME = 100_000, 200  # characters of a recipe file, and of the name in it
@@ -19,10 +20,13 @@ LONGEST_JSON, LONGEST_NAME = 100_000, 200  # characters of a recipe file, and of
 
 def side(fields: Mapping[str, Any], name: str, recipes: Callable[[], Collection[str]]) -> Side:
     """A side from what the page sends: ``recipe`` (a name; ``"dense"``), ``file`` (a recipe's JSON text instead),
-    ``budget``, ``share``, ``options`` (JSON text) and ``seed``. ``recipes`` gives the names that there are. Raises
-    :class:`VtpruneError` that says which side and what is wrong."""
+    ``budget``, ``share``, ``chosen`` (of the recipe's inputs, as :func:`vtprune.demos.options.chosen` takes them; not
+    with a file), ``options`` (JSON text, which counts more) and ``seed``. ``recipes`` gives the names that there are.
+    Raises :class:`VtpruneError` that says which side and what is wrong."""
     try:
         options = json_object(fields.get("options") or "{}", "options")
+        if fields.get("file") is None:
+            options = {**chosen(str(fields["recipe"]), fields.get("chosen") or {}), **options}
         recipe = _recipe(fields, recipes)
         _check_weights(options, recipe)
         return Side(recipe, fields.get("budget", "own"), fields.get("share", 0.5), options, fields.get("seed", 0))

@@ -1,9 +1,10 @@
-"""What the page tells of errors that its user can put right."""
+"""What the page tells its user. Every message in its corner goes through here: :func:`warn` and :func:`refusal`."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import gradio as gr
 
 from vtprune.core.types import VtpruneError
 
+from .desk import STOPPED
 from .worker import Worker
 
 LONGEST_MESSAGE = 1000  # characters
 # what the user can put right; the last two: the model's process has ended
 EXPECTED = (VtpruneError, EOFError, ConnectionError)
-GONE = "the model's process has ended; start vtprune demo again"
+GONE = "the model's process has ended and is being started again; ask again in a moment"
 
 
 def why(e: Exception, *folders: str | Path) -> str:
@@ -29,24 +31,42 @@ def why(e: Exception, *folders: str | Path) -> str:
     return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} ..."
 
 
+def as_text(message: str) -> str:
+    """``message`` for a place that takes HTML."""
+    return html.escape(message)
+
+
 def warn(message: str) -> None:
-    """A message in the corner of the page, which takes HTML."""
-    gr.Warning(html.escape(message))
+    """A message in the corner of the page."""
+    gr.Warning(as_text(message))
 
 
-def served(updates: Callable[[], Iterator[dict[str, Any]]], shown: str | None = None) -> Iterator[dict[str, Any]]:
-    """``updates``, what the user can put right as a last one with ``message``, in which the file ``shown`` has no
-    folder."""
-    try:
-        yield from updates()
-    except EXPECTED as e:
-        yield {"message": why(e, Path(shown).parent) if shown else why(e)}
+def refusal(message: str) -> gr.Error:
+    """A message in the corner of the page, to be raised."""
+    return gr.Error(as_text(message), print_exception=False)
+
+
+def served(
+    worker: Worker, token: str, updates: Callable[[], Any], shown: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """``updates()``, an iterator that can be closed, for the page ``token`` until it is told to stop; what the user can
+    put right as a last one with ``message``, in which the file ``shown`` has no folder."""
+    with worker.asking.registered(token) as stop:
+        try:
+            with closing(updates()) as coming:
+                for update in coming:
+                    if stop.is_set() and not update.get("stopped"):
+                        yield STOPPED
+                        return
+                    yield update
+        except EXPECTED as e:
+            yield {"message": why(e, Path(shown).parent) if shown else why(e)}
 
 
 def stopped(worker: Worker, request: gr.Request) -> str:
     """Ends what the asking page has running: what to tell about it."""
     try:
-        worker.desk.stop(str(request.session_hash))
+        worker.stop(str(request.session_hash))
     except EXPECTED as e:
         return why(e)
     return "stopped"

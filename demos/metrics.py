@@ -12,6 +12,11 @@ from . import styles
 from .results import Result, Rounds, medians, ratios
 
 ENOUGH = 3  # rounds from which on their spread says something
+SURE = 6  # rounds from which on a headline may tell who was sooner: all on one side by chance is rarer than 5 %
+EFFECTIVE = (
+    "Effective visual tokens are the visual tokens that a layer of the language model reads, averaged over its layers: "
+    "a token that goes after half of the layers counts half."
+)
 
 
 def figures_of(result: Result) -> dict[str, Any]:
@@ -27,6 +32,37 @@ def figures_of(result: Result) -> dict[str, Any]:
         name: getattr(report, name)
         for name in ("effective_tokens", "flops", "dense_flops", "kv_bytes", "dense_kv_bytes")
     }
+
+
+def headline(a: Result, b: Result, rounds: Rounds) -> str:
+    """What B gains over A, or loses, in one sentence: visual tokens, answer, time to the first token."""
+    same = "same answer" if a.answer == b.answer else "another answer"
+    said = ", ".join(part for part in (_gone(a, b), same, _sooner(rounds)) if part)
+    grey = f" Patches are drawn on grey: {a.note}." if a.note else ""
+    return f"{said}.{grey}"
+
+
+def _gone(a: Result, b: Result) -> str:
+    """How many effective tokens B has less."""
+    if not a.report.effective_tokens:
+        return ""
+    gone = 1 - b.report.effective_tokens / a.report.effective_tokens
+    if gone < 0:
+        return f"{1 - gone:.1f}× the visual tokens"
+    if gone == 0:
+        return "as many visual tokens"
+    tenths = round(10 * gone)
+    return f"{tenths} of 10 visual tokens gone" if 0 < tenths < 10 else f"{100 * gone:.3g} % of the visual tokens gone"
+
+
+def _sooner(rounds: Rounds) -> str:
+    """How much sooner, or later, B's first token comes, where the rounds tell."""
+    if rounds.rounds < SURE:
+        return f"too few rounds ({rounds.rounds}) to compare times"
+    middle, low, high = ratios(rounds.ttft_ms)
+    if low <= 1 <= high:
+        return "first token as soon, within noise"
+    return f"first token {1 / middle:.2g}× sooner" if middle < 1 else f"first token {middle:.2g}× later"
 
 
 def layers_text(layer_tokens: Sequence[int]) -> str:
@@ -55,18 +91,19 @@ class Row:
 
 
 def metrics(a: Result, b: Result, rounds: Rounds | None = None) -> list[Row]:
-    """The comparison of two sides. The first two times are those of ``rounds``; single measurements (the later tokens;
-    all without ``rounds``) stand side by side without a difference, because nobody knows how far they can be
-    trusted."""
+    """The comparison of two sides. The first two times are those of ``rounds``; single measurements (without
+    ``rounds``) stand side by side without a difference, because nobody knows how far they can be trusted. Later tokens
+    are told where both answers have enough of them."""
     x, y = figures_of(a), figures_of(b)
     names = {"ttft_ms": "time to first token, ms", "prefill_ms": "prefill, ms"}
     if rounds is None:
         times = [_single(name, x[key], y[key]) for key, name in names.items()]
     else:
         times = [_paired(name, getattr(rounds, key), y["flops"] - x["flops"]) for key, name in names.items()]
+    later = (x["token_ms"], y["token_ms"])
     return [
         *times,
-        _single("later tokens, ms each", x["token_ms"], y["token_ms"]),
+        *([] if None in later else [_single("later tokens, median ms", *later)]),
         Row("visual tokens per layer", layers_text(x["layer_tokens"]), layers_text(y["layer_tokens"]), "", ""),
         _row("effective visual tokens", x["effective_tokens"], y["effective_tokens"]),
         _row("prefill FLOPs, G", x["flops"] / 1e9, y["flops"] / 1e9, 3),
@@ -86,7 +123,7 @@ def _single(name: str, first: float | None, second: float | None) -> Row:
 
 
 def _paired(name: str, pairs: Sequence[tuple[float, float]], more_work: float) -> Row:
-    """Times in turns: medians, and the median of the rounds' ratios with the lowest and highest. What noise explains is
+    """Times in turns: medians, and the median of the rounds' ratios with its 95 % interval. What noise explains is
     said to be noise, and a difference against the FLOPs (``more_work``: second minus first) is said to be one."""
     first, second = medians(pairs)
     if len(pairs) < ENOUGH:
@@ -124,4 +161,5 @@ def metrics_html(rows: Sequence[Row], first: str = "first", second: str = "secon
 <tbody>
 {body}
 </tbody>
-</table></div>"""
+</table></div>
+<p class="vtp-word">{EFFECTIVE}</p>"""

@@ -4,7 +4,8 @@ line of status, downloads, buttons that stop."""
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,25 @@ from gradio_client.utils import is_valid_file
 
 from vtprune.core.ledger import UndoLedger
 
-from .messages import stopped
+from .messages import refusal, stopped
 from .worker import Worker
 
 # of the tokens kept behind the last cut; of effective tokens, averaged over layers and solved
 BUDGETS = [("its own", "own"), ("tokens kept", "keep"), ("effective tokens", "effective")]
+AT_ONCE = 30  # questions that are served or wait at the desk; gradio has 40 threads
 Files = dict[str, gr.DownloadButton]
 
 
-def status_html(text: str, done: int | None = None, of: int | None = None) -> str:
-    """A line that screen readers tell, with a bar if something can be counted."""
+def status_html(text: str, done: int | None = None, of: int | None = None, *, headline: bool = False) -> str:
+    """A line that screen readers tell, with a bar if something can be counted; a large one where it is the outcome."""
     bar = "" if done is None else f'<progress value="{done}" max="{of}">{done} of {of}</progress> {done} of {of}: '
-    return f'<div class="vtp-status" role="status">{bar}{html.escape(text)}</div>'
+    large = " vtp-headline" if headline else ""
+    return f'<div class="vtp-status{large}" role="status">{bar}{html.escape(text)}</div>'
 
 
 def html_part(value: str = "", **how: Any) -> gr.HTML:
     """HTML with its own style alone."""
-    return gr.HTML(value, apply_default_css=False, **how)
+    return gr.HTML(value, apply_default_css=False, padding=False, **how)
 
 
 def own_upload(component: Any, payload: Any) -> Any:
@@ -45,12 +48,10 @@ def own_upload(component: Any, payload: Any) -> Any:
     if payload.path is None:
         return None
     if not Path(payload.path).resolve().is_relative_to(Path(component.GRADIO_CACHE).resolve()):
-        raise gr.Error("this file was not uploaded here", print_exception=False)
+        raise refusal("this file was not uploaded here")
     kinds = getattr(component, "file_types", None)
     if kinds and not is_valid_file(payload.path, kinds):
-        raise gr.Error(
-            f"this field takes {' and '.join(k.removeprefix('.') for k in kinds)} files", print_exception=False
-        )
+        raise refusal(f"this field takes {' and '.join(k.removeprefix('.') for k in kinds)} files")
     return payload.path
 
 
@@ -96,18 +97,52 @@ def handed_out(buttons: Files, files: Mapping[str, bytes], folder: str) -> dict[
     return out
 
 
-def stops(worker: Worker, button: gr.Button, status: gr.HTML, events: list[Any]) -> None:
-    """``button`` ends ``events``, and ``status`` says so; it also says when one of them fails."""
+@dataclass(frozen=True)
+class Buttons:
+    """One that begins, and one that stops what it has begun, which is there while that runs."""
 
-    def stop(request: gr.Request) -> str:
-        return status_html(stopped(worker, request))
+    go: gr.Button
+    stop: gr.Button
 
-    button.click(stop, None, status, cancels=events, queue=False, api_visibility="private")
-    for event in events:
-        event.failure(
-            lambda: status_html("this failed; the terminal that runs the demo says why"),
-            None,
-            status,
-            queue=False,
-            api_visibility="private",
-        )
+    def running(self, runs: bool) -> dict[Any, Any]:
+        """Both as they are while something runs, or not."""
+        return {self.go: gr.Button(interactive=not runs), self.stop: gr.Button(visible=runs)}
+
+    def served(self, updates: Iterator[dict[Any, Any]]) -> Iterator[dict[Any, Any]]:
+        """``updates`` of the page, with both buttons as they should be meanwhile and behind."""
+        yield self.running(True)
+        yield from updates
+        yield self.running(False)
+
+    def watch(self, worker: Worker, status: gr.HTML, events: list[Any]) -> None:
+        """Makes the second one stop ``events``, which then say so themselves: gradio must not cancel them, or they
+        count as failed. ``status`` tells of those that do fail."""
+
+        def stop(request: gr.Request) -> str:
+            return status_html(stopped(worker, request))
+
+        quick: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+        self.stop.click(stop, None, status, show_progress="hidden", **quick)
+
+        def failed() -> dict[Any, Any]:
+            return {status: status_html("this failed; the terminal that runs the demo says why"), **self.running(False)}
+
+        for event in events:
+            event.failure(failed, None, [status, self.go, self.stop], **quick)
+
+
+def buttons(what: str, name: str) -> Buttons:
+    """``what`` the first one says; ``name``: its id."""
+    go = gr.Button(what, variant="primary", elem_id=name, min_width=100)
+    return Buttons(go, gr.Button("Stop", variant="stop", elem_id=f"{name}-stop", visible=False, min_width=80))
+
+
+def long_running(status: gr.HTML) -> dict[str, Any]:
+    """How gradio is to listen to what asks the model: nobody waits in its queue, where no desk could find them."""
+    return {
+        "concurrency_id": "model",
+        "concurrency_limit": AT_ONCE,
+        "show_progress": "minimal",
+        "show_progress_on": status,
+        "api_visibility": "private",
+    }

@@ -38,6 +38,7 @@ def snippet(
     model_path: str | None,
     image_name: str,
     *,
+    sample: int | None = None,
     trained: Recipe | None = None,
     max_new_tokens: int = 32,
     device: str = "cpu",
@@ -47,7 +48,9 @@ def snippet(
     report)``.
 
     Args:
-        model_path: folder or hub id, ``None`` for the bundled model. image_name: of a picture file.
+        model_path: folder or hub id, ``None`` for the bundled model. image_name: of a picture file, which lies where
+            the program is run.
+        sample: the picture is that of the demo's :func:`~vtprune.demos.samples.samples`, from 1 on, and needs no file.
         trained: what ``"dpvr-lf (trained)"`` stands for (:attr:`vtprune.demos.engine.Engine.trained`).
 
     Raises :class:`VtpruneError` for the trained branch without ``trained`` and for a recipe file that cannot be read.
@@ -58,7 +61,9 @@ def snippet(
         *(["import torch"] if "torch." in load[0] else []),
         "import vtprune",
         *(["from transformers import AutoModelForImageTextToText, AutoProcessor"] if model_path is not None else []),
-        "from vtprune.inputs.images import open_image",
+        "from vtprune.inputs.images import open_image"
+        if sample is None
+        else "from vtprune.demos.samples import samples",
         *(["from vtprune.measure.run import dense_report"] if any(side.recipe is None for side in sides) else []),
     ]
     before, loaded = "\n".join(used), "\n".join(load)
@@ -66,7 +71,7 @@ def snippet(
 
 {loaded}
 
-image = open_image({_quoted(image_name)})
+image = {f"open_image({_quoted(image_name)})" if sample is None else f"samples({sample})[-1].picture()"}
 image.thumbnail(({LARGEST_SIDE}, {LARGEST_SIDE}))  # leaves smaller ones as they are
 question = {_quoted(question)}
 message = [{{"role": "user", "content": [{{"type": "image", "image": image}}, {{"type": "text", "text": question}}]}}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Result:
         ttft_ms: from the question to the first token, with the preparation of the picture and without attaching and
             waiting for others.
         prefill_ms: from the start of ``generate`` to the first token.
-        token_ms: per later token; ``None``: there is none.
+        token_ms: the median of the later tokens; ``None``: there are fewer than three, of which none tells much.
         total_ms: from the question to the last token.
         note: why no picture could be matched to the views.
     """
@@ -96,9 +97,15 @@ def medians(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def ratios(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
-    """Second over first, round by round: the median, the lowest and the highest."""
-    quotients = [second / first for first, second in pairs]
-    return statistics.median(quotients), min(quotients), max(quotients)
+    """Second over first, round by round: the median, and between which two of the rounds it lies with 95 % confidence,
+    by the sign test: the lowest and the highest of up to eight rounds (fewer than six are too few for 95 %), the second
+    lowest and the second highest of nine, and so on."""
+    quotients = sorted(second / first for first, second in pairs)
+    n, k, outside = len(quotients), 1, 0.5 ** len(quotients)  # the chance that all lie above their median
+    while 2 * k < n and outside + math.comb(n, k) * 0.5**n <= 0.025:
+        outside += math.comb(n, k) * 0.5**n
+        k += 1
+    return statistics.median(quotients), quotients[k - 1], quotients[n - k]
 
 
 @dataclass(frozen=True)

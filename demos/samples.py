@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 from PIL import Image
 
 from vtprune.core.types import VtpruneError
 from vtprune.data import scenes
+from vtprune.inputs import images
 from vtprune.measure import samples as samples_module
 
 
@@ -30,6 +32,16 @@ def samples(n: int) -> list[samples_module.Sample]:
         if len(out) == n:
             return out
     raise AssertionError("there is always another scene")
+
+
+def number(path: Path) -> int | None:
+    """Which of the :func:`samples` a file shows, from 1 on; ``None``: none of them, whatever its name."""
+    named = re.fullmatch(r"sample-([1-9])\.png", path.name)
+    if named is None:
+        return None
+    mine = samples(int(named[1]))[-1].picture()
+    shown = images.open_image(path)
+    return int(named[1]) if shown.size == mine.size and shown.tobytes() == mine.tobytes() else None
 
 
 def saved(n: int, folder: Path) -> list[list[str]]:

@@ -21,6 +21,10 @@ class Stops:
             for event in self.running.get(token, ()):
                 event.set()
 
+    def has(self, token: str) -> bool:
+        """Whether ``token`` has something running or waiting."""
+        return token in self.running
+
     def registered(self, token: str) -> Registered:
         return Registered(self, token)
 

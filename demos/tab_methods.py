@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from .messages import served, warn
-from .parts import BUDGETS, choice, downloads, handed_out, html_part, status_html, stops
+from .parts import BUDGETS, buttons, choice, downloads, handed_out, html_part, long_running, status_html
 from .worker import Worker
 
 SHEET = {"methods.png": "Contact sheet (PNG)", "repeat.py": "Program (Python)"}
@@ -25,13 +25,12 @@ def all_methods(worker: Worker, asked: list[Any], seed: int) -> None:
         )
         chance = gr.Number(seed, precision=0, label="Seed", min_width=80)
     with gr.Row():
-        go = gr.Button("Compare all methods", variant="primary", elem_id="compare")
-        stop = gr.Button("Stop", variant="stop")
+        both = buttons("Compare all methods", "compare")
     status = html_part(
         status_html("every method answers the same question at the same budget"), elem_id="compare-status"
     )
     cards = html_part(elem_id="cards")
-    buttons = downloads(SHEET, "all")
+    files = downloads(SHEET, "all")
 
     def run(
         request: gr.Request,
@@ -48,28 +47,26 @@ def all_methods(worker: Worker, asked: list[Any], seed: int) -> None:
                 str(request.session_hash), video or image, question, share / 100, budget, int(seed or 0), truth
             )
 
-        yield {status: status_html("waiting for the model"), cards: "", **handed_out(buttons, {}, "")}
-        for update in served(updates, video or image):
+        yield {status: status_html("waiting for the model"), cards: "", **handed_out(files, {}, "")}
+        for update in served(worker, str(request.session_hash), updates, video or image):
             if "message" in update:
                 warn(update["message"])
                 yield {status: status_html(update["message"])}
                 continue
+            if "done" not in update:
+                yield {status: status_html(update["status"])}
+                continue
             with tempfile.TemporaryDirectory() as folder:
-                ready = handed_out(buttons, update["files"], folder) if "files" in update else {}
+                ready = handed_out(files, update["files"], folder) if "files" in update else {}
                 yield {
                     status: status_html(update["status"], update["done"], update["of"]),
                     cards: update["cards"],
                     **ready,
                 }
 
-    event = go.click(
-        run,
-        [*asked, budget, share, chance],
-        [status, cards, *buttons.values()],
-        concurrency_id="model",
-        concurrency_limit=4,
-        show_progress="minimal",
-        show_progress_on=status,
-        api_visibility="private",
-    )
-    stops(worker, stop, status, [event])
+    def whole(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+        yield from both.served(run(request, *values))
+
+    inputs = [*asked, budget, share, chance]
+    event = both.go.click(whole, inputs, [status, cards, both.go, both.stop, *files.values()], **long_running(status))
+    both.watch(worker, status, [event])

@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -25,7 +26,8 @@ def without_folders(page: str) -> str:
     return re.sub(r">[^<]+<", lambda m: FOLDERS.sub("", m[0]), page)
 
 
-def results_tab(folder: Path | None) -> None:
+def results_tab(folder: Path | None, tab: gr.Tab) -> None:
+    """What the ``tab`` holds; it draws ``folder``'s files as soon as it is opened."""
     files = upload(
         gr.File,
         label="Result files (.json of vtprune bench, ...)",
@@ -70,11 +72,11 @@ def results_tab(folder: Path | None) -> None:
         frame = f'<iframe class="vtp-report" title="accuracy, cost and kept rows" sandbox srcdoc="{html.escape(drawn)}"></iframe>'  # noqa: E501
         return [status_html("done"), frame]
 
-    draw.click(
-        run,
-        [files, budget, cost],
-        [status, shown],
-        show_progress="minimal",
-        show_progress_on=status,
-        api_visibility="private",
-    )
+    how: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": status, "api_visibility": "private"}
+    draw.click(run, [files, budget, cost], [status, shown], **how)
+    if folder is not None:
+
+        def once(files: list[str] | None, budget: int, cost: str, there: str) -> list[Any]:
+            return [gr.skip(), gr.skip()] if there else run(files, budget, cost)
+
+        tab.select(once, [files, budget, cost, shown], [status, shown], **how)

@@ -12,12 +12,15 @@ import gradio as gr
 
 from vtprune.core.types import VtpruneError
 
-from .desk import NAMES
+from .cards import answer_html
+from .desk import NAMES, START
 from .messages import served, warn
-from .parts import BUDGETS, Files, choice, downloads, handed_out, html_part, status_html, stops, upload
+from .opening import LENGTH, Opening
+from .option_inputs import Inputs, option_inputs
+from .parts import BUDGETS, Files, buttons, choice, downloads, handed_out, html_part, long_running, status_html, upload
 from .worker import Worker
 
-SIDE = ("recipe", "file", "budget", "share", "options", "seed")  # what :meth:`Desk.side` takes
+SIDE = ("recipe", "file", "budget", "share", "options", "seed")  # what :meth:`Desk.side` takes, beside the inputs
 DOWNLOADS = {
     "vtprune.png": "Picture (PNG)",
     "theatre.html": "Theatre (HTML)",
@@ -27,21 +30,38 @@ DOWNLOADS = {
 }
 
 
-def side_fields(name: str, recipe: str, seed: int) -> dict[str, Any]:
-    """The controls of one side, by the names in :data:`SIDE`."""
+@dataclass(frozen=True)
+class Controls:
+    """Those of one side: by the names in :data:`SIDE`, and the inputs of its method's options."""
+
+    fields: dict[str, Any]
+    options: Inputs
+
+    def all(self) -> list[Any]:
+        """In the order that :func:`sent` takes their values in."""
+        return [*(self.fields[name] for name in SIDE), *self.options.all()]
+
+
+def _recipe_field(name: str, recipe: str) -> Any:
+    how = {"label": f"{name}: recipe", "min_width": 150, "scale": 4, "elem_id": f"recipe-{name.lower()}"}
+    return choice(gr.Dropdown, [(recipe, recipe)], value=recipe, **how)
+
+
+def _more_fields(name: str, recipe: Any, start: str, seed: int) -> Controls:
+    """What most leave as it is."""
     low = name.lower()
+    made: dict[str, Any] = {"recipe": recipe}
     with gr.Column(min_width=260), gr.Group():
-        with gr.Row():
-            made: dict[str, Any] = {
-                "recipe": choice(
-                    gr.Dropdown, [recipe], value=recipe, label=f"{name}: recipe", min_width=140, elem_id=f"recipe-{low}"
-                )
-            }
-            made["budget"] = choice(
-                gr.Dropdown, BUDGETS, value="own", label="Budget", min_width=140, elem_id=f"budget-{low}"
-            )
+        made["budget"] = choice(
+            gr.Dropdown,
+            BUDGETS,
+            value="own",
+            label=f"{name}: budget",
+            info="Effective tokens are averaged over the layers, so that methods that drop early or late compare.",
+            elem_id=f"budget-{low}",
+        )
         made["share"] = gr.Slider(
-            1, 100, value=25, step=1, label="Share of the tokens, %", visible=False, elem_id=f"share-{low}"
+            1, 100, value=25, step=1, label=f"{name}: share of the tokens, %", visible=False, elem_id=f"share-{low}"
         )
         made["budget"].change(
             lambda kind: gr.Slider(visible=kind != "own"),
@@ -50,35 +70,33 @@ def side_fields(name: str, recipe: str, seed: int) -> dict[str, Any]:
             show_progress="hidden",
             api_visibility="private",
         )
-        _more_fields(made, low, seed)
-    return made
-
-
-def _more_fields(made: dict[str, Any], low: str, seed: int) -> None:
-    """What most leave as it is."""
-    with gr.Accordion("Options, seed, recipe file", open=False):
-        made["options"] = gr.Textbox(label="Options of the method, JSON", placeholder='{"layer": 3}', max_lines=3)
-        made["seed"] = gr.Number(seed, precision=0, label="Seed, for methods that draw at random")
+        options = option_inputs(name, recipe, start)
+        made["seed"] = gr.Number(seed, precision=0, label=f"{name}: seed, for methods that draw at random")
         made["file"] = upload(
             gr.File,
-            label="Recipe file (JSON) instead of a name",
+            label=f"{name}: recipe file (JSON) instead of a name",
             file_types=[".json"],
             height=110,
             elem_id=f"file-{low}",
         )
+        made["options"] = gr.Textbox(
+            label=f"{name}: further options, JSON", placeholder='{"positions": "compact"}', max_lines=3
+        )
+    return Controls(made, options)
 
 
 def sent(values: Sequence[Any]) -> dict[str, Any]:
-    """One side's values in the order of :data:`SIDE`, as :meth:`Desk.side` takes them. Raises :class:`VtpruneError` for
-    a file that is no text."""
-    fields = dict(zip(SIDE, values, strict=True))
+    """One side's values in the order of :meth:`Controls.all`, as :meth:`Desk.side` takes them. Raises
+    :class:`VtpruneError` for a file that is no text."""
+    fields = dict(zip(SIDE, values, strict=False))
     if fields["file"] is not None:
         path = Path(fields["file"])
         try:
             fields["file"] = path.read_text(encoding="utf-8-sig")  # some editors begin files with a mark
         except UnicodeDecodeError as e:
             raise VtpruneError(f"{path.name} is no recipe file: it is not text") from e
-    return {**fields, "share": fields["share"] / 100, "seed": int(fields["seed"] or 0)}
+    chosen = Inputs.sent(fields["recipe"], values[len(SIDE) :])
+    return {**fields, "chosen": chosen, "share": fields["share"] / 100, "seed": int(fields["seed"] or 0)}
 
 
 @dataclass
@@ -86,95 +104,111 @@ class Outputs:
     """What answers change on the page.
 
     Attributes:
-        status: a line on what goes on.
+        status: a line on what goes on; in the end what B gains.
         answers: of both sides.
         theatre: the tokens that were left, layer by layer.
         metrics: figures of both sides.
-        buttons: what can be downloaded.
+        files: what can be downloaded.
     """
 
     status: gr.HTML
-    answers: list[gr.Textbox]
+    answers: list[gr.HTML]
     theatre: gr.HTML
     metrics: gr.HTML
-    buttons: Files
+    files: Files
 
     def all(self) -> list[Any]:
         """As Gradio wants to know them beforehand."""
-        return [self.status, *self.answers, self.theatre, self.metrics, *self.buttons.values()]
+        return [self.status, *self.answers, self.theatre, self.metrics, *self.files.values()]
 
     def emptied(self) -> dict[Any, Any]:
         """What a new question begins with."""
         empty: dict[Any, Any] = dict.fromkeys([*self.answers, self.theatre, self.metrics], "")
-        return {self.status: status_html("waiting for the model"), **empty, **handed_out(self.buttons, {}, "")}
+        return {self.status: status_html("waiting for the model"), **empty, **handed_out(self.files, {}, "")}
+
+    def opened(self, update: dict[str, Any]) -> Iterator[dict[Any, Any]]:
+        """The desk's last update for a page that has just been opened: no message in the corner, no mark of a stop."""
+        if "files" in update:
+            yield from self.finished(update)
+        else:
+            yield {self.status: status_html(update.get("message", "choose a picture, type a question, ask"))}
 
     def updated(self, update: dict[str, Any]) -> Iterator[dict[Any, Any]]:
         """One of the desk's updates, as new values."""
-        if "message" in update:
+        if "files" in update:
+            yield from self.finished(update)
+        elif "message" in update:
             warn(update["message"])
             yield {self.status: status_html(update["message"])}
         elif "text" in update:
-            yield {self.answers[update["side"]]: update["text"]}
-        elif "files" in update:
-            with tempfile.TemporaryDirectory() as folder:  # gradio takes copies before it asks for more
-                done: dict[Any, Any] = {
-                    self.theatre: update["theatre"],
-                    self.metrics: update["metrics"],
-                    **dict(zip(self.answers, update["answers"], strict=True)),
-                }
-                files = handed_out(self.buttons, update["files"], folder)
-                yield {self.status: status_html(update["status"]), **done, **files}
+            yield {self.answers[update["side"]]: answer_html(update["head"], update["text"])}
         else:
             yield {self.status: status_html(update["status"])}
 
+    def finished(self, update: dict[str, Any]) -> Iterator[dict[Any, Any]]:
+        """The last one."""
+        told = zip(update["heads"], update["answers"], update["right"], strict=True)
+        with tempfile.TemporaryDirectory() as folder:  # gradio takes copies before it asks for more
+            yield {
+                self.status: status_html(update["headline"], headline=True),
+                **{box: answer_html(*one) for box, one in zip(self.answers, told, strict=True)},
+                self.theatre: update["theatre"],
+                self.metrics: update["metrics"],
+                **handed_out(self.files, update["files"], folder),
+            }
+
 
 def _outputs() -> Outputs:
-    status = html_part(status_html("choose a picture, type a question, ask"), elem_id="status")
-    with gr.Row():
+    status = html_part(status_html("the model answers the sample"), elem_id="status")
+    with gr.Row(elem_id="answers"):
         answers = [
-            gr.Textbox(label=f"Answer {name}", lines=2, interactive=False, elem_id=f"answer-{name.lower()}")
-            for name in NAMES
+            html_part(answer_html(f"{name}:", ""), elem_id=f"answer-{name.lower()}", min_width=120) for name in NAMES
         ]
     theatre = html_part(elem_id="theatre")
     metrics = html_part(elem_id="metrics")
     return Outputs(status, answers, theatre, metrics, downloads(DOWNLOADS, "get"))
 
 
-def side_by_side(worker: Worker, asked: list[Any], recipe: str, seed: int) -> list[gr.Dropdown]:
+@dataclass(frozen=True)
+class Watch:
+    """What the page changes when it is opened: the two fields with a choice of ``recipes``, and ``out``."""
+
+    recipes: list[gr.Dropdown]
+    out: Outputs
+
+
+def side_by_side(worker: Worker, asked: list[Any], recipe: str | None, seed: int, opening: Opening) -> Watch:
     """Two sides answer one question: their controls, answers, figures and the theatre. ``asked``: the fields of
-    picture, video and question. Returns the two fields with a choice of recipes."""
-    with gr.Row():
-        sides = [side_fields(name, start, seed) for name, start in zip(NAMES, ("dense", recipe), strict=True)]
-    with gr.Row():
-        ask = gr.Button("Ask both", variant="primary", elem_id="ask")
-        stop = gr.Button("Stop", variant="stop", elem_id="stop")
+    picture, video, question and right answer."""
+    starts = ("dense", recipe or START[0])
+    with gr.Row(elem_id="sides"):
+        recipes = [_recipe_field(name, start) for name, start in zip(NAMES, starts, strict=True)]
+        both = buttons("Ask both", "ask")
     out = _outputs()
-    length = gr.Slider(1, 256, value=32, step=1, label="Length of an answer, at most this many tokens")
+    with gr.Accordion("Budgets, options, seed, recipe files, length", open=False, elem_id="more"):
+        with gr.Row():
+            sides = [_more_fields(*one, seed) for one in zip(NAMES, recipes, starts, strict=True)]
+        length = gr.Slider(1, 256, value=LENGTH, step=1, label="Length of an answer, at most this many tokens")
 
     def run(
-        request: gr.Request, image: str | None, video: str | None, question: str, length: int, *values: Any
+        request: gr.Request, image: str | None, video: str | None, question: str, truth: str, length: int, *values: Any
     ) -> Iterator[dict[Any, Any]]:
-        def updates() -> Iterator[dict[str, Any]]:
-            chosen = [sent(values[: len(SIDE)]), sent(values[len(SIDE) :])]
-            return worker.desk.ask(str(request.session_hash), video or image, question, chosen, int(length))
+        token, half = str(request.session_hash), len(values) // 2
 
+        def updates() -> Iterator[dict[str, Any]]:
+            chosen = [sent(values[:half]), sent(values[half:])]
+            return worker.desk.ask(token, video or image, question, chosen, int(length), truth)
+
+        opening.give_way()
         yield out.emptied()
-        for update in served(updates, video or image):
+        for update in served(worker, token, updates, video or image):
             yield from out.updated(update)
 
-    inputs = [*asked, length, *(side[name] for side in sides for name in SIDE)]
-    events = [
-        listen(
-            run,
-            inputs,
-            out.all(),
-            concurrency_id="model",
-            concurrency_limit=4,
-            show_progress="minimal",
-            show_progress_on=out.status,
-            api_visibility="private",
-        )
-        for listen in (ask.click, asked[-1].submit)
-    ]
-    stops(worker, stop, out.status, events)
-    return [side["recipe"] for side in sides]
+    def whole(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+        yield from both.served(run(request, *values))
+
+    inputs = [*asked, length, *(field for side in sides for field in side.all())]
+    outputs = [*out.all(), both.go, both.stop]
+    events = [listen(whole, inputs, outputs, **long_running(out.status)) for listen in (both.go.click, asked[2].submit)]
+    both.watch(worker, out.status, events)
+    return Watch(recipes, out)

@@ -15,6 +15,7 @@ from multiprocessing.managers import BaseManager, IteratorProxy  # type: ignore[
 from typing import Any
 
 from .desk import Desk
+from .stops import Stops
 
 KILL = 9  # what Linux does to a process when memory runs out
 
@@ -47,19 +48,37 @@ def _begin() -> None:
 
 
 class Worker:
-    """A :class:`Desk` in another process. :attr:`desk` waits until the model is there."""
+    """A :class:`Desk` in another process. :attr:`desk` waits until the model is there.
+
+    Attributes:
+        process: the other one.
+        asking: who, on which page, has asked and waits; known before the desk hears of it.
+    """
 
     def __init__(self, model: str | None, device: str, dtype: str):
+        self.asking = Stops()
+        self._model = (model, device, dtype)
+        self._trouble = ""
         # A forked process keeps the torch that is imported here already; elsewhere, or once CUDA is in use, it starts
         # anew.
-        self._manager = _Manager(ctx=multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn"))
+        self._start("fork" if sys.platform == "linux" else "spawn")
+
+    def _start(self, how: str) -> None:
+        self._manager = _Manager(ctx=multiprocessing.get_context(how))
         # of the socket between the two: made here, it goes with this process, however the other one ends
         util.get_temp_dir()
         before = multiprocessing.active_children()
         self._manager.start(_begin)
         (self.process,) = [p for p in multiprocessing.active_children() if p not in before]
         self._desk: Any = self._manager.Desk()  # type: ignore[attr-defined]
-        self._loaded = ThreadPoolExecutor(1).submit(self._desk.load, model, device, dtype)
+        self._loaded = ThreadPoolExecutor(1).submit(self._desk.load, *self._model)
+
+    def restart(self) -> None:
+        """Starts a process that has ended anew. Raises what loading raises."""
+        self._trouble = self._ended()
+        self._start("spawn")  # this one has threads by now, whose locks a fork would keep
+        self._loaded.result()
+        self._trouble = ""
 
     @property
     def desk(self) -> Any:
@@ -67,7 +86,22 @@ class Worker:
         self._loaded.result()
         return self._desk
 
+    def stop(self, token: str) -> None:
+        """Ends what ``token`` has running or waiting, here and, where the model is loaded, at the desk."""
+        self.asking.stop(token)
+        if self._loaded.done():
+            self.desk.stop(token)
+
     def state(self) -> str:
+        """What is wrong with the process, which has ended or is being started again; empty while all is well. One that
+        ends before its model is loaded is not started again."""
+        why = self._ended()
+        worked = self._loaded.done() and self._loaded.exception() is None
+        if (why and worked) or self._trouble:
+            return f"{why or self._trouble}; it is being started again"
+        return why
+
+    def _ended(self) -> str:
         """Why the process has ended; empty while it lives."""
         if (code := self.process.exitcode) is None:
             return ""
@@ -79,9 +113,9 @@ class Worker:
         return f"the model's process has ended ({how})"
 
     def wait(self) -> str:
-        """Returns when the process has ended, and :meth:`state`."""
+        """Returns when the process has ended: why."""
         connection.wait([self.process.sentinel])
-        while not (why := self.state()):  # another thread may be collecting its code just now
+        while not (why := self._ended()):  # another thread may be collecting its code just now
             time.sleep(0.01)
         return why
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from vtprune.demos.stops import Stops
 
 from vtprune.core.types import VtpruneError
 
@@ -54,11 +55,13 @@ def test_every_field_of_the_page_that_takes_files_has_that_check(gr, tmp_path):
 
 
 def test_choices_that_do_not_exist_are_not_repeated_as_html(gr, tmp_path):
-    from vtprune.demos import app
+    from vtprune.demos import app, options
 
     page = app.build(SimpleNamespace(), tmp_path)
     fields = [b for b in page.blocks.values() if isinstance(b, gr.Dropdown | gr.Radio | gr.CheckboxGroup)]
-    assert len(fields) == 6 and all(field.preprocess("<img src=x>") == "<img src=x>" for field in fields)
+    assert len(fields) == 6 + 2 * options.most()["choice"] and all(
+        field.preprocess("<img src=x>") == "<img src=x>" for field in fields
+    )
 
 
 def test_messages_name_files_without_their_folder():
@@ -67,7 +70,34 @@ def test_messages_name_files_without_their_folder():
     def updates():
         raise VtpruneError("/tmp/up/abc/cat.png is not an image")
 
-    assert list(served(updates, "/tmp/up/abc/cat.png")) == [{"message": "cat.png is not an image"}]
+    page = SimpleNamespace(asking=Stops())
+    assert list(served(page, "x", updates, "/tmp/up/abc/cat.png")) == [{"message": "cat.png is not an image"}]
+    assert not page.asking.has("x")
+
+
+def test_what_is_asked_before_the_desk_knows_of_it_can_be_stopped():
+    """As when the model is still being loaded."""
+    from vtprune.demos.messages import served
+
+    page, closed = SimpleNamespace(asking=Stops()), []
+
+    def updates():
+        page.asking.stop("x")
+        try:
+            yield {"status": "A waits for the model"}
+            yield {"status": "never asked for"}
+        finally:
+            closed.append(True)
+
+    assert list(served(page, "x", updates)) == [{"status": "stopped", "stopped": True}] and closed == [True]
+
+
+def test_every_message_in_the_corner_is_made_in_one_place():
+    """Where it is escaped."""
+    made = re.compile(r"gr\.(Warning|Info|Success|Error)\(")
+    folder = Path(__file__).parents[2] / "demos"
+    found = [path.name for path in sorted(folder.glob("*.py")) if made.search(path.read_text(encoding="utf-8"))]
+    assert found == ["messages.py"]
 
 
 def test_messages_are_text_that_a_stream_can_carry(gr, monkeypatch):
@@ -79,6 +109,9 @@ def test_messages_are_text_that_a_stream_can_carry(gr, monkeypatch):
     monkeypatch.setattr(gr, "Warning", shown.append)
     messages.warn("<img src=x> & 'more'")
     assert shown == ["&lt;img src=x&gt; &amp; &#x27;more&#x27;"]
+    assert (
+        messages.refusal("<a href=http://evil.example>x</a>").message == "&lt;a href=http://evil.example&gt;x&lt;/a&gt;"
+    )
 
 
 def files(tmp_path, **texts):
@@ -140,14 +173,19 @@ def test_an_empty_recipe_file_is_not_taken_for_none(tmp_path):
 
 def test_a_model_s_process_that_has_ended_is_told():
     from vtprune.demos import app, messages
+    from vtprune.demos.opening import Opening
 
     class Gone:
         @property
         def desk(self):
             raise ConnectionRefusedError
 
+        def stop(self, token):
+            raise EOFError
+
     assert messages.stopped(Gone(), SimpleNamespace(session_hash="x")) == messages.GONE
-    assert "has ended; start" in app._welcome(Gone())[0]
+    assert "has ended and is being started again" in app._welcome(Gone(), None)[0]
+    assert Opening(Gone(), ["a.png", "what?", "it"], None, 0).start().result() == {"message": messages.GONE}
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"layer": ' + "9" * 5000 + "}", "{"])
@@ -164,8 +202,25 @@ def test_how_a_model_s_process_ended(number, says):
 
     worker = Worker("no/such/model", "cpu", "float32")
     assert worker.state() == ""
+    with pytest.raises(VtpruneError):
+        worker.desk.about()
     os.kill(worker.process.pid, number)
-    assert worker.wait() == worker.state() == f"the model's process has ended ({says})"
+    assert worker.wait() == worker.state() == f"the model's process has ended ({says})", "it never worked"
+    worker.close()
+
+
+@pytest.mark.ci
+def test_a_model_s_process_that_worked_is_started_again():
+    from vtprune.demos.worker import Worker
+
+    worker = Worker(None, "cpu", "float32")
+    about, first = worker.desk.about(), worker.process.pid
+    os.kill(first, 9)
+    assert worker.wait() and worker.state().endswith("it is being started again")
+    with pytest.raises((EOFError, ConnectionError)):
+        worker.desk.about()
+    worker.restart()
+    assert worker.state() == "" and worker.process.pid != first and worker.desk.about() == about
     worker.close()
 
 

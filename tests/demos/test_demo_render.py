@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from vtprune.demos import TRAINED, cards, drawings, metrics, repeat
 from vtprune.demos.engine import Engine
 from vtprune.demos.results import Entry, Result, Rounds
-from vtprune.demos.samples import samples
+from vtprune.demos.samples import number, samples, saved
 from vtprune.demos.sides import Side
 
 import vtprune
@@ -100,7 +101,6 @@ def test_rows_hold_both_sides_and_their_difference():
     assert rows == [
         ("100.0", "60.0", "", ""),
         ("80.0", "40.0", "", ""),
-        ("10.0", "-", "", ""),
         ("16 x 4", "16 x 2, 4 x 2", "", ""),
         ("16.0", "10.0", "-6.0", "x 0.62"),
         ("2.000", "1.250", "-0.750", "x 0.62"),
@@ -111,10 +111,36 @@ def test_rows_hold_both_sides_and_their_difference():
         ("70.0", "40.0", "-30.0", "x 0.57 (0.50 to 0.65)"),
         ("50.0", "30.0", "-20.0", "x 0.50 (0.50 to 0.60)"),
     ]
-    assert "median of 3 in turns" in timed[0].name and all(
-        "one run each" in r.name for r in (*metrics.metrics(a, b)[:3], timed[2])
-    )
+    assert "median of 3 in turns" in timed[0].name and all("one run each" in r.name for r in metrics.metrics(a, b)[:2])
+    assert [(r.name, r.first) for r in metrics.metrics(a, a)[2:3]] == [
+        ("later tokens, median ms, one run each", "10.0")
+    ]
     assert metrics.figures_of(b)["effective_tokens"] == 10 and metrics.figures_of(b)["layer_tokens"] == [16, 16, 4, 4]
+
+
+def test_the_headline_tells_what_is_gained_or_lost():
+    a, b = result("dense", None), result(kept=(3,), answer="blue")
+
+    def told(first, second, *pairs):
+        return metrics.headline(first, second, Rounds(pairs, pairs))
+
+    sooner, noise = [(100, 50 + i) for i in range(6)], [(100, 50), *[(100, 150)] * 5]
+    assert told(a, b, *sooner) == "5 of 10 visual tokens gone, another answer, first token 1.9× sooner."
+    assert told(b, a, *[(y, x) for x, y in sooner]).endswith("first token 1.9× later.")
+    assert told(b, a, *sooner).startswith("1.9× the visual tokens, ")
+    assert told(a, a, *noise) == "as many visual tokens, same answer, first token as soon, within noise."
+    assert told(a, a, *sooner[:5]).endswith("too few rounds (5) to compare times.")
+    rare = replace(b, report=replace(b.report, layer_tokens=[[16, 16, 16, 15]]), note="no such size")
+    assert told(a, rare, *sooner).startswith("1.56 % of the visual tokens gone, ")
+    assert told(replace(a, note="no such size"), a, *noise).endswith(". Patches are drawn on grey: no such size.")
+
+
+def test_long_answers_are_folded_and_marked():
+    assert "<details>" not in cards.answer_html("A", "red", True) and "✓ right" in cards.answer_html("A", "red", True)
+    page = Page(cards.answer_html(EVIL, "word " * 60 + EVIL, False))
+    assert page.named("details") and not page.named("script")
+    shown = "".join(page.text)
+    assert "✗ wrong" in shown and shown.count("alert(1)") == 2, "all of it is there"
 
 
 def test_a_ratio_is_told_with_what_it_is_worth():
@@ -152,7 +178,7 @@ def test_the_table_has_heads_and_no_foreign_markup():
         and len(page.named("td")) == 4 * len(rows)
         and not page.named("script")
     )
-    assert "".join(page.text).count("alert(1)") == 3
+    assert "".join(page.text).count("alert(1)") == 3 and metrics.EFFECTIVE in "".join(page.text)
     css = "".join(page.text)
     assert all(name in css for name in ("--body-text-color,", "--border-color-primary,", "max-width"))
 
@@ -280,6 +306,22 @@ def test_a_program_repeats_what_is_on_screen(engine, asked, monkeypatch, capsys)
     assert len({r.flops for _, r in there["results"]}) == len(SIDES) and capsys.readouterr().out.count(
         "effective tokens"
     ) == len(SIDES)
+
+
+def test_the_program_of_a_sample_needs_no_file(engine, tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "empty").mkdir()
+    path, question, _ = saved(2, tmp_path / "there")[1]
+    assert number(Path(path)) == 2 and number(Path(path).rename(tmp_path / "mine.png")) is None
+    Image.new("RGB", (168, 168)).save(path)
+    assert number(Path(path)) is None, "another picture of that name"
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setattr(vtprune, "load_demo_model", lambda device: (engine.model, engine.processor))
+    there = {"__name__": "snippet"}
+    code = repeat.snippet([Side(), Side("flowcut")], question, None, "sample-2.png", sample=2)
+    exec(compile(code, "snippet", "exec"), there)
+    shown = [answered(engine, side, (tmp_path / "mine.png", question)).answer for side in (Side(), Side("flowcut"))]
+    assert [said for said, _ in there["results"]] == shown
 
 
 def test_a_program_for_a_folder_and_a_recipe_file(engine, asked, tmp_path):

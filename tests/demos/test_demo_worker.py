@@ -39,10 +39,22 @@ def scenes(element: str) -> list[dict]:
 def test_an_answer_comes_in_pieces_and_ends_with_everything(desk, sample):
     path, question, _ = sample
     found = list(
-        desk.ask("page", path, question, [DENSE, {**DENSE, "recipe": "tome", "budget": "effective", "share": 0.5}], 8)
+        desk.ask(
+            "page",
+            path,
+            question,
+            [DENSE, {**DENSE, "recipe": "tome", "budget": "effective", "share": 0.5}],
+            8,
+            "cross",
+        )
     )
     assert [u["side"] for u in found if "side" in u] == sorted(u["side"] for u in found if "side" in u)
     last = found[-1]
+    assert last["right"] == [answer == "cross" for answer in last["answers"]] and last["heads"] == [
+        "A: dense",
+        "B: tome",
+    ]
+    assert "visual tokens gone" in last["headline"]
     assert set(last["files"]) == {"vtprune.png", "theatre.html", "repeat.py", "recipe-b.json"}
     for side in (0, 1):
         assert [u["text"] for u in found if u.get("side") == side][-1] == last["answers"][side]
@@ -68,6 +80,9 @@ def test_an_answer_comes_in_pieces_and_ends_with_everything(desk, sample):
         ({"recipe": "nothing"}, "B: unknown recipe 'nothing'"),
         ({"recipe": "/etc/passwd.json"}, "B: unknown recipe"),
         ({"options": "{]"}, "B: options: not JSON"),
+        ({"recipe": "fastv", "chosen": {"number": ["<a>"]}}, "B: fastv: layer='<a>': expected integer"),
+        ({"recipe": "pyramiddrop", "chosen": {"text": ["1, x"]}}, "B: layers='1, x': write whole numbers"),
+        ({"recipe": "pyramiddrop", "chosen": {"choice": ["<a>"]}}, "B: score_layer='<a>' is not one of"),
         ({"options": "[1]"}, "B: options: a JSON object"),
         ({"file": "{"}, "B: recipe file: not JSON"),
         ({"file": ""}, "B: the recipe file is empty"),

@@ -374,7 +374,7 @@ def test_what_the_browser_shows_is_what_the_report_says(opened, tiny):
     scenes = [theatre.scene(theatre.dense(reports[0])), *(theatre.scene(r, title=EVIL) for r in reports)]
     tab = opened(f"<!doctype html><html><head>{theatre.head()}</head><body><main></main></body></html>")
     tab.evaluate("text => { document.querySelector('main').innerHTML = text; }", theatre.element(scenes))
-    assert tab.locator("script").count() == 1 and tab.locator("h3").first.inner_text().startswith(
+    assert tab.locator("script").count() == 1 and tab.locator("h2").first.inner_text().startswith(
         "it's </vt-theatre><script>"
     )
     assert tab.evaluate("document.documentElement.scrollWidth") == 360

@@ -60,10 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--recipe",
-        default="pyramiddrop",
         metavar="NAME_OR_FILE",
-        help="of the right side, to begin with (default %(default)s; 'vtprune recipes'); a .json / .yaml file is "
-        "offered under its own name",
+        help="of the right side, to begin with (default flowcut where the model takes it; 'vtprune recipes'); a .json "
+        "/ .yaml file is offered under its own name",
     )
     add(
         "--results",
@@ -107,9 +106,9 @@ def _check(args: argparse.Namespace) -> None:
         raise VtpruneError("the demo needs gradio: pip install 'vtprune[demo]'")
     if args.results is not None and not args.results.is_dir():
         raise VtpruneError(f"no such folder: {args.results}")
-    if args.recipe.endswith(FILES):
+    if args.recipe is not None and args.recipe.endswith(FILES):
         args.recipe = offer(args.recipe)
-    if args.recipe not in (known := ("dense", TRAINED, *vtprune.recipes())):
+    if args.recipe is not None and args.recipe not in (known := ("dense", TRAINED, *vtprune.recipes())):
         hint = suggestion(args.recipe, known)
         raise VtpruneError(f"unknown recipe {args.recipe!r}; {hint}{' ' * bool(hint)}there are {', '.join(known)}")
     if args.model is None:
@@ -120,7 +119,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _serve(worker: Any, folder: Path, args: argparse.Namespace) -> NoReturn:
-    """Shows the page while the model's process lives. Raises :class:`VtpruneError` when it has ended."""
+    """Shows the page, and starts the model's process again whenever it ends. Raises :class:`VtpruneError` when it ends
+    before its model is loaded."""
     with without_stubs():
         from vtprune.demos import app
 
@@ -132,10 +132,12 @@ def _serve(worker: Any, folder: Path, args: argparse.Namespace) -> NoReturn:
     print(f"vtprune demo: {url} (Ctrl-C ends it)", flush=True)
     try:
         worker.desk.about()  # raises what loading raised
-        print("vtprune demo: the model is loaded", flush=True)
+        while True:
+            print("vtprune demo: the model is loaded", flush=True)
+            print(f"vtprune demo: {worker.wait()}; it is being started again", file=sys.stderr, flush=True)
+            worker.restart()
     except (EOFError, ConnectionError):  # it ended while it loaded
-        pass
-    why = worker.wait()
+        why = worker.wait()
     print(f"vtprune demo: {why}", file=sys.stderr, flush=True)
     time.sleep(app.LINGER)  # every page is told
     raise VtpruneError(f"{why}; start vtprune demo again")

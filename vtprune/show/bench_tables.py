@@ -18,15 +18,19 @@ class Column(NamedTuple):
     text: Callable[[Mapping[str, Any]], str]  # of a row, shown
     value: Callable[[Mapping[str, Any]], float | None]  # of a row, compared; ``None``: not known
     better: int = 0  # 1 if more is, -1 if less is, 0 if neither
+    spread: Callable[[Mapping[str, Any]], str] = lambda row: ""  # the interval, shown behind
+
+    def cell(self, row: Mapping[str, Any], best: bool = False) -> Cell:
+        return Cell(self.text(row), best, spread=self.spread(row))
 
 
-def _group_text(row: Mapping[str, Any]) -> str:
-    group = row.get("group_a")
-    return NONE if group is None else percent(group["accuracy"]) + between(group.get("interval"))
+def _group(row: Mapping[str, Any], key: str) -> Any:
+    return (row.get("group_a") or {}).get(key)
 
 
 def _count(key: str) -> Callable[[Mapping[str, Any]], str]:
-    return lambda row: NONE if row.get(key) is None else f"{row[key]:.1f}"
+    """Whole numbers without a decimal."""
+    return lambda row: NONE if row.get(key) is None else f"{row[key]:.1f}".removesuffix(".0")
 
 
 def _get(key: str) -> Callable[[Mapping[str, Any]], Any]:
@@ -42,14 +46,26 @@ def _sure_ratio(row: Mapping[str, Any]) -> float | None:
 
 
 COLUMNS = [
-    Column("average %", lambda row: percent(row["average"]) + between(row.get("average_interval")), _get("average"), 1),
+    Column(
+        "average %",
+        lambda row: percent(row["average"]),
+        _get("average"),
+        1,
+        lambda row: between(row.get("average_interval")),
+    ),
     Column("of dense %", lambda row: percent(row.get("relative_average")), _get("relative_average"), 1),
     Column("worst ability %", lambda row: f"{percent(row['worst'])} {row['worst_ability']}", _get("worst"), 1),
-    Column("group A %", _group_text, lambda row: (row.get("group_a") or {}).get("accuracy"), 1),
+    Column(
+        "group A %",
+        lambda row: percent(_group(row, "accuracy")),
+        lambda row: _group(row, "accuracy"),
+        1,
+        lambda row: between(_group(row, "interval")),
+    ),
     Column("tokens left", _count("nominal_tokens"), _get("nominal_tokens")),
     Column("effective tokens", _count("effective_tokens"), _get("effective_tokens")),
-    Column("FLOPs %", lambda row: percent(row["flops_share"]), _get("flops_share"), -1),
-    Column("KV %", lambda row: percent(row["kv_share"]), _get("kv_share"), -1),
+    Column("FLOPs %", lambda row: percent(row["flops_share"], 0), _get("flops_share"), -1),
+    Column("KV %", lambda row: percent(row["kv_share"], 0), _get("kv_share"), -1),
     Column("prefill x", _ratio, _sure_ratio, -1),
     Column("note", lambda row: row.get("note") or "", lambda row: None),
 ]
@@ -74,9 +90,9 @@ def main_table(bench: Mapping[str, Any], budget: float | None, columns: Sequence
         if known := [r for r in rows if c.value(r) is not None] if c.better and len(rows) > 1 else []:
             best = max(known, key=lambda r, c=c: c.better * c.value(r))  # type: ignore[misc]
             first[c.name] = c.text(best).split(" ")[0]
-    body = [[Cell("dense"), *(Cell(c.text(base)) for c in columns)]]
+    body = [[Cell("dense"), *(c.cell(base) for c in columns)]]
     for row in rows:
-        cells = [Cell(c.text(row), c.text(row).split(" ")[0] == first.get(c.name)) for c in columns]
+        cells = [c.cell(row, c.text(row).split(" ")[0] == first.get(c.name)) for c in columns]
         body.append([Cell(row["method"], tag="baseline" if row["method"] in plain else ""), *cells])
     caption = (
         "Recipes on their own schedule"
@@ -99,11 +115,11 @@ def ability_table(bench: Mapping[str, Any], budget: float | None) -> Table:
     kinds, sets = bench["abilities"], bench["sets"]
     rows = [reading.dense_row(bench), *sorted(reading.measured(bench), key=lambda r: -r["average"])]
 
-    def gap(entry: Mapping[str, Any] | None) -> str:
+    def gap(entry: Mapping[str, Any] | None) -> str | Cell:
         if entry is None or "difference" not in entry:
             return NONE
         low, high = entry["difference_interval"]
-        return f"{100 * entry['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        return Cell(f"{100 * entry['difference']:+.1f}", spread=f" [{100 * low:+.0f}, {100 * high:+.0f}]")
 
     body = []
     for row in rows:
@@ -111,7 +127,7 @@ def ability_table(bench: Mapping[str, Any], budget: float | None) -> Table:
         body.append(
             [
                 row["method"],
-                *(percent(row["abilities"][k]) + between(spans.get(k)) for k in kinds),
+                *(Cell(percent(row["abilities"][k], 0), spread=between(spans.get(k))) for k in kinds),
                 *(gap(row["sets"].get(s)) for s in sets),
             ]
         )

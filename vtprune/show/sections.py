@@ -37,7 +37,8 @@ HOW = {
     "share of the dense model's. A method that cuts late has to cut more. Tokens left is what remains after the last "
     "cut.",
     "intervals": "Intervals hold 95 %. They come from bootstraps that draw images, not questions, so that questions "
-    "about one image stay together; differences to dense are paired, question by question.",
+    "about one image stay together; differences to dense are paired, question by question. Narrow screens leave them "
+    "out.",
     "relative": "Of dense %: each ability's accuracy over the dense model's, then averaged.",
     "group": "Group A (VTC-Bench, arXiv 2510.07143): the questions that the dense model answers and plain "
     "down-sampling at the same budget does not. Only they tell whether choosing tokens helps; dense has 100 % there "

@@ -15,6 +15,7 @@ class Cell(NamedTuple):
     text: str
     best: bool = False  # marks it within its column
     tag: str = ""  # a small word behind the text
+    spread: str = ""  # an interval behind the text, for which a phone has no room
 
 
 class Table(NamedTuple):
@@ -57,16 +58,16 @@ def _unit(name: str) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    return esc(cell.text) + (f'<span class="tag">{esc(cell.tag)}</span>' if cell.tag else "")
+    spread = f'<span class="spread">{esc(cell.spread)}</span>' if cell.spread else ""
+    return esc(cell.text) + spread + (f'<span class="tag">{esc(cell.tag)}</span>' if cell.tag else "")
 
 
-def plain_table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table without marks; columns in which every row has :data:`NONE` are left out."""
+def plain_table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str | Cell]]) -> Table:
+    """A table without marks, of texts and ready cells; columns in which every row has :data:`NONE` are left out."""
     listed = [list(row) for row in rows]
     shown = [i for i in range(len(head)) if i == 0 or any(row[i] != NONE for row in listed)]
-    return Table(
-        caption, [head[i] for i in shown], [[Cell(row[i]) for i in shown] for row in listed], [""] * len(listed)
-    )
+    cells = [[c if isinstance(c := row[i], Cell) else Cell(c) for i in shown] for row in listed]
+    return Table(caption, [head[i] for i in shown], cells, [""] * len(listed))
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -74,7 +75,8 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def between(pair: Sequence[float] | None) -> str:
-    return "" if pair is None else f" [{100 * pair[0]:.1f}, {100 * pair[1]:.1f}]"
+    """An interval in whole percent: its ends are no better known."""
+    return "" if pair is None else f" [{100 * pair[0]:.0f}, {100 * pair[1]:.0f}]"
 
 
 def share(budget: float | None) -> str:
@@ -82,11 +84,11 @@ def share(budget: float | None) -> str:
 
 
 def plain_value(value: Any) -> str:
-    """A scalar of a table of unknown columns: four significant digits, whole numbers as they are."""
+    """A scalar of a table of unknown columns: three significant digits, whole numbers as they are."""
     if value is None:
         return NONE
     if isinstance(value, float):
-        return f"{value:.0f}" if value == round(value) and abs(value) >= 1000 else f"{value:.4g}"
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return str(value)
 
 

@@ -73,6 +73,7 @@
       this.replaceChildren();
       this.controls(scenes);
       const row = make("div", "vt-scenes", this);
+      this.legendOf(scenes);
       this.scenes = scenes.map((scene) => this.stage(scene, row));
       this.details = make("div", "vt-details", this);
       this.details.setAttribute("aria-live", "polite");
@@ -126,9 +127,17 @@
       this.which = make("output", "vt-which", rasters);
     }
 
+    // What the drawing means, as far as these scenes have it.
+    legendOf(scenes) {
+      const list = make("ul", "vt-key", this), some = (what) => scenes.some((s) => s.stages.some((g) => g.outcome.includes(what)));
+      make("li", "vt-kept", list, "kept");
+      if (some(DROPPED)) make("li", "vt-gone", list, "dropped");
+      if (some(MERGED)) make("li", "vt-merged", list, "merged: one colour is one token, the dot is its place");
+    }
+
     stage(data, row) {
       const box = make("section", "vt-scene", row);
-      if (data.title) make("h3", "", box, data.title);
+      if (data.title) make("h2", "", box, data.title);
       const canvas = make("canvas", "vt-picture", box);
       canvas.tabIndex = 0;
       canvas.setAttribute("role", "application");
@@ -154,6 +163,9 @@
       const scene = { data, box, canvas, frames, caption: make("p", "vt-caption", box), note: make("p", "vt-note", box), bars: [] };
       scene.at = this.axis.map(({ site }) => data.steps.findLastIndex((p) => order(p.site) <= order(site)));
       scene.acts = (i) => (data.steps[scene.at[i]].site === this.axis[i].site ? data.steps[scene.at[i]].stages : []);
+      const word = make("p", "vt-word", box);
+      make("span", "", word, `visual tokens, site by site (of ${data.tokens})`);
+      if (data.stages.length) make("span", "vt-mark", word, "tokens cut");
       const bars = make("div", "vt-bars", box);
       bars.setAttribute("aria-hidden", "true"); // the slider and the caption tell the same
       KINDS.forEach((_, k) => {
@@ -237,9 +249,8 @@
     draw() { this.scenes?.forEach((s) => this.paint(s)); }
 
     paint(scene) {
-      const { data, canvas, bars, frames } = scene, r = this.here(data), { rows, columns } = r;
-      canvas.style.width = `min(100%, ${(30 * columns) / rows}rem)`;
-      bars[0].closest(".vt-bars").style.maxWidth = `max(18rem, ${(30 * columns) / rows}rem)`;
+      const { data, canvas, frames } = scene, r = this.here(data), { rows, columns } = r;
+      canvas.style.width = `min(100%, ${(85 * columns) / rows}vh)`;
       canvas.style.aspectRatio = `${columns} / ${rows}`;
       const owner = data.states[data.steps[scene.at[this.step]].state];
       const groups = new Set(owner.filter((o, t) => o >= 0 && o !== t)), part = this.tokens(canvas, data, r, owner, groups, scene.scored, null);
@@ -360,7 +371,7 @@
       const told = make("div", "vt-told", this.details);
       for (const { data } of this.scenes) {
         const r = this.here(data), box = make("div", "", told);
-        if (data.title) make("h4", "", box, data.title);
+        if (data.title) make("h3", "", box, data.title);
         const list = make("ol", "", box);
         const lines = patch < r.rows * r.columns ? history(data, r.start + patch) : [["this picture has no such patch", true]];
         for (const [text, quiet] of lines) make("li", quiet ? "vt-quiet" : "", list, text);

@@ -18,7 +18,7 @@ def times_table(times: Mapping[str, Any]) -> Table:
             if entry.get(key) is None
             else f"{entry[key] / 2**20:.0f}"
             if key == "peak_bytes"
-            else f"{entry[key]:.1f}"
+            else f"{entry[key]:.{0 if entry[key] >= 100 else 1}f}"
         )
 
     head = ["method", "budget", "batch", "images", "tokens", "first token x"]
@@ -72,7 +72,7 @@ def overhead_table(result: Mapping[str, Any]) -> Table:
         for r in result[key]:
             ratio = r.get("overhead") or {}
             text = (
-                f"{ratio['median']:.3f} [{ratio['p20']:.3f}, {ratio['p80']:.3f}]"
+                f"{ratio['median']:.2f} [{ratio['p20']:.2f}, {ratio['p80']:.2f}]"
                 if {"median", "p20", "p80"} <= ratio.keys()
                 else NONE
             )
