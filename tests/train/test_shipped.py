@@ -20,6 +20,7 @@ SHIPPED = {  # what each was trained for, something else (None: it tells nothing
     "covipal": ({"keep": 1 / 9}, {"keep": 1 / 9, "layers": (3,)}, 0.4),
     "focusllava": ({}, {"scales": (1, 2)}, 0.5),
     "falcon": ({"registers": 36, "reatten": False}, {"registers": 16, "reatten": False}, 0.2),
+    "ia-red2": ({}, {"groups": 2}, 0.6),
     "mone": ({"capacity": 0.5}, None, 0.3),
     "mindskip": ({}, {"layers": (2, 3)}, 1.0),
 }
@@ -29,7 +30,7 @@ SHIPPED = {  # what each was trained for, something else (None: it tells nothing
 @pytest.mark.parametrize("method", SHIPPED)
 def test_the_parts_that_are_shipped(method):
     """They belong to the bundled model and to what they were trained for, and answer no worse than untrained ones, but
-    for FocusLLaVA's, whose untrained gate leaves more tokens."""
+    for FocusLLaVA's and IA-RED²'s, which untrained leave more tokens."""
     options, other, least = SHIPPED[method]
     model, processor = vtprune.load_demo_model()
     path = demo_model.FOLDER / f"{method.replace('-', '_')}.safetensors"
@@ -41,7 +42,7 @@ def test_the_parts_that_are_shipped(method):
     found = evaluate(model, processor, samples, method, **options, weights=str(path))
     plain = evaluate(model, processor, samples, method, **options)
     assert sum(found["correct"]) >= least * len(samples)
-    if method == "focusllava":
+    if method in ("focusllava", "ia-red2"):
         assert found["effective_tokens"] < 0.8 * plain["effective_tokens"]
     else:
         assert sum(found["correct"]) >= sum(plain["correct"])
