@@ -44,6 +44,10 @@ class Processor:
         assert isinstance(chat[0]["content"][0]["image"], Image.Image)
         return BatchFeature(dict(self.inputs))
 
+    def batch_decode(self, ids: Any, *, skip_special_tokens: bool) -> list[str]:
+        assert skip_special_tokens and ids.ndim == 2
+        return [" ".join(map(str, row)) for row in ids.tolist()]
+
     def __call__(self, *args: Any, **given: Any) -> BatchFeature:
         assert given.pop("return_tensors") == "pt" and set(given) <= {"images", "text"}
         return BatchFeature(dict(self.inputs))

@@ -18,6 +18,7 @@ import stand_ins
 from blocks import ROOT, Block, blocks, pages, unknown
 
 import vtprune
+from fake import picture
 from test_packaging import project
 from vtprune.cli import main
 from vtprune.core.handle import Handle
@@ -84,10 +85,11 @@ def run(block: Block, monkeypatch: Any, folder: Path) -> dict[str, Any]:
 
 
 def _here(code: str, folder: Path) -> str:
-    """A block as it runs here: data loaders without processes, two pictures for ImageNet."""
+    """A block as it runs here: data loaders without processes, a picture that is opened, two for ImageNet."""
+    if '"photo.jpg"' in code:
+        picture(side=64).save(folder / "photo.jpg")
+        code = code.replace('"photo.jpg"', repr(str(folder / "photo.jpg")))
     if "imagenet" in code:
-        from fake import picture
-
         for name in ("a", "b"):
             path = folder / "imagenet" / "validation" / name / "0.png"
             path.parent.mkdir(parents=True, exist_ok=True)
