@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 
 import gradio as gr
 
+from vtprune.core.planning import FILES
+from vtprune.core.recipe import Recipe
 from vtprune.core.types import VtpruneError
 
 from .cards import answer_html
@@ -74,8 +77,8 @@ def _more_fields(name: str, recipe: Any, start: str, seed: int) -> Controls:
         made["seed"] = gr.Number(seed, precision=0, label=f"{name}: seed, for methods that draw at random")
         made["file"] = upload(
             gr.File,
-            label=f"{name}: recipe file (JSON) instead of a name",
-            file_types=[".json"],
+            label=f"{name}: recipe file (JSON, YAML) instead of a name",
+            file_types=list(FILES),
             height=110,
             elem_id=f"file-{low}",
         )
@@ -85,16 +88,25 @@ def _more_fields(name: str, recipe: Any, start: str, seed: int) -> Controls:
     return Controls(made, options)
 
 
+def _text(path: Path) -> str:
+    """A recipe file as JSON. Raises :class:`VtpruneError` for one that is no text, or no recipe in YAML."""
+    if path.suffix == ".json":
+        try:
+            return path.read_text(encoding="utf-8-sig")  # some editors begin files with a mark
+        except UnicodeDecodeError as e:
+            raise VtpruneError(f"{path.name} is no recipe file: it is not text") from e
+    try:
+        return json.dumps(Recipe.load(path).to_dict())
+    except VtpruneError as e:
+        raise VtpruneError(str(e).replace(str(path), path.name)) from e
+
+
 def sent(values: Sequence[Any]) -> dict[str, Any]:
     """One side's values in the order of :meth:`Controls.all`, as :meth:`Desk.side` takes them. Raises
     :class:`VtpruneError` for a file that is no text."""
     fields = dict(zip(SIDE, values, strict=False))
     if fields["file"] is not None:
-        path = Path(fields["file"])
-        try:
-            fields["file"] = path.read_text(encoding="utf-8-sig")  # some editors begin files with a mark
-        except UnicodeDecodeError as e:
-            raise VtpruneError(f"{path.name} is no recipe file: it is not text") from e
+        fields["file"] = _text(Path(fields["file"]))
     chosen = Inputs.sent(fields["recipe"], values[len(SIDE) :])
     return {**fields, "chosen": chosen, "share": fields["share"] / 100, "seed": int(fields["seed"] or 0)}
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from vtprune.demos.stops import Stops
 
+from vtprune.core.recipe import Recipe
 from vtprune.core.types import VtpruneError
 
 
@@ -228,3 +229,16 @@ def test_sample_pictures_lie_in_the_given_folder(tmp_path):
     from vtprune.demos.samples import saved
 
     assert all(Path(path).parent == tmp_path for path, *_ in saved(2, tmp_path))
+
+
+def test_recipe_files_in_yaml_are_taken(tmp_path):
+    from vtprune.demos.tab_watch import sent
+
+    good, bad = tmp_path / "mine.yaml", tmp_path / "other.yml"
+    good.write_text("type: vtprune.Recipe\nversion: 1\nname: mine\nstages:\n  - {method: fastv, keep: 0.25}\n")
+    bad.write_text("stages: [")
+    fields = sent(["fastv", str(good), "own", 25, "", None])
+    recipe = Recipe.from_dict(json.loads(fields["file"]))
+    assert (recipe.name, recipe.stages[0].method, recipe.stages[0].keep) == ("mine", "fastv", 0.25)
+    with pytest.raises(VtpruneError, match="^other.yml is not YAML"):
+        sent(["fastv", str(bad), "own", 25, "", None])
