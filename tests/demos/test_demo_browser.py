@@ -368,7 +368,7 @@ def test_a_visit_by_keyboard_alone(seat):
     sync_api.expect(page.locator("#truth textarea, #truth input")).to_have_value("1")
     tab_to("#recipe-b input")
     page.keyboard.type("divprune", delay=30)
-    page.wait_for_timeout(300)  # the list follows what is typed a little later
+    page.wait_for_timeout(1500)  # the list follows what is typed a little later
     page.keyboard.press("Enter")
     sync_api.expect(page.locator("#recipe-b input")).to_have_value(re.compile("^divprune"))
     one.seen()

@@ -192,11 +192,11 @@ def _untrained(attach: Any, model: nn.Module, method: str, path: Path, options: 
 
 
 def _without_hub(monkeypatch: Any) -> None:
-    """timm and open_clip make models of the same shape with random weights."""
+    """timm and open_clip make models of the same shape with random weights, for images of 32 pixels."""
     import timm
 
     make = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: make(name, pretrained=False))
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: make(name, pretrained=False, img_size=32))
     try:
         import open_clip
     except ModuleNotFoundError:

