@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import styles
-from .results import Result, Rounds, medians, ratios
+from .results import Result, Rounds, ratios, typical
 
 ENOUGH = 3  # rounds from which on their spread says something
 SURE = 6  # rounds from which on a headline may tell who was sooner: all on one side by chance is rarer than 5 %
@@ -123,9 +123,10 @@ def _single(name: str, first: float | None, second: float | None) -> Row:
 
 
 def _paired(name: str, pairs: Sequence[tuple[float, float]], more_work: float) -> Row:
-    """Times in turns: medians, and the median of the rounds' ratios with its 95 % interval. What noise explains is
-    said to be noise, and a difference against the FLOPs (``more_work``: second minus first) is said to be one."""
-    first, second = medians(pairs)
+    """Times in turns: the middle round, and the median of the rounds' ratios with its 95 % interval. What noise
+    explains is said to be noise, and a difference against the FLOPs (``more_work``: second minus first) is said to be
+    one."""
+    first, second = typical(pairs)
     if len(pairs) < ENOUGH:
         return Row(
             f"{name}, in turns", f"{first:.1f}", f"{second:.1f}", "", f"too few rounds ({len(pairs)}) to compare"

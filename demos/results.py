@@ -91,9 +91,10 @@ class Rounds:
         return len(self.prefill_ms)
 
 
-def medians(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Of either side."""
-    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+def typical(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The round whose ratio is the median, of two in the middle the lower: on a machine that others use as well the
+    medians of both sides may be of unlike rounds, and say the contrary."""
+    return sorted(pairs, key=lambda pair: pair[1] / pair[0])[(len(pairs) - 1) // 2]
 
 
 def ratios(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
