@@ -10,7 +10,6 @@ from typing import Any
 import gradio as gr
 
 from .options import KINDS, OWN, Field, fields, most
-from .parts import choice
 
 MADE = {"choice": gr.Dropdown, "switch": gr.Checkbox, "number": gr.Number, "text": gr.Textbox}
 
@@ -18,10 +17,12 @@ MADE = {"choice": gr.Dropdown, "switch": gr.Checkbox, "number": gr.Number, "text
 def _shown(kind: str, field: Field | None, side: str) -> Any:
     """An input of this kind as it is for ``field``; out of sight without one."""
     if field is None:
-        return MADE[kind](label=f"{side}: no option", visible=False)
+        more = {"allow_custom_value": True} if kind == "choice" else {}
+        return MADE[kind](label=f"{side}: no option", visible=False, **more)
     how: dict[str, Any] = {"label": f"{side}: {field.name}", "info": field.help, "value": field.start, "visible": True}
     if kind == "choice":
-        how["choices"] = list(field.choices)
+        # what the page still holds may be of the recipe before; gradio would refuse it in words of its own
+        how |= {"choices": list(field.choices), "allow_custom_value": True}
     elif kind == "number":
         how |= {"precision": 0 if field.whole else None, "placeholder": OWN}
     elif kind == "text":
@@ -29,10 +30,10 @@ def _shown(kind: str, field: Field | None, side: str) -> Any:
     return MADE[kind](**how)
 
 
-def _shelf(recipe: str, kind: str, side: str, count: int, make: Any = _shown) -> list[Any]:
+def _shelf(recipe: str, kind: str, side: str, count: int) -> list[Any]:
     """So many inputs of one kind, the first ones for the options of ``recipe``."""
     mine = [field for field in fields(recipe) if field.kind == kind]
-    return [make(kind, field, side) for field in (*mine, *[None] * (count - len(mine)))]
+    return [_shown(kind, field, side) for field in (*mine, *[None] * (count - len(mine)))]
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ class Inputs:
     """All inputs of one side, by kind.
 
     Attributes:
-        recipe: the one that they are made for; the page may already show another.
+        recipe: holds the one that they are made for; the page may already show another.
     """
 
     side: str
-    recipe: gr.State
+    recipe: gr.Textbox
     slots: dict[str, list[Any]]
 
     def all(self) -> list[Any]:
@@ -66,12 +67,10 @@ class Inputs:
 
 def option_inputs(side: str, recipe: Any, start: str) -> Inputs:
     """The inputs of ``side``, which follow its field ``recipe``, in the group that is being made."""
-
-    def make(kind: str, *how: Any) -> Any:
-        return choice(_shown, kind, *how) if kind == "choice" else _shown(kind, *how)
-
     count = most()
-    made = Inputs(side, gr.State(start), {kind: _shelf(start, kind, side, count[kind], make) for kind in KINDS})
+    # sent by the page with the values that it holds: what the server knows may be newer than they are
+    mark = gr.Textbox(start, label=f"{side}: options of", visible="hidden")
+    made = Inputs(side, mark, {kind: _shelf(start, kind, side, count[kind]) for kind in KINDS})
     how: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
     recipe.change(made.made_for, recipe, made.all(), **how)
     return made
