@@ -73,8 +73,8 @@ def test_a_method_of_ones_own_in_the_tables(desk, way, tmp_path):
     assert re.search(r"(?m)^off-mean ", python(desk, "-m", "vtprune", "methods", *more, path=path))
     how = ["--model", "model", "--methods", "off-mean", "--no-baselines", "--budgets", "0.5", "--samples", "1"]
     table = python(desk, "-m", "vtprune", "bench", *how, "--seeds", "1", "--timing", "0", *more, path=path)
-    (row,) = re.findall(r"(?m)^\|? *off-mean .*$", table)
-    assert "50" in row
+    rows = re.findall(r"(?m)^\|? *off-mean .*$", table)  # one in each block of a wide table
+    assert rows and "50" in rows[0]
 
 
 def test_nothing_of_it_is_there_without_being_asked_for(desk):
