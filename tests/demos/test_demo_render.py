@@ -109,7 +109,7 @@ def test_rows_hold_both_sides_and_their_difference():
     timed = metrics.metrics(a, b, Rounds(((50, 30), (40, 20), (60, 30)), ((70, 40), (60, 39), (80, 40))))
     assert [(r.first, r.second, r.difference, r.ratio) for r in timed[:2]] == [
         ("70.0", "40.0", "-30.0", "x 0.57 (0.50 to 0.65)"),
-        ("50.0", "30.0", "-20.0", "x 0.50 (0.50 to 0.60)"),
+        ("60.0", "30.0", "-30.0", "x 0.50 (0.50 to 0.60)"),
     ]
     assert "median of 3 in turns" in timed[0].name and all("one run each" in r.name for r in metrics.metrics(a, b)[:2])
     assert [(r.name, r.first) for r in metrics.metrics(a, a)[2:3]] == [
