@@ -16,13 +16,13 @@ MADE = {"choice": gr.Dropdown, "switch": gr.Checkbox, "number": gr.Number, "text
 
 def _shown(kind: str, field: Field | None, side: str) -> Any:
     """An input of this kind as it is for ``field``; out of sight without one."""
+    # what the page still holds may be of the recipe before; gradio would refuse it in words of its own
+    how: dict[str, Any] = {"allow_custom_value": True} if kind == "choice" else {}
     if field is None:
-        more = {"allow_custom_value": True} if kind == "choice" else {}
-        return MADE[kind](label=f"{side}: no option", visible=False, **more)
-    how: dict[str, Any] = {"label": f"{side}: {field.name}", "info": field.help, "value": field.start, "visible": True}
+        return MADE[kind](label=f"{side}: no option", visible=False, **how)
+    how |= {"label": f"{side}: {field.name}", "info": field.help, "value": field.start, "visible": True}
     if kind == "choice":
-        # what the page still holds may be of the recipe before; gradio would refuse it in words of its own
-        how |= {"choices": list(field.choices), "allow_custom_value": True}
+        how["choices"] = list(field.choices)
     elif kind == "number":
         how |= {"precision": 0 if field.whole else None, "placeholder": OWN}
     elif kind == "text":

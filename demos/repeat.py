@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from vtprune.core.planning import FILES
 from vtprune.core.recipe import Recipe
 from vtprune.core.recipes import offered
 from vtprune.core.types import VtpruneError
@@ -119,7 +120,7 @@ def _run(side: Side, trained: Recipe | None) -> str:
             raise VtpruneError("the trained branch belongs to the bundled model")
         recipe = trained
     recipe = offered(recipe) or recipe if isinstance(recipe, str) else recipe
-    if not isinstance(recipe, Recipe) and Path(recipe).suffix in (".json", ".yaml", ".yml"):
+    if not isinstance(recipe, Recipe) and Path(recipe).suffix in FILES:
         recipe = Recipe.load(Path(recipe))
     before = f"recipe = {_written(recipe)}\n" if isinstance(recipe, Recipe) else ""
     options = "".join(f", {name}={value!r}" for name, value in side.attach_options().items())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.paths import output
+from ..core.planning import FILES
 from ..core.types import VtpruneError
 from ..inputs.images import open_image
 from ..measure.environment import environment
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code; raises :class:`VtpruneError` for what the user can put right."""
     from tqdm import tqdm
 
-    output(args.recipe_out, ".json", ".yaml", ".yml")
+    output(args.recipe_out, *FILES)
     samples = _samples(args)
     model, processor = models.load(args)
     with tqdm(unit="prompt", disable=None) as bar:

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 from ..core.paths import folder, output
+from ..core.planning import FILES
 from ..core.recipe import Recipe
 from ..core.types import VtpruneError
 from ..measure.samples import Sample, easy_vqa_samples, scenes_samples
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     unknown = [name for name in args.abilities if name not in SETS]
     if unknown or not args.abilities:
         raise VtpruneError(f"unknown question set {', '.join(unknown) or '(none)'!r}; there are {', '.join(SETS)}")
-    output(args.recipe_out, ".json", ".yaml", ".yml")
+    output(args.recipe_out, *FILES)
     kept = folder(args.results)
     recipes, samples = candidates(args.recipes), _questions(args.abilities, args.samples)
     model, processor = models.load(args)

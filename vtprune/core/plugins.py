@@ -60,7 +60,7 @@ def load() -> None:
         return
     _importing.busy = True
     try:
-        for name in filter(None, os.environ.get(IMPORTS, "").split(os.pathsep)):
+        for name in listed(IMPORTS):
             _import(name)
         try:
             declared = list(entry_points(group=GROUP))
@@ -79,9 +79,17 @@ def bring(name: str) -> None:
     Modules are looked for in the working folder as well. Raises :class:`VtpruneError` if that fails."""
     name = str(Path(name).resolve()) if name.endswith(".py") else name
     _import(name)
-    known = list(filter(None, os.environ.get(IMPORTS, "").split(os.pathsep)))
-    if name not in known:
-        os.environ[IMPORTS] = os.pathsep.join([*known, name])
+    hand_on(IMPORTS, name)
+
+
+def listed(variable: str) -> list[str]:
+    """What a variable of the environment lists, as ``PATH`` does."""
+    return [entry for entry in os.environ.get(variable, "").split(os.pathsep) if entry]
+
+
+def hand_on(variable: str, entry: str) -> None:
+    """Adds to what a variable lists, here and in every process that this one starts."""
+    os.environ[variable] = os.pathsep.join(dict.fromkeys([*listed(variable), entry]))
 
 
 def _import(name: str) -> None:

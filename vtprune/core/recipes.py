@@ -3,12 +3,12 @@ settings, as data with their source."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 from ..methods.base import METHODS
+from .plugins import hand_on, listed
 from .recipe import Recipe, Stage
 from .registry import Registry
 from .types import VtpruneError
@@ -26,7 +26,7 @@ class Recipes(Registry[Recipe]):
 
     def _ready(self) -> dict[str, Recipe]:
         own = {name: Recipe(name=name, stages=(Stage(method=name),), source=m.paper) for name, m in METHODS.items()}
-        return {**_of_files(os.environ.get(FILES, "")), **own, **super()._ready()}
+        return {**_of_files(*listed(FILES)), **own, **super()._ready()}
 
     def get(self, name: str) -> Recipe:
         """The record of ``name``; ``"NAME@BUDGET"`` is the recipe NAME with that budget in its last stage: a number of
@@ -43,8 +43,8 @@ class Recipes(Registry[Recipe]):
 
 
 @lru_cache(maxsize=1)
-def _of_files(paths: str) -> dict[str, Recipe]:
-    recipes = [Recipe.load(path) for path in paths.split(os.pathsep) if path]
+def _of_files(*paths: str) -> dict[str, Recipe]:
+    recipes = [Recipe.load(path) for path in paths]
     return {recipe.name: recipe for recipe in recipes}
 
 
@@ -54,14 +54,13 @@ def offer(path: str | Path) -> str:
     recipe = Recipe.load(path)
     if RECIPES._ready().get(recipe.name, recipe) != recipe:
         raise VtpruneError(f"{path}: another recipe is named {recipe.name!r}; give this one a name of its own")
-    known = [p for p in os.environ.get(FILES, "").split(os.pathsep) if p]
-    os.environ[FILES] = os.pathsep.join(dict.fromkeys([*known, str(Path(path).resolve())]))
+    hand_on(FILES, str(Path(path).resolve()))
     return recipe.name
 
 
 def offered(name: str) -> Recipe | None:
     """The recipe that a file gave this name; a program elsewhere does not know it."""
-    return _of_files(os.environ.get(FILES, "")).get(name)
+    return _of_files(*listed(FILES)).get(name)
 
 
 def _budget(name: str, text: str) -> int | float:

@@ -12,7 +12,6 @@ from typing import Any
 
 from ..core.info import grouped
 from ..methods.base import METHODS
-from .support import between
 
 START, END = "<!-- standings: made by python -m vtprune.measure.standings -->", "<!-- end of the standings -->"
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +55,8 @@ def _cell(value: float | None, best: float | None) -> str:
 
 def page(text: str, result: dict[str, Any]) -> str:
     """``text`` with the table between its marks."""
-    return between(text, START, table(result), END)
+    before, rest = text.split(START)
+    return f"{before}{START}\n{table(result)}\n{END}{rest.split(END)[1]}"
 
 
 def main() -> int:

@@ -148,12 +148,6 @@ def section(family: str) -> list[str]:
     return lines if notes else lines[:-1]
 
 
-def between(text: str, start: str, table: str, end: str) -> str:
-    """``text`` with ``table`` between the marks ``start`` and ``end``."""
-    before, rest = text.split(start)
-    return f"{before}{start}\n{table}\n{end}{rest.split(end)[1]}"
-
-
 def main() -> int:
     root = Path(__file__).resolve().parents[2]
     (root / "docs" / "support.md").write_text(document(), encoding="utf-8")
